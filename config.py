@@ -1,0 +1,487 @@
+"""Configuration: frozen dataclasses, the small part of YAML that fills them, and the rules that a config must keep.
+
+Read from top to bottom: the sections of a config; the range of every value (`RANGES`, `CHOICES`, `check`); from and to
+plain dicts; YAML. A new field is a line in its dataclass with its unit, and its name in `RANGES` or `CHOICES`.
+
+The part of YAML: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
+block lists, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What YAML readers take
+differently (yes, 010, 1:30, 1_000, -.5), and all that lies outside the part, is an error with file and line.
+
+Needs the standard library only and nothing of this project: copy it alone.
+Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a bare scalar means).
+"""
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+
+# ---- sections ----
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    kind: str = "transformer"            # transformer | conformer
+    num_layers: int = 4                  # blocks
+    hidden_dim: int = 144                # D, a multiple of num_heads
+    num_heads: int = 4                   # H
+    ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
+    kernel_size: int = 15                # conformer convolution, encoder frames, odd
+    subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4
+    position: str = "sinusoidal"         # sinusoidal | learnable
+    dropout: float = 0.1                 # probability, [0, 1)
+
+
+@dataclass(frozen=True)
+class PredictorConfig:
+    hidden_dim: int = 256                # width of its convolutions
+    num_layers: int = 2                  # convolutions in front of the firing weight
+    kernel_size: int = 3                 # encoder frames, odd
+    dropout: float = 0.1                 # probability, [0, 1)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    num_layers: int = 2                  # blocks
+    hidden_dim: int = 144                # D, a multiple of num_heads
+    num_heads: int = 4                   # H
+    ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
+    position: str = "sinusoidal"         # sinusoidal | learnable
+    dropout: float = 0.1                 # probability, [0, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "paraformer"             # key of model.ARCHITECTURES
+    encoder: EncoderConfig = EncoderConfig()
+    predictor: PredictorConfig = PredictorConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    sampling_ratio: float = 0.5          # glancing sampler: share of first-pass errors replaced by the truth, [0, 1]
+    label_smoothing: float = 0.1         # share of the target spread over all tokens, [0, 1)
+    quantity_weight: float = 1.0         # weight of the token count loss, 0 or more
+    ctc_weight: float = 0.0              # weight of the CTC loss; 0 = no CTC head
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    num_train: int = 2000                # utterances an epoch
+    num_dev: int = 1000                  # unseen utterances
+    num_symbols: int = 26                # different symbols
+    min_symbols: int = 3                 # symbols in an utterance
+    max_symbols: int = 12                # symbols in an utterance, at least min_symbols
+    min_frames: int = 6                  # duration of a symbol, frames
+    max_frames: int = 20                 # duration of a symbol, frames, at least 3 x min_frames
+    blend_frames: int = 2                # frames over which neighbours blend, at most min_frames
+    noise: float = 0.6                   # standard deviation, natural-log energy
+    gain_std: float = 0.5                # loudness of an utterance: standard deviation, natural-log energy
+    tilt_std: float = 0.5                # spectral tilt: likewise, at the highest bin (its negative at the lowest)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    speeds: tuple[float, ...] = (1.0,)   # speed factors above 0; one is drawn per utterance and epoch
+    freq_masks: int = 0                  # masks over feature bins per utterance
+    freq_width: int = 0                  # their largest width, bins, at most num_mels
+    time_masks: int = 0                  # masks over time per utterance
+    time_width: int = 0                  # their largest width, frames
+    time_share: float = 1.0              # largest share of an utterance under one time mask, [0, 1]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    kind: str = "toy"                    # toy | manifest
+    train: str = ""                      # manifest (JSON lines) or Kaldi folder; wanted for kind manifest
+    dev: str = ""                        # likewise; wanted for kind manifest
+    test: str = ""                       # likewise; "" = none
+    unit: str = "char"                   # char | word
+    sample_rate: int = 16000             # Hz; every recording is resampled to it
+    num_mels: int = 80                   # filterbank bins
+    lfr_m: int = 1                       # frames stacked into one
+    lfr_n: int = 1                       # one stack every so many frames
+    min_sec: float = 0.1                 # seconds; shorter recordings are skipped
+    max_sec: float = 30.0                # seconds; longer recordings are skipped
+    num_workers: int = 0                 # loader processes; 0 = none
+    toy: ToyConfig = ToyConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    batch_size: int = 16                 # utterances at most in a batch
+    batch_frames: int = 20000            # padded frames at most in a batch
+    learning_rate: float = 1e-3          # peak, after the warm-up
+    num_epochs: int = 10                 # passes over the training set
+    max_grad_norm: float = 1.0           # gradients are clipped to this norm
+    warmup_steps: int = 100              # steps of linear warm-up; 0 = none
+    schedule: str = "cosine"             # after the warm-up: cosine | inverse_sqrt | constant
+    final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
+    weight_decay: float = 0.01           # on matrices only, 0 or more
+    seed: int = 0                        # 0 or more
+    device: str = "auto"                 # auto | cpu | cuda
+    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
+    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
+    max_bad_steps: int = 10              # non-finite steps in a row that stop the run
+    target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
+    target_sequence_accuracy: float = 0.0   # likewise
+    patience: int = 0                    # epochs without improvement that stop the run; 0 = never
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+# ---- rules ----
+
+RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields it holds for, in whatever section)
+    "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
+        min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
+        num_epochs max_bad_steps"""),
+    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight ctc_weight blend_frames noise gain_std
+        tilt_std freq_masks freq_width time_masks time_width min_sec num_workers warmup_steps weight_decay seed
+        checkpoint_steps patience"""),
+    "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout label_smoothing"),
+    "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
+        target_sequence_accuracy"""),
+    "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
+}
+CHOICES = {
+    "model.encoder.kind": ("transformer", "conformer"), "model.encoder.subsampling": (1, 2, 4),
+    "model.encoder.position": ("sinusoidal", "learnable"), "model.decoder.position": ("sinusoidal", "learnable"),
+    "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
+    "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
+    "training.precision": ("auto", "float32", "bfloat16"),
+}
+
+
+def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every field, sections included."""
+    for f in fields(section):
+        value = getattr(section, f.name)
+        yield prefix + f.name, value
+        if is_dataclass(value):
+            yield from _walk(value, f"{prefix}{f.name}.")
+
+
+def _field_errors(path: str, value: Any) -> Iterator[str]:
+    choices = CHOICES.get(path)
+    if choices and value not in choices:
+        near = get_close_matches(str(value), [str(x) for x in choices], 1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        yield f"{path}: wanted {' | '.join(str(x) for x in choices)}, got {_show(value)}{hint}"
+    numbers = value if isinstance(value, tuple) else (value,)
+    for wanted, (test, names) in RANGES.items():
+        if path.split(".")[-1] in names.split() and not (numbers and all(map(test, numbers))):
+            yield f"{path}: wanted {wanted}, got {_show(value)}"
+
+
+def _cross_errors(config: Config) -> Iterator[str]:
+    data, toy = config.data, config.data.toy
+    for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
+        if part.num_heads > 0 and part.hidden_dim % part.num_heads:
+            yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
+    if toy.max_symbols < toy.min_symbols:
+        yield f"data.toy.max_symbols: wanted at least min_symbols {toy.min_symbols}, got {toy.max_symbols}"
+    if toy.max_frames < 3 * toy.min_frames:
+        yield f"data.toy.max_frames: wanted at least 3 x min_frames {toy.min_frames}, got {toy.max_frames}"
+    if toy.blend_frames > toy.min_frames:
+        yield f"data.toy.blend_frames: wanted at most min_frames {toy.min_frames}, got {toy.blend_frames}"
+    if data.max_sec < data.min_sec:
+        yield f"data.max_sec: wanted at least min_sec {data.min_sec}, got {data.max_sec}"
+    if data.augment.freq_width > data.num_mels:
+        yield f"data.augment.freq_width: wanted at most num_mels {data.num_mels}, got {data.augment.freq_width}"
+    for name in ("train", "dev"):
+        if data.kind == "manifest" and not getattr(data, name):
+            yield f"data.{name}: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
+
+
+def check(config: Config, place: str = "config") -> None:
+    """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
+    errors = [e for path, value in _walk(config) for e in _field_errors(path, value)] + list(_cross_errors(config))
+    if errors:
+        raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
+
+
+# ---- from and to plain dicts ----
+
+def _show(value: Any) -> str:
+    """A scalar or list as an error names it: as YAML writes it, text in single quotes."""
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+def _kind_name(kind: Any) -> str:
+    if is_dataclass(kind):
+        return "a section (key: value lines)"
+    return f"a list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """value as the type `kind`: an int will do for a float, a list for a tuple. Raises TypeError."""
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(kind)[0], x) for x in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
+    """The known key nearest to an unknown one: alike in its section (which has `names`), the same in another, any."""
+    def beside(cutoff: float) -> list[str]:
+        return [".".join((*path[:-1], name)) for name in get_close_matches(path[-1], names, 1, cutoff)]
+    elsewhere = [known for known, _ in _walk(Config()) if known.split(".")[-1] == path[-1]]
+    return (beside(0.6) or elsewhere or beside(0))[0]
+
+
+def _merge(base: Any, values: dict, place: str, marks: dict[tuple, int], path: tuple[str, ...] = ()) -> Any:
+    """base with `values` put over it, of base's own type; marks gives the line of a key path, if it has one."""
+    kinds, new = get_type_hints(type(base)), {}
+    for key, value in values.items():
+        here = (*path, str(key))
+        where = f"{place}:{marks[here]}" if here in marks else place
+        if key not in kinds:
+            raise ValueError(f"{where}: unknown key '{'.'.join(here)}' (did you mean '{_nearest(here, list(kinds))}'?)")
+        if is_dataclass(kinds[key]) and isinstance(value, dict):
+            new[key] = _merge(getattr(base, key), value, place, marks, here)
+            continue
+        try:
+            new[key] = _convert(kinds[key], value)
+        except TypeError:
+            wanted = _kind_name(kinds[key])
+            raise ValueError(f"{where}: {'.'.join(here)}: wanted {wanted}, got {_show(value)}") from None
+    return replace(base, **new)
+
+
+def from_dict(values: dict, place: str) -> Config:
+    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules.
+
+    Raises ValueError that opens with `place` for an unknown key or a wrong type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: wanted a map of sections, got {_show(values)}")
+    return _merge(Config(), values, place, {})
+
+
+def to_dict(config: Any) -> dict:
+    """Nested plain dicts, tuples as lists: what a checkpoint holds. from_dict turns it back."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {k: to_dict(v) if is_dataclass(v) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Config from a YAML file with `--section.key=value` overrides put over it, checked.
+
+    Raises ValueError that names the file (and line) or the override, for one that cannot be read as well.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
+    config = _merge(Config(), *_parse(text, path))
+    for override in overrides:
+        match = re.fullmatch(r"--([^=]+)=(.*)", override)
+        if not match:
+            raise ValueError(f"{override}: wanted --section.key=value")
+        values = _value(match[2].strip(" "), override)
+        for key in reversed(match[1].split(".")):
+            values = {key: values}
+        config = _merge(config, values, override, {})
+    check(config, " ".join((str(path), *overrides)))
+    return config
+
+
+def dump(config: Config) -> str:
+    """YAML text that load turns back into exactly this config; PyYAML reads the same values from it."""
+    return "\n".join(_dump_lines(to_dict(config))) + "\n"
+
+
+def _dump_lines(values: dict) -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield f"{key}:"
+            yield from ("  " + line for line in _dump_lines(value))
+        else:
+            yield f"{key}: {_dump_value(value)}"
+
+
+def _dump_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_dump_value, value))}]"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(OUTSIDE, lambda match: rf"\U{ord(match[0]):08x}", quoted) + '"'
+    text = _show(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text   # PyYAML: 1e-05 is text
+
+
+# ---- YAML ----
+
+OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # never raw in a file
+QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'(?!')"""
+START = r"""(?:[^-?:,\[\]{}#&*!|>'"%@` ]|-(?![ ,?\[\]{}]|$))"""                         # of bare text
+BARE = START + r"(?:[^ :]|:(?! |$)| +(?![ #]|$))*"
+BARE_INLINE = START + r"(?:[^ :,?\[\]{}]|:(?![ ,?\[\]{}]|$)| +(?![ #]|$))*"              # inside [ ]
+KEY = re.compile(rf"({QUOTED}|{BARE}) *:(?: +(.*))?")
+WORDS = {"~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
+         "false": False, "False": False, "FALSE": False}
+INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,99})")
+FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?")
+UNCLEAR = re.compile(r"yes|no|on|off|<<|=|[-+]?\.(?:inf|nan)|[-+]?\.?[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?"
+                     r"|[-+]?0[xob][0-9a-f_]*|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[t ].*)?", re.IGNORECASE)
+ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4})|(.))")
+ESCAPES = dict(zip('0abtnvfre "\\/N_LP', '\0\a\b\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
+
+Line = tuple[int, int, str]       # number from 1, column of the first character, text from there on
+
+
+def parse_yaml(text: str, place: str = "<yaml>") -> dict:
+    """Nested dicts, lists and scalars of a YAML text whose top level is a map.
+
+    Raises ValueError `place:line: ...` for whatever lies outside the part of YAML that this file's docstring describes.
+    """
+    return _parse(text, place)[0]
+
+
+def _parse(text: str, place: str) -> tuple[dict, str, dict[tuple, int]]:
+    """-> values, place, {path of keys: line number}"""
+    lines = list(_lines(text, place))
+    if not lines:
+        raise ValueError(f"{place}:1: wanted 'key: value' lines, got none")
+    try:
+        values, marks, at = _map(lines, 0, place)
+    except RecursionError:
+        raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
+    if at < len(lines):
+        raise ValueError(f"{place}:{lines[at][0]}: wanted an indentation used above, got '{lines[at][2]}'")
+    return values, place, marks
+
+
+def _lines(text: str, place: str) -> Iterator[Line]:
+    """Lines without blank and comment lines. `- - a` comes as three, the dashes alone, each at its own column."""
+    for number, line in enumerate(text.split("\n"), 1):
+        where = f"{place}:{number}"
+        line = line.removesuffix("\r")
+        _refuse_outside(line, where)
+        if line.startswith(("---", "...")):
+            raise ValueError(f"{where}: wanted one document, got a document mark '{line}'")
+        rest = line.lstrip(" ")
+        while rest == "-" or rest.startswith("- "):
+            yield number, len(line) - len(rest), "-"
+            rest = rest[1:].lstrip(" ")
+        if rest and rest[0] != "#":
+            yield number, len(line) - len(rest), rest
+
+
+def _refuse_outside(text: str, where: str) -> None:
+    bad = re.search(OUTSIDE, text)
+    if bad:
+        name = "a tab" if bad[0] == "\t" else f"the character U+{ord(bad[0]):04X}"
+        raise ValueError(f"{where}: wanted printable text and spaces, got {name} (in double quotes write an escape)")
+
+
+def _block(lines: list[Line], at: int, place: str) -> tuple[Any, dict, int]:
+    """The list, map or scalar that starts at lines[at] -> value, {path of keys: line number}, index of the next line"""
+    number, _, text = lines[at]
+    if text == "-":
+        value, at = _list(lines, at, place)
+        return value, {}, at
+    if KEY.fullmatch(text):
+        return _map(lines, at, place)
+    return _value(text, f"{place}:{number}"), {}, at + 1
+
+
+def _list(lines: list[Line], at: int, place: str) -> tuple[list, int]:
+    values, indent = [], lines[at][1]
+    while at < len(lines) and lines[at][1] == indent and lines[at][2] == "-":
+        at += 1
+        value = None
+        if at < len(lines) and lines[at][1] > indent:
+            value, _, at = _block(lines, at, place)
+        values.append(value)
+    return values, at
+
+
+def _map(lines: list[Line], at: int, place: str) -> tuple[dict, dict, int]:
+    values, marks, indent = {}, {}, lines[at][1]
+    while at < len(lines) and lines[at][1] == indent:
+        number, _, text = lines[at]
+        where = f"{place}:{number}"
+        match = KEY.fullmatch(text)
+        key = match and _value(match[1].rstrip(" "), where)
+        if type(key) is not str:
+            raise ValueError(f"{where}: wanted 'key: value' with text for a key, got '{text}'")
+        if key in values:
+            raise ValueError(f"{where}: wanted every key once, got '{key}' again (first in line {marks[(key,)]})")
+        rest, inner, at = match[2] or "", {}, at + 1
+        if rest and rest[0] != "#":
+            values[key] = _value(rest, where)
+        elif at < len(lines) and (lines[at][1] > indent or lines[at][1] == indent and lines[at][2] == "-"):
+            values[key], inner, at = _block(lines, at, place)
+        else:
+            values[key] = None
+        marks |= {(key,): number} | {(key, *path): line for path, line in inner.items()}
+    return values, marks, at
+
+
+def _value(text: str, where: str) -> Any:
+    """A scalar or an inline list, with nothing but a comment after it; "" is null."""
+    _refuse_outside(text, where)
+    value, rest = _scan(text, where) if text else (None, "")
+    if not re.fullmatch(r" *(?: #.*)?", rest):
+        raise ValueError(f"{where}: wanted the end of the value, got '{rest}' (put text with ': ' in it into quotes)")
+    return value
+
+
+def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
+    """The scalar or list that text starts with -> value, rest of the text; depth counts the brackets around it."""
+    if text[:1] == "[" and depth < 20:
+        return _scan_list(text, where, depth + 1)
+    match = re.match(QUOTED, text)
+    if match:
+        return _unquote(match[0], where), text[match.end():]
+    match = re.match(BARE_INLINE if depth else BARE, text)
+    if not match:
+        raise ValueError(f"{where}: wanted a value on this line, got '{text}' (put text that starts so into quotes)")
+    return _scalar(match[0].rstrip(" "), where), text[match.end():]
+
+
+def _scan_list(text: str, where: str, depth: int) -> tuple[list, str]:
+    values, rest = [], text[1:].lstrip(" ")
+    while rest[:1] != "]":
+        value, rest = _scan(rest, where, depth)
+        values.append(value)
+        rest = rest.lstrip(" ")
+        if rest[:1] not in ("]", ","):
+            raise ValueError(f"{where}: wanted ',' or ']' in the list on this line, got '{rest}'")
+        rest = rest.removeprefix(",").lstrip(" ")
+    return values, rest[1:]
+
+
+def _unquote(text: str, where: str) -> str:
+    def escape(match: re.Match) -> str:
+        code = match[1] or match[2] or match[3]
+        if not code and match[4] not in ESCAPES:
+            raise ValueError(f"{where}: wanted an escape such as \\n or \\u00e9, got '{match[0]}'")
+        return chr(int(code, 16)) if code else ESCAPES[match[4]]
+    return text[1:-1].replace("''", "'") if text[0] == "'" else ESCAPE.sub(escape, text[1:-1])
+
+
+def _scalar(text: str, where: str) -> Any:
+    """What bare text means: null, bool, int, float or itself."""
+    if text in WORDS:
+        return WORDS[text]
+    if INT.fullmatch(text):
+        return int(text)
+    if FLOAT.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    if UNCLEAR.fullmatch(text):
+        raise ValueError(f"{where}: wanted true, false, a plain decimal number or text, got '{text}', "
+                         "which YAML readers take differently (put text into quotes)")
+    return text
