@@ -4,17 +4,26 @@
 """
 import functools
 import inspect
+import itertools
 import json
+import math
+import os
 import pathlib
 import random
 import re
+import struct
 import unicodedata
+import wave
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import config
+import data
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors, format_alignment, normalise_text, token_accuracy, word_errors)
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -509,3 +518,619 @@ def test_format_alignment_is_the_planted_picture():
         "REF: 今 ␣   天 *** 气 q \u0301 ***\n"
         "HYP: 今 *** 天 汽  ,  q \u0301 x\n"
         "OPS:    D      I   S     I")
+
+
+needs_kit = pytest.mark.skipif(not (SHARED / "funasr_kit").is_dir(), reason="../shared/funasr_kit is not here")
+needs_digits = pytest.mark.skipif(not (SHARED / "speech/digits").is_dir(), reason="../shared/speech/digits is not here")
+
+
+def letters(text: str) -> list[int]:
+    return [ord(c) - ord("a") for c in text]
+
+
+def data_options(**changes) -> SimpleNamespace:
+    toy = SimpleNamespace(num_train=20, num_dev=10, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6,
+                          max_frames=20, blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5)
+    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), freq_masks=2, freq_width=5, time_masks=2, time_width=4,
+                              time_share=0.2)
+    return SimpleNamespace(**{**dict(kind="toy", sample_rate=8000, num_mels=20, lfr_m=2, lfr_n=2, min_sec=0.1,
+                                     max_sec=2.0, toy=toy, augment=augment), **changes})
+
+
+def tone(seconds: float, rate_hz: int, hz: float = 440.0) -> np.ndarray:
+    return 0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz)
+
+
+def write_manifest(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# ---- data: wav ----
+
+def wav_bytes(payload: bytes, code: int, bits: int, channels: int, rate_hz: int = 8000, extensible: bool = False,
+              size: int | None = None, before: bytes = b"", after: bytes = b"") -> bytes:
+    fmt = struct.pack("<HHIIHH", 0xFFFE if extensible else code, channels, rate_hz, 0, channels * bits // 8, bits)
+    if extensible:
+        fmt += struct.pack("<HHIH", 22, bits, 0, code) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    chunk = b"data" + struct.pack("<I", len(payload) if size is None else size) + payload
+    return b"RIFF\xff\xff\xff\xffWAVE" + before + b"fmt " + struct.pack("<I", len(fmt)) + fmt + chunk + after
+
+
+def encode_samples(values: list[int], code: int, bits: int) -> bytes:
+    """Sixteenths of full scale -> bytes."""
+    if code == 3:
+        return struct.pack(f"<{len(values)}{'f' if bits == 32 else 'd'}", *[v / 16 for v in values])
+    if bits == 8:
+        return bytes(128 + v * 8 for v in values)
+    return b"".join((v << (bits - 5)).to_bytes(bits // 8, "little", signed=True) for v in values)
+
+
+@pytest.mark.parametrize("code,bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
+@pytest.mark.parametrize("channels,extensible", [(1, False), (2, True), (3, False), (8, True)])
+def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, channels, extensible):
+    values = [(7 * i * i + i) % 32 - 16 for i in range(channels * 9)]
+    expected = np.reshape(values, (9, channels)).mean(1) / 16
+    payload, odd = encode_samples(values, code, bits), b"JUNK\3\0\0\0abc\0"
+    for size, after in [(None, b"LIST\4\0\0\0abcd"), (0, b""), (0xFFFFFFFF, b""), (len(payload) + 99, b"")]:
+        blob = wav_bytes(payload, code, bits, channels, 44100, extensible, size, odd, after)
+        (tmp_path / "a.wav").write_bytes(blob)
+        for source in (blob, tmp_path / "a.wav", str(tmp_path / "a.wav")):
+            samples, rate_hz = data.load_wav(source)
+            assert rate_hz == 44100 and samples.dtype == torch.float32
+            np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
+        assert data.wav_info(tmp_path / "a.wav") == (9, 44100)
+
+
+def test_a_cut_last_sample_of_a_wav_is_dropped():
+    samples, _ = data.load_wav(wav_bytes(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
+    np.testing.assert_array_equal(samples.numpy() * 32768, [150])
+
+
+@pytest.mark.parametrize("blob,words", [
+    (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
+    (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav_bytes(b"ab", 7, 8, 1), "ffmpeg"),
+    (wav_bytes(b"ab", 1, 16, 0), "one channel"), (wav_bytes(b"ab", 1, 16, 1, 3), "got 1 at 3 Hz"),
+    (wav_bytes(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2")])
+def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, blob, words):
+    monkeypatch.setenv("PATH", str(tmp_path))       # no ffmpeg
+    path = tmp_path / "bad.wav"
+    path.write_bytes(blob)
+    for source in (path, blob):
+        with pytest.raises(ValueError, match=words) as error:
+            data.load_wav(source)
+        assert str(error.value).startswith(str(path) if source is path else "<bytes>")
+
+
+def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, monkeypatch):
+    planted = encode_samples([1, 2, 3, 4], 3, 32)
+    (tmp_path / "answer").write_bytes(wav_bytes(planted, 3, 32, 2, 16000, size=0xFFFFFFFF))
+    script = tmp_path / "ffmpeg"
+    script.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n[ -n "$(/bin/cat)" ] && echo piped >> '
+                      f'"{tmp_path}/calls"\n/bin/cat "{tmp_path}/answer"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "a.mp3").write_bytes(b"ID3 not a WAV")
+    for source in (tmp_path / "a.mp3", b"ID3 not a WAV"):
+        samples, rate_hz = data.load_wav(source)
+        assert rate_hz == 16000 and samples.tolist() == [1.5 / 16, 3.5 / 16]
+    path_call, bytes_call, piped = (tmp_path / "calls").read_text().splitlines()
+    assert f"-protocol_whitelist file -i file:{tmp_path}/a.mp3" in path_call
+    assert "-protocol_whitelist pipe -i pipe:0" in bytes_call and piped == "piped"
+
+
+def test_wav_info_reads_a_flac_header(tmp_path):
+    word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
+    (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(10) + word.to_bytes(8, "big") + bytes(16))
+    assert data.wav_info(tmp_path / "a.flac") == (123456, 44100)
+
+
+def test_save_wav_writes_16_bit_and_clips(tmp_path):
+    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.4 / 32768]), 8000)
+    with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
+        assert file.getparams()[:4] == (1, 2, 8000, 5)
+        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 1]
+
+
+# ---- data: resampling ----
+
+RATES = [(8000, 16000), (16000, 8000), (44100, 16000), (22050, 16000), (7200, 8000), (8800, 8000), (48000, 16000),
+         (4000, 384000), (384000, 4000), (8191, 8000)]
+
+
+@pytest.mark.parametrize("rate_in,rate_out", RATES)
+def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, rate_out):
+    N = rate_in // 4
+    low, high = 0.4 * min(rate_in, rate_out), 0.53 * rate_out
+    sine = lambda hz, n, rate: np.sin(2 * np.pi * hz * np.arange(n) / rate)
+    out = data.resample(torch.from_numpy(sine(low, N, rate_in)).float(), rate_in, rate_out).numpy()
+    assert len(out) == math.ceil(N * rate_out / rate_in)
+    edge = len(out) // 4
+    assert np.abs(out - sine(low, len(out), rate_out))[edge:-edge].max() < 1e-4            # -80 dB
+    if high < rate_in / 2:
+        out = data.resample(torch.from_numpy(sine(high, N, rate_in)).float(), rate_in, rate_out).numpy()
+        assert np.abs(out[edge:-edge]).max() < 1e-4
+
+
+def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
+    """16001 -> 15999 Hz: 15999 phases, each output with weights of its own."""
+    x = np.random.default_rng(0).standard_normal(1000)
+    out = data.resample(torch.from_numpy(x).float(), 16001, 15999).numpy()
+    band = 0.945 * 15999 / 16001
+    for j in (0, 1, 63, 64, 500, len(out) - 1):
+        t = np.arange(-200, 1200) - j * 16001 / 15999
+        u = t * band / 48
+        weights = np.where(np.abs(u) <= 1, np.sinc(band * t) * np.i0(7.857 * np.sqrt(np.clip(1 - u * u, 0, 1))), 0)
+        assert abs((weights[200:1200] * x).sum() / weights.sum() - out[j]) < 1e-5
+    flat = data.resample(torch.ones(1000), 16001, 15999)
+    assert (flat[60:-60] - 1).abs().max() < 1e-6
+
+
+# ---- data: features ----
+
+def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
+    """FUNASR.md section 2, frame by frame, with a direct Fourier sum."""
+    window, shift, size = rate_hz * 25 // 1000, rate_hz // 100, 1
+    while size < window:
+        size *= 2
+    mel = lambda f: 1127 * math.log(1 + f / 700)
+    low, step = mel(20), (mel(rate_hz / 2) - mel(20)) / (num_mels + 1)
+    rows = []
+    for start in range(0, len(x) - window + 1, shift):
+        frame = x[start:start + window] * 32768
+        frame = frame - frame.mean()
+        frame = [frame[i] - 0.97 * frame[max(0, i - 1)] for i in range(window)]
+        frame = [v * (0.54 - 0.46 * math.cos(2 * math.pi * i / (window - 1))) for i, v in enumerate(frame)]
+        turn = np.exp(-2j * np.pi * np.outer(np.arange(size // 2), np.arange(window)) / size)
+        power = np.abs(turn @ np.array(frame)) ** 2
+        row = []
+        for m in range(num_mels):
+            left, centre, right = low + m * step, low + (m + 1) * step, low + (m + 2) * step
+            energy = 0.0
+            for k in range(size // 2):
+                f = mel(k * rate_hz / size)
+                if left < f < right:
+                    energy += power[k] * ((f - left) / step if f <= centre else (right - f) / step)
+            row.append(math.log(max(energy, 2.0 ** -23)))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("rate_hz,num_mels", [(16000, 80), (8000, 40)])
+def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
+    rng = np.random.default_rng(rate_hz)
+    x = (0.1 * rng.standard_normal(rate_hz // 10) + 0.05).astype(np.float32)
+    expected = slow_fbank(x.astype(np.float64), rate_hz, num_mels)
+    got = data.fbank(torch.from_numpy(x), rate_hz, num_mels)
+    assert got.shape == expected.shape == (8, num_mels)
+    np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
+
+
+@needs_kit
+def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
+    """Recorded numbers: funasr_kit/units/units.npz and sanm/expected (FunASR 1.4.16, dither 0)."""
+    units = np.load(SHARED / "funasr_kit/units/units.npz")
+    for n in (400, 559, 560, 2000):
+        got = data.fbank(torch.from_numpy(units[f"fb_in_{n}"]) / 32768, 16000, 80)
+        np.testing.assert_allclose(got.numpy(), units[f"fb_out_{n}"], atol=2e-3)
+    np.testing.assert_allclose(data.fbank(torch.zeros(800), 16000, 80).numpy(), units["fb_out_zeros_800"], atol=2e-3)
+    for name in units.files:
+        if name.startswith("lfr_"):
+            frames = torch.arange(int(name[4:])).float()[:, None]
+            np.testing.assert_array_equal(data.lfr(frames, 7, 6).numpy(), units[name])
+
+
+@needs_kit
+@pytest.mark.parametrize("name", ["aishell_dev", "fsdd_dev_a", "fsdd_dev_b", "libri_dev"])
+def test_frontend_equals_funasr_on_speech_after_lfr_and_normalisation(name):
+    kit = SHARED / "funasr_kit"
+    blocks = [line for line in (kit / "sanm/am.mvn").read_text().splitlines() if line.startswith("<LearnRateCoef>")]
+    shift, scale = [torch.tensor([float(v) for v in line[line.index("[") + 1:line.index("]")].split()])
+                    for line in blocks[-2:]]
+    samples, rate_hz = data.load_wav(kit / f"wavs/{name}.wav")
+    options = data_options(sample_rate=16000, num_mels=80, lfr_m=7, lfr_n=6)
+    expected = np.load(kit / f"sanm/expected/{name}.npz")["feats"]
+    got = data.frontend(samples, rate_hz, options, torch.stack([-shift, scale])).numpy()
+    np.testing.assert_allclose(got, expected, atol=3e-4)
+
+
+def test_features_of_a_long_recording_equal_those_of_its_parts():
+    x = 0.1 * torch.randn(16000 * 12, generator=torch.Generator().manual_seed(0))
+    whole = data.fbank(x, 16000, 80)                # 1198 frames: three blocks
+    part = data.fbank(x[500 * 160:540 * 160 + 240], 16000, 80)
+    torch.testing.assert_close(whole[500:540], part, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("m,n", [(1, 1), (7, 6), (4, 4), (3, 1), (1, 3), (4, 2)])
+def test_lfr_equals_a_loop_over_slots(m, n):
+    for T in range(14):
+        feats = torch.arange(T * 2).float().view(T, 2)
+        rows = [sum((feats[min(max(t + j - (m - 1) // 2, 0), T - 1)].tolist() for j in range(m)), [])
+                for t in range(0, T, n)]
+        assert data.lfr(feats, m, n).tolist() == rows and data.lfr(feats, m, n).shape[1] == 2 * m
+
+
+@pytest.mark.parametrize("lfr_m,lfr_n", [(1, 1), (7, 6), (4, 3)])
+def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
+    options = data_options(lfr_m=lfr_m, lfr_n=lfr_n)
+    for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000]:
+        feats = data.frontend(torch.zeros(N), 8000, options)
+        assert feats.shape == (data.num_frames(N / 8000, options), data.feature_dim(options))
+    assert data.frame_sec(options) == pytest.approx(0.01 * lfr_n)
+
+
+def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
+    rng = np.random.default_rng(0)
+    parts = [torch.from_numpy(1e3 + 0.1 * rng.standard_normal((n, 3))).float() for n in (5, 1, 400)]
+    for part in parts:
+        part[:, 2] = -15.9                          # a constant bin
+    stats = data.compute_stats(iter(parts))
+    x = torch.cat(parts).double().numpy()
+    np.testing.assert_allclose(stats[0], x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(1 / stats[1][:2], x.std(0)[:2], rtol=1e-4)
+    flat = data.normalise(parts[2], stats)
+    assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1
+    with pytest.raises(ValueError, match="got none"):
+        data.compute_stats(iter([]))
+
+
+@pytest.mark.parametrize("call,words", [
+    (lambda: data.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
+    (lambda: data.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
+    (lambda: data.resample(torch.zeros(9), 0, 16000), "rates must be positive Hz, got 0"),
+    (lambda: data.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
+    (lambda: data.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
+    (lambda: data.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
+    (lambda: data.make_batches(np.zeros((2, 2)), 4, 9), r"lengths must be .* got \(2, 2\)"),
+    (lambda: data.make_batches(np.zeros(2), 0, 9), "batch_size and batch_frames must be 1 or more, got 0")])
+def test_wrong_shapes_are_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# ---- data: augmentation ----
+
+def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
+    """Ones in: what comes out 0 must be the union of whole frames and of bins repeated in both stacked blocks."""
+    options, widest_bins, widest_frames = data_options(), 0, 0
+    for index in range(300):
+        feats = torch.ones(30, 40)
+        out = data.spec_augment(feats, options, data.generator(0, 1, index))
+        frames, bins = (out == 0).all(1), (out == 0).all(0)
+        assert torch.equal(out, 1 - (frames[:, None] | bins).float()) and torch.equal(bins[:20], bins[20:])
+        assert (feats == 1).all()
+        widest_bins, widest_frames = max(widest_bins, int(bins[:20].sum())), max(widest_frames, int(frames.sum()))
+        assert torch.equal(out, data.spec_augment(feats, options, data.generator(0, 1, index)))
+    assert 5 < widest_bins <= 10 and 4 < widest_frames <= 8         # two masks each, of up to 5 bins and 4 frames
+    options.augment.time_share = 0.04                               # of 30 frames: one
+    assert max(int((data.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
+               for i in range(100)) == 2
+
+
+# ---- data: toy ----
+
+def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
+    table = data.toy_inventory(26, 80)
+    np.testing.assert_array_equal(table[0::2], table[1::2, ::-1])
+    gaps = [np.square(a - b).mean() for a, b in itertools.combinations(table, 2)]
+    assert min(gaps) > 0.1
+    np.testing.assert_array_equal(table[:6], data.toy_inventory(6, 80))         # independent of how many are asked for
+
+
+def test_toy_features_are_the_trajectories_between_true_boundaries():
+    """Without noise, gain and tilt: frame t of a symbol is its trajectory there; half and half at a boundary."""
+    options = data_options(num_mels=80)
+    options.toy.noise = options.toy.gain_std = options.toy.tilt_std = 0.0
+    table = data.toy_inventory(26, 80)
+    for u in [data.ToySeq2SeqDataset(20, options, letters)[i] for i in range(20)]:
+        edges = u.boundaries.long().tolist()
+        assert edges[0] == 0 and edges[-1] == len(u.feats) and len(edges) == len(u.text) + 1
+        for symbol, start, end in zip(u.tokens.tolist(), edges, edges[1:]):
+            for t in range(start + 1, end - 1):                     # blend_frames is 2: one frame on either side
+                step = round((t + 0.5 - start) / (end - start) * 63)
+                np.testing.assert_allclose(u.feats[t], table[symbol, step], atol=1e-5)
+        a, b = u.tokens[:2].tolist()
+        mix = 0.75 * table[b, round(0.5 / (edges[2] - edges[1]) * 63)] + 0.25 * table[a, 63]
+        np.testing.assert_allclose(u.feats[edges[1]], mix, atol=1e-5)       # half a frame after the boundary
+
+
+def test_toy_utterances_keep_their_promises():
+    options = data_options(num_mels=80)
+    dataset = data.ToySeq2SeqDataset(300, options, letters, seed=5)
+    repeats = 0
+    for i, u in enumerate(dataset):
+        durations = u.boundaries.diff()
+        assert durations.max() >= 3 * durations.min() and 6 <= durations.min() and durations.max() <= 20
+        assert 3 <= len(u.text) <= 12 and u.tokens.tolist() == letters(u.text) and len(u.feats) == dataset.lengths[i]
+        repeats += sum(a == b for a, b in zip(u.text, u.text[1:]))
+    assert i == 299 and repeats > 10                                # about 300 * 6.5 / 26
+    again = data.ToySeq2SeqDataset(10**9, options, letters, seed=5)
+    for i in (299, 0, 123_456_789):
+        assert torch.equal(again[i].feats, again[7, i].feats)
+    assert torch.equal(again[299].feats, u.feats) and not torch.equal(again[298].feats[:5], u.feats[:5])
+    levels = torch.stack([item.feats.mean() for item in (dataset[i] for i in range(200))])
+    assert 0.3 < levels.std() < 0.8                                 # gain_std 0.5 and what the symbols add
+
+
+def test_toy_splits_and_seeds_share_no_utterance():
+    options = data_options()
+    texts = [[u.feats.sum().item() for u in data.open_dataset(options, split, letters, seed)]
+             for seed in (0, 1) for split in ("train", "dev", "test")]
+    assert [len(t) for t in texts] == [20, 10, 10] * 2 and len(set(sum(texts, []))) == 80
+    assert data.training_texts(options) == list("abcdefghijklmnopqrstuvwxyz")
+
+
+def test_open_dataset_reads_the_manifest_of_its_split(tmp_path):
+    paths = {split: str(write_manifest(tmp_path / f"{split}.jsonl", [{"audio": f"{split}.wav", "text": split}]))
+             for split in ("train", "dev", "test")}
+    options = data_options(kind="manifest", **paths)
+    for split in paths:
+        assert data.open_dataset(options, split, letters)[0] == data.Skip(split, f"missing: {tmp_path}/{split}.wav")
+    assert data.training_texts(options) == ["train"]
+
+
+def test_toy_needs_order_not_frames():
+    """Single frames with true boundaries stop near 1/2 (they cannot tell a pair apart); matching the order does not."""
+    options = data_options(num_mels=80)
+    dataset = data.ToySeq2SeqDataset(150, options, letters)
+    items, table = [dataset[i] for i in range(150)], data.toy_inventory(26, 80)
+    assert 0.35 < data.linear_probe(items[:100], items[100:], 26) < 0.6
+    right = count = 0
+    for u in items[100:]:
+        edges = u.boundaries.long().tolist()
+        for symbol, start, end in zip(u.tokens.tolist(), edges, edges[1:]):
+            steps = np.rint((np.arange(end - start) + 0.5) / (end - start) * 63).astype(int)
+            rest = u.feats[start:end].numpy() - table[:, steps]
+            rest -= rest.mean((1, 2), keepdims=True)                # loudness
+            right, count = right + (np.square(rest).sum((1, 2)).argmin() == symbol), count + 1
+    assert right / count > 0.99
+
+
+def test_toy_subcommand_measures_the_task_of_the_config():
+    config = pytest.importorskip("config")
+    default = config.DataConfig()
+    assert vars(data.TOY_TASK.toy) == {name: getattr(default.toy, name) for name in vars(default.toy)}
+    assert data.TOY_TASK.num_mels == default.num_mels
+
+
+# ---- data: manifests ----
+
+def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
+    (tmp_path / "kaldi").mkdir()
+    (tmp_path / "kaldi/wav.scp").write_text("u1 ../a.wav\nu2\t/abs/b.wav\n")
+    (tmp_path / "kaldi/text").write_text("u2 zwei  drei\n\nu1 eins\nu3 vier\n")
+    mine = write_manifest(tmp_path / "a.jsonl", [
+        "\ufeff" + json.dumps({"audio": "a.wav", "text": "eins", "key": "u1", "duration": 1, "speaker": "s"}), "",
+        {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 2.5},
+        {"key": "u3", "source": "sub/c.wav", "target": "vier", "source_len": 9}])
+    assert data.read_manifest(mine) == [
+        data.Row("u1", str(tmp_path / "a.wav"), "eins", 1), data.Row("b", "/abs/b.wav", "zwei  drei", 2.5),
+        data.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
+    assert data.read_manifest(tmp_path / "kaldi") == [
+        data.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
+        data.Row("u2", "/abs/b.wav", "zwei  drei", None), data.Row("u3", "", "vier", None)]
+
+
+@pytest.mark.parametrize("line,words", [
+    ('{"audio": "a.wav"', "wanted a JSON object"), ("[1]", "wanted a JSON object"), ("[" * 9999, "a JSON object"),
+    ('{"text": "a"}', "wanted a path under audio"), ('{"audio": 3, "text": "a"}', "wanted a path .* got 3"),
+    ('{"audio": "a.wav", "text": ["a"]}', "wanted a string under text"),
+    ('{"audio": "a.wav", "duration": "1"}', "wanted seconds as duration, got '1'"),
+    ('{"audio": "a.wav", "duration": NaN}', "wanted seconds as duration, got nan"),
+    ('{"audio": "a.wav", "duration": 1, "offset": 2.5}', "whole recordings, got offset 2.5")])
+def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
+    with pytest.raises(ValueError, match=words) as error:
+        data.read_manifest(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize("scp,text,words", [
+    ("u1 a.wav\nu2 sox a.wav |\n", "u1 a\n", r"wav.scp:2: wanted a path, got 'sox a.wav \|'"),
+    ("u1 a.wav\nu1 b.wav\n", "u1 a\n", "wav.scp:2: wanted every key once, got 'u1'"),
+    ("u1\n", "u1 a\n", "wav.scp:1: wanted a path, got 'nothing'"), ("u1 a.wav\n", None, "text: wanted a text file")])
+def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
+    (tmp_path / "wav.scp").write_text(scp)
+    if text is not None:
+        (tmp_path / "text").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        data.read_manifest(tmp_path)
+
+
+def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
+    for name, seconds in {"good": 0.5, "short": 0.05, "long": 2.5, "empty": 0.0}.items():
+        data.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
+    (tmp_path / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
+    (tmp_path / "inf.wav").write_bytes(wav_bytes(struct.pack("<f", math.inf), 3, 32, 1))
+    (tmp_path / "folder.wav").mkdir()
+    reasons = {"short": "too short: 0.050 s", "long": "too long: 2.5 s", "empty": "empty", "broken": "unreadable",
+               "inf": "unreadable", "folder": "unreadable", "gone": "missing", "nul\0": "unreadable"}
+    rows = [{"audio": f"{name}.wav", "text": "ab"} for name in ["good", *reasons]]
+    rows += [{"audio": "good.wav", "text": " ", "key": "blank"}, {"audio": "good.wav", "key": "none"},
+             {"audio": "good.wav", "text": "a" * 12, "key": "12"}, {"audio": "good.wav", "text": "a" * 13, "key": "13"}]
+    reasons |= {"blank": "no text", "none": "no text", "13": "text too long: 13 tokens, 24 frames hold at most 12"}
+    dataset = data.ManifestDataset(write_manifest(tmp_path / "m.jsonl", rows), data_options(), letters,
+                                   frames_per_token=2)
+    skipped = {item.key: item.reason for item in dataset if isinstance(item, data.Skip)}
+    assert skipped.keys() == reasons.keys() and all(skipped[k].startswith(reasons[k]) for k in reasons), skipped
+    assert [item.key for item in dataset if isinstance(item, data.Utterance)] == ["good", "12"]
+    assert dataset.lengths.tolist()[:5] == [24, 2, 124, 0, 0] and dataset[0].seconds == 0.5
+    batch = data.collate([dataset[i] for i in range(len(dataset))])
+    assert batch.keys == ["good", "12"] and {s.key for s in batch.skipped} == reasons.keys()
+    (tmp_path / "wav.scp").write_text("u1 good.wav\n")
+    (tmp_path / "text").write_text("u1 a\nu2 b\n")
+    kaldi = data.ManifestDataset(tmp_path, data_options(), letters)
+    assert kaldi[0].text == "a" and kaldi[1].reason.startswith("no audio")
+
+
+def recordings(folder: Path, count: int) -> Path:
+    """A manifest of `count` tones of 0.3 to 1.2 s at 8 and 16 kHz, durations in every other row."""
+    rows = []
+    for i in range(count):
+        seconds, rate_hz = 0.3 + 0.9 * (i * 7 % count) / count, (8000, 16000)[i % 2]
+        data.save_wav(folder / f"r{i}.wav", tone(seconds, rate_hz, 300 + 40 * i), rate_hz)
+        rows.append({"audio": f"r{i}.wav", "text": "abc"[: i % 3 + 1], **({"duration": seconds} if i % 3 else {})})
+    return write_manifest(folder / "train.jsonl", rows)
+
+
+def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path):
+    path = recordings(tmp_path, 12)
+    stats = torch.stack([torch.full((40,), 9.0), torch.full((40,), 0.5)])
+    options = data_options()
+    plain = data.ManifestDataset(path, options, letters, stats=stats)
+    samples, rate_hz = data.load_wav(tmp_path / "r5.wav")
+    assert torch.equal(plain[3, 5].feats, data.frontend(samples, rate_hz, options, stats))
+    options.augment.freq_masks = options.augment.time_masks = 0
+    fast = data.ManifestDataset(path, options, letters, augment=True, stats=stats)
+    ratios = np.array([[len(fast[e, i].feats) / len(plain[i].feats) for i in range(12)] for e in range(6)])
+    near = np.abs(ratios[..., None] - 1 / np.array([0.9, 1.0, 1.1]))
+    assert near.min(-1).max() < 0.06 and set(near.argmin(-1).ravel()) == {0, 1, 2}
+    assert np.abs(fast.epoch_lengths(4) - [len(fast[4, i].feats) for i in range(12)]).max() <= 1
+    played = data.load_wav(tmp_path / "r5.wav")[0]                  # 500 Hz at 1.1 is 550 Hz
+    for speed in (0.9, 1.1):
+        y = data.resample(played, round(rate_hz * speed), 8000)
+        peak = torch.fft.rfft(y * torch.hann_window(len(y))).abs().argmax() * 8000 / len(y)
+        assert abs(peak - 500 * speed) < 8000 / len(y)
+
+
+def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):
+    path = recordings(tmp_path, 12)
+    make = lambda seed: data.ManifestDataset(path, data_options(), letters, seed=seed, augment=True)
+    batches = data.make_batches(make(0).epoch_lengths(2), 4, 10**6, seed=0, epoch=2)
+    random_state = torch.get_rng_state()
+    runs = [list(data.loader(make(0), batches, 2, num_workers=n)) for n in (0, 2)]
+    runs.append(list(data.loader(make(0), batches, 2))[:1] + list(data.loader(make(0), batches, 2, start=1)))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for row, index in enumerate(batches[1]):
+        feats = make(0)[2, index].feats
+        assert torch.equal(runs[0][1].feats[row, :len(feats)], feats)
+    for batch, *others in zip(*runs, strict=True):
+        for other in others:
+            assert other.keys == batch.keys and torch.equal(other.feats, batch.feats)
+            assert torch.equal(other.tokens, batch.tokens) and torch.equal(other.feat_lens, batch.feat_lens)
+    sums = {name: [make(seed)[epoch, i].feats.sum().item() for i in range(12)]
+            for name, seed, epoch in [("a", 0, 2), ("epoch", 0, 3), ("seed", 1, 2)]}
+    for other in ("epoch", "seed"):
+        assert sum(a != b for a, b in zip(sums["a"], sums[other])) > 9
+    assert list(data.loader(make(0), batches, 2, start=len(batches))) == []
+
+
+# ---- data: batches ----
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_hold_every_index_once_within_both_bounds(shuffle):
+    rng = np.random.default_rng(0)
+    for count, size, frames in [(0, 4, 100), (1, 4, 100), (500, 16, 2000), (500, 7, 10**9), (300, 10**9, 500)]:
+        lengths = rng.integers(0, 900, count)
+        batches = data.make_batches(lengths, size, frames, 3, 1, shuffle)
+        assert sorted(sum(batches, [])) == list(range(count)) and all(batches)
+        for batch in batches:
+            assert len(batch) <= size and (len(batch) * lengths[batch].max() <= frames or len(batch) == 1)
+        assert batches == data.make_batches(lengths, size, frames, 3, 1, shuffle)
+    mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
+             for epoch in (1, 2)]
+    assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
+
+
+@needs_digits
+@pytest.mark.parametrize("split", ["train", "dev", "test", "unseen_speaker"])
+def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
+    options = data_options(lfr_m=4, lfr_n=4)
+    dataset = data.ManifestDataset(SHARED / f"speech/digits/{split}.jsonl", options, letters, augment=True)
+    for epoch, lengths in [(0, dataset.epoch_lengths(0)), (1, dataset.epoch_lengths(1)), (0, dataset.lengths)]:
+        batches = data.make_batches(lengths, 16, 20000, epoch=epoch)
+        padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+        assert 1 - lengths.sum() / padded < 0.10
+
+
+def test_collate_pads_with_zeros_and_keeps_skips_apart():
+    make = lambda key, T, U: data.Utterance(key, torch.full((T, 3), float(T)), torch.arange(1, U + 1), key * U, None,
+                                            T / 100)
+    batch = data.collate([make("a", 2, 3), data.Skip("b", "missing"), make("c", 4, 1)])
+    assert batch.feats[:, :, 0].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4]] and batch.feat_lens.tolist() == [2, 4]
+    assert batch.tokens.tolist() == [[1, 2, 3], [1, 0, 0]] and batch.token_lens.tolist() == [3, 1]
+    assert {t.dtype for t in (batch.feat_lens, batch.tokens, batch.token_lens)} == {torch.int64}
+    assert batch[:1] + batch[5:] == (["a", "c"], ["aaa", "c"], [None, None], [0.02, 0.04], [data.Skip("b", "missing")])
+    alone = data.collate([data.Skip("b", "missing")])
+    assert len(alone.feats) == len(alone.feat_lens) == len(alone.tokens) == 0 and len(alone.skipped) == 1
+    with pytest.raises(ValueError, match=r"one width, got \[\(3,\), \(4,\)\]"):
+        data.collate([make("a", 2, 3), make("c", 4, 1)._replace(feats=torch.zeros(2, 4))])
+
+
+# ---- data: corpora ----
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
+    """Recordings are tones whose pitch tells their split; every composed utterance must hold its own split's pitch."""
+    pitch = {"test": 500, "dev": 900, "train": 1500, "unseen_speaker": 2500}
+    (tmp_path / "fsdd/recordings").mkdir(parents=True)
+    for digit, speaker, index in itertools.product(range(10), ("ann", "bob"), (0, 4, 5, 9, 10, 49)):
+        split = "test" if index < 5 else "dev" if index < 10 else "train"
+        samples = tone(0.1 + 0.02 * digit, 8000, pitch["unseen_speaker" if speaker == "bob" else split])
+        data.save_wav(tmp_path / f"fsdd/recordings/{digit}_{speaker}_{index}.wav", samples, 8000)
+    for out in ("a", "b"):
+        assert data.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / out), "--hold-out-speaker", "bob",
+                          "--utterances", "12", "6", "6", "6"]) == 0
+    for split, size in zip(pitch, (6, 6, 12, 6)):
+        rows = rows_of(tmp_path / f"a/{split}.jsonl")
+        assert len(rows) == size and len({row["text"] for row in rows}) > 1
+        for row in rows:
+            samples, rate_hz = data.load_wav(tmp_path / "a" / row["audio"])
+            power = torch.fft.rfft(samples).abs().square()
+            near = (torch.arange(len(power)) * rate_hz / len(samples) - pitch[split]).abs() < 100
+            assert power[near].sum() > 0.95 * power.sum()
+            digits = [data.DIGITS.index(word) for word in row["text"].split()]
+            gaps = len(samples) / rate_hz - sum(0.1 + 0.02 * digit for digit in digits)
+            assert 3 <= len(digits) <= 7 and 0.06 <= gaps / (len(digits) + 1) <= 0.25
+            assert row["duration"] == pytest.approx(len(samples) / rate_hz, abs=1e-4)
+            assert row["speaker"] == ("bob" if split == "unseen_speaker" else "ann")
+            assert (tmp_path / "b" / row["audio"]).read_bytes() == (tmp_path / "a" / row["audio"]).read_bytes()
+
+
+def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
+    libri, shell, pairs = tmp_path / "LibriSpeech", tmp_path / "data_aishell", tmp_path / "pairs"
+    for folder in (libri / "dev-clean/84/121123", shell / "wav/train/S01", shell / "transcript", pairs / "deep"):
+        folder.mkdir(parents=True)
+    (libri / "dev-clean/84/121123/84-121123.trans.txt").write_text("84-121123-0000 GO  ON\n84-121123-0001 STOP\n")
+    stream = (16000 << 44) | (15 << 36) | 24000
+    header = b"fLaC\0\0\0\x22" + bytes(10) + stream.to_bytes(8, "big")
+    (libri / "dev-clean/84/121123/84-121123-0000.flac").write_bytes(header)
+    (shell / "transcript/aishell_transcript_v0.8.txt").write_text("K1 而 对 楼市\n", encoding="utf-8")
+    for key in ("K1", "K2"):
+        data.save_wav(shell / f"wav/train/S01/{key}.wav", tone(0.25, 16000), 16000)
+    for i in range(10):
+        data.save_wav(pairs / f"deep/n{i}.wav", tone(0.1, 8000), 8000)
+        (pairs / f"deep/n{i}.txt").write_text(f"text\n{i}\n")
+    data.save_wav(pairs / "alone.wav", tone(0.1, 8000), 8000)
+    assert data.main(["librispeech", str(libri), str(tmp_path / "out")]) == 0
+    assert data.main(["aishell", str(shell), str(tmp_path / "out")]) == 0
+    assert "1 utterances, 0.00 h; left out 1 without text" in capsys.readouterr().out
+    assert rows_of(tmp_path / "out/dev-clean.jsonl") == [
+        {"audio": "../LibriSpeech/dev-clean/84/121123/84-121123-0000.flac", "text": "GO ON", "speaker": "84",
+         "key": "84-121123-0000", "duration": 1.5},
+        {"audio": "../LibriSpeech/dev-clean/84/121123/84-121123-0001.flac", "text": "STOP", "speaker": "84",
+         "key": "84-121123-0001"}]                                  # no file: no duration, named when it is read
+    assert rows_of(tmp_path / "out/train.jsonl") == [
+        {"audio": "../data_aishell/wav/train/S01/K1.wav", "text": "而对楼市", "speaker": "S01", "key": "K1",
+         "duration": 0.25}]
+    assert data.main(["folder", str(pairs), str(tmp_path / "out"), "--dev-share", "0.2", "--test-share", "0.3"]) == 0
+    found = {split: rows_of(tmp_path / f"out/{split}.jsonl") for split in ("train", "dev", "test")}
+    assert sorted(row["text"] for rows in found.values() for row in rows) == [f"text {i}" for i in range(10)]
+    assert sum(map(len, found.values())) == 10 and len(found["dev"]) <= 2 and len(found["test"]) <= 3
+    assert all(row["text"][-1] == row["key"][-1] for rows in found.values() for row in rows)
+    assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
+    (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
+    (["folder", ".", "out", "--dev-share", "2"], "wanted shares of 0 or more")])
+def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("data.py: ") and error.count("\n") == 1 and words in error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))

@@ -1,0 +1,970 @@
+"""From recordings (or synthetic speech) to padded batches of features and token ids.
+
+Read it in the order in which the signal flows; each section uses only what stands above it, so it can be cut at a
+section:  wav -> resampling -> features -> augmentation -> utterances -> toy data -> manifests -> batches -> corpora.
+
+`frontend` is the only way from samples to features, for training, decoding and serving. Needs torch and numpy, nothing
+of ours: functions take `options`, any object with the attributes of the config's data section (sample_rate, num_mels,
+lfr_m, ...), and datasets take `encode`, any function from text to ids. Bad input is a ValueError that names the place;
+a bad recording in a manifest is a `Skip`.
+
+    python data.py --help                the sub-commands that turn public corpora into manifests
+    python data.py toy --benchmark       how hard the toy task is for a linear classifier, and how fast it is made
+
+Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances. Samples are float32 in [-1,1),
+energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling),
+SpecAugment (Park et al. 2019).
+"""
+import argparse
+import functools
+import io
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import wave
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+# ---- files ----
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replace the file whole: a reader, or a crash, meets the old content or the new, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---- wav ----
+
+class WavHeader(NamedTuple):
+    code: int           # 1 = integers, 3 = floats
+    bits: int           # of one sample of one channel
+    channels: int
+    rate_hz: int
+    start: int          # byte where the samples begin
+    num_bytes: int      # a whole number of samples of all channels
+
+
+SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
+
+
+def parse_fmt(fmt: bytes) -> tuple[int, int, int, int]:
+    """The 'fmt ' chunk -> code, bits, channels, rate_hz."""
+    if len(fmt) < 16:
+        raise ValueError(f"wanted a 'fmt ' chunk of 16 bytes or more before 'data', got {len(fmt)}")
+    code, channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", fmt[:16])
+    if code == 0xFFFE and len(fmt) >= 26:       # WAVE_FORMAT_EXTENSIBLE: the real code opens the sub-format
+        code = int.from_bytes(fmt[24:26], "little")
+    if channels < 1 or not 1000 <= rate_hz <= 1_000_000:
+        raise ValueError(f"wanted one channel or more at 1000 to 1000000 Hz, got {channels} at {rate_hz} Hz")
+    return code, bits, channels, rate_hz
+
+
+def read_header(file: BinaryIO) -> WavHeader | None:
+    """Walk the RIFF chunks of a seekable file; None if it is no WAV of SAMPLE_TYPES, ValueError if it is a broken one.
+
+    Our own walk, because `wave` (Python 3.11) refuses float and WAVE_FORMAT_EXTENSIBLE, which recorders write for 24
+    and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end".
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head, fmt = file.read(12), b""
+    if end == 0:
+        raise ValueError("wanted a recording, got an empty file")
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    while len(head := file.read(8)) == 8:
+        size, start = int.from_bytes(head[4:], "little"), file.tell()
+        if head[:4] == b"fmt ":
+            fmt = file.read(min(size, 40))
+        elif head[:4] == b"data":
+            code, bits, channels, rate_hz = parse_fmt(fmt)
+            num_bytes = min(size or end, end - start)
+            whole = num_bytes - num_bytes % max(1, channels * bits // 8)
+            return WavHeader(code, bits, channels, rate_hz, start, whole) if (code, bits) in SAMPLE_TYPES else None
+        file.seek(start + size + size % 2)      # chunks are padded to an even size
+    raise ValueError("wanted a 'data' chunk, got the end of the file")
+
+
+def read_samples(file: BinaryIO, header: WavHeader) -> Tensor:
+    """The samples that a header describes -> (N,) float32, channels averaged. ValueError if one is not finite."""
+    file.seek(header.start)
+    x = np.frombuffer(file.read(header.num_bytes), SAMPLE_TYPES[header.code, header.bits])
+    if header.bits == 24:                       # three bytes -> the upper three of an int32
+        x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")[:, 0]
+    if header.code == 1:
+        full_scale = 2.0 ** (31 if header.bits == 24 else header.bits - 1)
+        x = (x.astype(np.float64) - (128 if header.bits == 8 else 0)) / full_scale
+    x = x.reshape(-1, header.channels).mean(1, dtype=np.float64)
+    if not np.isfinite(x).all():
+        bad = int(np.argmin(np.isfinite(x)))
+        raise ValueError(f"wanted finite samples, got {x[bad]} at sample {bad}")
+    return torch.from_numpy(x.astype(np.float32))
+
+
+def ffmpeg_to_wav(source: str | bytes) -> bytes:
+    """Any format that ffmpeg knows -> a float WAV in memory. It may read that file (or pipe) only: no playlists."""
+    if shutil.which("ffmpeg") is None:
+        raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64), got another format: that needs ffmpeg, "
+                         "which is not installed")
+    protocol, url = ("pipe", "pipe:0") if isinstance(source, bytes) else ("file", f"file:{source}")
+    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", protocol, "-i", url, "-vn", "-c:a", "pcm_f32le",
+               "-f", "wav", "pipe:1"]
+    done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", capture_output=True)
+    if done.returncode:
+        raise ValueError(f"wanted a recording, ffmpeg says: {done.stderr.decode(errors='replace').strip()[-300:]}")
+    return done.stdout
+
+
+def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
+    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), channels averaged, and rate in Hz.
+
+    WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
+    Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
+    """
+    in_memory = isinstance(source, bytes)
+    place = "<bytes>" if in_memory else os.fspath(source)
+    try:
+        with io.BytesIO(source) if in_memory else open(source, "rb") as file:
+            if header := read_header(file):
+                return read_samples(file, header), header.rate_hz
+        converted = io.BytesIO(ffmpeg_to_wav(source if in_memory else place))
+        header = read_header(converted)
+        return read_samples(converted, header), header.rate_hz
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def wav_info(path: str | os.PathLike) -> tuple[int, int]:
+    """(samples of a channel, rate in Hz): WAV and FLAC by their headers, others by decoding. Raises as load_wav."""
+    with open(path, "rb") as file:
+        try:
+            header = read_header(file)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        file.seek(0)
+        head = file.read(26)
+    if header:
+        return header.num_bytes // (header.channels * header.bits // 8), header.rate_hz
+    word = int.from_bytes(head[18:26], "big")           # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
+    if head[:4] == b"fLaC" and word % 2**36:
+        return word % 2**36, word >> 44
+    samples, rate_hz = load_wav(path)
+    return len(samples), rate_hz
+
+
+def audio_seconds(path: str | os.PathLike) -> float | None:
+    """Duration of a recording, None if it cannot be read."""
+    try:
+        num_samples, rate_hz = wav_info(path)
+    except (OSError, ValueError):
+        return None
+    return num_samples / rate_hz
+
+
+def save_wav(path: str | os.PathLike, samples: Tensor | np.ndarray, rate_hz: int) -> None:
+    """Write samples (N,) in [-1,1) as 16-bit mono WAV; values outside are clipped."""
+    x = np.asarray(samples, np.float64)
+    if x.ndim != 1:
+        raise ValueError(f"samples must be (N,), got {x.shape}")
+    with wave.open(os.fspath(path), "wb") as file:
+        file.setparams((1, 2, rate_hz, 0, "NONE", ""))
+        file.writeframes(np.clip(np.rint(x * 32768), -32768, 32767).astype("<i2").tobytes())
+
+
+# ---- resampling ----
+
+ZERO_CROSSINGS = 48     # of the sinc on either side; with the window below: flat to 0.89 of the lower Nyquist rate,
+ROLL_OFF = 0.945        # and -80 dB from 1.0 on. ROLL_OFF is the middle of that transition
+KAISER_BETA = 7.857     # 0.1102 * (80 dB - 8.7)
+PHASES = 64             # outputs of a period that are computed in one matrix product
+
+
+@functools.lru_cache(maxsize=64)
+def sinc_block(up: int, down: int, first: int, count: int) -> tuple[int, Tensor]:
+    """Weights of outputs first..first+count-1 of a period, in which `down` inputs become `up` outputs.
+
+    -> offset and weights (span, count) float32: out[p*up + first + c] = sum_i in[p*down + offset + i] * weights[i, c].
+    """
+    band = ROLL_OFF * min(1.0, up / down)               # cut-off / half the input rate
+    half = ZERO_CROSSINGS / band                        # input samples on either side
+    centres = (first + np.arange(count)) * (down / up)
+    offset, stop = math.ceil(centres[0] - half), math.floor(centres[-1] + half) + 1
+    t = np.arange(offset, stop)[:, None] - centres      # (span, count)
+    window = np.i0(KAISER_BETA * np.sqrt(np.clip(1 - (t / half) ** 2, 0, None))) * (np.abs(t) <= half)
+    weights = np.sinc(band * t) * window
+    return offset, torch.from_numpy((weights / weights.sum(0)).astype(np.float32))      # a constant stays what it is
+
+
+def check_samples(samples: Tensor) -> None:
+    if samples.dim() != 1 or not samples.is_floating_point():
+        raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
+
+
+def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
+    """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
+
+    Zeros are assumed beyond the edges. Exact for every pair of whole rates in bounded memory: PHASES outputs of a
+    period are one matrix product with the weights of their block, over at most 2^22 numbers at a time.
+    """
+    check_samples(samples)
+    if min(rate_in, rate_out) < 1:
+        raise ValueError(f"rates must be positive Hz, got {rate_in} and {rate_out}")
+    if rate_in == rate_out or len(samples) == 0:
+        return samples
+    common = math.gcd(rate_in, rate_out)
+    up, down = rate_out // common, rate_in // common
+    num_out = -(-len(samples) * up // down)
+    periods = -(-num_out // up)
+    margin = math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+    padded = torch.nn.functional.pad(samples.float(), (margin, margin + periods * down - len(samples)))
+    out = padded.new_empty(periods, up)
+    for first in range(0, min(up, num_out), PHASES):
+        offset, weights = sinc_block(up, down, first, min(PHASES, up - first))
+        frames = padded[margin + offset:].unfold(0, len(weights), down)[:periods]       # (periods, span), a view
+        step = max(1, 2**22 // len(weights))
+        for start in range(0, periods, step):
+            out[start:start + step, first:first + PHASES] = frames[start:start + step] @ weights.to(samples.device)
+    return out.view(-1)[:num_out]
+
+
+# ---- features ----
+
+FRAME_SEC, SHIFT_SEC = 0.025, 0.010
+LOG_FLOOR = 2.0 ** -23          # float32 epsilon, Kaldi's floor
+MIN_DEVIATION = 1e-3            # natural log: a constant bin is not blown up by normalisation
+
+
+def mel(hz: np.ndarray | float) -> np.ndarray:
+    return 1127.0 * np.log1p(np.asarray(hz) / 700.0)
+
+
+@functools.lru_cache(maxsize=16)
+def mel_matrix(rate_hz: int, num_mels: int, fft_size: int) -> Tensor:
+    """(fft_size/2 + 1, num_mels) float32: triangles equally spaced and computed on the mel scale, 20 Hz to Nyquist."""
+    edges = np.linspace(mel(20.0), mel(rate_hz / 2), num_mels + 2)
+    bins = mel(np.arange(fft_size // 2 + 1) * rate_hz / fft_size)[:, None]
+    rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.from_numpy(np.clip(np.minimum(rise, fall), 0, None).astype(np.float32))
+
+
+def fbank(samples: Tensor, rate_hz: int, num_mels: int) -> Tensor:
+    """Log-mel filterbank with Kaldi's numbers: samples (N,) in [-1,1) -> (T, num_mels) float32, logs at 16-bit scale.
+
+    Whole frames of 25 ms every 10 ms: T = 1 + (N - window) // shift, and 0 below one window. Per frame: mean removed,
+    pre-emphasis 0.97, Hamming, zeros to a power of two, power spectrum, mel triangles, log. No dither, no energy.
+    Source: equal to kaldi-native-fbank within 2e-3. FunASR differs below one window, where it shrinks the window.
+    """
+    check_samples(samples)
+    window, shift = int(rate_hz * FRAME_SEC), int(rate_hz * SHIFT_SEC)
+    if shift < 1 or num_mels < 1:
+        raise ValueError(f"wanted rate_hz >= 100 and num_mels >= 1, got {rate_hz} and {num_mels}")
+    if len(samples) < window:
+        return torch.zeros(0, num_mels, device=samples.device)
+    fft_size = 2 ** math.ceil(math.log2(window))
+    mels = mel_matrix(rate_hz, num_mels, fft_size).to(samples.device)
+    taper = torch.hamming_window(window, periodic=False, device=samples.device) * 32768
+    blocks = []
+    for frames in samples.float().unfold(0, window, shift).split(512):      # (t, window): blocks that fit the cache
+        x = frames - frames.mean(1, keepdim=True)
+        x = (x - 0.97 * torch.cat([x[:, :1], x[:, :-1]], 1)) * taper
+        spectrum = torch.view_as_real(torch.fft.rfft(x, fft_size))          # (t, fft_size/2 + 1, 2)
+        blocks.append((spectrum.square().sum(-1) @ mels).clamp_(min=LOG_FLOOR).log_())
+    return torch.cat(blocks)
+
+
+def lfr(feats: Tensor, m: int, n: int) -> Tensor:
+    """Stack m frames every n frames (low frame rate).
+
+    feats (T,F) -> (ceil(T/n), m*F), also for T == 0. Indices are clamped, so edge frames repeat, (m-1)//2 of them on
+    the left. Source: Pundak & Sainath 2016; equal to FunASR's frontend.
+    """
+    if feats.dim() != 2 or m < 1 or n < 1:
+        raise ValueError(f"feats must be (T,F) and m, n >= 1, got {tuple(feats.shape)}, m={m}, n={n}")
+    T, F = feats.shape
+    if m == n == 1:
+        return feats
+    index = torch.arange(0, T, n)[:, None] + torch.arange(m) - (m - 1) // 2         # (ceil(T/n), m)
+    return feats[index.clamp(0, max(0, T - 1)).to(feats.device)].flatten(1)
+
+
+def normalise(feats: Tensor, stats: Tensor) -> Tensor:
+    """(feats - stats[0]) * stats[1]; feats (T,F), stats (2,F): mean and reciprocal deviation."""
+    if feats.dim() != 2 or tuple(stats.shape) != (2, feats.shape[1]):
+        raise ValueError(f"feats must be (T,F) and stats (2,F), got {tuple(feats.shape)} and {tuple(stats.shape)}")
+    return (feats - stats[0]) * stats[1]
+
+
+def compute_stats(features: Iterable[Tensor]) -> Tensor:
+    """Mean and reciprocal deviation over all frames of arrays (T,F) -> (2,F) float32. ValueError if no frame came."""
+    count, total, squares = 0, 0.0, 0.0
+    for feats in features:
+        x = feats.double()      # float64: a million frames
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    if count == 0:
+        raise ValueError("wanted feature frames to normalise by, got none: was every recording skipped?")
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_DEVIATION)
+    return torch.stack([mean, 1 / deviation]).float()
+
+
+def feature_dim(options) -> int:
+    """F, the width of what `frontend` returns."""
+    return options.num_mels * options.lfr_m
+
+
+def frame_sec(options) -> float:
+    """Seconds from one feature frame to the next, stacking included."""
+    return SHIFT_SEC * options.lfr_n
+
+
+def num_frames(duration_sec: float, options) -> int:
+    """Frames that `frontend` makes of so many seconds (one more or less where a duration was rounded)."""
+    samples = round(duration_sec * options.sample_rate)
+    window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
+    return 0 if samples < window else -(-(1 + (samples - window) // shift) // options.lfr_n)
+
+
+def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None) -> Tensor:
+    """samples (N,) at any rate -> features (T, num_mels * lfr_m): resample, fbank, lfr and, with stats, normalise.
+
+    T == 0 below one window of 25 ms. Reads options.sample_rate, num_mels, lfr_m, lfr_n.
+    """
+    feats = fbank(resample(samples, rate_hz, options.sample_rate), options.sample_rate, options.num_mels)
+    feats = lfr(feats, options.lfr_m, options.lfr_n)
+    return feats if stats is None else normalise(feats, stats)
+
+
+# ---- augmentation ----
+
+def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The one source of randomness: the same stream for the same three numbers, in whatever order and process."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
+    """(size,) bool, True but for one random span of 0..widest."""
+    width = rng.integers(min(widest, size) + 1)
+    start = rng.integers(size - width + 1)
+    place = np.arange(size)
+    return (place < start) | (place >= start + width)
+
+
+def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
+    """Zero random bands of frequency and spans of time in a copy of feats (T,F); after normalisation 0 is the mean.
+
+    options.augment: freq_masks bands of 0..freq_width mel bins, time_masks spans of 0..time_width frames, each at most
+    time_share of T. A band hits the same of the options.num_mels bins in each of the frames that lfr stacked.
+    Source: Park et al. 2019, without time warping.
+    """
+    T, F = feats.shape
+    mels, augment = options.num_mels, options.augment
+    if F % mels:
+        raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
+    bins, frames = np.ones(mels, bool), np.ones(T, bool)
+    for _ in range(augment.freq_masks):
+        bins &= mask_span(mels, augment.freq_width, rng)
+    for _ in range(augment.time_masks):
+        frames &= mask_span(T, min(augment.time_width, int(augment.time_share * T)), rng)
+    keep = frames[:, None] & np.tile(bins, F // mels)
+    return feats * torch.from_numpy(keep).to(feats)
+
+
+# ---- utterances ----
+
+class Utterance(NamedTuple):
+    key: str
+    feats: Tensor                   # (T,F) float32
+    tokens: Tensor                  # (U,) int64
+    text: str
+    boundaries: Tensor | None       # (U+1,) float32 frames, where the truth is known
+    seconds: float
+
+
+class Skip(NamedTuple):
+    key: str
+    reason: str
+
+
+def address(item: int | tuple[int, int], size: int) -> tuple[int, int]:
+    """dataset[index] or dataset[epoch, index] -> (epoch, index); IndexError outside, which ends a plain `for`."""
+    epoch, index = item if isinstance(item, tuple) else (0, item)
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} of a dataset of {size}")
+    return epoch, index
+
+
+# ---- toy data ----
+
+TOY_STEPS = 64          # positions at which a symbol's trajectory is tabulated
+TOY_DIP = 2.0           # natural log: a symbol is that much weaker at its ends than in its middle
+
+
+@functools.lru_cache(maxsize=4)
+def toy_inventory(num_symbols: int, num_mels: int) -> np.ndarray:
+    """Spectral trajectories (num_symbols, TOY_STEPS, num_mels) float32, the same for every seed.
+
+    Three formants glide in place and strength under an envelope. Symbols 2k and 2k+1 are time reversals of each other:
+    the same frames in another order, so single frames cannot tell them apart. Each pair is, of 32 random ones, the
+    farthest from those before it and from its own reversal.
+    """
+    rng = np.random.default_rng(2206)
+    place, glide = np.linspace(0, 1, num_mels), np.linspace(0, 1, TOY_STEPS)[:, None]
+
+    def draw() -> np.ndarray:
+        ends = rng.uniform([0.05, 0.3, 0.6], [0.4, 0.7, 0.95], (2, 3))
+        centre, strength = ((1 - glide) * a + glide * b for a, b in (ends, rng.uniform(1.5, 4.0, (2, 3))))   # (64, 3)
+        bumps = strength[..., None] * np.exp(-0.5 * ((place - centre[..., None]) / 0.05) ** 2)      # (64, 3, num_mels)
+        return (bumps.sum(1) - TOY_DIP * (2 * glide - 1) ** 2).astype(np.float32)
+
+    chosen: list[np.ndarray] = []
+    while len(chosen) < num_symbols:
+        pool = [draw() for _ in range(32)]
+        nearest = [min(np.square(x - other).mean() for other in [x[::-1], *chosen]) for x in pool]
+        best = pool[int(np.argmax(nearest))]
+        chosen += [best, best[::-1]]
+    return np.stack(chosen[:num_symbols])
+
+
+def toy_letter(symbol: int) -> str:
+    """a..z, then CJK ideographs: letters without case, so that text normalisation keeps them apart."""
+    return chr(ord("a") + symbol) if symbol < 26 else chr(0x4E00 + symbol - 26)
+
+
+def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.random.Generator) -> np.ndarray:
+    """symbols (U,), durations (U,) frames -> (T, num_mels) float32, natural-log energies above a floor around 0."""
+    toy, inventory = options.toy, toy_inventory(options.toy.num_symbols, options.num_mels)
+    ends = durations.cumsum()
+    t = np.arange(ends[-1]) + 0.5                               # (T,) middles of the frames
+    here = np.repeat(np.arange(len(symbols)), durations)        # (T,) position in the text
+    start, end = ends[here] - durations[here], ends[here]
+    late = t > (start + end) / 2                                # the nearer neighbour is the next symbol
+    there = np.clip(here + np.where(late, 1, -1), 0, len(symbols) - 1)
+    distance = np.where(late, end - t, t - start)               # to the boundary with that neighbour
+    share = np.clip(0.5 + distance / max(toy.blend_frames, 1e-6), 0, 1).astype(np.float32)[:, None]
+
+    def trajectory(at: np.ndarray) -> np.ndarray:
+        position = np.clip((t - ends[at] + durations[at]) / durations[at], 0, 1)
+        return inventory[symbols[at], np.rint(position * (TOY_STEPS - 1)).astype(np.int64)]     # (T, num_mels)
+
+    tilt = rng.normal(0, toy.gain_std) + rng.normal(0, toy.tilt_std) * np.linspace(-0.5, 0.5, options.num_mels)
+    noise = np.float32(toy.noise) * rng.standard_normal((len(t), options.num_mels), np.float32)
+    return share * trajectory(here) + (1 - share) * trajectory(there) + tilt.astype(np.float32) + noise
+
+
+class ToySeq2SeqDataset(Dataset):
+    """Synthetic speech-like features: index -> Utterance, a pure function of (seed, index).
+
+    A text of random symbols, each a trajectory of `toy_inventory` stretched to its duration (in every text of two or
+    more, one lasts min_frames and one at least three times that), neighbours cross-faded over blend_frames around the
+    true boundaries; loudness and spectral tilt drawn per utterance, white noise on top. stats (2,F) normalise; augment
+    adds SpecAugment, a function of the epoch of [epoch, index] too. Reads options.num_mels, toy and augment.
+    """
+
+    def __init__(self, num_utterances: int, options, encode: Callable[[str], list[int]], seed: int = 0,
+                 augment: bool = False, stats: Tensor | None = None):
+        toy = options.toy
+        if not (1 <= toy.min_symbols <= toy.max_symbols and 3 <= 3 * toy.min_frames <= toy.max_frames):
+            raise ValueError(f"wanted 1 <= min_symbols <= max_symbols and 3 <= 3 * min_frames <= max_frames, got {toy}")
+        self.num_utterances, self.options, self.encode, self.seed = num_utterances, options, encode, seed
+        self.augment, self.stats = augment, stats
+
+    def __len__(self) -> int:
+        return self.num_utterances
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """Frames of every utterance, without making them."""
+        return np.array([self._plan(index)[1].sum() for index in range(len(self))], np.int64)
+
+    def epoch_lengths(self, epoch: int) -> np.ndarray:
+        return self.lengths
+
+    def _plan(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """-> symbols (U,), durations (U,) in frames, and the generator that goes on to draw the rest."""
+        toy, rng = self.options.toy, generator(self.seed, 0, index)
+        U = rng.integers(toy.min_symbols, toy.max_symbols + 1)
+        symbols = rng.integers(toy.num_symbols, size=U)
+        durations = np.rint(np.exp(rng.uniform(*np.log([toy.min_frames, toy.max_frames]), U))).astype(np.int64)
+        if U > 1:
+            short, long = rng.choice(U, 2, replace=False)
+            durations[[short, long]] = toy.min_frames, rng.integers(3 * toy.min_frames, toy.max_frames + 1)
+        return symbols, durations, rng
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Utterance:
+        epoch, index = address(item, len(self))
+        symbols, durations, rng = self._plan(index)
+        feats = torch.from_numpy(toy_features(symbols, durations, self.options, rng))
+        feats = feats if self.stats is None else normalise(feats, self.stats)
+        if self.augment:
+            feats = spec_augment(feats, self.options, generator(self.seed, epoch, index))
+        text = "".join(map(toy_letter, symbols))
+        boundaries = torch.tensor([0, *durations.cumsum()], dtype=torch.float32)
+        return Utterance(f"toy_{self.seed}_{index}", feats, torch.tensor(self.encode(text), dtype=torch.int64), text,
+                         boundaries, len(feats) * SHIFT_SEC)
+
+
+# ---- manifests ----
+
+class Row(NamedTuple):
+    key: str
+    audio: str                      # path, "" = none given
+    text: str
+    duration: float | None          # seconds
+
+
+AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "target")     # ours, NeMo's, FunASR's
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place as file:line, line) of every line that is not blank, stripped. ValueError if it is no UTF-8 file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: wanted a text file, got none of that name")
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            line = raw.decode("utf-8-sig").strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}:{number}: wanted UTF-8, got {raw[:40]!r}") from None
+        if line:
+            yield f"{path}:{number}", line
+
+
+def parse_row(line: str, folder: Path, place: str) -> Row:
+    """One JSON line of a manifest; paths are relative to `folder`. Raises ValueError: place, wanted, got."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r}")
+    audio = next((fields[name] for name in AUDIO_NAMES if name in fields), None)
+    text = next((fields[name] for name in TEXT_NAMES if name in fields), "")
+    duration, key = fields.get("duration"), fields.get("key")
+    if not isinstance(audio, str) or not audio:
+        raise ValueError(f"{place}: wanted a path under {' or '.join(AUDIO_NAMES)}, got {audio!r} in {line[:60]}")
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: wanted a string under {' or '.join(TEXT_NAMES)}, got {text!r}")
+    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < math.inf):
+        raise ValueError(f"{place}: wanted seconds as duration, got {duration!r}")
+    if fields.get("offset"):
+        raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
+    return Row(Path(audio).stem if key is None else str(key), str(folder / audio), text, duration)
+
+
+def read_table(path: Path) -> dict[str, tuple[str, str]]:
+    """A Kaldi table, lines `key value` -> {key: (value, place)}. Raises ValueError if a key stands twice."""
+    table: dict[str, tuple[str, str]] = {}
+    for place, line in read_lines(path):
+        key, *value = line.split(None, 1)
+        if key in table:
+            raise ValueError(f"{place}: wanted every key once, got {key!r} again, first at {table[key][1]}")
+        table[key] = ("".join(value), place)
+    return table
+
+
+def read_kaldi(folder: Path) -> list[Row]:
+    """wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and for `segments`."""
+    if (folder / "segments").exists():
+        raise ValueError(f"{folder / 'segments'}: wanted one recording an utterance, got segments; cut them first")
+    audio, texts = read_table(folder / "wav.scp"), read_table(folder / "text")
+    for path, place in audio.values():
+        if path.endswith("|") or not path:
+            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
+    return [Row(key, str(folder / audio[key][0]) if key in audio else "", texts.get(key, ("",))[0], None)
+            for key in {**audio, **texts}]
+
+
+def read_manifest(path: str | os.PathLike) -> list[Row]:
+    """Rows of a JSON-lines manifest or a Kaldi folder. Raises ValueError at the first bad line."""
+    path = Path(path)
+    if path.is_dir():
+        return read_kaldi(path)
+    return [parse_row(line, path.parent, place) for place, line in read_lines(path)]
+
+
+def read_inputs(paths: Iterable[str]) -> list[Row]:
+    """Rows of what a command line names: manifests (.jsonl), Kaldi folders, and recordings (anything else)."""
+    rows: list[Row] = []
+    for path in map(Path, paths):
+        is_list = path.suffix in (".jsonl", ".json") or path.is_dir()
+        rows += read_manifest(path) if is_list else [Row(str(path), str(path), "", None)]
+    return rows
+
+
+class ManifestDataset(Dataset):
+    """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
+
+    source: JSON lines, a Kaldi folder, or rows. stats (2,F) normalise. augment: one of the speeds, and SpecAugment,
+    both pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the encoder's
+    subsampling).
+    Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
+    more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
+    any length is taken, and a recording below one window has T == 0. Raises ValueError on a bad line of the manifest.
+    """
+
+    def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
+                 seed: int = 0, augment: bool = False, stats: Tensor | None = None, frames_per_token: int = 1,
+                 for_training: bool = True):
+        self.rows = source if isinstance(source, list) else read_manifest(source)
+        self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
+        self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def durations(self) -> list[float]:
+        """Seconds of every recording: as the manifest says, else by the header; 0 if that cannot be read."""
+        return [row.duration if row.duration is not None else audio_seconds(row.audio) or 0.0 for row in self.rows]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Frames of every utterance at its own speed, estimated from `durations`."""
+        return np.array([num_frames(seconds, self.options) for seconds in self.durations], np.int64)
+
+    def epoch_lengths(self, epoch: int) -> np.ndarray:
+        """Frames of every utterance at the speeds of that epoch."""
+        return np.array([num_frames(seconds / self._speed(epoch, index)[0], self.options)
+                         for index, seconds in enumerate(self.durations)], np.int64)
+
+    def _speed(self, epoch: int, index: int) -> tuple[float, np.random.Generator]:
+        rng = generator(self.seed, epoch, index)
+        return float(rng.choice(self.options.augment.speeds)) if self.augment else 1.0, rng
+
+    def _load(self, row: Row) -> tuple[Tensor, int] | Skip:
+        if self.for_training and not row.text.strip():
+            return Skip(row.key, "no text")
+        if not row.audio:
+            return Skip(row.key, "no audio: wav.scp has no line for it")
+        try:
+            samples, rate_hz = load_wav(row.audio)
+        except FileNotFoundError:
+            return Skip(row.key, f"missing: {row.audio}")
+        except (OSError, ValueError) as error:
+            return Skip(row.key, f"unreadable: {error}")
+        seconds, shortest = len(samples) / rate_hz, max(self.options.min_sec, FRAME_SEC)
+        if not self.for_training:
+            return samples, rate_hz
+        if not len(samples):
+            return Skip(row.key, "empty: no samples")
+        if seconds < shortest:
+            return Skip(row.key, f"too short: {seconds:.3f} s, {shortest} s wanted")
+        if seconds > self.options.max_sec:
+            return Skip(row.key, f"too long: {seconds:.1f} s, {self.options.max_sec} s allowed")
+        return samples, rate_hz
+
+    def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
+        epoch, index = address(item, len(self))
+        row = self.rows[index]
+        loaded = self._load(row)
+        if isinstance(loaded, Skip):
+            return loaded
+        samples, rate_hz = loaded
+        speed, rng = self._speed(epoch, index)
+        feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
+        tokens = torch.tensor(self.encode(row.text), dtype=torch.int64)
+        if self.for_training and len(tokens) > len(feats) // self.frames_per_token:
+            return Skip(row.key, f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most "
+                                 f"{len(feats) // self.frames_per_token}")
+        feats = spec_augment(feats, self.options, rng) if self.augment else feats
+        return Utterance(row.key, feats, tokens, row.text, None, len(samples) / rate_hz)
+
+
+def training_texts(options) -> list[str]:
+    """The texts that a tokenizer is built from: those of the training manifest, or every letter of the toy task."""
+    if options.kind == "toy":
+        return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
+    return [row.text for row in read_manifest(options.train)]
+
+
+def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
+                 frames_per_token: int = 1, augment: bool = False) -> Dataset:
+    """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds."""
+    if options.kind == "toy":
+        size = options.toy.num_train if split == "train" else options.toy.num_dev
+        stream = 3 * seed + ("train", "dev", "test").index(split)
+        return ToySeq2SeqDataset(size, options, encode, stream, augment, stats)
+    return ManifestDataset(getattr(options, split), options, encode, seed, augment, stats, frames_per_token)
+
+
+# ---- batches ----
+
+LENGTH_JITTER = 0.05        # relative; sorting by jittered lengths varies who meets whom from epoch to epoch
+
+
+class Batch(NamedTuple):
+    keys: list[str]
+    feats: Tensor                       # (B,T,F) float32, padded with 0 after normalisation
+    feat_lens: Tensor                   # (B,) int64
+    tokens: Tensor                      # (B,U) int64, padded with 0
+    token_lens: Tensor                  # (B,) int64
+    texts: list[str]
+    boundaries: list[Tensor | None]     # (U+1,) each
+    seconds: list[float]
+    skipped: list[Skip]                 # not among the B
+
+
+def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: int = 0, epoch: int = 0,
+                 shuffle: bool = True) -> list[list[int]]:
+    """Indices of utterances of `lengths` frames in batches of similar length, each once; decided by (seed, epoch).
+
+    At most batch_size utterances and batch_frames padded frames in each; one longer than that is a batch of its own.
+    With shuffle the lengths are jittered before sorting and the batches shuffled; without, they stand by length.
+    """
+    if batch_size < 1 or batch_frames < 1:
+        raise ValueError(f"batch_size and batch_frames must be 1 or more, got {batch_size} and {batch_frames}")
+    lengths = np.asarray(lengths, np.int64)
+    if lengths.ndim != 1:
+        raise ValueError(f"lengths must be (number of utterances,), got {lengths.shape}")
+    rng = np.random.default_rng((seed, epoch))
+    jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(lengths)) if shuffle else 1.0
+    batches: list[list[int]] = []
+    longest = 0
+    for index in np.argsort(lengths * jitter, kind="stable").tolist():
+        longest = max(longest, int(lengths[index]))
+        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > batch_frames:
+            batches.append([])
+            longest = int(lengths[index])
+        batches[-1].append(index)
+    return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
+
+
+def collate(items: list[Utterance | Skip]) -> Batch:
+    """Utterances -> one padded Batch; Skips go to `skipped`. Of Skips alone comes a batch with B == 0."""
+    kept = [item for item in items if isinstance(item, Utterance)]
+    skipped = [item for item in items if isinstance(item, Skip)]
+    widths = {item.feats.shape[1:] for item in kept}
+    if len(widths) > 1:
+        raise ValueError(f"feats must be (T,F) of one width, got {sorted(tuple(w) for w in widths)}")
+    if not kept:
+        empty = torch.zeros(0, dtype=torch.int64)
+        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], [], [], skipped)
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return Batch([u.key for u in kept], pad([u.feats for u in kept]), torch.tensor([len(u.feats) for u in kept]),
+                 pad([u.tokens for u in kept]), torch.tensor([len(u.tokens) for u in kept]), [u.text for u in kept],
+                 [u.boundaries for u in kept], [u.seconds for u in kept], skipped)
+
+
+def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
+           start: int = 0) -> Iterable[Batch]:
+    """Batches from number `start` on, in order, equal for every num_workers. Leaves torch's global generator alone."""
+    addresses = [[(epoch, index) for index in batch] for batch in batches[start:]]
+    return DataLoader(dataset, batch_sampler=addresses, num_workers=num_workers, collate_fn=collate,
+                      generator=torch.Generator())
+
+
+# ---- corpora ----
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+
+
+def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
+    """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will name it."""
+    seconds = audio_seconds(audio)
+    return {"audio": os.path.relpath(audio, out), "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
+            **({} if seconds is None else {"duration": round(seconds, 4)})}
+
+
+def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> int:
+    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only."""
+    splits: dict[str, list[dict]] = {}
+    for split, row in rows:
+        splits.setdefault(split, []).append(row)
+    if not splits:
+        raise ValueError(f"{out}: wanted recordings to list, got none: is it the right folder and layout?")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        path, kept = out / f"{split}.jsonl", [row for row in rows if row["text"]]
+        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        hours = sum(row.get("duration", 0.0) for row in kept) / 3600
+        print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
+    return 0
+
+
+def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
+    """Recordings (n,) each -> one utterance (N,): edges faded over 5 ms, gaps of 60 to 250 ms, gains, faint noise."""
+    fade = rate_hz // 200
+    ramp = np.sin(0.5 * np.pi * (np.arange(fade) + 0.5) / fade) ** 2
+    gaps = [np.zeros(int(rate_hz * gap_sec)) for gap_sec in rng.uniform(0.06, 0.25, len(recordings) + 1)]
+    pieces = gaps[:1]
+    for recording, gap in zip(recordings, gaps[1:]):
+        envelope = np.concatenate([ramp, np.ones(max(0, len(recording) - 2 * fade)), ramp[::-1]])[:len(recording)]
+        pieces += [recording * envelope * 10 ** (rng.normal(0, 2) / 20), gap]
+    x = np.concatenate(pieces) * 10 ** (rng.uniform(-9, 3) / 20)
+    colour = rng.uniform(0, 0.9) ** np.arange(24)
+    hiss = np.convolve(rng.standard_normal(len(x) + 23), colour / np.linalg.norm(colour), "valid")
+    return x + hiss * 10 ** (rng.uniform(-65, -45) / 20)
+
+
+def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[int]) -> Iterator[tuple[str, dict]]:
+    """Connected digits, three to seven by one speaker, from recordings <digit>_<speaker>_<index>.wav -> rows.
+
+    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
+    """
+    folder = source / "recordings" if (source / "recordings").is_dir() else source
+    pools: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}, "unseen_speaker": {}}
+    for path in sorted(folder.glob("[0-9]_*_*.wav")):
+        _, speaker, index = path.stem.split("_")
+        split = "test" if int(index) < 5 else "dev" if int(index) < 10 else "train"
+        pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
+    if hold_out and not pools["unseen_speaker"]:
+        raise ValueError(f"{folder}: wanted <digit>_{hold_out}_<index>.wav for --hold-out-speaker, got none")
+    for number, ((split, speakers), size) in enumerate(zip(pools.items(), sizes)):
+        (out / "wav" / split).mkdir(parents=True, exist_ok=True)
+        for i in range(size if speakers else 0):
+            rng = generator(seed, number, i)
+            speaker = str(rng.choice(sorted(speakers)))
+            picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
+            loaded = [load_wav(path) for path in picks]
+            audio, rate_hz = out / "wav" / split / f"{split}_{i:04d}.wav", loaded[0][1]
+            save_wav(audio, join_digits([x.numpy() for x, _ in loaded], rate_hz, rng), rate_hz)
+            yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
+
+
+def prepare_librispeech(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+    """<split>/<speaker>/<chapter>/*.trans.txt, lines `key TEXT`, beside <key>.flac."""
+    for table in sorted(source.glob("*/*/*/*.trans.txt")):
+        split, speaker = table.relative_to(source).parts[:2]
+        for key, (text, _) in read_table(table).items():
+            yield split, manifest_row(out, table.parent / f"{key}.flac", text, speaker)
+
+
+def prepare_aishell(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+    """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, whose spaces between words go."""
+    texts = read_table(source / "transcript" / "aishell_transcript_v0.8.txt")
+    for audio in sorted(source.glob("wav/*/*/*.wav")):
+        text = texts.get(audio.stem, ("",))[0]
+        yield audio.parts[-3], manifest_row(out, audio, "".join(text.split()), audio.parts[-2])
+
+
+def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
+                   seed: int) -> Iterator[tuple[str, dict]]:
+    """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
+    if min(dev_share, test_share) < 0 or dev_share + test_share > 1:
+        raise ValueError(f"wanted shares of 0 or more, together at most 1, got {dev_share} and {test_share}")
+    recordings = sorted(source.rglob("*.wav"))
+    num_dev, num_test = round(dev_share * len(recordings)), round(test_share * len(recordings))
+    for rank, index in enumerate(generator(seed, 0, 0).permutation(len(recordings))):
+        split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
+        audio = recordings[index]
+        lines = read_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
+        yield split, manifest_row(out, audio, " ".join(line for _, line in lines))
+
+
+TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
+    num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
+    blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
+
+
+def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int) -> float:
+    """Symbol accuracy of a softmax regression on single frames that is given the true boundaries.
+
+    tokens are symbols 0..num_symbols-1. A symbol is read off the sum of its frames' log-probabilities.
+    """
+    frames = torch.cat([u.feats for u in train])
+    labels = torch.cat([u.tokens.repeat_interleave(u.boundaries.diff().long()) for u in train])
+    stats = compute_stats([frames])
+    frames = normalise(frames, stats)
+    weights = torch.zeros(frames.shape[1] + 1, num_symbols, requires_grad=True)        # the last row is the bias
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(frames @ weights[:-1] + weights[-1], labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    right = count = 0
+    for u in test:
+        logs = (normalise(u.feats, stats) @ weights[:-1] + weights[-1]).detach().log_softmax(-1)       # (T, symbols)
+        guesses = [part.sum(0).argmax() for part in logs.split(u.boundaries.diff().long().tolist())]
+        right, count = right + int((torch.stack(guesses) == u.tokens).sum()), count + len(u.tokens)
+    return right / count
+
+
+def toy_report(benchmark: bool, seed: int) -> int:
+    letters = {toy_letter(symbol): symbol for symbol in range(TOY_TASK.toy.num_symbols)}
+    dataset = ToySeq2SeqDataset(700, TOY_TASK, lambda text: [letters[c] for c in text], seed)
+    for u in [dataset[i] for i in range(3)]:
+        print(f"{u.key}: {u.text}, {len(u.feats)} frames, boundaries {' '.join(f'{b:.0f}' for b in u.boundaries)}")
+    if benchmark:
+        started = time.perf_counter()
+        items = [dataset[i] for i in range(700)]
+        print(f"made in {(time.perf_counter() - started) / 700 * 1e3:.2f} ms an utterance")
+        accuracy = linear_probe(items[:500], items[500:], len(letters))
+        print(f"linear classifier on single frames, true boundaries given: symbol accuracy {accuracy:.3f}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data.py", description="Turn public corpora into manifests (JSON lines with "
+                                     "audio, text, speaker, key, duration), one for each split.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, about: str, folders: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        if folders:
+            command.add_argument("source", type=Path, help="the corpus's folder")
+            command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
+        command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
+        return command
+
+    fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart")
+    fsdd.add_argument("--hold-out-speaker", default="", metavar="NAME", help="keep out whole, as unseen_speaker")
+    fsdd.add_argument("--utterances", type=int, nargs=4, default=[3000, 200, 300, 300],
+                      metavar=("TRAIN", "DEV", "TEST", "UNSEEN"), help="how many of each (default 3000 200 300 300)")
+    add("librispeech", "LibriSpeech folders <split>/<speaker>/<chapter> with .trans.txt and .flac")
+    add("aishell", "AISHELL-1: data_aishell with transcript/ and unpacked wav/<split>/<speaker>")
+    folder = add("folder", "any folder of name.wav beside name.txt, at any depth")
+    folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
+    folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
+    toy = add("toy", "the toy task: print three utterances", folders=False)
+    toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
+    return parser
+
+
+def run_command(args: argparse.Namespace) -> int:
+    if args.command == "toy":
+        return toy_report(args.benchmark, args.seed)
+    source, out = args.source, args.out
+    if not source.is_dir():
+        raise ValueError(f"{source}: wanted the corpus's folder, got none of that name")
+    if args.command == "fsdd":
+        rows = prepare_fsdd(source, out, args.hold_out_speaker, args.seed, args.utterances)
+    elif args.command == "folder":
+        rows = prepare_folder(source, out, args.dev_share, args.test_share, args.seed)
+    else:
+        rows = {"librispeech": prepare_librispeech, "aishell": prepare_aishell}[args.command](source, out)
+    return write_manifests(rows, out)
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return run_command(args)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
