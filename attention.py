@@ -1,0 +1,237 @@
+"""Attention, feed-forward and position modules, and the two blocks that are built from them.
+
+Reading order: masks and checks, positions, MultiHeadAttention, FeedForward, TransformerBlock, ConformerBlock.
+Needs torch alone; nothing of this project is imported, so the file can be copied as it is.
+
+Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
+Masks are bool, True = real (may be seen), and are made by `padding_mask` and `causal_mask` only:
+
+    encoder self-attention    padding_mask(lens, T)[:, None, :]                       (B,1,T)
+    causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
+    cross-attention           padding_mask(memory_lens, S)[:, None, :]                (B,1,S)
+
+Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer".
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- checks and masks ----
+
+
+def check_shape(name: str, x: Tensor, *dims: str | int) -> None:
+    """Raise ValueError unless x has these dims: an int must match, a str is a free dim and only names it."""
+    if x.dim() != len(dims) or any(isinstance(d, int) and d != n for d, n in zip(dims, x.shape)):
+        raise ValueError(f"{name} must be ({','.join(map(str, dims))}), got {tuple(x.shape)}")
+
+
+def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
+    """Raise ValueError unless lens is (B,) int64 with values in 0..T."""
+    if lens.shape != (B,) or lens.dtype != torch.int64:
+        raise ValueError(f"{name} must be ({B},) int64, got {tuple(lens.shape)} {lens.dtype}")
+    if B and not lens.is_meta and (lens.min() < 0 or lens.max() > T):
+        raise ValueError(f"{name} must lie in 0..{T}, got {lens.tolist()}")
+
+
+def padding_mask(lens: Tensor, T: int) -> Tensor:
+    """lens (B,) int64 -> (B,T) bool, True where the step is real. Raises ValueError if a length is outside 0..T."""
+    check_lens("lens", lens, lens.shape[0] if lens.dim() else 0, T)
+    return torch.arange(T, device=lens.device) < lens[:, None]
+
+
+def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
+    """(T,T) bool, True where query row t may see key column s: s <= t."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
+
+
+# ---- positions ----
+
+
+def sinusoids(T: int, dim: int) -> Tensor:
+    """(T, dim) float32: sin at even and cos at odd columns of t * 10000^(-2i/dim). Source: Vaswani et al. 2017, 3.5."""
+    if dim % 2:
+        raise ValueError(f"sinusoids: dim must be even, got {dim}")
+    rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+    angle = torch.arange(T)[:, None] * rate  # (T, dim/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(T, dim)
+
+
+class PositionalEncoding(nn.Module):
+    """Add a position code to x (B,T,D): fixed `sinusoidal` for any T, or `learnable` for T <= max_len."""
+
+    def __init__(self, dim: int, kind: str = "sinusoidal", max_len: int = 2000):
+        super().__init__()
+        if kind not in ("sinusoidal", "learnable"):
+            raise ValueError(f"position must be sinusoidal or learnable, got {kind!r}")
+        self.learnable = kind == "learnable"
+        if self.learnable:
+            self.table = nn.Parameter(torch.randn(max_len, dim) * 0.02)
+        else:
+            self.register_buffer("table", sinusoids(max_len, dim), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B,T,D) -> (B,T,D). Raises ValueError if a learnable table is shorter than T."""
+        max_len, D = self.table.shape
+        check_shape("x", x, "B", "T", D)
+        T = x.shape[1]
+        if T <= max_len:
+            return x + self.table[:T]
+        if self.learnable:
+            raise ValueError(f"position: the learnable table ends at {max_len} steps, got {T}; use sinusoidal")
+        return x + sinusoids(T, D).to(x)
+
+
+# ---- attention ----
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k' / sqrt(K)) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool -> (B,H,T,K), weights (B,H,T,S).
+
+    A query that sees no key gives 0: a softmax over nothing would be NaN, in the gradient too, so that row
+    attends to everything and is then erased. `need_weights` takes the explicit path, equal to the fused one.
+    """
+    check_shape("q", q, "B", "H", "T", "K")
+    B, H, T, K = q.shape
+    check_shape("k", k, B, H, "S", K)
+    check_shape("v", v, *k.shape)
+    alive = None
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape not in ((B, 1, k.shape[2]), (B, T, k.shape[2])):
+            raise ValueError(f"mask must be ({B},1,{k.shape[2]}) or ({B},{T},{k.shape[2]}) bool, "
+                             f"got {tuple(mask.shape)} {mask.dtype}")
+        mask = mask[:, None]  # (B,1 or T,S) -> (B,1,1 or T,S)
+        alive = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
+        mask = mask | ~alive
+    if need_weights:
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B,H,T,S)
+        weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+        weights = weights if alive is None else weights * alive
+        return weights @ v, weights
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return (out if alive is None else out * alive), None
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention in H heads; the keys come from x itself or from a memory of width memory_dim.
+
+    No dropout on the attention weights: the fused kernels of the CPU do not have it, and the blocks drop the output.
+    """
+
+    def __init__(self, dim: int, num_heads: int, memory_dim: int | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
+        self.dim, self.num_heads, self.memory_dim = dim, num_heads, memory_dim or dim
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(self.memory_dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B,T,D) -> (B,H,T,K)
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None,
+                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), memory (B,S,memory_dim) or None for self-attention, mask (B,1 or T,S) bool
+        -> out (B,T,D), weights (B,H,T,S) where asked for, else None."""
+        check_shape("x", x, "B", "T", self.dim)
+        memory = x if memory is None else memory
+        check_shape("memory", memory, x.shape[0], "S", self.memory_dim)
+        k, v = self.key_value(memory).chunk(2, dim=-1)
+        out, weights = attend(self.heads(self.query(x)), self.heads(k), self.heads(v), mask, need_weights)
+        out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,D)
+        return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias too
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them: (B,T,D) -> (B,T,D)."""
+
+    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_shape("x", x, "B", "T", self.layers[0].in_features)
+        return self.layers(x)
+
+
+# ---- blocks ----
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: self-attention, cross-attention if memory_dim is given, feed-forward; each added to its input."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, memory_dim: int | None = None):
+        super().__init__()
+        self.norm_self, self.self_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads)
+        self.cross_attention = None
+        if memory_dim is not None:
+            self.norm_cross, self.cross_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads, memory_dim)
+        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None,
+                memory_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), mask (B,1 or T,T), memory (B,S,memory_dim), memory_mask (B,1,S)
+        -> (B,T,D) and, where asked for, the weights of the cross-attention (B,H,T,S), or else of the self-attention."""
+        check_shape("x", x, "B", "T", self.self_attention.dim)
+        if (memory is None) != (self.cross_attention is None):
+            raise ValueError(f"memory must be given if and only if memory_dim was, got {type(memory).__name__}")
+        out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
+        x = x + self.dropout(out)
+        if memory is not None:
+            out, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask, need_weights)
+            x = x + self.dropout(out)
+        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
+
+
+class ConvolutionModule(nn.Module):
+    """Pointwise, gated, depthwise over `kernel_size` steps, pointwise: the local half of a Conformer block.
+
+    LayerNorm stands where Gulati et al. have BatchNorm, so that no utterance depends on its batch.
+    """
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.gate = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
+        check_shape("x", x, "B", "T", self.gate.in_features)
+        if mask is not None:
+            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        x = F.glu(self.gate(x), dim=-1).transpose(1, 2)  # (B,D,T)
+        x = self.depthwise(x if mask is None else x * mask).transpose(1, 2)  # (B,T,D)
+        return self.out(F.silu(self.norm(x)))
+
+
+class ConformerBlock(nn.Module):
+    """Half feed-forward, self-attention, convolution, half feed-forward, norm. Source: Gulati et al. 2020, Fig. 1."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15):
+        super().__init__()
+        self.norm_first, self.ffn_first = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.norm_self, self.self_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads)
+        self.norm_conv, self.convolution = nn.LayerNorm(dim), ConvolutionModule(dim, kernel_size)
+        self.norm_second, self.ffn_second = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.norm_out = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None,
+                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), mask (B,1,T) -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        check_shape("x", x, "B", "T", self.self_attention.dim)
+        if mask is not None:
+            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
+        out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
+        x = x + self.dropout(out)
+        x = x + self.dropout(self.convolution(self.norm_conv(x), mask))
+        x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
+        return self.norm_out(x), weights
