@@ -1,0 +1,482 @@
+"""Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
+
+Reading order: decisions (pure functions: learning rate, best, stop), one optimizer step, one evaluation, files of a run
+(checkpoints, metrics, curves), the system that is trained, the loop, main.
+Needs torch, config.py, tokenizer.py, data.py and model.py.
+
+A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
+checkpoints/{best,latest}.pt; runs/latest points at the newest. Every file is replaced whole, never written in place.
+All randomness comes from (training.seed, epoch, index) or from torch's generators, whose states are in the checkpoint,
+so on a CPU a resumed run repeats the uninterrupted one bit for bit.
+Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
+"""
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import config as configs
+import data
+from model import build, load_weights, read_checkpoint
+from tokenizer import Counts, Tokenizer, char_errors, count_errors, word_errors
+
+# ---- decisions ----
+
+
+def learning_rate(step: int, total_steps: int, options) -> float:
+    """Rate of optimizer step 0, 1, ...: linear warm-up that ends at learning_rate in step warmup_steps - 1, then
+    `cosine` down to final_lr_ratio at total_steps, `inverse_sqrt`, or `constant`."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if options.schedule == "constant":
+        return peak
+    if options.schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / (step + 1))
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    low = options.final_lr_ratio
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def score(row: dict) -> tuple[float, float]:
+    """What `best` means: token accuracy on dev, ties broken by sequence accuracy."""
+    return row["token_accuracy"], row["sequence_accuracy"]
+
+
+def is_best(history: Sequence[dict]) -> bool:
+    """Whether the last epoch is better than all before it."""
+    return all(score(history[-1]) > score(row) for row in history[:-1])
+
+
+def stop_reason(history: Sequence[dict], options) -> str:
+    """Why the run should end after these epochs, "" if it should not."""
+    if not history:
+        return ""
+    token, sequence = score(history[-1])
+    wanted = options.target_token_accuracy, options.target_sequence_accuracy
+    if any(wanted) and token >= wanted[0] and sequence >= wanted[1]:
+        return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
+    best = max(range(len(history)), key=lambda i: score(history[i]) + (-i,))
+    if options.patience and len(history) - 1 - best >= options.patience:
+        return f"no improvement in {options.patience} epochs"
+    return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay on matrices only: biases, norms and other vectors are left alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("training.device: wanted cuda, but torch finds no GPU; use device: auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 where asked for, or by `auto` on a GPU that has it; a context that does nothing otherwise."""
+    bf16 = precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+# ---- one optimizer step ----
+
+
+class Step(NamedTuple):
+    sums: dict[str, float]  # loss components, summed over tokens
+    tokens: int
+    grad_norm: float
+    finite: bool  # False: the step was skipped
+
+
+EMPTY_STEP = Step({}, 0, 0.0, True)  # of a batch whose utterances were all skipped
+
+
+def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors = batch.feats, batch.feat_lens, batch.tokens, batch.token_lens
+    return tuple(x.to(device, non_blocking=True) for x in tensors)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options) -> Step:
+    """One forward, backward and update at this learning rate; a loss or gradient that is not finite updates nothing."""
+    device = next(model.parameters()).device
+    with autocast(options.precision, device):
+        sums, tokens = model(*to_device(batch, device))
+    optimizer.zero_grad(set_to_none=True)
+    (sums["loss"] / tokens.clamp(min=1)).backward()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+    finite = bool(torch.isfinite(sums["loss"]) & torch.isfinite(grad_norm))
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    return Step({name: value.item() for name, value in sums.items()}, int(tokens), grad_norm.item(), finite)
+
+
+# ---- one evaluation ----
+
+
+def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
+    """Free-running greedy decoding against the references: every figure by alignment, none with the true length."""
+    token_counts = char_counts = word_counts = Counts()
+    right = same_length = total = 0
+    device = next(model.parameters()).device
+    model.eval()
+    for batch in batches:
+        if not batch.keys:
+            continue
+        feats, feat_lens, _, _ = to_device(batch, device)
+        found = model.greedy(feats, feat_lens)
+        for i, text in enumerate(batch.texts):
+            ref, hyp = batch.tokens[i, :batch.token_lens[i]].tolist(), found.tokens[i, :found.lens[i]].tolist()
+            token_counts += count_errors(ref, hyp)
+            char_counts += char_errors(text, decode(hyp))
+            word_counts += word_errors(text, decode(hyp))
+            right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
+    model.train()
+    return {"token_accuracy": max(0.0, 1 - token_counts.rate), "sequence_accuracy": right / max(1, total),
+            "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate}
+
+
+# ---- files of a run ----
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data.write_atomic(path, buffer.getvalue())
+
+
+def table(history: Sequence[dict]) -> str:
+    """results.csv: a row per epoch, the columns of the first row."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    return out.getvalue()
+
+
+def write_reports(run: Path, history: Sequence[dict]) -> None:
+    data.write_atomic(run / "metrics.json", json.dumps(history, indent=1) + "\n")
+    data.write_atomic(run / "results.csv", table(history))
+    data.write_atomic(run / "curves.svg", curves_svg(history))
+
+
+def new_run(root: Path, name: str) -> Path:
+    """Make runs/<YYYYmmdd_HHMMSS>_<name> (with a number behind it if that exists) and point runs/latest at it."""
+    stem, count = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}", 1
+    while True:
+        run = root / (stem if count == 1 else f"{stem}_{count}")
+        try:
+            (run / "checkpoints").mkdir(parents=True)
+            break
+        except FileExistsError:
+            count += 1
+    link = root / f".latest_{run.name}"
+    link.symlink_to(run.name)
+    os.replace(link, root / "latest")
+    return run
+
+
+def say(run: Path, line: str) -> None:
+    """Print a line and append it to train.log."""
+    print(line, flush=True)
+    with open(run / "train.log", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def show_progress(line: str) -> None:
+    """Redraw the progress line on a terminal; elsewhere print it plainly."""
+    print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+
+# ---- curves.svg ----
+
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
+SVG_STYLE = ("text{font:12px sans-serif;fill:#333} .grid{stroke:#8884;fill:none} path{fill:none;stroke-width:2}"
+             "@media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd}}")
+
+
+def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
+    """One diagram of 720 x 260 pixels from y = top on: a line per series over the epochs, its name and last value."""
+    left, width, height = 60, 460, 200
+    values = [v for line in series.values() for v in line if math.isfinite(v) and (v > 0 or not log_scale)] or [1.0]
+    scale = math.log10 if log_scale else float
+    low, high = (scale(min(values)), scale(max(values))) if log_scale else (0.0, 1.0)
+    low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
+    epochs = max(2, max(map(len, series.values())))
+    x = lambda i: left + width * i / (epochs - 1)
+    y = lambda v: top + 30 + height * (1 - (scale(v) - low) / (high - low))
+    parts = [f'<text x="{left}" y="{top + 16}" font-weight="bold">{title}</text>']
+    for k in range(5):
+        v = low + (high - low) * k / 4
+        level = top + 30 + height * (1 - k / 4)
+        parts.append(f'<path class="grid" d="M{left} {level:.1f}h{width}"/><text x="{left - 6}" y="{level + 4:.1f}" '
+                     f'text-anchor="end">{10 ** v if log_scale else v:.3g}</text>')
+    for i in sorted({0, (epochs - 1) // 2, epochs - 1}):
+        parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
+    for n, (name, line) in enumerate(series.items()):
+        points = [f"{x(i):.1f} {y(v):.1f}" for i, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log_scale)]
+        colour = COLOURS[n % len(COLOURS)]
+        dot = "h0.1" if len(points) == 1 else ""  # one epoch: a dot
+        parts.append(f'<path stroke="{colour}" stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
+                     f'<path stroke="{colour}" d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
+                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {line[-1]:.4g}</text>')
+    return "".join(parts)
+
+
+def curves_svg(history: Sequence[dict]) -> str:
+    """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
+    names = [n for n in history[0] if n.startswith("loss")]
+    rates = [n for n in history[0] if n.endswith("accuracy")]
+    pick = lambda keys: {key: [row[key] for row in history] for key in keys}
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 540" width="720" height="540"><style>{SVG_STYLE}'
+            f'</style>{panel_svg("training loss by epoch", pick(names), 0, True)}'
+            f'{panel_svg("accuracy on dev by epoch", pick(rates), 270, False)}</svg>\n')
+
+
+# ---- the system that is trained ----
+
+STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances at most, spread over the training set
+
+
+class System(NamedTuple):
+    config: configs.Config
+    tokenizer: Tokenizer
+    stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train_set: torch.utils.data.Dataset
+    dev_set: torch.utils.data.Dataset
+
+
+class Progress(NamedTuple):
+    """Where a run stands: enough, with model, optimizer and random states, to go on as if it had not stopped."""
+
+    epoch: int = 0  # epochs done
+    batch: int = 0  # batches done in the epoch under way
+    step: int = 0  # batches done in all, skipped ones too
+    bad_steps: int = 0  # skipped in a row
+    totals: dict[str, float] = {}  # of the epoch under way
+
+
+def measure_stats(dataset) -> Tensor:
+    """Mean and reciprocal deviation (2,F) of up to STATS_UTTERANCES utterances of a dataset without augmentation."""
+    items = (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // STATS_UTTERANCES)))
+    return data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
+
+
+def make_system(config: configs.Config, state: dict | None = None, place: str = "") -> System:
+    """Data, tokenizer, normalisation, model and optimizer: fresh ones, or those of a checkpoint's state (at place)."""
+    options, training = config.data, config.training
+    factor = config.model.encoder.subsampling
+    if state is None:
+        tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
+        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None, factor))
+    else:
+        tokenizer, stats = Tokenizer.from_state(state["tokenizer"]), state["stats"]
+    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor, augment=True)
+    dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
+    torch.manual_seed(training.seed)
+    model = build(config.model, stats.shape[1], len(tokenizer)).to(pick_device(training.device))
+    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
+    if state is not None:
+        load_weights(model, state["model"], place)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if state["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return System(config, tokenizer, stats, model, optimizer, train_set, dev_set)
+
+
+def checkpoint_state(system: System, progress: Progress, history: list[dict]) -> dict:
+    """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True)."""
+    return {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+            "model": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
+            "progress": progress._asdict(), "history": history,
+            "random": {"cpu": torch.get_rng_state(),
+                       "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}}
+
+
+# ---- the loop ----
+
+
+def add(totals: dict[str, float], more: dict[str, float]) -> dict[str, float]:
+    return {name: totals.get(name, 0.0) + more.get(name, 0.0) for name in {**totals, **more}}
+
+
+def step_totals(step: Step, batch: data.Batch, seconds: float) -> dict[str, float]:
+    """What one step adds to the epoch's totals. A skipped step adds no loss, or one bad batch would hide the rest."""
+    B, T = batch.feats.shape[:2]
+    common = {"seconds": seconds, "frames": int(batch.feat_lens.sum()), "padded_frames": B * T,
+              "utterances": B, "skipped_utterances": len(batch.skipped), "skipped_steps": int(not step.finite)}
+    learned = {**step.sums, "tokens": step.tokens, "grad_norm": step.grad_norm, "steps": 1}
+    return {**common, **learned} if step.finite else common
+
+
+def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
+    """One line of metrics.json: sums divided here and nowhere else."""
+    names = [name for name in ("ce", "quantity", "ctc") if name in totals]
+    tokens = max(1.0, totals.get("tokens", 0.0))
+    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
+            "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
+            "grad_norm": totals.get("grad_norm", math.nan) / max(1.0, totals.get("steps", 0.0)), **dev,
+            "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
+            "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
+            "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
+            "skipped_steps": int(totals["skipped_steps"]), "seconds": seconds}
+
+
+def epoch_batches(system: System, epoch: int) -> list[list[int]]:
+    training = system.config.training
+    return data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
+                             training.seed, epoch)
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+class TrainingDiverged(RuntimeError):
+    """Several non-finite steps in a row; the message names the batch."""
+
+
+def train_epoch(run: Path, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
+    """The rest of the epoch under way, from progress.batch on, with checkpoints every training.checkpoint_steps."""
+    training = system.config.training
+    batches = epoch_batches(system, progress.epoch)
+    shown, first, began, started = time.monotonic(), progress.batch, time.monotonic(), time.monotonic()
+    for batch in data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, progress.batch):
+        for skip in batch.skipped:
+            say(run, f"skipped {skip.key}: {skip.reason}")
+        rate = learning_rate(progress.step, total_steps, training)
+        step = train_step(system.model, system.optimizer, batch, rate, training) if batch.keys else EMPTY_STEP
+        now = time.monotonic()
+        bad = 0 if step.finite else progress.bad_steps + 1
+        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
+                            add(progress.totals, step_totals(step, batch, now - started)))
+        started = now
+        if bad:
+            say(run, f"step {progress.step}: loss or gradient not finite, skipped; batch: {' '.join(batch.keys)}")
+        if bad >= training.max_bad_steps:
+            raise TrainingDiverged(f"{bad} non-finite steps in a row, the last one on {' '.join(batch.keys)}")
+        if training.checkpoint_steps and progress.step % training.checkpoint_steps == 0:
+            save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, progress, history))
+        if now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+            shown, speed = now, (progress.batch - first) / (now - began)
+            show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
+                          f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
+                          f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
+                          f"left {clock((total_steps - progress.step) / speed)}")
+    return progress
+
+
+def report(row: dict, num_epochs: int) -> str:
+    """The line that train.log gets for an epoch."""
+    losses = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss"))
+    accuracies = "  ".join(f"{name} {row[f'{name}_accuracy']:.4f}" for name in ("token", "sequence", "length"))
+    return (f"epoch {row['epoch']}/{num_epochs}  {losses}  lr {row['learning_rate']:.2g}  "
+            f"grad {row['grad_norm']:.2f} | {accuracies}  cer {row['cer']:.4f}  wer {row['wer']:.4f} | "
+            f"{row['frames_per_second']:.0f} frames/s  padding {row['padding']:.1%}  "
+            f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
+
+
+def fit(run: Path, system: System, progress: Progress, history: list[dict]) -> list[dict]:
+    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
+    training = system.config.training
+    total_steps = training.num_epochs * len(epoch_batches(system, 0))
+    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
+    while not (reason := stop_reason(history, training)):
+        started = time.monotonic()
+        progress = train_epoch(run, system, progress, history, total_steps)
+        figures = evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode)
+        rate = learning_rate(progress.step - 1, total_steps, training)
+        spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
+        history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
+        progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
+        state = checkpoint_state(system, progress, history)
+        save_checkpoint(run / "checkpoints/latest.pt", state)
+        if is_best(history):
+            save_checkpoint(run / "checkpoints/best.pt", state)
+        write_reports(run, history)
+        show_progress("") if sys.stdout.isatty() else None
+        say(run, report(history[-1], training.num_epochs))
+    say(run, reason)
+    return history
+
+
+# ---- main ----
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
+                                     "for example --training.batch_size=8 --model.encoder.dropout=0")
+    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
+    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
+        parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
+    if (arguments.config is None) == (arguments.resume is None):
+        parser.error("wanted either a config or --resume RUN")
+    if arguments.resume and rest:
+        parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
+    return arguments, rest
+
+
+def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Path, System, Progress, list[dict]]:
+    """A fresh run, or the one to resume: its folder, system, progress and history."""
+    if arguments.resume:
+        run = Path(arguments.resume).resolve()
+        path = run / "checkpoints/latest.pt"
+        state = read_checkpoint(path)
+        system = make_system(configs.from_dict(state["config"], str(path)), state, str(path))
+        return run, system, Progress(**state["progress"]), state["history"]
+    config = configs.load(arguments.config, overrides)
+    system = make_system(config)
+    run = new_run(Path(arguments.runs), Path(arguments.config).stem)
+    data.write_atomic(run / "config.yaml", configs.dump(config))
+    return run, system, Progress(), []
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments, overrides = parse_arguments(argv)
+    try:
+        run, system, progress, history = start(arguments, overrides)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    size = sum(p.numel() for p in system.model.parameters())
+    say(run, f"{run}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
+             f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+    try:
+        history = fit(run, system, progress, history)
+    except TrainingDiverged as error:
+        say(run, f"stopped: {error}; {run / 'checkpoints/latest.pt'} is the last good state")
+        return 1
+    except KeyboardInterrupt:
+        say(run, f"\ninterrupted; go on with: python train.py --resume {run}")
+        return 130
+    best = max(history, key=score)
+    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
+             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
+             f"decode with: python decode.py --ckpt {run / 'checkpoints/best.pt'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
