@@ -1,0 +1,328 @@
+"""Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
+
+    python decode.py                                the last run's checkpoint, on its toy data or its test manifest
+    python decode.py a.wav b.wav                    recordings
+    python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
+    python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+
+Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
+be recognised, 2 for bad arguments.
+Reading order: load_system, transcribe (all that serving needs), the report, pictures, main.
+Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+"""
+import argparse
+import base64
+import html
+import json
+import os
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import config as configs
+import data
+from model import Hypotheses, build, load_weights, read_checkpoint
+from tokenizer import Counts, Tokenizer, char_errors, count_errors, token_accuracy, word_errors
+
+DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
+BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
+
+# ---- a checkpoint, ready to recognise ----
+
+
+class System(NamedTuple):
+    config: configs.Config
+    tokenizer: Tokenizer
+    stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
+    model: nn.Module  # in eval mode
+
+
+def load_system(path: str | os.PathLike, device: str = "auto") -> System:
+    """The system that a checkpoint of train.py holds. Raises ValueError that names the file and what is wrong."""
+    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
+    target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    state = read_checkpoint(path)
+    config = configs.from_dict(state["config"], f"{path}: config")
+    tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
+    model = build(config.model, state["stats"].shape[1], len(tokenizer))
+    load_weights(model, state["model"], str(path))
+    return System(config, tokenizer, state["stats"].to(target), model.to(target).eval())
+
+
+# ---- recognition ----
+
+
+class Token(NamedTuple):
+    token: str
+    id: int
+    confidence: float  # probability of this token, 0 to 1
+    start: float  # seconds from the start of the recording
+    end: float
+
+
+class Result(NamedTuple):
+    text: str
+    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
+    tokens: list[Token]
+
+
+def read_result(system: System, found: Hypotheses, i: int) -> Result:
+    """Utterance i of a decoded batch in words and seconds."""
+    n, frame_sec = int(found.lens[i]), data.frame_sec(system.config.data)
+    ids, log_probs = found.tokens[i, :n].tolist(), found.log_probs[i, :n].double()
+    edges = (found.boundaries[i] * frame_sec).tolist()
+    tokens = [Token(system.tokenizer.symbols[id], id, round(p, 4), round(start, 3), round(end, 3))
+              for id, p, start, end in zip(ids, log_probs.exp().tolist(), edges, edges[1:])]
+    return Result(system.tokenizer.decode(ids), round(log_probs.mean().exp().item(), 4) if n else 0.0, tokens)
+
+
+@torch.inference_mode()
+def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
+    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+    lens = torch.tensor([len(x) for x in feats])
+    padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
+    device = system.stats.device
+    found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
+    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found))
+
+
+def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
+    """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
+    spoken = [i for i, x in enumerate(feats) if len(x)]
+    results = [Result("", 0.0, [])] * len(feats)
+    if spoken:
+        found = decode_batch(system, [feats[i] for i in spoken])
+        for row, i in enumerate(spoken):
+            results[i] = read_result(system, found, row)
+    return results
+
+
+# ---- pictures ----
+
+PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to bright, as viridis
+SVG_STYLE = ("text{font:12px sans-serif;fill:#333} path{fill:none} .axis{stroke:#888}"
+             " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-dasharray:3 3}"
+             " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5}"
+             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
+LEFT, WIDTH = 90, 900  # pixels: of the plots within the picture
+
+
+def heat_map(values: np.ndarray) -> str:
+    """values (rows, columns), row 0 at the top, smallest dark and largest bright -> a PNG as a data: URI."""
+    low, high = float(values.min()), float(values.max())
+    levels = np.rint((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    colours = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*PALETTE)], 1)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], 8, 3, 0, 0, 0)),  # 8 bits a pixel, by palette
+              (b"PLTE", np.rint(colours).astype(np.uint8).tobytes()),
+              (b"IDAT", zlib.compress(np.pad(levels, ((0, 0), (1, 0))).tobytes())),  # filter type 0 before each row
+              (b"IEND", b"")]
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def picture(title: str, height: int, body: Sequence[str]) -> str:
+    """An SVG document with a title line, readable on light and dark ground."""
+    width = LEFT + WIDTH + 20
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+            f'<style>{SVG_STYLE}</style><text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>'
+            f'{"".join(body)}</svg>\n')
+
+
+def image_svg(values: np.ndarray, y: float, height: float) -> str:
+    return (f'<image x="{LEFT}" y="{y}" width="{WIDTH}" height="{height}" preserveAspectRatio="none" '
+            f'style="image-rendering:pixelated" href="{heat_map(values)}"/>')
+
+
+def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape("␣" if text == " " else text)}</text>'
+
+
+def time_axis(seconds: float, y: float) -> str:
+    """A line under the plots with about ten labelled ticks."""
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if seconds / s <= 12 or s == 3600)
+    ticks = [(LEFT + WIDTH * k * step / seconds, f"{k * step:.4g}") for k in range(int(seconds / step) + 1)]
+    marks = "".join(f'<path class="axis" d="M{x:.1f} {y}v5"/>{label_svg(x, y + 19, label)}' for x, label in ticks)
+    return f'<path class="axis" d="M{LEFT} {y}h{WIDTH}"/>{marks}{label_svg(LEFT + WIDTH, y + 34, "seconds", "end")}'
+
+
+def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
+    """The weights alpha (L,) as bars and their running sum as a line, both from `bottom` up."""
+    frame, total = WIDTH / len(alpha), alpha.cumsum(0)
+    width, full = max(frame - 0.5, 0.5), max(1.0, float(total[-1]))
+    bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
+    body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
+            for x, h in bars if h > 0.1]
+    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - height * float(s) / full:.1f}" for i, s in enumerate(total))
+    return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
+                   label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
+                   label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
+
+
+def alignment_svg(title: str, feats: Tensor, alpha: Tensor, result: Result, seconds: float,
+                  truth: Tensor | None = None) -> str:
+    """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
+    with their running sum; `truth` (U+1,) are true boundaries in seconds, drawn dashed."""
+    x = lambda t: LEFT + WIDTH * t / seconds
+    edges = [token.start for token in result.tokens] + [token.end for token in result.tokens[-1:]]
+    lines = 1 if len(result.tokens) < 60 else 3  # labels of many tokens stand on three lines
+    body = [image_svg(feats.T.flip(0).numpy(), 70, 200), label_svg(LEFT - 8, 170, "features", "end")]
+    body += [f'<path class="true" d="M{x(t):.1f} 70v200"/>' for t in ([] if truth is None else truth.tolist())]
+    body += [f'<path class="fire" d="M{x(t):.1f} 60v340"/>' for t in edges]
+    body += [label_svg(x((token.start + token.end) / 2), 55 - 11 * (i % lines), token.token)
+             for i, token in enumerate(result.tokens)]
+    return picture(title, 444, body + firing_svg(alpha, 400, 110) + [time_axis(seconds, 402)])
+
+
+def attention_svg(title: str, weights: Tensor, tokens: Sequence[str], seconds: float) -> str:
+    """Attention weights (U,L) of the tokens over the encoder frames, a row per token."""
+    height = max(60, min(22 * len(tokens), 16 * 60))
+    row = height / max(1, len(tokens))
+    every = max(1, round(13 / row))  # labels that would overlap are left out
+    body = [image_svg(weights.numpy(), 34, height)] if weights.numel() else []
+    body += [label_svg(LEFT - 8, 38 + (i + 0.5) * row, tokens[i], "end") for i in range(0, len(tokens), every)]
+    return picture(title, int(height) + 76, body + [time_axis(seconds, 36 + height)])
+
+
+def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
+    """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
+    found = decode_batch(system, [item.feats], need_weights=True)
+    result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
+    seconds = len(item.feats) * frame_sec
+    truth = None if item.boundaries is None else item.boundaries * frame_sec
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
+    title = f"{item.key}: {result.text}"
+    attention = attention_svg(title, found.attention[-1][0].mean(0), [t.token for t in result.tokens], seconds)
+    data.write_atomic(folder / f"{name}.alignment.svg",
+                      alignment_svg(title, item.feats, found.alpha[0], result, seconds, truth))
+    data.write_atomic(folder / f"{name}.attention.svg", attention)
+
+
+# ---- the report ----
+
+
+class Tally(NamedTuple):
+    """Sums over the utterances that have a reference; every rate is divided at the end."""
+
+    tokens: Counts = Counts()
+    chars: Counts = Counts()
+    words: Counts = Counts()
+    right: int = 0
+    utterances: int = 0
+
+    def with_utterance(self, system: System, text: str, result: Result) -> "Tally":
+        ref, hyp = system.tokenizer.encode(text), [token.id for token in result.tokens]
+        return Tally(self.tokens + count_errors(ref, hyp), self.chars + char_errors(text, result.text),
+                     self.words + word_errors(text, result.text), self.right + (ref == hyp), self.utterances + 1)
+
+    def lines(self) -> list[str]:
+        words, exact = self.words, self.right / max(1, self.utterances)
+        return [f"token accuracy {token_accuracy(self.tokens):.4f}  sequence accuracy {exact:.4f}  "
+                f"({self.utterances} utterances with a reference)",
+                f"%WER {100 * words.rate:.2f} [ {words.errors} / {words.ref}, {words.ins} ins, {words.del_} del, "
+                f"{words.sub} sub ]  %CER {100 * self.chars.rate:.2f}"]
+
+
+def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
+    """One line of --output."""
+    row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
+           "tokens": [token._asdict() for token in result.tokens]}
+    return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+
+
+# ---- main ----
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
+                                     "data, or the test (else dev) manifest of its config.")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
+    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
+    parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
+    parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
+    parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    arguments = parser.parse_args(argv)
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
+    return arguments
+
+
+def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Dataset:
+    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
+    options, encode = system.config.data, system.tokenizer.encode
+    stats = system.stats.cpu()
+    if options.kind == "toy" and not inputs:
+        return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
+    rows = data.read_inputs(inputs or [options.test or options.dev])
+    return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
+
+
+def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int,
+              limit: int) -> Iterator[tuple[int, data.Utterance | data.Skip, Result | None]]:
+    """The first `limit` items (0: all), each with its number and, unless it is a Skip, its Result; shortest first."""
+    for indices in data.make_batches(dataset.lengths[:limit or None], batch_size, BATCH_FRAMES, shuffle=False):
+        items = [dataset[i] for i in indices]
+        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
+        for i, item in zip(indices, items):
+            yield i, item, next(results) if isinstance(item, data.Utterance) else None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Recognise everything, print in the order of the inputs, report -> exit code."""
+    system = load_system(arguments.ckpt, arguments.device)
+    dataset = open_inputs(system, arguments.inputs)
+    if arguments.plot:
+        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
+    started, seconds, failed, tally = time.perf_counter(), 0.0, 0, Tally()
+    lines, texts, spoken = {}, {}, []
+    for i, item, result in recognise(system, dataset, arguments.batch_size, arguments.limit):
+        if result is None:
+            print(f"decode.py: {item.key}: {item.reason}", file=sys.stderr)
+            failed += 1
+            continue
+        seconds += item.seconds
+        lines[i], texts[i] = json_line(item.key, item.text, item.seconds, result), f"{item.key}\t{result.text}"
+        spoken += [i] if len(item.feats) else []
+        tally = tally.with_utterance(system, item.text, result) if item.text else tally
+    spent = time.perf_counter() - started
+    print("\n".join(texts[i] for i in sorted(texts)))
+    if arguments.output:
+        data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
+    for i in sorted(spoken) if arguments.plot else ():
+        write_pictures(Path(arguments.plot), system, dataset[i])
+    for line in tally.lines() if tally.utterances else ():
+        print(line, file=sys.stderr)
+    print(f"{len(texts)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
+          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = parse_arguments(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"decode.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
