@@ -31,7 +31,7 @@ def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
     """Raise ValueError unless lens is (B,) int64 with values in 0..T."""
     if lens.shape != (B,) or lens.dtype != torch.int64:
         raise ValueError(f"{name} must be ({B},) int64, got {tuple(lens.shape)} {lens.dtype}")
-    if B and not lens.is_meta and (lens.min() < 0 or lens.max() > T):
+    if not lens.is_meta and ((lens < 0) | (lens > T)).any():  # a meta tensor has no values to look at
         raise ValueError(f"{name} must lie in 0..{T}, got {lens.tolist()}")
 
 
@@ -59,28 +59,33 @@ def sinusoids(T: int, dim: int) -> Tensor:
 
 
 class PositionalEncoding(nn.Module):
-    """Add a position code to x (B,T,D): fixed `sinusoidal` for any T, or `learnable` for T <= max_len."""
+    """Add a position code to x (B,T,D): fixed `sinusoidal` for any T, `learnable` for T <= max_len, or `none`.
+
+    With `none` the order is left to the convolutions of a conformer: attention that cannot count positions can neither
+    learn where words usually stand, which a small corpus invites to, nor be lost past the longest training utterance.
+    """
 
     def __init__(self, dim: int, kind: str = "sinusoidal", max_len: int = 2000):
         super().__init__()
-        if kind not in ("sinusoidal", "learnable"):
-            raise ValueError(f"position must be sinusoidal or learnable, got {kind!r}")
-        self.learnable = kind == "learnable"
-        if self.learnable:
+        if kind not in ("sinusoidal", "learnable", "none"):
+            raise ValueError(f"position must be sinusoidal, learnable or none, got {kind!r}")
+        self.dim, self.kind, self.max_len = dim, kind, max_len
+        if kind == "learnable":
             self.table = nn.Parameter(torch.randn(max_len, dim) * 0.02)
-        else:
+        elif kind == "sinusoidal":
             self.register_buffer("table", sinusoids(max_len, dim), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,T,D) -> (B,T,D). Raises ValueError if a learnable table is shorter than T."""
-        max_len, D = self.table.shape
-        check_shape("x", x, "B", "T", D)
+        check_shape("x", x, "B", "T", self.dim)
         T = x.shape[1]
-        if T <= max_len:
+        if self.kind == "none":
+            return x
+        if T <= self.max_len:
             return x + self.table[:T]
-        if self.learnable:
-            raise ValueError(f"position: the learnable table ends at {max_len} steps, got {T}; use sinusoidal")
-        return x + sinusoids(T, D).to(x)
+        if self.kind == "learnable":
+            raise ValueError(f"position: the learnable table ends at {self.max_len} steps, got {T}; use sinusoidal")
+        return x + sinusoids(T, self.dim).to(x)
 
 
 # ---- attention ----
