@@ -30,7 +30,7 @@ class EncoderConfig:
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 15                # conformer convolution, encoder frames, odd
     subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4
-    position: str = "sinusoidal"         # sinusoidal | learnable
+    position: str = "sinusoidal"         # sinusoidal | learnable | none
     dropout: float = 0.1                 # probability, [0, 1)
 
 
@@ -48,7 +48,7 @@ class DecoderConfig:
     hidden_dim: int = 144                # D, a multiple of num_heads
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
-    position: str = "sinusoidal"         # sinusoidal | learnable
+    position: str = "sinusoidal"         # sinusoidal | learnable | none
     dropout: float = 0.1                 # probability, [0, 1)
 
 
@@ -60,8 +60,8 @@ class ModelConfig:
     decoder: DecoderConfig = DecoderConfig()
     sampling_ratio: float = 0.5          # glancing sampler: share of first-pass errors replaced by the truth, [0, 1]
     label_smoothing: float = 0.1         # share of the target spread over all tokens, [0, 1)
-    quantity_weight: float = 1.0         # weight of the token count loss, 0 or more
-    ctc_weight: float = 0.0              # weight of the CTC loss; 0 = no CTC head
+    quantity_weight: float = 0.1         # weight of the token count loss, 0 or more; 1 drowns the rest at the start
+    ctc_weight: float = 0.3              # weight of the CTC loss, [0, 1), cross-entropy has the rest; 0 = no head
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class ToyConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     speeds: tuple[float, ...] = (1.0,)   # speed factors above 0; one is drawn per utterance and epoch
+    channel_std: float = 0.0             # random smooth curve over the bins, in deviations of the features; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
     freq_width: int = 0                  # their largest width, bins, at most num_mels
     time_masks: int = 0                  # masks over time per utterance
@@ -118,6 +119,7 @@ class TrainingConfig:
     schedule: str = "cosine"             # after the warm-up: cosine | inverse_sqrt | constant
     final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
     weight_decay: float = 0.01           # on matrices only, 0 or more
+    average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
     seed: int = 0                        # 0 or more
     device: str = "auto"                 # auto | cpu | cuda
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
@@ -141,18 +143,20 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
     "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps"""),
-    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight ctc_weight blend_frames noise gain_std
-        tilt_std freq_masks freq_width time_masks time_width min_sec num_workers warmup_steps weight_decay seed
+    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
+        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers warmup_steps
+        weight_decay seed
         checkpoint_steps patience"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout label_smoothing"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout label_smoothing ctc_weight average_decay"),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 CHOICES = {
     "model.encoder.kind": ("transformer", "conformer"), "model.encoder.subsampling": (1, 2, 4),
-    "model.encoder.position": ("sinusoidal", "learnable"), "model.decoder.position": ("sinusoidal", "learnable"),
+    "model.encoder.position": ("sinusoidal", "learnable", "none"),
+    "model.decoder.position": ("sinusoidal", "learnable", "none"),
     "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
     "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
     "training.precision": ("auto", "float32", "bfloat16"),

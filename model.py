@@ -323,7 +323,8 @@ class Paraformer(nn.Module):
         log_p, tokens = logits.float().log_softmax(-1).max(-1)
         mask = padding_mask(counts, U)
         rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
-        edges = [(boundaries(a[:L], n) * self.options.encoder.subsampling).clamp(max=T) for a, L, n, T in rows]
+        s = self.options.encoder.subsampling  # encoder frame l is centred on feature frame s * l
+        edges = [(boundaries(a[:L], n) * s - (s - 1) / 2).clamp(0, T) for a, L, n, T in rows]
         return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, attention)
 
 
