@@ -62,6 +62,7 @@ class WavHeader(NamedTuple):
     num_bytes: int      # a whole number of samples of all channels
 
 
+MAX_CHUNKS = 10000      # of a WAV file, before its samples: a file of empty chunks cannot keep a server busy
 SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
 
 
@@ -90,7 +91,9 @@ def read_header(file: BinaryIO) -> WavHeader | None:
         raise ValueError("wanted a recording, got an empty file")
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
         return None
-    while len(head := file.read(8)) == 8:
+    for _ in range(MAX_CHUNKS):
+        if len(head := file.read(8)) < 8:
+            break
         size, start = int.from_bytes(head[4:], "little"), file.tell()
         if head[:4] == b"fmt ":
             fmt = file.read(min(size, 40))
@@ -100,7 +103,7 @@ def read_header(file: BinaryIO) -> WavHeader | None:
             whole = num_bytes - num_bytes % max(1, channels * bits // 8)
             return WavHeader(code, bits, channels, rate_hz, start, whole) if (code, bits) in SAMPLE_TYPES else None
         file.seek(start + size + size % 2)      # chunks are padded to an even size
-    raise ValueError("wanted a 'data' chunk, got the end of the file")
+    raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
 
 
 def read_samples(file: BinaryIO, header: WavHeader) -> Tensor:
@@ -368,17 +371,27 @@ def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
     return (place < start) | (place >= start + width)
 
 
-def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
-    """Zero random bands of frequency and spans of time in a copy of feats (T,F); after normalisation 0 is the mean.
+def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.ndarray:
+    """A smooth curve over the mel bins (num_mels,), as another microphone or room adds to log energies: a level and
+    three cosines of 1 to 3 half periods, whose strengths are normal with deviation `std`."""
+    phase = np.pi * (np.arange(num_mels) + 0.5) / num_mels
+    return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
-    options.augment: freq_masks bands of 0..freq_width mel bins, time_masks spans of 0..time_width frames, each at most
-    time_share of T. A band hits the same of the options.num_mels bins in each of the frames that lfr stacked.
-    Source: Park et al. 2019, without time warping.
+
+def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
+    """Change the channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean -> a copy.
+
+    options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
+    0..time_width frames, each at most time_share of T. A band hits the same of the options.num_mels bins in each of the
+    frames that lfr stacked.
+    Source: Park et al. 2019, without time warping; the channel is ours.
     """
     T, F = feats.shape
     mels, augment = options.num_mels, options.augment
     if F % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
+    if augment.channel_std:
+        feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
     bins, frames = np.ones(mels, bool), np.ones(T, bool)
     for _ in range(augment.freq_masks):
         bins &= mask_span(mels, augment.freq_width, rng)
@@ -680,6 +693,8 @@ class ManifestDataset(Dataset):
         samples, rate_hz = loaded
         speed, rng = self._speed(epoch, index)
         feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
+        if not feats.isfinite().all():
+            return Skip(row.key, "features not finite: are the samples of a float WAV far beyond 1?")
         tokens = torch.tensor(self.encode(row.text), dtype=torch.int64)
         if self.for_training and len(tokens) > len(feats) // self.frames_per_token:
             return Skip(row.key, f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most "
