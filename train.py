@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import config as configs
 import data
@@ -54,9 +55,9 @@ def score(row: dict) -> tuple[float, float]:
     return row["token_accuracy"], row["sequence_accuracy"]
 
 
-def is_best(history: Sequence[dict]) -> bool:
-    """Whether the last epoch is better than all before it."""
-    return all(score(history[-1]) > score(row) for row in history[:-1])
+def best_row(history: Sequence[dict]) -> dict:
+    """The epoch with the best score; of equals the latest, which has learned for longer."""
+    return max(reversed(history), key=score)
 
 
 def stop_reason(history: Sequence[dict], options) -> str:
@@ -67,7 +68,7 @@ def stop_reason(history: Sequence[dict], options) -> str:
     wanted = options.target_token_accuracy, options.target_sequence_accuracy
     if any(wanted) and token >= wanted[0] and sequence >= wanted[1]:
         return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
-    best = max(range(len(history)), key=lambda i: score(history[i]) + (-i,))
+    best = max(range(len(history)), key=lambda i: score(history[i]) + (-i,))  # of equals the first: no improvement
     if options.patience and len(history) - 1 - best >= options.patience:
         return f"no improvement in {options.patience} epochs"
     return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
@@ -78,6 +79,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Exponential moving average of the weights over 1 / (1 - decay) steps; while young, over half of its steps."""
+    return lambda averaged, current, n: averaged.lerp(current, 1 - min(decay, (int(n) + 1) / (int(n) + 10)))
 
 
 def pick_device(name: str) -> torch.device:
@@ -259,6 +265,7 @@ class System(NamedTuple):
     tokenizer: Tokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
+    average: AveragedModel | None  # moving average of the weights, evaluated and kept as `best` in their place
     optimizer: torch.optim.Optimizer
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
@@ -294,19 +301,31 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     torch.manual_seed(training.seed)
     model = build(config.model, stats.shape[1], len(tokenizer)).to(pick_device(training.device))
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
+    average = None
+    if training.average_decay:
+        average = AveragedModel(model, avg_fn=moving_average(training.average_decay))
     if state is not None:
-        load_weights(model, state["model"], place)
+        load_weights(model, state["trained"], place)
+        if average is not None:
+            average.module.load_state_dict(state["model"])
+            average.n_averaged.fill_(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"]["cpu"])
         if state["random"]["cuda"]:
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    return System(config, tokenizer, stats, model, optimizer, train_set, dev_set)
+    return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
 def checkpoint_state(system: System, progress: Progress, history: list[dict]) -> dict:
-    """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True)."""
+    """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True).
+
+    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs.
+    """
+    trained = system.model.state_dict()
+    model = system.average.module.state_dict() if system.average is not None else trained
     return {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-            "model": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
+            "model": model, "trained": trained, "averaged": int(system.average.n_averaged) if system.average else 0,
+            "optimizer": system.optimizer.state_dict(),
             "progress": progress._asdict(), "history": history,
             "random": {"cpu": torch.get_rng_state(),
                        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}}
@@ -365,6 +384,8 @@ def train_epoch(run: Path, system: System, progress: Progress, history: list[dic
             say(run, f"skipped {skip.key}: {skip.reason}")
         rate = learning_rate(progress.step, total_steps, training)
         step = train_step(system.model, system.optimizer, batch, rate, training) if batch.keys else EMPTY_STEP
+        if system.average is not None and step.finite:
+            system.average.update_parameters(system.model)
         now = time.monotonic()
         bad = 0 if step.finite else progress.bad_steps + 1
         progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
@@ -403,14 +424,15 @@ def fit(run: Path, system: System, progress: Progress, history: list[dict]) -> l
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        figures = evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode)
+        model = system.model if system.average is None else system.average.module
+        figures = evaluate(model, data.loader(system.dev_set, dev), system.tokenizer.decode)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         state = checkpoint_state(system, progress, history)
         save_checkpoint(run / "checkpoints/latest.pt", state)
-        if is_best(history):
+        if best_row(history) is history[-1]:
             save_checkpoint(run / "checkpoints/best.pt", state)
         write_reports(run, history)
         show_progress("") if sys.stdout.isatty() else None
@@ -471,7 +493,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say(run, f"\ninterrupted; go on with: python train.py --resume {run}")
         return 130
-    best = max(history, key=score)
+    best = best_row(history)
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run / 'checkpoints/best.pt'}")
