@@ -165,7 +165,8 @@ def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
     bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
     body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
             for x, h in bars if h > 0.1]
-    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - height * float(s) / full:.1f}" for i, s in enumerate(total))
+    heights = (height * total / full).tolist()
+    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - h:.1f}" for i, h in enumerate(heights))
     return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
                    label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
                    label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
