@@ -1,7 +1,10 @@
-"""Every claim of the project, in the order of the import ladder. Each test has an oracle; `SLOW=1` runs the slow ones too.
+"""Every claim of the project, in the order of the import ladder. Each test has an oracle; SLOW=1 runs the slow ones.
 
     python -m pytest -q test_all.py
 """
+import ast
+import base64
+import csv
 import functools
 import inspect
 import itertools
@@ -11,9 +14,15 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import struct
+import subprocess
+import sys
+import time
 import unicodedata
 import wave
+import xml.etree.ElementTree as ElementTree
+import zlib
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +30,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import config
 import data
-from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors, format_alignment, normalise_text, token_accuracy, word_errors)
+import decode
+import model
+import train
+from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
+                       TransformerBlock, attend, causal_mask, check_lens, check_shape, padding_mask, sinusoids)
+from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
+from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
+                       format_alignment, normalise_text, token_accuracy, word_errors)
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
 
 # ---- config: YAML ----
@@ -135,6 +154,7 @@ def test_yaml_reads_funasrs_configs_as_pyyaml_does():
         assert same_value(config.parse_yaml(path.read_text(), path.name), yaml.safe_load(path.read_text())), path
 
 
+# C26
 def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
     yaml, rng, read = pytest.importorskip("yaml"), random.Random(0), 0
     for _ in range(3000):
@@ -152,6 +172,7 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
     assert read > 500
 
 
+# C26
 @pytest.mark.parametrize("text, line", [
     ("", 1), ("# only a comment", 1), ("a: 1\na: 2", 2), ("a:\n  b: 1\n c: 2", 3), ("a: 1\n  b: 2", 2),
     ("a: x\n  y", 2), ("a:\n\tb: 1", 2), ("a: &x 1", 1), ("a: *x", 1), ("a: !!str 1", 1), ("a: |\n  text", 1),
@@ -167,6 +188,7 @@ def test_yaml_outside_the_subset_names_its_line(text, line):
         config.parse_yaml(text, "f.yaml")
 
 
+# C26
 @pytest.mark.parametrize("text, value", [("1e-4", 0.0001), ("1E5", 1e5), ("-2.5e3", -2500.0), ("+1.e2", 100.0)])
 def test_yaml_exponents_make_floats(text, value):
     assert config.parse_yaml(f"a: {text}\nb: [{text}]") == {"a": value, "b": [value]}
@@ -214,6 +236,7 @@ def test_shipped_configs_load(path):
     assert config.load(str(path)).model.name == config.parse_yaml(path.read_text())["model"]["name"]
 
 
+# C27
 def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
     rng = random.Random(0)
     for _ in range(100):
@@ -232,6 +255,7 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     assert yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) == config.to_dict(odd)
 
 
+# C27
 def test_overrides_do_what_editing_the_file_does(tmp_path):
     edited = ISSUE_FILE.replace("batch_size: 16", "batch_size: 8").replace("dropout: 0.1", "dropout: 0", 1)
     edited += "data:\n  augment:\n    speeds:\n    - 0.9\n    - 1\n  train: 'a=b'\n"
@@ -312,6 +336,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
 
 
+# C27
 def test_check_lists_every_violation_in_one_error(tmp_path):
     path = written(tmp_path, ISSUE_FILE)
     for override, line in BROKEN.items():
@@ -349,6 +374,7 @@ def random_texts(seed, n):
     return ["".join(rng.choice(draws)() for _ in range(rng.randrange(12))) for _ in range(n)]
 
 
+# C8
 @pytest.mark.parametrize("text, wanted", [
     ("  The\tCAT,\u3000it\n\nsat! ", "the cat, it sat!"), ("ＡＢＣ１２３", "abc123"), ("ﬁn", "fin"), ("e\u0301", "é"),
     ("STRASSE Straße", "strasse straße"), ("ΟΔΟΣ", "οδος"), ("你好，世界", "你好,世界"), ("\u00a0 ", ""),
@@ -358,6 +384,7 @@ def test_normalise_text_gives_the_planted_form(text, wanted):
     assert normalise_text(text) == wanted
 
 
+# C8
 def test_normalise_text_is_idempotent_and_writable():
     texts = random_texts(0, 5000) + ["İ\U0001d170"]  # the last: NFKC then lower case once is not enough
     lowered_once = [unicodedata.normalize("NFKC", t).lower() for t in texts]
@@ -367,6 +394,7 @@ def test_normalise_text_is_idempotent_and_writable():
         assert once == once.strip() and "  " not in once and (not once or once.split(" ") == once.split())
 
 
+# C9
 @pytest.mark.parametrize("unit", ["char", "word"])
 def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
     texts = random_texts(1, 1500)
@@ -390,6 +418,7 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
     assert lossless > 1000 and (unit == "word") == (lossless < len(texts))
 
 
+# C6
 def test_planted_ids_counts_and_specials():
     char = Tokenizer.build(["Ba b", "c b"], min_count=2)
     assert char.state() == {"unit": "char", "symbols": ["<blank>", "<sos>", "<eos>", "<unk>", " ", "b"]}
@@ -459,6 +488,7 @@ def random_pairs(seed, n):
         yield tuple([rng.choice(items) for _ in range(rng.randrange(13))] for _ in "rh")
 
 
+# C10
 def test_alignment_is_minimal_and_spells_both_sides():
     for ref, hyp in random_pairs(0, 1500):
         steps, counts = align(ref, hyp), count_errors(ref, hyp)
@@ -489,6 +519,7 @@ def test_ties_keep_hits_and_are_settled_from_the_end():
     assert align([], []) == [] and align([], "a") == [("ins", None, "a")]
 
 
+# C10
 @pytest.mark.parametrize("ref, hyp, chars, words", [  # totals: jiwer 4.0.0 on the normalised texts
     ("The cat sat.", "a  CAT sat", Counts(sub=1, del_=3, ref=12), Counts(sub=2, ref=3)),
     ("ab cd", "abcd", Counts(del_=1, ref=5), Counts(sub=1, del_=1, ref=2)),
@@ -499,6 +530,7 @@ def test_text_errors_count_normalised_characters_with_spaces_and_words(ref, hyp,
     assert (char_errors(ref, hyp), word_errors(ref, hyp)) == (chars, words)
 
 
+# C11
 def test_counts_add_and_divide_once():
     parts = [Counts(1, 2, 3, 10), Counts(ins=4), Counts(ref=10)]
     total = sum(parts, Counts())
@@ -531,8 +563,8 @@ def letters(text: str) -> list[int]:
 def data_options(**changes) -> SimpleNamespace:
     toy = SimpleNamespace(num_train=20, num_dev=10, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6,
                           max_frames=20, blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5)
-    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), freq_masks=2, freq_width=5, time_masks=2, time_width=4,
-                              time_share=0.2)
+    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), channel_std=0.0, freq_masks=2, freq_width=5, time_masks=2,
+                              time_width=4, time_share=0.2)
     return SimpleNamespace(**{**dict(kind="toy", sample_rate=8000, num_mels=20, lfr_m=2, lfr_n=2, min_sec=0.1,
                                      max_sec=2.0, toy=toy, augment=augment), **changes})
 
@@ -566,6 +598,7 @@ def encode_samples(values: list[int], code: int, bits: int) -> bytes:
     return b"".join((v << (bits - 5)).to_bytes(bits // 8, "little", signed=True) for v in values)
 
 
+# C12
 @pytest.mark.parametrize("code,bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
 @pytest.mark.parametrize("channels,extensible", [(1, False), (2, True), (3, False), (8, True)])
 def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, channels, extensible):
@@ -587,6 +620,7 @@ def test_a_cut_last_sample_of_a_wav_is_dropped():
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
 
 
+# C12
 @pytest.mark.parametrize("blob,words", [
     (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
     (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav_bytes(b"ab", 7, 8, 1), "ffmpeg"),
@@ -638,6 +672,7 @@ RATES = [(8000, 16000), (16000, 8000), (44100, 16000), (22050, 16000), (7200, 80
          (4000, 384000), (384000, 4000), (8191, 8000)]
 
 
+# C13
 @pytest.mark.parametrize("rate_in,rate_out", RATES)
 def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, rate_out):
     N = rate_in // 4
@@ -696,6 +731,7 @@ def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
     return np.array(rows)
 
 
+# C14
 @pytest.mark.parametrize("rate_hz,num_mels", [(16000, 80), (8000, 40)])
 def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
     rng = np.random.default_rng(rate_hz)
@@ -706,6 +742,7 @@ def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
 
 
+# C14
 @needs_kit
 def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
     """Recorded numbers: funasr_kit/units/units.npz and sanm/expected (FunASR 1.4.16, dither 0)."""
@@ -720,6 +757,7 @@ def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
             np.testing.assert_array_equal(data.lfr(frames, 7, 6).numpy(), units[name])
 
 
+# C15
 @needs_kit
 @pytest.mark.parametrize("name", ["aishell_dev", "fsdd_dev_a", "fsdd_dev_b", "libri_dev"])
 def test_frontend_equals_funasr_on_speech_after_lfr_and_normalisation(name):
@@ -759,6 +797,7 @@ def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
     assert data.frame_sec(options) == pytest.approx(0.01 * lfr_n)
 
 
+# C15
 def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     rng = np.random.default_rng(0)
     parts = [torch.from_numpy(1e3 + 0.1 * rng.standard_normal((n, 3))).float() for n in (5, 1, 400)]
@@ -774,6 +813,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
         data.compute_stats(iter([]))
 
 
+# C7
 @pytest.mark.parametrize("call,words", [
     (lambda: data.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
     (lambda: data.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
@@ -807,6 +847,21 @@ def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
                for i in range(100)) == 2
 
 
+def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
+    options = data_options()
+    options.augment.freq_masks = options.augment.time_masks = 0
+    options.augment.channel_std = 0.3
+    feats = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    augmented = torch.stack([data.spec_augment(feats, options, data.generator(0, 1, i)) for i in range(400)])
+    curves = (augmented - feats).double()
+    assert (curves - curves[:, :1, :20].repeat(1, 1, 2)).abs().max() < 1e-5
+    curves = curves[:, 0, :20]
+    cosines = torch.cos(torch.arange(20)[:, None] * torch.pi * (torch.arange(20) + 0.5) / 20)  # orthogonal on the bins
+    strengths = curves @ cosines.T.double() / cosines.square().sum(1)
+    assert strengths[:, 4:].abs().max() < 1e-5
+    np.testing.assert_allclose(strengths[:, :4].std(0), 0.3, rtol=0.15)
+
+
 # ---- data: toy ----
 
 def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
@@ -834,6 +889,7 @@ def test_toy_features_are_the_trajectories_between_true_boundaries():
         np.testing.assert_allclose(u.feats[edges[1]], mix, atol=1e-5)       # half a frame after the boundary
 
 
+# C17
 def test_toy_utterances_keep_their_promises():
     options = data_options(num_mels=80)
     dataset = data.ToySeq2SeqDataset(300, options, letters, seed=5)
@@ -852,6 +908,7 @@ def test_toy_utterances_keep_their_promises():
     assert 0.3 < levels.std() < 0.8                                 # gain_std 0.5 and what the symbols add
 
 
+# C17
 def test_toy_splits_and_seeds_share_no_utterance():
     options = data_options()
     texts = [[u.feats.sum().item() for u in data.open_dataset(options, split, letters, seed)]
@@ -895,6 +952,7 @@ def test_toy_subcommand_measures_the_task_of_the_config():
 
 # ---- data: manifests ----
 
+# C18
 def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
     (tmp_path / "kaldi").mkdir()
     (tmp_path / "kaldi/wav.scp").write_text("u1 ../a.wav\nu2\t/abs/b.wav\n")
@@ -911,6 +969,7 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         data.Row("u2", "/abs/b.wav", "zwei  drei", None), data.Row("u3", "", "vier", None)]
 
 
+# C18
 @pytest.mark.parametrize("line,words", [
     ('{"audio": "a.wav"', "wanted a JSON object"), ("[1]", "wanted a JSON object"), ("[" * 9999, "a JSON object"),
     ('{"text": "a"}', "wanted a path under audio"), ('{"audio": 3, "text": "a"}', "wanted a path .* got 3"),
@@ -937,6 +996,7 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
         data.read_manifest(tmp_path)
 
 
+# C19
 def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
     for name, seconds in {"good": 0.5, "short": 0.05, "long": 2.5, "empty": 0.0}.items():
         data.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
@@ -993,6 +1053,7 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
         assert abs(peak - 500 * speed) < 8000 / len(y)
 
 
+# C16
 def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):
     path = recordings(tmp_path, 12)
     make = lambda seed: data.ManifestDataset(path, data_options(), letters, seed=seed, augment=True)
@@ -1017,6 +1078,7 @@ def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path)
 
 # ---- data: batches ----
 
+# C20
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     rng = np.random.default_rng(0)
@@ -1032,6 +1094,7 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
 
 
+# C20
 @needs_digits
 @pytest.mark.parametrize("split", ["train", "dev", "test", "unseen_speaker"])
 def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
@@ -1043,6 +1106,7 @@ def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
         assert 1 - lengths.sum() / padded < 0.10
 
 
+# C20
 def test_collate_pads_with_zeros_and_keeps_skips_apart():
     make = lambda key, T, U: data.Utterance(key, torch.full((T, 3), float(T)), torch.arange(1, U + 1), key * U, None,
                                             T / 100)
@@ -1124,6 +1188,7 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
 
 
+# C34
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
@@ -1134,3 +1199,1167 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
     error = capsys.readouterr().err
     assert error.startswith("data.py: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
+
+
+# ---- attention: masks ----
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def fresh(seed, make):
+    """A module with every parameter drawn from its own generator (biases and norms too), in float64."""
+    module = make().double()
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * (0.3 if p.dim() > 1 else 0.5)
+    return module
+
+
+def gradients(module, value):
+    module.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, wanted, tolerance=1e-12):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+# C2
+def test_masks_are_true_where_real():
+    assert padding_mask(ints(0, 2, 3), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
+    assert causal_mask(3).tolist() == [[s <= t for s in range(3)] for t in range(3)]
+
+
+# ---- attention: positions ----
+
+
+def test_sinusoids_equal_their_closed_form():
+    wanted = [[(math.sin, math.cos)[d % 2](t / 10000 ** (2 * (d // 2) / 6)) for d in range(6)] for t in range(300)]
+    np.testing.assert_allclose(sinusoids(300, 6).numpy(), wanted, atol=3e-5)  # float32 angles up to 300
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learnable"])
+def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
+    encode, x = PositionalEncoding(4, kind, max_len=5), normal(0, 2, 5, 4, dtype=torch.float32)
+    table = sinusoids(5, 4) if kind == "sinusoidal" else encode.table
+    assert_same(encode(x[:, :3]) - x[:, :3], table[:3].expand(2, 3, 4), 1e-6)
+    longer = x.repeat(1, 2, 1)
+    if kind == "sinusoidal":
+        assert_same(encode(longer) - longer, sinusoids(10, 4).expand(2, 10, 4), 1e-6)
+    else:
+        with pytest.raises(ValueError, match="learnable table ends at 5 steps, got 10"):
+            encode(longer)
+
+
+# ---- attention: arithmetic ----
+
+RAGGED = {  # name -> (mask of B=3 utterances, T queries, S keys); the second utterance has no key at all
+    "none": lambda T, S: None,
+    "padding": lambda T, S: padding_mask(ints(S, 0, 2), S)[:, None, :],
+    "causal": lambda T, S: padding_mask(ints(S, 0, 2), S)[:, None, :] & causal_mask(max(T, S))[:T, :S],
+}
+
+
+def slow_attention(q, k, v, mask):
+    """One query of one head at a time, over its real keys only."""
+    out, (B, H, T, K) = torch.zeros_like(q), q.shape
+    for b, h, t in np.ndindex(B, H, T):
+        keys = [s for s in range(k.shape[2]) if mask is None or mask[b, min(t, mask.shape[1] - 1), s]]
+        if keys:
+            scores = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(K)) for s in keys]
+            out[b, h, t] = sum(p / sum(scores) * v[b, h, s] for p, s in zip(scores, keys))
+    return out
+
+
+# C4
+@pytest.mark.parametrize("S", [5, 7])  # 5: as in self-attention, 7: as in cross-attention
+@pytest.mark.parametrize("name", RAGGED)
+def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):
+    mask, results = RAGGED[name](5, S), []
+    for need_weights in (False, True):
+        q, k, v = (normal(i, 3, 2, n, 4).requires_grad_() for i, n in enumerate((5, S, S)))
+        out, weights = attend(q, k, v, mask, need_weights)
+        results.append((out, *torch.autograd.grad((out * normal(9, *out.shape)).sum(), (q, k, v))))
+    for fused, explicit in zip(*results):
+        assert_same(fused, explicit)
+    assert_same(results[0][0], slow_attention(q.detach(), k.detach(), v.detach(), mask))
+    seen = torch.ones(3, 1, dtype=torch.float64) if mask is None else mask.any(-1).double()
+    assert_same(weights.sum(-1), seen[:, None].expand(3, 2, 5))
+    if mask is not None:
+        assert not weights.masked_select(~mask[:, None].expand_as(weights)).any()
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_multi_head_attention_equals_torchs(cross):
+    ours = fresh(1, lambda: MultiHeadAttention(8, 2, 6 if cross else None))
+    theirs = nn.MultiheadAttention(8, 2, kdim=6 if cross else 8, vdim=6 if cross else 8, batch_first=True).double()
+    (k, v), bias = ours.key_value.weight.chunk(2), torch.cat((ours.query.bias, ours.key_value.bias))
+    weights = ({"q_proj_weight": ours.query.weight, "k_proj_weight": k, "v_proj_weight": v} if cross
+               else {"in_proj_weight": torch.cat((ours.query.weight, k, v))})
+    theirs.load_state_dict({**weights, "in_proj_bias": bias, "out_proj.weight": ours.out.weight,
+                            "out_proj.bias": ours.out.bias})
+    x, memory, lens = normal(2, 3, 5, 8), normal(3, 3, 7, 6) if cross else None, ints(5, 1, 3)
+    keys = x if memory is None else memory
+    real = padding_mask(lens, keys.shape[1])
+    wanted, wanted_weights = theirs(x, keys, keys, key_padding_mask=~real, average_attn_weights=False)  # ~: True = pad
+    for need_weights in (False, True):
+        out, weights = ours(x, memory, real[:, None, :], need_weights)
+        assert_same(out, wanted)
+    assert_same(weights, wanted_weights)
+
+
+# C3
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):
+    module, x = fresh(0, lambda: MultiHeadAttention(4, 2)), normal(1, 2, 3, 4).requires_grad_()
+    out, _ = module(x, mask=padding_mask(ints(0, 3), 3)[:, None, :], need_weights=need_weights)
+    assert (out[0] == 0).all() and (out[1] != 0).all()
+    grad, = torch.autograd.grad(out.square().sum() + out[0].sum(), x)
+    assert (grad[0] == 0).all() and grad[1].isfinite().all() and (grad[1] != 0).any()
+
+
+def test_a_causal_mask_hides_the_future():
+    block, x = fresh(0, lambda: TransformerBlock(4, 2, 8)), normal(1, 2, 6, 4)
+    mask = padding_mask(ints(6, 5), 6)[:, None, :] & causal_mask(6)
+    changed = torch.cat((x[:, :4], normal(2, 2, 2, 4)), 1)
+    before, after = block(x, mask)[0], block(changed, mask)[0]
+    assert_same(after[:, :4], before[:, :4])
+    assert (after[:, 4:] - before[:, 4:]).abs().amax() > 0.1
+    assert (block(changed, mask[:, -1:])[0][0, 0] - before[0, 0]).abs().amax() > 1e-3  # without the mask it is seen
+
+
+# ---- attention: blocks ----
+
+BLOCKS = {
+    "transformer": lambda: TransformerBlock(8, 2, 12),
+    "transformer with memory": lambda: TransformerBlock(8, 2, 12, memory_dim=6),
+    "conformer": lambda: ConformerBlock(8, 2, 12, kernel_size=5),
+}
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_padding_changes_no_output_and_no_gradient_of_a_block(name, need_weights):
+    block, lens, memory_lens = fresh(3, BLOCKS[name]), ints(6, 1, 4), ints(2, 5, 3)
+    x, memory = normal(1, 3, 6, 8), normal(2, 3, 5, 6) if "memory" in name else None
+
+    def run(b, T, S):
+        m = {} if memory is None else {"memory": memory[b, :S],
+                                       "memory_mask": padding_mask(memory_lens[b], S)[:, None, :]}
+        return block(x[b, :T], padding_mask(lens[b], T)[:, None, :], **m, need_weights=need_weights)[0]
+
+    target = normal(4, 3, 6, 8)
+    batch = run(slice(0, 3), 6, 5)
+    wanted = gradients(block, (batch * target * padding_mask(lens, 6)[:, :, None]).sum())
+    total = 0.0
+    for i, (T, S) in enumerate(zip(lens.tolist(), memory_lens.tolist())):
+        single = run(slice(i, i + 1), T, S)
+        assert_same(single[0], batch[i, :T])
+        total = total + (single * target[i:i + 1, :T]).sum()
+    got = gradients(block, total)
+    assert got.keys() == wanted.keys() == dict(block.named_parameters()).keys()
+    for key in wanted:
+        assert_same(got[key], wanted[key], 1e-10)
+
+
+def test_a_conformer_block_equals_its_formula():
+    block, x = fresh(5, lambda: ConformerBlock(4, 2, 6, kernel_size=3)), normal(6, 1, 5, 4)
+
+    def norm(m, y):
+        y = y - y.mean(-1, keepdim=True)
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
+
+    def feed(m, y):
+        y = y @ m.layers[0].weight.T + m.layers[0].bias
+        return y * y.sigmoid() @ m.layers[3].weight.T + m.layers[3].bias
+
+    conv, y = block.convolution, x + feed(block.ffn_first, norm(block.norm_first, x)) / 2
+    y = y + block.self_attention(norm(block.norm_self, y))[0]
+    a, b = (norm(block.norm_conv, y) @ conv.gate.weight.T + conv.gate.bias).chunk(2, -1)
+    h = torch.cat((torch.zeros(1, 1, 4), a * b.sigmoid(), torch.zeros(1, 1, 4)), 1)
+    h = norm(conv.norm, sum(h[:, i:i + 5] * conv.depthwise.weight[:, 0, i] for i in range(3)) + conv.depthwise.bias)
+    y = y + h * h.sigmoid() @ conv.out.weight.T + conv.out.bias
+    y = y + feed(block.ffn_second, norm(block.norm_second, y)) / 2
+    assert_same(block(x)[0], norm(block.norm_out, y), 1e-10)
+
+
+# ---- attention: errors ----
+
+X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
+
+
+# C7
+@pytest.mark.parametrize("call, message", [
+    (lambda: check_shape("feats", torch.zeros(4, 80, 560), "B", "T", 80), "feats must be (B,T,80), got (4, 80, 560)"),
+    (lambda: check_shape("x", torch.zeros(4), "B", "T"), "x must be (B,T), got (4,)"),
+    (lambda: check_lens("n", ints(1, 2), 3, 9), "n must be (3,) int64, got (2,) torch.int64"),
+    (lambda: check_lens("n", ints(1, 2).int(), 2, 9), "n must be (2,) int64, got (2,) torch.int32"),
+    (lambda: padding_mask(ints(1, 4), 3), "lens must lie in 0..3, got [1, 4]"),
+    (lambda: padding_mask(ints(-1, 3), 3), "lens must lie in 0..3, got [-1, 3]"),
+    (lambda: sinusoids(3, 5), "dim must be even, got 5"),
+    (lambda: PositionalEncoding(4, "rotary"), "position must be sinusoidal, learnable or none, got 'rotary'"),
+    (lambda: PositionalEncoding(4)(torch.zeros(2, 3, 5)), "x must be (B,T,4), got (2, 3, 5)"),
+    (lambda: MultiHeadAttention(6, 4), "num_heads must divide dim, got 4 heads and dim 6"),
+    (lambda: MultiHeadAttention(4, 2)(X[0]), "x must be (B,T,4), got (3, 4)"),
+    (lambda: MultiHeadAttention(4, 2, 5)(X, X), "memory must be (2,S,5), got (2, 3, 4)"),
+    (lambda: MultiHeadAttention(4, 2)(X, X[:1]), "memory must be (2,S,4), got (1, 3, 4)"),
+    (lambda: MultiHeadAttention(4, 2)(X, mask=MASK[:, 0]), "must be (2,1,3) or (2,3,3) bool, got (2, 3) torch.bool"),
+    (lambda: MultiHeadAttention(4, 2)(X, mask=MASK[:, :, :2]), "mask must be (2,1,3) or (2,3,3) bool, got (2, 1, 2)"),
+    (lambda: MultiHeadAttention(4, 2)(X, mask=MASK.float()), "bool, got (2, 1, 3) torch.float32"),
+    (lambda: attend(X[None], X[None, :, :, :2], X[None], None, False), "k must be (1,2,S,4), got (1, 2, 3, 2)"),
+    (lambda: attend(X[None], X[None], X[None, :, :2], None, False), "v must be (1,2,3,4), got (1, 2, 2, 4)"),
+    (lambda: attend(X, X, X, None, False), "q must be (B,H,T,K), got (2, 3, 4)"),
+    (lambda: FeedForward(5, 6)(X), "x must be (B,T,5), got (2, 3, 4)"),
+    (lambda: TransformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: TransformerBlock(4, 2, 8)(X, MASK, X), "memory must be given if and only if memory_dim was, got Tensor"),
+    (lambda: TransformerBlock(4, 2, 8, memory_dim=4)(X, MASK), "if and only if memory_dim was, got NoneType"),
+    (lambda: ConvolutionModule(4, 4), "kernel_size must be odd, got 4"),
+    (lambda: ConvolutionModule(5, 3)(X), "x must be (B,T,5), got (2, 3, 4)"),
+    (lambda: ConvolutionModule(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
+    (lambda: ConformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 3, 3)), "mask must be (2,1,3), got (2, 3, 3)"),
+])
+def test_attention_errors_name_what_was_wanted_and_got(call, message):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert message in str(error.value)
+
+
+# ---- model: small models and batches ----
+
+
+def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, **options):
+    """A Paraformer of width 8 for 5 feature bins and 7 tokens, its biases drawn too; firing weights about 0.3."""
+    section = config.ModelConfig(
+        encoder=config.EncoderConfig(kind, 2, 8, 2, kernel_size=3, subsampling=subsampling, dropout=dropout),
+        predictor=config.PredictorConfig(6, 2, dropout=dropout), decoder=config.DecoderConfig(1, 8, 2, dropout=dropout),
+        **{"sampling_ratio": 0.5, "ctc_weight": 0.3, **options})
+    torch.manual_seed(seed)
+    built = model.build(section, 5, 7).to(dtype)
+    for p in built.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    built.predictor.weight.bias.data.fill_(-0.8)
+    return built.eval()
+
+
+def ragged(seed, dtype=torch.float64):
+    """feats (4,13,5), feat_lens, tokens (4,5), token_lens: one without tokens, one with more tokens than frames."""
+    token_lens = ints(3, 0, 5, 2)
+    tokens = torch.randint(1, 7, (4, 5), generator=torch.Generator().manual_seed(seed)) * padding_mask(token_lens, 5)
+    return normal(seed, 4, 13, 5, dtype=dtype), ints(13, 7, 2, 10), tokens, token_lens
+
+
+def one(batch, i):
+    """Utterance i of a batch, alone and without padding."""
+    feats, feat_lens, tokens, token_lens = batch
+    return (feats[i:i + 1, :feat_lens[i]], feat_lens[i:i + 1], tokens[i:i + 1, :token_lens[i]], token_lens[i:i + 1])
+
+
+# ---- model: integrate-and-fire ----
+
+
+def slow_fire(hidden, alpha):
+    """Dong & Xu 2020, one frame after the other, of one utterance: the embeddings fired.
+
+    A weight that is more than the unit still needs is split; what is left goes on to the next unit.
+    """
+    fired, held, state = [], 0.0, torch.zeros_like(hidden[0])
+    for h, left in zip(hidden, alpha.tolist()):
+        while held + left >= 1:
+            fired.append(state + (1 - held) * h)
+            left, held, state = left - (1 - held), 0.0, torch.zeros_like(h)
+        held, state = held + left, state + left * h
+    return fired
+
+
+# C21
+@pytest.mark.parametrize("peak", [0.4, 1.0, 3.5])  # 3.5: more than one token in a frame
+def test_cif_equals_the_sequential_loop(peak):
+    hidden, alpha = normal(0, 20, 15, 3), normal(1, 20, 15).sigmoid() * peak
+    alpha[::3, 9:] = 0  # padded frames
+    total = alpha.sum(1)
+    embeds = cif(hidden, alpha, int(total.max()) + 2)
+    for b in range(20):
+        fired = slow_fire(hidden[b], alpha[b])
+        assert len(fired) == int(total[b])
+        assert_same(embeds[b, :len(fired)], torch.stack(fired), 1e-9)
+        assert not embeds[b, len(fired) + 1:].any()  # the unit at len(fired) holds the rest
+    assert_same(cif(torch.ones(20, 15, 1).double(), alpha, int(total.max()) + 1).sum((1, 2)), total)
+
+
+def slow_boundaries(alpha, n):
+    """One frame after the other: the times at which the sum passes its (u + 1/2) / n, then the middles between them."""
+    centres, held, total = [], 0.0, sum(alpha)
+    for t, a in enumerate(alpha):
+        while len(centres) < n and held + a >= (len(centres) + 0.5) * total / n:
+            centres.append(t + ((len(centres) + 0.5) * total / n - held) / a)
+        held += a
+    middles = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
+    return [max(0.0, 2 * centres[0] - middles[0]), *middles, min(len(alpha), 2 * centres[-1] - middles[-1])]
+
+
+# C22
+def test_boundaries_lie_half_way_between_the_peaks():
+    peaks = torch.zeros(14)
+    peaks[[2, 6, 11]] = 0.9  # centres 2.5, 6.5, 11.5
+    assert_same(boundaries(peaks, 3), torch.tensor([0.5, 4.5, 9.0, 14.0], dtype=torch.float64), 1e-6)
+    assert boundaries(peaks, 1).tolist() == [0, 14] and boundaries(peaks, 0).tolist() == [0]
+    for seed, n in itertools.product(range(5), range(2, 9)):
+        alpha = normal(seed, 12).sigmoid()
+        assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
+
+
+def test_cif_is_differentiable_through_the_scaling():
+    hidden, alpha = normal(0, 2, 6, 2).requires_grad_(), normal(1, 2, 6).sigmoid().requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, a: cif(h, scale_weights(a, ints(3, 5)), 5), (hidden, alpha))
+
+
+def last_mass(alpha, counts):
+    """The weight that the last of `counts` tokens collects, (B,)."""
+    U = int(counts.max())
+    return cif(torch.ones(*alpha.shape, 1, dtype=alpha.dtype), alpha, U)[..., 0].gather(1, counts[:, None] - 1)[:, 0]
+
+
+# C21
+def test_cif_keeps_the_last_token_in_10000_draws():
+    generator = torch.Generator().manual_seed(0)
+    lost = 0
+    for _ in range(20):
+        lens = torch.randint(1, 300, (500,), generator=generator)
+        alpha = torch.rand(500, 300, generator=generator) * padding_mask(lens, 300)
+        counts = 1 + (torch.rand(500, generator=generator) * lens.clamp(max=25)).long()
+        exact, single = scale_weights(alpha, counts), alpha * (counts / alpha.sum(1))[:, None]
+        assert exact.dtype == torch.float64
+        assert (last_mass(exact, counts) - 1).abs().max() < 1e-9
+        lost += int((single.cumsum(1)[:, -1] < counts).sum())  # float32: the sum ends below the last firing
+    assert lost > 1000
+
+
+def test_scaled_weights_sum_to_the_count_and_zeros_stay_zero():
+    alpha = torch.tensor([[0.1, 0.3, 0.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]], requires_grad=True)
+    scaled = scale_weights(alpha, ints(2, 4, 0))
+    assert_same(scaled.detach(), torch.tensor([[0.5, 1.5, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.float64), 1e-7)
+    scaled.sum().backward()
+    assert alpha.grad.isfinite().all()
+
+
+# ---- model: lengths and padding ----
+
+
+# C1
+def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():
+    for factor in (1, 2, 4):
+        layer = model.Subsampling(5, 8, factor).double()
+        lens, x = torch.arange(10), normal(0, 10, 9, 5)
+        out, out_lens = layer(x, lens)
+        assert out_lens.tolist() == [math.ceil(n / factor) for n in range(10)] and out.shape[1] == out_lens.max()
+        for i in range(1, 10):
+            assert_same(layer(x[i:i + 1, :i], lens[i:i + 1])[0][0], out[i, :out_lens[i]])
+
+
+# C5
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("subsampling", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["transformer", "conformer"])
+def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, train):
+    paraformer, batch = tiny(kind, subsampling, seed=subsampling).train(train), ragged(1)
+    order = normal(2, 4, 5)
+    batch[0][~padding_mask(batch[1], 13)] = math.nan  # what pads may hold anything
+    hidden, hidden_lens, _ = paraformer.encoder(*batch[:2])
+    assert not hidden[~padding_mask(hidden_lens, hidden.shape[1])].any()
+    sums, tokens = paraformer(*batch, order)
+    wanted, total, counted = gradients(paraformer, sums["loss"]), dict.fromkeys(sums, 0.0), 0
+    for i in range(4):
+        single, n = paraformer(*one(batch, i), order[i:i + 1, :batch[3][i]])
+        total, counted = {name: total[name] + value for name, value in single.items()}, counted + n
+    assert tokens == counted == 10
+    assert_same(total, sums, 1e-6)  # the losses are float32
+    got = gradients(paraformer, total["loss"])
+    assert got.keys() == wanted.keys() == dict(paraformer.named_parameters()).keys()
+    for name in wanted:
+        assert (got[name] - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+        assert wanted[name].any(), name
+
+
+# C5 C22
+@pytest.mark.parametrize("subsampling", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["transformer", "conformer"])
+def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
+    paraformer, seen = tiny(kind, subsampling, dtype=torch.float32), set()
+    paraformer.predictor.weight.bias.data.fill_(0.5)
+    for seed in range(5):
+        feat_lens = torch.randint(1, 24, (6,), generator=torch.Generator().manual_seed(seed))
+        feats = normal(seed, 6, 24, 5, dtype=torch.float32)
+        feats[~padding_mask(feat_lens, 24)] = math.nan
+        batch = paraformer.greedy(feats, feat_lens, need_weights=True)
+        plain = paraformer.greedy(feats, feat_lens)
+        assert torch.equal(plain.tokens, batch.tokens) and plain.attention == []
+        assert batch.tokens.shape[1] == batch.lens.max()
+        for i, T in enumerate(feat_lens.tolist()):
+            single = paraformer.greedy(feats[i:i + 1, :T], feat_lens[i:i + 1])
+            n = int(single.lens)
+            seen.add(n)
+            assert int(batch.lens[i]) == n == round(single.alpha.double().sum().item())
+            assert torch.equal(single.tokens[0], batch.tokens[i, :n]) and not batch.tokens[i, n:].any()
+            assert_same(single.log_probs[0], batch.log_probs[i, :n], 1e-5)
+            assert not batch.log_probs[i, n:].any()
+            edges = batch.boundaries[i]
+            assert len(edges) == n + 1 and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+            assert_same(single.boundaries[0], edges, 1e-4)
+            wanted = boundaries(single.alpha[0], n) * subsampling - (subsampling - 1) / 2
+            assert_same(edges, wanted.clamp(0, T), 1e-4)
+            hidden, lens, _ = paraformer.encoder(feats[i:i + 1, :T], feat_lens[i:i + 1])
+            embeds = cif(hidden, scale_weights(single.alpha, single.lens), n)
+            logits, _ = paraformer.decoder(embeds, single.lens, hidden, lens)
+            assert_same(single.log_probs, logits.log_softmax(-1).amax(-1), 1e-5)
+            assert_same(batch.attention[0][i, :, :n].sum(-1), torch.ones(2, n), 1e-5)
+    assert len(seen) > 2
+
+
+# ---- model: the glancing sampler ----
+
+
+# C23
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_glance_replaces_the_floor_of_ratio_times_wrong_by_order(ratio):
+    B, U, counts = 200, 9, torch.arange(200) % 10
+    order = normal(0, B, U)
+    wrong = (torch.rand(B, generator=torch.Generator().manual_seed(1)) * (counts + 1)).long()
+    embeds, truth = torch.zeros(B, U, 3), torch.ones(B, U, 3)
+    replaced = glance(embeds, truth, counts, wrong, ratio, order).bool()
+    assert (replaced == replaced[:, :, :1]).all() and not embeds.any()
+    for b in range(B):
+        ranked = sorted(range(int(counts[b])), key=order[b].tolist().__getitem__)
+        assert replaced[b, :, 0].nonzero()[:, 0].tolist() == sorted(ranked[:math.floor(ratio * int(wrong[b]))])
+
+
+def by_hand(paraformer, batch, order):
+    """The cross-entropy of the second pass, token by token, with the first pass run on detached embeddings."""
+    feats, feat_lens, tokens, token_lens = batch
+    hidden, lens, _ = paraformer.encoder(feats, feat_lens)
+    embeds = cif(hidden, scale_weights(paraformer.predictor(hidden, lens), token_lens), tokens.shape[1])
+    first = paraformer.decoder(embeds.detach(), token_lens, hidden.detach(), lens)[0].detach()
+    mixed = [list(row) for row in embeds]
+    for b, n in enumerate(token_lens.tolist()):
+        wrong = sum(int(first[b, u].argmax()) != int(tokens[b, u]) for u in range(n))
+        for u in sorted(range(n), key=order[b].tolist().__getitem__)[:int(paraformer.options.sampling_ratio * wrong)]:
+            mixed[b][u] = paraformer.embedding.weight[tokens[b, u]]
+    logits = paraformer.decoder(torch.stack([torch.stack(row) for row in mixed]), token_lens, hidden, lens)[0]
+    return sum(cross_entropy_sum(logits[b:b + 1, :n], tokens[b:b + 1, :n], token_lens[b:b + 1], 0.1)
+               for b, n in enumerate(token_lens.tolist()))
+
+
+# C23
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_only_the_second_pass_gives_gradient(ratio):
+    paraformer, batch, order = tiny(sampling_ratio=ratio), ragged(3), normal(4, 4, 5)
+    sums, _ = paraformer(*batch, order)
+    got, by_hand_loss = gradients(paraformer, sums["ce"]), by_hand(paraformer, batch, order)
+    assert_same(sums["ce"], by_hand_loss, 1e-6)
+    wanted = gradients(paraformer, by_hand_loss)
+    assert wanted.get("embedding.weight", torch.zeros(1)).any() == (ratio > 0)
+    for name in wanted:
+        assert_same(got[name], wanted[name], 1e-6)
+
+
+# ---- model: losses ----
+
+
+# C24
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
+def test_cross_entropy_is_the_divergence_from_the_smoothed_target(smoothing):
+    logits, tokens, lens = normal(0, 3, 4, 6).requires_grad_(), torch.arange(12).reshape(3, 4) % 6, ints(4, 0, 2)
+    q = torch.full((3, 4, 6), smoothing / 5, dtype=torch.float64).scatter(2, tokens[:, :, None], 1 - smoothing)
+    wanted = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)[padding_mask(lens, 4)].sum()
+    got = cross_entropy_sum(logits, tokens, lens, smoothing)
+    assert_same(got.double(), wanted, 1e-6)
+    assert_same(*(torch.autograd.grad(x, logits)[0] for x in (got, wanted)), 1e-6)
+    assert abs(cross_entropy_sum(q.clamp(min=1e-30).log(), tokens, lens, smoothing)) < 1e-5
+
+
+# C24
+def test_ctc_equals_the_sum_over_all_paths():
+    logits, lens = normal(0, 3, 4, 3), ints(4, 3, 1)
+    tokens, token_lens = torch.tensor([[1, 1], [2, 0], [1, 2]]), ints(2, 1, 2)
+    wanted = 0.0
+    for b in range(2):  # the third cannot fit its frame and gives 0
+        p = logits[b].softmax(-1)
+        paths = itertools.product(range(3), repeat=int(lens[b]))
+        wanted -= math.log(sum(math.prod(float(p[t, s]) for t, s in enumerate(path)) for path in paths
+                               if [s for s, _ in itertools.groupby(path) if s] == tokens[b, :token_lens[b]].tolist()))
+    assert float(ctc_sum(logits, lens, tokens, token_lens)) == pytest.approx(wanted, rel=1e-5)
+
+
+# C24
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_the_loss_is_the_weighted_total_of_its_parts(weight):
+    paraformer, batch = tiny(ctc_weight=weight, quantity_weight=2.0), ragged(5)
+    sums, tokens = paraformer(*batch)
+    hidden, lens, _ = paraformer.encoder(*batch[:2])
+    alpha = paraformer.predictor(hidden, lens)
+    wanted = sum(abs(alpha[b, :lens[b]].sum().item() - int(batch[3][b])) for b in range(4))
+    assert sums["quantity"].item() == pytest.approx(wanted, rel=1e-6) and int(tokens) == 10
+    assert ("ctc" in sums) == (paraformer.ctc is not None) == (weight > 0)
+    ctc = ctc_sum(paraformer.ctc(hidden), lens, *batch[2:]) if weight else 0.0
+    assert_same(sums["loss"], (1 - weight) * sums["ce"] + 2 * sums["quantity"] + weight * ctc, 1e-6)
+
+
+# ---- model: edges ----
+
+
+# C25
+@pytest.mark.parametrize("subsampling", [1, 4])
+def test_an_utterance_without_tokens_trains_its_count_only(subsampling):
+    paraformer, (feats, feat_lens, _, _) = tiny(subsampling=subsampling, ctc_weight=0.0, quantity_weight=2.0), ragged(6)
+    sums, tokens = paraformer(feats, feat_lens, torch.zeros(4, 0, dtype=torch.int64), ints(0, 0, 0, 0))
+    hidden, lens, _ = paraformer.encoder(feats, feat_lens)
+    assert tokens == 0 and sums["ce"] == 0
+    assert_same(sums["loss"], 2 * paraformer.predictor(hidden, lens).sum(), 1e-6)
+    assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
+
+
+# C25
+def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_loss():
+    paraformer, hidden, alpha = tiny(), normal(0, 1, 2, 8), torch.tensor([[0.3, 0.1]])
+    embeds = cif(hidden, scale_weights(alpha, ints(6)), 6)  # 4.5 and 1.5 units
+    half = hidden.mean(1)[0]
+    assert_same(embeds[0], torch.stack([hidden[0, 0]] * 4 + [half] + [hidden[0, 1]]), 1e-6)
+    sums, _ = paraformer(normal(1, 1, 2, 5), ints(2), torch.arange(1, 7)[None], ints(6))
+    assert sums["ctc"] == 0 and sums["ce"] > 0
+    assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
+
+
+# C25
+@pytest.mark.parametrize("subsampling", [1, 2, 4])
+def test_greedy_without_a_token_is_empty(subsampling):
+    paraformer, (feats, feat_lens, _, _) = tiny(subsampling=subsampling), ragged(7)
+    feat_lens[1] = 0
+    mixed = paraformer.greedy(feats, feat_lens)
+    assert mixed.lens[1] == 0 < mixed.lens[0] and not mixed.tokens[1].any() and mixed.boundaries[1].tolist() == [0]
+    paraformer.predictor.weight.bias.data.fill_(-200.0)
+    empty = paraformer.greedy(feats, feat_lens, need_weights=True)
+    assert empty.lens.tolist() == [0] * 4 and empty.tokens.tolist() == empty.log_probs.tolist() == [[]] * 4
+    assert [edges.tolist() for edges in empty.boundaries] == [[0]] * 4 and empty.alpha.isfinite().all()
+    nobody = paraformer.greedy(feats[:0], feat_lens[:0])
+    assert nobody.tokens.tolist() == nobody.lens.tolist() == []
+
+
+# C25
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
+    paraformer, batch = tiny(), ragged(8)
+    batch[0][[0, 3], [12, 9], 2] = value  # the last real frames
+    with pytest.raises(ValueError, match=r"feats must be finite, got NaN or infinity in utterances \[0, 3\]"):
+        paraformer.greedy(*batch[:2])
+    sums, _ = paraformer(*batch)
+    assert not any(x.isfinite() for x in sums.values())
+
+
+FEATS, HIDDEN, ALPHA = torch.zeros(2, 6, 5).double(), torch.zeros(2, 4, 8).double(), torch.zeros(2, 4)
+LENS, TOKENS, LOGITS = ints(4, 3), torch.zeros(2, 3).long(), torch.zeros(2, 3, 7)
+WRONG = {
+    "feats rank": (lambda m: m(FEATS[0], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (6, 5)"),
+    "feats bins": (lambda m: m(FEATS[..., :4], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (2, 6, 4)"),
+    "feats empty": (lambda m: m(FEATS[:, :0], ints(0, 0), TOKENS, ints(3, 2)), "at least one frame, got (2, 0, 5)"),
+    "feat_lens": (lambda m: m(FEATS, ints(4, 7), TOKENS, ints(3, 2)), "feat_lens must lie in 0..6, got [4, 7]"),
+    "tokens": (lambda m: m(FEATS, LENS, TOKENS[:1], ints(3)), "tokens must be (2,U), got (1, 3)"),
+    "token_lens": (lambda m: m(FEATS, LENS, TOKENS, ints(3, 4)), "token_lens must lie in 0..3, got [3, 4]"),
+    "token_lens type": (lambda m: m(FEATS, LENS, TOKENS, ints(3, 2).float()), "(2,) int64, got (2,) torch.float32"),
+    "order": (lambda m: m(FEATS, LENS, TOKENS, ints(3, 2), ALPHA), "order must be (2,3), got (2, 4)"),
+    "greedy feats": (lambda m: m.greedy(FEATS[0], LENS), "feats must be (B,T,5), got (6, 5)"),
+    "greedy lens": (lambda m: m.greedy(FEATS, ints(4, 3, 2)), "feat_lens must be (2,) int64, got (3,) torch.int64"),
+    "subsampling": (lambda m: m.encoder.subsampling(FEATS[0], LENS), "x must be (B,T,5), got (6, 5)"),
+    "subsampling lens": (lambda m: m.encoder.subsampling(FEATS, ints(4)), "lens must be (2), got (1,)"),
+    "predictor": (lambda m: m.predictor(FEATS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
+    "predictor lens": (lambda m: m.predictor(HIDDEN, ints(4)), "lens must be (2), got (1,)"),
+    "scale alpha": (lambda m: scale_weights(ALPHA[0], LENS), "alpha must be (B,L), got (4,)"),
+    "scale counts": (lambda m: scale_weights(ALPHA, ints(1)), "counts must be (2), got (1,)"),
+    "cif alpha": (lambda m: cif(HIDDEN, ALPHA[0], 2), "alpha must be (B,L), got (4,)"),
+    "cif hidden": (lambda m: cif(HIDDEN[:, :3], ALPHA, 2), "hidden must be (2,4,D), got (2, 3, 8)"),
+    "boundaries": (lambda m: boundaries(ALPHA, 2), "alpha must be (L), got (2, 4)"),
+    "decoder embeds": (lambda m: m.decoder(FEATS, LENS, HIDDEN, LENS), "embeds must be (B,U,8), got (2, 6, 5)"),
+    "decoder counts": (lambda m: m.decoder(HIDDEN, ints(1), HIDDEN, LENS), "counts must be (2), got (1,)"),
+    "decoder hidden": (lambda m: m.decoder(HIDDEN, LENS, HIDDEN[:1], LENS), "hidden must be (2,L,8), got (1, 4, 8)"),
+    "decoder hidden_lens": (lambda m: m.decoder(HIDDEN, LENS, HIDDEN, ints(1)), "hidden_lens must be (2), got (1,)"),
+    "glance embeds": (lambda m: glance(ALPHA, ALPHA, LENS, LENS, 1.0, ALPHA), "embeds must be (B,U,D), got (2, 4)"),
+    "glance truth": (lambda m: glance(HIDDEN, FEATS, LENS, LENS, 1.0, ALPHA), "truth must be (2,4,8), got (2, 6, 5)"),
+    "glance counts": (lambda m: glance(HIDDEN, HIDDEN, ints(1), LENS, 1.0, ALPHA), "counts must be (2), got (1,)"),
+    "glance wrong": (lambda m: glance(HIDDEN, HIDDEN, LENS, ints(1), 1.0, ALPHA), "wrong must be (2), got (1,)"),
+    "ce logits": (lambda m: cross_entropy_sum(ALPHA, TOKENS, LENS, 0.1), "logits must be (B,U,V), got (2, 4)"),
+    "ce tokens": (lambda m: cross_entropy_sum(LOGITS, TOKENS[:, :2], LENS, 0.1), "tokens must be (2,3), got (2, 2)"),
+    "ce lens": (lambda m: cross_entropy_sum(LOGITS, TOKENS, ints(1), 0.1), "lens must be (2), got (1,)"),
+    "ctc logits": (lambda m: ctc_sum(ALPHA, LENS, TOKENS, LENS), "logits must be (B,L,V), got (2, 4)"),
+    "ctc tokens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS[:1], LENS), "tokens must be (2,U), got (1, 3)"),
+    "ctc lens": (lambda m: ctc_sum(LOGITS, ints(4, 3), TOKENS, ints(3, 3)), "lens must lie in 0..3, got [4, 3]"),
+    "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
+    "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
+    "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer'], got 'rnn'"),
+    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['paraformer'], got 'x'"),
+}
+
+
+# C1 C7
+@pytest.mark.parametrize("name", WRONG)
+def test_model_errors_name_what_was_wanted_and_got(name):
+    call, message = WRONG[name]
+    with pytest.raises(ValueError) as error:
+        call(tiny())
+    assert message in str(error.value)
+
+
+# ---- model: all of it ----
+
+
+def planted(generator, n):
+    """Each token, 1 or 2, is 1 to 3 frames of its own bin and a silent frame: feats, feat_lens, tokens, token_lens."""
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    texts = [draw(1, 3, int(draw(1, 5))) for _ in range(n)]
+    feats = [3 * torch.eye(3)[torch.cat([torch.tensor([s] * int(draw(1, 4)) + [0]) for s in text.tolist()])]
+             for text in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(feats, True), ints(*map(len, feats)), pad(texts, True), ints(*map(len, texts))
+
+
+def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    section = config.ModelConfig(encoder=config.EncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, dropout=0.0),
+                                 predictor=config.PredictorConfig(32, 1, dropout=0.0),
+                                 decoder=config.DecoderConfig(1, 32, 2, dropout=0.0))
+    paraformer = model.build(section, 3, 3)
+    optimizer = torch.optim.Adam(paraformer.parameters())
+    for step in range(120):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 120)
+        sums, tokens = paraformer(*planted(generator, 16))
+        optimizer.zero_grad()
+        (sums["loss"] / tokens).backward()
+        optimizer.step()
+    feats, feat_lens, tokens, token_lens = planted(generator, 100)
+    found = paraformer.eval().greedy(feats, feat_lens)
+    right = [found.tokens[i, :found.lens[i]].tolist() == tokens[i, :token_lens[i]].tolist() for i in range(100)]
+    assert sum(right) == 100
+
+
+# ---- train: decisions ----
+
+
+@pytest.mark.parametrize("schedule, steps", [
+    ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 60: 0.6, 110: 0.2, 500: 0.2}),
+    ("inverse_sqrt", {0: 0.1, 9: 1.0, 39: 0.5, 89: 1 / 3}),
+    ("constant", {0: 0.1, 9: 1.0, 500: 1.0})])
+def test_learning_rate_follows_its_closed_form(schedule, steps):
+    options = config.TrainingConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule, final_lr_ratio=0.2)
+    for step, wanted in steps.items():
+        assert train.learning_rate(step, 110, options) == pytest.approx(wanted)
+
+
+def scores(*pairs):
+    return [{"token_accuracy": token, "sequence_accuracy": sequence} for token, sequence in pairs]
+
+
+@pytest.mark.parametrize("history, best", [
+    (scores((0.5, 0.1)), True), (scores((0.5, 0.1), (0.6, 0.0)), True), (scores((0.5, 0.1), (0.5, 0.1)), True),
+    (scores((0.5, 0.1), (0.5, 0.2)), True), (scores((0.9, 0.1), (0.5, 0.1), (0.8, 0.9)), False)])
+def test_best_is_the_highest_token_accuracy_then_sequence_accuracy_then_the_latest(history, best):
+    assert (train.best_row(history) is history[-1]) is best
+
+
+@pytest.mark.parametrize("history, changes, word", [
+    ([], {}, ""), (scores((0.9, 0.9)), {}, ""), (scores(*[(0.9, 0.9)] * 5), {}, "epochs done"),
+    (scores((0.95, 0.9)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, "target"),
+    (scores((0.95, 0.8)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, ""),
+    (scores((0.5, 0.5), (0.4, 0.5), (0.4, 0.5)), {"patience": 2}, "no improvement"),
+    (scores((0.5, 0.5), (0.6, 0.5), (0.4, 0.5)), {"patience": 2}, "")])
+def test_a_run_stops_at_its_target_without_improvement_or_at_its_end(history, changes, word):
+    reason = train.stop_reason(history, config.TrainingConfig(num_epochs=5, **changes))
+    assert word in reason and bool(word) == bool(reason)
+
+
+# ---- train: one step ----
+
+TINY = """
+model:
+  name: paraformer
+  encoder: {}
+training:
+  batch_size: 4
+  num_epochs: 3
+  warmup_steps: 2
+  device: cpu
+data:
+  num_mels: 8
+  toy:
+    num_train: 20
+    num_dev: 6
+    num_symbols: 4
+    min_symbols: 2
+    max_symbols: 3
+"""
+
+
+def tiny_yaml(path: pathlib.Path) -> str:
+    sizes = "\n".join(f"    {key}: {value}" for key, value in
+                      dict(num_layers=1, hidden_dim=16, num_heads=2, ffn_dim=16).items())
+    encoder = f"  encoder:\n{sizes}\n    subsampling: 2\n  decoder:\n{sizes}\n  predictor:\n    hidden_dim: 16"
+    path.write_text(TINY.replace("  encoder: {}", encoder))
+    return str(path)
+
+
+def tiny_batch(count: int = 3) -> data.Batch:
+    options = config.DataConfig(num_mels=8, toy=config.ToyConfig(num_symbols=4, min_symbols=2, max_symbols=3))
+    dataset = data.ToySeq2SeqDataset(count, options, lambda text: [4 + ord(c) - ord("a") for c in text])
+    return data.collate([dataset[i] for i in range(count)])
+
+
+def tiny_model(tmp_path: pathlib.Path) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build(config.load(tiny_yaml(tmp_path / "tiny.yaml")).model, 8, 8)
+
+
+def test_a_step_is_clipped_gradient_descent_with_decay_on_matrices_only(tmp_path):
+    ours, theirs, batch = tiny_model(tmp_path).eval(), tiny_model(tmp_path).eval(), tiny_batch()
+    options = config.TrainingConfig(max_grad_norm=0.05, weight_decay=0.3)
+    optimizer = torch.optim.SGD(train.parameter_groups(ours, options.weight_decay), lr=0.0)
+    torch.manual_seed(1)
+    step = train.train_step(ours, optimizer, batch, 0.1, options)
+    torch.manual_seed(1)
+    sums, tokens = theirs(*train.to_device(batch, torch.device("cpu")))
+    (sums["loss"] / tokens).backward()
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
+    assert step.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.05
+    assert (step.tokens, step.finite) == (int(batch.token_lens.sum()), True)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
+        if b.grad is None:
+            wanted = b
+        else:
+            wanted = b - 0.1 * (b.grad * 0.05 / norm + (0.3 * b if b.dim() > 1 else 0))
+        torch.testing.assert_close(a, wanted, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_moving_average_is_the_closed_form_once_grown():
+    average, value = train.moving_average(0.9), torch.zeros(1)
+    for n in range(200):
+        value = average(value, torch.tensor([float(n)]), torch.tensor(n))
+    wanted = sum(0.1 * 0.9 ** (199 - n) * n for n in range(200))  # the weight of the young steps has died out
+    assert value.item() == pytest.approx(wanted, rel=1e-4)
+    assert average(torch.zeros(1), torch.ones(1), torch.tensor(1)).item() == pytest.approx(1 - 2 / 11)
+
+
+# C31
+def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
+    model, batch = tiny_model(tmp_path), tiny_batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.01))
+    batch.feats[0, 0, 0] = math.nan
+    step = train.train_step(model, optimizer, batch, 0.1, config.TrainingConfig())
+    assert not step.finite and not optimizer.state
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "ce" not in train.step_totals(step, batch, 1.0)
+
+
+# C11
+def test_evaluation_counts_a_planted_set_by_alignment():
+    tokenizer = Tokenizer.build(["a b"])
+    refs, hyps = ["ab ab", "a", "b"], ["ab aab", "a", ""]
+
+    class Planted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def greedy(self, feats, feat_lens):
+            ids = [torch.tensor(tokenizer.encode(h), dtype=torch.int64) for h in hyps]
+            tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [])
+
+    items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
+    row = train.evaluate(Planted(), [data.collate(items)], tokenizer.decode)
+    assert row == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
+                   "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4)}
+
+
+# ---- train: a run ----
+
+TIMES = ("seconds", "frames_per_second")
+
+
+def without_times(history):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
+
+
+def run_of(folder: pathlib.Path) -> pathlib.Path:
+    return (folder / "latest").resolve()
+
+
+# C28 C29
+def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path, "--runs", str(tmp_path / "runs"), "--training.num_epochs=2"]) == 0
+    run = run_of(tmp_path / "runs")
+    assert config.load(str(run / "config.yaml")) == config.load(path, ["--training.num_epochs=2"])
+    history = json.loads((run / "metrics.json").read_text())
+    rows = list(csv.DictReader((run / "results.csv").read_text().splitlines()))
+    assert [{k: float(v) for k, v in row.items()} for row in rows] == history and len(history) == 2
+    wanted = {"epoch", "step", "learning_rate", "loss", "loss_ce", "loss_quantity", "grad_norm", "token_accuracy",
+              "sequence_accuracy", "length_accuracy", "cer", "wer", "frames_per_second", "padding",
+              "skipped_utterances", "skipped_steps"}
+    assert wanted <= set(history[0])
+    assert (run / "train.log").read_text().count("epoch 1/2") == 1
+    state = read_checkpoint(run / "checkpoints/latest.pt")
+    assert config.from_dict(state["config"], "checkpoint") == config.load(str(run / "config.yaml"))
+    assert state["history"] == history and state["progress"]["epoch"] == 2
+    assert {"optimizer", "random", "stats", "tokenizer"} <= set(state)
+    assert sorted(p.name for p in run.iterdir()) == sorted(
+        ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints"])
+
+
+class Killed(Exception):
+    pass
+
+
+# C30
+@pytest.mark.parametrize("kill_at", [3, 5, 8])
+def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch,
+                                                                                           kill_at):
+    path = tiny_yaml(tmp_path / "tiny.yaml")  # 20 utterances by 4: 5 steps an epoch, 3 epochs
+    options = ["--training.checkpoint_steps=1", "--model.ctc_weight=0.3", "--training.average_decay=0.8", "--runs"]
+    assert train.main([path, *options, str(tmp_path / "whole")]) == 0
+    real_step, count = train.train_step, iter(range(1, 100))
+
+    def dying_step(*arguments):
+        if next(count) > kill_at:
+            raise Killed
+        return real_step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", dying_step)
+    with pytest.raises(Killed):
+        train.main([path, *options, str(tmp_path / "parts")])
+    monkeypatch.setattr(train, "train_step", real_step)
+    torch.manual_seed(999)  # whatever the process drew since
+    run = run_of(tmp_path / "parts")
+    assert train.main(["--resume", str(run)]) == 0
+    whole = read_checkpoint(run_of(tmp_path / "whole") / "checkpoints/latest.pt")
+    parts = read_checkpoint(run / "checkpoints/latest.pt")
+    for weights in ("model", "trained"):
+        assert all(torch.equal(value, parts[weights][name]) for name, value in whole[weights].items())
+    assert not torch.equal(whole["model"]["decoder.output.weight"], whole["trained"]["decoder.output.weight"])
+    assert without_times(whole["history"]) == without_times(parts["history"])
+    assert torch.equal(whole["random"]["cpu"], parts["random"]["cpu"])
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_second(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101_000000")
+    first, second = train.new_run(tmp_path, "x"), train.new_run(tmp_path, "x")
+    assert (first.name, second.name) == ("20260101_000000_x", "20260101_000000_x_2")
+    assert (tmp_path / "latest").resolve() == second.resolve()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
+
+
+# C28
+def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "latest.pt"
+    train.save_checkpoint(path, {"a": torch.ones(2)})
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        train.save_checkpoint(path, {"a": torch.zeros(2)})
+    assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
+
+
+# C31
+def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_stays(tmp_path, monkeypatch, capsys):
+    path, real = tiny_yaml(tmp_path / "tiny.yaml"), train.train_step
+    steps = iter(range(100))
+
+    def poisoned(model, optimizer, batch, *rest):
+        if next(steps) >= 5:
+            batch.feats[:] = math.nan
+        return real(model, optimizer, batch, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert train.main([path, "--runs", str(tmp_path), "--training.max_bad_steps=2"]) == 1
+    assert "2 non-finite steps in a row" in capsys.readouterr().out
+    log = (run_of(tmp_path) / "train.log").read_text()
+    assert log.count("not finite, skipped; batch: toy_") == 2
+    state = read_checkpoint(run_of(tmp_path) / "checkpoints/latest.pt")
+    assert state["progress"]["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# C34
+@pytest.mark.parametrize("arguments, words", [
+    (["nowhere.yaml"], "nowhere.yaml"), (["CONFIG", "--training.batch_sise=3"], "batch_size"),
+    (["--resume", "nowhere"], "no such file"), (["CONFIG", "--data.kind=manifest"], "data.train"),
+    (["CONFIG", "--training.device=cuda"], "no GPU")])
+def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, words):
+    if "cuda" in arguments[-1] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path if a == "CONFIG" else a for a in arguments] + ["--runs", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"]])
+def test_bad_arguments_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_curves_stand_where_their_values_say():
+    rows = [{"loss": 10.0 ** -i, "token_accuracy": i / 2, "epoch": i} for i in range(3)]
+    root = ElementTree.fromstring(train.curves_svg(rows))
+    paths = [e.get("d") for e in root.iter() if e.tag.endswith("path") and e.get("stroke") and "L" in e.get("d")]
+    points = [[tuple(map(float, point.split())) for point in path[1:].split("L")] for path in paths]
+    assert points == [[(60, 30), (290, 130), (520, 230)], [(60, 500), (290, 400), (520, 300)]]
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert "loss 0.01" in texts and "token_accuracy 1" in texts
+
+
+@slow
+def test_the_toy_config_learns_its_task(tmp_path):
+    """The figures that README promises, on the task's own test split."""
+    assert train.main([str(HERE / "configs/toy.yaml"), "--runs", str(tmp_path)]) == 0
+    best = train.best_row(json.loads((run_of(tmp_path) / "metrics.json").read_text()))
+    assert best["token_accuracy"] >= 0.99 and best["sequence_accuracy"] >= 0.97
+
+
+# ---- decode: recognition ----
+
+def tiny_system(kind: str = "manifest") -> decode.System:
+    """A model with random weights that fires about every fourth frame; the same at every call."""
+    sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
+    model = config.ModelConfig(encoder=config.EncoderConfig(subsampling=2, **sizes),
+                               decoder=config.DecoderConfig(**sizes), predictor=config.PredictorConfig(hidden_dim=16))
+    options = config.DataConfig(kind=kind, train="x", dev="x", num_mels=8, sample_rate=8000)
+    tokenizer = Tokenizer.build(["abcd efgh"])
+    torch.manual_seed(3)
+    network = build(model, 8, len(tokenizer)).eval()
+    stats = torch.tensor([[0.0] * 8, [1.0] * 8])
+    return decode.System(config.Config(model=model, data=options), tokenizer, stats, network)
+
+
+def saved(system: decode.System, path: pathlib.Path) -> str:
+    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+                "model": system.model.state_dict()}, path)
+    return str(path)
+
+
+def ragged_feats(lens: list[int]) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 8, generator=rng) for n in lens]
+
+
+# C5
+def test_a_batch_gives_each_utterance_what_it_gets_alone():
+    system, feats = tiny_system(), ragged_feats([31, 0, 7, 1, 50, 22, 0])
+    together = decode.transcribe(system, feats)
+    for i, x in enumerate(feats):
+        alone = decode.transcribe(system, [x])[0]
+        assert [t.id for t in together[i].tokens] == [t.id for t in alone.tokens] and together[i].text == alone.text
+        for a, b in zip(together[i].tokens, alone.tokens):
+            assert (a.confidence, a.start, a.end) == pytest.approx((b.confidence, b.start, b.end), abs=2e-3)
+    assert together[1] == together[6] == decode.Result("", 0.0, []) and len(together[4].tokens) > 3
+    assert decode.transcribe(system, []) == []
+
+
+# C33
+def test_results_are_planted_tokens_in_seconds_with_probabilities():
+    log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.9, 1]]))
+    found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
+                       [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
+    result = decode.read_result(tiny_system(), found, 0)
+    assert result.tokens == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
+    assert (result.text, result.confidence) == (" a", 0.25)
+    assert decode.read_result(tiny_system(), found, 1).tokens == [("b", 6, 0.9, 0.0, 0.08)]
+
+
+def spoken(path: pathlib.Path, seconds: float) -> str:
+    data.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
+    return str(path)
+
+
+# C33 C34
+def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(tmp_path, capsys):
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.01)
+    (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
+    output = tmp_path / "out.jsonl"
+    code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, "--output", str(output)])
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert code == 1 and "bad.wav: " in err and "1 could not be read" in err
+    assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
+    assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
+    feats = data.frontend(*data.load_wav(good), tiny_system().config.data, tiny_system().stats)
+    wanted = decode.transcribe(tiny_system(), [feats])[0]
+    assert rows[0]["text"] == wanted.text and rows[0]["tokens"] == [t._asdict() for t in wanted.tokens]
+    assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
+
+
+def test_the_report_adds_errors_and_divides_once():
+    system, encode = tiny_system(), tiny_system().tokenizer.encode
+    result = lambda text: decode.Result(text, 1.0, [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))])
+    tally = decode.Tally()
+    for ref, hyp in [("ab cd", "ab"), ("a", "a"), ("b", "c d")]:
+        tally = tally.with_utterance(system, ref, result(hyp))
+    assert tally.lines() == ["token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
+                             "%WER 75.00 [ 3 / 4, 1 ins, 1 del, 1 sub ]  %CER 85.71"]
+
+
+# C32 C34
+@pytest.mark.parametrize("plant, words", [
+    (lambda path: None, "no such file"),
+    (lambda path: path.write_bytes(b"junk"), "cannot load"),
+    (lambda path: torch.save({"model": {}}, path), "without config, tokenizer, stats"),
+    (lambda path: torch.save(pathlib.PurePosixPath("x"), path), "cannot load"),
+    (lambda path: misfit(path), "missing decoder.norm.weight; unused extra; decoder.norm.bias (3,), wanted (16,)")])
+def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):
+    path = tmp_path / "x.pt"
+    plant(path)
+    assert decode.main(["--ckpt", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"decode.py: {path}: ") and words in error and error.count("\n") == 1
+
+
+def misfit(path: pathlib.Path) -> None:
+    state = torch.load(saved(tiny_system(), path), weights_only=True)
+    weights = {**state["model"], "extra": torch.zeros(1), "decoder.norm.bias": torch.zeros(3)}
+    del weights["decoder.norm.weight"]
+    torch.save({**state, "model": weights}, path)
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"]])
+def test_bad_decoding_arguments_exit_with_2(arguments):
+    with pytest.raises(SystemExit) as stop:
+        decode.main(arguments)
+    assert stop.value.code == 2
+
+
+# ---- decode: pictures ----
+
+def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
+    values = np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
+    raw = base64.b64decode(decode.heat_map(values).split(",")[1])
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(raw):
+        size, name = struct.unpack(">I4s", raw[at:at + 8])
+        body = raw[at + 8:at + 8 + size]
+        assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
+        chunks[name], at = body, at + 12 + size
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
+    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
+    assert chunks[b"PLTE"][:3] == bytes(decode.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(decode.PALETTE[-1])
+
+
+def test_pictures_are_well_formed_and_stand_where_the_times_say():
+    tokens = [decode.Token("<我", 5, 1.0, 0.5, 1.0), decode.Token(" ", 4, 1.0, 1.0, 1.5)]
+    svg = decode.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), decode.Result("我", 1.0, tokens), 2.0)
+    root = ElementTree.fromstring(svg)
+    fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
+    assert [float(d[1:].split()[0]) for d in fires] == [decode.LEFT + decode.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert texts[0] == "a <b> & c" and "<我" in texts and "␣" in texts
+    crowd = ElementTree.fromstring(decode.attention_svg("x", torch.rand(200, 50), ["w"] * 200, 60.0))
+    rows = [float(e.get("y")) for e in crowd.iter() if e.text == "w"]
+    assert min(b - a for a, b in zip(rows, rows[1:])) >= 12 and len(rows) > 40
+    ElementTree.fromstring(decode.attention_svg("no tokens", torch.zeros(0, 50), [], 1.0))
+
+
+def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(tmp_path, capsys):
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    hostile = spoken(tmp_path / "a <&'b.wav", 1.0)
+    short = spoken(tmp_path / "short.wav", 0.001)
+    assert decode.main(["--ckpt", ckpt, hostile, short, "--plot", str(tmp_path / "plots")]) == 0
+    files = sorted((tmp_path / "plots").iterdir())
+    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.attention.svg"]
+    for file in files:
+        assert hostile in ElementTree.fromstring(file.read_text()).find("{*}text").text
+
+
+def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
+    system = tiny_system("toy")
+    system = system._replace(config=config.from_dict({**config.to_dict(system.config), "data": {
+        **config.to_dict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
+    ckpt = saved(system, tmp_path / "tiny.pt")
+    assert decode.main(["--ckpt", ckpt, "--batch-size", "2"]) == 0
+    out, err = capsys.readouterr()
+    dataset = data.open_dataset(system.config.data, "test", system.tokenizer.encode, 0, system.stats)
+    row = train.evaluate(system.model, [data.collate([dataset[i] for i in range(9)])], system.tokenizer.decode)
+    assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
+    assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+# ---- the project: layout, ladder, documents ----
+
+LADDER = {"config": set(), "tokenizer": set(), "data": set(), "attention": set(), "model": {"attention"},
+          "train": {"config", "tokenizer", "data", "model"}, "decode": {"config", "tokenizer", "data", "model"},
+          "serve": {"config", "tokenizer", "data", "model", "decode"}}
+FILES = [name for name in LADDER if (HERE / f"{name}.py").exists()]
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[0] for name in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
+
+
+# C35
+@pytest.mark.parametrize("name", FILES)
+def test_imports_follow_the_ladder(name):
+    names = imported(HERE / f"{name}.py")
+    assert names & set(LADDER) <= LADDER[name]
+    assert names - set(LADDER) <= {"torch", "numpy"} | set(sys.stdlib_module_names)
+
+
+# C35
+@pytest.mark.parametrize("name", ["config", "tokenizer", "data", "attention"])
+def test_a_leaf_imports_alone_in_an_empty_folder(tmp_path, name):
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
+    allowed = {f"{name}.py" for name in [*LADDER, "test_all"]} | {
+        "configs", "runs", "README.md", "CONTRACTS.md", "LICENSE", "requirements.txt", ".gitignore", ".ci"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("no git checkout")
+    assert {line.split("/")[0] for line in tracked.stdout.split("\n") if line} <= allowed
+
+
+def test_readme_counts_the_lines_of_each_file():
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE))
+    assert rows == {f"{name}.py": str((HERE / f"{name}.py").read_text().count("\n")) for name in [*FILES, "test_all"]}
+
+
+def test_every_contract_names_tests_that_exist_and_carry_its_id():
+    source = pathlib.Path(__file__).read_text()
+    clauses = re.findall(r"^\| (C\d+) \|.*\| ([^|]*) \|$", (HERE / "CONTRACTS.md").read_text(), re.MULTILINE)
+    assert [id for id, _ in clauses] == [f"C{i + 1}" for i in range(len(clauses))] and len(clauses) > 30
+    for id, tests in clauses:
+        names = re.findall(r"`(test_\w+)`", tests)
+        assert names, id
+        for name in names:
+            found = re.search(rf"((?:^[#@ )\]].*\n)*)^def {name}\(", source, re.MULTILINE)
+            assert found and re.search(rf"# .*\b{id}\b", found.group(1)), f"{id}: {name}"
+
+
+def test_ci_runs_the_test_command_of_readme():
+    command = re.search(r"python -m pytest \S+ test_all\.py", (HERE / "README.md").read_text()).group(0)
+    assert command.removeprefix("python ") in (HERE / ".ci/run").read_text()
