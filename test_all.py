@@ -193,6 +193,8 @@ def random_config(rng, section):
             return tuple(draw(rng.choice(value)) for _ in range(rng.randint(0, 3)))
         if isinstance(value, str):
             return "".join(rng.choices("ab1e \t\n\r\0'\"\\:#[]{},-é中\x85\u2028\ufeff\ud800😀", k=rng.randint(0, 8)))
+        if isinstance(value, bool):
+            return rng.random() < 0.5
         whole = isinstance(value, int)
         return rng.getrandbits(70) - 2**69 if whole else rng.uniform(-1, 1) * 10.0 ** rng.randint(-300, 300)
     return replace(section, **{f.name: draw(getattr(section, f.name)) for f in fields(section)})
@@ -296,7 +298,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.predictor.kernel_size=4": "model.predictor.kernel_size: wanted odd and above 0, got 4",
     "--model.predictor.num_layers=0": "model.predictor.num_layers: wanted 1 or more, got 0",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
-    "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer, got 'conformr' "
+    "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
+                                     "got 'conformr' "
                                      "(did you mean 'conformer'?)",
     "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
     "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
