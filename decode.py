@@ -4,10 +4,12 @@
     python decode.py a.wav b.wav                    recordings
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
+    python decode.py --ckpt runs/latest/checkpoints/best.pt --export DIR    the model alone, for FunASR (or FILE.pt: for us)
 
 Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments.
-Reading order: load_system, transcribe (all that serving needs), the report, pictures, main.
+Reading order: load_system, transcribe (all that serving needs), pictures, the report, exports, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
 """
 import argparse
@@ -29,8 +31,9 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from model import Hypotheses, build, load_weights, read_checkpoint
-from tokenizer import Counts, Tokenizer, char_errors, count_errors, token_accuracy, word_errors
+from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
+                       join_words, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
@@ -40,16 +43,30 @@ BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
 
 class System(NamedTuple):
     config: configs.Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
     model: nn.Module  # in eval mode
+    lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
+
+
+def load_directory(folder: str | os.PathLike) -> System:
+    """The system in a directory that FunASR publishes. Raises ValueError for what is missing or not implemented."""
+    files = configs.published_files(folder)
+    config = configs.load_published(files["config"])
+    tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
+    stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
+    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
+    return System(config, tokenizer, stats, model.eval())
 
 
 def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system that a checkpoint of train.py holds. Raises ValueError that names the file and what is wrong."""
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: the file and what is wrong."""
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if os.path.isdir(path):
+        system = load_directory(path)
+        return system._replace(stats=system.stats.to(target), model=system.model.to(target))
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
     tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
@@ -73,16 +90,65 @@ class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
+    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+
+
+FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
+FIRE_SHIFT = -1.5  # the timing head fires so many of its frames late
+LONGEST, EDGE = 12, 5  # of its frames: a longer token is cut, and a shorter silence at the end belongs to the token
+
+
+def running_sums(weights: np.ndarray) -> np.ndarray:
+    """weights (n,) float32 -> the sum at every step, from which FIRED is taken off where it is reached, (n,) float32."""
+    sums, total = np.empty_like(weights), np.float32(0)
+    for t, weight in enumerate(weights):
+        sums[t] = total = total + weight
+        total = total - FIRED if total >= FIRED else total
+    return sums
+
+
+def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[float, float]]:
+    """Begin and end of n tokens, in frames of the timing head, from its weights and their running sums (both float32).
+
+    A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
+    """
+    fired = np.flatnonzero(sums >= FIRED) + FIRE_SHIFT
+    if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
+        fired = np.flatnonzero(running_sums(weights / (weights.sum() / np.float32(n + 1))) >= FIRED) + FIRE_SHIFT
+    fired = np.pad(fired, (0, max(0, n + 1 - len(fired))), constant_values=len(weights))[:n + 1]  # never short of a time
+    spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
+    if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
+        left = len(weights) - fired[-1]
+        spans[-1] = spans[-1][0], float(len(weights) - left / 2 if left > EDGE else len(weights))
+    return spans
+
+
+def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
+    """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
+    options = system.config.model
+    if not found.timing:
+        edges = (found.boundaries[i] * data.frame_sec(system.config.data)).tolist()
+        return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
+    weights = found.timing[i].float()
+    weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
+    rate = data.frame_sec(system.config.data) * options.encoder.subsampling / options.predictor.upsampling
+    spans = firing_spans(weights, running_sums(weights), len(spoken))
+    return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as FunASR cuts
 
 
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
-    """Utterance i of a decoded batch in words and seconds."""
-    n, frame_sec = int(found.lens[i]), data.frame_sec(system.config.data)
-    ids, log_probs = found.tokens[i, :n].tolist(), found.log_probs[i, :n].double()
-    edges = (found.boundaries[i] * frame_sec).tolist()
-    tokens = [Token(system.tokenizer.symbols[id], id, round(p, 4), round(start, 3), round(end, 3))
-              for id, p, start, end in zip(ids, log_probs.exp().tolist(), edges, edges[1:])]
-    return Result(system.tokenizer.decode(ids), round(log_probs.mean().exp().item(), 4) if n else 0.0, tokens)
+    """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
+    ids = found.tokens[i, :found.lens[i]].tolist()
+    spoken = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
+    tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
+              for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
+    confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
+    if not isinstance(system.tokenizer, PieceTokenizer):
+        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
+    words = spell_words([token.token for token in tokens], times, system.lossless)
+    text = " ".join(word.text for word in words) if found.timing else join_words(words)
+    return Result(text, confidence, tokens, words)
 
 
 @torch.inference_mode()
@@ -98,7 +164,7 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
     spoken = [i for i, x in enumerate(feats) if len(x)]
-    results = [Result("", 0.0, [])] * len(feats)
+    results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
         found = decode_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
@@ -239,7 +305,52 @@ def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
     """One line of --output."""
     row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
            "tokens": [token._asdict() for token in result.tokens]}
+    if result.words:
+        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
     return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+
+
+# ---- exports ----
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    """torch.save that replaces the file whole, without a second copy in memory."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_directory(system: System, folder: Path) -> None:
+    """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
+    weights = {}
+    for name, x in system.model.state_dict().items():
+        theirs = funasr_names(name, system.config.model)
+        weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
+    config, tokenizer = configs.dump_published(system.config), system.tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
+    symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
+    pieces = getattr(tokenizer, "pieces", None)
+    if pieces is None and getattr(tokenizer, "unit", "") == "word":
+        pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
+    data.write_atomic(folder / "config.yaml", config)
+    data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+    data.write_cmvn(folder / "am.mvn", system.stats.cpu())
+    if pieces is not None:
+        lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
+        data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
+    save_tensors(folder / "model.pt", weights)
+
+
+def export(system: System, path: str) -> None:
+    """The model without optimizer state: as a checkpoint of ours where path ends in .pt, else as a FunASR directory."""
+    if not path.endswith(".pt"):
+        return export_directory(system, Path(path))
+    save_tensors(Path(path), {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+                              "stats": system.stats.cpu(), "model": system.model.state_dict()})
 
 
 # ---- main ----
@@ -249,7 +360,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
-    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
+    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
+                        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
+    parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
+                        "FILE.pt as a checkpoint, any other path as a FunASR directory")
+    parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
@@ -267,6 +382,8 @@ def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Datas
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
     options, encode = system.config.data, system.tokenizer.encode
     stats = system.stats.cpu()
+    if not inputs and options.kind == "manifest" and not (options.test or options.dev):
+        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
     rows = data.read_inputs(inputs or [options.test or options.dev])
@@ -285,7 +402,11 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int
 
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
-    system = load_system(arguments.ckpt, arguments.device)
+    system = load_system(arguments.ckpt, arguments.device)._replace(lossless=not arguments.funasr_text)
+    if arguments.export:
+        export(system, arguments.export)
+        if not arguments.inputs:
+            return 0
     dataset = open_inputs(system, arguments.inputs)
     if arguments.plot:
         Path(arguments.plot).mkdir(parents=True, exist_ok=True)
