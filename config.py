@@ -149,6 +149,7 @@ class TrainingConfig:
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
     checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
+    init_from: str = ""                  # FunASR directory or checkpoint to start from, with its model section; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
     target_sequence_accuracy: float = 0.0   # likewise
     patience: int = 0                    # epochs without improvement that stop the run; 0 = never
@@ -246,7 +247,8 @@ def _cross_errors(config: Config) -> Iterator[str]:
     if data.augment.freq_width > data.num_mels:
         yield f"data.augment.freq_width: wanted at most num_mels {data.num_mels}, got {data.augment.freq_width}"
     for name in ("train", "dev"):
-        if data.kind == "manifest" and not getattr(data, name):
+        tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
+        if data.kind == "manifest" and not getattr(data, name) and not tuned:
             yield f"data.{name}: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
 
 
@@ -427,7 +429,8 @@ CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", Fals
 
 
 def published_files(folder: str) -> dict[str, Path]:
-    """Where a directory keeps each of FILES. Raises ValueError for a configuration.json that is none."""
+    """Where a directory keeps each of FILES, without seg_dict if it has none. Raises ValueError for a bad
+    configuration.json."""
     folder, names = Path(folder), dict(FILES)
     if not (folder / FILES["tokens"]).exists() and (folder / "tokens.txt").exists():
         names["tokens"] = "tokens.txt"
@@ -440,6 +443,8 @@ def published_files(folder: str) -> dict[str, Path]:
                 names[part] = (metas.get(section, {}) if section else metas).get(name, names[part])
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: wanted JSON with file_path_metas, got {error}") from None
+    if not (folder / names["seg_dict"]).exists():
+        del names["seg_dict"]
     return {part: folder / name for part, name in names.items()}
 
 
@@ -490,12 +495,19 @@ def dump_published(config: Config) -> str:
     Raises ValueError for a model that FunASR has no classes for.
     """
     model, lines = config.model, {}
+    for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
+        if getattr(model, field) != wanted:
+            raise ValueError(f"model.{field}: wanted {_show(wanted)}, as FunASR has it, got {_show(getattr(model, field))}")
+    width, layers = 4 * model.encoder.hidden_dim, model.decoder.num_layers
+    model = replace(model, encoder=replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width),
+                    decoder=replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
+                                    attention_layers=model.decoder.attention_layers or layers))
     sections = {"model": model, "encoder": model.encoder, "predictor": model.predictor, "decoder": model.decoder,
                 "frontend": config.data, "tokenizer": config.data}
     for part, classes in PUBLISHED.items():
         ours = sections[part]
         fits = [name for name, (fixed, table) in classes.items()
-                if all(getattr(ours, field) == value for field, value in fixed.items())
+                if all(getattr(ours, field) in (value, "split") for field, value in fixed.items())
                 and ("upsample_times" in table) == (part == "predictor" and model.predictor.upsampling > 0)]
         if not fits:
             raise ValueError(f"model.{part}: wanted kind and options of a class of FunASR ({', '.join(classes)}), "
