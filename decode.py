@@ -18,7 +18,9 @@ import html
 import json
 import os
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -114,6 +116,7 @@ def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[fl
     """
     fired = np.flatnonzero(sums >= FIRED) + FIRE_SHIFT
     if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
+        weights = weights if weights.any() else np.ones_like(weights)
         fired = np.flatnonzero(running_sums(weights / (weights.sum() / np.float32(n + 1))) >= FIRED) + FIRE_SHIFT
     fired = np.pad(fired, (0, max(0, n + 1 - len(fired))), constant_values=len(weights))[:n + 1]  # never short of a time
     spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
@@ -353,6 +356,45 @@ def export(system: System, path: str) -> None:
                               "stats": system.stats.cpu(), "model": system.model.state_dict()})
 
 
+# ---- figures ----
+
+MEASURE = """
+import re, sys, time, torch
+torch.set_num_threads(2)
+peak_mb = lambda: int(re.search("VmHWM: *\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
+before, started = peak_mb(), time.perf_counter()
+import data, decode
+system = decode.load_system(sys.argv[1], "cpu")
+loaded = time.perf_counter()
+samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+spent = []
+for _ in range(3):
+    at = time.perf_counter()
+    result = decode.transcribe(system, [data.frontend(samples, 16000, system.config.data, system.stats)])[0]
+    spent.append(time.perf_counter() - at)
+peak = peak_mb()
+weights = sum(x.numel() * x.element_size() for x in system.model.state_dict().values()) / 1e6
+print(f"import, build and load {weights:.0f} MB of weights: {loaded - started:.2f} s")
+print(f"10 s of audio, {len(result.tokens)} tokens, 2 threads: {' '.join(f'{s:.2f}' for s in spent)} s")
+print(f"peak memory {peak:.0f} MB, {peak / weights:.2f} x the weights; {before:.0f} MB of it before loading (torch)")
+"""
+
+
+def benchmark() -> int:
+    """Print how fast and in how much memory a model of configs/paraformer_large.yaml with random weights loads and runs,
+    each measured in a fresh process."""
+    here = Path(__file__).resolve().parent
+    config = configs.load(str(here / "configs/paraformer_large.yaml"))
+    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
+    torch.manual_seed(0)
+    model = build(config.model, data.feature_dim(config.data), len(symbols))
+    system = System(config, PieceTokenizer(symbols, None), torch.stack([torch.zeros(560), torch.ones(560) / 4]), model)
+    with tempfile.TemporaryDirectory() as folder:
+        export_directory(system, Path(folder))
+        passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin are slow on a machine that is shared
+        return subprocess.run([sys.executable, "-c", MEASURE, folder], cwd=here, env=passive).returncode
+
+
 # ---- main ----
 
 
@@ -371,6 +413,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    parser.add_argument("--benchmark", action="store_true", help="measure loading and decoding of the true-size model of "
+                        "configs/paraformer_large.yaml with random weights, and do nothing else")
     arguments = parser.parse_args(argv)
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
         if getattr(arguments, name) < least:
@@ -439,7 +483,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return run(arguments)
+        return benchmark() if arguments.benchmark else run(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, check_lens, check_shape, halved_sinusoids, padding_mask,
@@ -629,11 +630,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
-                 names: Callable[[str], list[str]] = lambda name: [name]) -> None:
+                 names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
     """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
 
-    names(our name) are the file's names of the tensors that, one below the other, make ours. A model that was built on
-    the meta device takes the tensors themselves, others copy them.
+    names(our name) are the file's names of the tensors that, one below the other, make ours. adopt: the model takes the
+    tensors themselves in place of its own, and does not copy them.
     """
     own = model.state_dict()
     sources = {name: names(name) for name in own}
@@ -648,8 +649,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
         raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
     found = {name: weights[parts[0]] if len(parts) == 1 else torch.cat([weights[part] for part in parts])
              for name, parts in sources.items()}
-    model.load_state_dict({name: x.to(own[name].dtype) for name, x in found.items()},
-                          assign=any(x.is_meta for x in own.values()))
+    model.load_state_dict({name: x.to(own[name].dtype) for name, x in found.items()}, assign=adopt)
 
 
 # ---- weights that FunASR publishes ----
@@ -724,9 +724,21 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     return {name.removeprefix("module."): x for name, x in state.items()}
 
 
+class WithoutInit(TorchFunctionMode):
+    """Within it, modules leave their fresh weights as memory that is never touched, and draw no random numbers."""
+
+    INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
     """The model of these options with the weights of a model.pt of FunASR; every other tensor is an error."""
-    with torch.device("meta"):  # no memory, no random numbers: every tensor comes from the file
+    with WithoutInit():  # every tensor comes from the file
         model = build(options, input_dim, vocab_size)
-    load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options))
+    load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options), adopt=True)
     return model
