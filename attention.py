@@ -13,6 +13,7 @@ Masks are bool, True = real (may be seen), and are made by `padding_mask` and `c
 Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
 al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
 """
+import contextlib
 import math
 
 import torch
@@ -45,6 +46,11 @@ def padding_mask(lens: Tensor, T: int) -> Tensor:
 def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
     """(T,T) bool, True where query row t may see key column s: s <= t."""
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
+
+
+def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManager:
+    """In evaluation, no autocast: the number of tokens hangs on sums that half precision moves across whole numbers."""
+    return contextlib.nullcontext() if training else torch.autocast(x.device.type, enabled=False)
 
 
 # ---- positions ----
@@ -259,10 +265,11 @@ class SanmAttention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shape("x", x, "B", "T", self.query_key_value.in_features)
-        q, k, v = self.query_key_value(x).chunk(3, dim=-1)  # (B,T,dim) each
-        heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
-        out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
+        with full_precision(x, self.training):
+            q, k, v = self.query_key_value(x if self.training else x.float()).chunk(3, dim=-1)  # (B,T,dim) each
+            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
+            out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
+            return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
 
 
 class FeedForward(nn.Module):
@@ -411,9 +418,11 @@ class RelativeConformerBlock(ConformerBlock):
         """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
         -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
-        out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
-        x = x + self.dropout(out)
-        x = x + self.dropout(self.convolution(self.norm_conv(x), padding_mask(extent, x.shape[1])[:, None]))
+        with full_precision(x, self.training):
+            x = x if self.training else x.float()
+            out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
+            x = x + self.dropout(out)
+            x = x + self.dropout(self.convolution(self.norm_conv(x), padding_mask(extent, x.shape[1])[:, None]))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 

@@ -49,6 +49,10 @@ class System(NamedTuple):
     stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
     model: nn.Module  # in eval mode
     lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
+    precision: str = "float32"  # key of PRECISIONS, of the matrix products
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_directory(folder: str | os.PathLike) -> System:
@@ -160,7 +164,9 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
     lens = torch.tensor([len(x) for x in feats])
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
     device = system.stats.device
-    found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
+    dtype = PRECISIONS[system.precision]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
     return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found))
 
 
@@ -412,6 +418,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     parser.add_argument("--benchmark", action="store_true", help="measure loading and decoding of the true-size model of "
                         "configs/paraformer_large.yaml with random weights, and do nothing else")
@@ -446,7 +453,8 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int
 
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
-    system = load_system(arguments.ckpt, arguments.device)._replace(lossless=not arguments.funasr_text)
+    system = load_system(arguments.ckpt, arguments.device)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
     if arguments.export:
         export(system, arguments.export)
         if not arguments.inputs:

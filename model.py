@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
-                       SanmDecoderBlock, TransformerBlock, check_lens, check_shape, halved_sinusoids, padding_mask,
-                       relative_codes, sinusoids)
+                       SanmDecoderBlock, TransformerBlock, check_lens, check_shape, full_precision, halved_sinusoids,
+                       padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
 EOS = 2  # the end token, where a model has one
@@ -158,7 +158,7 @@ class RelativeConformerEncoder(nn.Module):
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
-        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
+        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
         mask, layers = padding_mask(lens, x.shape[1])[:, None, :], []
         x = self.dropout(x * math.sqrt(self.dim))
         for block in self.blocks:
@@ -585,6 +585,11 @@ class Paraformer(nn.Module):
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        with full_precision(hidden, training=False):
+            return self.decode(hidden.float(), hidden_lens, feat_lens, need_weights)
+
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool) -> Hypotheses:
+        """What greedy does behind the encoder: hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses."""
         alpha = self.predictor(hidden, hidden_lens)
         counts, embeds = self.integrate(hidden, hidden_lens, alpha)
         logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
