@@ -156,7 +156,8 @@ class RelativeConformerEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward; fewer than 7 frames give none."""
         check_feats(feats, lens, self.input_dim)
-        x, lens = self.subsampling(feats, lens, leak)
+        with full_precision(feats, self.training):
+            x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
         codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
         mask, layers = padding_mask(lens, x.shape[1])[:, None, :], []
