@@ -471,6 +471,9 @@ def load_published(path: str | Path) -> Config:
 def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
     """Our fields for a part of FunASR's config."""
     name, options = values.get(part), values.get(f"{part}_conf") or {}
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
+                         "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
     if name not in classes:
         raise ValueError(f"{place}: {part} {_show(name)} is not implemented; wanted {' or '.join(classes)}")
     fixed, table = classes[name]

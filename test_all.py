@@ -1620,6 +1620,20 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
 
 
 @needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_texts_and_times_do_not_depend_on_the_batch(variant):
+    """Random batches of random parts of the kit's features, against each part alone."""
+    system, rng = decode.load_system(KIT / variant, "cpu"), random.Random(1)
+    sources = [recorded(variant, name)["feats"] for name in WAVS]
+    for _ in range(4):
+        spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
+        parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
+        for part, in_batch in zip(parts, decode.transcribe(system, parts)):
+            alone = decode.transcribe(system, [part])[0]
+            assert (in_batch.text, in_batch.words) == (alone.text, alone.words)
+
+
+@needs_kit
 def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):
     for name, samples in (("short", 100), ("frame", 500), ("silence", 16000)):
         data.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)

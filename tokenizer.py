@@ -165,7 +165,7 @@ class PieceTokenizer:
     def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":
         """Symbols from a JSON list or a file with one on each line, and a dictionary `word piece piece ...`, if given.
 
-        Raises ValueError that names the file (and line).
+        Raises ValueError that names the file.
         """
         try:
             text = Path(tokens).read_text("utf-8-sig")
@@ -173,11 +173,7 @@ class PieceTokenizer:
             lines = Path(dictionary).read_text("utf-8-sig").splitlines() if dictionary else []
         except (OSError, ValueError) as error:
             raise ValueError(f"{tokens}: wanted a list of symbols and a dictionary beside it, got {error}") from None
-        pieces = {}
-        for number, (word, *parts) in ((n, line.split()) for n, line in enumerate(lines, 1) if line.strip()):
-            if not parts:
-                raise ValueError(f"{dictionary}:{number}: wanted a word and its pieces, got {_short(word)}")
-            pieces[word] = tuple(parts)
+        pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
         state = {"unit": "piece", "symbols": symbols, "pieces": pieces if dictionary else None, "unknown": "<unk>"}
         return cls.from_state(state, str(tokens))
 
