@@ -149,7 +149,7 @@ class TrainingConfig:
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
     checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
-    init_from: str = ""                  # FunASR directory or checkpoint to start from, with its model section; "" = none
+    init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
     target_sequence_accuracy: float = 0.0   # likewise
     patience: int = 0                    # epochs without improvement that stop the run; 0 = never
@@ -383,14 +383,11 @@ COMMON = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim")
           "dropout_rate": (0.1, "dropout")}
 CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]), "smooth_factor": (1.0, "smooth"),
        "noise_threshold": (0.0, "noise"), "dropout": (0.1, "dropout")}
+MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
+         "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
+         "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
 PUBLISHED = {     # part -> its class -> our choices, and its options: (default, our field or what alone we compute)
-    "model": {
-        "Paraformer": ({}, MODEL := {
-            "ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"),
-            "predictor_weight": (0.0, "quantity_weight"), "predictor_bias": (0, "end_token"),
-            "length_normalized_loss": (False, "loss_unit"), "sampling_ratio": (0.2, "sampling_ratio"),
-            "share_embedding": (False, "share_embedding")}),
-        "BiCifParaformer": ({}, MODEL)},
+    "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
     "encoder": {
         "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, COMMON | {
             "output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout"),
@@ -477,19 +474,29 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
     if name not in classes:
         raise ValueError(f"{place}: {part} {_show(name)} is not implemented; wanted {' or '.join(classes)}")
     fixed, table = classes[name]
-    fields = dict(fixed)
+    ours = dict(fixed)
     for option, (default, field) in table.items():
         value = options.get(option, default)
-        if isinstance(field, str):
-            known = CONVERTED.get(field, {value: value})
-            if value not in known:
-                raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
-                                 f"wanted {' or '.join(map(_show, known))}")
-            fields[field] = known[value]
-        elif value not in field:
+        value = str(value) if isinstance(value, (list, dict)) else value      # no option of ours is one
+        known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
+        if value not in known:
             raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
-                             f"wanted {' or '.join(map(_show, field))}")
-    return fields
+                             f"wanted {' or '.join(map(_show, known))}")
+        if isinstance(field, str):
+            ours[field] = known[value]
+    return ours
+
+
+def _published_class(part: str, ours: Any, upsampling: int) -> str:
+    """The class of FunASR that a part of our config is. Raises ValueError if it is none."""
+    for name, (fixed, table) in PUBLISHED[part].items():
+        timed = name == "BiCifParaformer" or "upsample_times" in table
+        fits = all(getattr(ours, field) in (value, "split")      # split: the same while no weight exceeds 1
+                   for field, value in fixed.items())
+        if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
+            return name
+    raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "
+                     f"got kind {getattr(ours, 'kind', '')}")
 
 
 def dump_published(config: Config) -> str:
@@ -497,34 +504,30 @@ def dump_published(config: Config) -> str:
 
     Raises ValueError for a model that FunASR has no classes for.
     """
-    model, lines = config.model, {}
+    model, width = config.model, 4 * config.model.encoder.hidden_dim
     for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
-            raise ValueError(f"model.{field}: wanted {_show(wanted)}, as FunASR has it, got {_show(getattr(model, field))}")
-    width, layers = 4 * model.encoder.hidden_dim, model.decoder.num_layers
-    model = replace(model, encoder=replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width),
-                    decoder=replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
-                                    attention_layers=model.decoder.attention_layers or layers))
-    sections = {"model": model, "encoder": model.encoder, "predictor": model.predictor, "decoder": model.decoder,
+            raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
+    encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)
+    decoder = replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
+                      attention_layers=model.decoder.attention_layers or model.decoder.num_layers)
+    sections = {"model": model, "encoder": encoder, "predictor": model.predictor, "decoder": decoder,
                 "frontend": config.data, "tokenizer": config.data}
-    for part, classes in PUBLISHED.items():
-        ours = sections[part]
-        fits = [name for name, (fixed, table) in classes.items()
-                if all(getattr(ours, field) in (value, "split") for field, value in fixed.items())
-                and ("upsample_times" in table) == (part == "predictor" and model.predictor.upsampling > 0)]
-        if not fits:
-            raise ValueError(f"model.{part}: wanted kind and options of a class of FunASR ({', '.join(classes)}), "
-                             f"got {getattr(ours, 'kind', '')}")
-        name = fits[-1] if part == "model" and model.predictor.upsampling else fits[0]
-        back = {field: {ours: theirs for theirs, ours in table.items()} for field, table in CONVERTED.items()}
-        lines[part] = name
-        lines[f"{part}_conf"] = {
-            option: back.get(field, {}).get(getattr(ours, field), getattr(ours, field))
-            if isinstance(field, str) else field[0] for option, (_, field) in classes[name][1].items()}
-    lines["predictor_conf"]["idim"] = model.encoder.hidden_dim
-    lines["frontend_conf"]["dither"] = 0.0
-    lines["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
-    return "\n".join(_dump_lines(lines)) + "\n"
+    values: dict = {}
+    for part, ours in sections.items():
+        name = _published_class(part, ours, model.predictor.upsampling)
+        values[part], conf = name, {}
+        for option, (_, field) in PUBLISHED[part][name][1].items():
+            if isinstance(field, str):
+                value = getattr(ours, field)
+                conf[option] = next((a for a, b in CONVERTED.get(field, {}).items() if b == value), value)
+            else:
+                conf[option] = field[0]
+        values[f"{part}_conf"] = conf
+    values["predictor_conf"]["idim"] = encoder.hidden_dim
+    values["frontend_conf"]["dither"] = 0.0
+    values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
+    return "\n".join(_dump_lines(values)) + "\n"
 
 
 # ---- YAML ----

@@ -346,8 +346,10 @@ def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
     """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
     size = stats.shape[1]
     rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
-    write_atomic(path, f"<Nnet>\n<Splice> {size} {size}\n[ 0 ]\n<AddShift> {size} {size}\n<LearnRateCoef> 0 [ {rows[0]} ]"
-                       f"\n<Rescale> {size} {size}\n<LearnRateCoef> 0 [ {rows[1]} ]\n</Nnet>\n")
+    lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
+             f"<AddShift> {size} {size}", f"<LearnRateCoef> 0 [ {rows[0]} ]",
+             f"<Rescale> {size} {size}", f"<LearnRateCoef> 0 [ {rows[1]} ]", "</Nnet>", ""]
+    write_atomic(path, "\n".join(lines))
 
 
 def feature_dim(options) -> int:
@@ -729,7 +731,8 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
         size = options.toy.num_train if split == "train" else options.toy.num_dev
         stream = 3 * seed + ("train", "dev", "test").index(split)
         return ToySeq2SeqDataset(size, options, encode, stream, augment, stats)
-    return ManifestDataset(getattr(options, split) or options.train, options, encode, seed, augment, stats, frames_per_token)
+    source = getattr(options, split) or options.train
+    return ManifestDataset(source, options, encode, seed, augment, stats, frames_per_token)
 
 
 # ---- batches ----

@@ -5,7 +5,7 @@
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
-    python decode.py --ckpt runs/latest/checkpoints/best.pt --export DIR    the model alone, for FunASR (or FILE.pt: for us)
+    python decode.py --export DIR                   the model alone as such a directory, or as a checkpoint FILE.pt
 
 Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments.
@@ -66,7 +66,7 @@ def load_directory(folder: str | os.PathLike) -> System:
 
 
 def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: the file and what is wrong."""
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -105,7 +105,7 @@ LONGEST, EDGE = 12, 5  # of its frames: a longer token is cut, and a shorter sil
 
 
 def running_sums(weights: np.ndarray) -> np.ndarray:
-    """weights (n,) float32 -> the sum at every step, from which FIRED is taken off where it is reached, (n,) float32."""
+    """weights (n,) float32 -> their sum at every step, (n,) float32; where it reaches FIRED that is taken off."""
     sums, total = np.empty_like(weights), np.float32(0)
     for t, weight in enumerate(weights):
         sums[t] = total = total + weight
@@ -122,7 +122,8 @@ def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[fl
     if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
         weights = weights if weights.any() else np.ones_like(weights)
         fired = np.flatnonzero(running_sums(weights / (weights.sum() / np.float32(n + 1))) >= FIRED) + FIRE_SHIFT
-    fired = np.pad(fired, (0, max(0, n + 1 - len(fired))), constant_values=len(weights))[:n + 1]  # never short of a time
+    missing = max(0, n + 1 - len(fired))  # after scaling too: those times are the end
+    fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
     spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
     if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
         left = len(weights) - fired[-1]
@@ -140,7 +141,7 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
     rate = data.frame_sec(system.config.data) * options.encoder.subsampling / options.predictor.upsampling
     spans = firing_spans(weights, running_sums(weights), len(spoken))
-    return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as FunASR cuts
+    return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
@@ -387,8 +388,8 @@ print(f"peak memory {peak:.0f} MB, {peak / weights:.2f} x the weights; {before:.
 
 
 def benchmark() -> int:
-    """Print how fast and in how much memory a model of configs/paraformer_large.yaml with random weights loads and runs,
-    each measured in a fresh process."""
+    """Print how fast and in how much memory a model of configs/paraformer_large.yaml with random weights loads and
+    runs, measured in a fresh process."""
     here = Path(__file__).resolve().parent
     config = configs.load(str(here / "configs/paraformer_large.yaml"))
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
@@ -420,8 +421,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
-    parser.add_argument("--benchmark", action="store_true", help="measure loading and decoding of the true-size model of "
-                        "configs/paraformer_large.yaml with random weights, and do nothing else")
+    parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
+                        "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
         if getattr(arguments, name) < least:

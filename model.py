@@ -8,8 +8,8 @@ Needs torch, numpy and attention.py. The sizes come from a config section whose 
     (B,T,F)            (B,L,D)                (B,L)           (B,U,D)                              (B,U,V)
 
 Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames (up to two fewer in a
-relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC blank
-and the padding of token tensors.
+relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
+blank and the padding of token tensors.
 Sources: Gao et al. 2022 "Paraformer" (the model, its losses, the sampler); Dong & Xu 2020 "CIF" (integrate-and-fire);
 the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 computes, in which checkpoints of
 them are published.
@@ -36,6 +36,18 @@ EOS = 2  # the end token, where a model has one
 
 
 # ---- encoders ----
+
+
+def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
+    check_shape("feats", feats, "B", "T", input_dim)
+    check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
+    if feats.shape[1] == 0:
+        raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
+
+
+def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
+    """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
+    return hidden if leak else hidden.masked_fill(~padding_mask(lens, hidden.shape[1])[:, :, None], 0.0)
 
 
 class Subsampling(nn.Module):
@@ -109,9 +121,8 @@ class SanmEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
-        B, T, F = feats.shape
-        mask = padding_mask(lens, T)[:, None, :]
-        x = feats * math.sqrt(self.dim) + halved_sinusoids(T, F).to(feats)
+        mask = padding_mask(lens, feats.shape[1])[:, None, :]
+        x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, weights = self.first(x, mask, need_weights)
         x, layers = x.float(), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
         for block in self.blocks:
@@ -166,18 +177,6 @@ class RelativeConformerEncoder(nn.Module):
             x, weights = block(x, mask, codes, extent, need_weights)
             layers.append(weights)
         return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
-
-
-def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
-    check_shape("feats", feats, "B", "T", input_dim)
-    check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
-    if feats.shape[1] == 0:
-        raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
-
-
-def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
-    """hidden (B,L,D) with zeros where it pads, or as it is: what makes an utterance equal in every batch."""
-    return hidden if leak else hidden.masked_fill(~padding_mask(lens, hidden.shape[1])[:, :, None], 0.0)
 
 
 # ---- predictors: the weight of every frame ----

