@@ -425,6 +425,11 @@ PUBLISHED = {     # part -> its class -> our choices, and its options: (default,
 CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # theirs -> ours
 
 
+def is_published(path: str | Path) -> bool:
+    """Whether path is a directory of FunASR's; one of ours holds checkpoint.pt."""
+    return Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()
+
+
 def published_files(folder: str) -> dict[str, Path]:
     """Where a directory keeps each of FILES, without seg_dict if it has none. Raises ValueError for a bad
     configuration.json."""

@@ -5,7 +5,7 @@
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
-    python decode.py --export DIR                   the model alone as such a directory, or as a checkpoint FILE.pt
+    python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments.
@@ -70,7 +70,7 @@ def load_system(path: str | os.PathLike, device: str = "auto") -> System:
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if os.path.isdir(path):
+    if configs.is_published(path):
         system = load_directory(path)
         return system._replace(stats=system.stats.to(target), model=system.model.to(target))
     state = read_checkpoint(path)
@@ -355,12 +355,23 @@ def export_directory(system: System, folder: Path) -> None:
     save_tensors(folder / "model.pt", weights)
 
 
-def export(system: System, path: str) -> None:
-    """The model without optimizer state: as a checkpoint of ours where path ends in .pt, else as a FunASR directory."""
-    if not path.endswith(".pt"):
-        return export_directory(system, Path(path))
-    save_tensors(Path(path), {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
-                              "stats": system.stats.cpu(), "model": system.model.state_dict()})
+def export(system: System, path: str) -> str:
+    """Write the model without optimizer state -> what was written, in words.
+
+    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one with
+    checkpoint.pt of ours where not.
+    """
+    place, reason = Path(path), ""
+    if place.suffix != ".pt":
+        try:
+            export_directory(system, place)
+            return f"{place}: a FunASR directory"
+        except ValueError as error:
+            place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(place, {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+                         "stats": system.stats.cpu(), "model": system.model.state_dict()})
+    return f"{place}: a checkpoint{reason}"
 
 
 # ---- figures ----
@@ -412,7 +423,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
                         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
-                        "FILE.pt as a checkpoint, any other path as a FunASR directory")
+                        "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
     parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
@@ -457,7 +468,7 @@ def run(arguments: argparse.Namespace) -> int:
     system = load_system(arguments.ckpt, arguments.device)
     system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
     if arguments.export:
-        export(system, arguments.export)
+        print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
     dataset = open_inputs(system, arguments.inputs)

@@ -620,7 +620,11 @@ CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The state that train.py saved, on the CPU, loaded with weights_only. Raises ValueError if it is no such file."""
+    """The state that train.py saved, on the CPU, loaded with weights_only; of a directory, its checkpoint.pt.
+
+    Raises ValueError if it is no such file.
+    """
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

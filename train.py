@@ -302,7 +302,7 @@ def origin(config: configs.Config) -> Origin:
     checkpoint, whose model section and front end then stand in the config."""
     options, training = config.data, config.training
     place = training.init_from
-    if os.path.isdir(place):
+    if configs.is_published(place):
         files = configs.published_files(place)
         config = with_model(config, configs.load_published(files["config"]))
         tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
