@@ -427,7 +427,7 @@ CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", Fals
 
 def is_published(path: str | Path) -> bool:
     """Whether path is a directory of FunASR's; one of ours holds checkpoint.pt."""
-    return Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()
+    return str(path) != "" and Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()   # Path("") is here
 
 
 def published_files(folder: str) -> dict[str, Path]:

@@ -1264,6 +1264,12 @@ def test_configuration_json_names_the_files(tmp_path):
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
 
 
+def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
+    assert config.is_published(tmp_path) and not config.is_published("") and not config.is_published(tmp_path / "none")
+    (tmp_path / "checkpoint.pt").touch()
+    assert not config.is_published(tmp_path)
+
+
 # ---- tokenizer: published vocabularies (FunASR) ----
 
 def unit_cases(name):
