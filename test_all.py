@@ -1392,6 +1392,22 @@ def test_firing_equals_funasrs_two_rules_and_the_closed_form_where_no_weight_exc
 
 
 @needs_kit
+def test_training_fires_what_funasr_fires_and_what_it_loses():
+    """Recorded: cif0 to cif3 of units.npz, weights scaled to whole sums; FunASR lost the last token of three utterances."""
+    units, lost = np.load(KIT / "units/units.npz"), 0
+    for case in range(4):
+        hidden, alpha, wanted = (torch.from_numpy(units[f"cif{case}_{name}"])
+                                 for name in ("hidden", "train_alphas", "train_embeds"))
+        counts = alpha.double().sum(1).round().long()
+        ours = model.cif(hidden, model.scale_weights(alpha, counts), wanted.shape[1])
+        fired = wanted.abs().amax(-1) > 0
+        close(ours[fired], wanted[fired], 1e-5)
+        gone = attention.padding_mask(counts, wanted.shape[1]) & ~fired
+        lost += int(gone.sum())
+        assert (ours[gone].abs().amax(-1) > 0.1).all()
+    assert lost == 3
+
+
 def test_delay_and_merge_equal_a_sequential_loop_on_weights_above_1():
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
