@@ -1,6 +1,6 @@
 """Attention, feed-forward and position modules, and the two blocks that are built from them.
 
-Reading order: masks and checks, positions, MultiHeadAttention, FeedForward, TransformerBlock, ConformerBlock.
+Reading order: masks and checks, positions, attention (plain, relative, with a sequence memory), FeedForward, blocks.
 Needs torch alone; nothing of this project is imported, so the file can be copied as it is.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
@@ -10,8 +10,10 @@ Masks are bool, True = real (may be seen), and are made by `padding_mask` and `c
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
     cross-attention           padding_mask(memory_lens, S)[:, None, :]                (B,1,S)
 
-Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer".
+Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
+al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
 """
+import contextlib
 import math
 
 import torch
@@ -46,6 +48,11 @@ def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
+def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManager:
+    """In evaluation, no autocast: the number of tokens hangs on sums that half precision moves across whole numbers."""
+    return contextlib.nullcontext() if training else torch.autocast(x.device.type, enabled=False)
+
+
 # ---- positions ----
 
 
@@ -56,6 +63,33 @@ def sinusoids(T: int, dim: int) -> Tensor:
     rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
     angle = torch.arange(T)[:, None] * rate  # (T, dim/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(T, dim)
+
+
+def halved_sinusoids(T: int, dim: int) -> Tensor:
+    """(T, dim) float32: row t - 1 holds sin, then in the second half cos, of t * 10000^(-i / (dim/2 - 1)), t from 1.
+
+    Source: the layout of tensor2tensor, which SAN-M uses, on the input width.
+    """
+    if dim % 2 or dim < 4:
+        raise ValueError(f"halved_sinusoids: dim must be even and 4 or more, got {dim}")
+    rate = torch.exp(torch.arange(dim // 2).float() * (-math.log(10000.0) / (dim // 2 - 1)))
+    angle = torch.arange(1, T + 1)[:, None] * rate  # (T, dim/2)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+RELATIVE_SPAN = 5000  # positions count down from here, or from the length of a longer utterance
+
+
+def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
+    """lens (B,) int64 -> (B,T,dim) float32: row r codes position P-1-r as `sinusoids` does, P = max(5000, length).
+
+    Source: the first relative attention of ESPnet, which published conformers were trained with; in Dai et al. 2019
+    the rows would code length-1-r.
+    """
+    place = lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device)  # (B,T)
+    rate = torch.exp(torch.arange(0, dim, 2, device=lens.device) * (-math.log(10000.0) / dim))
+    angle = place[:, :, None] * rate  # (B,T,dim/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(2)
 
 
 class PositionalEncoding(nn.Module):
@@ -91,8 +125,10 @@ class PositionalEncoding(nn.Module):
 # ---- attention ----
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k' / sqrt(K)) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool -> (B,H,T,K), weights (B,H,T,S).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, bias: Tensor | None = None,
+           dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k' / sqrt(K) + bias) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool, bias (B,H,T,S)
+    -> (B,H,T,K), weights (B,H,T,S). dropout is the share of weights that is dropped (the caller gives 0 in evaluation).
 
     A query that sees no key gives 0: a softmax over nothing would be NaN, in the gradient too, so that row
     attends to everything and is then erased. `need_weights` takes the explicit path, equal to the fused one.
@@ -111,10 +147,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
         mask = mask | ~alive
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B,H,T,S)
+        scores = scores if bias is None else scores + bias
         weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
         weights = weights if alive is None else weights * alive
-        return weights @ v, weights
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.dropout(weights, dropout, dropout > 0) @ v, weights
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return (out if alive is None else out * alive), None
 
 
@@ -149,6 +188,95 @@ class MultiHeadAttention(nn.Module):
         return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias too
 
 
+def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
+    """Scores against position codes (B,H,T,T) -> the same against distances, each utterance over its own length.
+
+    What prepending a zero column to (L,L), reading it as (L+1,L) and dropping the first row gives, L = lens[b]: query t
+    sees key s <= t through code L-1-(t-s). Key t+1 gets 0, and later ones the scores of query t+1, as in ESPnet's first
+    version, on which published weights rely.
+    """
+    B, H, T, _ = scores.shape
+    step, length = torch.arange(T, device=lens.device), lens[:, None, None]
+    flat = (step[:, None] + 1) * length + step  # (B,T,T): place in the (L,L+1) table
+    row, column = flat // (length + 1), flat % (length + 1) - 1
+    place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)
+    moved = scores.flatten(2).gather(2, place.flatten(1)[:, None].expand(B, H, T * T)).view(B, H, T, T)
+    return moved.masked_fill((column < 0)[:, None], 0.0)
+
+
+class RelativeAttention(MultiHeadAttention):
+    """Self-attention whose scores also depend on the distance of query and key. Source: Dai et al. 2019, 3.3."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__(dim, num_heads)
+        self.dropout = dropout
+        self.position = nn.Linear(dim, dim, bias=False)
+        self.content_bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, dim // num_heads)))
+        self.position_bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, dim // num_heads)))
+
+    def forward(self, x: Tensor, codes: Tensor, lens: Tensor, mask: Tensor | None = None,
+                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), codes (B,T,D) from `relative_codes`, lens (B,) to count positions from, mask (B,1,T)
+        -> out (B,T,D), weights (B,H,T,T) where asked for."""
+        check_shape("x", x, "B", "T", self.dim)
+        check_shape("codes", codes, *x.shape)
+        k, v = self.key_value(x).chunk(2, dim=-1)
+        q, k, v = self.heads(self.query(x)), self.heads(k), self.heads(v)
+        p = self.heads(self.position(codes))  # (B,H,T,K)
+        scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, relative_shift(scores, lens),
+                              self.dropout if self.training else 0.0)
+        return self.out(out.transpose(1, 2).flatten(2)), weights
+
+
+class SequenceMemory(nn.Module):
+    """x plus a depthwise convolution over it: what a step remembers of its neighbours, channel by channel (FSMN).
+
+    The convolution reaches (kernel_size - 1) // 2 + shift steps back, and forward for the rest.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
+        super().__init__()
+        left = (kernel_size - 1) // 2 + shift
+        if not 0 <= left < kernel_size:
+            raise ValueError(f"shift must be within half of kernel_size {kernel_size}, got {shift}")
+        self.reach = left, kernel_size - 1 - left
+        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size), math.sqrt(5)))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
+        check_shape("x", x, "B", "T", self.weight.shape[0])
+        check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        if x.shape[1] == 0:
+            return x
+        x = x.transpose(1, 2) * mask  # (B,D,T)
+        y = F.conv1d(F.pad(x, self.reach), self.weight, groups=self.weight.shape[0])
+        return (self.dropout(x + y) * mask).transpose(1, 2)
+
+
+class SanmAttention(nn.Module):
+    """Self-attention from width in_dim to dim, plus a sequence memory over its values. Source: Gao et al. 2020."""
+
+    def __init__(self, in_dim: int, dim: int, num_heads: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.query_key_value = nn.Linear(in_dim, 3 * dim)
+        self.memory = SequenceMemory(dim, kernel_size, shift, dropout)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
+        check_shape("x", x, "B", "T", self.query_key_value.in_features)
+        with full_precision(x, self.training):
+            q, k, v = self.query_key_value(x if self.training else x.float()).chunk(3, dim=-1)  # (B,T,dim) each
+            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
+            out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
+            return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them: (B,T,D) -> (B,T,D)."""
 
@@ -159,6 +287,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_shape("x", x, "B", "T", self.layers[0].in_features)
         return self.layers(x)
+
+
+class NormedFeedForward(nn.Module):
+    """Linear, ReLU, LayerNorm inside, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders."""
+
+    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.up, self.norm = nn.Linear(dim, ffn_dim), nn.LayerNorm(ffn_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_shape("x", x, "B", "T", self.up.in_features)
+        return self.down(self.norm(self.dropout(F.relu(self.up(x)))))
 
 
 # ---- blocks ----
@@ -216,6 +358,31 @@ class ConvolutionModule(nn.Module):
         return self.out(F.silu(self.norm(x)))
 
 
+class BatchNormConvolution(nn.Module):
+    """The convolution module of Gulati et al. 2020 as published: BatchNorm between depthwise and the last pointwise.
+
+    In training its statistics are those of the real steps of the batch only.
+    """
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        self.gate = nn.Conv1d(dim, 2 * dim, 1)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.norm = nn.BatchNorm1d(dim)
+        self.out = nn.Conv1d(dim, dim, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
+        check_shape("x", x, "B", "T", self.gate.in_channels)
+        check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        x = self.depthwise(F.glu(self.gate(x.transpose(1, 2)), dim=1) * mask).transpose(1, 2)  # (B,T,D)
+        real = mask[:, 0]
+        x = x.masked_scatter(real[:, :, None], self.norm(x[real]).to(x.dtype))
+        return self.out(F.silu(x).transpose(1, 2)).transpose(1, 2)
+
+
 class ConformerBlock(nn.Module):
     """Half feed-forward, self-attention, convolution, half feed-forward, norm. Source: Gulati et al. 2020, Fig. 1."""
 
@@ -240,3 +407,68 @@ class ConformerBlock(nn.Module):
         x = x + self.dropout(self.convolution(self.norm_conv(x), mask))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
+
+
+class RelativeConformerBlock(ConformerBlock):
+    """A conformer block with relative positions and BatchNorm, as in the paper and in published checkpoints."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15,
+                 attention_dropout: float = 0.0):
+        super().__init__(dim, num_heads, ffn_dim, dropout, kernel_size)
+        self.self_attention = RelativeAttention(dim, num_heads, attention_dropout)
+        self.convolution = BatchNormConvolution(dim, kernel_size)
+
+    def forward(self, x: Tensor, mask: Tensor, codes: Tensor, extent: Tensor,
+                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
+        -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
+        with full_precision(x, self.training):
+            x = x if self.training else x.float()
+            out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
+            x = x + self.dropout(out)
+            x = x + self.dropout(self.convolution(self.norm_conv(x), padding_mask(extent, x.shape[1])[:, None]))
+        x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
+        return self.norm_out(x), weights
+
+
+class SanmBlock(nn.Module):
+    """Pre-norm attention with memory, then feed-forward; no residual where the width changes from in_dim to dim."""
+
+    def __init__(self, in_dim: int, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0,
+                 dropout: float = 0.0, attention_dropout: float = 0.0):
+        super().__init__()
+        self.norm_self = nn.LayerNorm(in_dim)
+        self.self_attention = SanmAttention(in_dim, dim, num_heads, kernel_size, shift, attention_dropout)
+        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout)
+        self.residual = in_dim == dim
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
+        out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
+        x = x + self.dropout(out) if self.residual else self.dropout(out)
+        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
+
+
+class SanmDecoderBlock(nn.Module):
+    """Feed-forward, a sequence memory in place of self-attention, and cross-attention if num_heads is not 0."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0,
+                 attention_dropout: float = 0.0):
+        super().__init__()
+        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), NormedFeedForward(dim, ffn_dim, dropout)
+        self.norm_memory, self.memory = nn.LayerNorm(dim), SequenceMemory(dim, kernel_size, shift, attention_dropout)
+        self.norm_cross = nn.LayerNorm(dim) if num_heads else None
+        self.cross_attention = MultiHeadAttention(dim, num_heads) if num_heads else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, hidden: Tensor, hidden_mask: Tensor,
+                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L) -> (B,U,D), weights (B,H,U,L) or None."""
+        y = self.feed_forward(self.norm_ffn(x))
+        x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # the residual goes round the feed-forward as well
+        if self.cross_attention is None:
+            return x, None
+        out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
+        return x + self.dropout(out), weights

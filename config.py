@@ -1,15 +1,18 @@
 """Configuration: frozen dataclasses, the small part of YAML that fills them, and the rules that a config must keep.
 
 Read from top to bottom: the sections of a config; the range of every value (`RANGES`, `CHOICES`, `check`); from and to
-plain dicts; YAML. A new field is a line in its dataclass with its unit, and its name in `RANGES` or `CHOICES`.
+plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its dataclass with its unit,
+and its name in `RANGES` or `CHOICES`.
 
 The part of YAML: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
-block lists, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What YAML readers take
-differently (yes, 010, 1:30, 1_000, -.5), and all that lies outside the part, is an error with file and line.
+block lists, the empty map {}, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What
+YAML readers take differently (yes, 010, 1:30, 1_000, -.5), and all that lies outside the part, is an error with file
+and line.
 
 Needs the standard library only and nothing of this project: copy it alone.
 Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a bare scalar means).
 """
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -23,33 +26,50 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    kind: str = "transformer"            # transformer | conformer
+    kind: str = "transformer"            # transformer | conformer | sanm | relative_conformer
     num_layers: int = 4                  # blocks
     hidden_dim: int = 144                # D, a multiple of num_heads
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
-    kernel_size: int = 15                # conformer convolution, encoder frames, odd
-    subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4
-    position: str = "sinusoidal"         # sinusoidal | learnable | none
+    kernel_size: int = 15                # conformer convolution or sanm memory, encoder frames, odd
+    memory_shift: int = 0                # sanm: the memory reaches so many frames further back, and less far ahead
+    subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4; 1 for sanm, 4 for relative_...
+    position: str = "sinusoidal"         # sinusoidal | learnable | none; sanm and relative_conformer have their own
     dropout: float = 0.1                 # probability, [0, 1)
+    attention_dropout: float = 0.0       # on attention weights and memory, sanm and relative_conformer; [0, 1)
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    hidden_dim: int = 256                # width of its convolutions
-    num_layers: int = 2                  # convolutions in front of the firing weight
-    kernel_size: int = 3                 # encoder frames, odd
+    kind: str = "stacked"                # stacked | dense (one convolution) | depthwise (one, added to its input)
+    hidden_dim: int = 256                # stacked: width of its convolutions
+    num_layers: int = 2                  # stacked: convolutions in front of the firing weight
+    kernel_size: int = 3                 # stacked: encoder frames, odd
+    left: int = 1                        # dense, depthwise: encoder frames before the current one
+    right: int = 1                       # dense, depthwise: encoder frames after the current one
+    smooth: float = 1.0                  # dense, depthwise: weight = sigmoid x smooth - noise, not below 0
+    noise: float = 0.0                   # dense, depthwise: likewise
+    tail: float = 0.0                    # added to the sum of the weights, whose whole part is the count; 0 = rounded
+    firing: str = "split"                # a frame that completes several tokens: split | merge | delay (model.fire)
+    upsampling: int = 0                  # dense: timing head, weights per encoder frame; 0 = none
+    timing_smooth: float = 0.25          # timing head: weight = sigmoid x timing_smooth - timing_noise, not below 0
+    timing_noise: float = 0.01           # timing head: likewise
     dropout: float = 0.1                 # probability, [0, 1)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
+    kind: str = "transformer"            # transformer | bare (its input neither projected nor positioned) | sanm
     num_layers: int = 2                  # blocks
-    hidden_dim: int = 144                # D, a multiple of num_heads
+    attention_layers: int = 0            # sanm: of those, the first so many have cross-attention; 0 = all
+    hidden_dim: int = 144                # D, a multiple of num_heads; bare and sanm: that of the encoder
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
+    kernel_size: int = 11                # sanm: memory, tokens, odd
+    memory_shift: int = 0                # sanm: the memory reaches so many tokens further back, and less far ahead
     position: str = "sinusoidal"         # sinusoidal | learnable | none
     dropout: float = 0.1                 # probability, [0, 1)
+    attention_dropout: float = 0.0       # sanm: on the memory, [0, 1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,12 @@ class ModelConfig:
     label_smoothing: float = 0.1         # share of the target spread over all tokens, [0, 1)
     quantity_weight: float = 0.1         # weight of the token count loss, 0 or more; 1 drowns the rest at the start
     ctc_weight: float = 0.3              # weight of the CTC loss, [0, 1), cross-entropy has the rest; 0 = no head
+    end_token: bool = False              # every utterance ends with <eos>, which takes a firing of its own
+    loss_unit: str = "token"             # the losses are means over: token | utterance
+    share_embedding: bool = False        # the sampler takes true embeddings from the decoder's output matrix
+    place_embedding: bool = False        # the sampler scales true embeddings by sqrt(D) and adds positions
+    norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
+    padding_leaks: bool = False          # training: convolutions see a batch's padding, as in FunASR; never in decoding
 
 
 @dataclass(frozen=True)
@@ -122,9 +148,11 @@ class TrainingConfig:
     average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
     seed: int = 0                        # 0 or more
     device: str = "auto"                 # auto | cpu | cuda
+    threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
     checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
+    init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
     target_sequence_accuracy: float = 0.0   # likewise
     patience: int = 0                    # epochs without improvement that stop the run; 0 = never
@@ -144,19 +172,22 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps"""),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
-        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers warmup_steps
-        weight_decay seed
-        checkpoint_steps patience"""),
-    "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, "dropout label_smoothing ctc_weight average_decay"),
+        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
+        weight_decay seed checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
+        timing_noise attention_layers"""),
+    "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
+        attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 CHOICES = {
-    "model.encoder.kind": ("transformer", "conformer"), "model.encoder.subsampling": (1, 2, 4),
-    "model.encoder.position": ("sinusoidal", "learnable", "none"),
-    "model.decoder.position": ("sinusoidal", "learnable", "none"),
+    "model.encoder.kind": ("transformer", "conformer", "sanm", "relative_conformer"),
+    "model.encoder.subsampling": (1, 2, 4), "model.encoder.position": ("sinusoidal", "learnable", "none"),
+    "model.predictor.kind": ("stacked", "dense", "depthwise"), "model.predictor.firing": ("split", "merge", "delay"),
+    "model.decoder.kind": ("transformer", "bare", "sanm"),
+    "model.decoder.position": ("sinusoidal", "learnable", "none"), "model.loss_unit": ("token", "utterance"),
     "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
     "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
     "training.precision": ("auto", "float32", "bfloat16"),
@@ -184,8 +215,28 @@ def _field_errors(path: str, value: Any) -> Iterator[str]:
             yield f"{path}: wanted {wanted}, got {_show(value)}"
 
 
+def _model_errors(model: ModelConfig) -> Iterator[str]:
+    encoder, decoder = model.encoder, model.decoder
+    subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
+    if encoder.subsampling != subsampling:
+        yield f"model.encoder.subsampling: wanted {subsampling} for kind {encoder.kind}, got {encoder.subsampling}"
+    for name, part in (("encoder", encoder), ("decoder", decoder)):
+        if part.memory_shift > part.kernel_size // 2:
+            yield (f"model.{name}.memory_shift: wanted at most half of kernel_size {part.kernel_size}, "
+                   f"got {part.memory_shift}")
+    if decoder.kind != "transformer" and decoder.hidden_dim != encoder.hidden_dim:
+        yield (f"model.decoder.hidden_dim: wanted the encoder's {encoder.hidden_dim} for kind {decoder.kind}, "
+               f"got {decoder.hidden_dim}")
+    if decoder.attention_layers > decoder.num_layers:
+        yield (f"model.decoder.attention_layers: wanted at most num_layers {decoder.num_layers}, "
+               f"got {decoder.attention_layers}")
+    if model.predictor.upsampling and model.predictor.kind != "dense":
+        yield f"model.predictor.upsampling: wanted 0 for kind {model.predictor.kind}, got {model.predictor.upsampling}"
+
+
 def _cross_errors(config: Config) -> Iterator[str]:
     data, toy = config.data, config.data.toy
+    yield from _model_errors(config.model)
     for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
         if part.num_heads > 0 and part.hidden_dim % part.num_heads:
             yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
@@ -200,7 +251,8 @@ def _cross_errors(config: Config) -> Iterator[str]:
     if data.augment.freq_width > data.num_mels:
         yield f"data.augment.freq_width: wanted at most num_mels {data.num_mels}, got {data.augment.freq_width}"
     for name in ("train", "dev"):
-        if data.kind == "manifest" and not getattr(data, name):
+        tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
+        if data.kind == "manifest" and not getattr(data, name) and not tuned:
             yield f"data.{name}: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
 
 
@@ -325,6 +377,168 @@ def _dump_value(value: Any) -> str:
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text   # PyYAML: 1e-05 is text
 
 
+# ---- the directories that FunASR publishes ----
+
+FILES = {"config": "config.yaml", "model": "model.pt", "tokens": "tokens.json", "stats": "am.mvn",
+         "seg_dict": "seg_dict"}      # unless configuration.json says otherwise
+FILE_KEYS = {"init_param": "model", "config": "config", "tokenizer_conf.token_list": "tokens",
+             "tokenizer_conf.seg_dict_file": "seg_dict", "frontend_conf.cmvn_file": "stats"}
+COMMON = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
+          "dropout_rate": (0.1, "dropout")}
+CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]), "smooth_factor": (1.0, "smooth"),
+       "noise_threshold": (0.0, "noise"), "dropout": (0.1, "dropout")}
+MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
+         "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
+         "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
+PUBLISHED = {     # part -> its class -> our choices, and its options: (default, our field or what alone we compute)
+    "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
+    "encoder": {
+        "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, COMMON | {
+            "output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout"),
+            "kernel_size": (11, "kernel_size"), "sanm_shfit": (0, "memory_shift"), "input_layer": ("conv2d", ["pe"]),
+            "normalize_before": (True, [True]), "concat_after": (False, [False]),
+            "selfattention_layer_type": ("sanm", ["sanm"]), "positionwise_layer_type": ("linear", ["linear"])}),
+        "ConformerEncoder": ({"kind": "relative_conformer", "subsampling": 4}, COMMON | {
+            "output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout"),
+            "cnn_module_kernel": (31, "kernel_size"), "input_layer": ("conv2d", ["conv2d"]),
+            "normalize_before": (True, [True]), "concat_after": (False, [False]), "macaron_style": (False, [True]),
+            "use_cnn_module": (True, [True]), "activation_type": ("swish", ["swish"]),
+            "pos_enc_layer_type": ("rel_pos", ["rel_pos"]), "rel_pos_type": ("legacy", ["legacy"]),
+            "selfattention_layer_type": ("rel_selfattn", ["rel_selfattn"])})},
+    "predictor": {
+        "CifPredictor": ({"kind": "depthwise", "firing": "delay"}, CIF | {"tail_threshold": (0.45, "tail")}),
+        "CifPredictorV2": ({"kind": "dense", "firing": "merge"}, CIF | {"tail_threshold": (0.0, "tail")}),
+        "CifPredictorV3": ({"kind": "dense", "firing": "delay"}, CIF | {
+            "tail_threshold": (0.0, "tail"), "smooth_factor2": (1.0, "timing_smooth"),
+            "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
+            "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
+    "decoder": {
+        "ParaformerSANMDecoder": ({"kind": "sanm"}, COMMON | {
+            "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"),
+            "sanm_shfit": (0, "memory_shift"), "self_attention_dropout_rate": (0.0, "attention_dropout"),
+            "normalize_before": (True, [True]), "concat_after": (False, [False])}),
+        "ParaformerSANDecoder": ({"kind": "bare"}, COMMON | {
+            "normalize_before": (True, [True]), "concat_after": (False, [False])})},
+    "frontend": {
+        "WavFrontend": ({}, {
+            "fs": (16000, "sample_rate"), "n_mels": (80, "num_mels"), "lfr_m": (1, "lfr_m"), "lfr_n": (1, "lfr_n"),
+            "window": ("hamming", ["hamming"]), "frame_length": (25, [25]), "frame_shift": (10, [10]),
+            "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
+    "tokenizer": {"CharTokenizer": ({}, {})},
+}
+CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # theirs -> ours
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether path is a directory of FunASR's; one of ours holds checkpoint.pt."""
+    return str(path) != "" and Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()   # Path("") is here
+
+
+def published_files(folder: str) -> dict[str, Path]:
+    """Where a directory keeps each of FILES, without seg_dict if it has none. Raises ValueError for a bad
+    configuration.json."""
+    folder, names = Path(folder), dict(FILES)
+    if not (folder / FILES["tokens"]).exists() and (folder / "tokens.txt").exists():
+        names["tokens"] = "tokens.txt"
+    path = folder / "configuration.json"
+    if path.exists():
+        try:
+            metas = json.loads(path.read_text("utf-8")).get("file_path_metas", {})
+            for key, part in FILE_KEYS.items():
+                section, _, name = key.rpartition(".")
+                names[part] = (metas.get(section, {}) if section else metas).get(name, names[part])
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: wanted JSON with file_path_metas, got {error}") from None
+    if not (folder / names["seg_dict"]).exists():
+        del names["seg_dict"]
+    return {part: folder / name for part, name in names.items()}
+
+
+def load_published(path: str | Path) -> Config:
+    """The Config of the model and the front end that a config.yaml of FunASR describes; the rest has its defaults.
+
+    Raises ValueError that names the class or the option which is not implemented here.
+    """
+    try:
+        values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
+    parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()}
+    decoder = {"hidden_dim": parts["encoder"]["hidden_dim"], **parts["decoder"]}
+    if decoder.get("memory_shift", 0) is None:       # causal
+        decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
+    model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
+             "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
+    config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
+    check(replace(config, data=replace(config.data, kind="toy")), str(path))     # there are no manifests yet
+    return config
+
+
+def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
+    """Our fields for a part of FunASR's config."""
+    name, options = values.get(part), values.get(f"{part}_conf") or {}
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
+                         "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
+    if name not in classes:
+        raise ValueError(f"{place}: {part} {_show(name)} is not implemented; wanted {' or '.join(classes)}")
+    fixed, table = classes[name]
+    ours = dict(fixed)
+    for option, (default, field) in table.items():
+        value = options.get(option, default)
+        value = str(value) if isinstance(value, (list, dict)) else value      # no option of ours is one
+        known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
+        if value not in known:
+            raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
+                             f"wanted {' or '.join(map(_show, known))}")
+        if isinstance(field, str):
+            ours[field] = known[value]
+    return ours
+
+
+def _published_class(part: str, ours: Any, upsampling: int) -> str:
+    """The class of FunASR that a part of our config is. Raises ValueError if it is none."""
+    for name, (fixed, table) in PUBLISHED[part].items():
+        timed = name == "BiCifParaformer" or "upsample_times" in table
+        fits = all(getattr(ours, field) in (value, "split")      # split: the same while no weight exceeds 1
+                   for field, value in fixed.items())
+        if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
+            return name
+    raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "
+                     f"got kind {getattr(ours, 'kind', '')}")
+
+
+def dump_published(config: Config) -> str:
+    """The config.yaml from which FunASR builds this model, which load_published reads as the same model and front end.
+
+    Raises ValueError for a model that FunASR has no classes for.
+    """
+    model, width = config.model, 4 * config.model.encoder.hidden_dim
+    for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
+        if getattr(model, field) != wanted:
+            raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
+    encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)
+    decoder = replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
+                      attention_layers=model.decoder.attention_layers or model.decoder.num_layers)
+    sections = {"model": model, "encoder": encoder, "predictor": model.predictor, "decoder": decoder,
+                "frontend": config.data, "tokenizer": config.data}
+    values: dict = {}
+    for part, ours in sections.items():
+        name = _published_class(part, ours, model.predictor.upsampling)
+        values[part], conf = name, {}
+        for option, (_, field) in PUBLISHED[part][name][1].items():
+            if isinstance(field, str):
+                value = getattr(ours, field)
+                conf[option] = next((a for a, b in CONVERTED.get(field, {}).items() if b == value), value)
+            else:
+                conf[option] = field[0]
+        values[f"{part}_conf"] = conf
+    values["predictor_conf"]["idim"] = encoder.hidden_dim
+    values["frontend_conf"]["dither"] = 0.0
+    values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
+    return "\n".join(_dump_lines(values)) + "\n"
+
+
 # ---- YAML ----
 
 OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # never raw in a file
@@ -447,6 +661,8 @@ def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
     """The scalar or list that text starts with -> value, rest of the text; depth counts the brackets around it."""
     if text[:1] == "[" and depth < 20:
         return _scan_list(text, where, depth + 1)
+    if empty := re.match(r"\{ *\}", text):
+        return {}, text[empty.end():]
     match = re.match(QUOTED, text)
     if match:
         return _unquote(match[0], where), text[match.end():]

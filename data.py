@@ -329,6 +329,32 @@ def compute_stats(features: Iterable[Tensor]) -> Tensor:
     return torch.stack([mean, 1 / deviation]).float()
 
 
+def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
+    """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
+
+    Raises ValueError that names the file.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        shift, scale = [np.array(text[text.index(mark):].split("[", 1)[1].split("]", 1)[0].split(), np.float64)
+                        for mark in ("<AddShift>", "<Rescale>")]
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {error}") from None
+    if not len(shift) == len(scale) == size:
+        raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
+    return torch.from_numpy(np.stack([-shift, scale])).float()
+
+
+def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
+    """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
+    size = stats.shape[1]
+    rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
+    lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
+             f"<AddShift> {size} {size}", f"<LearnRateCoef> 0 [ {rows[0]} ]",
+             f"<Rescale> {size} {size}", f"<LearnRateCoef> 0 [ {rows[1]} ]", "</Nnet>", ""]
+    write_atomic(path, "\n".join(lines))
+
+
 def feature_dim(options) -> int:
     """F, the width of what `frontend` returns."""
     return options.num_mels * options.lfr_m
@@ -712,12 +738,16 @@ def training_texts(options) -> list[str]:
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
                  frames_per_token: int = 1, augment: bool = False) -> Dataset:
-    """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds."""
+    """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds.
+
+    A manifest that is not given is the training manifest.
+    """
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
         stream = 3 * seed + ("train", "dev", "test").index(split)
         return ToySeq2SeqDataset(size, options, encode, stream, augment, stats)
-    return ManifestDataset(getattr(options, split), options, encode, seed, augment, stats, frames_per_token)
+    source = getattr(options, split) or options.train
+    return ManifestDataset(source, options, encode, seed, augment, stats, frames_per_token)
 
 
 # ---- batches ----

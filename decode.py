@@ -4,10 +4,12 @@
     python decode.py a.wav b.wav                    recordings
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
+    python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments.
-Reading order: load_system, transcribe (all that serving needs), the report, pictures, main.
+Reading order: load_system, transcribe (all that serving needs), pictures, the report, exports, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
 """
 import argparse
@@ -16,7 +18,9 @@ import html
 import json
 import os
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -29,8 +33,9 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from model import Hypotheses, build, load_weights, read_checkpoint
-from tokenizer import Counts, Tokenizer, char_errors, count_errors, token_accuracy, word_errors
+from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
+                       join_words, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
@@ -40,16 +45,34 @@ BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
 
 class System(NamedTuple):
     config: configs.Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
     model: nn.Module  # in eval mode
+    lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
+    precision: str = "float32"  # key of PRECISIONS, of the matrix products
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_directory(folder: str | os.PathLike) -> System:
+    """The system in a directory that FunASR publishes. Raises ValueError for what is missing or not implemented."""
+    files = configs.published_files(folder)
+    config = configs.load_published(files["config"])
+    tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
+    stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
+    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
+    return System(config, tokenizer, stats, model.eval())
 
 
 def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system that a checkpoint of train.py holds. Raises ValueError that names the file and what is wrong."""
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
     if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
     target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if configs.is_published(path):
+        system = load_directory(path)
+        return system._replace(stats=system.stats.to(target), model=system.model.to(target))
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
     tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
@@ -73,16 +96,67 @@ class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
+    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+
+
+FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
+FIRE_SHIFT = -1.5  # the timing head fires so many of its frames late
+LONGEST, EDGE = 12, 5  # of its frames: a longer token is cut, and a shorter silence at the end belongs to the token
+
+
+def running_sums(weights: np.ndarray) -> np.ndarray:
+    """weights (n,) float32 -> their sum at every step, (n,) float32; where it reaches FIRED that is taken off."""
+    sums, total = np.empty_like(weights), np.float32(0)
+    for t, weight in enumerate(weights):
+        sums[t] = total = total + weight
+        total = total - FIRED if total >= FIRED else total
+    return sums
+
+
+def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[float, float]]:
+    """Begin and end of n tokens, in frames of the timing head, from its weights and their running sums (both float32).
+
+    A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
+    """
+    fired = np.flatnonzero(sums >= FIRED) + FIRE_SHIFT
+    if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
+        weights = weights if weights.any() else np.ones_like(weights)
+        fired = np.flatnonzero(running_sums(weights / (weights.sum() / np.float32(n + 1))) >= FIRED) + FIRE_SHIFT
+    missing = max(0, n + 1 - len(fired))  # after scaling too: those times are the end
+    fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
+    spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
+    if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
+        left = len(weights) - fired[-1]
+        spans[-1] = spans[-1][0], float(len(weights) - left / 2 if left > EDGE else len(weights))
+    return spans
+
+
+def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
+    """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
+    options = system.config.model
+    if not found.timing:
+        edges = (found.boundaries[i] * data.frame_sec(system.config.data)).tolist()
+        return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
+    weights = found.timing[i].float()
+    weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
+    rate = data.frame_sec(system.config.data) * options.encoder.subsampling / options.predictor.upsampling
+    spans = firing_spans(weights, running_sums(weights), len(spoken))
+    return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
-    """Utterance i of a decoded batch in words and seconds."""
-    n, frame_sec = int(found.lens[i]), data.frame_sec(system.config.data)
-    ids, log_probs = found.tokens[i, :n].tolist(), found.log_probs[i, :n].double()
-    edges = (found.boundaries[i] * frame_sec).tolist()
-    tokens = [Token(system.tokenizer.symbols[id], id, round(p, 4), round(start, 3), round(end, 3))
-              for id, p, start, end in zip(ids, log_probs.exp().tolist(), edges, edges[1:])]
-    return Result(system.tokenizer.decode(ids), round(log_probs.mean().exp().item(), 4) if n else 0.0, tokens)
+    """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
+    ids = found.tokens[i, :found.lens[i]].tolist()
+    spoken = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
+    tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
+              for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
+    confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
+    if not isinstance(system.tokenizer, PieceTokenizer):
+        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
+    words = spell_words([token.token for token in tokens], times, system.lossless)
+    text = " ".join(word.text for word in words) if found.timing else join_words(words)
+    return Result(text, confidence, tokens, words)
 
 
 @torch.inference_mode()
@@ -91,14 +165,16 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
     lens = torch.tensor([len(x) for x in feats])
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
     device = system.stats.device
-    found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
+    dtype = PRECISIONS[system.precision]
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
     return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found))
 
 
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
     spoken = [i for i, x in enumerate(feats) if len(x)]
-    results = [Result("", 0.0, [])] * len(feats)
+    results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
         found = decode_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
@@ -240,7 +316,102 @@ def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
     """One line of --output."""
     row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
            "tokens": [token._asdict() for token in result.tokens]}
+    if result.words:
+        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
     return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+
+
+# ---- exports ----
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    """torch.save that replaces the file whole, without a second copy in memory."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def export_directory(system: System, folder: Path) -> None:
+    """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
+    weights = {}
+    for name, x in system.model.state_dict().items():
+        theirs = funasr_names(name, system.config.model)
+        weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
+    config, tokenizer = configs.dump_published(system.config), system.tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
+    symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
+    pieces = getattr(tokenizer, "pieces", None)
+    if pieces is None and getattr(tokenizer, "unit", "") == "word":
+        pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
+    data.write_atomic(folder / "config.yaml", config)
+    data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+    data.write_cmvn(folder / "am.mvn", system.stats.cpu())
+    if pieces is not None:
+        lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
+        data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
+    save_tensors(folder / "model.pt", weights)
+
+
+def export(system: System, path: str) -> str:
+    """Write the model without optimizer state -> what was written, in words.
+
+    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one with
+    checkpoint.pt of ours where not.
+    """
+    place, reason = Path(path), ""
+    if place.suffix != ".pt":
+        try:
+            export_directory(system, place)
+            return f"{place}: a FunASR directory"
+        except ValueError as error:
+            place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(place, {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+                         "stats": system.stats.cpu(), "model": system.model.state_dict()})
+    return f"{place}: a checkpoint{reason}"
+
+
+# ---- figures ----
+
+MEASURE = """
+import re, sys, time, torch
+torch.set_num_threads(2)
+peak_mb = lambda: int(re.search("VmHWM: *\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
+before, started = peak_mb(), time.perf_counter()
+import data, decode
+system = decode.load_system(sys.argv[1], "cpu")
+loaded = time.perf_counter()
+samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+spent = []
+for _ in range(3):
+    at = time.perf_counter()
+    result = decode.transcribe(system, [data.frontend(samples, 16000, system.config.data, system.stats)])[0]
+    spent.append(time.perf_counter() - at)
+peak = peak_mb()
+weights = sum(x.numel() * x.element_size() for x in system.model.state_dict().values()) / 1e6
+print(f"import, build and load {weights:.0f} MB of weights: {loaded - started:.2f} s")
+print(f"10 s of audio, {len(result.tokens)} tokens, 2 threads: {' '.join(f'{s:.2f}' for s in spent)} s")
+print(f"peak memory {peak:.0f} MB, {peak / weights:.2f} x the weights; {before:.0f} MB of it before loading (torch)")
+"""
+
+
+def benchmark() -> int:
+    """Print how fast and in how much memory a model of configs/paraformer_large.yaml with random weights loads and
+    runs, measured in a fresh process."""
+    here = Path(__file__).resolve().parent
+    config = configs.load(str(here / "configs/paraformer_large.yaml"))
+    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
+    torch.manual_seed(0)
+    model = build(config.model, data.feature_dim(config.data), len(symbols))
+    system = System(config, PieceTokenizer(symbols, None), torch.stack([torch.zeros(560), torch.ones(560) / 4]), model)
+    with tempfile.TemporaryDirectory() as folder:
+        export_directory(system, Path(folder))
+        passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin are slow on a machine that is shared
+        return subprocess.run([sys.executable, "-c", MEASURE, folder], cwd=here, env=passive).returncode
 
 
 # ---- main ----
@@ -250,13 +421,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
-    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
+    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
+                        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
+    parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
+                        "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
+    parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
+                        "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
         if getattr(arguments, name) < least:
@@ -268,6 +446,8 @@ def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Datas
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
     options, encode = system.config.data, system.tokenizer.encode
     stats = system.stats.cpu()
+    if not inputs and options.kind == "manifest" and not (options.test or options.dev):
+        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
     rows = data.read_inputs(inputs or [options.test or options.dev])
@@ -287,6 +467,11 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int
 def run(arguments: argparse.Namespace) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     system = load_system(arguments.ckpt, arguments.device)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
+    if arguments.export:
+        print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
+        if not arguments.inputs:
+            return 0
     dataset = open_inputs(system, arguments.inputs)
     if arguments.plot:
         Path(arguments.plot).mkdir(parents=True, exist_ok=True)
@@ -319,7 +504,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return run(arguments)
+        return benchmark() if arguments.benchmark else run(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2

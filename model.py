@@ -1,30 +1,53 @@
 """Paraformer: encoder, CIF predictor, glancing sampler, parallel decoder; tensors in, losses or greedy token ids out.
 
-Reading order: Encoder, the predictor (Predictor, scale_weights, cif, boundaries), Decoder, the sampler (glance),
-the losses, Paraformer, which puts them together, ARCHITECTURES, from which `build` chooses by name, and checkpoints.
+Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, fire, boundaries), decoders, the sampler
+(glance), the losses, Paraformer, which puts them together, ARCHITECTURES, from which `build` chooses, and checkpoints.
 Needs torch, numpy and attention.py. The sizes come from a config section whose attributes are read by name (config.py).
 
     feats -> Encoder -> hidden -> Predictor -> alpha -> cif -> embeds -> Decoder(embeds, hidden) -> logits
     (B,T,F)            (B,L,D)                (B,L)           (B,U,D)                              (B,U,V)
 
-Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames, U tokens, D model width,
-V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC blank and the padding of token tensors.
-Sources: Gao et al. 2022 "Paraformer" (the model, its losses, the sampler); Dong & Xu 2020 "CIF" (integrate-and-fire).
+Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames (up to two fewer in a
+relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
+blank and the padding of token tensors.
+Sources: Gao et al. 2022 "Paraformer" (the model, its losses, the sampler); Dong & Xu 2020 "CIF" (integrate-and-fire);
+the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 computes, in which checkpoints of
+them are published.
 """
+import math
 import os
+import re
+import zipfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from attention import ConformerBlock, PositionalEncoding, TransformerBlock, check_lens, check_shape, padding_mask
+from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
+                       SanmDecoderBlock, TransformerBlock, check_lens, check_shape, full_precision, halved_sinusoids,
+                       padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
+EOS = 2  # the end token, where a model has one
 
 
-# ---- encoder ----
+# ---- encoders ----
+
+
+def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
+    check_shape("feats", feats, "B", "T", input_dim)
+    check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
+    if feats.shape[1] == 0:
+        raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
+
+
+def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
+    """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
+    return hidden if leak else hidden.masked_fill(~padding_mask(lens, hidden.shape[1])[:, :, None], 0.0)
 
 
 class Subsampling(nn.Module):
@@ -63,27 +86,100 @@ class Encoder(nn.Module):
         sizes = dict(dim=D, num_heads=options.num_heads, ffn_dim=options.ffn_dim or 4 * D, dropout=options.dropout)
         make = {"transformer": lambda: TransformerBlock(**sizes),
                 "conformer": lambda: ConformerBlock(**sizes, kernel_size=options.kernel_size)}
-        if options.kind not in make:
-            raise ValueError(f"encoder.kind must be one of {list(make)}, got {options.kind!r}")
         self.blocks = nn.ModuleList(make[options.kind]() for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
 
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 where it pads, its lens (B,), and the weights of each layer."""
-        check_shape("feats", feats, "B", "T", self.input_dim)
-        check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
-        if feats.shape[1] == 0:
-            raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
+                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 where it pads, its lens (B,), and the weights of each layer.
+
+        leak: hidden keeps what was computed where it pads.
+        """
+        check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
         mask = padding_mask(lens, x.shape[1])
         x, layers = self.dropout(self.position(x)), []
         for block in self.blocks:
             x, weights = block(x, mask[:, None, :], need_weights=need_weights)
             layers.append(weights)
-        return self.norm(x).masked_fill(~mask[:, :, None], 0.0), lens, layers if need_weights else []
+        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
 
 
-# ---- predictor: continuous integrate-and-fire ----
+class SanmEncoder(nn.Module):
+    """Self-attention with memory on every frame; positions are added to the features themselves. Gao et al. 2020."""
+
+    def __init__(self, input_dim: int, options):
+        super().__init__()
+        self.input_dim, self.dim = input_dim, options.hidden_dim
+        sizes = (self.dim, options.num_heads, options.ffn_dim or 4 * self.dim, options.kernel_size,
+                 options.memory_shift, options.dropout, options.attention_dropout)
+        self.first = SanmBlock(input_dim, *sizes)  # to the model's width
+        self.blocks = nn.ModuleList(SanmBlock(self.dim, *sizes) for _ in range(options.num_layers - 1))
+        self.norm = nn.LayerNorm(self.dim)
+
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
+                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As Encoder.forward, with L = T."""
+        check_feats(feats, lens, self.input_dim)
+        mask = padding_mask(lens, feats.shape[1])[:, None, :]
+        x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
+        x, weights = self.first(x, mask, need_weights)
+        x, layers = x.float(), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
+        for block in self.blocks:
+            x, weights = block(x, mask, need_weights)
+            layers.append(weights)
+        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
+
+
+class ImageSubsampling(nn.Module):
+    """Two 3 x 3 convolutions of stride 2 over the (time, bins) image without padding, and a projection to D."""
+
+    MIN_FRAMES = 7  # below it no output frame sees a whole window
+
+    def __init__(self, input_dim: int, dim: int):
+        super().__init__()
+        self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
+        self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
+
+    def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
+        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
+        x = F.pad(x, (0, 0, 0, max(0, self.MIN_FRAMES - x.shape[1])))[:, None]  # (B,1,T,F)
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+            lens = ((lens + 1) // 2 if leak else (lens - 1).div(2, rounding_mode="floor")).clamp(0, x.shape[2])
+        return self.out(x.transpose(1, 2).flatten(2)), lens  # (B,D,L,bins) -> (B,L,D*bins) -> (B,L,D)
+
+
+class RelativeConformerEncoder(nn.Module):
+    """Image subsampling and conformer blocks with relative positions. Source: Gulati et al. 2020."""
+
+    def __init__(self, input_dim: int, options):
+        super().__init__()
+        self.input_dim, self.dim = input_dim, options.hidden_dim
+        self.subsampling = ImageSubsampling(input_dim, self.dim)
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(
+            RelativeConformerBlock(self.dim, options.num_heads, options.ffn_dim or 4 * self.dim, options.dropout,
+                                   options.kernel_size, options.attention_dropout) for _ in range(options.num_layers))
+        self.norm = nn.LayerNorm(self.dim)
+
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
+                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """As Encoder.forward; fewer than 7 frames give none."""
+        check_feats(feats, lens, self.input_dim)
+        with full_precision(feats, self.training):
+            x, lens = self.subsampling(feats, lens, leak)
+        extent = torch.full_like(lens, x.shape[1]) if leak else lens
+        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
+        mask, layers = padding_mask(lens, x.shape[1])[:, None, :], []
+        x = self.dropout(x * math.sqrt(self.dim))
+        for block in self.blocks:
+            x, weights = block(x, mask, codes, extent, need_weights)
+            layers.append(weights)
+        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
+
+
+# ---- predictors: the weight of every frame ----
 
 
 class Predictor(nn.Module):
@@ -108,6 +204,53 @@ class Predictor(nn.Module):
             x = (x * mask[:, :, None]).transpose(1, 2)  # (B,D,L)
             x = self.dropout(F.relu(convolution(x).transpose(1, 2)))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
+
+
+class FramePredictor(nn.Module):
+    """Firing weight of each encoder frame from one convolution: `dense`, or `depthwise` and added to its input."""
+
+    def __init__(self, dim: int, options):
+        super().__init__()
+        self.options, self.dim = options, dim
+        groups = dim if options.kind == "depthwise" else 1
+        self.convolution = nn.Conv1d(dim, dim, options.left + 1 + options.right, groups=groups)
+        self.dropout = nn.Dropout(options.dropout if options.kind == "depthwise" else 0.0)
+        self.firing = nn.Linear(dim, 1)
+
+    def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
+        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
+        check_shape("hidden", hidden, "B", "L", self.dim)
+        x = hidden.transpose(1, 2)  # (B,D,L)
+        y = self.convolution(F.pad(x, (self.options.left, self.options.right)))
+        y = self.dropout(y + x) if self.options.kind == "depthwise" else y
+        weight = self.firing(F.relu(y).transpose(1, 2)).squeeze(-1).float().sigmoid()
+        return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
+
+
+class TimingHead(nn.Module):
+    """Firing weights at `upsampling` times the encoder's rate, fine enough to tell when a token begins and ends."""
+
+    def __init__(self, dim: int, options):
+        super().__init__()
+        self.options = options
+        self.upsample = nn.ConvTranspose1d(dim, dim, options.upsampling, stride=options.upsampling)
+        self.lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
+        self.firing = nn.Linear(2 * dim, 1)
+
+    def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
+        """hidden (B,L,D), lens (B,), extent (B,) frames that the LSTM runs over -> (B, upsampling * L) float32."""
+        check_shape("hidden", hidden, "B", "L", self.upsample.in_channels)
+        rate = self.options.upsampling
+        x = self.upsample(hidden.transpose(1, 2)).transpose(1, 2)  # (B,rate*L,D)
+        steps = (extent * rate).clamp(min=1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True, enforce_sorted=False)
+        x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
+        weight = self.firing(x).squeeze(-1).float().sigmoid()
+        weight = F.relu(weight * self.options.timing_smooth - self.options.timing_noise)
+        return weight * padding_mask(lens * rate, x.shape[1])
+
+
+# ---- continuous integrate-and-fire ----
 
 
 def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
@@ -137,6 +280,32 @@ def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
     return overlap.to(hidden.dtype) @ hidden
 
 
+def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
+    """Integrate and fire at most once per frame, as FunASR does: hidden (B,L,D), alpha (B,L) -> (B,U,D).
+
+    Equal to `cif` while no weight exceeds 1. Where a frame completes several tokens, `merge` makes them one, and
+    `delay` lets each following frame fire one of them. Rows without a firing are zero, and so is an unfinished token.
+    Source: FunASR's cif_v1 (merge) and cif (delay), written without a loop: with n_t tokens fired up to t, delay is
+    n_t = min(n_{t-1} + 1, floor(c_t)), a running minimum.
+    """
+    check_shape("alpha", alpha, "B", "L")
+    check_shape("hidden", hidden, *alpha.shape, "D")
+    if rule not in ("merge", "delay"):
+        raise ValueError(f"rule must be merge or delay, got {rule!r}")
+    alpha = alpha.double()
+    total = alpha.cumsum(1)  # (B,L)
+    done, step = total.floor(), torch.arange(alpha.shape[1], device=alpha.device)
+    if rule == "delay":
+        done = torch.minimum((done - step).cummin(1).values + step, step + 1)
+    fired = done > F.pad(done, (1, 0))[:, :-1]
+    number = fired.cumsum(1)[:, None, :]  # (B,1,L) firings so far
+    unit = torch.arange(U, device=alpha.device)[:, None]  # (U,1)
+    here = fired[:, None, :] & (number == unit + 1)  # (B,U,L): the frame that completes a token
+    until = (number - fired[:, None, :].long() <= unit) * alpha[:, None, :] - here * (total - done)[:, None, :]
+    weights = (until - F.pad(until, (0, 0, 1, 0))[:, :-1]) * here.any(-1, keepdim=True)
+    return weights.to(hidden.dtype) @ hidden
+
+
 def boundaries(alpha: Tensor, n: int) -> Tensor:
     """Boundaries of the n tokens that weights alpha (L,) of one utterance fire: -> (n+1,) float64 in encoder frames.
 
@@ -155,17 +324,21 @@ def boundaries(alpha: Tensor, n: int) -> Tensor:
     return torch.from_numpy(np.concatenate([outer[:1], middle, outer[1:]]))
 
 
-# ---- decoder ----
+# ---- decoders ----
 
 
 class Decoder(nn.Module):
-    """Bidirectional transformer over the acoustic embeddings, with cross-attention to the encoder, in one pass."""
+    """Bidirectional transformer over the acoustic embeddings, with cross-attention to the encoder, in one pass.
+
+    Kind `bare` takes the embeddings as they are; kind `transformer` projects them and adds positions.
+    """
 
     def __init__(self, memory_dim: int, vocab_size: int, options):
         super().__init__()
-        D = options.hidden_dim
-        self.input = nn.Linear(memory_dim, D)
-        self.position = PositionalEncoding(D, options.position)
+        D, self.memory_dim = options.hidden_dim, memory_dim
+        bare = options.kind == "bare"
+        self.input = None if bare else nn.Linear(memory_dim, D)
+        self.position = None if bare else PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim or 4 * D, options.dropout,
                                                      memory_dim) for _ in range(options.num_layers))
@@ -176,17 +349,62 @@ class Decoder(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """embeds (B,U,Dm), counts (B,), hidden (B,L,Dm), hidden_lens (B,)
         -> logits (B,U,V) and the cross-attention weights (B,H,U,L) of each layer where asked for."""
-        check_shape("embeds", embeds, "B", "U", self.input.in_features)
+        check_shape("embeds", embeds, "B", "U", self.memory_dim)
         check_shape("counts", counts, embeds.shape[0])
-        check_shape("hidden", hidden, embeds.shape[0], "L", self.input.in_features)
+        check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
         mask = padding_mask(counts, embeds.shape[1])[:, None, :]
         memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
-        x, layers = self.dropout(self.position(self.input(embeds))), []
+        x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
+        layers = []
         for block in self.blocks:
             x, weights = block(x, mask, hidden, memory_mask, need_weights)
             layers.append(weights)
         return self.output(self.norm(x)), layers if need_weights else []
+
+
+class LastFeedForward(nn.Module):
+    """Norm and feed-forward without a residual: what a SAN-M decoder ends with."""
+
+    def __init__(self, dim: int, ffn_dim: int, dropout: float):
+        super().__init__()
+        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), NormedFeedForward(dim, ffn_dim, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed_forward(self.norm_ffn(x))  # (B,U,D) -> (B,U,D)
+
+
+class SanmDecoder(nn.Module):
+    """Blocks in which tokens meet through a sequence memory only; the first attention_layers also see the encoder."""
+
+    def __init__(self, memory_dim: int, vocab_size: int, options):
+        super().__init__()
+        D, width, heads = options.hidden_dim, options.ffn_dim or 4 * options.hidden_dim, options.num_heads
+        attention_layers = options.attention_layers or options.num_layers
+        rest = options.dropout, options.attention_dropout
+        self.memory_dim = memory_dim
+        self.blocks = nn.ModuleList(SanmDecoderBlock(D, heads, width, options.kernel_size, options.memory_shift, *rest)
+                                    for _ in range(attention_layers))
+        self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
+                                           for _ in range(options.num_layers - attention_layers))  # never shifted
+        self.last = LastFeedForward(D, width, options.dropout)
+        self.norm = nn.LayerNorm(D)
+        self.output = nn.Linear(D, vocab_size)
+
+    def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+                need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """As Decoder.forward."""
+        check_shape("embeds", embeds, "B", "U", self.memory_dim)
+        check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
+        mask = padding_mask(counts, embeds.shape[1])[:, None, :]
+        hidden_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        x, layers = embeds, []
+        for block in self.blocks:
+            x, weights = block(x, mask, hidden, hidden_mask, need_weights)
+            layers.append(weights)
+        for block in self.memory_blocks:
+            x, _ = block(x, mask, hidden, hidden_mask)
+        return self.output(self.norm(self.last(x))), layers if need_weights else []
 
 
 # ---- the glancing sampler ----
@@ -254,7 +472,20 @@ class Hypotheses(NamedTuple):
     log_probs: Tensor  # (B,U) float32 of each token
     boundaries: list[Tensor]  # (count+1,) float64 each, feature frames: token u lies in [u, u+1]
     alpha: Tensor  # (B,L) float32, the firing weights as predicted
+    timing: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
     attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer, where asked for
+
+
+ENCODERS = {"transformer": Encoder, "conformer": Encoder, "sanm": SanmEncoder,
+            "relative_conformer": RelativeConformerEncoder}
+PREDICTORS = {"stacked": Predictor, "dense": FramePredictor, "depthwise": FramePredictor}
+DECODERS = {"transformer": Decoder, "bare": Decoder, "sanm": SanmDecoder}
+
+
+def pick(choices: dict[str, type], field: str, kind: str) -> type:
+    if kind not in choices:
+        raise ValueError(f"{field} must be one of {list(choices)}, got {kind!r}")
+    return choices[kind]
 
 
 class Paraformer(nn.Module):
@@ -264,11 +495,14 @@ class Paraformer(nn.Module):
         super().__init__()
         D = options.encoder.hidden_dim
         self.options = options
-        self.encoder = Encoder(input_dim, options.encoder)
-        self.predictor = Predictor(D, options.predictor)
-        self.decoder = Decoder(D, vocab_size, options.decoder)
+        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
+        self.predictor = pick(PREDICTORS, "predictor.kind", options.predictor.kind)(D, options.predictor)
+        self.decoder = pick(DECODERS, "decoder.kind", options.decoder.kind)(D, vocab_size, options.decoder)
         self.embedding = nn.Embedding(vocab_size, D)  # of the true tokens, for the sampler
         self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
+        self.timing = TimingHead(D, options.predictor) if options.predictor.upsampling else None
+        for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
+            norm.eps = options.norm_eps
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                 order: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -278,32 +512,68 @@ class Paraformer(nn.Module):
         is the sampler's random draw, taken from torch's generator if None.
         -> sums by name (`loss` is their weighted total) and the number of tokens to divide them by.
         """
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens, leak=self.options.padding_leaks)
         check_shape("tokens", tokens, feats.shape[0], "U")
         check_lens("token_lens", token_lens, *tokens.shape)
-        alpha = self.predictor(hidden, hidden_lens)
+        alpha, words = self.predictor(hidden, hidden_lens), (tokens, token_lens)
+        tokens, token_lens = self.targets(tokens, token_lens)
         embeds = cif(hidden, scale_weights(alpha, token_lens), tokens.shape[1])
         with torch.no_grad():
             first, _ = self.decoder(embeds, token_lens, hidden, hidden_lens)
             wrong = ((first.argmax(-1) != tokens) & padding_mask(token_lens, tokens.shape[1])).sum(1)
         order = torch.rand(tokens.shape, device=tokens.device) if order is None else order
-        mixed = glance(embeds, self.embedding(tokens), token_lens, wrong, self.options.sampling_ratio, order)
+        mixed = glance(embeds, self.truth(tokens), token_lens, wrong, self.options.sampling_ratio, order)
         logits, _ = self.decoder(mixed, token_lens, hidden, hidden_lens)
         sums = {"ce": cross_entropy_sum(logits, tokens, token_lens, self.options.label_smoothing),
                 "quantity": (alpha.sum(1) - token_lens).abs().sum()}
         if self.ctc is not None:
-            sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
-        return self.total(sums), token_lens.sum()
+            sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, *words)
+        if self.timing is not None:
+            extent = torch.full_like(hidden_lens, hidden.shape[1]) if self.options.padding_leaks else hidden_lens
+            sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - token_lens).abs().sum()
+        per_token = self.options.loss_unit == "token"
+        return self.total(sums), token_lens.sum() if per_token else torch.tensor(len(tokens), device=tokens.device)
+
+    def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
+        if not self.options.end_token:
+            return tokens, token_lens
+        return F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS), token_lens + 1
+
+    def truth(self, tokens: Tensor) -> Tensor:
+        """tokens (B,U) -> the embeddings (B,U,D) that the sampler mixes in."""
+        if self.options.share_embedding:
+            return F.embedding(tokens, self.decoder.output.weight)
+        x = self.embedding(tokens)
+        if not self.options.place_embedding:
+            return x
+        return x * math.sqrt(x.shape[-1]) + sinusoids(*x.shape[1:]).to(x)
 
     def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add `loss` = (1 - w) ce + quantity_weight quantity + w ctc, with w = ctc_weight."""
+        """Add `loss` = (1 - w) ce + quantity_weight (quantity + timing / 2) + w ctc, with w = ctc_weight."""
         w = self.options.ctc_weight
-        loss = (1 - w) * sums["ce"] + self.options.quantity_weight * sums["quantity"] + w * sums.get("ctc", 0.0)
+        quantity = sums["quantity"] + 0.5 * sums.get("timing", 0.0)
+        loss = (1 - w) * sums["ce"] + self.options.quantity_weight * quantity + w * sums.get("ctc", 0.0)
         return {"loss": loss, **sums}
+
+    def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the tokens and embed them: hidden (B,L,D), alpha (B,L) -> counts (B,) int64, embeds (B,U,D).
+
+        With a tail the count is the whole part of sum + tail, else the rounded sum, to which the weights are scaled.
+        float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
+        """
+        options, alpha = self.options.predictor, alpha.double()
+        counts = (alpha.sum(1) + (options.tail or 0.5)).floor().long()
+        U = int(counts.max()) if len(counts) else 0
+        alpha = alpha if options.tail else scale_weights(alpha, counts)
+        if options.firing == "split":  # the tail completes a token with a frame of zeros, so nothing need be appended
+            return counts, cif(hidden, alpha, U)
+        tail = F.one_hot(hidden_lens, hidden.shape[1] + 1) * options.tail
+        return counts, fire(F.pad(hidden, (0, 0, 0, 1)), F.pad(alpha, (0, 1)) + tail, U, options.firing)
 
     @torch.no_grad()
     def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
-        """Decode in one pass: the rounded sum of the weights is the token count, each token is its argmax.
+        """Decode in one pass: the sum of the weights is the token count (`integrate`), each token is its argmax.
 
         feats (B,T,F), feat_lens (B,) -> Hypotheses. A count of zero gives an utterance without tokens.
         Raises ValueError naming the utterances whose features are not finite.
@@ -315,17 +585,25 @@ class Paraformer(nn.Module):
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        with full_precision(hidden, training=False):
+            wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+            return self.decode(wide, hidden_lens, feat_lens, need_weights)
+
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool) -> Hypotheses:
+        """What greedy does behind the encoder: hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses."""
         alpha = self.predictor(hidden, hidden_lens)
-        counts = (alpha.double().sum(1) + 0.5).floor().long()
-        U = int(counts.max()) if len(counts) else 0
-        scaled = scale_weights(alpha, counts)
-        logits, attention = self.decoder(cif(hidden, scaled, U), counts, hidden, hidden_lens, need_weights)
+        counts, embeds = self.integrate(hidden, hidden_lens, alpha)
+        logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
         log_p, tokens = logits.float().log_softmax(-1).max(-1)
-        mask = padding_mask(counts, U)
+        mask = padding_mask(counts, tokens.shape[1])
         rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
         s = self.options.encoder.subsampling  # encoder frame l is centred on feature frame s * l
         edges = [(boundaries(a[:L], n) * s - (s - 1) / 2).clamp(0, T) for a, L, n, T in rows]
-        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, attention)
+        timing = []
+        if self.timing is not None:
+            fine = self.timing(hidden, hidden_lens, hidden_lens)
+            timing = [row[:n] for row, n in zip(fine, (hidden_lens * self.options.predictor.upsampling).tolist())]
+        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, attention)
 
 
 # ---- by name, and from a file ----
@@ -344,7 +622,11 @@ CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The state that train.py saved, on the CPU, loaded with weights_only. Raises ValueError if it is no such file."""
+    """The state that train.py saved, on the CPU, loaded with weights_only; of a directory, its checkpoint.pt.
+
+    Raises ValueError if it is no such file.
+    """
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -358,13 +640,116 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return state
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str) -> None:
-    """Copy all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor."""
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
+                 names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
+    """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
+
+    names(our name) are the file's names of the tensors that, one below the other, make ours. adopt: the model takes the
+    tensors themselves in place of its own, and does not copy them.
+    """
     own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in weights]
-    wrong += [f"unused {name}" for name in weights if name not in own]
-    wrong += [f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}" for name in own
-              if name in weights and own[name].shape != weights[name].shape]
+    sources = {name: names(name) for name in own}
+    used = {source for parts in sources.values() for source in parts}
+    wanted = {part: tuple(own[name].chunk(len(parts))[0].shape) if len(parts) > 1 else tuple(own[name].shape)
+              for name, parts in sources.items() for part in parts}
+    wrong = [f"missing {name}" for name in wanted if name not in weights]
+    wrong += [f"unused {name}" for name in weights if name not in used]
+    wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
+              if name in weights and weights[name].shape != shape]
     if wrong:
         raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
-    model.load_state_dict(weights)
+    found = {name: weights[parts[0]] if len(parts) == 1 else torch.cat([weights[part] for part in parts])
+             for name, parts in sources.items()}
+    model.load_state_dict({name: x.to(own[name].dtype) for name, x in found.items()}, assign=adopt)
+
+
+# ---- weights that FunASR publishes ----
+
+RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two tensors of theirs, one below the other, are ours
+    "encoder sanm": {
+        "first": "encoders0.0", "blocks": "encoders", "norm": "after_norm", "norm_self": "norm1", "norm_ffn": "norm2",
+        "self_attention.query_key_value": "self_attn.linear_q_k_v", "self_attention.memory": "self_attn.fsmn_block",
+        "self_attention.out": "self_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
+    "encoder relative_conformer": {
+        "subsampling.convolutions.0": "embed.conv.0", "subsampling.convolutions.1": "embed.conv.2",
+        "subsampling.out": "embed.out.0", "blocks": "encoders", "norm": "after_norm",
+        "norm_first": "norm_ff_macaron", "ffn_first": "feed_forward_macaron", "norm_self": "norm_mha",
+        "norm_conv": "norm_conv", "norm_second": "norm_ff", "ffn_second": "feed_forward", "norm_out": "norm_final",
+        "self_attention.query": "self_attn.linear_q", "self_attention.key_value": "self_attn.linear_{k,v}",
+        "self_attention.out": "self_attn.linear_out", "self_attention.position": "self_attn.linear_pos",
+        "self_attention.content_bias": "self_attn.pos_bias_u", "self_attention.position_bias": "self_attn.pos_bias_v",
+        "convolution.gate": "conv_module.pointwise_conv1", "convolution.depthwise": "conv_module.depthwise_conv",
+        "convolution.norm": "conv_module.norm", "convolution.out": "conv_module.pointwise_conv2",
+        "layers.0": "w_1", "layers.3": "w_2"},
+    "predictor dense": {"convolution": "cif_conv1d", "firing": "cif_output"},
+    "predictor depthwise": {"convolution": "cif_conv1d", "firing": "cif_output"},
+    "timing": {"timing.upsample": "predictor.upsample_cnn", "timing.lstm": "predictor.blstm",
+               "timing.firing": "predictor.cif_output2"},
+    "decoder sanm": {
+        "blocks": "decoders", "memory_blocks": "decoders2", "last": "decoders3.0", "norm": "after_norm",
+        "output": "output_layer", "norm_ffn": "norm1", "norm_memory": "norm2", "norm_cross": "norm3",
+        "memory": "self_attn.fsmn_block", "cross_attention.query": "src_attn.linear_q",
+        "cross_attention.key_value": "src_attn.linear_k_v", "cross_attention.out": "src_attn.linear_out",
+        "feed_forward.up": "feed_forward.w_1", "feed_forward.norm": "feed_forward.norm",
+        "feed_forward.down": "feed_forward.w_2"},
+    "decoder bare": {
+        "blocks": "decoders", "norm": "after_norm", "output": "output_layer", "norm_self": "norm1",
+        "norm_cross": "norm2", "norm_ffn": "norm3", "self_attention.query": "self_attn.linear_q",
+        "self_attention.key_value": "self_attn.linear_{k,v}", "self_attention.out": "self_attn.linear_out",
+        "cross_attention.query": "src_attn.linear_q", "cross_attention.key_value": "src_attn.linear_{k,v}",
+        "cross_attention.out": "src_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
+    "embedding": {"embedding": "decoder.embed.0"},
+    "ctc": {"ctc": "ctc.ctc_lo"},
+}
+
+
+def funasr_names(name: str, options) -> list[str]:
+    """FunASR's names of the tensors that our tensor of this name holds. Raises ValueError if it has no such layer."""
+    part = name.split(".")[0]
+    kind = getattr(getattr(options, part, None), "kind", "")
+    table = RENAMES.get(f"{part} {kind}".strip())
+    if table is None:
+        raise ValueError(f"model.{part}.kind {kind}: FunASR has no such layer; its kinds are "
+                         f"{', '.join(key.split()[1] for key in RENAMES if key.startswith(part + ' '))}")
+    ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
+    theirs = re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
+    return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a model.pt of FunASR by its names, mapped from the file and not read until used.
+
+    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name; loaded with
+    weights_only. Raises ValueError if it is no such file.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: wanted the weights of a model, got no such file") from None
+    except Exception as error:  # whatever unpickling or the zip reader raise
+        raise ValueError(f"{path}: wanted weights, got what torch cannot load ({type(error).__name__})") from None
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path}: wanted tensors by name, got {type(state).__name__}")
+    return {name.removeprefix("module."): x for name, x in state.items()}
+
+
+class WithoutInit(TorchFunctionMode):
+    """Within it, modules leave their fresh weights as memory that is never touched, and draw no random numbers."""
+
+    INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
+    """The model of these options with the weights of a model.pt of FunASR; every other tensor is an error."""
+    with WithoutInit():  # every tensor comes from the file
+        model = build(options, input_dim, vocab_size)
+    load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options), adopt=True)
+    return model

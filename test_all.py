@@ -33,10 +33,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attention
 import config
 import data
 import decode
 import model
+import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
                        TransformerBlock, attend, causal_mask, check_lens, check_shape, padding_mask, sinusoids)
@@ -215,6 +217,8 @@ def random_config(rng, section):
             return tuple(draw(rng.choice(value)) for _ in range(rng.randint(0, 3)))
         if isinstance(value, str):
             return "".join(rng.choices("ab1e \t\n\r\0'\"\\:#[]{},-é中\x85\u2028\ufeff\ud800😀", k=rng.randint(0, 8)))
+        if isinstance(value, bool):
+            return rng.random() < 0.5
         whole = isinstance(value, int)
         return rng.getrandbits(70) - 2**69 if whole else rng.uniform(-1, 1) * 10.0 ** rng.randint(-300, 300)
     return replace(section, **{f.name: draw(getattr(section, f.name)) for f in fields(section)})
@@ -320,7 +324,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.predictor.kernel_size=4": "model.predictor.kernel_size: wanted odd and above 0, got 4",
     "--model.predictor.num_layers=0": "model.predictor.num_layers: wanted 1 or more, got 0",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
-    "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer, got 'conformr' "
+    "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
+                                     "got 'conformr' "
                                      "(did you mean 'conformer'?)",
     "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
     "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
@@ -1438,8 +1443,10 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
 def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, **options):
     """A Paraformer of width 8 for 5 feature bins and 7 tokens, its biases drawn too; firing weights about 0.3."""
     section = config.ModelConfig(
-        encoder=config.EncoderConfig(kind, 2, 8, 2, kernel_size=3, subsampling=subsampling, dropout=dropout),
-        predictor=config.PredictorConfig(6, 2, dropout=dropout), decoder=config.DecoderConfig(1, 8, 2, dropout=dropout),
+        encoder=config.EncoderConfig(kind, num_layers=2, hidden_dim=8, num_heads=2, kernel_size=3, dropout=dropout,
+                                     subsampling=subsampling),
+        predictor=config.PredictorConfig(hidden_dim=6, num_layers=2, dropout=dropout),
+        decoder=config.DecoderConfig(num_layers=1, hidden_dim=8, num_heads=2, dropout=dropout),
         **{"sampling_ratio": 0.5, "ctc_weight": 0.3, **options})
     torch.manual_seed(seed)
     built = model.build(section, 5, 7).to(dtype)
@@ -1800,7 +1807,7 @@ WRONG = {
     "ctc lens": (lambda m: ctc_sum(LOGITS, ints(4, 3), TOKENS, ints(3, 3)), "lens must lie in 0..3, got [4, 3]"),
     "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
-    "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer'], got 'rnn'"),
+    "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
     "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['paraformer'], got 'x'"),
 }
 
@@ -1833,8 +1840,9 @@ def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     section = config.ModelConfig(encoder=config.EncoderConfig(num_layers=1, hidden_dim=32, num_heads=2, dropout=0.0),
-                                 predictor=config.PredictorConfig(32, 1, dropout=0.0),
-                                 decoder=config.DecoderConfig(1, 32, 2, dropout=0.0))
+                                 predictor=config.PredictorConfig(hidden_dim=32, num_layers=1, dropout=0.0),
+                                 decoder=config.DecoderConfig(num_layers=1, hidden_dim=32, num_heads=2,
+                                                             dropout=0.0))
     paraformer = model.build(section, 3, 3)
     optimizer = torch.optim.Adam(paraformer.parameters())
     for step in range(120):
@@ -1979,7 +1987,7 @@ def test_evaluation_counts_a_planted_set_by_alignment():
         def greedy(self, feats, feat_lens):
             ids = [torch.tensor(tokenizer.encode(h), dtype=torch.int64) for h in hyps]
             tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [])
+            return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [], [])
 
     items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
     row = train.evaluate(Planted(), [data.collate(items)], tokenizer.decode)
@@ -2172,7 +2180,7 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
         assert [t.id for t in together[i].tokens] == [t.id for t in alone.tokens] and together[i].text == alone.text
         for a, b in zip(together[i].tokens, alone.tokens):
             assert (a.confidence, a.start, a.end) == pytest.approx((b.confidence, b.start, b.end), abs=2e-3)
-    assert together[1] == together[6] == decode.Result("", 0.0, []) and len(together[4].tokens) > 3
+    assert together[1] == together[6] == decode.Result("", 0.0, [], []) and len(together[4].tokens) > 3
     assert decode.transcribe(system, []) == []
 
 
@@ -2180,7 +2188,7 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
 def test_results_are_planted_tokens_in_seconds_with_probabilities():
     log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.9, 1]]))
     found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
-                       [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
+                       [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [], [])
     result = decode.read_result(tiny_system(), found, 0)
     assert result.tokens == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
     assert (result.text, result.confidence) == (" a", 0.25)
@@ -2212,7 +2220,7 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(t
 
 def test_the_report_adds_errors_and_divides_once():
     system, encode = tiny_system(), tiny_system().tokenizer.encode
-    result = lambda text: decode.Result(text, 1.0, [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))])
+    result = lambda text: decode.Result(text, 1.0, [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))], [])
     tally = decode.Tally()
     for ref, hyp in [("ab cd", "ab"), ("a", "a"), ("b", "c d")]:
         tally = tally.with_utterance(system, ref, result(hyp))
@@ -2268,7 +2276,7 @@ def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
 
 def test_pictures_are_well_formed_and_stand_where_the_times_say():
     tokens = [decode.Token("<我", 5, 1.0, 0.5, 1.0), decode.Token(" ", 4, 1.0, 1.0, 1.5)]
-    svg = decode.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), decode.Result("我", 1.0, tokens), 2.0)
+    svg = decode.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), decode.Result("我", 1.0, tokens, []), 2.0)
     root = ElementTree.fromstring(svg)
     fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
     assert [float(d[1:].split()[0]) for d in fires] == [decode.LEFT + decode.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
@@ -2302,6 +2310,618 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.evaluate(system.model, [data.collate([dataset[i] for i in range(9)])], system.tokenizer.decode)
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+# ---- attention: memory, relative positions (FunASR) ----
+
+KIT = SHARED / "funasr_kit"
+VARIANTS = ("sanm", "sanm_alt", "bicif", "conformer")
+WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order of batch.npz and train.npz
+
+
+@needs_kit
+def test_positions_of_sanm_equal_funasr():
+    expected = np.load(KIT / "units/units.npz")["pe_560"]
+    np.testing.assert_allclose(attention.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
+
+
+def test_relative_codes_count_down_from_5000_or_the_length():
+    codes = attention.relative_codes(torch.tensor([3, 5002]), 5002, 8)
+    table = attention.sinusoids(5002, 8)
+    torch.testing.assert_close(codes[0, :3], table[[4999, 4998, 4997]], atol=1e-3, rtol=0)
+    torch.testing.assert_close(codes[1], table.flip(0), atol=1e-3, rtol=0)
+
+
+def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length():
+    scores, lens = torch.randn(3, 2, 7, 7), torch.tensor([7, 4, 1])
+    moved = attention.relative_shift(scores, lens)
+    for b, L in enumerate(lens.tolist()):
+        own = scores[b, :, :L, :L]
+        trick = torch.nn.functional.pad(own, (1, 0)).reshape(2, L + 1, L)[:, 1:]
+        torch.testing.assert_close(moved[b, :, :L, :L], trick, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
+def test_sequence_memory_equals_a_loop_and_never_sees_padding(kernel_size, shift):
+    memory, x = attention.SequenceMemory(3, kernel_size, shift), torch.randn(1, 6, 3)
+    left = (kernel_size - 1) // 2 + shift
+    taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
+    expected = x[0].clone()
+    for t, k, s in taps:
+        expected[t] += memory.weight[:, 0, k] * x[0, s]
+    torch.testing.assert_close(memory(x, torch.ones(1, 1, 6, dtype=torch.bool))[0], expected)
+    padded = torch.cat([x, torch.full((1, 2, 3), 1e3)], 1)
+    seen = memory(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
+    torch.testing.assert_close(seen[0, :6], expected)
+    assert not seen[0, 6:].any()
+
+
+def test_batch_norm_learns_from_real_steps_only():
+    module, x = attention.BatchNormConvolution(4, 3), torch.randn(2, 6, 4)
+    mask = attention.padding_mask(torch.tensor([6, 3]), 6)[:, None]
+    module(x, mask)
+    other = attention.BatchNormConvolution(4, 3)
+    fresh = {"norm.running_mean": torch.zeros(4), "norm.running_var": torch.ones(4)}
+    other.load_state_dict({**module.state_dict(), **fresh})
+    other(torch.where(mask.transpose(1, 2), x, 1e3), mask)
+    torch.testing.assert_close(other.norm.running_var, module.norm.running_var)
+    torch.testing.assert_close(other.norm.running_mean, module.norm.running_mean)
+
+
+# ---- config: published directories (FunASR) ----
+
+# C36
+@needs_kit
+def test_published_configs_become_the_options_they_state():
+    """What the kit's README says of the four variants."""
+    found = {v: config.load_published(KIT / v / "config.yaml") for v in VARIANTS}
+    alt = found["sanm_alt"].model
+    assert (alt.encoder.kind, alt.encoder.kernel_size, alt.encoder.memory_shift) == ("sanm", 7, 2)
+    assert (alt.decoder.attention_layers, alt.decoder.memory_shift, alt.decoder.num_heads) == (1, 4, 3)
+    assert (alt.predictor.left, alt.predictor.right, alt.predictor.smooth, alt.predictor.noise) == (2, 0, 0.9, 0.02)
+    assert (alt.end_token, alt.loss_unit, alt.quantity_weight, alt.ctc_weight) == (False, "utterance", 0.7, 0.3)
+    assert (found["sanm"].model.end_token, found["sanm"].model.loss_unit) == (True, "token")
+    assert (found["bicif"].model.predictor.upsampling, found["bicif"].data.lfr_m) == (3, 7)
+    assert (found["conformer"].model.encoder.kind, found["conformer"].data.lfr_n) == ("relative_conformer", 1)
+
+
+# C36
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_published_config_survives_a_round_trip(variant, tmp_path):
+    found = config.load_published(KIT / variant / "config.yaml")
+    path = written(tmp_path, config.dump_published(found))
+    assert config.load_published(path) == found
+
+
+# C37
+@needs_kit
+@pytest.mark.parametrize("old, new, words", [
+    ("model: Paraformer", "model: ParaformerStreaming", "model 'ParaformerStreaming' is not implemented"),
+    ("model: Paraformer", "model: SeacoParaformer", "model 'SeacoParaformer' is not implemented"),
+    ("encoder: SANMEncoder", "encoder: SANMEncoderChunkOpt", "encoder 'SANMEncoderChunkOpt' is not implemented"),
+    ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
+    ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
+    ("window: hamming", "window: povey", "frontend_conf.window 'povey' is not implemented"),
+    ("tokenizer: CharTokenizer", "tokenizer: SentencepiecesTokenizer", "tokenizer 'SentencepiecesTokenizer' is not")])
+def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, words):
+    text = (KIT / "sanm/config.yaml").read_text()
+    assert old in text
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        config.load_published(written(tmp_path, text.replace(old, new, 1)))
+    assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
+
+
+@needs_kit
+def test_a_published_yaml_of_any_shape_is_read(tmp_path):
+    """Indents of four, lists at their key's column, lists in lists, {}, and 8405 symbols inside, as PyYAML writes."""
+    text = (KIT / "sanm/config.yaml").read_text()
+    head = "init: null\nnormalize_conf: {}\nmax_epoch: 50\n"
+    head += "best_model_criterion:\n-   - valid\n    - acc\n    - max\nuse: True\nquoted: 'it''s: #'\n"
+    head += "token_list:\n- <blank>\n"
+    head += "".join(f"- {chr(0x4e00 + i)}\n" for i in range(8402)) + "- '0'\n- <unk>\n"
+    deep = "\n".join(re.sub("^( *)", lambda m: 2 * m[1], line) for line in text.splitlines())
+    path = written(tmp_path, head + deep + "\n")
+    assert config.load_published(path) == config.load_published(KIT / "sanm/config.yaml")
+    values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
+    assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
+
+
+# C38
+def test_configuration_json_names_the_files(tmp_path):
+    metas = {"init_param": "a.pb", "tokenizer_conf": {"token_list": "t.json"}, "frontend_conf": {"cmvn_file": "c.mvn"}}
+    (tmp_path / "configuration.json").write_text(json.dumps({"file_path_metas": metas}))
+    files = config.published_files(tmp_path)
+    assert {part: path.name for part, path in files.items()} == {
+        "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
+
+
+def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
+    assert config.is_published(tmp_path) and not config.is_published("") and not config.is_published(tmp_path / "none")
+    (tmp_path / "checkpoint.pt").touch()
+    assert not config.is_published(tmp_path)
+
+
+# ---- tokenizer: published vocabularies (FunASR) ----
+
+def unit_cases(name):
+    return json.loads((KIT / "units/text.json").read_text(encoding="utf-8"))[name]
+
+
+# C44
+@needs_kit
+def test_sentences_and_their_times_equal_funasr():
+    """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
+    for case in unit_cases("text"):
+        words = tokenizer.spell_words(case["tokens"], case["ts_in"], lossless=False)
+        assert tokenizer.join_words(words) == case["text"]
+        assert " ".join(word.text for word in words) == case["text_ts"]
+        assert [[word.start, word.end] for word in words if word.start is not None] == case["ts_out"]
+
+
+@needs_kit
+def test_lossless_sentences_keep_every_character_and_equal_funasr_where_it_does():
+    kept = 0
+    for case in unit_cases("text"):
+        symbols = [symbol for symbol in case["tokens"] if symbol not in tokenizer.UNSPOKEN]
+        plain = lambda text: text.replace(" ", "").lower()
+        ours = tokenizer.join_words(tokenizer.spell_words(symbols))
+        assert plain(ours) == plain("".join(symbols).replace("@@", ""))
+        cut = any("@@" in a and not b[:1].isascii() or "@@" in a and b[:1] in "0123456789%" or b == ""
+                  for a, b in zip(symbols, symbols[1:] + [""]) if "@@" in a)
+        if not cut and "%" not in symbols:
+            kept += 1
+            assert ours == case["text"], symbols
+    assert kept > 80
+
+
+# C42
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
+    folder = KIT / variant
+    dictionary = folder / "seg_dict"
+    ours = tokenizer.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
+    for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
+        assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
+    assert Tokenizer.from_state(json.loads(json.dumps(ours.state()))) == ours
+
+
+# ---- data: am.mvn (FunASR) ----
+
+# C41
+def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
+    stats = torch.randn(2, 560) * 10
+    data.write_cmvn(tmp_path / "am.mvn", stats)
+    assert torch.equal(data.read_cmvn(tmp_path / "am.mvn", 560), stats)
+    with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
+        data.read_cmvn(tmp_path / "am.mvn", 80)
+
+
+# ---- model: inference (FunASR) ----
+
+@functools.cache
+def published(variant, **changes):
+    """(config, model in eval mode) of a kit variant"""
+    found = config.load_published(KIT / variant / "config.yaml")
+    found = replace(found, model=replace(found.model, **changes))
+    loaded = model.load_published(found.model, data.feature_dim(found.data), 58, KIT / variant / "model.pt")
+    return found, loaded.eval()
+
+
+def recorded(variant, name):
+    return {key: torch.from_numpy(value) for key, value in np.load(KIT / variant / f"expected/{name}.npz").items()}
+
+
+def close(got, expected, atol):
+    torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
+
+
+# C43
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_every_stage_equals_funasr(variant):
+    """Recorded values and tolerances: funasr_kit/<variant>/expected and its README."""
+    options, net = published(variant)
+    stats = data.read_cmvn(KIT / variant / "am.mvn", data.feature_dim(options.data))
+    for name in WAVS:
+        wanted = recorded(variant, name)
+        samples, rate_hz = data.load_wav(KIT / f"wavs/{name}.wav")
+        feats = data.frontend(samples, rate_hz, options.data, stats)
+        close(feats, wanted["feats"], 3e-4)
+        hidden, lens, _ = net.encoder(feats[None], torch.tensor([len(feats)]))
+        close(hidden[0], wanted["enc"], 1e-4)
+        alpha = net.predictor(hidden, lens)
+        close(alpha[0], wanted["alphas_raw"], 3e-5)
+        counts, embeds = net.integrate(hidden, lens, alpha)
+        assert counts.item() == wanted["token_num"].item()
+        close(embeds[0], wanted["embeds"], 5e-4)
+        logits, _ = net.decoder(embeds, counts, hidden, lens)
+        close(logits[0], wanted["logits"], 5e-3)
+        assert torch.equal(logits[0].argmax(-1), wanted["ids_raw"])
+        if net.ctc is not None:
+            close(net.ctc(hidden)[0], wanted["ctc_logits"], 5e-3)
+        if net.timing is not None:
+            weights = net.timing(hidden, lens, lens)[0]
+            close(weights * (counts / weights.sum()), wanted["us_alphas"], 3e-5)
+
+
+# C43
+@needs_kit
+@pytest.mark.parametrize("case", range(6))
+def test_firing_equals_funasrs_two_rules_and_the_closed_form_where_no_weight_exceeds_1(case):
+    """Recorded: units.npz, cif<i>: cases 4 and 5 have weights above 1."""
+    units = {key.removeprefix(f"cif{case}_"): torch.from_numpy(value)
+             for key, value in np.load(KIT / "units/units.npz").items() if key.startswith(f"cif{case}_")}
+    hidden, alpha = units["hidden"], units["alphas"]
+    for rule, name in (("merge", "v1_embeds"), ("delay", "seq_embeds")):
+        U = units[name].shape[1]
+        fired = model.fire(hidden, alpha, U, rule)
+        close(fired, units[name], 2e-5)
+        if alpha.max() <= 1:
+            whole = alpha.double().sum(1).floor()  # the closed form goes on: it also embeds an unfinished token
+            mask = attention.padding_mask(whole.long(), U)[:, :, None]
+            close(model.cif(hidden, alpha.double(), U) * mask, units[name], 2e-5)
+    tail = units["tail_alphas"].sum() - alpha.sum()
+    counts = (alpha.double().sum(1) + tail.double() / len(alpha)).floor()
+    assert torch.equal(counts, units["tail_num"].double())
+
+
+# C47
+@needs_kit
+def test_training_fires_what_funasr_fires_and_what_it_loses():
+    """Recorded: cif0 to cif3 of units.npz, weights scaled to whole sums; FunASR lost the last token of three utterances."""
+    units, lost = np.load(KIT / "units/units.npz"), 0
+    for case in range(4):
+        hidden, alpha, wanted = (torch.from_numpy(units[f"cif{case}_{name}"])
+                                 for name in ("hidden", "train_alphas", "train_embeds"))
+        counts = alpha.double().sum(1).round().long()
+        ours = model.cif(hidden, model.scale_weights(alpha, counts), wanted.shape[1])
+        fired = wanted.abs().amax(-1) > 0
+        close(ours[fired], wanted[fired], 1e-5)
+        gone = attention.padding_mask(counts, wanted.shape[1]) & ~fired
+        lost += int(gone.sum())
+        assert (ours[gone].abs().amax(-1) > 0.1).all()
+    assert lost == 3
+
+
+# C43
+def test_delay_and_merge_equal_a_sequential_loop_on_weights_above_1():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        alpha = torch.rand(1, 20, generator=generator) * 2.5
+        hidden = torch.randn(1, 20, 4, generator=generator)
+        a, frame, tokens = 0.0, torch.zeros(4), []
+        for weight, h in zip(alpha[0].double().tolist(), hidden[0]):
+            rest = 1 - a
+            a += weight
+            frame = frame + (rest if a >= 1 else weight) * h
+            if a >= 1:
+                tokens.append(frame)
+                a, frame = a - 1, (weight - rest) * h
+        got = model.fire(hidden, alpha, len(tokens) + 1, "delay")[0]
+        torch.testing.assert_close(got[:-1], torch.stack(tokens), atol=1e-4, rtol=0)
+        assert not got[-1].any()
+
+
+# C45
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_equals_its_utterances_one_by_one(variant):
+    """Random batches of random cuts of the kit's features: ids, counts, weights and times."""
+    _, net = published(variant)
+    rng = random.Random(0)
+    sources = [recorded(variant, name)["feats"] for name in WAVS]
+    for _ in range(4):
+        parts = [x[:rng.randint(1, len(x))] for x in rng.choices(sources, k=5)]
+        lens = torch.tensor([len(x) for x in parts])
+        both = net.greedy(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lens)
+        for i, x in enumerate(parts):
+            alone = net.greedy(x[None], lens[i:i + 1])
+            n = int(alone.lens[0])
+            assert both.lens[i] == n and torch.equal(both.tokens[i, :n], alone.tokens[0]), (variant, lens, i)
+            close(both.log_probs[i, :n], alone.log_probs[0], 1e-3)
+            close(both.boundaries[i], alone.boundaries[0], 1e-3)
+            if net.timing is not None:
+                close(both.timing[i], alone.timing[0], 1e-5)
+
+
+# C51
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
+    _, net = published(variant)
+    width = net.encoder.input_dim
+    feats = torch.cat([torch.zeros(1, 30, width), torch.randn(1, 30, width) * 5, torch.randn(1, 30, width)])
+    found = net.greedy(feats, torch.tensor([30, 30, 1]))
+    assert found.log_probs.isfinite().all() and len(found.boundaries[2]) == found.lens[2] + 1
+    assert net.greedy(feats[2:, :1], torch.tensor([1])).lens.tolist() == found.lens[2:].tolist()
+
+
+# C48
+@needs_kit
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_keeps_the_ids(variant, precision):
+    system = decode.load_system(KIT / variant, "cpu")._replace(precision=precision)
+    for name in WAVS:
+        wanted = recorded(variant, name)
+        found = decode.decode_batch(system, [wanted["feats"]])
+        assert torch.equal(found.tokens[0], wanted["ids_raw"]) and found.log_probs.isfinite().all()
+
+
+# ---- model: training (FunASR) ----
+
+# C46
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_every_gradient_norm_equal_funasr(variant):
+    """Recorded: train.npz and _grad_norms, with FunASR's permutations handed to the sampler and its padding leaks."""
+    options, net = published(variant, padding_leaks=True)
+    wanted, results = recorded(variant, "train"), json.loads((KIT / variant / "expected/results.json").read_text())
+    feats = torch.nn.utils.rnn.pad_sequence([recorded(variant, name)["feats"] for name in WAVS], batch_first=True)
+    tokens, lens = wanted["text"].clamp(min=0).long(), wanted["text_lens"].long()
+    order = torch.full((4, tokens.shape[1] + options.model.end_token), 1e9)
+    for b in range(4):
+        order[b, wanted[f"perm{b}"].long()] = torch.arange(len(wanted[f"perm{b}"])).float()
+    net.zero_grad()
+    sums, count = net(feats, wanted["feats_lens"].long(), tokens, lens, order)
+    names = {"loss": "loss", "stat_loss_att": "ce", "stat_loss_pre": "quantity", "stat_loss_pre2": "timing",
+             "stat_loss_ctc": "ctc"}
+    assert {names[key] for key in wanted if key in names} == set(sums)
+    for theirs, ours in names.items():
+        if ours in sums:
+            torch.testing.assert_close(sums[ours] / count, wanted[theirs].float().squeeze(), atol=1e-4, rtol=1e-5)
+    (sums["loss"] / count).backward()
+    found = {}
+    for name, p in net.named_parameters():
+        parts = model.funasr_names(name, options.model)
+        found |= {part: g.norm().item() for part, g in zip(parts, p.grad.chunk(len(parts)))}
+    assert found == pytest.approx(results["_grad_norms"], rel=1e-3, abs=1e-5)
+
+
+# C46
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_both_passes_of_the_decoder_equal_funasr(variant):
+    options, net = published(variant, padding_leaks=True)
+    wanted = recorded(variant, "train")
+    feats = torch.nn.utils.rnn.pad_sequence([recorded(variant, name)["feats"] for name in WAVS], batch_first=True)
+    hidden, lens, _ = net.encoder(feats, wanted["feats_lens"].long(), leak=True)
+    alpha = net.predictor(hidden, lens)
+    tokens, counts = net.targets(wanted["text"].clamp(min=0).long(), wanted["text_lens"].long())
+    embeds = model.cif(hidden, model.scale_weights(alpha, counts), tokens.shape[1])
+    mask = attention.padding_mask(counts, tokens.shape[1])
+    close(embeds[mask], wanted["pre_embeds"][mask], 5e-4)
+    first, _ = net.decoder(embeds, counts, hidden, lens)
+    close(first[mask], wanted["logits_1st"][mask], 5e-3)
+    wrong = ((first.argmax(-1) != tokens) & mask).sum(1)
+    order = torch.full(tokens.shape, 1e9)
+    for b in range(4):
+        order[b, wanted[f"perm{b}"].long()] = torch.arange(len(wanted[f"perm{b}"])).float()
+    mixed = model.glance(embeds, net.truth(tokens), counts, wrong, options.model.sampling_ratio, order)
+    close(mixed[mask], wanted["sematic_embeds"][mask], 5e-4)
+    close(net.decoder(mixed, counts, hidden, lens)[0][mask], wanted["logits"][mask], 5e-3)
+
+
+SMALL = {"encoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
+        "decoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
+        "predictor": {"dropout": 0.0}, "label_smoothing": 0.0}
+KINDS = [("sanm", 1, "dense", "sanm", 0), ("sanm", 1, "dense", "sanm", 3),
+         ("relative_conformer", 4, "depthwise", "bare", 0)]
+
+
+@pytest.mark.parametrize("encoder, subsampling, predictor, decoder, upsampling", KINDS)
+def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsampling, predictor, decoder, upsampling):
+    torch.manual_seed(0)
+    values = {**SMALL, "encoder": {**SMALL["encoder"], "kind": encoder, "subsampling": subsampling},
+              "predictor": {"kind": predictor, "upsampling": upsampling, "tail": 0.45, "dropout": 0.0},
+              "decoder": {**SMALL["decoder"], "kind": decoder}, "end_token": True}
+    net = model.build(config.from_dict({"model": values}, "test").model, 20, 12)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    feats, lens = torch.randn(4, 20 * subsampling, 20), torch.tensor([20, 18, 16, 12]) * subsampling
+    tokens, token_lens = torch.randint(4, 12, (4, 6)), torch.tensor([6, 5, 4, 3])
+    for _ in range(150):
+        sums, count = net(feats, lens, tokens, token_lens)
+        optimizer.zero_grad()
+        (sums["loss"] / count).backward()
+        optimizer.step()
+    assert sums["ce"] / count < 0.1
+    found = net.eval().greedy(feats, lens)
+    for i, n in enumerate(token_lens.tolist()):
+        assert found.tokens[i, :found.lens[i]].tolist() == [*tokens[i, :n].tolist(), EOS]
+
+
+# C47
+def test_the_last_token_is_never_lost_in_training():
+    """Where FunASR loses 22 % (parallel) and 49 % (sequential): shared/FUNASR.md, 5.5."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        L, U = int(torch.randint(10, 120, (), generator=generator)), int(torch.randint(1, 10, (), generator=generator))
+        alpha = torch.rand(1, L, generator=generator)
+        weight = model.cif(torch.ones(1, L, 1), model.scale_weights(alpha, torch.tensor([U])), U)
+        torch.testing.assert_close(weight, torch.ones(1, U, 1), atol=1e-6, rtol=0)
+
+
+# ---- model: loading (FunASR) ----
+
+# C40
+@needs_kit
+def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
+    options = published("sanm")[0]
+    state = torch.load(KIT / "sanm/model.pt", weights_only=True)
+    state["decoder.embed.0.weight"] = state["decoder.embed.0.weight"][:, :5]
+    state["extra.weight"] = state.pop("predictor.cif_output.bias")
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError) as caught:
+        model.load_published(options.model, 560, 58, tmp_path / "model.pt")
+    assert str(caught.value).split("config: ")[1] == (
+        "missing predictor.cif_output.bias; unused extra.weight; decoder.embed.0.weight (58, 5), wanted (58, 64)")
+
+
+# C40
+@needs_kit
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix, zipped", [("", True), ("module.", True), ("", False)])
+def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
+    options, net = published("sanm")
+    state = {prefix + name: x for name, x in torch.load(KIT / "sanm/model.pt", weights_only=True).items()}
+    state = {wrapper: state, "optimizer": {"step": 1}} if wrapper else state
+    torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    loaded = model.load_published(options.model, 560, 58, tmp_path / "model.pt").state_dict()
+    assert all(torch.equal(x, loaded[name]) for name, x in net.state_dict().items())
+
+
+# C40
+@pytest.mark.parametrize("content, words", [(b"", "what torch cannot load"), (b"PK\3\4", "what torch cannot load"),
+                                            (None, "no such file")])
+def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z"):
+        model.read_weights(tmp_path / "model.pt")
+
+
+# C49
+def test_paraformer_large_has_956_tensors_and_220_million_parameters():
+    options = config.load(str(HERE / "configs/paraformer_large.yaml"))
+    with torch.device("meta"):
+        net = model.build(options.model, data.feature_dim(options.data), 8404)
+    assert len(net.state_dict()) == 956
+    assert sum(p.numel() for p in net.parameters()) == 220_084_533  # by the shapes of shared/FUNASR.md, 1.1: 220.09 M
+
+
+# C39
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_rename_table_gives_exactly_funasrs_keys(variant):
+    options, net = published(variant)
+    wanted = json.loads((KIT / variant / "expected/keys.json").read_text())
+    found = [part for name in net.state_dict() for part in model.funasr_names(name, options.model)]
+    assert sorted(found) == sorted(wanted)
+
+
+# ---- decode: texts, times and exports (FunASR) ----
+
+# C44
+@needs_kit
+def test_firing_spans_equal_funasrs_timestamps():
+    """Recorded: units/text.json, 40 cases, in ms behind an offset."""
+    for case in unit_cases("timestamps"):
+        weights, sums = (np.array(case[name], np.float32) for name in ("alphas", "peaks"))
+        n = len([c for c in case["chars"] if c != "</s>"])
+        spans, offset = decode.firing_spans(weights, sums, n), case["vad_offset"] / 1000
+        assert [[int((t * 0.02 + offset) * 1000) for t in span] for span in spans] == case["timestamp"]
+
+
+# C44
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys):
+    """results.json, for all recordings in one batch: FunASR's results of each alone."""
+    wanted = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
+    out = tmp_path / "out.jsonl"
+    wavs = [str(KIT / f"wavs/{name}.wav") for name in WAVS]
+    arguments = ["--ckpt", str(KIT / variant), "--device", "cpu", "--funasr-text", "--output", str(out)]
+    assert decode.main([*arguments, *wavs]) == 0
+    for name, line in zip(WAVS, out.read_text(encoding="utf-8").splitlines()):
+        got, case = json.loads(line), wanted[name]
+        assert (got["text"], [token["id"] for token in got["tokens"]]) == (case["text"], case["ids"])
+        times = [[round(word["start"] * 1000), round(word["end"] * 1000)] for word in got["words"]]
+        if case["timestamp"] is not None:
+            assert times == case["timestamp"]
+        else:
+            assert " ".join(word["word"] for word in got["words"]) == case["pred_timestamp"]["text"]
+            flat = [t for pair in times for t in pair]  # from their firing: in order and within the recording
+            assert flat == sorted(flat) and flat[-1] <= 1000 * case["seconds"] + 60
+
+
+# C45
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_texts_and_times_do_not_depend_on_the_batch(variant):
+    """Random batches of random parts of the kit's features, against each part alone."""
+    system, rng = decode.load_system(KIT / variant, "cpu"), random.Random(1)
+    sources = [recorded(variant, name)["feats"] for name in WAVS]
+    for _ in range(4):
+        spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
+        parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
+        for part, in_batch in zip(parts, decode.transcribe(system, parts)):
+            alone = decode.transcribe(system, [part])[0]
+            assert (in_batch.text, in_batch.words) == (alone.text, alone.words)
+
+
+# C51
+@needs_kit
+def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):
+    for name, samples in (("short", 100), ("frame", 500), ("silence", 16000)):
+        data.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)
+    for variant in VARIANTS:
+        wavs = [str(tmp_path / f"{name}.wav") for name in ("short", "frame", "silence")]
+        assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", *wavs]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == f"{wavs[0]}\t"
+
+
+# C39 C50
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(variant, tmp_path):
+    system = decode.load_system(KIT / variant, "cpu")
+    decode.export(system, str(tmp_path / "dir"))
+    state = torch.load(tmp_path / "dir/model.pt", weights_only=True)
+    assert {name: list(x.shape) for name, x in state.items()} == json.loads(
+        (KIT / variant / "expected/keys.json").read_text())
+    for path in ("dir", "model.pt"):
+        decode.export(system, str(tmp_path / path))
+        again = decode.load_system(tmp_path / path, "cpu")
+        assert (again.config.model, again.tokenizer) == (system.config.model, system.tokenizer)
+        assert torch.equal(again.stats, system.stats)
+        assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in system.model.state_dict().items())
+    assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"config", "tokenizer", "stats", "model"}
+
+
+# C50
+def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
+    values = {**SMALL, "encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
+              "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
+    options = config.from_dict({"model": values, "data": {"num_mels": 20}}, "test")
+    words = Tokenizer.build(["ab"])
+    net = model.build(options.model, 20, len(words)).eval()
+    system = decode.System(options, words, torch.rand(2, 20), net)
+    decode.export(system, str(tmp_path / "dir"))
+    again = decode.load_system(tmp_path / "dir", "cpu")
+    assert again.tokenizer.symbols == ("<blank>", "<s>", "</s>", "<unk>", "a", "b")
+    feats = torch.randn(1, 40, 20)
+    ours, theirs = net.greedy(feats, torch.tensor([40])), again.model.greedy(feats, torch.tensor([40]))
+    assert torch.equal(ours.tokens, theirs.tokens)
+    close(ours.log_probs, theirs.log_probs, 1e-5)
+    plain = config.Config()
+    other = decode.System(plain, words, torch.rand(2, 80), model.build(plain.model, 80, 6).eval())
+    assert "encoder.kind transformer: FunASR has no such layer" in decode.export(other, str(tmp_path / "x"))
+    again = decode.load_system(tmp_path / "x", "cpu")
+    assert again.tokenizer == words and torch.equal(again.model.embedding.weight, other.model.embedding.weight)
+
+
+# ---- train: from a published model (FunASR) ----
+
+@needs_kit
+def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path, capsys):
+    """Four recordings, texts of the vocabulary: the loss of the last epoch is far below that of the first."""
+    rows = [{"audio": str(KIT / f"wavs/{name}.wav"), "text": text} for name, text in zip(
+        WAVS, ("我 在 人", "hello world", "thank 你 们", "他 说 dog"))]
+    manifest = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    manifest = str(Path(manifest).rename(tmp_path / "train.jsonl"))
+    arguments = [str(HERE / "configs/finetune.yaml"), "--runs", str(tmp_path / "runs"), f"--data.train={manifest}",
+                 f"--training.init_from={KIT / 'sanm'}", "--training.device=cpu", "--training.learning_rate=2e-3",
+                 "--training.warmup_steps=0", "--training.schedule=constant", "--training.num_epochs=25"]
+    assert train.main(arguments) == 0
+    rows = json.loads((tmp_path / "runs/latest/metrics.json").read_text())
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    tuned = decode.load_system(tmp_path / "runs/latest/checkpoints/latest.pt", "cpu")
+    published_system = decode.load_system(KIT / "sanm", "cpu")
+    assert tuned.config.model == published_system.config.model and tuned.tokenizer == published_system.tokenizer
 
 
 # ---- the project: layout, ladder, documents ----

@@ -1,6 +1,7 @@
 """Texts to token ids and back, and how far two texts are apart.
 
-Reading order: the one text normalisation, Tokenizer, alignment, error counts, a picture of an alignment.
+Reading order: the one text normalisation, Tokenizer, PieceTokenizer and its sentences (the vocabularies that FunASR
+publishes), alignment, error counts, a picture of an alignment.
 Needs the standard library only; imports nothing of ours, so it can be copied alone.
 
 Glossary: a unit is what one id stands for (a character or a whole word); a symbol is one such character or word;
@@ -17,6 +18,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 BLANK, SOS, EOS, UNK = 0, 1, 2, 3  # BLANK is the padding id as well
 SPECIALS = ("<blank>", "<sos>", "<eos>", "<unk>")  # index = id
@@ -94,7 +96,9 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "Tokenizer":
-        """The inverse of state(). Raises ValueError that begins with where (such as a file) if state is not one."""
+        """The inverse of state(), of a PieceTokenizer's too. Raises ValueError that begins with where if it is none."""
+        if isinstance(state, dict) and state.get("unit") == "piece":
+            return PieceTokenizer.from_state(state, where)
         if not (isinstance(state, dict) and set(state) == {"unit", "symbols"} and isinstance(state["symbols"], list)):
             raise ValueError(f"{where}: wanted {{'unit': ..., 'symbols': [...]}}, got {_short(state)}")
         try:
@@ -138,6 +142,178 @@ def _short(value: object) -> str:
     """value on one line of at most 60 characters, for an error."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---- published vocabularies ----
+
+PIECE = "@@"  # at the end of a symbol: the word goes on with the next one
+UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")
+
+
+@dataclass(frozen=True)
+class PieceTokenizer:
+    """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: any symbols, ids 0 to 2 special.
+
+    pieces[word] are the symbols of a word; None: every character but the space is a symbol of its own.
+    """
+
+    symbols: tuple[str, ...]
+    pieces: dict[str, tuple[str, ...]] | None
+    unknown: str = "<unk>"
+
+    @classmethod
+    def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":
+        """Symbols from a JSON list or a file with one on each line, and a dictionary `word piece piece ...`, if given.
+
+        Raises ValueError that names the file.
+        """
+        try:
+            text = Path(tokens).read_text("utf-8-sig")
+            symbols = json.loads(text) if Path(tokens).suffix == ".json" else text.splitlines()
+            lines = Path(dictionary).read_text("utf-8-sig").splitlines() if dictionary else []
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{tokens}: wanted a list of symbols and a dictionary beside it, got {error}") from None
+        pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
+        state = {"unit": "piece", "symbols": symbols, "pieces": pieces if dictionary else None, "unknown": "<unk>"}
+        return cls.from_state(state, str(tokens))
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {symbol: i for i, symbol in enumerate(self.symbols)}  # of symbols alike, the last
+
+    def encode_symbols(self, text: str) -> list[str]:
+        """The symbols of a text, `unknown` where there is none. With `pieces`, words are what single spaces separate,
+        in lower case; a word that the dictionary lacks is spelled if it begins with a Chinese or ASCII letter or digit.
+        """
+        if self.pieces is None:
+            return [c for c in text if c != " "]
+        symbols = []
+        for word in text.strip().lower().split(" "):
+            spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
+            for unit in [word] if word in self.pieces else spelled:
+                symbols += self.pieces.get(unit, (self.unknown,))
+        return symbols
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the symbols of a text; no end is added. Source: seg_dict and CharTokenizer of FunASR."""
+        unknown = self._ids.get(self.unknown, len(self) - 1)
+        return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""
+        outside = [int(i) for i in ids if not 0 <= i < len(self)]
+        if outside:
+            raise ValueError(f"PieceTokenizer.decode: ids must be in 0..{len(self) - 1}, got {outside[0]}")
+        return join_words(spell_words([self.symbols[i] for i in ids if i not in (BLANK, SOS, EOS)]))
+
+    def state(self) -> dict:
+        """Plain containers, as Tokenizer.state."""
+        pieces = None if self.pieces is None else {word: list(parts) for word, parts in self.pieces.items()}
+        return {"unit": "piece", "symbols": list(self.symbols), "pieces": pieces, "unknown": self.unknown}
+
+    @classmethod
+    def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
+        """The inverse of state(). Raises ValueError that begins with where if state is not one."""
+        symbols, pieces = state.get("symbols"), state.get("pieces")
+        if not (isinstance(symbols, list) and len(symbols) > EOS and all(isinstance(x, str) for x in symbols)):
+            raise ValueError(f"{where}: wanted a list of four symbols or more, got {_short(symbols)}")
+        pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
+        return cls(tuple(symbols), pieces, state.get("unknown", "<unk>"))
+
+
+class Word(NamedTuple):
+    text: str
+    start: float | None  # of its first symbol, in the unit of the times that were given
+    end: float | None
+    kind: str  # "han": no space before it | "word": a space after it | "other"
+
+
+def _is_han(text: str) -> bool:
+    return "\u4e00" <= text <= "\u9fff" or "0" <= text <= "9" or text == "@"
+
+
+def _kind(symbol: str) -> str:
+    if all(map(_is_han, symbol)):
+        return "han"
+    if PIECE in symbol:
+        return "piece"
+    return "word" if all(c.isalpha() or c == "'" for c in symbol) else "other"
+
+
+def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
+                lossless: bool = True) -> list[Word]:
+    """Symbols, with (start, end) each if given, to words: pieces joined, single letters in a row merged to capitals.
+
+    Unspoken symbols are left out, but as in FunASR their times are not: the words after them begin too early.
+    lossless=False loses the characters that FunASR loses: a word that breaks off (his@@ 不) is glued to a later word or
+    is gone, and a mark between a word and Chinese is gone (ok % 不).
+    Source: equal to FunASR's sentence_postprocess for all symbols without such a place.
+    """
+    spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
+    if times is None:
+        times = [(None, None)] * len(spoken)
+    kinds = ["han"] * len(spoken) if all(map(_is_han, spoken)) else list(map(_kind, spoken))
+    return merge_letters((_group if lossless else _group_as_funasr)(spoken, kinds, times))
+
+
+def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[Word]:
+    words: list[Word] = []
+    held = None  # the word that its pieces so far make
+    for symbol, kind, (start, end) in zip(symbols, kinds, times):
+        if held and kind in ("han", "other"):
+            words.append(held)
+            held = None
+        text, start = (held.text, held.start) if held else ("", start)
+        if kind == "piece":
+            held = Word(text + symbol.replace(PIECE, ""), start, end, "word")
+        else:
+            words.append(Word(text + symbol, start, end, kind))
+            held = None
+    return words + [held] if held else words
+
+
+def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[Word]:
+    words: list[Word] = []
+    held, waiting, after_word = "", None, False  # waiting: the time of pieces, which the next Chinese character takes
+    for symbol, kind, (start, end) in zip(symbols, kinds, times):
+        if kind == "piece":
+            held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
+        elif kind == "word":
+            words.append(Word(held + symbol, waiting[0] if waiting else start, end, "word"))
+            held, waiting, after_word = "", None, True
+        elif kind == "han":
+            glued = not words or words[-1].kind != "word" or after_word
+            if after_word and words[-1].kind == "other":  # FunASR means to drop the space, which is further back
+                words.pop()
+                glued = False
+            words.append(Word(symbol, *(waiting or (start, end)), "han" if glued else "other"))
+            waiting, after_word = None, False
+        else:
+            words.append(Word(symbol, None, None, "other"))
+    return words
+
+
+def merge_letters(words: Sequence[Word]) -> list[Word]:
+    """Two or more words in a row that are one ASCII letter each become one in capitals: a b c -> ABC."""
+    merged: list[Word] = []
+    open_run = False
+    for word in words:
+        single = word.kind == "word" and len(word.text) == 1 and word.text.isascii()
+        if single and open_run:
+            last = merged.pop()
+            word = Word(last.text.upper() + word.text.upper(), last.start, word.end, "word")
+        merged.append(word)
+        open_run = single
+    return merged
+
+
+def join_words(words: Sequence[Word]) -> str:
+    """The sentence: a space after every word of letters that no Chinese character follows."""
+    spaces = [" " if a.kind == "word" and b.kind != "han" else "" for a, b in zip(words, words[1:])]
+    return "".join(word.text + space for word, space in zip(words, [*spaces, ""]))
 
 
 # ---- alignment ----

@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +30,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import config as configs
 import data
-from model import build, load_weights, read_checkpoint
-from tokenizer import Counts, Tokenizer, char_errors, count_errors, word_errors
+from model import build, load_published, load_weights, read_checkpoint
+from tokenizer import BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, word_errors
 
 # ---- decisions ----
 
@@ -148,7 +149,8 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
         feats, feat_lens, _, _ = to_device(batch, device)
         found = model.greedy(feats, feat_lens)
         for i, text in enumerate(batch.texts):
-            ref, hyp = batch.tokens[i, :batch.token_lens[i]].tolist(), found.tokens[i, :found.lens[i]].tolist()
+            ref = batch.tokens[i, :batch.token_lens[i]].tolist()
+            hyp = [id for id in found.tokens[i, :found.lens[i]].tolist() if id not in (BLANK, SOS, EOS)]
             token_counts += count_errors(ref, hyp)
             char_counts += char_errors(text, decode(hyp))
             word_counts += word_errors(text, decode(hyp))
@@ -262,7 +264,7 @@ STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances a
 
 class System(NamedTuple):
     config: configs.Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
     average: AveragedModel | None  # moving average of the weights, evaluated and kept as `best` in their place
@@ -287,19 +289,60 @@ def measure_stats(dataset) -> Tensor:
     return data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
 
 
+def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
+    """config with the model and the front end of another one; its data, augmentation and training stay."""
+    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
+    return replace(config, model=other.model, data=replace(config.data, **front))
+
+
+class Origin(NamedTuple):
+    """What a run starts from."""
+
+    config: configs.Config
+    tokenizer: Tokenizer | PieceTokenizer
+    stats: Tensor
+    model: nn.Module
+
+
+def origin(config: configs.Config) -> Origin:
+    """Fresh weights for the config's data, or the model that training.init_from names, a FunASR directory or a
+    checkpoint, whose model section and front end then stand in the config."""
+    options, training = config.data, config.training
+    place = training.init_from
+    if configs.is_published(place):
+        files = configs.published_files(place)
+        config = with_model(config, configs.load_published(files["config"]))
+        tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
+        stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
+        model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
+    elif place:
+        state = read_checkpoint(place)
+        config = with_model(config, configs.from_dict(state["config"], place))
+        tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
+        model = build(config.model, stats.shape[1], len(tokenizer))
+        load_weights(model, state["model"], place)
+    else:
+        tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
+        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None,
+                                                config.model.encoder.subsampling))
+        model = build(config.model, stats.shape[1], len(tokenizer))
+    return Origin(config, tokenizer, stats, model)
+
+
 def make_system(config: configs.Config, state: dict | None = None, place: str = "") -> System:
     """Data, tokenizer, normalisation, model and optimizer: fresh ones, or those of a checkpoint's state (at place)."""
-    options, training = config.data, config.training
-    factor = config.model.encoder.subsampling
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    torch.manual_seed(config.training.seed)
     if state is None:
-        tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
-        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None, factor))
+        config, tokenizer, stats, model = origin(config)
     else:
         tokenizer, stats = Tokenizer.from_state(state["tokenizer"]), state["stats"]
+        model = build(config.model, stats.shape[1], len(tokenizer))
+    options, training, factor = config.data, config.training, config.model.encoder.subsampling
     train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor, augment=True)
     dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
-    torch.manual_seed(training.seed)
-    model = build(config.model, stats.shape[1], len(tokenizer)).to(pick_device(training.device))
+    model.to(pick_device(training.device))
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
     average = None
     if training.average_decay:
@@ -349,7 +392,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float) -> dict[str, floa
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in ("ce", "quantity", "ctc") if name in totals]
+    names = [name for name in ("ce", "quantity", "timing", "ctc") if name in totals]
     tokens = max(1.0, totals.get("tokens", 0.0))
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
             "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
@@ -471,7 +514,7 @@ def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Path, Sy
     config = configs.load(arguments.config, overrides)
     system = make_system(config)
     run = new_run(Path(arguments.runs), Path(arguments.config).stem)
-    data.write_atomic(run / "config.yaml", configs.dump(config))
+    data.write_atomic(run / "config.yaml", configs.dump(system.config))
     return run, system, Progress(), []
 
 
