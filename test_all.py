@@ -2,10 +2,15 @@
 
     python -m pytest -q test_all.py
 """
+import argparse
 import ast
 import base64
+import collections
+import concurrent.futures
+import contextlib
 import csv
 import functools
+import http.client
 import inspect
 import itertools
 import json
@@ -14,10 +19,13 @@ import os
 import pathlib
 import random
 import re
+import select
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 import wave
@@ -38,6 +46,7 @@ import config
 import data
 import decode
 import model
+import serve
 import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
@@ -2922,6 +2931,956 @@ def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path, caps
     tuned = decode.load_system(tmp_path / "runs/latest/checkpoints/latest.pt", "cpu")
     published_system = decode.load_system(KIT / "sanm", "cpu")
     assert tuned.config.model == published_system.config.model and tuned.tokenizer == published_system.tokenizer
+
+
+# ---- serve.py: requests, batching and answers ----
+
+def serving_system(unit: str = "char") -> decode.System:
+    """Random weights, a text of several tokens for a second of noise: no file is needed."""
+    torch.manual_seed(3)
+    sizes = {"hidden_dim": 32, "num_heads": 2, "num_layers": 1}
+    settings = {"model": {"encoder": sizes, "decoder": sizes, "predictor": {"hidden_dim": 32, "num_layers": 1}},
+                "data": {"sample_rate": 8000, "num_mels": 40, "unit": unit}}
+    built = config.from_dict(settings, "test")
+    words = ["zero one two three four five six"] if unit == "word" else ["abcdef gh"]
+    tokenizer = Tokenizer.build(words, unit)
+    model = build(built.model, 40, len(tokenizer)).eval()
+    with torch.no_grad():
+        model.predictor.weight.bias -= 1.5          # about 20 frames a token
+        model.decoder.output.bias[:4] = -9.0        # no special tokens
+    return decode.System(built, tokenizer, torch.stack([torch.zeros(40), torch.ones(40)]), model)
+
+
+def serve_options(**changes) -> argparse.Namespace:
+    options = vars(serve.parse_arguments(["--port", "0"]))
+    return argparse.Namespace(**{**options, **changes})
+
+
+@contextlib.contextmanager
+def serving(system: decode.System | None = None, **changes):
+    """A server on a free port, in this process, that logs into a list."""
+    log: list[str] = []
+    server = serve.start(serve.make_service(system or serving_system(), serve_options(**changes), log.append))
+    server.log = log
+    try:
+        yield server
+    finally:
+        serve.drain(server, 2.0)
+
+
+@pytest.fixture(scope="module")
+def server():
+    limits = {"header_timeout": 1.0, "body_timeout": 1.0, "max_body_mb": 1.0, "max_audio_seconds": 20.0,
+              "max_frames": 500}
+    with serving(**limits) as started:
+        yield started
+
+
+def exchange(server, raw: bytes, timeout: float = 8.0, end: bool = False) -> tuple[int, dict[str, str], bytes]:
+    """Send bytes, read one whole answer (and with `end` nothing more) -> status, headers by lower-case name, body."""
+    with socket.create_connection(server.server_address[:2], timeout) as connection:
+        with contextlib.suppress(OSError):
+            connection.sendall(raw)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
+        got = b""
+        while b"\r\n\r\n" not in got:
+            piece = connection.recv(65536)
+            if not piece:
+                return 0, {}, b""
+            got += piece
+        head, _, body = got.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers.get("content-length", 0))
+        while len(body) < length and (piece := connection.recv(65536)):
+            body += piece
+        return int(first.split()[1]), headers, body[:length]
+
+
+def post(path: str, media_type: str, body: bytes, more: str = "") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    return head.encode("latin-1") + body
+
+
+def post_json(value, path: str = "/transcribe") -> bytes:
+    return post(path, "application/json", value if isinstance(value, bytes) else json.dumps(value).encode())
+
+
+def form(*parts: tuple, closing: str = "--B--\r\n") -> bytes:
+    """Parts (header line, content) as a body with the boundary B."""
+    head = "Content-Disposition: form-data; "
+    pieces = [b"--B\r\n" + (head + line).encode() + b"\r\n\r\n" + content + b"\r\n" for line, content in parts]
+    return b"".join(pieces) + closing.encode()
+
+
+def post_form(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
+    return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
+
+
+def wav(samples: np.ndarray | bytes = b"", code: int = 1, bits: int = 16, channels: int = 1, rate: int = 8000,
+        size: int | None = None, before: bytes = b"") -> bytes:
+    content = samples if isinstance(samples, bytes) else samples.tobytes()
+    block = channels * bits // 8
+    fmt = struct.pack("<HHIIHH", code, channels, rate, (rate * block) % 2**32, block, bits)
+    size = len(content) if size is None else size
+    chunks = b"fmt " + struct.pack("<I", 16) + fmt + before + b"data" + struct.pack("<I", size) + content
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WAVE" + chunks
+
+
+NOISE = (np.random.default_rng(7).standard_normal(9000) * 3000).astype("<i2")
+FILE = ('name="file"; filename="a.wav"', wav(NOISE))
+ROWS = np.random.default_rng(8).standard_normal((120, 40)).round(3).tolist()
+
+
+def field(name: str, value: str) -> tuple:
+    return f'name="{name}"', value.encode()
+
+
+def rows(i: int, j: int, text: str) -> bytes:
+    """{"features": ...} of three rows of zeros with text at row i, column j."""
+    cells = [["0"] * 40 for _ in range(3)]
+    cells[i][j] = text
+    return ('{"features": [' + ",".join("[" + ",".join(row) + "]" for row in cells) + "]}").encode()
+
+
+def get(line: str = "GET /health HTTP/1.1", *headers: str) -> bytes:
+    return "\r\n".join([line, "Host: x", *headers, "", ""]).encode("latin-1")
+
+
+def oai(*parts: tuple, **more) -> bytes:
+    return post_form(*parts, **more)
+
+
+Z = [0.0] * 40
+BAD_FRAMING = {  # what is sent: status and code
+    "no version": (b"GET /health\r\n\r\n", 400, "bad_framing"),
+    "two spaces": (get("GET  /health HTTP/1.1"), 400, "bad_framing"),
+    "http 2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "bad_framing"),
+    "http 0.9": (get("GET /health HTTP/0.9"), 400, "bad_framing"),
+    "http 1.10": (get("GET /health HTTP/1.10"), 400, "bad_framing"),
+    "lower-case version": (get("GET /health http/1.1"), 400, "bad_framing"),
+    "no path": (get("GET HTTP/1.1"), 400, "bad_framing"),
+    "tab in the line": (get("GET\t/health\tHTTP/1.1"), 400, "bad_framing"),
+    "binary": (bytes(range(128, 256)) + b"\r\n\r\n", 400, "bad_framing"),
+    "tls hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", 400, "bad_framing"),
+    "bare line feeds": (b"GET /health HTTP/1.1\nHost: x\n\n", 400, "bad_framing"),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400, "bad_framing"),
+    "two hosts": (get("GET /health HTTP/1.1", "Host: y"), 400, "bad_framing"),
+    "space before colon": (get("GET /health HTTP/1.1", "A : b"), 400, "bad_framing"),
+    "no colon": (get("GET /health HTTP/1.1", "nonsense"), 400, "bad_framing"),
+    "empty name": (get("GET /health HTTP/1.1", ": b"), 400, "bad_framing"),
+    "folded line": (get("GET /health HTTP/1.1", "A: b", " c"), 400, "bad_framing"),
+    "NUL in a value": (get("GET /health HTTP/1.1", "A: b\0c"), 400, "bad_framing"),
+    "carriage return in a value": (get("GET /health HTTP/1.1", "A: b\rc"), 400, "bad_framing"),
+    "length negative": (get("POST /transcribe HTTP/1.1", "Content-Length: -1"), 400, "bad_framing"),
+    "length plus": (get("POST /transcribe HTTP/1.1", "Content-Length: +5"), 400, "bad_framing"),
+    "length hex": (get("POST /transcribe HTTP/1.1", "Content-Length: 0x5"), 400, "bad_framing"),
+    "length list": (get("POST /transcribe HTTP/1.1", "Content-Length: 5, 5"), 400, "bad_framing"),
+    "length twice": (get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Content-Length: 6"), 400, "bad_framing"),
+    "length empty": (get("POST /transcribe HTTP/1.1", "Content-Length:"), 400, "bad_framing"),
+    "length in other digits": (get("POST /transcribe HTTP/1.1", "Content-Length: \xb2"), 400, "bad_framing"),
+    "length and encoding": (get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"), 400,
+                            "bad_framing"),
+    "body too short": (post_json(b"{}")[:-1], 400, "bad_framing"),
+    "bad percent in the path": (get("GET /health%ff HTTP/1.1"), 400, "bad_framing"),
+    "no length": (get("POST /transcribe HTTP/1.1"), 411, "length_required"),
+    "chunked": (get("POST /transcribe HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411, "length_required"),
+    "length huge": (get("POST /transcribe HTTP/1.1", "Content-Type: application/json",
+                        "Content-Length: " + "9" * 5000), 413, "body_too_large"),
+    "length over": (get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577"), 413,
+                    "body_too_large"),
+    "long uri": (get(f"GET /{'a' * 4100} HTTP/1.1"), 414, "uri_too_long"),
+    "endless line": (b"GET /" + b"a" * 9000, 414, "uri_too_long"),
+    "many headers": (get("GET /health HTTP/1.1", *("A: b" for _ in range(101))), 431, "headers_too_large"),
+    "large header": (get("GET /health HTTP/1.1", "A: " + "b" * 66000), 431, "headers_too_large"),
+    "unknown path": (get("GET /nothing HTTP/1.1"), 404, "not_found"),
+    "path upwards": (get("GET /../../etc/passwd HTTP/1.1"), 404, "not_found"),
+    "markup in the path": (get("GET /<script>alert(1)</script> HTTP/1.1"), 404, "not_found"),
+    "unknown model": (get("GET /v1/models/other HTTP/1.1"), 404, "not_found"),
+    "get on post": (get("GET /transcribe HTTP/1.1"), 405, "method_not_allowed"),
+    "post on get": (post("/health", "text/plain", b"x"), 405, "method_not_allowed"),
+    "delete": (get("DELETE /v1/models HTTP/1.1"), 405, "method_not_allowed"),
+    "own method": (get("BREW /transcribe HTTP/1.1"), 405, "method_not_allowed"),
+    "lower-case method": (get("get /health HTTP/1.1"), 405, "method_not_allowed"),
+    "no media type": (b"POST /transcribe HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 415,
+                      "unsupported_media_type"),
+    "text": (post("/transcribe", "text/plain", b"{}"), 415, "unsupported_media_type"),
+    "url-encoded": (post("/transcribe", "application/x-www-form-urlencoded", b"a=b"), 415, "unsupported_media_type"),
+    "compressed": (post("/transcribe", "application/json", b"{}", "Content-Encoding: gzip\r\n"), 415,
+                   "unsupported_media_type"),
+    "json on openai's": (post("/v1/audio/transcriptions", "application/json", b"{}"), 415, "unsupported_media_type"),
+    "mp3 as media type": (post("/transcribe", "audio/mpeg", b"ID3"), 415, "unsupported_media_type"),
+}
+BAD_JSON = {
+    "empty": (b"", 400, "invalid_json"), "space": (b"  ", 400, "invalid_json"),
+    "half": (b'{"features": [', 400, "invalid_json"),
+    "not utf-8": (b'{"features": "\xff"}', 400, "invalid_json"),
+    "byte order mark": (b"\xef\xbb\xbf{}", 400, "invalid_json"),
+    "utf-16": ('{"features": []}'.encode("utf-16"), 400, "invalid_json"), "trailing": (b"{} x", 400, "invalid_json"),
+    "array": (b"[]", 400, "invalid_json"), "null": (b"null", 400, "invalid_json"),
+    "number": (b"1", 400, "invalid_json"),
+    "string": (b'"a"', 400, "invalid_json"), "single quotes": (b"{'features': []}", 400, "invalid_json"),
+    "comma": (b'{"features": [1,]}', 400, "invalid_json"), "deep": (b"[" * 100000, 400, "invalid_json"),
+    "deep object": (b'{"features":' + b"[" * 20000 + b"]" * 20000 + b"}", 400, "invalid_json"),
+    "nothing asked": ({}, 400, "missing_field"), "misspelt": ({"feature": [Z]}, 400, "missing_field"),
+    "features null": ({"features": None}, 400, "invalid_type"),
+    "features text": ({"features": "a"}, 400, "invalid_type"),
+    "features object": ({"features": {"0": Z}}, 400, "invalid_type"),
+    "features number": ({"features": 1}, 400, "invalid_type"),
+    "features true": ({"features": True}, 400, "invalid_type"), "no rows": ({"features": []}, 422, "empty_features"),
+    "flat": ({"features": Z}, 422, "invalid_type"), "row null": ({"features": [Z, None]}, 422, "invalid_type"),
+    "row text": ({"features": ["0" * 40]}, 422, "invalid_type"), "row empty": ({"features": [[]]}, 422, "wrong_dim"),
+    "narrow": ({"features": [Z[:39]]}, 422, "wrong_dim"), "wide": ({"features": [Z + [0]]}, 422, "wrong_dim"),
+    "ragged": ({"features": [Z, Z[:20], Z]}, 422, "wrong_dim"),
+    "three deep": ({"features": [[Z] * 40]}, 422, "invalid_type"),
+    "value null": (rows(1, 2, "null"), 422, "invalid_type"), "value true": (rows(1, 2, "true"), 422, "invalid_type"),
+    "value text": (rows(1, 2, '"1.0"'), 422, "invalid_type"), "value array": (rows(1, 2, "[0]"), 422, "invalid_type"),
+    "value object": (rows(1, 2, "{}"), 422, "invalid_type"), "NaN": (rows(0, 0, "NaN"), 422, "not_finite"),
+    "Infinity": (rows(2, 39, "Infinity"), 422, "not_finite"),
+    "-Infinity": (rows(2, 39, "-Infinity"), 422, "not_finite"),
+    "1e999": (rows(0, 1, "1e999"), 422, "not_finite"), "1e39": (rows(0, 1, "1e39"), 422, "not_finite"),
+    "-1e39": (rows(0, 1, "-1e39"), 422, "not_finite"), "5000 digits": (rows(0, 1, "9" * 5000), 422, "not_finite"),
+    "leading zero": (rows(0, 1, "01"), 400, "invalid_json"), "hex": (rows(0, 1, "0x1"), 400, "invalid_json"),
+    "many frames": ({"features": [[0] * 40] * 501}, 413, "too_many_frames"),
+    "many empty frames": ({"features": [[]] * 100000}, 413, "too_many_frames"),
+    "batch empty": ({"batch": []}, 422, "invalid_value"), "batch null": ({"batch": None}, 422, "invalid_value"),
+    "batch of 65": ({"batch": [{"features": [Z]}] * 65}, 422, "invalid_value"),
+    "batch of arrays": ({"batch": [[Z]]}, 422, "invalid_type"),
+    "batch item bare": ({"batch": [{"features": [Z]}, {}]}, 400, "missing_field"),
+    "batch item bad": ({"batch": [{"features": [Z]}, {"features": [Z[1:]]}]}, 422, "wrong_dim"),
+    "batch and features": ({"batch": [{"features": [Z]}], "features": [Z]}, 422, "invalid_value"),
+    "timeout 0": ({"features": [Z], "timeout": 0}, 422, "invalid_value"),
+    "timeout -1": ({"features": [Z], "timeout": -1}, 422, "invalid_value"),
+    "timeout text": ({"features": [Z], "timeout": "soon"}, 422, "invalid_value"),
+    "timeout true": ({"features": [Z], "timeout": True}, 422, "invalid_value"),
+    "timeout list": ({"features": [Z], "timeout": [1]}, 422, "invalid_value"),
+    "timeout 1e999": (b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}', 422, "invalid_value"),
+    "alignment 2": ({"features": [Z], "alignment": 2}, 400, "invalid_value"),
+    "alignment list": ({"features": [Z], "alignment": []}, 400, "invalid_value"),
+}
+BAD_FORMS = {
+    "no boundary": (oai(FILE, boundary=""), 400, "invalid_multipart"),
+    "empty boundary": (oai(FILE, boundary="; boundary="), 400, "invalid_multipart"),
+    "long boundary": (oai(FILE, boundary="; boundary=" + "B" * 71), 400, "invalid_multipart"),
+    "other boundary": (oai(FILE, boundary="; boundary=C"), 400, "invalid_multipart"),
+    "no closing": (oai(FILE, closing=""), 400, "invalid_multipart"),
+    "half closing": (oai(FILE, closing="--B-"), 400, "invalid_multipart"),
+    "no body": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b""), 400, "invalid_multipart"),
+    "json inside": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b"{}"), 400,
+                    "invalid_multipart"),
+    "no name": (oai(FILE, ('filename="b"', b"")), 400, "invalid_multipart"),
+    "empty name": (oai(FILE, ('name=""', b"")), 400, "invalid_multipart"),
+    "no blank line": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B",
+                           b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'), 400,
+                      "invalid_multipart"),
+    "long part header": (oai(('name="file"; filename="' + "a" * 9000 + '"', wav(NOISE))), 400, "invalid_multipart"),
+    "129 parts": (oai(FILE, *(field(f"x{i}", "") for i in range(128))), 400, "invalid_multipart"),
+    "field not utf-8": (oai(FILE, ('name="language"', b"\xff")), 400, "invalid_multipart"),
+    "only the end": (oai(), 400, "missing_file"), "no file": (oai(field("model", "x")), 400, "missing_file"),
+    "file as text": (oai(field("file", "a.wav")), 400, "missing_file"),
+    "two files": (oai(FILE, FILE), 400, "missing_file"),
+    "other name": (oai(('name="audio"; filename="a.wav"', wav(NOISE))), 400, "missing_file"),
+    "format xml": (oai(FILE, field("response_format", "xml")), 400, "invalid_value"),
+    "format empty": (oai(FILE, field("response_format", "")), 400, "invalid_value"),
+    "granularity": (oai(FILE, field("timestamp_granularities[]", "char")), 400, "invalid_value"),
+    "temperature 2": (oai(FILE, field("temperature", "2")), 400, "invalid_value"),
+    "temperature hot": (oai(FILE, field("temperature", "hot")), 400, "invalid_value"),
+    "temperature nan": (oai(FILE, field("temperature", "nan")), 400, "invalid_value"),
+    "include": (oai(FILE, field("include[]", "all")), 400, "invalid_value"),
+    "stream maybe": (oai(FILE, field("stream", "maybe")), 400, "invalid_value"),
+}
+EXTENSIBLE = b"\xfe\xff"
+BAD_WAVS = {
+    "empty": (b"", 400, "empty_audio"), "no samples": (wav(b""), 400, "empty_audio"),
+    "junk": (b"x" * 100, 400, "unsupported_format"),
+    "magic only": (b"RIFF\0\0\0\0WAVE", 400, "unsupported_format"),
+    "half a magic": (b"RIFF", 400, "unsupported_format"),
+    "mp3": (b"ID3\x04" + bytes(99), 400, "unsupported_format"), "ogg": (b"OggS" + bytes(99), 400, "unsupported_format"),
+    "flac": (b"fLaC" + bytes(99), 400, "unsupported_format"),
+    "webm": (b"\x1aE\xdf\xa3" + bytes(99), 400, "unsupported_format"),
+    "m4a": (b"\0\0\0\x20ftypM4A " + bytes(99), 400, "unsupported_format"),
+    "rf64": (b"RF64" + wav(NOISE)[4:], 400, "unsupported_format"),
+    "no data chunk": (wav(NOISE)[:36], 400, "unsupported_format"),
+    "data before fmt": (b"RIFF\0\0\0\0WAVEdata\4\0\0\0\0\0\0\0", 400, "unsupported_format"),
+    "a-law": (wav(bytes(99), 6, 8), 400, "unsupported_format"),
+    "12 bits": (wav(bytes(99), 1, 12), 400, "unsupported_format"),
+    "float 16": (wav(bytes(99), 3, 16), 400, "unsupported_format"),
+    "0 bits": (wav(bytes(99), 1, 0), 400, "unsupported_format"),
+    "0 channels": (wav(bytes(99), channels=0), 400, "unsupported_format"),
+    "9 channels": (wav(bytes(180), channels=9), 400, "unsupported_format"),
+    "rate 0": (wav(NOISE, rate=0), 400, "unsupported_format"),
+    "rate 3999": (wav(NOISE, rate=3999), 400, "unsupported_format"),
+    "rate 384001": (wav(NOISE, rate=384001), 400, "unsupported_format"),
+    "rate 2^32-1": (wav(NOISE, rate=2**32 - 1), 400, "unsupported_format"),
+    "100,000 empty chunks": (wav(NOISE, before=b"LIST\0\0\0\0" * 100000), 400, "unsupported_format"),
+    "chunk beyond the end": (wav(NOISE, before=b"LIST\xff\xff\xff\x7f"), 400, "unsupported_format"),
+    "NaN": (wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), 422, "not_finite"),
+    "infinity": (wav(np.array([0, np.inf] * 900, "<f8"), 3, 64), 422, "not_finite"),
+    "too long": (wav(bytes(21 * 8000), bits=8), 413, "audio_too_long"),
+}
+TABLE = {**{f"http: {k}": v for k, v in BAD_FRAMING.items()},
+         **{f"json: {k}": (post_json(body), status, code) for k, (body, status, code) in BAD_JSON.items()},
+         **{f"form: {k}": v for k, v in BAD_FORMS.items()},
+         **{f"wav: {k}": (post("/transcribe", "audio/wav", body), status, code) for k,
+            (body, status, code) in BAD_WAVS.items()},
+         **{f"wav in a form: {k}": (oai((FILE[0], body)), status, code) for k,
+            (body, status, code) in BAD_WAVS.items()}}
+
+
+def healthy(server) -> bool:
+    return exchange(server, get())[0] == 200
+
+
+def check_error(status: int, headers: dict, body: bytes) -> dict:
+    """The error object, checked against the contract's form."""
+    assert headers["content-type"] == "application/json" and headers["x-content-type-options"] == "nosniff"
+    assert re.fullmatch("[A-Za-z0-9._-]{1,64}", headers["x-request-id"]) and len(body) < 8192
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param",
+                          "code"} and error["message"] and "Traceback" not in error["message"]
+    usual = "server_error" if status >= 500 else "invalid_request_error"
+    assert error["type"] == {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
+    return error
+
+
+# C52
+@pytest.mark.parametrize("name", TABLE)
+def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
+    raw, status, code = TABLE[name]
+    found, headers, body = exchange(server, raw, end=name in ("http: body too short", "http: endless line"))
+    assert (found, check_error(found, headers, body)["code"]) == (status, code)
+    assert ("allow" in headers) == (status == 405)
+    assert healthy(server)
+
+
+# C52
+def test_mutations_of_good_requests_are_answered_or_refused(server):
+    rng = np.random.default_rng(11)
+    good = [post_json({"features": ROWS[:3], "timeout": 5}), post("/transcribe", "audio/wav", wav(NOISE[:900])),
+            oai(FILE, field("response_format", "srt")), get()]
+    seen = collections.Counter()
+    for trial in range(200):
+        raw = bytearray(good[trial % 4])
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(min(len(raw), 400)))
+            kind = rng.integers(3)
+            if kind == 0:
+                raw[at] = rng.integers(256)
+            elif kind == 1:
+                del raw[at:at + rng.integers(1, 9)]
+            else:
+                raw[at:at] = bytes(rng.integers(0, 256, 3, dtype=np.uint8))
+        status, headers, body = exchange(server, bytes(raw), end=True)
+        if status >= 400:
+            check_error(status, headers, body)
+        seen[status] += 1
+    assert not seen[500] and set(seen) <= {0, 200, 400, 404, 405, 408, 411, 413, 414, 415, 422, 431} and seen[200], seen
+    assert healthy(server)
+
+
+# C53
+@pytest.mark.parametrize("body", [rows(1, 1, "3e38"), rows(1, 1, "-3e38"), rows(0, 0, "1e-45"),
+                                  rows(0, 0, "12345678901234567890")])
+def test_extreme_finite_features_are_answered_in_strict_json(server, body):
+    status, _, text = exchange(server, post_json(body))
+    found = json.loads(text, parse_constant=pytest.fail)
+    assert status == 200 and 0 <= found["confidence"] <= 1
+
+
+# C53
+def test_answer_spells_its_text_with_times_inside_and_weights_on_demand(server):
+    status, headers, text = exchange(server, post_json({"features": ROWS, "alignment": True, "unknown": 1}))
+    found = json.loads(text)
+    assert status == 200 and headers["server"] == "serve.py"
+    assert "".join(token["token"] for token in found["tokens"]) == found["text"] and len(found["tokens"]) > 2
+    starts = [token["start"] for token in found["tokens"]]
+    assert starts == sorted(starts) and found["tokens"][-1]["end"] <= found["duration"] == 1.2
+    assert found["frames"] == 120
+    logs = [math.log(token["confidence"]) for token in found["tokens"]]
+    assert abs(found["confidence"] - math.exp(sum(logs) / len(logs))) < 1e-3
+    weights = found["alignment"]["weights"]
+    assert len(weights) * found["alignment"]["step"] == pytest.approx(1.2)
+    assert round(sum(weights)) == len(found["tokens"])
+    assert "alignment" not in json.loads(exchange(server, post_json({"features": ROWS}))[2])
+
+
+def test_every_way_in_gives_the_same_transcript(server):
+    raw = wav(NOISE)
+    texts = [json.loads(exchange(server, request)[2])["text"] for request in (
+        post("/transcribe", "audio/x-wav", raw), post_form(FILE, path="/transcribe"), oai(FILE),
+        post_json({"features": data.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
+                                             serving_system().config.data).tolist()}))]
+    assert texts[0] and texts == texts[:1] * 4
+
+
+# C57
+def test_silence_and_audio_below_one_frame_are_normal_results(server):
+    system = serving_system()
+    with torch.no_grad():
+        system.model.predictor.weight.bias -= 30        # nothing ever fires
+    with serving(system) as quiet:
+        for raw in (wav(bytes(16000)), wav(bytes(20))):
+            found = json.loads(exchange(quiet, post("/transcribe", "audio/wav", raw))[2])
+            assert (found["text"], found["confidence"], found["tokens"]) == ("", 0.0, [])
+            verbose = json.loads(exchange(quiet, oai((FILE[0], raw), field("response_format", "verbose_json")))[2])
+            assert (verbose["text"], verbose["segments"]) == ("", [])
+            assert exchange(quiet, oai((FILE[0], raw), field("response_format", "srt")))[2] == b""
+            assert exchange(quiet, oai((FILE[0], raw), field("response_format", "vtt")))[2] == b"WEBVTT\n\n"
+
+
+# C54
+def test_same_utterance_gets_the_same_text_in_any_batch(server):
+    """Oracle: each utterance alone."""
+    system, rng = serving_system(), np.random.default_rng(0)
+    feats = [torch.from_numpy(rng.standard_normal((n, 40))).float() for n in rng.integers(5, 260, 24)]
+    alone = [serve.recognise(system, [x])[0].result for x in feats]
+    for trial in range(6):
+        chosen = rng.permutation(24)[:rng.integers(2, 17)]
+        for i, found in zip(chosen, serve.recognise(system, [feats[i] for i in chosen])):
+            assert found.result.text == alone[i].text
+            assert abs(found.result.confidence - alone[i].confidence) < 2e-3
+
+
+def test_batch_request_answers_in_order(server):
+    sizes = [3, 90, 30, 3, 120]
+    found = json.loads(exchange(server, post_json({"batch": [{"features": ROWS[:n]} for n in sizes]}))[2])
+    assert [item["frames"] for item in found["results"]] == sizes and found["id"]
+    single = json.loads(exchange(server, post_json({"features": ROWS[:90]}))[2])
+    assert found["results"][1]["text"] == single["text"]
+
+
+# ---- serve.py: the batching rule, with a clock of our own ----
+
+# C55
+def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
+    """Oracle: every subset, tried."""
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        lengths = rng.integers(1, 40, rng.integers(1, 9)).tolist()
+        chosen = serve.choose_batch(lengths, 4, 90)
+
+        def allowed(group) -> bool:
+            sizes = [lengths[i] for i in group]
+            return (0 in group and len(group) <= 4 and max(sizes) <= 1.5 * min(sizes)
+                    and (len(group) == 1 or max(sizes) * len(group) <= 90))
+
+        groups = (group for n in range(1, 5) for group in itertools.combinations(range(len(lengths)), n))
+        best = max(len(group) for group in groups if allowed(group))
+        assert allowed(chosen) and len(chosen) == best == len(set(chosen))
+
+
+def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> serve.Job:
+    return serve.Job(torch.zeros(frames, 40), now, deadline, gone)
+
+
+# C55
+def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
+    batcher = serve.Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), serve.Metrics())
+    assert batcher.poll(0.0) == ([], None)
+    first, second = job(10, 0.0), job(10, 0.001)
+    batcher.submit([first])
+    with batcher.preparing():
+        assert batcher.poll(0.002) == ([], pytest.approx(0.003))
+        assert batcher.poll(0.0051)[0] == [first]       # patience is over
+        batcher.submit([first, second])
+        assert batcher.poll(0.002)[0] == [first, second]        # full
+        batcher.submit([first])
+    assert batcher.poll(0.002)[0] == [first]            # nobody arrives
+    batcher.submit([first, job(100, 0.0)])
+    assert batcher.poll(0.0)[0] == [first] and len(batcher.waiting) == 1
+
+
+# C56
+def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
+    seen = []
+
+    def infer(feats):
+        seen.append([len(x) for x in feats])
+        if 13 in seen[-1]:
+            raise RuntimeError("poison")
+        return [serve.Recognition(decode.Result(str(len(x)), 1.0, [], []), []) for x in feats]
+
+    now = time.monotonic()
+    batcher = serve.Batcher(infer, serve_options(), serve.Metrics())
+    jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, gone=lambda: True), job(13, now), job(14, now)]
+    batcher.run_batch(jobs)
+    assert seen == [[10, 13, 14], [10], [13], [14]]
+    outcomes = [getattr(j.outcome, "status", None) or type(j.outcome).__name__ for j in jobs]
+    assert outcomes == ["Recognition", 504, "Gone", "RuntimeError", "Recognition"]
+    assert jobs[4].outcome.result.text == "14"
+
+
+# C56
+def test_queue_takes_all_of_a_request_or_none():
+    batcher = serve.Batcher(None, serve_options(max_queue=3), serve.Metrics())
+    batcher.submit([job(1, 0.0)] * 2)
+    with pytest.raises(serve.Refusal) as refused:
+        batcher.submit([job(1, 0.0)] * 2)
+    assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
+
+
+# ---- serve.py: formats ----
+
+TOKENS = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
+                                     ("▁six", 8, 1.0, 61.0, 61.5))]
+
+
+# C57
+def test_openai_formats_by_hand():
+    def body(**changes) -> str:
+        choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
+        return serve.openai_response(choice, "one two six", TOKENS, 62.0, "").body.decode()
+
+    assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
+    assert body(format="text") == "one two six\n"
+    assert body(format="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
+                                  "2\n00:01:01,000 --> 00:01:01,500\nsix\n\n")
+    assert body(format="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
+    verbose = json.loads(body(format="verbose_json", granularities=["segment", "word"]))
+    assert verbose["words"][1] == {"word": "two", "start": 0.4, "end": 1.2, "confidence": 0.8}
+    assert verbose["segments"][0] == {
+        "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.0,
+        "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
+        "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
+    assert "segments" not in json.loads(body(format="verbose_json", granularities=["word"]))
+    assert json.loads(body(logprobs=True))["logprobs"][0] == {"token": "▁one", "bytes": list("▁one".encode()),
+                                                              "logprob": -0.6931}
+    deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
+    assert [d["type"] for d in deltas] == ["transcript.text.delta",
+                                           "transcript.text.done"] and deltas[1]["text"] == "one two six"
+
+
+def test_words_begin_at_spaces_marks_and_ideographs():
+    def split(symbols) -> list[str]:
+        tokens = [decode.Token(symbol, 0, 1.0, i, i + 1.0) for i, symbol in enumerate(symbols)]
+        return [serve.spelled(word) for word in serve.words(tokens)]
+
+    assert split("ab cd ") == ["ab", "cd"] and split(["▁hel", "lo", "▁you"]) == ["hello", "you"]
+    assert split("你好ab世") == ["你", "好", "ab", "世"] and split([]) == [] and split(" ") == []
+
+
+# C53
+def test_word_tokens_are_marked_so_that_they_spell_the_text():
+    system = serving_system("word")
+    found = serve.recognise(system, [torch.from_numpy(np.array(ROWS)).float()])[0].result
+    assert len(found.text.split()) > 2
+    assert "".join(t.token for t in found.tokens).replace("▁", " ").strip() == found.text
+
+
+# ---- serve.py: connections ----
+
+def test_headers_ids_methods_and_keep_alive(server):
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        for path, kind in (("/", "text/html; charset=utf-8"), ("/health", "application/json"),
+                           ("/v1/models", "application/json"),
+                           ("/v1/models/paraformer", "application/json"),
+                           ("/metrics", "text/plain; version=0.0.4; charset=utf-8")):
+            for method in ("GET", "HEAD"):          # a body after HEAD would break the next answer
+                connection.sendall(get(f"{method} {path} HTTP/1.1", "X-Request-Id: my-id.1"))
+                answered = http.client.HTTPResponse(connection, method=method)
+                answered.begin()
+                body = answered.read()
+                assert answered.status == 200 and bool(body) == (method == "GET")
+                assert answered.headers["X-Request-Id"] == "my-id.1"
+                assert answered.headers["Content-Type"] == kind and answered.headers["Cache-Control"] == "no-store"
+    for path, methods in serve.ROUTES.items():
+        status, headers, _ = exchange(server, get(f"OPTIONS {path.replace('{id}', 'x')} HTTP/1.1"))
+        assert status == 204 and headers["allow"] == ", ".join((*methods, "OPTIONS"))
+        assert "access-control-allow-origin" not in headers
+    assert exchange(server, get("GET /health HTTP/1.1", "X-Request-Id: a<b"))[1]["x-request-id"] != "a<b"
+
+
+def test_pipelined_and_dribbled_requests_are_told_apart(server):
+    one, two = post_json({"features": ROWS[:30]}), get("GET /health HTTP/1.1", "Connection: close")
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        for i in range(0, len(one), 997):
+            connection.sendall(one[i:i + 997])
+        connection.sendall(b"\r\n" + one + two)
+        got = b""
+        while piece := connection.recv(65536):
+            got += piece
+    assert got.count(b"HTTP/1.1 200 OK") == 3 and got.count(b'"frames": 30') == 2 and got.count(b'"status": "ok"') == 1
+
+
+def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(server):
+    body = json.dumps({"features": ROWS[:30]}).encode()
+    head = post_json(body)[:-len(body) - 2] + b"Expect: 100-continue\r\n\r\n"
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        connection.sendall(head)
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    assert exchange(server, head.replace(b"Content-Length: ", b"Content-Length: 9999"))[0] == 413
+
+
+def test_large_refused_upload_still_reads_its_413(server):
+    status, headers, body = exchange(server, post("/transcribe", "audio/wav", bytes(8 * 2**20)))
+    assert status == 413 and check_error(status, headers, body)["code"] == "body_too_large"
+
+
+# C58
+def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(server):
+    stalled = [socket.create_connection(server.server_address[:2], 8) for _ in range(50)]
+    for i, connection in enumerate(stalled):
+        connection.sendall(b"GET /hea" if i % 2 else post_json({"features": ROWS})[:200])
+    started, spent = time.monotonic(), []
+    while time.monotonic() - started < 0.8:
+        for connection in stalled[:10]:
+            connection.sendall(b"a")            # a byte now and then does not extend the deadline
+        begun = time.monotonic()
+        assert exchange(server, post_json({"features": ROWS[:30]}))[0] == 200
+        spent.append(time.monotonic() - begun)
+    assert max(spent) < 0.7
+    for connection in stalled:
+        answered = http.client.HTTPResponse(connection)
+        answered.begin()
+        assert answered.status == 408 and json.loads(answered.read())["error"]["code"] == "request_timeout"
+        assert connection.recv(1) == b""
+        connection.close()
+    assert time.monotonic() - started < 6
+
+
+def slow_system(seconds: float) -> decode.System:
+    """A system whose model takes so long."""
+    system = serving_system()
+    fast = system.model.greedy
+    system.model.greedy = lambda *arguments: (time.sleep(seconds), fast(*arguments))[1]
+    return system
+
+
+# C58
+def test_full_queue_is_429_and_a_passed_deadline_504():
+    with serving(slow_system(0.3), max_queue=2, max_batch_size=1) as slow:
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(lambda _: exchange(slow, post_json({"features": ROWS[:30]})), range(12)))
+        counts = collections.Counter(status for status, _, _ in found)
+        assert set(counts) == {200, 429} and 2 <= counts[200] <= 4
+        refused = next(one for one in found if one[0] == 429)
+        assert refused[1]["retry-after"] == "1" and check_error(*refused)["code"] == "queue_full"
+        status, headers, body = exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}))
+        assert (status, headers["x-should-retry"]) == (504, "false")
+        assert check_error(status, headers, body)["code"] == "deadline_exceeded"
+
+
+# C56
+def test_clients_that_leave_are_dropped_before_the_model_runs():
+    with serving(slow_system(0.4), max_batch_size=1) as slow:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            first = pool.submit(exchange, slow, post_json({"features": ROWS[:30]}))
+            time.sleep(0.15)
+            for _ in range(5):
+                with socket.create_connection(slow.server_address[:2]) as connection:
+                    connection.sendall(post_json({"features": ROWS[:40]}))
+                    time.sleep(0.02)
+            assert first.result()[0] == 200
+        time.sleep(0.2)
+        assert sum("499" in line for line in slow.log) == 5
+        assert "asr_batch_size_count 1\n" in exchange(slow, get("GET /metrics HTTP/1.1"))[2].decode()
+
+
+def test_health_answers_at_once_while_the_model_is_busy():
+    with serving(slow_system(0.5)) as slow, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(exchange, slow, post_json({"features": ROWS})) for _ in range(4)]
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert healthy(slow) and time.monotonic() - started < 0.2       # 50 ms on a quiet machine
+        assert all(one.result()[0] == 200 for one in waiting)
+
+
+# C58
+def test_connections_above_the_cap_get_503_and_room_is_made_again():
+    with serving(max_connections=3) as small:
+        held = [socket.create_connection(small.server_address[:2]) for _ in range(3)]
+        time.sleep(0.1)
+        status, headers, body = exchange(small, get())
+        assert status == 503 and check_error(status, headers,
+                                             body)["code"] == "overloaded" and headers["retry-after"] == "1"
+        for connection in held:
+            connection.close()
+        time.sleep(0.2)
+        assert healthy(small)
+
+
+# C58
+def test_key_is_wanted_where_it_is_set(monkeypatch):
+    monkeypatch.setenv("ASR_API_KEY", "secret")
+    with serving() as locked:
+        for header in ((), ("Authorization: Bearer wrong",), ("Authorization: secret",)):
+            status, headers, body = exchange(locked, get("GET /v1/models HTTP/1.1", *header))
+            assert status == 401 and check_error(status, headers,
+                                                 body)["code"] == "invalid_api_key" and b"secret" not in body
+        assert exchange(locked, get("GET /v1/models HTTP/1.1", "Authorization: Bearer secret"))[0] == 200
+        assert healthy(locked) and not any("secret" in line for line in locked.log)
+
+
+# C58
+def test_cors_is_for_named_origins_only():
+    with serving(cors_origin=["https://a.example"]) as open_door:
+        preflight = exchange(open_door, get("OPTIONS /transcribe HTTP/1.1", "Origin: https://a.example",
+                                            "Access-Control-Request-Method: POST"))
+        assert preflight[0] == 204 and preflight[1]["access-control-allow-origin"] == "https://a.example"
+        assert preflight[1]["access-control-allow-methods"] == "POST" and preflight[1]["vary"] == "Origin"
+        assert "access-control-allow-origin" not in exchange(open_door,
+                                                             get("GET /health HTTP/1.1",
+                                                                 "Origin: https://b.example"))[1]
+
+
+# C59
+def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
+    with serving(slow_system(0.4), max_batch_size=1) as ending, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        accepted = [pool.submit(exchange, ending, post_json({"features": ROWS[:30]})) for _ in range(3)]
+        stuck = socket.create_connection(ending.server_address[:2])
+        stuck.sendall(b"POST /transcribe HTTP/1.1\r\n")
+        time.sleep(0.2)
+        started = time.monotonic()
+        drained = pool.submit(serve.drain, ending, 5.0)
+        time.sleep(0.1)
+        status, headers, body = exchange(ending, get())
+        assert status == 503 and json.loads(body)["status"] == "draining" and headers["connection"] == "close"
+        assert exchange(ending, post_json({"features": ROWS[:30]}))[0] == 503
+        assert [one.result()[0] for one in accepted] == [200] * 3
+        drained.result()
+        assert time.monotonic() - started < 4.5
+        stuck.close()
+        with pytest.raises(OSError):
+            exchange(ending, get())
+        ending.shutdown = ending.server_close = lambda: None        # done already
+
+
+def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:60]}), timeout=30)[0],
+                              range(200)))
+    assert set(found) <= {200, 429} and found.count(200) >= 100 and healthy(server)
+
+
+def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
+    """A process of its own, with a stuck client and nobody who reads its log."""
+    system = serving_system()
+    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+                "model": system.model.state_dict()}, tmp_path / "best.pt")
+    command = [sys.executable, serve.__file__, "--ckpt", str(tmp_path / "best.pt"), "--port", "0", "--drain-timeout",
+               "6"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stderr.readline()
+        address = argparse.Namespace(server_address=("127.0.0.1", int(re.search(r"listening on http://127.0.0.1:(\d+)",
+                                                                                line)[1])))
+        stuck = [socket.create_connection(address.server_address) for _ in range(3)]
+        for connection in stuck[1:]:
+            connection.sendall(post_json({"features": ROWS})[:-9])
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            sent = [pool.submit(exchange, address, post_json({"features": ROWS})) for _ in range(24)]
+            time.sleep(0.1)
+            process.terminate()
+            started = time.monotonic()
+            assert process.wait(8) == 0 and time.monotonic() - started < 6
+            counts = collections.Counter(one.result()[0] for one in sent)
+        assert set(counts) <= {200, 503} and counts[200] > 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        for connection in stuck:
+            connection.close()
+
+
+# C60
+def test_metrics_are_prometheus_text_that_adds_up(server):
+    before = exchange(server, post_json({"features": ROWS[:30]}))
+    assert before[0] == 200
+    exchange(server, get("GET /" + "secret HTTP/1.1"))
+    text = exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()
+    assert text.endswith("\n") and "/secret" not in text
+    kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
+    assert set(serve.HELP) == set(kinds)
+    samples = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            name, value = re.fullmatch(r'([a-z_]+(?:\{[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*\})?) ([0-9.e+-]+)',
+                                       line).groups()
+            samples[name] = float(value)
+    for name in (n for n, kind in kinds.items() if kind == "histogram"):
+        rows_of = [v for n, v in samples.items() if re.match(name + r"_bucket\{(route=\"/transcribe\",)?le", n)]
+        count = samples.get(f"{name}_count", samples.get(f'{name}_count{{route="/transcribe"}}'))
+        assert rows_of == sorted(rows_of) and rows_of[-1] == count
+    assert samples["asr_tokens_total"] > 0 and 0 <= samples["asr_batch_padding_ratio"] < 1
+
+
+def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
+    def some(i: int) -> None:
+        kinds = (post_json({"features": ROWS[:60]}), get(), post_json(b"{"), oai(FILE),
+                 post("/transcribe", "audio/wav", wav(NOISE)), None)
+        raw = kinds[i % 6]
+        if raw is None:                 # aborted
+            with socket.create_connection(server.server_address[:2]) as connection:
+                connection.sendall(post_json({"features": ROWS})[:-100])
+        else:
+            assert exchange(server, raw)[0] in (200, 400, 429)
+
+    def burst(size: int) -> tuple[int, int, int]:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(some, range(size)))
+        time.sleep(0.5)
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), serve.resident_bytes()
+
+    sizes = (300, 1700) if os.environ.get("SLOW") else (60, 240)
+    threads, files, memory = burst(sizes[0])
+    threads_after, files_after, memory_after = burst(sizes[1])
+    assert threads_after <= threads and files_after <= files and memory_after - memory < 48 * 2**20
+
+
+def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(tmp_path, capsys):
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    for arguments in (["--checkpoint", str(tmp_path / "none.pt")], ["--ckpt", str(tmp_path / "bad.pt")]):
+        assert serve.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("serve.py: ") and error.count("\n") == 1 and "Traceback" not in error
+    for arguments in (["--port", "70000"], ["--max-queue", "0"], ["--request-timeout", "nan"]):
+        with pytest.raises(SystemExit) as stopped:
+            serve.main(arguments)
+        assert stopped.value.code == 2
+
+
+# ---- serve.py: the page, in a browser ----
+
+class Browser:
+    """Headless chromium, spoken to over its debugging pipe: JSON messages that end in NUL on descriptors 3 and 4."""
+
+    def __init__(self, folder: Path, *flags: str):
+        to_read, self.to = os.pipe()
+        self.source, from_write = os.pipe()
+        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                   "--no-first-run",
+                   f"--user-data-dir={folder}", "--autoplay-policy=no-user-gesture-required", *flags]
+        script = f'exec 3<&{to_read} 4>&{from_write}; exec "$@"'
+        self.process = subprocess.Popen(["bash", "-c", script, "bash", *command], pass_fds=(to_read, from_write),
+                                        stderr=subprocess.DEVNULL)
+        os.close(to_read), os.close(from_write)
+        self.rest, self.count, self.events, self.session = b"", 0, [], None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params) -> dict:
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params,
+                   **({"sessionId": self.session} if self.session else {})}
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                assert select.select([self.source], [], [], 60)[0], f"chromium does not answer {method}"
+                self.rest += os.read(self.source, 2**20)
+            line, _, self.rest = self.rest.partition(b"\0")
+            got = json.loads(line)
+            if got.get("id") == self.count:
+                assert "error" not in got, got
+                return got["result"]
+            self.events.append(got)
+
+    def run(self, script: str):
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True,
+                          userGesture=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def open(self, url: str, width: int = 1100, height: int = 900, dark: bool = False) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 500)
+        self.call("Emulation.setEmulatedMedia",
+                  features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && document.getElementById('state')?.className")
+
+    def wait(self, condition: str, timeout: float = 20.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not self.run(f"!!({condition})"):
+            assert time.monotonic() < deadline, (condition, self.run("document.body.innerText"))
+            time.sleep(0.05)
+
+    def drop(self, content: bytes, name: str) -> None:
+        """A file dropped onto the page."""
+        self.run(f"""(() => {{
+            const bytes = Uint8Array.from(atob("{base64.b64encode(content).decode()}"), c => c.charCodeAt(0));
+            const transfer = new DataTransfer(); transfer.items.add(new File([bytes], {json.dumps(name)}));
+            const event = new DragEvent("drop", {{ dataTransfer: transfer, bubbles: true, cancelable: true }});
+            document.getElementById("drop").dispatchEvent(event); }})()""")
+
+    def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+    def complaints(self) -> list:
+        """Console errors, exceptions and errors in the log."""
+        return [event for event in self.events if event["method"] == "Runtime.exceptionThrown"
+                or event["method"] == "Runtime.consoleAPICalled" and event["params"]["type"] == "error"
+                or event["method"] == "Log.entryAdded" and event["params"]["entry"]["level"] == "error"]
+
+    def requests(self) -> set:
+        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return {event["params"]["request"]["url"] for event in sent}
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to), os.close(self.source)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if shutil.which("chromium") is None:
+        pytest.skip("chromium is not installed (apt-get install -y chromium)")
+    speech = tmp_path / "microphone.wav"
+    speech.write_bytes(wav(np.tile(NOISE, 4)))
+    started = Browser(tmp_path / "profile", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
+                      f"--use-file-for-fake-audio-capture={speech}")
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+DONE = "document.querySelectorAll('.token').length && !document.getElementById('detail').hidden"
+
+
+def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
+    url = "http://%s:%d/" % server.server_address[:2]
+    browser.open(url, width=375, height=800, dark=True)
+    hostile = '<img src=x onerror="document.title=1">.wav'
+    browser.drop(wav(NOISE), hostile)
+    browser.wait(DONE)
+    found = json.loads(exchange(server, post("/transcribe", "audio/wav", wav(NOISE)))[2])
+    tokens = browser.run("[...document.querySelectorAll('#transcript .token')].map("
+                         "t => ({...t.dataset, colour: getComputedStyle(t).backgroundColor}))")
+    assert abs(len(tokens) - len(found["tokens"])) <= 1        # the browser has resampled to 16 kHz
+    assert all(0 <= float(t["confidence"]) <= 1 and float(t["start"]) <= float(t["end"]) for t in tokens)
+    assert all(t["colour"] != "rgba(0, 0, 0, 0)" for t in tokens)
+    assert browser.run("document.getElementById('name').textContent") == hostile
+    assert browser.run("document.images.length") == 0
+    assert browser.run("document.documentElement.scrollWidth") <= 375
+    painted = "new Set(document.getElementById('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
+    assert browser.run(painted.format(20)) > 3 and browser.run(painted.format(134)) > 3         # the wave; the weights
+    browser.run("document.querySelectorAll('.token')[2].click()")
+    browser.wait("!audio.paused && Math.abs(audio.currentTime - %s) < 0.5" % tokens[2]["start"])
+    browser.run("document.getElementById('record').click()")
+    browser.wait("document.getElementById('record').textContent.startsWith('Stop')")
+    time.sleep(1.2)
+    browser.run("document.getElementById('record').click()")
+    browser.wait(f"document.getElementById('name').textContent.startsWith('recording') && {DONE}")
+    browser.drop(b"not audio", "b.wav")
+    browser.wait("!document.getElementById('error').hidden && !document.querySelector('.token')")
+    assert not browser.complaints(), browser.complaints()
+    assert all(request.startswith((url, "data:", "blob:")) for request in browser.requests())
+
+
+def test_page_asks_for_the_key(browser, monkeypatch):
+    monkeypatch.setenv("ASR_API_KEY", "secret")
+    with serving() as locked:
+        browser.open("http://%s:%d/" % locked.server_address[:2])
+        browser.drop(wav(NOISE), "a.wav")
+        browser.wait("!document.getElementById('ask').hidden")
+        browser.run("document.getElementById('key').value = 'secret'; document.querySelector('#ask button').click()")
+        browser.wait(DONE)
 
 
 # ---- the project: layout, ladder, documents ----

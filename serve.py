@@ -1,0 +1,1799 @@
+"""Serve recognition over HTTP: python serve.py --checkpoint runs/latest/checkpoints/best.pt --port 8000
+
+    curl -H "Content-Type: application/json" -d '{"features": [[0.1, ...], ...]}' http://localhost:8000/transcribe
+    curl -H "Content-Type: audio/wav" --data-binary @a.wav http://localhost:8000/transcribe?alignment=true
+    curl -F file=@a.wav -F response_format=srt http://localhost:8000/v1/audio/transcriptions     (OpenAI's)
+    http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
+    python serve.py --benchmark            overhead, throughput and latency of this machine
+
+Read it in the order of a request's life: the connection (a thread each: read, admit, read the body, answer, write),
+the request's head, its body down to features, the queue and the one inference thread that owns the model, the answers,
+the routes, metrics; then the command line, draining, the benchmark, and the page. Transport, parsing and batching do
+not know each other: parsers are functions from bytes to values, the batching rule takes the time as an argument.
+
+http.server lends its threading server only. Its parser has no deadline for a whole request, no limit for a whole
+header, and answers in HTML; `Connection` and `parse_head` stand in its place.
+Needs torch (2.10 or later; serve your own checkpoints only), numpy, decode.py, data.py, tokenizer.py, config.py.
+Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
+"""
+import argparse
+import contextlib
+import ctypes
+import hmac
+import http.client
+import io
+import json
+import math
+import os
+import queue
+import re
+import resource
+import select
+import signal
+import socket
+import socketserver
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import decode
+from decode import Result, System, Token
+
+MIB = 2 ** 20
+MAX_URI, MAX_HEAD, MAX_HEADERS = 4096, 65536, 100       # bytes, bytes, lines
+MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; bytes
+MAX_ITEMS = 64                                          # utterances in one request
+MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # of a refused body, read away so that the answer arrives
+CUT_SEC = 2.0                                           # what unfinished requests get after SIGTERM
+
+
+class Refusal(Exception):
+    """An answer other than 2xx: the error object of OpenAI's API. Messages name what was found and what is allowed."""
+
+    KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None,
+                 headers: Sequence[tuple[str, str]] = (), close: bool = False):
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers, self.close = status, code, param, tuple(headers), close
+
+    def response(self) -> "Response":
+        kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
+        return json_response({"error": error}, self.status, self.headers)
+
+
+class Gone(Exception):
+    """The client has left: nobody to answer."""
+
+
+class Head(NamedTuple):
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]         # lower-case names
+    length: int | None              # of the body, as announced
+    close: bool                     # the client wants the connection closed
+
+
+class Response(NamedTuple):
+    status: int
+    media_type: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    note: str = ""                  # for the log
+
+
+def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = (), note: str = "") -> Response:
+    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return Response(status, "application/json", body, tuple(headers), note)
+
+
+# ---- the connection: the life of a request ----
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection on its own thread. Every wait for the client ends at an absolute deadline, so nobody can trickle.
+
+    server.phases says where it is: idle (between requests), reading (a request has begun), busy (it is complete).
+    """
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.service, self.buffer = self.server.service, b""
+
+    def handle(self) -> None:
+        while self.serve_one():
+            pass
+
+    def serve_one(self) -> bool:
+        """Read a request, admit it, read its body, answer it -> whether the connection stays open for another."""
+        started, head, unread = time.monotonic(), None, True
+        try:
+            block = self.read_head()
+            if block is None:
+                return False
+            started = time.monotonic()
+            head = parse_head(block)
+            unread = bool(head.length) or "transfer-encoding" in head.headers
+            length, body = admit(self.service, head), b""
+            if head.method == "POST":
+                body, unread = self.read_body(head, length), False
+            self.server.phases[self.request] = "busy"
+            response, close = answer(self.service, head, body, started, self.hung_up), head.close or unread
+        except Refusal as refusal:
+            response, close = refusal.response(), refusal.close or unread or head.close
+        except (Gone, ConnectionError):
+            response, close = Response(499, "", b""), True
+        except Exception:
+            self.service.log(f"{request_id(head)} {traceback.format_exc()}")
+            bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
+            response, close = bug.response(), True
+        return self.finish_one(head, response, close, unread, started)
+
+    def finish_one(self, head: Head | None, response: Response, close: bool, unread: bool, started: float) -> bool:
+        """Write, count and log the answer -> whether the connection stays open."""
+        close = close or self.service.draining.is_set()
+        sent = response.status != 499 and self.write(head, response, close)
+        route, status = route_of(head)[0], response.status if sent else 499
+        seconds = time.monotonic() - started
+        self.service.metrics.count_request(route, status, seconds)
+        self.service.log(f"{request_id(head)} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
+        if sent and close and unread:
+            self.read_away(DRAIN_SEC if status != 408 else 0.5)
+        self.server.phases[self.request] = "idle"
+        return bool(sent) and not close
+
+    def receive(self, deadline: float) -> bytes:
+        """Some bytes; b"" when the client sends no more. Raises TimeoutError at the deadline."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self.request.settimeout(remaining)
+        return self.request.recv(262144)
+
+    def read_head(self) -> bytes | None:
+        """The request line and header without the empty line after them; None if the client sends nothing more."""
+        options = self.service.options
+        deadline = time.monotonic() + (options.header_timeout if self.buffer else options.idle_timeout)
+        while True:
+            self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
+            end = self.buffer.find(b"\r\n\r\n")
+            check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
+            if end >= 0:
+                self.server.phases[self.request] = "reading"
+                block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+                return block
+            try:
+                piece = self.receive(deadline)
+            except TimeoutError:
+                if not self.buffer:
+                    return None
+                message = f"the header was not complete within {options.header_timeout:g} s"
+                raise Refusal(408, "request_timeout", message) from None
+            if not piece and not self.buffer:
+                return None
+            if not piece:
+                raise self.cut_short("the connection ended within the header")
+            if not self.buffer:
+                deadline = time.monotonic() + options.header_timeout
+                self.server.phases[self.request] = "reading"
+            self.buffer += piece
+
+    def read_body(self, head: Head, length: int) -> bytes:
+        """The body, exactly as long as announced."""
+        timeout = self.service.options.body_timeout
+        deadline, pieces, self.buffer = time.monotonic() + timeout, [self.buffer[:length]], self.buffer[length:]
+        missing = length - len(pieces[0])
+        if missing and head.headers.get("expect", "").lower() == "100-continue":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while missing:
+            try:
+                piece = self.receive(deadline)
+            except TimeoutError:
+                raise Refusal(408, "request_timeout", f"body: {length - missing} of {length} bytes came within "
+                              f"{timeout:g} s") from None
+            if not piece:
+                raise self.cut_short(f"body: the connection ended after {length - missing} of {length} bytes")
+            pieces.append(piece[:missing])
+            self.buffer, missing = piece[missing:], max(0, missing - len(piece))
+        return b"".join(pieces)
+
+    def cut_short(self, message: str) -> Refusal:
+        return draining() if self.service.draining.is_set() else Refusal(400, "bad_framing", message)
+
+    def write(self, head: Head | None, response: Response, close: bool) -> bool:
+        """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
+        status = f"{response.status} {HTTPStatus(response.status).phrase}"
+        lines = [f"HTTP/1.1 {status}", f"X-Request-Id: {request_id(head)}", "Server: serve.py",
+                 f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+                 "X-Content-Type-Options: nosniff", "Cache-Control: no-store"]
+        if response.status != 204:
+            lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
+        lines += [f"{name}: {value}" for name, value in response.headers + cors_headers(self.service.options, head)]
+        lines += ["Connection: close"] if close else []
+        body = b"" if head and head.method == "HEAD" else response.body
+        try:
+            self.request.settimeout(self.service.options.write_timeout)     # of the whole sendall
+            self.request.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        except OSError:
+            return False
+        return True
+
+    def read_away(self, seconds: float) -> None:
+        """Take what the client is still sending, within bounds: closing on unread bytes would reset our answer away."""
+        deadline, left = time.monotonic() + seconds, MAX_DRAIN
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_WR)
+            while left > 0 and (piece := self.receive(deadline)):
+                left -= len(piece)
+
+    def hung_up(self) -> bool:
+        """Whether the client has closed its side, asked by the inference thread before it starts on the request."""
+        try:
+            poll = select.poll()
+            poll.register(self.request, select.POLLIN)
+            return bool(poll.poll(0)) and not self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except (OSError, ValueError):
+            return True
+
+
+class Server(ThreadingHTTPServer):
+    """Connections, at most options.max_connections at a time."""
+
+    daemon_threads = True
+    request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
+
+    def __init__(self, service: "Service"):
+        self.service, self.phases, self.refused = service, {}, []
+        self.address_family = socket.AF_INET6 if ":" in service.options.host else socket.AF_INET
+        super().__init__((service.options.host, service.options.port), Connection)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)    # http.server's looks up the host's name, which can take seconds
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        if len(self.phases) >= self.service.options.max_connections:
+            self.refuse(request)
+            return
+        self.phases[request] = "idle"
+        super().process_request(request, client_address)
+
+    def refuse(self, request: socket.socket) -> None:
+        """503 without a thread. The socket is closed a second later, when the client has surely read it."""
+        message = f"{self.service.options.max_connections} connections are open, which is the most"
+        body = Refusal(503, "overloaded", message).response().body
+        head = (f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                f"X-Request-Id: {request_id(None)}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+                f"Server: serve.py\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
+        self.service.metrics.add("asr_rejected_total", '{reason="overloaded"}')
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head.encode() + body)
+            request.shutdown(socket.SHUT_WR)
+        self.refused.append((time.monotonic() + 1.0, request))
+        if len(self.refused) > 256:
+            self.refused.pop(0)[1].close()
+
+    def service_actions(self) -> None:
+        while self.refused and self.refused[0][0] < time.monotonic():
+            request = self.refused.pop(0)[1]
+            with contextlib.suppress(OSError):
+                request.recv(MIB)           # else closing resets
+            request.close()
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.phases.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: socket.socket, client_address: Any) -> None:
+        self.service.log(traceback.format_exc())
+
+    def cut(self, phases: Sequence[str]) -> None:
+        """End the connections that are in one of these phases: their next read returns nothing."""
+        for request, phase in list(self.phases.items()):
+            with contextlib.suppress(OSError):
+                if phase in phases:
+                    request.shutdown(socket.SHUT_RD)
+
+
+# ---- the head of a request ----
+
+REQUEST_LINE = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+) ([!-~]+) (HTTP/1\.[01])")
+HEADER_LINE = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
+def bad_framing(message: str) -> Refusal:
+    return Refusal(400, "bad_framing", message, close=True)
+
+
+def check_head_size(block: bytes) -> None:
+    """Refuse what is too large or has bare line feeds, as soon as that much of it has come."""
+    line = block[:MAX_URI + 64].split(b"\r\n", 1)[0]
+    if len(line) > MAX_URI + 32:
+        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_URI} bytes", close=True)
+    if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
+        message = f"wanted a header of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
+        raise Refusal(431, "headers_too_large", message, close=True)
+    if block.count(b"\n") != block.count(b"\r\n"):
+        raise bad_framing("lines of the header must end in CR LF")
+
+
+def parse_head(block: bytes) -> Head:
+    """Request line and header lines -> Head. Strict: what two readers could take differently is refused.
+
+    Source: RFC 9112. Transfer-Encoding is never decoded: alone it is 411 (in `admit`), with Content-Length 400.
+    """
+    first, *lines = block.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise bad_framing("wanted a request line like 'GET /health HTTP/1.1'")
+    method, target, version = (group.decode() for group in match.groups())
+    if len(target) > MAX_URI:
+        raise Refusal(414, "uri_too_long", f"the URI has {len(target)} bytes, at most {MAX_URI} may", close=True)
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise bad_framing("a header line is not 'Name: value'")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
+        if name in headers and name in ("content-length", "transfer-encoding", "host", "content-type", "authorization"):
+            raise bad_framing(f"header {name} stands twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if version == "HTTP/1.1" and "host" not in headers:
+        raise bad_framing("HTTP/1.1 needs a Host header")
+    path, query = parse_target(target)
+    close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
+    return Head(method, path, query, headers, parse_length(headers), close)
+
+
+def parse_length(headers: dict[str, str]) -> int | None:
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]+", text):
+        raise bad_framing("Content-Length must be one number in digits")
+    if "transfer-encoding" in headers:
+        raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
+    return int(text[-19:]) if len(text.lstrip("0")) < 19 else 10 ** 18
+
+
+def parse_target(target: str) -> tuple[str, dict[str, str]]:
+    """/path?name=value&... (or a whole URI, as to a proxy) -> decoded path, query; of a name that repeats the last."""
+    target = re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)
+    path, _, query = target.partition("?")
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        return urllib.parse.unquote(path, errors="strict") or "/", dict(pairs)
+    except ValueError:
+        raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
+
+
+def request_id(head: Head | None) -> str:
+    """The client's, if it is harmless, else a new one (the same for the same head)."""
+    wish = head.headers.get("x-request-id", "") if head else ""
+    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", wish):
+        wish = uuid.uuid4().hex
+        if head:
+            head.headers["x-request-id"] = wish
+    return wish
+
+
+ROUTES = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"), "/v1/models": ("GET", "HEAD"),
+          "/v1/models/{id}": ("GET", "HEAD"), "/transcribe": ("POST",), "/v1/audio/transcriptions": ("POST",)}
+AUDIO_TYPES = ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave")
+MEDIA_TYPES = {"/transcribe": ("application/json", *AUDIO_TYPES, "multipart/form-data"),
+               "/v1/audio/transcriptions": ("multipart/form-data",)}
+
+
+def route_of(head: Head | None) -> tuple[str, tuple[str, ...]]:
+    """The route's name, as metrics and log call it, and its methods."""
+    path = head.path if head else ""
+    name = "/v1/models/{id}" if path.startswith("/v1/models/") else path
+    return (name, ROUTES[name]) if name in ROUTES else ("other", ())
+
+
+def media_type(head: Head) -> str:
+    return head.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def draining() -> Refusal:
+    return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")], close=True)
+
+
+def admit(service: "Service", head: Head) -> int:
+    """Refuse all that can be refused before the body is read -> its length."""
+    route, methods = route_of(head)
+    if not methods:
+        raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
+    if head.method not in (*methods, "OPTIONS"):
+        allow = ", ".join((*methods, "OPTIONS"))
+        raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
+    if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
+        return 0
+    wanted, given = f"Bearer {service.key}".encode(), head.headers.get("authorization", "").encode("latin-1")
+    if service.key and not hmac.compare_digest(wanted, given):
+        raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
+                      headers=[("WWW-Authenticate", "Bearer")])
+    if service.draining.is_set():
+        raise draining()
+    if head.method != "POST":
+        return 0
+    limit = int(service.options.max_body_mb * MIB)
+    if head.length is None:
+        raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
+    if media_type(head) not in MEDIA_TYPES[route] or "content-encoding" in head.headers:
+        wanted = ", ".join(MEDIA_TYPES[route])
+        raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
+    if head.length > limit:
+        raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
+    return head.length
+
+
+def cors_headers(options: argparse.Namespace, head: Head | None) -> tuple[tuple[str, str], ...]:
+    """For pages of the origins that --cors-origin names; none otherwise."""
+    origin = head.headers.get("origin") if head else None
+    if not options.cors_origin:
+        return ()
+    if origin not in options.cors_origin:
+        return (("Vary", "Origin"),)
+    found = [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
+             ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
+    if head.method == "OPTIONS":
+        found += [("Access-Control-Allow-Methods", ", ".join(route_of(head)[1])), ("Access-Control-Max-Age", "600"),
+                  ("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")]
+    return tuple(found)
+
+
+# ---- the body: bytes to features ----
+
+class Utterance(NamedTuple):
+    feats: Tensor           # (T,F) float32 on the CPU, normalised
+    seconds: float
+
+
+class Ask(NamedTuple):
+    """What one POST wants."""
+
+    utterances: list[Utterance]
+    fields: dict[str, Any]          # options, as they came
+    many: bool = False              # answered by a list
+
+
+def interruptible(text: str) -> float:
+    return float(text)
+
+
+def parse_json(body: bytes) -> dict:
+    """A JSON object, all of its numbers as float; what overflows is infinite, to be refused where it stands.
+
+    Numbers of a large body go through a Python function, so that other threads get their turn while it is parsed.
+    """
+    number = float if len(body) < MIB else interruptible
+    try:
+        value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
+    except UnicodeDecodeError:
+        raise Refusal(400, "invalid_json", "the body is not UTF-8") from None
+    except RecursionError:
+        raise Refusal(400, "invalid_json", "the body is nested too deep") from None
+    except ValueError as error:
+        raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "invalid_json", 'the body must be a JSON object like {"features": [[...], ...]}')
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of a value, for messages."""
+    names = {dict: "an object", list: "an array", str: "a string", float: "a number", bool: "a boolean"}
+    return names.get(type(value), "null")
+
+
+def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
+    """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Only numbers count as numbers."""
+    if not isinstance(value, list):
+        raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {kind_of(value)}", place)
+    if not value:
+        raise Refusal(422, "empty_features", f"{place}: wanted at least one row", place)
+    if len(value) > max_frames:
+        raise Refusal(413, "too_many_frames", f"{place}: {len(value)} rows, at most {max_frames} are allowed", place)
+    feats = np.empty((len(value), dim), np.float32)
+    with np.errstate(over="ignore"):        # becomes infinite, found below
+        for i, row in enumerate(value):
+            if not isinstance(row, list):
+                raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {kind_of(row)}", place)
+            if len(row) != dim:
+                raise Refusal(422, "wrong_dim", f"{place}: row {i} has {len(row)} values, the model needs {dim}", place)
+            if set(map(type, row)) != {float}:
+                j, found = next((j, x) for j, x in enumerate(row) if type(x) is not float)
+                message = f"{place}: row {i}, column {j} must be a number, got {kind_of(found)}"
+                raise Refusal(422, "invalid_type", message, place)
+            feats[i] = row
+    finite = np.isfinite(feats)
+    if not finite.all():
+        i, j = np.argwhere(~finite)[0]
+        raise Refusal(422, "not_finite", f"{place}: row {i}, column {j} is not finite as float32", place)
+    return feats
+
+
+LIMIT = 1e3     # normalised features reach 10 or so; without it 1e30 overflows inside the model
+
+
+def prepare(system: System, feats: Tensor, seconds: float, place: str) -> Utterance:
+    """Raw features (T,F) -> what the model takes."""
+    feats = data.normalise(feats, system.stats.cpu())
+    if feats.isnan().any():
+        raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
+    return Utterance(feats.clamp(-LIMIT, LIMIT), seconds)
+
+
+def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
+    """{"features": ...} or {"batch": [{"features": ...}, ...]} -> utterances."""
+    fields, dim = parse_json(body), system.stats.shape[1]
+
+    def utterance(item: dict, place: str) -> Utterance:
+        if "features" not in item:
+            raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
+        feats = parse_features(item["features"], dim, options.max_frames, place)
+        return prepare(system, torch.from_numpy(feats), len(feats) * data.frame_sec(system.config.data), place)
+
+    if "batch" not in fields:
+        return Ask([utterance(fields, "features")], fields)
+    batch, most = fields["batch"], min(MAX_ITEMS, options.max_queue)
+    if "features" in fields or not isinstance(batch, list) or not 1 <= len(batch) <= most:
+        message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
+        raise Refusal(422, "invalid_value", message, "batch")
+    for i, item in enumerate(batch):
+        if not isinstance(item, dict):
+            raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {kind_of(item)}", f"batch[{i}]")
+    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], fields, True)
+
+
+MAGIC = ((b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"OggS", "Ogg"), (b"fLaC", "FLAC"), (b"\x1aE\xdf\xa3", "WebM"),
+         (b"RIFX", "big-endian WAV"), (b"RF64", "RF64"), (b"FORM", "AIFF"), (b"RIFF", "WAV with another sample format"))
+
+
+def sniff(body: bytes) -> str:
+    known = next((name for start, name in MAGIC if body.startswith(start)), "something else")
+    return "MP4" if body[4:8] == b"ftyp" else known
+
+
+def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utterance:
+    """A WAV file -> features. Everything that the header tells is judged before a sample is decoded."""
+    if not body:
+        raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
+    file = io.BytesIO(body)
+    try:
+        header = data.read_header(file)
+    except ValueError as error:
+        raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
+    if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
+        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else sniff(body)
+        raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
+                      f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
+    seconds = header.num_bytes / (header.channels * header.bits // 8) / header.rate_hz
+    if not seconds:
+        raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
+    if seconds > options.max_audio_seconds:
+        message = f"file: {seconds:.1f} s, at most {options.max_audio_seconds:g} s are allowed"
+        raise Refusal(413, "audio_too_long", message, "file")
+    try:
+        samples = data.read_samples(file, header)
+    except ValueError as error:
+        raise Refusal(422, "not_finite", f"file: {error}", "file") from None
+    return prepare(system, data.frontend(samples, header.rate_hz, system.config.data), seconds, "file")
+
+
+class Part(NamedTuple):
+    name: str
+    filename: str | None        # only whether there is one matters
+    content: bytes
+
+
+def bad_form(message: str) -> Refusal:
+    return Refusal(400, "invalid_multipart", f"multipart: {message}")
+
+
+def parse_multipart(body: bytes, content_type: str) -> list[Part]:
+    """A form -> its parts. Cut at the boundaries on bytes; no file name is ever used as one. Source: RFC 2046, 7578."""
+    match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
+    if not match:
+        raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
+    mark, parts = b"--" + (match[1] or match[2]).encode("latin-1"), []
+    at = 0 if body.startswith(mark) else body.find(b"\r\n" + mark) + 2      # what stands before the first is ignored
+    if at == 1:
+        raise bad_form("the boundary of Content-Type is not in the body")
+    while not body.startswith(b"--", at + len(mark)):
+        line = body.find(b"\r\n", at + len(mark), at + len(mark) + 1024)
+        if line < 0 or body[at + len(mark):line].strip(b" \t"):
+            raise bad_form("a boundary line is broken, or the closing one is missing")
+        blank = body.find(b"\r\n\r\n", line, line + MAX_PART_HEAD)
+        end = body.find(b"\r\n" + mark, blank + 2)
+        if blank < 0 or end < 0:
+            raise bad_form(f"a part has no end, or its header is longer than {MAX_PART_HEAD} bytes")
+        if len(parts) == MAX_PARTS:
+            raise bad_form(f"more than {MAX_PARTS} parts")
+        parts.append(parse_part(body[line + 2:blank], body[blank + 4:end]))
+        at = end + 2
+    return parts
+
+
+def parse_part(head: bytes, content: bytes) -> Part:
+    """The header lines of a part and its content."""
+    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head.decode("utf-8", "replace"),
+                      re.IGNORECASE | re.MULTILINE)
+    pairs = re.findall(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))', match[1]) if match else []
+    values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
+    if not values.get("name"):
+        raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
+    return Part(values["name"], values.get("filename", values.get("filename*")), content)
+
+
+def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
+    """A form with one file -> its content, and the other fields: text, or a list of texts for names that end in [].
+
+    Files of other names are left aside.
+    """
+    files, fields = [], {}
+    for part in parse_multipart(body, content_type):
+        if part.filename is not None:
+            files += [part.content] if part.name == "file" else []
+            continue
+        if part.name == "file":
+            raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
+        try:
+            text = part.content.decode()
+        except UnicodeDecodeError:
+            raise bad_form("a field is not UTF-8") from None
+        if part.name.endswith("[]"):
+            fields.setdefault(part.name, []).append(text)
+        else:
+            fields[part.name] = text
+    if len(files) != 1:
+        raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
+    return files[0], fields
+
+
+def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
+    """The body of a POST, of whatever media type, with the options of the query beside those of the body."""
+    if media_type(head) == "application/json":
+        ask = parse_utterances(body, system, options)
+        return ask._replace(fields={**head.query, **ask.fields})
+    audio, fields = (body, {})
+    if media_type(head) == "multipart/form-data":
+        audio, fields = parse_form(body, head.headers["content-type"])
+    return Ask([parse_wav(audio, system, options)], {**head.query, **fields})
+
+
+def parse_timeout(value: Any, longest: float) -> float:
+    """Seconds above 0, as a number or its text -> at most `longest`."""
+    try:
+        seconds = longest if value is None else float(value) if type(value) in (float, str) else math.nan
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise Refusal(422, "invalid_value", "timeout: wanted seconds above 0", "timeout")
+    return min(seconds, longest)
+
+
+def parse_flag(name: str, value: Any) -> bool:
+    flags = {None: False, True: True, False: False, "true": True, "1": True, "false": False, "0": False, "": False}
+    if type(value) not in (type(None), bool, str) or value not in flags:
+        raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
+    return flags[value]
+
+
+# ---- batching ----
+
+RATIO = 1.5         # of lengths in a batch: beyond it, padding costs more than the batch saves
+
+
+def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list[int]:
+    """Whom to run next of those that wait, the oldest first in `lengths`: indices, the oldest among them.
+
+    The largest set around the oldest whose lengths lie within RATIO, of at most max_size utterances and max_frames
+    padded frames (one longer than that goes alone). Nobody starves, as everybody becomes the oldest.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    oldest, best = order.index(0), [0]
+    for low in range(max(0, oldest - max_size + 1), oldest + 1):
+        shortest, high = lengths[order[low]], low
+        while (high < len(order) and high - low < max_size and lengths[order[high]] <= RATIO * shortest
+               and (high - low + 1) * lengths[order[high]] <= max_frames):
+            high += 1
+        if high > oldest and high - low > len(best):
+            best = order[low:high]
+    return best
+
+
+class Job:
+    """An utterance on its way through the queue. The inference thread fills it and sets `done`."""
+
+    def __init__(self, feats: Tensor, now: float, deadline: float, gone: Callable[[], bool]):
+        self.feats, self.queued, self.deadline, self.gone = feats, now, deadline, gone
+        self.done, self.taken, self.infer_sec, self.batch_size = threading.Event(), now, 0.0, 0
+        self.outcome: Recognition | Exception | None = None
+
+    def finish(self, outcome: "Recognition | Exception") -> None:
+        self.outcome = outcome
+        self.done.set()
+
+
+class Batcher:
+    """The queue, and the rule that makes batches of it. `run` is the one thread that owns the model."""
+
+    def __init__(self, infer: "Callable[[list[Tensor]], list[Recognition]]", options: argparse.Namespace,
+                 metrics: "Metrics"):
+        self.infer, self.options, self.metrics = infer, options, metrics
+        self.waiting: list[Job] = []        # oldest first
+        self.arriving = 0                   # requests that are being parsed
+        self.changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around parsing and `submit`: a batch may wait a little for whoever is in here."""
+        with self.changed:
+            self.arriving += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.arriving -= 1
+                self.changed.notify()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue all of them, or none: Refusal 429."""
+        with self.changed:
+            if len(self.waiting) + len(jobs) > self.options.max_queue:
+                message = f"{len(self.waiting)} utterances wait, at most {self.options.max_queue} may"
+                raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
+            self.waiting += jobs
+            self.changed.notify()
+
+    def poll(self, now: float) -> tuple[list[Job], float | None]:
+        """The batch to run now, or none and how many seconds to wait (None: until something changes).
+
+        A batch waits for others only while it is not full, somebody is arriving, and its oldest has waited less than
+        max_wait_ms.
+        """
+        if not self.waiting:
+            return [], None
+        chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
+                              self.options.max_batch_frames)
+        patience = self.waiting[0].queued + self.options.max_wait_ms / 1e3 - now
+        if self.arriving and len(chosen) < self.options.max_batch_size and patience > 0:
+            return [], patience
+        batch = [self.waiting[i] for i in chosen]
+        for i in sorted(chosen, reverse=True):
+            del self.waiting[i]
+        return batch, 0.0
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                batch, wait = self.poll(time.monotonic())
+                if not batch:
+                    self.changed.wait(wait)
+            self.run_batch(batch)
+            del batch           # or the last batch stays in memory until the next
+
+    def run_batch(self, batch: Sequence[Job]) -> None:
+        """Drop who is late or gone, run the others; where that fails, each alone, so that one cannot harm another."""
+        now, kept = time.monotonic(), []
+        for job in batch:
+            stale = deadline_passed() if now >= job.deadline else Gone() if job.gone() else None
+            if stale:
+                job.finish(stale)
+            else:
+                kept.append(job)
+        if not kept:
+            return
+        try:
+            found = self.infer([job.feats for job in kept])
+        except Exception as error:
+            if len(kept) == 1:
+                kept[0].finish(error)
+            else:
+                for job in kept:
+                    self.run_batch([job])
+            return
+        seconds = time.monotonic() - now
+        self.measure(kept, now, seconds)
+        for job, recognition in zip(kept, found):
+            job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
+            job.finish(recognition)
+
+    def measure(self, jobs: Sequence[Job], now: float, seconds: float) -> None:
+        lengths = [len(job.feats) for job in jobs]
+        self.metrics.observe("asr_batch_size", len(jobs))
+        self.metrics.observe("asr_inference_seconds", seconds)
+        self.metrics.add("real_frames", amount=sum(lengths))
+        self.metrics.add("padded_frames", amount=max(lengths) * len(jobs))
+        for job in jobs:
+            self.metrics.observe("asr_queue_seconds", now - job.queued)
+
+
+def deadline_passed() -> Refusal:
+    return Refusal(504, "deadline_exceeded", "the answer was not ready within the deadline of the request",
+                   headers=[("x-should-retry", "false")])
+
+
+# ---- recognition and its forms ----
+
+class Recognition(NamedTuple):
+    result: Result              # tokens that spell its text when joined, "▁" for the space before a word
+    weights: list[float]        # (L,) firing weight of each encoder frame
+
+
+def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
+    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch."""
+    found = decode.decode_batch(system, feats)
+    results = []
+    for i, x in enumerate(feats):
+        result = decode.read_result(system, found, i)
+        result = result._replace(tokens=spell(system, result.tokens))
+        weights = found.alpha[i, :-(-len(x) // system.config.model.encoder.subsampling)].tolist()
+        results.append(Recognition(result._replace(confidence=mean_confidence(result.tokens)), weights))
+    return results
+
+
+def spell(system: System, tokens: Sequence[Token]) -> list[Token]:
+    """Without the tokens that write nothing; whole words get the mark "▁"."""
+    mark = "▁" if system.tokenizer.unit == "word" else ""
+    return [token._replace(token=mark + token.token) for token in tokens if system.tokenizer.decode([token.id])]
+
+
+def log_prob(token: Token) -> float:
+    return math.log(max(token.confidence, 5e-5))        # confidences are rounded to 4 digits
+
+
+def mean_confidence(tokens: Sequence[Token]) -> float:
+    """exp(mean log p), 0 without tokens."""
+    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+
+
+def clip(tokens: Sequence[Token], seconds: float) -> list[Token]:
+    """Tokens that end within the recording: the last frame may reach beyond it where frames are stacked."""
+    return [token._replace(start=min(token.start, seconds), end=min(token.end, seconds)) for token in tokens]
+
+
+def spelled(tokens: Sequence[Token]) -> str:
+    return "".join(token.token for token in tokens).replace("▁", " ").strip()
+
+
+def is_ideograph(text: str) -> bool:
+    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
+
+
+def words(tokens: Sequence[Token]) -> list[list[Token]]:
+    """The tokens of each word: a space or ▁ begins a new one, and each ideograph is one."""
+    found: list[list[Token]] = []
+    fresh = True
+    for token in tokens:
+        bare = token.token.replace("▁", " ").strip()
+        fresh = fresh or token.token[:1] in "▁ " or is_ideograph(bare) or is_ideograph(found[-1][-1].token)
+        if bare and fresh:
+            found.append([])
+        if bare:
+            found[-1].append(token)
+        fresh = not bare
+    return found
+
+
+def cues(tokens: Sequence[Token], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Token]]:
+    """Tokens cut at words into subtitles of so many seconds and characters at most (one word may be longer)."""
+    found: list[list[Token]] = []
+    starts = {id(word[0]) for word in words(tokens)}
+    for token in tokens:
+        if not found:
+            found.append([])
+        if id(token) in starts and found[-1]:
+            word_end = next(word[-1].end for word in words(tokens) if word[0] is token)
+            if word_end - found[-1][0].start > max_sec or len(spelled([*found[-1], token])) > max_chars:
+                found.append([])
+        found[-1].append(token)
+    return [cue for cue in found if spelled(cue)]
+
+
+def timestamp(seconds: float, mark: str) -> str:
+    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+
+def subtitles(tokens: Sequence[Token], mark: str) -> str:
+    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spelled(cue)}\n\n"
+                   for i, cue in enumerate(cues(tokens), 1))
+
+
+def segment(i: int, cue: Sequence[Token], temperature: float) -> dict:
+    """An entry of verbose_json's segments; there is no model of silence, so no_speech_prob is 0."""
+    text = spelled(cue)
+    return {"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text, "tokens": [t.id for t in cue],
+            "temperature": temperature, "avg_logprob": round(statistics.fmean(map(log_prob, cue)), 4),
+            "no_speech_prob": 0.0,
+            "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4)}
+
+
+def word_entry(word: Sequence[Token]) -> dict:
+    return {"word": spelled(word), "start": word[0].start, "end": word[-1].end, "confidence": mean_confidence(word)}
+
+
+class Form(NamedTuple):
+    """The options of /v1/audio/transcriptions, checked."""
+
+    format: str
+    granularities: list[str]
+    temperature: float
+    logprobs: bool
+    stream: bool
+    language: str
+
+
+def parse_openai_form(fields: dict[str, Any]) -> Form:
+    """The fields of the form. Those that are not known are accepted and not used, as drop-in clients send many."""
+    def choice(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+        for value in values:
+            if value not in allowed:
+                raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
+
+    kind = fields.get("response_format", "json")
+    choice("response_format", [kind], ("json", "text", "srt", "vtt", "verbose_json"))
+    granularities = fields.get("timestamp_granularities[]", ["segment"])
+    choice("timestamp_granularities[]", granularities, ("segment", "word"))
+    include = fields.get("include[]", [])
+    choice("include[]", include, ("logprobs",))
+    try:
+        temperature = float(fields.get("temperature", "0"))
+    except ValueError:
+        temperature = math.nan
+    if not 0 <= temperature <= 1:
+        raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
+    return Form(kind, granularities, temperature, bool(include), parse_flag("stream", fields.get("stream")),
+                fields.get("language", ""))
+
+
+def openai_response(form: Form, text: str, tokens: Sequence[Token], seconds: float, note: str) -> Response:
+    """The result in the format that was asked for."""
+    usage = {"type": "duration", "seconds": round(seconds, 3)}
+    if form.stream:
+        events = [{"type": "transcript.text.delta", "delta": text},
+                  {"type": "transcript.text.done", "text": text, "usage": usage}]
+        lines = "".join(f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events)
+        return Response(200, "text/event-stream; charset=utf-8", lines.encode(), note=note)
+    if form.format == "json":
+        value = {"text": text, "usage": usage}
+        if form.logprobs:
+            value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()), "logprob": round(log_prob(t), 4)}
+                                 for t in tokens]
+        return json_response(value, note=note)
+    if form.format == "verbose_json":
+        value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
+                 "usage": usage}
+        if "segment" in form.granularities:
+            value["segments"] = [segment(i, cue, form.temperature) for i, cue in enumerate(cues(tokens))]
+        if "word" in form.granularities:
+            value["words"] = [word_entry(word) for word in words(tokens)]
+        return json_response(value, note=note)
+    formats = {"text": ("text/plain", lambda: text + "\n"), "srt": ("text/plain", lambda: subtitles(tokens, ",")),
+               "vtt": ("text/vtt", lambda: "WEBVTT\n\n" + subtitles(tokens, "."))}
+    kind, write = formats[form.format]
+    return Response(200, f"{kind}; charset=utf-8", write().encode(), note=note)
+
+
+# ---- routes ----
+
+class Service(NamedTuple):
+    """What the routes need; one for the life of the process."""
+
+    system: System
+    options: argparse.Namespace
+    batcher: Batcher
+    metrics: "Metrics"
+    log: Callable[[str], None]
+    draining: threading.Event
+    key: str                    # "" = anybody may
+    created: int                # seconds since 1970: of the checkpoint
+    started: float              # monotonic
+    phases: Callable[[], Sequence[str]]     # of the open connections
+
+    @property
+    def model(self) -> str:
+        return self.system.config.model.name
+
+
+def answer(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+    """A whole, admitted request -> its answer. Raises Refusal or Gone."""
+    route, methods = route_of(head)
+    if head.method == "OPTIONS":
+        return Response(204, "", b"", (("Allow", ", ".join((*methods, "OPTIONS"))),))
+    if route == "/":
+        return page_response()
+    if route == "/health":
+        return health(service)
+    if route == "/metrics":
+        return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(service).encode())
+    if route == "/v1/models":
+        return json_response({"object": "list", "data": [model_card(service)]})
+    if route == "/v1/models/{id}":
+        if head.path != f"/v1/models/{service.model}":
+            raise Refusal(404, "not_found", f"the one model here is {service.model}", "model")
+        return json_response(model_card(service))
+    if route == "/transcribe":
+        return transcribe_route(service, head, body, started, gone)
+    return openai_route(service, head, body, started, gone)
+
+
+def health(service: Service) -> Response:
+    busy = service.draining.is_set()
+    system = service.system
+    status = {"status": "draining" if busy else "ok", "model": service.model, "feature_dim": system.stats.shape[1],
+              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
+              "uptime": round(time.monotonic() - service.started, 3)}
+    if busy:
+        error = json.loads(draining().response().body)
+        return json_response({**status, **error}, 503, draining().headers)
+    return json_response(status)
+
+
+def model_card(service: Service) -> dict:
+    return {"id": service.model, "object": "model", "created": service.created, "owned_by": "local"}
+
+
+def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
+    """The outcomes of jobs, or the failure of one of them."""
+    for job in jobs:
+        if not job.done.wait(max(0.0, job.deadline - time.monotonic())):
+            raise deadline_passed()
+        if isinstance(job.outcome, Exception):
+            raise job.outcome
+    return [job.outcome for job in jobs]
+
+
+def submit(service: Service, ask: Ask, gone: Callable[[], bool]) -> list[Job]:
+    """A job for each utterance; those without a frame are done already, with nothing said."""
+    now = time.monotonic()
+    deadline = now + parse_timeout(ask.fields.get("timeout"), service.options.request_timeout)
+    jobs = [Job(utterance.feats, now, deadline, gone) for utterance in ask.utterances]
+    for job in jobs:
+        if not len(job.feats):
+            job.finish(Recognition(Result("", 0.0, [], []), []))
+    service.batcher.submit([job for job in jobs if len(job.feats)])
+    return jobs
+
+
+def count_speech(service: Service, ask: Ask, found: Sequence[Recognition]) -> None:
+    service.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
+    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+
+
+def transcribe_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+    """POST /transcribe."""
+    with service.batcher.preparing():
+        ask = read_ask(head, body, service.system, service.options)
+        alignment = parse_flag("alignment", ask.fields.get("alignment"))
+        jobs = submit(service, ask, gone)
+    found = wait_for(jobs)
+    count_speech(service, ask, found)
+    total_ms = (time.monotonic() - started) * 1e3
+    results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
+    shared = {"id": request_id(head), "model": service.model}
+    note = f" batch {jobs[0].batch_size}"
+    return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
+
+
+def entry(service: Service, utterance: Utterance, job: Job, found: Recognition, total_ms: float,
+          alignment: bool) -> dict:
+    """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
+    timing = {"queue_ms": round((job.taken - job.queued) * 1e3, 2), "infer_ms": round(job.infer_sec * 1e3, 2),
+              "total_ms": round(total_ms, 2), "batch_size": job.batch_size}
+    tokens = [token._asdict() for token in clip(found.result.tokens, utterance.seconds)]
+    config = service.system.config
+    step = data.frame_sec(config.data) * config.model.encoder.subsampling
+    weights = {"step": round(step, 4), "weights": [round(w, 4) for w in found.weights]}
+    return {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
+            "frames": len(utterance.feats), "duration": round(utterance.seconds, 3), "timing": timing,
+            **({"alignment": weights} if alignment else {})}
+
+
+def openai_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+    """POST /v1/audio/transcriptions."""
+    with service.batcher.preparing():
+        audio, fields = parse_form(body, head.headers["content-type"])
+        form = parse_openai_form(fields)
+        ask = Ask([parse_wav(audio, service.system, service.options)], fields)
+        jobs = submit(service, ask, gone)
+    found = wait_for(jobs)
+    count_speech(service, ask, found)
+    seconds, result = ask.utterances[0].seconds, found[0].result
+    note = f" batch {jobs[0].batch_size}"
+    return openai_response(form, result.text.strip(), clip(result.tokens, seconds), seconds, note)
+
+
+# ---- metrics and log ----
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+HISTOGRAMS = {"asr_request_duration_seconds": SECONDS, "asr_queue_seconds": SECONDS, "asr_inference_seconds": SECONDS,
+              "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64)}
+COUNTERS = ("asr_requests_total", "asr_audio_seconds_total", "asr_tokens_total", "asr_rejected_total")
+HELP = {"asr_requests_total": "answers by route and status; 499: the client left",
+        "asr_request_duration_seconds": "from the end of a request's header to its answer",
+        "asr_queue_seconds": "from the queue to the model", "asr_inference_seconds": "of one forward pass",
+        "asr_batch_size": "utterances in one forward pass", "asr_audio_seconds_total": "seconds of speech recognised",
+        "asr_tokens_total": "tokens recognised", "asr_rejected_total": "refused for load, time or shutdown",
+        "asr_batch_padding_ratio": "share of padding in all frames run so far",
+        "asr_queue_depth": "utterances that wait", "asr_inflight_requests": "complete requests without an answer",
+        "asr_connections": "open connections",
+        "process_resident_memory_bytes": "memory", "process_start_time_seconds": "since 1970"}
+REASONS = {429: "queue_full", 503: "draining", 504: "deadline_exceeded", 408: "request_timeout", 413: "too_large"}
+
+
+class Metrics:
+    """Sums that grow, under a lock of their own that nobody holds for long."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sums: dict[tuple[str, str], float] = {("asr_audio_seconds_total", ""): 0, ("asr_tokens_total", ""): 0}
+        self.histograms: dict[tuple[str, str], list[float]] = {}    # counts by bucket, the rest, and the sum of values
+
+    def add(self, name: str, labels: str = "", amount: float = 1) -> None:
+        with self.lock:
+            self.sums[name, labels] = self.sums.get((name, labels), 0) + amount
+
+    def observe(self, name: str, value: float, labels: str = "") -> None:
+        bounds = HISTOGRAMS[name]
+        with self.lock:
+            row = self.histograms.setdefault((name, labels), [0] * (len(bounds) + 2))
+            row[sum(bound < value for bound in bounds)] += 1
+            row[-1] += value
+
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        self.add("asr_requests_total", f'{{route="{route}",status="{status}"}}')
+        self.observe("asr_request_duration_seconds", seconds, f'route="{route}"')
+        if status in REASONS:
+            self.add("asr_rejected_total", f'{{reason="{REASONS[status]}"}}')
+
+    def text(self, gauges: dict[str, float]) -> str:
+        """Everything in Prometheus' text format 0.0.4."""
+        with self.lock:
+            sums, histograms = dict(self.sums), {key: list(row) for key, row in self.histograms.items()}
+        lines = []
+        for name in COUNTERS:
+            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} counter"]
+            lines += [f"{name}{labels} {value:.10g}" for (key, labels), value in sorted(sums.items()) if key == name]
+        for name, bounds in HISTOGRAMS.items():
+            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} histogram"]
+            rows = {labels: row for (known, labels), row in sorted(histograms.items()) if known == name}
+            for labels, row in (rows or {"": [0] * (len(bounds) + 2)}).items():
+                comma, braces = "," if labels else "", f"{{{labels}}}" if labels else ""
+                totals = np.cumsum(row[:-1])
+                lines += [f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:.0f}'
+                          for bound, total in zip((*bounds, "+Inf"), totals)]
+                lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
+        for name, value in gauges.items():
+            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} gauge", f"{name} {value:.17g}"]
+        return "\n".join(lines) + "\n"
+
+
+def resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:         # no /proc: the peak, which macOS counts in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def metrics_text(service: Service) -> str:
+    phases, sums = service.phases(), service.metrics.sums
+    padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
+    return service.metrics.text({
+        "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
+        "asr_queue_depth": len(service.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
+        "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
+        "process_start_time_seconds": time.time() - (time.monotonic() - service.started)})
+
+
+def start_log() -> Callable[[str], None]:
+    """A function that writes a line to standard error on a thread of its own, or drops it if nobody reads that pipe."""
+    lines: queue.Queue[str] = queue.Queue(1000)
+
+    def write() -> None:
+        while True:
+            print(lines.get(), file=sys.stderr, flush=True)
+
+    def log(line: str) -> None:
+        with contextlib.suppress(queue.Full):
+            lines.put_nowait(line)
+
+    threading.Thread(target=write, daemon=True, name="log").start()
+    return log
+
+
+# ---- the command line ----
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Serve recognition over HTTP. The environment variable ASR_API_KEY, "
+                                     "if set, is a key that clients must send.")
+    add = parser.add_argument
+    add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
+    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for more of them"),
+               "max-batch-frames": (20000, "padded frames in a batch"),
+               "max-queue": (128, "utterances that may wait"),
+               "request-timeout": (30.0, "s from a complete request to its answer"),
+               "header-timeout": (10.0, "s for the header"),
+               "body-timeout": (30.0, "s for the body"), "write-timeout": (15.0, "s for the answer"),
+               "idle-timeout": (15.0, "s between requests"), "drain-timeout": (20.0, "s to finish after SIGTERM"),
+               "max-body-mb": (25.0, "MiB of a request"), "max-audio-seconds": (60.0, "s of a recording"),
+               "max-frames": (6000, "rows of features"), "max-connections": (256, "open connections")}
+    for name, (default, meaning) in numbers.items():
+        add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
+    add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
+    add("--benchmark", action="store_true", help="measure a server of this checkpoint on a free port and stop")
+    arguments = parser.parse_args(argv)
+    if not 0 <= arguments.port <= 65535:
+        parser.error(f"--port must be 0 to 65535, got {arguments.port}")
+    for name in ("threads", *numbers):
+        least = 0 if name in ("threads", "max-wait-ms") else 1e-3
+        if not least <= getattr(arguments, name.replace("-", "_")) < math.inf:
+            parser.error(f"--{name} must be {'0 or more' if not least else 'above 0'}")
+    return arguments
+
+
+def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0) -> Service:
+    """A service without a socket; its batcher's thread is not started."""
+    metrics = Metrics()
+    batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
+    key = os.environ.get("ASR_API_KEY", "")
+    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple)
+
+
+def start(service: Service) -> Server:
+    """Start the inference thread and the server's -> the server, listening."""
+    server = Server(service)        # fails before there are threads
+    server.service = service._replace(phases=lambda: list(server.phases.values()))
+    threading.Thread(target=service.batcher.run, daemon=True, name="inference").start()
+    threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True, name="accept").start()
+    return server
+
+
+def drain(server: Server, timeout: float) -> None:
+    """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; back within `timeout`."""
+    service, started = server.service, time.monotonic()
+    service.draining.set()
+    server.cut(["idle"])
+    cut = False
+    while server.phases and time.monotonic() < started + max(0.5 * timeout, timeout - 1.0):
+        if not cut and time.monotonic() > started + min(CUT_SEC, 0.3 * timeout):
+            server.cut(["idle", "reading"])
+            cut = True
+        time.sleep(0.01)
+    with service.batcher.changed:
+        late, service.batcher.waiting = service.batcher.waiting, []
+    for job in late:
+        job.finish(draining())
+    time.sleep(0.2 if late else 0.0)        # for their answers
+    server.shutdown()
+    server.server_close()
+
+
+def warm_up(system: System) -> None:
+    """One forward pass, so that the first client does not wait for torch to settle."""
+    recognise(system, [torch.zeros(50, system.stats.shape[1])])
+
+
+def bound_memory() -> None:
+    """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
+
+    oneDNN keeps a program for each shape of batch that it has met (1024 of them), glibc a heap for each few threads.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
+
+
+def run(options: argparse.Namespace) -> int:
+    bound_memory()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
+    system = decode.load_system(options.checkpoint, options.device)
+    warm_up(system)
+    server = start(make_service(system, options, start_log(), int(Path(options.checkpoint).stat().st_mtime)))
+    host, port = server.server_address[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"listening on http://{shown}:{port} ({server.service.model}, {options.checkpoint}, {system.stats.device})",
+          file=sys.stderr, flush=True)
+    stop.wait()
+    drain(server, options.drain_timeout)
+    if server.phases:           # threads that cannot end in order
+        os._exit(0)
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    options = parse_arguments(argv)
+    try:
+        return benchmark(options) if options.benchmark else run(options)
+    except (ValueError, OSError, OverflowError) as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 2
+
+
+# ---- benchmark ----
+
+@contextlib.contextmanager
+def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
+    """A server of its own process -> its port, and the seconds from its start until it listened."""
+    started = time.perf_counter()
+    command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
+               "--threads", str(options.threads)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    line = process.stderr.readline()
+    match = re.search(r"http://[^:]+:(\d+)", line)
+    if not match:
+        raise ValueError(f"the server did not start: {line.strip()}")
+    ready = time.perf_counter() - started
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    try:
+        yield int(match[1]), ready
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    todo, done = iter(list(bodies)), []
+    lock = threading.Lock()
+
+    def work() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        while True:
+            with lock:
+                body = next(todo, None)
+            if body is None:
+                return
+            started = time.perf_counter()
+            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
+            answered = connection.getresponse()
+            text = answered.read()
+            spent = (time.perf_counter() - started) * 1e3
+            if answered.status != 200:
+                raise ValueError(f"wanted 200, got {answered.status} {text[:200]!r}")
+            done.append((spent, json.loads(text)["timing"]))
+
+    threads = [threading.Thread(target=work) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(done) != len(bodies):
+        raise ValueError(f"wanted {len(bodies)} answers, got {len(done)}")
+    return time.perf_counter() - started, done
+
+
+def full_batch_ms(system: System, frames: int, size: int) -> float:
+    """Median milliseconds of one forward pass of `size` utterances."""
+    feats, spent = [torch.randn(frames, system.stats.shape[1]) for _ in range(size)], []
+    for _ in range(5):
+        started = time.perf_counter()
+        recognise(system, feats)
+        spent.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(spent)
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
+    system = decode.load_system(options.checkpoint, options.device)
+    mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
+
+    def body(frames: int) -> bytes:
+        feats = mean + rng.standard_normal((frames, len(mean)))
+        return json.dumps({"features": feats.round(4).tolist()}).encode()
+
+    mixed, equal = [body(n) for n in rng.integers(10, 261, 160)], [body(100) for _ in range(160)]
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    importing = time.perf_counter() - started
+    with running(options) as (port, ready):
+        time_clients(port, mixed[:32], 4)
+        alone = [spent - timing["infer_ms"] for spent, timing in time_clients(port, equal, 1)[1]]
+        rates = {(name, n): len(bodies) / time_clients(port, bodies, n)[0]
+                 for name, bodies in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
+        crowd = time_clients(port, mixed * 2, 16)[1]
+    latencies, sizes = sorted(spent for spent, _ in crowd), [timing["batch_size"] for _, timing in crowd]
+    full, p99 = full_batch_ms(system, 260, options.max_batch_size), latencies[int(0.99 * len(latencies))]
+    print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
+    print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
+    for name, asked in (("mixed", 1.3), ("equal", 2.0)):
+        ratio = rates[name, 16] / rates[name, 1]
+        print(f"throughput, {name} lengths, 16 clients  {rates[name, 16]:8.1f} /s    {ratio:.2f} x one client "
+              f"({rates[name, 1]:.1f} /s; at least {asked})")
+    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch of 260 frames "
+          f"({full:.1f} ms; at most 3); {1 / statistics.fmean(1 / n for n in sizes):.1f} utterances in a batch")
+    return 0
+
+
+# ---- the page ----
+
+def page_response() -> Response:
+    """The page, whose scripts and styles carry a nonce; it loads nothing else from anywhere."""
+    nonce = uuid.uuid4().hex
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+              "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
+    return Response(200, "text/html; charset=utf-8", PAGE.replace("NONCE", nonce).encode(), headers)
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Paraformer · speech to text</title>
+<link rel="icon" href="data:,">
+<style nonce="NONCE">
+:root { --bg: #f4f2ed; --card: #fffefb; --ink: #201e1a; --soft: #6d685f; --line: #e2ded4; --accent: #3d52d5;
+  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f;
+    --shade: 0 1px 2px #0001, 0 12px 32px #0000000f; }
+@media (prefers-color-scheme: dark) { :root { --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f;
+  --line: #30333c;
+  --accent: #8b9bff; --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58;
+    --shade: 0 1px 2px #0006; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 940px; margin: 0 auto; padding: 40px 20px 64px; }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; margin-bottom: 22px; }
+h1 { font: 600 30px/1.15 Georgia, "Times New Roman", serif; letter-spacing: -.01em; margin: 0; }
+.soft { color: var(--soft); font-size: 14px; margin: 0; }
+#state { margin-left: auto; }
+#state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
+  background: var(--soft); margin-right: 7px; }
+#state.ok::before { background: var(--good); }
+#state.bad::before { background: var(--bad); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; box-shadow: var(--shade); }
+#drop { display: flex; align-items: center; gap: 22px; padding: 26px;
+  border: 1.5px dashed color-mix(in oklab, var(--soft) 45%, var(--line));
+  transition: border-color .15s, background .15s; }
+#drop.over { border-color: var(--accent); background: color-mix(in oklab, var(--accent) 9%, var(--card)); }
+#drop p { margin: 0; }
+#drop .lead { font-size: 18px; font-weight: 600; }
+#drop .ways { flex: 1; min-width: 0; }
+button, .file { font: inherit; font-size: 15px; color: inherit; background: none; border: 1px solid var(--line);
+  border-radius: 999px; padding: 8px 18px; cursor: pointer; }
+button:hover:enabled, .file:hover { border-color: var(--accent); }
+button:disabled { opacity: .5; cursor: not-allowed; }
+:focus-visible, .file:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
+.file { display: inline-block; background: var(--accent); border-color: var(--accent); color: var(--on-accent);
+  font-weight: 600; white-space: nowrap; }
+.file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
+#record { display: inline-flex; align-items: center; gap: 9px; font-weight: 600; white-space: nowrap; }
+#record::before { content: ""; width: 11px; height: 11px; border-radius: 50%; background: var(--bad);
+  box-shadow: 0 0 0 calc(var(--level, 0) * 14px) color-mix(in oklab, var(--bad) 25%, transparent); }
+#record.on { border-color: var(--bad); }
+#record.on::before { border-radius: 3px; }
+.buttons { display: flex; gap: 10px; }
+#error { margin: 16px 0 0; padding: 13px 18px; border-radius: 12px;
+  border: 1px solid color-mix(in oklab, var(--bad) 45%, var(--line));
+  background: color-mix(in oklab, var(--bad) 9%, var(--card)); overflow-wrap: anywhere; }
+#ask { display: flex; gap: 10px; margin-top: 12px; }
+#ask input { flex: 1; min-width: 0; font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--line); border-radius: 999px; padding: 8px 16px; }
+#result { margin-top: 18px; padding: 24px 26px 20px; }
+.top { display: flex; justify-content: space-between; align-items: baseline; gap: 16px; }
+#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
+.legend { display: flex; align-items: center; gap: 8px; white-space: nowrap; }
+.legend i { width: 64px; height: 6px; border-radius: 3px;
+  background: linear-gradient(90deg in oklab, var(--bad), var(--good)); }
+#transcript { font: 27px/1.6 Georgia, "Times New Roman", serif; margin: 14px 0 18px; min-height: 40px;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+#transcript .none { color: var(--soft); font-style: italic; }
+.token { --hue: color-mix(in oklab, var(--good) calc(var(--sure) * 100%), var(--bad)); cursor: pointer;
+  border-radius: 4px; padding: 2px 1px;
+  background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
+    box-shadow: inset 0 -2px var(--hue); }
+.token:hover { background: color-mix(in oklab, var(--hue) 32%, transparent); }
+.token.now { background: var(--accent); color: var(--on-accent); }
+#scroll { overflow-x: auto; border-radius: 10px; }
+#strip { position: relative; height: 218px; cursor: pointer; }
+#strip canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+#head { position: absolute; top: 0; bottom: 22px; left: 0; width: 2px; margin-left: -1px; background: var(--accent);
+  pointer-events: none; }
+.foot { display: flex; flex-wrap: wrap; align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px;
+  border-top: 1px solid var(--line); }
+.foot #facts { flex: 1; min-width: 210px; font-variant-numeric: tabular-nums; }
+.foot button { padding: 5px 14px; font-size: 14px; }
+#play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); min-width: 76px;
+  font-weight: 600; }
+.busy {
+  --glow: color-mix(in oklab, var(--accent) 25%, var(--card)); animation: sweep 1.2s linear infinite;
+  background: linear-gradient(90deg, var(--line), var(--glow), var(--line)) 0 / 200% 100%;
+  border-radius: 8px; height: 22px; margin: 10px 0; }
+.busy + .busy { width: 62%; }
+@keyframes sweep { to { background-position: -200% 0; } }
+@media (prefers-reduced-motion: reduce) { .busy { animation: none; } }
+@media (max-width: 640px) { main { padding: 24px 14px 40px; } #state { margin-left: 0; flex-basis: 100%; } #drop {
+  flex-direction: column; align-items: stretch; gap: 16px; padding: 20px; text-align: center; }
+  .buttons > * { flex: 1; text-align: center; justify-content: center; } #result { padding: 18px 16px 16px;
+    } #transcript { font-size: 22px; } .legend span { display: none; } }
+[hidden] { display: none !important; }
+</style>
+</head>
+<body>
+<main>
+  <header>
+    <h1>Paraformer</h1>
+    <p class="soft">speech to text, in one pass</p>
+    <p class="soft" id="state" role="status">connecting</p>
+  </header>
+  <section class="card" id="drop" aria-label="Input">
+    <div class="ways">
+      <p class="lead">Drop a recording here</p>
+      <p class="soft" id="hint">wav, mp3, m4a, ogg or webm; it is sent to this server only.</p>
+    </div>
+    <div class="buttons">
+      <label class="file">Choose file<input type="file" id="file" accept="audio/*"></label>
+      <button type="button" id="record">Record</button>
+    </div>
+  </section>
+  <p id="error" role="alert" hidden></p>
+  <form id="ask" hidden><input id="key" type="password" autocomplete="off" aria-label="API key"
+      placeholder="API key"><button>Use this key</button></form>
+  <section class="card" id="result" aria-label="Result" hidden>
+    <div class="top"><p class="soft" id="name"></p><p
+        class="soft legend"><span>less sure</span><i></i><span>sure</span></p></div>
+    <div id="transcript" aria-live="polite"></div>
+    <div id="detail">
+      <div id="scroll"><div id="strip"><canvas id="picture" role="img"
+          aria-label="Waveform with token boundaries, and firing weights under it"></canvas><div
+          id="head"></div></div></div>
+      <div class="foot">
+        <button type="button" id="play">Play</button>
+        <span class="soft" id="facts"></span>
+        <button type="button" data-export="txt">txt</button><button type="button"
+            data-export="srt">srt</button><button type="button" data-export="json">json</button>
+      </div>
+    </div>
+  </section>
+  <audio id="audio" hidden></audio>
+</main>
+<script nonce="NONCE">
+"use strict";
+const $ = id => document.getElementById(id), RATE = 16000, audio = $("audio");
+let run = 0, shown = null, recorder = null, retry = null;
+
+// ---- a recording: decoded by the browser, sent as WAV ----
+async function decodeAudio(blob) {
+  const data = await blob.arrayBuffer();
+  if (!data.byteLength) throw new Error("The file is empty.");
+  let source;
+  try { source = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(data); }
+  catch { throw new Error("This browser cannot decode the file as audio."); }
+  const mix = new OfflineAudioContext(1, source.length, RATE), node = mix.createBufferSource();
+  node.buffer = source; node.connect(mix.destination); node.start();
+  return (await mix.startRendering()).getChannelData(0);
+}
+function toWav(samples) {
+  const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
+  const text = (at, s) => [...s].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
+  text(0, "RIFF"); view.setUint32(4, 36 + 2 * samples.length, true); text(8, "WAVEfmt "); view.setUint32(16, 16,
+    true);
+  view.setUint16(20, 1, true); view.setUint16(22, 1, true); view.setUint32(24, RATE, true); view.setUint32(28,
+    2 * RATE, true);
+  view.setUint16(32, 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * samples.length,
+    true);
+  samples.forEach((x, i) => view.setInt16(44 + 2 * i, Math.round(Math.max(-1, Math.min(1, x)) * 32767), true));
+  return new Blob([view], { type: "audio/wav" });
+}
+async function send(wav) {
+  const headers = { "Content-Type": "audio/wav" };
+  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
+  let reply, body;
+  try { reply = await fetch("/transcribe?alignment=true", { method: "POST", headers, body: wav });
+    body = await reply.json(); }
+  catch { throw new Error("The server did not answer."); }
+  if (!reply.ok) throw Object.assign(new Error(body.error.message), { status: reply.status });
+  return body;
+}
+async function recognise(blob, name) {
+  const mine = ++run;
+  audio.pause(); shown = null; retry = () => recognise(blob, name);
+  $("error").hidden = $("ask").hidden = $("detail").hidden = true;
+  $("result").hidden = false;
+  $("name").textContent = name;
+  $("transcript").replaceChildren(...[0, 1].map(() => Object.assign(document.createElement("div"), {
+    className: "busy" })));
+  try {
+    const samples = await decodeAudio(blob), wav = toWav(samples), found = await send(wav);
+    if (mine === run) show({ ...found, samples, name }, wav);
+  } catch (error) { if (mine === run) fail(error.message, error.status); }
+}
+function fail(message, status) {
+  $("transcript").replaceChildren(); $("result").hidden = true;
+  $("error").textContent = message; $("error").hidden = false; $("ask").hidden = status !== 401;
+}
+
+// ---- the result ----
+const seconds = t => t.toFixed(2) + " s", percent = p => Math.round(100 * p) + " %";
+function tokenElement(token, i) {
+  const element = document.createElement("span"), text = token.token.replaceAll("▁", " ");
+  element.className = "token"; element.tabIndex = 0; element.role = "button";
+  element.textContent = text === " " ? text : text.trim();
+  element.title = percent(token.confidence) + " sure, " + token.start.toFixed(2) + " to " + seconds(token.end);
+  Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
+  element.style.setProperty("--sure", token.confidence);
+  element.onclick = () => playFrom(token.start);
+  element.onkeydown = event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
+    playFrom(token.start); } };
+  return i && text !== " " && text.startsWith(" ") ? [" ", element] : [element];
+}
+function show(found, wav) {
+  shown = found;
+  URL.revokeObjectURL(audio.src); audio.src = URL.createObjectURL(wav);
+  const none = Object.assign(document.createElement("span"), { className: "none",
+    textContent: "No speech was recognised." });
+  $("transcript").replaceChildren(...(found.tokens.length ? found.tokens.flatMap(tokenElement) : [none]));
+  $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
+    percent(found.confidence) + " sure",
+    found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
+  $("detail").hidden = false; $("scroll").scrollLeft = 0;
+  draw(); follow();
+}
+
+// ---- waveform, token boundaries, firing weights ----
+function draw() {
+  if (!shown) return;
+  const { samples, tokens, alignment, duration } = shown, style = getComputedStyle(document.documentElement);
+  const colour = name => style.getPropertyValue("--" + name).trim();
+  $("strip").style.width = Math.max($("scroll").clientWidth, Math.min(duration * 56, 8000)) + "px";
+  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight,
+    ratio = Math.min(devicePixelRatio, 16000 / width);
+  canvas.width = width * ratio; canvas.height = height * ratio;
+  const pen = canvas.getContext("2d"), x = t => t / duration * width;
+  pen.scale(ratio, ratio);
+  const loudest = samples.reduce((most, s) => Math.max(most, Math.abs(s)), 1e-3), step = samples.length / width;
+  pen.fillStyle = colour("wave");
+  for (let i = 0; i < width; i += 3) {
+    let peak = 0;
+    for (let j = Math.floor(i * step); j < Math.min((i + 3) * step, samples.length); j++) peak = Math.max(peak,
+      Math.abs(samples[j]));
+    const size = Math.max(1, peak / loudest * 46);
+    pen.beginPath(); pen.roundRect(i, 50 - size, 2, 2 * size, 1); pen.fill();
+  }
+  pen.font = "13px system-ui, sans-serif"; pen.textAlign = "center";
+  tokens.forEach((token, i) => {
+    const from = x(token.start), to = x(token.end), text = token.token.replaceAll("▁", " ").trim();
+    pen.fillStyle = colour(i % 2 ? "bg" : "card"); pen.globalAlpha = .75; pen.fillRect(from, 102, to - from, 24);
+      pen.globalAlpha = 1;
+    pen.strokeStyle = colour("line"); pen.lineWidth = 1;
+    for (const at of [from, to]) { pen.beginPath(); pen.moveTo(at, 4); pen.lineTo(at, 194); pen.stroke(); }
+    pen.fillStyle = colour("ink");
+    if (pen.measureText(text).width < to - from) pen.fillText(text, (from + to) / 2, 119);
+  });
+  const top = Math.max(.5, ...alignment.weights), bar = x(alignment.step);
+  pen.fillStyle = colour("fire");
+  alignment.weights.forEach((w, i) => { pen.globalAlpha = .35 + .65 * w / top; pen.fillRect(i * bar,
+    194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top); });
+  pen.globalAlpha = 1; pen.fillStyle = colour("soft"); pen.font = "11px system-ui, sans-serif";
+    pen.textAlign = "left";
+  const tick = [.1, .2, .5, 1, 2, 5, 10, 30].find(s => x(s) >= 56) || 60;
+  for (let k = 0; k * tick < duration; k++) { pen.fillRect(x(k * tick), 194, 1, 5);
+    if (x(k * tick) < width - 40) pen.fillText(+(k * tick).toFixed(1) + " s", x(k * tick) + 4, 208); }
+  pen.fillText("firing weights", 2, 141);
+}
+function follow() {
+  if (!shown) return;
+  const now = audio.currentTime;
+  $("head").style.left = 100 * Math.min(1, now / shown.duration) + "%";
+  $("play").textContent = audio.paused ? "Play" : "Pause";
+  document.querySelectorAll(".token").forEach(e => e.classList.toggle("now", !audio.paused
+    && now >= +e.dataset.start && now < +e.dataset.end));
+  if (!audio.paused) requestAnimationFrame(follow);
+}
+function playFrom(time) { audio.currentTime = time; audio.play().catch(() => {}); }
+audio.onplay = audio.onpause = audio.onseeked = audio.onended = follow;
+$("play").onclick = () => audio.paused ? audio.play().catch(() => {}) : audio.pause();
+$("strip").onclick = event => shown
+  && playFrom((event.clientX - $("strip").getBoundingClientRect().left) / $("strip").clientWidth * shown.duration);
+addEventListener("resize", draw);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+
+// ---- export ----
+function cues(tokens) {
+  const found = [];
+  for (const token of tokens) {
+    const last = found.at(-1), fresh = /^[▁ \u3040-\u9fff]/.test(token.token);
+    if (!last || fresh && (token.end - last.start > 7 || last.text.length > 80)) found.push({ start: token.start,
+      end: token.end, text: token.token });
+    else { last.end = token.end; last.text += token.token; }
+  }
+  return found.map(cue => ({ ...cue, text: cue.text.replaceAll("▁", " ").trim() })).filter(cue => cue.text);
+}
+const stamp = t => new Date(Math.round(t * 1000)).toISOString().slice(11, 23).replace(".", ",");
+const writers = {
+  txt: () => shown.text.trim() + "\n",
+  srt: () => cues(shown.tokens).map((c,
+    i) => `${i + 1}\n${stamp(c.start)} --> ${stamp(c.end)}\n${c.text}\n\n`).join(""),
+  json: () => JSON.stringify({ ...shown, samples: undefined }, null, 1) + "\n",
+};
+for (const button of document.querySelectorAll("[data-export]")) button.onclick = () => {
+  const link = document.createElement("a"), url = URL.createObjectURL(new Blob([writers[button.dataset.export]()]));
+  link.href = url; link.download = (shown.name.replace(/\.[^.]*$/, "") || "transcript") + "." + button.dataset.export;
+    link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+};
+
+// ---- input ----
+$("file").onchange = event => { const file = event.target.files[0]; if (file) recognise(file, file.name);
+  event.target.value = ""; };
+for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) addEventListener(kind, event => {
+  event.preventDefault();
+  $("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
+  const file = kind === "drop" && event.dataTransfer.files[0];
+  if (file) recognise(file, file.name);
+});
+$("ask").onsubmit = event => { event.preventDefault(); if (retry) retry(); };
+
+async function record() {
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const pieces = [], context = new AudioContext(), meter = context.createAnalyser(),
+    wave = new Uint8Array(meter.fftSize), begun = Date.now();
+  context.createMediaStreamSource(stream).connect(meter);
+  recorder = new MediaRecorder(stream);
+  recorder.ondataavailable = event => pieces.push(event.data);
+  recorder.onstop = () => {
+    stream.getTracks().forEach(track => track.stop()); context.close();
+    recorder = null; $("record").classList.remove("on"); $("record").textContent = "Record";
+      $("record").style.removeProperty("--level");
+    recognise(new Blob(pieces), "recording " + new Date(begun).toLocaleTimeString());
+  };
+  recorder.start(); $("record").classList.add("on");
+  (function level() {
+    if (!recorder) return;
+    meter.getByteTimeDomainData(wave);
+    $("record").style.setProperty("--level", Math.min(1, Math.max(...wave.map(v => Math.abs(v - 128))) / 64));
+    $("record").textContent = "Stop " + ((Date.now() - begun) / 1000).toFixed(0) + " s";
+    requestAnimationFrame(level);
+  })();
+}
+if (!navigator.mediaDevices || !window.MediaRecorder) { $("record").disabled = true;
+  $("hint").textContent += " Recording needs https or localhost."; }
+const deaf = error => fail("The microphone cannot be used: " + error.message);
+$("record").onclick = () => recorder ? recorder.stop() : record().catch(deaf);
+
+fetch("/health").then(async reply => {
+  const about = await reply.json();
+  $("state").textContent = `${about.model} on ${about.device}, ${about.sample_rate / 1000} kHz`;
+    $("state").classList.add(reply.ok ? "ok" : "bad");
+}).catch(() => { $("state").textContent = "the server does not answer"; $("state").classList.add("bad"); });
+</script>
+</body>
+</html>
+"""
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
