@@ -240,6 +240,13 @@ def _cross_errors(config: Config) -> Iterator[str]:
     for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
         if part.num_heads > 0 and part.hidden_dim % part.num_heads:
             yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
+        if part.kind in ("transformer", "conformer") and part.position == "sinusoidal" and part.hidden_dim % 2:
+            yield f"model.{name}.hidden_dim: wanted an even width for sinusoidal positions, got {part.hidden_dim}"
+    if config.model.encoder.kind == "sanm" and data.num_mels * data.lfr_m % 2:
+        yield f"data.num_mels: wanted num_mels x lfr_m even for kind sanm, got {data.num_mels} x {data.lfr_m}"
+    for name, wanted in (("unit", "char"), ("lfr_m", 1), ("lfr_n", 1)):
+        if data.kind == "toy" and getattr(data, name) != wanted:
+            yield f"data.{name}: wanted {wanted} for kind toy, got {getattr(data, name)}"
     if toy.max_symbols < toy.min_symbols:
         yield f"data.toy.max_symbols: wanted at least min_symbols {toy.min_symbols}, got {toy.max_symbols}"
     if toy.max_frames < 3 * toy.min_frames:
@@ -345,7 +352,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         match = re.fullmatch(r"--([^=]+)=(.*)", override)
         if not match:
             raise ValueError(f"{override}: wanted --section.key=value")
-        values = _value(match[2].strip(" "), override)
+        values = _value(match[2].strip(" "), override) if match[2].strip(" ") else ""
         for key in reversed(match[1].split(".")):
             values = {key: values}
         config = _merge(config, values, override, {})
@@ -470,7 +477,7 @@ def load_published(path: str | Path) -> Config:
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
-    check(replace(config, data=replace(config.data, kind="toy")), str(path))     # there are no manifests yet
+    check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # not known yet
     return config
 
 

@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -867,7 +868,10 @@ def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[
     folder = source / "recordings" if (source / "recordings").is_dir() else source
     pools: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}, "unseen_speaker": {}}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
-        _, speaker, index = path.stem.split("_")
+        name = re.fullmatch(r"\d_(.+)_(\d+)", path.stem)
+        if not name:
+            raise ValueError(f"{path}: wanted <digit>_<speaker>_<index>.wav")
+        speaker, index = name.groups()
         split = "test" if int(index) < 5 else "dev" if int(index) < 10 else "train"
         pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
     if hold_out and not pools["unseen_speaker"]:

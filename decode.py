@@ -281,7 +281,8 @@ def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
     title = f"{item.key}: {result.text}"
-    attention = attention_svg(title, found.attention[-1][0].mean(0), [t.token for t in result.tokens], seconds)
+    rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
+    attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
     data.write_atomic(folder / f"{name}.alignment.svg",
                       alignment_svg(title, item.feats, found.alpha[0], result, seconds, truth))
     data.write_atomic(folder / f"{name}.attention.svg", attention)
@@ -473,6 +474,8 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.inputs:
             return 0
     dataset = open_inputs(system, arguments.inputs)
+    if arguments.output:
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     if arguments.plot:
         Path(arguments.plot).mkdir(parents=True, exist_ok=True)
     started, seconds, failed, tally = time.perf_counter(), 0.0, 0, Tally()
@@ -487,7 +490,8 @@ def run(arguments: argparse.Namespace) -> int:
         spoken += [i] if len(item.feats) else []
         tally = tally.with_utterance(system, item.text, result) if item.text else tally
     spent = time.perf_counter() - started
-    print("\n".join(texts[i] for i in sorted(texts)))
+    if texts:
+        print("\n".join(texts[i] for i in sorted(texts)))
     if arguments.output:
         data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
     for i in sorted(spoken) if arguments.plot else ():

@@ -121,6 +121,7 @@ class SanmEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
+        feats = hide_padding(feats, lens, leak)  # what pads may hold anything
         mask = padding_mask(lens, feats.shape[1])[:, None, :]
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, weights = self.first(x, mask, need_weights)
@@ -167,6 +168,7 @@ class RelativeConformerEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward; fewer than 7 frames give none."""
         check_feats(feats, lens, self.input_dim)
+        feats = hide_padding(feats, lens, leak)  # what pads may hold anything
         with full_precision(feats, self.training):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens

@@ -3422,7 +3422,7 @@ def test_queue_takes_all_of_a_request_or_none():
 
 # ---- serve.py: formats ----
 
-TOKENS = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
+SPOKEN = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
 
 
@@ -3430,7 +3430,7 @@ TOKENS = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9,
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
-        return serve.openai_response(choice, "one two six", TOKENS, 62.0, "").body.decode()
+        return serve.openai_response(choice, "one two six", SPOKEN, 62.0, "").body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
     assert body(format="text") == "one two six\n"

@@ -5,7 +5,7 @@ Reading order: decisions (pure functions: learning rate, best, stop), one optimi
 Needs torch, config.py, tokenizer.py, data.py and model.py.
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
-checkpoints/{best,latest}.pt; runs/latest points at the newest. Every file is replaced whole, never written in place.
+checkpoints/{best,latest}.pt; runs/latest points at the newest. Every file is replaced whole but train.log, which grows.
 All randomness comes from (training.seed, epoch, index) or from torch's generators, whose states are in the checkpoint,
 so on a CPU a resumed run repeats the uninterrupted one bit for bit.
 Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,8 @@ from torch.optim.swa_utils import AveragedModel
 import config as configs
 import data
 from model import build, load_published, load_weights, read_checkpoint
-from tokenizer import BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, word_errors
+from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, token_accuracy,
+                       word_errors)
 
 # ---- decisions ----
 
@@ -121,6 +122,7 @@ def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options) -> Step:
     """One forward, backward and update at this learning rate; a loss or gradient that is not finite updates nothing."""
     device = next(model.parameters()).device
+    buffers = [buffer.clone() for buffer in model.buffers()]
     with autocast(options.precision, device):
         sums, tokens = model(*to_device(batch, device))
     optimizer.zero_grad(set_to_none=True)
@@ -131,6 +133,9 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+    else:  # a BatchNorm has taken the batch into its statistics already
+        for buffer, old in zip(model.buffers(), buffers):
+            buffer.copy_(old)
     return Step({name: value.item() for name, value in sums.items()}, int(tokens), grad_norm.item(), finite)
 
 
@@ -138,7 +143,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
 
 
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references: every figure by alignment, none with the true length."""
+    """Free-running greedy decoding against the references: every figure by alignment, none with the true length.
+
+    Raises ValueError if no utterance is left to evaluate on.
+    """
     token_counts = char_counts = word_counts = Counts()
     right = same_length = total = 0
     device = next(model.parameters()).device
@@ -156,7 +164,9 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             word_counts += word_errors(text, decode(hyp))
             right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
     model.train()
-    return {"token_accuracy": max(0.0, 1 - token_counts.rate), "sequence_accuracy": right / max(1, total),
+    if not total:
+        raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
+    return {"token_accuracy": token_accuracy(token_counts), "sequence_accuracy": right / max(1, total),
             "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate}
 
 
@@ -170,16 +180,19 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def table(history: Sequence[dict]) -> str:
-    """results.csv: a row per epoch, the columns of the first row."""
+    """results.csv: a row per epoch, a column per figure."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(history[0]), lineterminator="\n")
+    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
+    writer = csv.DictWriter(out, fieldnames=names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return out.getvalue()
 
 
 def write_reports(run: Path, history: Sequence[dict]) -> None:
-    data.write_atomic(run / "metrics.json", json.dumps(history, indent=1) + "\n")
+    known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
+    rows = [{name: known(value) for name, value in row.items()} for row in history]
+    data.write_atomic(run / "metrics.json", json.dumps(rows, indent=1) + "\n")
     data.write_atomic(run / "results.csv", table(history))
     data.write_atomic(run / "curves.svg", curves_svg(history))
 
@@ -201,8 +214,8 @@ def new_run(root: Path, name: str) -> Path:
 
 
 def say(run: Path, line: str) -> None:
-    """Print a line and append it to train.log."""
-    print(line, flush=True)
+    """Print a line, over the progress line on a terminal, and append it to train.log."""
+    print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
     with open(run / "train.log", "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
@@ -249,16 +262,17 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
 
 def curves_svg(history: Sequence[dict]) -> str:
     """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
-    names = [n for n in history[0] if n.startswith("loss")]
-    rates = [n for n in history[0] if n.endswith("accuracy")]
-    pick = lambda keys: {key: [row[key] for row in history] for key in keys}
+    names = list(dict.fromkeys(n for row in history for n in row))
+    losses, rates = [n for n in names if n.startswith("loss")], [n for n in names if n.endswith("accuracy")]
+    pick = lambda keys: {key: [row.get(key, math.nan) for row in history] for key in keys}
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 540" width="720" height="540"><style>{SVG_STYLE}'
-            f'</style>{panel_svg("training loss by epoch", pick(names), 0, True)}'
+            f'</style>{panel_svg("training loss by epoch", pick(losses), 0, True)}'
             f'{panel_svg("accuracy on dev by epoch", pick(rates), 270, False)}</svg>\n')
 
 
 # ---- the system that is trained ----
 
+RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "random")
 STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
@@ -417,14 +431,21 @@ class TrainingDiverged(RuntimeError):
     """Several non-finite steps in a row; the message names the batch."""
 
 
+def named(run: Path, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+    """The same batches; every recording that they had to skip is named in the log."""
+    for batch in batches:
+        for skip in batch.skipped:
+            say(run, f"skipped {skip.key}: {skip.reason}")
+        yield batch
+
+
 def train_epoch(run: Path, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with checkpoints every training.checkpoint_steps."""
     training = system.config.training
     batches = epoch_batches(system, progress.epoch)
     shown, first, began, started = time.monotonic(), progress.batch, time.monotonic(), time.monotonic()
-    for batch in data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, progress.batch):
-        for skip in batch.skipped:
-            say(run, f"skipped {skip.key}: {skip.reason}")
+    loader = data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, progress.batch)
+    for batch in named(run, loader):
         rate = learning_rate(progress.step, total_steps, training)
         step = train_step(system.model, system.optimizer, batch, rate, training) if batch.keys else EMPTY_STEP
         if system.average is not None and step.finite:
@@ -445,7 +466,7 @@ def train_epoch(run: Path, system: System, progress: Progress, history: list[dic
             show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                           f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
                           f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
-                          f"left {clock((total_steps - progress.step) / speed)}")
+                          f"left {clock(max(0, total_steps - progress.step) / speed)}")
     return progress
 
 
@@ -463,22 +484,25 @@ def fit(run: Path, system: System, progress: Progress, history: list[dict]) -> l
     """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
+    if not total_steps:
+        raise ValueError("data.train: wanted utterances to learn from, got none")
     dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
         model = system.model if system.average is None else system.average.module
-        figures = evaluate(model, data.loader(system.dev_set, dev), system.tokenizer.decode)
+        figures = evaluate(model, named(run, data.loader(system.dev_set, dev)), system.tokenizer.decode)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         state = checkpoint_state(system, progress, history)
-        save_checkpoint(run / "checkpoints/latest.pt", state)
         if best_row(history) is history[-1]:
             save_checkpoint(run / "checkpoints/best.pt", state)
         write_reports(run, history)
-        show_progress("") if sys.stdout.isatty() else None
+        save_checkpoint(run / "checkpoints/latest.pt", state)  # last: a run killed before it repeats this epoch
+        if len(history) == 1:
+            say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
         say(run, report(history[-1], training.num_epochs))
     say(run, reason)
     return history
@@ -509,12 +533,15 @@ def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Path, Sy
         run = Path(arguments.resume).resolve()
         path = run / "checkpoints/latest.pt"
         state = read_checkpoint(path)
+        if missing := [key for key in RESUME_KEYS if key not in state]:
+            raise ValueError(f"{path}: wanted a checkpoint to resume, got one without {', '.join(missing)}")
         system = make_system(configs.from_dict(state["config"], str(path)), state, str(path))
         return run, system, Progress(**state["progress"]), state["history"]
     config = configs.load(arguments.config, overrides)
     system = make_system(config)
     run = new_run(Path(arguments.runs), Path(arguments.config).stem)
     data.write_atomic(run / "config.yaml", configs.dump(system.config))
+    save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, Progress(), []))  # to resume from, at once
     return run, system, Progress(), []
 
 
@@ -533,6 +560,9 @@ def main(argv: Sequence[str]) -> int:
     except TrainingDiverged as error:
         say(run, f"stopped: {error}; {run / 'checkpoints/latest.pt'} is the last good state")
         return 1
+    except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
+        print(f"train.py: {error}; {run / 'checkpoints/latest.pt'} is the last good state", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         say(run, f"\ninterrupted; go on with: python train.py --resume {run}")
         return 130
