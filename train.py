@@ -247,7 +247,7 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
         v = low + (high - low) * k / 4
         level = top + 30 + height * (1 - k / 4)
         parts.append(f'<path class="grid" d="M{left} {level:.1f}h{width}"/><text x="{left - 6}" y="{level + 4:.1f}" '
-                     f'text-anchor="end">{10 ** v if log_scale else v:.3g}</text>')
+                     f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>')
     for i in sorted({0, (epochs - 1) // 2, epochs - 1}):
         parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
     for n, (name, line) in enumerate(series.items()):
