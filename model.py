@@ -68,7 +68,7 @@ class Subsampling(nn.Module):
         check_shape("x", x, "B", "T", self.convolutions[0].in_channels)
         check_shape("lens", lens, x.shape[0])
         for convolution in self.convolutions:
-            x = x.masked_fill(~padding_mask(lens, x.shape[1])[:, :, None], 0.0)  # what pads may hold anything
+            x = hide_padding(x, lens, leak=False)  # what pads may hold anything
             x = F.gelu(convolution(x.transpose(1, 2)).transpose(1, 2))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
@@ -580,8 +580,7 @@ class Paraformer(nn.Module):
         feats (B,T,F), feat_lens (B,) -> Hypotheses. A count of zero gives an utterance without tokens.
         Raises ValueError naming the utterances whose features are not finite.
         """
-        check_shape("feats", feats, "B", "T", self.encoder.input_dim)
-        check_lens("feat_lens", feat_lens, *feats.shape[:2])
+        check_feats(feats, feat_lens, self.encoder.input_dim)
         real = padding_mask(feat_lens, feats.shape[1])[:, :, None]
         bad = (~feats.isfinite() & real).flatten(1).any(1)
         if bad.any():
