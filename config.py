@@ -82,6 +82,8 @@ class ModelConfig:
     label_smoothing: float = 0.1         # share of the target spread over all tokens, [0, 1)
     quantity_weight: float = 0.1         # weight of the token count loss, 0 or more; 1 drowns the rest at the start
     ctc_weight: float = 0.3              # weight of the CTC loss, [0, 1), cross-entropy has the rest; 0 = no head
+    mwer_weight: float = 0.0             # weight of the expected number of token errors, 0 or more; 0 = not trained on
+    mwer_samples: int = 4                # candidates that it is expected over: the best and random others, 2 or more
     end_token: bool = False              # every utterance ends with <eos>, which takes a firing of its own
     loss_unit: str = "token"             # the losses are means over: token | utterance
     share_embedding: bool = False        # the sampler takes true embeddings from the decoder's output matrix
@@ -171,7 +173,8 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
     "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps"""),
-    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
+    "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
+    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight mwer_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
         weight_decay seed checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
         timing_noise attention_layers"""),
@@ -195,10 +198,10 @@ CHOICES = {
 
 
 UNUSED = {  # what a model has no use for, and what must then have its default
-    "transformer": """predictor decoder.kind sampling_ratio quantity_weight end_token share_embedding place_embedding
-        padding_leaks""",
-    "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight end_token share_embedding
-        place_embedding padding_leaks""",
+    "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
+        share_embedding place_embedding padding_leaks""",
+    "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
+        end_token share_embedding place_embedding padding_leaks""",
 }
 
 
@@ -534,7 +537,8 @@ def dump_published(config: Config) -> str:
     Raises ValueError for a model that FunASR has no classes for.
     """
     model, width = config.model, 4 * config.model.encoder.hidden_dim
-    for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
+    for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),
+                          ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
             raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
     encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)

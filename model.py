@@ -469,6 +469,39 @@ def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
     return F.ctc_loss(log_p, tokens, lens, token_lens, blank=BLANK, reduction="sum", zero_infinity=True)
 
 
+MASKED_SHARE = 0.2  # of the positions of a random candidate, where it may not take the best token
+
+
+def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tensor) -> Tensor:
+    """Fewest substitutions, insertions and deletions: hyps (N,U), refs (N,R), lens (N,) -> (N,) int64."""
+    place = torch.arange(refs.shape[1] + 1, device=refs.device)
+    row = place.expand(len(refs), -1)  # distance of each beginning of the reference to no words
+    for u in range(hyps.shape[1]):
+        best = torch.minimum(row[:, 1:] + 1, row[:, :-1] + (hyps[:, u, None] != refs))
+        best = torch.cat((row[:, :1] + 1, best), 1)
+        best = (best - place).cummin(1).values + place  # and words of the reference left out, as many as it takes
+        row = torch.where((u < hyp_lens)[:, None], best, row)
+    return row.gather(1, ref_lens[:, None])[:, 0]
+
+
+def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Tensor:
+    """Expected number of token errors above the candidates' mean, summed over utterances.
+
+    logits (B,U,V), tokens (B,U), lens (B,), masked (B,N,U) bool: where candidate n takes the second best token, as the
+    best is masked; candidate 0 takes the best everywhere -> scalar. sum_n P_n (errors_n - mean errors), P normalised
+    over the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
+    """
+    (B, N, U), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
+    check_shape("logits", logits, *tokens.shape, "V")
+    two, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2)
+    second = masked & (torch.arange(N, device=masked.device) > 0)[:, None]
+    chosen = torch.where(second, ids[:, None, :, 1], ids[:, None, :, 0])  # (B,N,U)
+    log_prob = (torch.where(second, two[:, None, :, 1], two[:, None, :, 0]) * real).sum(-1)  # (B,N)
+    copies = tokens.repeat_interleave(N, 0), lens.repeat_interleave(N)
+    errors = edit_distances(chosen.flatten(0, 1), copies[1], *copies).view(B, N).to(log_prob)
+    return (log_prob.softmax(1) * (errors - errors.mean(1, keepdim=True))).sum()
+
+
 def divisor(token_lens: Tensor, unit: str) -> Tensor:
     """What the sums are divided by, a scalar: the tokens of token_lens (B,), or by unit `utterance` B."""
     return token_lens.sum() if unit == "token" else torch.tensor(len(token_lens), device=token_lens.device)
@@ -563,6 +596,9 @@ class Paraformer(nn.Module):
         logits, _ = self.decoder(mixed, token_lens, hidden, hidden_lens)
         sums = {"ce": cross_entropy_sum(logits, tokens, token_lens, self.options.label_smoothing),
                 "quantity": (alpha.sum(1) - token_lens).abs().sum()}
+        if self.options.mwer_weight:
+            masked = torch.rand(len(tokens), self.options.mwer_samples, tokens.shape[1], device=tokens.device)
+            sums["mwer"] = mwer_sum(logits, tokens, token_lens, masked < MASKED_SHARE)
         if self.ctc is not None:
             sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, *words)
         if self.timing is not None:
@@ -586,10 +622,12 @@ class Paraformer(nn.Module):
         return x * math.sqrt(x.shape[-1]) + sinusoids(*x.shape[1:]).to(x)
 
     def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add `loss` = (1 - w) ce + quantity_weight (quantity + timing / 2) + w ctc, with w = ctc_weight."""
+        """Add `loss` = (1 - w) ce + quantity_weight (quantity + timing / 2) + w ctc + mwer_weight mwer, where w is
+        ctc_weight."""
         w = self.options.ctc_weight
         quantity = sums["quantity"] + 0.5 * sums.get("timing", 0.0)
         loss = (1 - w) * sums["ce"] + self.options.quantity_weight * quantity + w * sums.get("ctc", 0.0)
+        loss = loss + self.options.mwer_weight * sums.get("mwer", 0.0)
         return {"loss": loss, **sums}
 
     def count(self, alpha: Tensor) -> Tensor:

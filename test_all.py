@@ -1742,6 +1742,48 @@ def test_the_loss_is_the_weighted_total_of_its_parts(weight):
     assert_same(sums["loss"], (1 - weight) * sums["ce"] + 2 * sums["quantity"] + weight * ctc, 1e-6)
 
 
+# C69
+def test_edit_distances_equal_the_alignments_of_the_tokenizer():
+    rng = torch.Generator().manual_seed(0)
+    hyps, refs = torch.randint(1, 4, (200, 6), generator=rng), torch.randint(1, 4, (200, 5), generator=rng)
+    hyp_lens, ref_lens = torch.randint(0, 7, (200,), generator=rng), torch.randint(0, 6, (200,), generator=rng)
+    wanted = [count_errors(refs[i, :ref_lens[i]].tolist(), hyps[i, :hyp_lens[i]].tolist()).errors for i in range(200)]
+    assert model.edit_distances(hyps, hyp_lens, refs, ref_lens).tolist() == wanted
+
+
+# C69
+def test_minimum_word_error_rate_on_planted_candidates():
+    """The text is 1 2 of ids 0 1 2; the model prefers 2 to 1 at the first place, by p to q, and 2 to 0 at the second."""
+    p, q, r, s = 0.6, 0.3, 0.8, 0.15
+    logits = torch.tensor([[[1 - p - q, q, p], [s, 1 - r - s, r], [0.5, 0.3, 0.2]], [[0.9, 0.05, 0.05]] * 3]).log()
+    logits.requires_grad_()
+    masked = torch.tensor([[True, True, True], [True, False, True], [False, True, False]]).expand(2, 3, 3)
+    tokens, lens = torch.tensor([[1, 2, 0], [0, 0, 0]]), ints(2, 0)
+    weights, errors = [p * r, q * r, p * s], [1, 0, 2]  # 2 2, 1 2, 2 0; what pads and candidate 0 are never masked
+    wanted = sum(w * (e - 1) for w, e in zip(weights, errors)) / sum(weights)
+    loss = model.mwer_sum(logits, tokens, lens, masked)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    step = -logits.grad[0, :2]
+    assert step[0, 1] > 0 > step[0, 2] and step[1, 2] > 0 > step[1, 0]  # down the gradient the true tokens win
+    assert not logits.grad[1].any() and not logits.grad[0, 2].any()
+
+
+# C69
+def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model():
+    with_it, batch = tiny(mwer_weight=2.0, mwer_samples=16), ragged(5)
+    torch.manual_seed(7)
+    order = torch.rand(4, 5)
+    sums, _ = with_it(*batch, order)
+    plain, _ = tiny()(*batch, order)
+    assert "mwer" not in plain and sums["mwer"].item() != 0
+    assert_same(sums["loss"], plain["loss"] + 2 * sums["mwer"], 1e-5)
+    ours = config.Config(model=config.ModelConfig(mwer_weight=2.0, mwer_samples=3))
+    theirs = config.Config(model=config.ModelConfig(sampling_ratio=0.25))
+    merged = train.with_model(ours, theirs).model
+    assert (merged.mwer_weight, merged.mwer_samples, merged.sampling_ratio) == (2.0, 3, 0.25)
+
+
 # ---- model: edges ----
 
 

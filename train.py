@@ -304,9 +304,10 @@ def measure_stats(dataset) -> Tensor:
 
 
 def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
-    """config with the model and the front end of another one; its data, augmentation and training stay."""
+    """config with the model and the front end of another one; its data, augmentation, training and mwer stay."""
     front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
-    return replace(config, model=other.model, data=replace(config.data, **front))
+    mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
+    return replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
 
 
 class Origin(NamedTuple):
@@ -406,7 +407,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float) -> dict[str, floa
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in ("ce", "quantity", "timing", "ctc") if name in totals]
+    names = [name for name in ("ce", "quantity", "timing", "ctc", "mwer") if name in totals]
     tokens = max(1.0, totals.get("tokens", 0.0))
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
             "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
