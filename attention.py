@@ -1,7 +1,8 @@
-"""Attention, feed-forward and position modules, and the two blocks that are built from them.
+"""Attention, feed-forward and position modules, the blocks that are built from them, and pictures of what they saw.
 
-Reading order: masks and checks, positions, attention (plain, relative, with a sequence memory), FeedForward, blocks.
-Needs torch alone; nothing of this project is imported, so the file can be copied as it is.
+Reading order: masks and checks, positions, attention (plain, relative, with a sequence memory), FeedForward, blocks,
+pictures.
+Needs torch and numpy; nothing of this project is imported, so the file can be copied as it is.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
 Masks are bool, True = real (may be seen), and are made by `padding_mask` and `causal_mask` only:
@@ -13,9 +14,15 @@ Masks are bool, True = real (may be seen), and are made by `padding_mask` and `c
 Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
 al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
 """
+import base64
 import contextlib
+import html
 import math
+import struct
+import zlib
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -472,3 +479,94 @@ class SanmDecoderBlock(nn.Module):
             return x, None
         out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
         return x + self.dropout(out), weights
+
+
+# ---- pictures ----
+
+PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to bright, as viridis
+SVG_STYLE = ("text{font:12px sans-serif;fill:#333} path{fill:none} .axis{stroke:#888}"
+             " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-dasharray:3 3}"
+             " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5}"
+             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
+LEFT, WIDTH = 90, 900  # pixels: of the plots within the picture
+
+
+def heat_map(values: np.ndarray) -> str:
+    """values (rows, columns), row 0 at the top, smallest dark and largest bright -> a PNG as a data: URI."""
+    low, high = float(values.min()), float(values.max())
+    levels = np.rint((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
+    colours = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*PALETTE)], 1)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], 8, 3, 0, 0, 0)),  # 8 bits a pixel, by palette
+              (b"PLTE", np.rint(colours).astype(np.uint8).tobytes()),
+              (b"IDAT", zlib.compress(np.pad(levels, ((0, 0), (1, 0))).tobytes())),  # filter type 0 before each row
+              (b"IEND", b"")]
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def picture(title: str, height: int, body: Sequence[str]) -> str:
+    """An SVG document with a title line, readable on light and dark ground."""
+    width = LEFT + WIDTH + 20
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+            f'<style>{SVG_STYLE}</style><text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>'
+            f'{"".join(body)}</svg>\n')
+
+
+def image_svg(values: np.ndarray, y: float, height: float) -> str:
+    return (f'<image x="{LEFT}" y="{y}" width="{WIDTH}" height="{height}" preserveAspectRatio="none" '
+            f'style="image-rendering:pixelated" href="{heat_map(values)}"/>')
+
+
+def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape("␣" if text == " " else text)}</text>'
+
+
+def time_axis(seconds: float, y: float) -> str:
+    """A line under the plots with about ten labelled ticks."""
+    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if seconds / s <= 12 or s == 3600)
+    ticks = [(LEFT + WIDTH * k * step / seconds, f"{k * step:.4g}") for k in range(int(seconds / step) + 1)]
+    marks = "".join(f'<path class="axis" d="M{x:.1f} {y}v5"/>{label_svg(x, y + 19, label)}' for x, label in ticks)
+    return f'<path class="axis" d="M{LEFT} {y}h{WIDTH}"/>{marks}{label_svg(LEFT + WIDTH, y + 34, "seconds", "end")}'
+
+
+def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
+    """The weights alpha (L,) as bars and their running sum as a line, both from `bottom` up."""
+    frame, total = WIDTH / len(alpha), alpha.cumsum(0)
+    width, full = max(frame - 0.5, 0.5), max(1.0, float(total[-1]))
+    bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
+    body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
+            for x, h in bars if h > 0.1]
+    heights = (height * total / full).tolist()
+    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - h:.1f}" for i, h in enumerate(heights))
+    return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
+                   label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
+                   label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
+
+
+def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[tuple[str, float, float]], seconds: float,
+                  truth: Tensor | None = None) -> str:
+    """The features (T,F) with the tokens (text, start and end in seconds) and their boundaries over them, and below
+    them the firing weights alpha (L,) with their running sum; `truth` (U+1,) are true boundaries, drawn dashed."""
+    x = lambda t: LEFT + WIDTH * t / seconds
+    edges = [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]
+    lines = 1 if len(tokens) < 60 else 3  # labels of many tokens stand on three lines
+    body = [image_svg(feats.T.flip(0).numpy(), 70, 200), label_svg(LEFT - 8, 170, "features", "end")]
+    body += [f'<path class="true" d="M{x(t):.1f} 70v200"/>' for t in ([] if truth is None else truth.tolist())]
+    body += [f'<path class="fire" d="M{x(t):.1f} 60v340"/>' for t in edges]
+    body += [label_svg(x((start + end) / 2), 55 - 11 * (i % lines), text)
+             for i, (text, start, end) in enumerate(tokens)]
+    return picture(title, 444, body + firing_svg(alpha, 400, 110) + [time_axis(seconds, 402)])
+
+
+def attention_svg(title: str, weights: Tensor, tokens: Sequence[str], seconds: float) -> str:
+    """Attention weights (U,L) of the tokens over the encoder frames, a row per token."""
+    height = max(60, min(22 * len(tokens), 16 * 60))
+    row = height / max(1, len(tokens))
+    every = max(1, round(13 / row))  # labels that would overlap are left out
+    body = [image_svg(weights.numpy(), 34, height)] if weights.numel() else []
+    body += [label_svg(LEFT - 8, 38 + (i + 0.5) * row, tokens[i], "end") for i in range(0, len(tokens), every)]
+    return picture(title, int(height) + 76, body + [time_axis(seconds, 36 + height)])

@@ -10,19 +10,15 @@
 Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments.
 Reading order: load_system, transcribe (all that serving needs), pictures, the report, exports, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
-import base64
-import html
 import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +29,7 @@ from torch import Tensor, nn
 
 import config as configs
 import data
+from attention import alignment_svg, attention_svg
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
                        join_words, spell_words, token_accuracy, word_errors)
@@ -184,94 +181,6 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
 
 # ---- pictures ----
 
-PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to bright, as viridis
-SVG_STYLE = ("text{font:12px sans-serif;fill:#333} path{fill:none} .axis{stroke:#888}"
-             " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-dasharray:3 3}"
-             " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5}"
-             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
-LEFT, WIDTH = 90, 900  # pixels: of the plots within the picture
-
-
-def heat_map(values: np.ndarray) -> str:
-    """values (rows, columns), row 0 at the top, smallest dark and largest bright -> a PNG as a data: URI."""
-    low, high = float(values.min()), float(values.max())
-    levels = np.rint((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
-    colours = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*PALETTE)], 1)
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], 8, 3, 0, 0, 0)),  # 8 bits a pixel, by palette
-              (b"PLTE", np.rint(colours).astype(np.uint8).tobytes()),
-              (b"IDAT", zlib.compress(np.pad(levels, ((0, 0), (1, 0))).tobytes())),  # filter type 0 before each row
-              (b"IEND", b"")]
-    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def picture(title: str, height: int, body: Sequence[str]) -> str:
-    """An SVG document with a title line, readable on light and dark ground."""
-    width = LEFT + WIDTH + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f'<style>{SVG_STYLE}</style><text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>'
-            f'{"".join(body)}</svg>\n')
-
-
-def image_svg(values: np.ndarray, y: float, height: float) -> str:
-    return (f'<image x="{LEFT}" y="{y}" width="{WIDTH}" height="{height}" preserveAspectRatio="none" '
-            f'style="image-rendering:pixelated" href="{heat_map(values)}"/>')
-
-
-def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape("␣" if text == " " else text)}</text>'
-
-
-def time_axis(seconds: float, y: float) -> str:
-    """A line under the plots with about ten labelled ticks."""
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if seconds / s <= 12 or s == 3600)
-    ticks = [(LEFT + WIDTH * k * step / seconds, f"{k * step:.4g}") for k in range(int(seconds / step) + 1)]
-    marks = "".join(f'<path class="axis" d="M{x:.1f} {y}v5"/>{label_svg(x, y + 19, label)}' for x, label in ticks)
-    return f'<path class="axis" d="M{LEFT} {y}h{WIDTH}"/>{marks}{label_svg(LEFT + WIDTH, y + 34, "seconds", "end")}'
-
-
-def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
-    """The weights alpha (L,) as bars and their running sum as a line, both from `bottom` up."""
-    frame, total = WIDTH / len(alpha), alpha.cumsum(0)
-    width, full = max(frame - 0.5, 0.5), max(1.0, float(total[-1]))
-    bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
-    body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
-            for x, h in bars if h > 0.1]
-    heights = (height * total / full).tolist()
-    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - h:.1f}" for i, h in enumerate(heights))
-    return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
-                   label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
-                   label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
-
-
-def alignment_svg(title: str, feats: Tensor, alpha: Tensor, result: Result, seconds: float,
-                  truth: Tensor | None = None) -> str:
-    """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
-    with their running sum; `truth` (U+1,) are true boundaries in seconds, drawn dashed."""
-    x = lambda t: LEFT + WIDTH * t / seconds
-    edges = [token.start for token in result.tokens] + [token.end for token in result.tokens[-1:]]
-    lines = 1 if len(result.tokens) < 60 else 3  # labels of many tokens stand on three lines
-    body = [image_svg(feats.T.flip(0).numpy(), 70, 200), label_svg(LEFT - 8, 170, "features", "end")]
-    body += [f'<path class="true" d="M{x(t):.1f} 70v200"/>' for t in ([] if truth is None else truth.tolist())]
-    body += [f'<path class="fire" d="M{x(t):.1f} 60v340"/>' for t in edges]
-    body += [label_svg(x((token.start + token.end) / 2), 55 - 11 * (i % lines), token.token)
-             for i, token in enumerate(result.tokens)]
-    return picture(title, 444, body + firing_svg(alpha, 400, 110) + [time_axis(seconds, 402)])
-
-
-def attention_svg(title: str, weights: Tensor, tokens: Sequence[str], seconds: float) -> str:
-    """Attention weights (U,L) of the tokens over the encoder frames, a row per token."""
-    height = max(60, min(22 * len(tokens), 16 * 60))
-    row = height / max(1, len(tokens))
-    every = max(1, round(13 / row))  # labels that would overlap are left out
-    body = [image_svg(weights.numpy(), 34, height)] if weights.numel() else []
-    body += [label_svg(LEFT - 8, 38 + (i + 0.5) * row, tokens[i], "end") for i in range(0, len(tokens), every)]
-    return picture(title, int(height) + 76, body + [time_axis(seconds, 36 + height)])
-
 
 def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
     """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
@@ -280,11 +189,11 @@ def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
     seconds = len(item.feats) * frame_sec
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    title = f"{item.key}: {result.text}"
+    title, spans = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
     rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
     attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
     data.write_atomic(folder / f"{name}.alignment.svg",
-                      alignment_svg(title, item.feats, found.alpha[0], result, seconds, truth))
+                      alignment_svg(title, item.feats, found.alpha[0], spans, seconds, truth))
     data.write_atomic(folder / f"{name}.attention.svg", attention)
 
 

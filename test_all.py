@@ -1446,6 +1446,37 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
     assert message in str(error.value)
 
 
+# ---- attention: pictures ----
+
+def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
+    values = np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
+    raw = base64.b64decode(attention.heat_map(values).split(",")[1])
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(raw):
+        size, name = struct.unpack(">I4s", raw[at:at + 8])
+        body = raw[at + 8:at + 8 + size]
+        assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
+        chunks[name], at = body, at + 12 + size
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
+    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
+    assert chunks[b"PLTE"][:3] == bytes(attention.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(attention.PALETTE[-1])
+
+
+def test_pictures_are_well_formed_and_stand_where_the_times_say():
+    tokens = [("<我", 0.5, 1.0), (" ", 1.0, 1.5)]
+    svg = attention.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), tokens, 2.0)
+    root = ElementTree.fromstring(svg)
+    fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
+    assert [float(d[1:].split()[0]) for d in fires] == [attention.LEFT + attention.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert texts[0] == "a <b> & c" and "<我" in texts and "␣" in texts
+    crowd = ElementTree.fromstring(attention.attention_svg("x", torch.rand(200, 50), ["w"] * 200, 60.0))
+    rows = [float(e.get("y")) for e in crowd.iter() if e.text == "w"]
+    assert min(b - a for a, b in zip(rows, rows[1:])) >= 12 and len(rows) > 40
+    ElementTree.fromstring(attention.attention_svg("no tokens", torch.zeros(0, 50), [], 1.0))
+
+
 # ---- model: small models and batches ----
 
 
@@ -2267,35 +2298,6 @@ def test_bad_decoding_arguments_exit_with_2(arguments):
 
 
 # ---- decode: pictures ----
-
-def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
-    values = np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
-    raw = base64.b64decode(decode.heat_map(values).split(",")[1])
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = {}, 8
-    while at < len(raw):
-        size, name = struct.unpack(">I4s", raw[at:at + 8])
-        body = raw[at + 8:at + 8 + size]
-        assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
-        chunks[name], at = body, at + 12 + size
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
-    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
-    assert chunks[b"PLTE"][:3] == bytes(decode.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(decode.PALETTE[-1])
-
-
-def test_pictures_are_well_formed_and_stand_where_the_times_say():
-    tokens = [decode.Token("<我", 5, 1.0, 0.5, 1.0), decode.Token(" ", 4, 1.0, 1.0, 1.5)]
-    svg = decode.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), decode.Result("我", 1.0, tokens, []), 2.0)
-    root = ElementTree.fromstring(svg)
-    fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
-    assert [float(d[1:].split()[0]) for d in fires] == [decode.LEFT + decode.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
-    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert texts[0] == "a <b> & c" and "<我" in texts and "␣" in texts
-    crowd = ElementTree.fromstring(decode.attention_svg("x", torch.rand(200, 50), ["w"] * 200, 60.0))
-    rows = [float(e.get("y")) for e in crowd.iter() if e.text == "w"]
-    assert min(b - a for a, b in zip(rows, rows[1:])) >= 12 and len(rows) > 40
-    ElementTree.fromstring(decode.attention_svg("no tokens", torch.zeros(0, 50), [], 1.0))
-
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(tmp_path, capsys):
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
@@ -3886,7 +3888,8 @@ def test_page_asks_for_the_key(browser, monkeypatch):
 # ---- the project: layout, ladder, documents ----
 
 LADDER = {"config": set(), "tokenizer": set(), "data": set(), "attention": set(), "model": {"attention"},
-          "train": {"config", "tokenizer", "data", "model"}, "decode": {"config", "tokenizer", "data", "model"},
+          "train": {"config", "tokenizer", "data", "attention", "model"},
+          "decode": {"config", "tokenizer", "data", "attention", "model"},
           "serve": {"config", "tokenizer", "data", "model", "decode"}}
 FILES = [name for name in LADDER if (HERE / f"{name}.py").exists()]
 
