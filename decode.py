@@ -13,8 +13,11 @@ Reading order: load_system, transcribe (all that serving needs), pictures, the r
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
+import html
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +34,8 @@ import config as configs
 import data
 from attention import alignment_svg, attention_svg
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
-                       join_words, spell_words, token_accuracy, word_errors)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, char_errors,
+                       count_errors, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
@@ -89,11 +92,19 @@ class Token(NamedTuple):
     end: float
 
 
+class Word(NamedTuple):
+    text: str
+    start: float
+    end: float
+    confidence: float  # as of a Result, of its own tokens
+    spaced: bool = True  # a space stands between it and the word before it
+
+
 class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
-    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+    words: list[Word]  # what spaces separate, and every ideograph
 
 
 FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
@@ -141,6 +152,52 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
+def log_prob(token: Token) -> float:
+    return math.log(max(token.confidence, 5e-5))  # confidences are rounded to 4 digits
+
+
+def mean_confidence(tokens: Sequence[Token]) -> float:
+    """exp(mean log p), 0 without tokens."""
+    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+
+
+def is_ideograph(text: str) -> bool:
+    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
+
+
+def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
+    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
+    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
+    space = True
+    for token in tokens:
+        if unit == "char" and token.token == " ":
+            space = True
+            continue
+        apart = unit == "word" or is_ideograph(token.token) or groups and is_ideograph(groups[-1][1][-1].token)
+        if space or apart:
+            groups.append((space or unit == "word", []))
+        groups[-1][1].append(token)
+        space = False
+    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
+            for spaced, group in groups]
+
+
+def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
+    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
+    spaced = [True, *(all_spaced or a.kind == "word" and b.kind != "han" for a, b in zip(spelled, spelled[1:]))]
+    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
+    words, end = [], 0
+    for word, gap in zip(spelled, spaced):
+        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, not lossless
+        words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
+    return words
+
+
+def join_words(words: Sequence[Word]) -> str:
+    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
     """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
     ids = found.tokens[i, :found.lens[i]].tolist()
@@ -149,11 +206,10 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if not isinstance(system.tokenizer, PieceTokenizer):
-        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
-    words = spell_words([token.token for token in tokens], times, system.lossless)
-    text = " ".join(word.text for word in words) if found.timing else join_words(words)
-    return Result(text, confidence, tokens, words)
+    if isinstance(system.tokenizer, PieceTokenizer):
+        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
+        return Result(join_words(words), confidence, tokens, words)
+    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
 
 
 @torch.inference_mode()
@@ -177,6 +233,37 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
     return results
+
+
+# ---- forms ----
+
+
+def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
+    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
+    found: list[list[Word]] = []
+    for word in words:
+        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
+        if full or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def timestamp(seconds: float, mark: str) -> str:
+    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+
+def subtitles(words: Sequence[Word], mark: str) -> str:
+    """Numbered cues, times as `timestamp` writes them. In WebVTT (mark '.') <unk> would be a tag, so it is escaped."""
+    spell = (lambda cue: html.escape(join_words(cue), quote=False)) if mark == "." else join_words
+    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
+                   for i, cue in enumerate(cues(words), 1))
+
+
+def word_entry(word: Word) -> dict:
+    return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
 
 
 # ---- pictures ----
@@ -225,9 +312,7 @@ class Tally(NamedTuple):
 def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
     """One line of --output."""
     row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
-           "tokens": [token._asdict() for token in result.tokens]}
-    if result.words:
-        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
+           "tokens": [token._asdict() for token in result.tokens], "words": [word_entry(w) for w in result.words]}
     return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
 
 

@@ -2297,6 +2297,56 @@ def test_bad_decoding_arguments_exit_with_2(arguments):
     assert stop.value.code == 2
 
 
+# ---- decode: words and forms ----
+
+def planted_words(symbols, tokenizer, lossless: bool = True) -> decode.Result:
+    """What read_result makes of symbols that last a second each, with probabilities 1, 1/2, 1/3, ..."""
+    ids = torch.tensor([[tokenizer.symbols.index(symbol) for symbol in symbols]])
+    n = len(symbols)
+    found = Hypotheses(ids, torch.tensor([n]), -torch.arange(1.0, n + 1).log()[None],
+                       [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [], [])
+    return decode.read_result(tiny_system()._replace(tokenizer=tokenizer, lossless=lossless), found, 0)
+
+
+# C70
+@pytest.mark.parametrize("unit, symbols, text, words", [
+    ("char", "ab cd ", "ab cd ", ["ab 0 2 1*2 s", "cd 3 5 4*5 s"]),
+    ("char", "你好ab世", "你好ab世", ["你 0 1 1 s", "好 1 2 2", "ab 2 4 3*4", "世 4 5 5"]),
+    ("char", " ", " ", []), ("char", "", "", []),
+    ("word", ["ab", "你", "cd"], "ab 你 cd", ["ab 0 1 1 s", "你 1 2 2 s", "cd 2 3 3 s"]),
+    ("piece", ["th@@", "at", "你", "a", "b", "%"], "that你AB %",
+     ["that 0 2 1*2 s", "你 2 3 3", "AB 3 5 4*5", "% 5 6 6 s"]),
+    ("piece", ["you", "<unk>", "at"], "you at", ["you 0 1 1 s", "at 1 2 3 s"])])     # D5: the time of <unk>
+def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):
+    known = (*SPECIALS, *dict.fromkeys(s for s in symbols if s != "<unk>"))
+    vocabulary = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    result = planted_words(symbols, vocabulary)
+    assert result.text == text and len(result.words) == len(words)
+    for word, wanted in zip(result.words, words):
+        name, start, end, members, *space = wanted.split()
+        inverse = [int(n) for n in members.split("*")]
+        assert word[:3] == (name, float(start), float(end)) and word.spaced == bool(space)
+        assert word.confidence == pytest.approx(math.prod(inverse) ** (-1 / len(inverse)), abs=1e-4)
+
+
+def test_a_mark_that_funasr_gives_no_time_has_its_own():
+    vocabulary = tokenizer.PieceTokenizer((*SPECIALS, "我", "%", "ok"), None)
+    words = planted_words(["我", "%", "ok"], vocabulary, lossless=False).words
+    assert [word[:3] for word in words] == [("我", 0, 1), ("%", 1, 2), ("ok", 2, 3)]
+
+
+# C71
+def test_cues_end_before_seven_seconds_or_84_characters():
+    words = [decode.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
+    assert [len(cue) for cue in decode.cues(words)] == [7, 7, 6]         # the 8th would end 7.5 s after the first
+    fast = [decode.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
+    assert [len(cue) for cue in decode.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
+    assert [len(cue) for cue in decode.cues([decode.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
+    assert decode.cues([]) == []
+    tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], ".")
+    assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+
+
 # ---- decode: pictures ----
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(tmp_path, capsys):
@@ -2861,7 +2911,8 @@ def test_texts_and_times_do_not_depend_on_the_batch(variant):
         parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
         for part, in_batch in zip(parts, decode.transcribe(system, parts)):
             alone = decode.transcribe(system, [part])[0]
-            assert (in_batch.text, in_batch.words) == (alone.text, alone.words)
+            assert [word[:3] for word in in_batch.words] == [word[:3] for word in alone.words]
+            assert in_batch.text == alone.text
 
 
 # C51
@@ -3426,13 +3477,15 @@ def test_queue_takes_all_of_a_request_or_none():
 
 SPOKEN = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
+SPOKEN_WORDS = [decode.Word(t.token[1:], t.start, t.end, t.confidence) for t in SPOKEN]
 
 
 # C57
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
-        return serve.openai_response(choice, "one two six", SPOKEN, 62.0, "").body.decode()
+        result = decode.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
+        return serve.openai_response(choice, result, 62.0, "").body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
     assert body(format="text") == "one two six\n"
@@ -3451,15 +3504,6 @@ def test_openai_formats_by_hand():
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
     assert [d["type"] for d in deltas] == ["transcript.text.delta",
                                            "transcript.text.done"] and deltas[1]["text"] == "one two six"
-
-
-def test_words_begin_at_spaces_marks_and_ideographs():
-    def split(symbols) -> list[str]:
-        tokens = [decode.Token(symbol, 0, 1.0, i, i + 1.0) for i, symbol in enumerate(symbols)]
-        return [serve.spelled(word) for word in serve.words(tokens)]
-
-    assert split("ab cd ") == ["ab", "cd"] and split(["▁hel", "lo", "▁you"]) == ["hello", "you"]
-    assert split("你好ab世") == ["你", "好", "ab", "世"] and split([]) == [] and split(" ") == []
 
 
 # C53
