@@ -12,6 +12,7 @@ import csv
 import functools
 import http.client
 import inspect
+import io
 import itertools
 import json
 import math
@@ -2249,7 +2250,7 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(t
     code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, "--output", str(output)])
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert code == 1 and "bad.wav: " in err and "1 could not be read" in err
+    assert code == 1 and "bad.wav: " in err and "1 could not be recognised" in err
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = data.frontend(*data.load_wav(good), tiny_system().config.data, tiny_system().stats)
@@ -2290,7 +2291,9 @@ def misfit(path: pathlib.Path) -> None:
     torch.save({**state, "model": weights}, path)
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"]])
+@pytest.mark.parametrize("arguments", [
+    ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=nan"],
+    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -2345,6 +2348,128 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert decode.cues([]) == []
     tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], ".")
     assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+
+
+# C71
+def test_every_form_is_written_as_its_readers_want_it():
+    words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
+    outcome = decode.Outcome(0, "a b", 3662.0, "", decode.Result("one <two>", 0.6, [], words))
+    written = {name: form(outcome) for name, form in decode.FORMS.items()}
+    assert json.loads(written.pop("json")) == {
+        "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0, "tokens": [],
+        "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words]}
+    assert written == {
+        "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
+        "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
+        "vtt": "WEBVTT\n\n1\n00:00:00.100 --> 00:00:00.400\none\n\n"
+               "2\n01:01:01.000 --> 01:01:01.500\n&lt;two&gt;\n\n",
+        "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
+
+
+def test_file_names_are_safe_and_never_the_same():
+    keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
+    assert decode.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 60, "a-2-2"]
+
+
+# ---- decode: inputs and outputs ----
+
+def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
+    """-> exit code, [key, text] of every line of standard output, standard error."""
+    code = decode.main(["--device", "cpu", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, [line.split("\t") for line in captured.out.splitlines()], captured.err
+
+
+# C72
+def test_folders_standard_input_and_lists_give_what_their_files_give(tmp_path, capsys, monkeypatch):
+    ckpt, folder = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    files = [spoken(folder / name, seconds) for name, seconds in (("b.WAV", 0.4), ("c.wav", 0.9), ("sub/a.wav", 0.6))]
+    (folder / "notes.txt").write_text("no recording")
+    code, wanted, _ = decoded(capsys, "--ckpt", ckpt, *files)
+    assert code == 0 and [key for key, _ in wanted] == files and all(text for _, text in wanted)
+
+    def piped(body: bytes):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(body)))
+        return decoded(capsys, "--ckpt", ckpt, "-")
+
+    assert decoded(capsys, "--ckpt", ckpt, folder)[1] == wanted
+    assert piped(Path(files[1]).read_bytes())[1] == [["stdin", wanted[1][1]]]
+    lines = [files[2], json.dumps({"audio": files[0], "key": "k"}), str(folder / "sub"), ""]
+    assert piped("\n".join(lines).encode())[1] == [wanted[2], ["k", wanted[0][1]], wanted[2]]
+    (tmp_path / "empty").mkdir()
+    for code, _, error in (piped(b""), piped(b"\xff\xfe"), decoded(capsys, "--ckpt", ckpt, tmp_path / "empty")):
+        assert code == 2 and error.startswith("decode.py: ") and error.count("\n") == 1
+
+
+# C72 C73
+@pytest.mark.parametrize("form", list(decode.FORMS))
+def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, form):
+    ckpt, out = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "out"
+    (tmp_path / "sub").mkdir()
+    files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
+    code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
+    outcomes = [decode.recognise(tiny_system(), data.ManifestDataset(
+        data.read_inputs([file]), tiny_system().config.data, lambda text: [], stats=tiny_system().stats,
+        for_training=False), [0])[0] for file in files]
+    written = {path.name: path.read_text() for path in out.iterdir()}
+    parts = [decode.FORMS[form](outcome) for outcome in outcomes]
+    assert code == 0 and [text for _, text in texts] == [outcome.result.text for outcome in outcomes]
+    assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
+                       {f"a.{form}": parts[0], f"a-2.{form}": parts[1]})
+
+
+# C73
+def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_on(tmp_path, capsys, monkeypatch):
+    ckpt, real = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe
+    files = [spoken(tmp_path / f"{i}.wav", 0.3 + i / 10) for i in range(5)]
+    wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
+
+    def failing(system, feats):
+        if any(len(x) == 48 for x in feats):                    # 0.5 s
+            raise RuntimeError("out of\nmemory")
+        return real(system, feats)
+
+    monkeypatch.setattr(decode, "transcribe", failing)
+    code, texts, error = decoded(capsys, "--ckpt", ckpt, *files)
+    assert (code, texts) == (1, wanted[:2] + wanted[3:])
+    assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
+
+
+# C74
+@pytest.mark.parametrize("output", ["out", "out.jsonl"])
+def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypatch, output):
+    ckpt, real, calls = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
+    files = [spoken(tmp_path / f"{i}.wav", 0.9 - i / 10) for i in range(5)]
+    everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
+
+    def interrupted(system, feats):
+        calls.append(len(feats))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(system, feats)
+
+    monkeypatch.setattr(decode, "transcribe", interrupted)
+    code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=1", "--output", tmp_path / output)
+    assert (code, texts) == (130, everything[3:]) and error.startswith("2 utterances, ")     # the shortest come first
+    if output == "out":
+        rows = [json.loads((tmp_path / f"out/{i}.json").read_text()) for i in (3, 4)]
+        assert len(list((tmp_path / "out").iterdir())) == 2
+    else:
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [[row["key"], row["text"]] for row in rows] == texts
+
+
+# C33 C72
+def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, capsys, monkeypatch):
+    ckpt, real, sizes = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
+    files = [spoken(tmp_path / f"{i}.wav", seconds) for i, seconds in enumerate((0.9, 0.3, 0.6, 0.2, 0.8, 0.4, 0.7))]
+    wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: sizes.append([len(x) for x in feats])
+                        or real(system, feats))
+    monkeypatch.setattr(decode, "WINDOW", 4)
+    assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
+    assert sizes == [[18, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
 
 
 # ---- decode: pictures ----
