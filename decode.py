@@ -3,7 +3,7 @@
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
     python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
-    python decode.py --format srt --output DIR -    a recording, or a list, from standard input; txt, json, vtt, tsv, ctm
+    python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,8 @@ import config as configs
 import data
 from attention import alignment_svg, attention_svg
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, char_errors,
-                       count_errors, spell_words, token_accuracy, word_errors)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
+                       count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 
@@ -406,26 +407,76 @@ def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
 # ---- the report ----
 
 
-class Tally(NamedTuple):
-    """Sums over the utterances that have a reference; every rate is divided at the end."""
+class Score(NamedTuple):
+    """One utterance against its reference."""
 
-    tokens: Counts = Counts()
-    chars: Counts = Counts()
-    words: Counts = Counts()
-    right: int = 0
-    utterances: int = 0
+    key: str
+    reference: str
+    text: str
+    tokens: Counts
+    chars: Counts
+    words: Counts
+    exact: bool  # every token is that of the reference
 
-    def with_utterance(self, system: System, text: str, result: Result) -> "Tally":
-        ref, hyp = system.tokenizer.encode(text), [token.id for token in result.tokens]
-        return Tally(self.tokens + count_errors(ref, hyp), self.chars + char_errors(text, result.text),
-                     self.words + word_errors(text, result.text), self.right + (ref == hyp), self.utterances + 1)
 
-    def lines(self) -> list[str]:
-        words, exact = self.words, self.right / max(1, self.utterances)
-        return [f"token accuracy {token_accuracy(self.tokens):.4f}  sequence accuracy {exact:.4f}  "
-                f"({self.utterances} utterances with a reference)",
-                f"%WER {100 * words.rate:.2f} [ {words.errors} / {words.ref}, {words.ins} ins, {words.del_} del, "
-                f"{words.sub} sub ]  %CER {100 * self.chars.rate:.2f}"]
+def score(system: System, outcome: Outcome) -> Score:
+    text, reference = outcome.result.text, outcome.reference
+    ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
+    return Score(outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
+                 word_errors(reference, text), ref == hyp)
+
+
+def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the error rate: of `draws` sets as large, drawn from these utterances with replacement.
+
+    Source: Bisani & Ney 2004, percentiles.
+    """
+    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
+    rng = np.random.default_rng(seed)
+    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(draws))
+    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
+    return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
+
+
+def error_figure(counts: Sequence[Counts]) -> str:
+    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
+    return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
+            f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
+
+
+def report_lines(scores: Sequence[Score]) -> list[str]:
+    """The error rates of one or more utterances: sums, divided once."""
+    tokens, exact = sum((s.tokens for s in scores), Counts()), sum(s.exact for s in scores)
+    right = sum(s.chars.errors == 0 for s in scores)
+    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
+            f"({len(scores)} utterances with a reference)",
+            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
+            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
+
+
+def readable_units(text: str) -> list[str]:
+    """The words of a text, an ideograph being a word: what is aligned for a reader."""
+    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
+
+
+def confusions(scores: Sequence[Score], most: int = 10) -> list[tuple[str, str, int]]:
+    """The most frequent errors: (what was said, what was recognised, times), "" for nothing."""
+    errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
+        readable_units(s.reference), readable_units(s.text)) if op != "hit")
+    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def confusion_lines(scores: Sequence[Score]) -> list[str]:
+    rows = [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for ref, hyp, times in confusions(scores)]
+    return ["most frequent confusions (*** is nothing):", *rows] if rows else []
+
+
+def alignment_text(s: Score) -> str:
+    """A score as a paragraph to read."""
+    ref, hyp = readable_units(s.reference), readable_units(s.text)
+    counts = count_errors(ref, hyp)
+    return (f"{s.key}: {counts.errors} of {counts.ref} ({counts.sub} sub, {counts.ins} ins, {counts.del_} del)\n"
+            f"{format_alignment(ref, hyp)}\n\n")
 
 
 # ---- exports ----
@@ -538,11 +589,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is "
                         "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
     parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
+    parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
+                        "summary.txt and alignments.txt")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
-    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding included; "
-                        "one that is longer goes alone (default 300)")
+    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
+                        "included; one that is longer goes alone (default 300)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
                         help="of matrix products")
@@ -580,11 +633,11 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
 
 def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
-    started, seconds, failed, tally, heard, code = time.perf_counter(), 0.0, 0, Tally(), [], 0
+    started, seconds, failed, scores, heard, code = time.perf_counter(), 0.0, 0, [], [], 0
     form = arguments.format or "json"
     merged = merged_file(arguments.output, form)
     folder = Path(arguments.output) if arguments.output and not merged else None
-    for place in (merged and merged.parent, folder, arguments.plot):
+    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
     names = file_names(dataset.keys)
@@ -606,14 +659,18 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
                 append(FORMS[form](outcome))
                 seconds += outcome.seconds
                 heard.append(outcome.index)
-                tally = tally.with_utterance(system, outcome.reference, outcome.result) if outcome.reference else tally
+                scores += [score(system, outcome)] if outcome.reference else []
         except KeyboardInterrupt:
             code = 130
     spent = time.perf_counter() - started
     for i in heard if arguments.plot else ():
         if len((item := dataset[i]).feats):
             write_pictures(Path(arguments.plot), system, item)
-    for line in tally.lines() if tally.utterances else ():
+    lines = report_lines(scores) + confusion_lines(scores) if scores else []
+    if arguments.report:
+        data.write_atomic(Path(arguments.report) / "alignments.txt", "".join(map(alignment_text, scores)))
+        data.write_atomic(Path(arguments.report) / "summary.txt", "\n".join([*lines, ""]))
+    for line in lines:
         print(line, file=sys.stderr)
     print(f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
           f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", file=sys.stderr)
