@@ -663,7 +663,7 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
 
 
 def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
-    """Rows of standard input, which is copied to a file: lines, each an input or a line of a manifest, or a recording."""
+    """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
     with open(copy, "wb") as file:
         shutil.copyfileobj(stream, file)
     with open(copy, "rb") as file:

@@ -631,6 +631,12 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 
 
+def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
+    """A line for a terminal: inputs done, and the time spent on each second of audio."""
+    full = 30 * done // max(total, 1)
+    return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
+
+
 def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     started, seconds, failed, scores, heard, code = time.perf_counter(), 0.0, 0, [], [], 0
@@ -640,24 +646,30 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    names = file_names(dataset.keys)
+    names, done, total = file_names(dataset.keys), 0, min(len(dataset), arguments.limit or len(dataset))
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
 
     def finish(outcomes: list[Outcome]) -> None:
+        nonlocal done, seconds
         for outcome in outcomes:
             if folder and outcome.result:
                 data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
+        done, seconds = done + len(outcomes), seconds + sum(outcome.seconds for outcome in outcomes)
+        if erase:
+            bar = progress_bar(done, total, seconds, time.perf_counter() - started)
+            print(f"{erase}{bar}", end="", file=sys.stderr, flush=True)
 
     with growing_file(merged) as append:
         try:
             for outcome in recognise_all(system, dataset, arguments.limit, arguments.batch_size,
                                          arguments.batch_seconds, finish):
+                print(erase, end="", file=sys.stderr)
                 if outcome.result is None:
                     print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
                     failed += 1
                     continue
                 print(f"{outcome.key}\t{outcome.result.text}")
                 append(FORMS[form](outcome))
-                seconds += outcome.seconds
                 heard.append(outcome.index)
                 scores += [score(system, outcome)] if outcome.reference else []
         except KeyboardInterrupt:

@@ -2522,6 +2522,20 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, 
     assert sizes == [[18, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
 
 
+def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(tmp_path, capsys, monkeypatch):
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(3)]
+    plain = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    assert texts == plain[1] and plain[2].count("\n") == 1 and "\r" not in plain[2]
+    bars = [part.rstrip("\r") for part in error.split("\x1b[K") if part.startswith("[")]
+    assert [bar.split("real")[0] for bar in bars] == [f"[{'#' * 20:30}] 2/3  ", f"[{'#' * 30}] 3/3  "]
+    assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
+    assert decode.progress_bar(0, 0, 0.0, 0.0) == f"[{'':30}] 0/0  real-time factor 0.0000"
+
+
 # ---- decode: pictures ----
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(tmp_path, capsys):
