@@ -4,6 +4,7 @@
     python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
+    torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
     python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
@@ -15,6 +16,7 @@ Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
 import contextlib
+import datetime
 import html
 import json
 import math
@@ -264,24 +266,41 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequen
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
 
 
-def recognise_all(system: System, dataset: torch.utils.data.Dataset, limit: int, batch_size: int,
-                  batch_seconds: float, finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
-    """The first `limit` inputs (0: all) in their order, batches of similar length; `finish` gets each batch at once.
+def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Iterator[list[list[int]]]:
+    """The batches of each window of inputs of `lengths` frames, as lists of their places."""
+    for first in range(0, len(lengths), WINDOW):
+        batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
+        yield [[first + i for i in batch] for batch in batches]
 
+
+def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
+    """Those of all processes in the first of them, none in the others, in the order of the inputs."""
+    rank, processes = shard
+    parts = [outcomes] * processes if rank == 0 else None
+    if processes > 1:
+        torch.distributed.gather_object(outcomes, parts)
+    return sorted(outcome for part in parts or () for outcome in part)
+
+
+def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
+                  shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
+    """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
+
+    Process `rank` of so many, (rank, processes), does its share of every window, and the first yields all outcomes.
     Ctrl-C (KeyboardInterrupt) comes through after the outcomes that are there.
     """
-    lengths = dataset.lengths[:limit or None]
-    frames = max(1, int(batch_seconds / data.frame_sec(system.config.data)))
-    for first in range(0, len(lengths), WINDOW):
+    rank, processes = shard
+    for batches in windows:
         outcomes: list[Outcome] = []
         try:
-            for batch in data.make_batches(lengths[first:first + WINDOW], batch_size, frames, shuffle=False):
-                outcomes += (done := recognise(system, dataset, [first + i for i in batch]))
+            for batch in batches[rank::processes]:
+                done = recognise(system, dataset, batch)
+                outcomes += done
                 finish(done)
         except KeyboardInterrupt:
-            yield from sorted(outcomes)
+            yield from sorted(outcomes) if rank == 0 else ()
             raise
-        yield from sorted(outcomes)
+        yield from gather(outcomes, shard)
 
 
 # ---- forms ----
@@ -364,11 +383,11 @@ def file_names(keys: Sequence[str]) -> list[str]:
     return names
 
 
-def merged_file(output: str | None, form: str) -> Path | None:
+def merged_file(arguments: argparse.Namespace) -> Path | None:
     """The one file of --output for all results; None where each has its own, or none is written."""
-    if output and form == "ctm":
-        return Path(output) / "results.ctm"
-    return Path(output) if output and output.endswith(".jsonl") else None
+    if arguments.output and arguments.format == "ctm":
+        return Path(arguments.output) / "results.ctm"
+    return Path(arguments.output) if arguments.output and arguments.output.endswith(".jsonl") else None
 
 
 @contextlib.contextmanager
@@ -631,74 +650,109 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 
 
+ERASE = "\r\x1b[K"  # a terminal's line
+
+
 def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
     """A line for a terminal: inputs done, and the time spent on each second of audio."""
     full = 30 * done // max(total, 1)
     return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
 
 
-def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset) -> int:
-    """Recognise everything, print in the order of the inputs, report -> exit code."""
-    started, seconds, failed, scores, heard, code = time.perf_counter(), 0.0, 0, [], [], 0
-    form = arguments.format or "json"
-    merged = merged_file(arguments.output, form)
-    folder = Path(arguments.output) if arguments.output and not merged else None
-    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
-        if place:
-            Path(place).mkdir(parents=True, exist_ok=True)
-    names, done, total = file_names(dataset.keys), 0, min(len(dataset), arguments.limit or len(dataset))
-    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int, processes: int) -> Callable:
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar."""
+    started, done, seconds = time.perf_counter(), 0, 0.0
 
     def finish(outcomes: list[Outcome]) -> None:
         nonlocal done, seconds
         for outcome in outcomes:
             if folder and outcome.result:
                 data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
-        done, seconds = done + len(outcomes), seconds + sum(outcome.seconds for outcome in outcomes)
-        if erase:
+        done = min(total, done + processes * len(outcomes))
+        seconds += processes * sum(outcome.seconds for outcome in outcomes)
+        if sys.stderr.isatty():
             bar = progress_bar(done, total, seconds, time.perf_counter() - started)
-            print(f"{erase}{bar}", end="", file=sys.stderr, flush=True)
+            print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
 
-    with growing_file(merged) as append:
+    return finish
+
+
+def show(outcomes: Iterator[Outcome], append: Callable[[Outcome], object]) -> Iterator[Outcome]:
+    """Print each: a text to standard output, a failure to standard error. append takes the texts."""
+    for outcome in outcomes:
+        print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
+        if outcome.result is None:
+            print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
+        else:
+            print(f"{outcome.key}\t{outcome.result.text}")
+            append(outcome)
+        yield outcome
+
+
+def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str]) -> None:
+    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
+    data.write_atomic(folder / "summary.txt", "".join(line + "\n" for line in lines))
+
+
+def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
+        shard: tuple[int, int]) -> int:
+    """Recognise everything, print in the order of the inputs, report -> exit code."""
+    started, form, merged = time.perf_counter(), arguments.format or "json", merged_file(arguments)
+    folder = Path(arguments.output) if arguments.output and not merged else None
+    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    lengths = dataset.lengths[:arguments.limit or None]
+    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    finish = batch_finisher(folder, form, file_names(dataset.keys), len(lengths), shard[1])
+    outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
+    heard, failed, scores, code = [], 0, [], 0
+    with growing_file(merged if shard[0] == 0 else None) as append:
         try:
-            for outcome in recognise_all(system, dataset, arguments.limit, arguments.batch_size,
-                                         arguments.batch_seconds, finish):
-                print(erase, end="", file=sys.stderr)
-                if outcome.result is None:
-                    print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
-                    failed += 1
-                    continue
-                print(f"{outcome.key}\t{outcome.result.text}")
-                append(FORMS[form](outcome))
-                heard.append(outcome.index)
-                scores += [score(system, outcome)] if outcome.reference else []
+            for outcome in show(outcomes, lambda outcome: append(FORMS[form](outcome))):
+                failed += outcome.result is None
+                heard += [(outcome.index, outcome.seconds)] if outcome.result else []
+                scores += [score(system, outcome)] if outcome.result and outcome.reference else []
         except KeyboardInterrupt:
             code = 130
-    spent = time.perf_counter() - started
-    for i in heard if arguments.plot else ():
-        if len((item := dataset[i]).feats):
+    if shard[0]:
+        return code
+    spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
+    for index, _ in heard if arguments.plot else ():
+        if len((item := dataset[index]).feats):
             write_pictures(Path(arguments.plot), system, item)
     lines = report_lines(scores) + confusion_lines(scores) if scores else []
     if arguments.report:
-        data.write_atomic(Path(arguments.report) / "alignments.txt", "".join(map(alignment_text, scores)))
-        data.write_atomic(Path(arguments.report) / "summary.txt", "\n".join([*lines, ""]))
-    for line in lines:
-        print(line, file=sys.stderr)
-    print(f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", file=sys.stderr)
+        write_report(Path(arguments.report), scores, lines)
+    print(*lines, f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
+          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n", file=sys.stderr)
     return code or (1 if failed else 0)
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    return rank, processes
 
 
 def start(arguments: argparse.Namespace) -> int:
     """Load, export if that is asked for, recognise -> exit code."""
+    rank, processes = shard = join_processes()
+    if processes > 1 and "-" in arguments.inputs:
+        raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
     system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
     if arguments.export:
-        print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
+        if rank == 0:
+            print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
     with tempfile.TemporaryDirectory() as scratch:
-        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)))
+        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -712,6 +766,9 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

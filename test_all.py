@@ -2343,7 +2343,7 @@ def misfit(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=nan"],
-    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
+    ["--format=srt"], ["--report=x", "--limit=x"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -2520,6 +2520,47 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, 
     monkeypatch.setattr(decode, "WINDOW", 4)
     assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
     assert sizes == [[18, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
+
+
+# C76
+def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
+    """gather_object is played by a list: the second process fills it, the first takes from it."""
+    system, sent = tiny_system(), []
+    rows = [data.Row(str(i), spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "", None) for i in range(11)]
+    dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
+    monkeypatch.setattr(decode, "WINDOW", 7)
+
+    def shared(mine, parts):
+        if parts is None:
+            sent.append(mine)
+        else:
+            parts[:] = [mine, sent.pop(0)]
+
+    monkeypatch.setattr(torch.distributed, "gather_object", shared)
+    outcomes = {}
+    for shard in ((0, 1), (1, 2), (0, 2)):
+        windows = decode.plan_batches(dataset.lengths, 2, 10 ** 6)
+        outcomes[shard] = list(decode.recognise_all(system, dataset, windows, shard, lambda done: None))
+    assert outcomes[0, 2] == outcomes[0, 1] and outcomes[1, 2] == sent == []
+    assert [outcome.index for outcome in outcomes[0, 1]] == list(range(11))
+
+
+# C76
+@slow
+def test_torchrun_with_two_processes_writes_what_one_writes(tmp_path):
+    rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "text": "ab c" * (i % 3)} for i in range(15)]
+    (tmp_path / "4.wav").write_bytes(b"junk")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
+        done = subprocess.run([sys.executable, *launcher, HERE / "decode.py", "--device=cpu", "--threads=1",
+                               "--batch-size=2", "--ckpt", ckpt, "--output", tmp_path / f"{name}.jsonl", "--report",
+                               tmp_path / name, tmp_path / "dev.jsonl"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and done.stderr.count(" could not be recognised") == 1, done.stderr
+        (tmp_path / f"{name}.txt").write_text(done.stdout)
+    for file in ("one.txt", "one.jsonl", "one/summary.txt", "one/alignments.txt"):
+        assert (tmp_path / file).read_text() == (tmp_path / file.replace("one", "two", 1)).read_text() != ""
+    assert (tmp_path / "one.txt").read_text().count("\n") == 14
 
 
 def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(tmp_path, capsys, monkeypatch):
