@@ -3,7 +3,7 @@
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
     python decode.py a.wav b.wav                    recordings
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
-    python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
@@ -182,19 +182,40 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
 # ---- pictures ----
 
 
-def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
-    """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
+def layer_of(layers: Sequence[Tensor], number: int) -> tuple[int, Tensor]:
+    """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its number, weights)."""
+    number = min(number or len(layers), len(layers))
+    return number, layers[number - 1]
+
+
+@torch.inference_mode()
+def draw(system: System, item: data.Utterance, layer: int = 0) -> dict[str, str]:
+    """SVG documents of an utterance that has frames: its alignment, and the heads of an attention layer (`layer_of`) of
+    its encoder and, as cross, of its decoder."""
     found = decode_batch(system, [item.feats], need_weights=True)
+    feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
+    _, _, encoder = system.model.encoder(feats, lens, need_weights=True)
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
-    seconds = len(item.feats) * frame_sec
+    seconds, s = len(item.feats) * frame_sec, system.config.model.encoder.subsampling
+    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
+    frames = start, start + encoder[0].shape[-1] * s * frame_sec
     truth = None if item.boundaries is None else item.boundaries * frame_sec
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
     title, spans = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
     rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
-    attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
-    data.write_atomic(folder / f"{name}.alignment.svg",
-                      alignment_svg(title, item.feats, found.alpha[0], spans, seconds, truth))
-    data.write_atomic(folder / f"{name}.attention.svg", attention)
+    drawn = {"alignment": alignment_svg(title, item.feats, found.alpha[0], spans, seconds, frames, truth)}
+    for name, layers in (("encoder", encoder), ("cross", found.attention)):
+        number, weights = layer_of(layers, layer)
+        heads = weights[0].cpu() if name == "encoder" else weights[0, :, rows]
+        drawn[name] = attention_svg(f"{name}, layer {number} of {len(layers)}, {title}", heads, spans, seconds, frames,
+                                    cross=name == "cross")
+    return drawn
+
+
+def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg, as `draw` makes them."""
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
+    for kind, svg in draw(system, item, layer).items():
+        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
 
 
 # ---- the report ----
@@ -338,6 +359,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
     parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
+                        "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -346,7 +369,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
     return arguments
@@ -404,7 +427,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
     for i in sorted(spoken) if arguments.plot else ():
-        write_pictures(Path(arguments.plot), system, dataset[i])
+        write_pictures(Path(arguments.plot), system, dataset[i], arguments.plot_layer)
     for line in tally.lines() if tally.utterances else ():
         print(line, file=sys.stderr)
     print(f"{len(texts)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
