@@ -648,7 +648,7 @@ def legend_svg(y: float, meanings: dict[str, str]) -> str:
 def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Span], seconds: float,
                   frames: tuple[float, float], truth: Tensor | None = None) -> str:
     """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
-    of the encoder's frames with their running sum; where L is 0 there is no such part.
+    of the encoder's frames with their running sum.
 
     seconds is the length of the features, frames the seconds at which the first encoder frame begins and the last one
     ends; truth (U+1,) are true boundaries in seconds, drawn dashed. Many tokens make the picture wider.
@@ -656,16 +656,14 @@ def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Spa
     width = max(WIDTH, 12 * len(tokens))
     lines = token_labels(Panel(LEFT, 0, width, 0, seconds), tokens, 6)[1]
     image = Panel(LEFT, 38 + 13 * lines, width, 200, seconds)
-    firing = Panel(LEFT, image.top + 212, width, 118, seconds) if len(alpha) else image
+    firing = Panel(LEFT, image.top + 212, width, 118, seconds)
     bottom, everything = firing.top + firing.height, (0, seconds)
     edges = [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]
     body = [image_svg(image, feats.T.flip(0), everything, everything), *token_labels(image, tokens, 6)[0],
-            label_svg(LEFT - 8, image.top + 100, "features", "end"), time_axis(firing)]
+            label_svg(LEFT - 8, image.top + 100, "features", "end"), *firing_svg(firing, alpha, frames),
+            time_axis(firing)]
     body += [f'<path class="fire" d="M{image.x(t):.1f} {image.top - 10}V{bottom}"/>' for t in edges]
-    meanings = {"fire": "boundaries of tokens"}
-    if len(alpha):
-        body += firing_svg(firing, alpha, frames)
-        meanings["sum"] = "running sum of the weights"
+    meanings = {"fire": "boundaries of tokens", "sum": "running sum of the weights"}
     if truth is not None:
         body += [f'<path class="true" d="M{image.x(t):.1f} {image.top}v200"/>' for t in truth.tolist()]
         meanings["true"] = "true boundaries"

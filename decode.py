@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from attention import alignment_svg, attention_svg
+from attention import alignment_svg, attention_svg, escape
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
                        join_words, spell_words, token_accuracy, word_errors)
@@ -216,6 +216,72 @@ def write_pictures(folder: Path, system: System, item: data.Utterance, layer: in
     name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
     for kind, svg in draw(system, item, layer).items():
         data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+
+
+# ---- report.html ----
+
+REPORT_STYLE = """
+:root{--ground:#fff;--ink:#222;--faint:#667;--line:#ddd;--sub:#ffedb8;--del:#ffd9d9;--ins:#d3efd9}
+@media(prefers-color-scheme:dark){:root{--ground:#1b1b1b;--ink:#ddd;--faint:#99a;--line:#444;--sub:#5c4a10;
+--del:#6b2525;--ins:#1f5130;color-scheme:dark}}
+body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
+h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
+dl{display:flex;flex-wrap:wrap;gap:.6rem 2rem} dt,small,summary{color:var(--faint);font-size:.85rem} dd{margin:0}
+article{border-top:1px solid var(--line);padding:.7rem 0} table{border-collapse:collapse} summary{cursor:pointer}
+td,th{text-align:left;padding:.1rem 1.2rem .1rem 0;border-bottom:1px solid var(--line)} details div{overflow-x:auto}
+del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
+span del,span ins{background:var(--sub)} h3,dd,td,del,ins,bdi{unicode-bidi:isolate}
+"""
+
+
+class Case(NamedTuple):
+    """An utterance of the report."""
+
+    key: str
+    reference: str
+    hypothesis: str
+    errors: Counts
+    alignment: list[tuple[str, str | None, str | None]]  # as align gives it, of words or of characters
+    picture: str = ""  # an SVG document, or none
+
+
+def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
+    """One step of an alignment: what is missing is struck out, what is too much is green, both of them are yellow."""
+    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
+    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
+            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
+
+
+def case_html(case: Case) -> str:
+    errors, steps = case.errors, " ".join(edit_html(*step) for step in case.alignment)
+    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
+                    for name, text in (("reference", case.reference), ("recognised", case.hypothesis)))
+    return (f"<article><h3>{escape(case.key)}</h3><small>errors: {errors.errors} in {errors.ref} "
+            f"({errors.sub} replaced, {errors.del_} missing, {errors.ins} too many)</small><p>{steps}</p>"
+            f"<details><summary>{'texts and picture' if case.picture else 'texts'}</summary>{texts}"
+            f"<div>{case.picture}</div></details></article>\n")
+
+
+def report_html(title: str, figures: Sequence[tuple[str, str]], confusions: Sequence[tuple[str, str, int]],
+                cases: Sequence[Case]) -> str:
+    """A page that needs no other file: the figures (name, value), the confusions (reference, recognised, times), in
+    which "" is nothing, and the cases, those with the most errors first."""
+    worst = sorted(cases, key=lambda case: (-case.errors.errors, -case.errors.rate))
+    summary = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures)
+    rows = "".join(f"<tr><td>{escape(ref) or '–'}</td><td>{escape(hyp) or '–'}</td><td>{times}</td></tr>"
+                   for ref, hyp, times in confusions)
+    head = "<tr><th>reference</th><th>recognised</th><th>times</th></tr>" if rows else "<tr><td>none</td></tr>"
+    safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{REPORT_STYLE}</style></head>\n"
+            f"<body><h1>{escape(title)}</h1><dl>{summary}</dl>\n<h2>Most frequent confusions</h2>"
+            f"<table>{head}{rows}</table>\n"
+            "<h2>Utterances, the worst first</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
+            "<del>missing</del> <ins>too many</ins></small></p>\n"
+            f"{''.join(map(case_html, worst))}</body></html>\n")
 
 
 # ---- the report ----

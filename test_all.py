@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import html.parser
 import http.client
 import inspect
 import itertools
@@ -2420,6 +2421,57 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.evaluate(system.model, [data.collate([dataset[i] for i in range(9)])], system.tokenizer.decode)
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+# ---- decode: report.html ----
+
+class PageReader(html.parser.HTMLParser):
+    """The tags, the attributes, and the texts with the tag that they stand in."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], collections.Counter(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += attributes
+        if tag not in ("meta", "path", "image", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "image", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((self.open[-1] if self.open else "", text))
+
+
+# C98
+def test_the_report_shows_the_worst_first_with_its_errors_and_no_hostile_text_leaves_its_place():
+    hostile = "<script src='http://x/'>&\"]]>--></article>"
+    svg = attention.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
+    pairs = {"good": ("a b", "a b"), hostile: (f"{hostile[:7]} two 今 x", "one two 今 y z"), "worse": ("a b c d", "")}
+    cases = [decode.Case(key, ref, hyp, count_errors(ref.split(), hyp.split()), align(ref.split(), hyp.split()),
+                         svg if key == hostile else "") for key, (ref, hyp) in pairs.items()]
+    page = decode.report_html(hostile, [("WER", hostile)], [("", hostile, 3), ("甲", "乙", 2)], cases)
+    read = PageReader(page)
+    assert not read.open and read.tags["script"] == 0 and read.tags["article"] == 3 and read.tags["svg"] == 3
+    texts = lambda tag: [text for name, text in read.texts if name == tag]
+    assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == texts("dd") == [hostile]
+    assert texts("td") == ["–", hostile, "3", "甲", "乙", "2"]
+    assert texts("del") == ["replaced", "missing", "a", "b", "c", "d", "<script", "x"]
+    assert texts("ins") == ["by", "too many", "one", "y", "z"]
+    assert [text for text in texts("small") if "errors" in text] == [
+        "errors: 4 in 4 (0 replaced, 4 missing, 0 too many)", "errors: 3 in 4 (2 replaced, 0 missing, 1 too many)",
+        "errors: 0 in 2 (0 replaced, 0 missing, 0 too many)"]
+    addresses = [value for name, value in read.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
+
+
+def test_a_report_of_nothing_is_a_page():
+    assert "none" in [text for _, text in PageReader(decode.report_html("", [], [], [])).texts]
 
 
 # ---- attention: memory, relative positions (FunASR) ----
