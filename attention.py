@@ -684,7 +684,7 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
     for h, head in enumerate(weights):
         left, top = LEFT + h % columns * (width + 30), 58 + 13 * lines + h // columns * pitch
         panel = Panel(left, top, width, height, seconds)
-        largest = f", up to {head.max():.2f}" if head.numel() else ""
+        largest = f", up to {head.max():.2g}" if head.numel() else ""
         body += [label_svg(left, top - 13 * lines - 14, f"head {h + 1}{largest}", "start"), time_axis(panel),
                  image_svg(panel, head, frames, (0, seconds) if cross else frames), *token_labels(panel, tokens, 3)[0]]
         if h % columns == 0:

@@ -1537,7 +1537,7 @@ def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross)
         assert float(image.get("x")) == pytest.approx(left - 0.01 * width, abs=0.01)
         assert float(image.get("width")) == pytest.approx(width, abs=0.01)
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert [text for text in texts if text.startswith("head")] == [f"head {h}, up to 0.90" for h in (1, 2, 3, 4)]
+    assert [text for text in texts if text.startswith("head")] == [f"head {h}, up to 0.9" for h in (1, 2, 3, 4)]
     assert texts.count("b") == 4 + 2  # over each panel, and beside the two on the left
     ElementTree.fromstring(attention.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
 
