@@ -1,25 +1,31 @@
 """Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
 
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
-    python decode.py a.wav b.wav                    recordings
+    python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
+    python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
-Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments.
-Reading order: load_system, transcribe (all that serving needs), pictures, the report, exports, main.
+Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
+be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
+Reading order: load_system, transcribe (all that serving needs), forms of a result, pictures, the report, exports, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
+import contextlib
+import html
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +37,10 @@ import config as configs
 import data
 from attention import alignment_svg, attention_svg, escape
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
-                       join_words, spell_words, token_accuracy, word_errors)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
+                       count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
-BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
 
 # ---- a checkpoint, ready to recognise ----
 
@@ -89,11 +94,19 @@ class Token(NamedTuple):
     end: float
 
 
+class Word(NamedTuple):
+    text: str
+    start: float
+    end: float
+    confidence: float  # as of a Result, of its own tokens
+    spaced: bool = True  # a space stands between it and the word before it
+
+
 class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
-    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+    words: list[Word]  # what spaces separate, and every ideograph
 
 
 FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
@@ -141,6 +154,52 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
+def log_prob(token: Token) -> float:
+    return math.log(max(token.confidence, 5e-5))  # confidences are rounded to 4 digits
+
+
+def mean_confidence(tokens: Sequence[Token]) -> float:
+    """exp(mean log p), 0 without tokens."""
+    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+
+
+def is_ideograph(text: str) -> bool:
+    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
+
+
+def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
+    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
+    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
+    space = True
+    for token in tokens:
+        if unit == "char" and token.token == " ":
+            space = True
+            continue
+        apart = unit == "word" or is_ideograph(token.token) or groups and is_ideograph(groups[-1][1][-1].token)
+        if space or apart:
+            groups.append((space or unit == "word", []))
+        groups[-1][1].append(token)
+        space = False
+    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
+            for spaced, group in groups]
+
+
+def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
+    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
+    spaced = [True, *(all_spaced or a.kind == "word" and b.kind != "han" for a, b in zip(spelled, spelled[1:]))]
+    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
+    words, end = [], 0
+    for word, gap in zip(spelled, spaced):
+        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, not lossless
+        words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
+    return words
+
+
+def join_words(words: Sequence[Word]) -> str:
+    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
     """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
     ids = found.tokens[i, :found.lens[i]].tolist()
@@ -149,11 +208,10 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if not isinstance(system.tokenizer, PieceTokenizer):
-        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
-    words = spell_words([token.token for token in tokens], times, system.lossless)
-    text = " ".join(word.text for word in words) if found.timing else join_words(words)
-    return Result(text, confidence, tokens, words)
+    if isinstance(system.tokenizer, PieceTokenizer):
+        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
+        return Result(join_words(words), confidence, tokens, words)
+    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
 
 
 @torch.inference_mode()
@@ -177,6 +235,155 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
     return results
+
+
+class Outcome(NamedTuple):
+    """What became of one input."""
+
+    index: int  # its place among the inputs
+    key: str
+    seconds: float
+    reference: str  # its true text, "" where none is known
+    result: Result | None  # None: not recognised
+    reason: str = ""  # why not
+
+
+def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
+    """The inputs at `indices`, in one batch. Where the model fails on it, each alone: one takes no others with it."""
+    items = [dataset[i] for i in indices]
+    try:
+        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
+    except (RuntimeError, ValueError) as error:
+        if len(indices) > 1:
+            return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
+        return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
+    return [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
+            else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
+
+
+WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
+
+
+def recognise_all(system: System, dataset: torch.utils.data.Dataset, limit: int, batch_size: int,
+                  batch_seconds: float, finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
+    """The first `limit` inputs (0: all) in their order, batches of similar length; `finish` gets each batch at once.
+
+    Ctrl-C (KeyboardInterrupt) comes through after the outcomes that are there.
+    """
+    lengths = dataset.lengths[:limit or None]
+    frames = max(1, int(batch_seconds / data.frame_sec(system.config.data)))
+    for first in range(0, len(lengths), WINDOW):
+        outcomes: list[Outcome] = []
+        try:
+            for batch in data.make_batches(lengths[first:first + WINDOW], batch_size, frames, shuffle=False):
+                outcomes += (done := recognise(system, dataset, [first + i for i in batch]))
+                finish(done)
+        except KeyboardInterrupt:
+            yield from sorted(outcomes)
+            raise
+        yield from sorted(outcomes)
+
+
+# ---- forms ----
+
+
+def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
+    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
+    found: list[list[Word]] = []
+    for word in words:
+        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
+        if full or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def timestamp(seconds: float, mark: str) -> str:
+    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+
+def subtitles(words: Sequence[Word], mark: str) -> str:
+    """Numbered cues, times as `timestamp` writes them. In WebVTT (mark '.') <unk> would be a tag, so it is escaped."""
+    spell = (lambda cue: html.escape(join_words(cue), quote=False)) if mark == "." else join_words
+    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
+                   for i, cue in enumerate(cues(words), 1))
+
+
+def word_entry(word: Word) -> dict:
+    return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
+
+
+def json_row(outcome: Outcome) -> str:
+    result = outcome.result
+    row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
+           "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
+           "words": [word_entry(word) for word in result.words]}
+    if outcome.reference:
+        row["reference"] = outcome.reference
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def tsv(outcome: Outcome) -> str:
+    """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
+    lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
+             for cue in cues(outcome.result.words)]
+    return "".join(["start\tend\ttext\n", *lines])
+
+
+def ctm(outcome: Outcome) -> str:
+    """A line of key, channel, begin, duration (seconds), word and confidence per word: NIST's."""
+    key = "_".join(outcome.key.split())
+    return "".join(f"{key} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
+                   for word in outcome.result.words)
+
+
+FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
+    "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
+    "srt": lambda outcome: subtitles(outcome.result.words, ","),
+    "vtt": lambda outcome: "WEBVTT\n\n" + subtitles(outcome.result.words, "."), "tsv": tsv, "ctm": ctm}
+
+
+def file_names(keys: Sequence[str]) -> list[str]:
+    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
+
+    Cut to 60 characters, which are at most 240 bytes.
+    """
+    names, taken = [], set()
+    for key in keys:
+        last = Path(key)
+        stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
+        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def merged_file(output: str | None, form: str) -> Path | None:
+    """The one file of --output for all results; None where each has its own, or none is written."""
+    if output and form == "ctm":
+        return Path(output) / "results.ctm"
+    return Path(output) if output and output.endswith(".jsonl") else None
+
+
+@contextlib.contextmanager
+def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """A function that appends to a file, which gets its name when the block ends without an error; None: no file."""
+    if path is None:
+        yield lambda text: None
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            yield file.write
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- pictures ----
@@ -287,35 +494,76 @@ def report_html(title: str, figures: Sequence[tuple[str, str]], confusions: Sequ
 # ---- the report ----
 
 
-class Tally(NamedTuple):
-    """Sums over the utterances that have a reference; every rate is divided at the end."""
+class Score(NamedTuple):
+    """One utterance against its reference."""
 
-    tokens: Counts = Counts()
-    chars: Counts = Counts()
-    words: Counts = Counts()
-    right: int = 0
-    utterances: int = 0
-
-    def with_utterance(self, system: System, text: str, result: Result) -> "Tally":
-        ref, hyp = system.tokenizer.encode(text), [token.id for token in result.tokens]
-        return Tally(self.tokens + count_errors(ref, hyp), self.chars + char_errors(text, result.text),
-                     self.words + word_errors(text, result.text), self.right + (ref == hyp), self.utterances + 1)
-
-    def lines(self) -> list[str]:
-        words, exact = self.words, self.right / max(1, self.utterances)
-        return [f"token accuracy {token_accuracy(self.tokens):.4f}  sequence accuracy {exact:.4f}  "
-                f"({self.utterances} utterances with a reference)",
-                f"%WER {100 * words.rate:.2f} [ {words.errors} / {words.ref}, {words.ins} ins, {words.del_} del, "
-                f"{words.sub} sub ]  %CER {100 * self.chars.rate:.2f}"]
+    key: str
+    reference: str
+    text: str
+    tokens: Counts
+    chars: Counts
+    words: Counts
+    exact: bool  # every token is that of the reference
 
 
-def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
-    """One line of --output."""
-    row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
-           "tokens": [token._asdict() for token in result.tokens]}
-    if result.words:
-        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
-    return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+def score(system: System, outcome: Outcome) -> Score:
+    text, reference = outcome.result.text, outcome.reference
+    ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
+    return Score(outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
+                 word_errors(reference, text), ref == hyp)
+
+
+def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the error rate: of `draws` sets as large, drawn from these utterances with replacement.
+
+    Source: Bisani & Ney 2004, percentiles.
+    """
+    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
+    rng = np.random.default_rng(seed)
+    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(draws))
+    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
+    return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
+
+
+def error_figure(counts: Sequence[Counts]) -> str:
+    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
+    return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
+            f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
+
+
+def report_lines(scores: Sequence[Score]) -> list[str]:
+    """The error rates of one or more utterances: sums, divided once."""
+    tokens, exact = sum((s.tokens for s in scores), Counts()), sum(s.exact for s in scores)
+    right = sum(s.chars.errors == 0 for s in scores)
+    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
+            f"({len(scores)} utterances with a reference)",
+            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
+            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
+
+
+def readable_units(text: str) -> list[str]:
+    """The words of a text, an ideograph being a word: what is aligned for a reader."""
+    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
+
+
+def confusions(scores: Sequence[Score], most: int = 10) -> list[tuple[str, str, int]]:
+    """The most frequent errors: (what was said, what was recognised, times), "" for nothing."""
+    errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
+        readable_units(s.reference), readable_units(s.text)) if op != "hit")
+    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def confusion_lines(scores: Sequence[Score]) -> list[str]:
+    rows = [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for ref, hyp, times in confusions(scores)]
+    return ["most frequent confusions (*** is nothing):", *rows] if rows else []
+
+
+def alignment_text(s: Score) -> str:
+    """A score as a paragraph to read."""
+    ref, hyp = readable_units(s.reference), readable_units(s.text)
+    counts = count_errors(ref, hyp)
+    return (f"{s.key}: {counts.errors} of {counts.ref} ({counts.sub} sub, {counts.ins} ins, {counts.del_} del)\n"
+            f"{format_alignment(ref, hyp)}\n\n")
 
 
 # ---- exports ----
@@ -417,20 +665,29 @@ def benchmark() -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in "
+                        "them), manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a "
+                        "line of a manifest")
     parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
                         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
                         "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
     parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
-    parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
+    parser.add_argument("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is "
+                        "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
+    parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
+    parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
+                        "summary.txt and alignments.txt")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
     parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
                         "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
+    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
+                        "included; one that is longer goes alone (default 300)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
+    parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
+                        help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
@@ -438,67 +695,99 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
+    if not arguments.batch_seconds > 0:
+        parser.error(f"--batch-seconds must be above 0, got {arguments.batch_seconds}")
+    if arguments.format and not arguments.output:
+        parser.error("--format needs --output")
+    if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
+        parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
     return arguments
 
 
-def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Dataset:
-    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
+    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
+
+    scratch: a folder for a copy of standard input, if that is among them.
+    """
     options, encode = system.config.data, system.tokenizer.encode
     stats = system.stats.cpu()
     if not inputs and options.kind == "manifest" and not (options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
-    rows = data.read_inputs(inputs or [options.test or options.dev])
+    rows = [row for path in inputs or [options.test or options.dev] for row in (
+        data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 
 
-def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int,
-              limit: int) -> Iterator[tuple[int, data.Utterance | data.Skip, Result | None]]:
-    """The first `limit` items (0: all), each with its number and, unless it is a Skip, its Result; shortest first."""
-    for indices in data.make_batches(dataset.lengths[:limit or None], batch_size, BATCH_FRAMES, shuffle=False):
-        items = [dataset[i] for i in indices]
-        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
-        for i, item in zip(indices, items):
-            yield i, item, next(results) if isinstance(item, data.Utterance) else None
+def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
+    """A line for a terminal: inputs done, and the time spent on each second of audio."""
+    full = 30 * done // max(total, 1)
+    return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
+    started, seconds, failed, scores, heard, code = time.perf_counter(), 0.0, 0, [], [], 0
+    form = arguments.format or "json"
+    merged = merged_file(arguments.output, form)
+    folder = Path(arguments.output) if arguments.output and not merged else None
+    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    names, done, total = file_names(dataset.keys), 0, min(len(dataset), arguments.limit or len(dataset))
+    erase = "\r\x1b[K" if sys.stderr.isatty() else ""
+
+    def finish(outcomes: list[Outcome]) -> None:
+        nonlocal done, seconds
+        for outcome in outcomes:
+            if folder and outcome.result:
+                data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
+        done, seconds = done + len(outcomes), seconds + sum(outcome.seconds for outcome in outcomes)
+        if erase:
+            bar = progress_bar(done, total, seconds, time.perf_counter() - started)
+            print(f"{erase}{bar}", end="", file=sys.stderr, flush=True)
+
+    with growing_file(merged) as append:
+        try:
+            for outcome in recognise_all(system, dataset, arguments.limit, arguments.batch_size,
+                                         arguments.batch_seconds, finish):
+                print(erase, end="", file=sys.stderr)
+                if outcome.result is None:
+                    print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
+                    failed += 1
+                    continue
+                print(f"{outcome.key}\t{outcome.result.text}")
+                append(FORMS[form](outcome))
+                heard.append(outcome.index)
+                scores += [score(system, outcome)] if outcome.reference else []
+        except KeyboardInterrupt:
+            code = 130
+    spent = time.perf_counter() - started
+    for i in heard if arguments.plot else ():
+        if len((item := dataset[i]).feats):
+            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+    lines = report_lines(scores) + confusion_lines(scores) if scores else []
+    if arguments.report:
+        data.write_atomic(Path(arguments.report) / "alignments.txt", "".join(map(alignment_text, scores)))
+        data.write_atomic(Path(arguments.report) / "summary.txt", "\n".join([*lines, ""]))
+    for line in lines:
+        print(line, file=sys.stderr)
+    print(f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
+          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", file=sys.stderr)
+    return code or (1 if failed else 0)
+
+
+def start(arguments: argparse.Namespace) -> int:
+    """Load, export if that is asked for, recognise -> exit code."""
     system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
     if arguments.export:
         print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
-    dataset = open_inputs(system, arguments.inputs)
-    if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    if arguments.plot:
-        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
-    started, seconds, failed, tally = time.perf_counter(), 0.0, 0, Tally()
-    lines, texts, spoken = {}, {}, []
-    for i, item, result in recognise(system, dataset, arguments.batch_size, arguments.limit):
-        if result is None:
-            print(f"decode.py: {item.key}: {item.reason}", file=sys.stderr)
-            failed += 1
-            continue
-        seconds += item.seconds
-        lines[i], texts[i] = json_line(item.key, item.text, item.seconds, result), f"{item.key}\t{result.text}"
-        spoken += [i] if len(item.feats) else []
-        tally = tally.with_utterance(system, item.text, result) if item.text else tally
-    spent = time.perf_counter() - started
-    if texts:
-        print("\n".join(texts[i] for i in sorted(texts)))
-    if arguments.output:
-        data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
-    for i in sorted(spoken) if arguments.plot else ():
-        write_pictures(Path(arguments.plot), system, dataset[i], arguments.plot_layer)
-    for line in tally.lines() if tally.utterances else ():
-        print(line, file=sys.stderr)
-    print(f"{len(texts)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be read", file=sys.stderr)
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory() as scratch:
+        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -506,10 +795,12 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return benchmark() if arguments.benchmark else run(arguments)
+        return benchmark() if arguments.benchmark else start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
