@@ -2643,7 +2643,7 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
     spoken = found.tokens[0] > EOS
     for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
         calls.clear()
-        decode.draw(system, item, layer)
+        decode.attention_pictures(system, item, found, layer)
         (ours, cross), (theirs, also) = calls
         assert (cross, also) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
@@ -2687,17 +2687,18 @@ class PageReader(html.parser.HTMLParser):
 
 
 # C98
-def test_the_report_shows_the_worst_first_with_its_errors_and_no_hostile_text_leaves_its_place():
+def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
     hostile = "<script src='http://x/'>&\"]]>--></article>"
     svg = attention.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
-    pairs = {"good": ("a b", "a b"), hostile: (f"{hostile[:7]} two 今 x", "one two 今 y z"), "worse": ("a b c d", "")}
-    cases = [decode.Case(key, ref, hyp, count_errors(ref.split(), hyp.split()), align(ref.split(), hyp.split()),
-                         svg if key == hostile else "") for key, (ref, hyp) in pairs.items()]
-    page = decode.report_html(hostile, [("WER", hostile)], [("", hostile, 3), ("甲", "乙", 2)], cases)
+    pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
+    result = lambda text: decode.Result(text, 1.0, [], [])
+    cases = [(decode.score(tiny_system(), decode.Outcome(0, key, 1.0, ref, result(hyp))), svg if key == hostile else "")
+             for key, (ref, hyp) in pairs.items()]
+    page = decode.report_html(hostile, [f"WER {hostile}"], [("", hostile, 3), ("甲", "乙", 2)], cases)
     read = PageReader(page)
     assert not read.open and read.tags["script"] == 0 and read.tags["article"] == 3 and read.tags["svg"] == 3
     texts = lambda tag: [text for name, text in read.texts if name == tag]
-    assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == texts("dd") == [hostile]
+    assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == [hostile] and f"WER {hostile}" in texts("p")
     assert texts("td") == ["–", hostile, "3", "甲", "乙", "2"]
     assert texts("del") == ["replaced", "missing", "a", "b", "c", "d", "<script", "x"]
     assert texts("ins") == ["by", "too many", "one", "y", "z"]
@@ -2709,8 +2710,24 @@ def test_the_report_shows_the_worst_first_with_its_errors_and_no_hostile_text_le
     assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
 
 
-def test_a_report_of_nothing_is_a_page():
-    assert "none" in [text for _, text in PageReader(decode.report_html("", [], [], [])).texts]
+# C98
+def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
+    """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
+    monkeypatch.setattr(decode, "WORST", 3)
+    system, paths = tiny_system(), [spoken(tmp_path / f"{i}.wav", 0.3 + 0.1 * i) for i in range(5)]
+    dataset = decode.open_inputs(system, paths, tmp_path)
+    results = decode.transcribe(system, [dataset[i].feats for i in range(5)])
+    missing = [2, 0, 9, 1, 4]
+    scores = [decode.score(system, decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result))
+              for i, (n, result) in enumerate(zip(missing, results))]
+    decode.write_report(tmp_path, system, dataset, scores, ["planted line"])
+    read = PageReader((tmp_path / "report.html").read_text())
+    assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
+    titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
+    assert titles == [attention.fit(f"{paths[i]}: {results[i].text}", attention.WIDTH) for i in (2, 4, 0)]
+    assert ("p", "planted line") in read.texts and ("td", "16") in read.texts
+    decode.write_report(tmp_path, system, dataset, [], [])
+    assert ("td", "none") in PageReader((tmp_path / "report.html").read_text()).texts
 
 
 # ---- attention: memory, relative positions (FunASR) ----
