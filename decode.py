@@ -5,7 +5,7 @@
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
     torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
-    python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from attention import alignment_svg, attention_svg
+from attention import Span, alignment_svg, attention_svg, escape
 from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
                        count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
@@ -408,19 +408,56 @@ def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
 # ---- pictures ----
 
 
-def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
-    """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
-    found = decode_batch(system, [item.feats], need_weights=True)
+def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
+    """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its name, weights)."""
+    number = min(number or len(layers), len(layers))
+    return f"layer {number} of {len(layers)}", layers[number - 1]
+
+
+class Scene(NamedTuple):
+    """What the pictures of an utterance share."""
+
+    title: str
+    tokens: list[Span]
+    seconds: float
+    frames: tuple[float, float]  # seconds at which the first frame of the encoder begins and the last one ends
+
+
+def scene(system: System, item: data.Utterance, found: Hypotheses) -> Scene:
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
-    seconds = len(item.feats) * frame_sec
-    truth = None if item.boundaries is None else item.boundaries * frame_sec
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    title, spans = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
+    tokens = [(token.token, token.start, token.end) for token in result.tokens]
+    s = system.config.model.encoder.subsampling
+    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
+    return Scene(f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec,
+                 (start, start + found.alpha.shape[1] * s * frame_sec))
+
+
+def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
+    """The SVG of an utterance that has frames and was `found` alone: features, tokens, firing."""
+    title, *rest = scene(system, item, found)
+    truth = None if item.boundaries is None else item.boundaries * data.frame_sec(system.config.data)
+    return alignment_svg(title, item.feats, found.alpha[0], *rest, truth)
+
+
+@torch.inference_mode()
+def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder."""
+    title, *rest = scene(system, item, found)
+    feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
+    of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
+    of_decoder, cross = layer_of(found.attention, layer)
     rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
-    attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
-    data.write_atomic(folder / f"{name}.alignment.svg",
-                      alignment_svg(title, item.feats, found.alpha[0], spans, seconds, truth))
-    data.write_atomic(folder / f"{name}.attention.svg", attention)
+    return {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False),
+            "cross": attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)}
+
+
+def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg of an utterance that has frames."""
+    found = decode_batch(system, [item.feats], need_weights=True)
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
+    pictures = {"alignment": alignment_picture(system, item, found)}
+    for kind, svg in {**pictures, **attention_pictures(system, item, found, layer)}.items():
+        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
 
 
 # ---- the report ----
@@ -429,20 +466,23 @@ def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
 class Score(NamedTuple):
     """One utterance against its reference."""
 
+    index: int  # its place among the inputs
     key: str
     reference: str
     text: str
     tokens: Counts
     chars: Counts
     words: Counts
+    units: Counts  # of readable_units
     exact: bool  # every token is that of the reference
 
 
 def score(system: System, outcome: Outcome) -> Score:
     text, reference = outcome.result.text, outcome.reference
     ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
-    return Score(outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
-                 word_errors(reference, text), ref == hyp)
+    units = count_errors(readable_units(reference), readable_units(text))
+    return Score(outcome.index, outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
+                 word_errors(reference, text), units, ref == hyp)
 
 
 def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -492,10 +532,77 @@ def confusion_lines(scores: Sequence[Score]) -> list[str]:
 
 def alignment_text(s: Score) -> str:
     """A score as a paragraph to read."""
-    ref, hyp = readable_units(s.reference), readable_units(s.text)
-    counts = count_errors(ref, hyp)
-    return (f"{s.key}: {counts.errors} of {counts.ref} ({counts.sub} sub, {counts.ins} ins, {counts.del_} del)\n"
-            f"{format_alignment(ref, hyp)}\n\n")
+    n = s.units
+    return (f"{s.key}: {n.errors} of {n.ref} ({n.sub} sub, {n.ins} ins, {n.del_} del)\n"
+            f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n")
+
+
+# ---- report.html ----
+
+WORST = 50  # utterances of the page at most, about 30 kB each
+REPORT_STYLE = """
+:root{--ground:#fff;--ink:#222;--faint:#667;--line:#ddd;--sub:#ffedb8;--del:#ffd9d9;--ins:#d3efd9}
+@media(prefers-color-scheme:dark){:root{--ground:#1b1b1b;--ink:#ddd;--faint:#99a;--line:#444;--sub:#5c4a10;
+--del:#6b2525;--ins:#1f5130;color-scheme:dark}}
+body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
+h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
+small,summary{color:var(--faint);font-size:.85rem}
+article{border-top:1px solid var(--line);padding:.7rem 0} table{border-collapse:collapse} summary{cursor:pointer}
+td,th{text-align:left;padding:.1rem 1.2rem .1rem 0;border-bottom:1px solid var(--line)} details div{overflow-x:auto}
+del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
+span del,span ins{background:var(--sub)} h3,td,del,ins,bdi{unicode-bidi:isolate}
+"""
+
+
+def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
+    """One step of an alignment: what is missing is struck out, what is too much is green, both of them are yellow."""
+    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
+    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
+            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
+
+
+def case_html(s: Score, svg: str) -> str:
+    """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
+    steps, n = align(readable_units(s.reference), readable_units(s.text)), s.units
+    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
+                    for name, text in (("reference", s.reference), ("recognised", s.text)))
+    return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
+            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in steps)}</p>"
+            f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
+            "</article>\n")
+
+
+def report_html(title: str, lines: Sequence[str], confused: Sequence[tuple[str, str, int]],
+                cases: Sequence[tuple[Score, str]]) -> str:
+    """A page that needs no other file: the lines of the summary, the confusions, the utterances with their pictures."""
+    summary = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    rows = "".join(f"<tr><td>{escape(ref) or '–'}</td><td>{escape(hyp) or '–'}</td><td>{times}</td></tr>"
+                   for ref, hyp, times in confused)
+    head = "<tr><th>reference</th><th>recognised</th><th>times</th></tr>" if rows else "<tr><td>none</td></tr>"
+    safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{summary}\n"
+            f"<h2>Most frequent confusions</h2><table>{head}{rows}</table>\n"
+            f"<h2>The worst first: {len(cases)}</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
+            "<del>missing</del> <ins>too many</ins></small></p>\n"
+            f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
+
+
+def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset, scores: Sequence[Score],
+                 lines: Sequence[str]) -> None:
+    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with its alignment."""
+    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
+    data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
+    cases = []
+    for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
+        item = dataset[s.index]
+        heard = isinstance(item, data.Utterance) and len(item.feats)
+        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if heard else ""))
+    page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
+    data.write_atomic(folder / "report.html", page)
 
 
 # ---- exports ----
@@ -609,8 +716,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
     parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
     parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
-                        "summary.txt and alignments.txt")
+                        "summary.txt, alignments.txt and report.html")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
+                        "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
@@ -622,7 +731,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
     if not arguments.batch_seconds > 0:
@@ -689,11 +798,6 @@ def show(outcomes: Iterator[Outcome], append: Callable[[Outcome], object]) -> It
         yield outcome
 
 
-def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str]) -> None:
-    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
-    data.write_atomic(folder / "summary.txt", "".join(line + "\n" for line in lines))
-
-
 def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
         shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
@@ -720,12 +824,13 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
     for index, _ in heard if arguments.plot else ():
         if len((item := dataset[index]).feats):
-            write_pictures(Path(arguments.plot), system, item)
-    lines = report_lines(scores) + confusion_lines(scores) if scores else []
+            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+    lines = report_lines(scores) if scores else []
     if arguments.report:
-        write_report(Path(arguments.report), scores, lines)
-    print(*lines, f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n", file=sys.stderr)
+        write_report(Path(arguments.report), system, dataset, scores, lines)
+    print(*lines, *confusion_lines(scores), f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
+          f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
+          file=sys.stderr)
     return code or (1 if failed else 0)
 
 

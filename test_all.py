@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import html.parser
 import http.client
 import inspect
 import io
@@ -1449,9 +1450,9 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
 
 # ---- attention: pictures ----
 
-def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
-    values = np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
-    raw = base64.b64decode(attention.heat_map(values).split(",")[1])
+def png_chunks(uri: str) -> dict[bytes, bytes]:
+    """The chunks of a PNG in a data: URI, their checksums compared."""
+    raw = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
     chunks, at = {}, 8
     while at < len(raw):
@@ -1459,23 +1460,96 @@ def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
         body = raw[at + 8:at + 8 + size]
         assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
         chunks[name], at = body, at + 12 + size
+    return chunks
+
+
+def png_levels(uri: str) -> np.ndarray:
+    """(rows, columns) of a PNG whose rows are stored without a filter."""
+    chunks = png_chunks(uri)
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    return np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)[:, 1:]
+
+
+def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
+    chunks = png_chunks(attention.heat_map(np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])))
     assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
     assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
     assert chunks[b"PLTE"][:3] == bytes(attention.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(attention.PALETTE[-1])
 
 
-def test_pictures_are_well_formed_and_stand_where_the_times_say():
-    tokens = [("<我", 0.5, 1.0), (" ", 1.0, 1.5)]
-    svg = attention.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), tokens, 2.0)
-    root = ElementTree.fromstring(svg)
-    fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
-    assert [float(d[1:].split()[0]) for d in fires] == [attention.LEFT + attention.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
+def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
+    alpha = torch.zeros(50)
+    alpha[25] = 1.0  # of 50 frames of 0.04 s, the first of which begins at -0.02 s
+    svg = attention.alignment_svg("a <b> & c\0", torch.rand(200, 8), alpha, [("<我", 0.5, 1.0), (" ", 1.0, 1.5)], 2.0,
+                                  (-0.02, 1.98), torch.tensor([0.6, 1.2, 1.4]))
+    root, place = ElementTree.fromstring(svg), lambda sec: attention.LEFT + attention.WIDTH * sec / 2
+    for name, times in (("fire", (0.5, 1.0, 1.5)), ("true", (0.6, 1.2, 1.4))):
+        paths = [e.get("d") for e in root.iter() if e.get("class") == name]
+        lines = [float(d[1:].split()[0]) for d in paths if "h30" not in d]  # without the legend's
+        assert lines == pytest.approx([place(sec) for sec in times], abs=0.1)
+    [bar] = [float(e.get("x")) for e in root.iter() if e.get("class") == "weight"]
+    assert bar == pytest.approx(place(0.98), abs=0.1)
+    texts = {e.text: float(e.get("x")) for e in root.iter() if e.tag.endswith("text")}
+    assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < attention.LEFT
+    assert (texts["<我"], texts["␣"]) == (place(0.75), place(1.25))
+
+
+# C97
+@pytest.mark.parametrize("size", [1, 2, 4, 40])
+def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
+    """Ideographs are 12 px wide in a font of 12 px, in any font."""
+    rng = random.Random(size)
+    starts = np.cumsum([rng.uniform(0.05, 0.4) for _ in range(201)]).tolist()
+    tokens = [(f"{chr(0x4e00 + u)}" * rng.randint(1, size), *span) for u, span in enumerate(zip(starts, starts[1:]))]
+    seconds, span = starts[-1], (0.0, starts[-1])
+    pictures = [attention.alignment_svg("好" * 999, torch.rand(300, 4), torch.rand(90), tokens, seconds, span),
+                attention.attention_svg("x", torch.rand(3, 200, 90), tokens, seconds, span, cross=True),
+                attention.attention_svg("x", torch.rand(3, 90, 90), tokens, seconds, span, cross=False)]
+    shown = []
+    for svg in pictures:
+        root, lines = ElementTree.fromstring(svg), collections.defaultdict(list)
+        for e in root.findall("{*}text"):
+            width, middle = 12 * len(e.text), e.get("text-anchor") == "middle"
+            if ord(e.text[0]) >= 0x4e00:
+                left = float(e.get("x")) - width * (0.5 if middle else e.get("text-anchor") == "end")
+                lines[float(e.get("y"))].append((left, left + width))
+        edges = [(a, b) for line in lines.values() for a, b in zip([(0, 0), *sorted(line)], [*sorted(line), (1e9, 0)])]
+        assert all(end <= start for (_, end), (start, _) in edges)
+        assert max(end for line in lines.values() for _, end in line) <= float(root.get("width"))
+        shown.append(sum(map(len, lines.values())))
+    assert shown[0] == 201 if size <= 2 else shown[0] > 100  # with the title
+
+
+# C97
+@pytest.mark.parametrize("cross", [True, False])
+def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross):
+    tokens = [("a", 0.2, 0.6), ("b", 0.6, 1.0), ("c", 1.0, 1.9)]
+    weights = torch.rand(4, 3 if cross else 50, 50) / 2
+    planted = [(2, 7), (0, 49), (1, 0), (2, 3)]
+    for h, (row, column) in enumerate(planted):
+        weights[h, row, column] = 0.9
+    root = ElementTree.fromstring(attention.attention_svg("x", weights, tokens, 2.0, (-0.02, 1.98), cross))
+    panels = root.findall("{*}svg")
+    for h, (row, column) in enumerate(planted):
+        image = panels[h].find("{*}image")
+        levels = png_levels(image.get("href"))
+        assert np.argwhere(levels == 255).tolist() == [[row, column]]
+        left, _, width, _ = map(float, panels[h].get("viewBox").split())
+        assert float(image.get("x")) == pytest.approx(left - 0.01 * width, abs=0.01)
+        assert float(image.get("width")) == pytest.approx(width, abs=0.01)
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert texts[0] == "a <b> & c" and "<我" in texts and "␣" in texts
-    crowd = ElementTree.fromstring(attention.attention_svg("x", torch.rand(200, 50), ["w"] * 200, 60.0))
-    rows = [float(e.get("y")) for e in crowd.iter() if e.text == "w"]
-    assert min(b - a for a, b in zip(rows, rows[1:])) >= 12 and len(rows) > 40
-    ElementTree.fromstring(attention.attention_svg("no tokens", torch.zeros(0, 50), [], 1.0))
+    assert [text for text in texts if text.startswith("head")] == [f"head {h}, up to 0.9" for h in (1, 2, 3, 4)]
+    assert texts.count("b") == 4 + 2  # over each panel, and beside the two on the left
+    ElementTree.fromstring(attention.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
+
+
+def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
+    values = torch.zeros(3000, 3000)
+    values[2999, 1500] = 1.0
+    panel = attention.Panel(0, 0, 300, 200, 1.0)
+    image = ElementTree.fromstring(attention.image_svg(panel, values, (0, 1), (0, 1))).find("{*}image")
+    levels = png_levels(image.get("href"))
+    assert levels.shape == (200, 300) and np.argwhere(levels).tolist() == [[199, 150]]
 
 
 # ---- model: small models and batches ----
@@ -2585,9 +2659,35 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     short = spoken(tmp_path / "short.wav", 0.001)
     assert decode.main(["--ckpt", ckpt, hostile, short, "--plot", str(tmp_path / "plots")]) == 0
     files = sorted((tmp_path / "plots").iterdir())
-    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.attention.svg"]
+    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.cross.svg", "wav.encoder.svg"]
     for file in files:
-        assert hostile in ElementTree.fromstring(file.read_text()).find("{*}text").text
+        title = ElementTree.fromstring(file.read_text()).find("{*}text").text
+        assert hostile[:60] in title
+
+
+# C97
+def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
+    """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
+    sizes = dict(hidden_dim=16, num_heads=2)
+    model = config.ModelConfig(encoder=config.EncoderConfig(subsampling=2, num_layers=3, **sizes),
+                               decoder=config.DecoderConfig(num_layers=2, **sizes),
+                               predictor=config.PredictorConfig(hidden_dim=16))
+    system, [feats] = tiny_system(), ragged_feats([31])
+    system = system._replace(config=replace(system.config, model=model),
+                             model=build(model, 8, len(system.tokenizer)).eval())
+    calls = []
+    monkeypatch.setattr(decode, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
+    item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
+    with torch.no_grad():
+        encoder = system.model.encoder(feats[None], torch.tensor([31]), need_weights=True)[2]
+        found = system.model.greedy(feats[None], torch.tensor([31]), need_weights=True)
+    spoken = found.tokens[0] > EOS
+    for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
+        calls.clear()
+        decode.attention_pictures(system, item, found, layer)
+        (ours, cross), (theirs, also) = calls
+        assert (cross, also) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
+        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
 
 
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
@@ -2601,6 +2701,74 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.evaluate(system.model, [data.collate([dataset[i] for i in range(9)])], system.tokenizer.decode)
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+# ---- decode: report.html ----
+
+class PageReader(html.parser.HTMLParser):
+    """The tags, the attributes, and the texts with the tag that they stand in."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], collections.Counter(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += attributes
+        if tag not in ("meta", "path", "image", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "image", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((self.open[-1] if self.open else "", text))
+
+
+# C98
+def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
+    hostile = "<script src='http://x/'>&\"]]>--></article>"
+    svg = attention.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
+    pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
+    result = lambda text: decode.Result(text, 1.0, [], [])
+    cases = [(decode.score(tiny_system(), decode.Outcome(0, key, 1.0, ref, result(hyp))), svg if key == hostile else "")
+             for key, (ref, hyp) in pairs.items()]
+    page = decode.report_html(hostile, [f"WER {hostile}"], [("", hostile, 3), ("甲", "乙", 2)], cases)
+    read = PageReader(page)
+    assert not read.open and read.tags["script"] == 0 and read.tags["article"] == 3 and read.tags["svg"] == 3
+    texts = lambda tag: [text for name, text in read.texts if name == tag]
+    assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == [hostile] and f"WER {hostile}" in texts("p")
+    assert texts("td") == ["–", hostile, "3", "甲", "乙", "2"]
+    assert texts("del") == ["replaced", "missing", "a", "b", "c", "d", "<script", "x"]
+    assert texts("ins") == ["by", "too many", "one", "y", "z"]
+    assert [text for text in texts("small") if "errors" in text] == [
+        "errors: 4 in 4 (0 replaced, 4 missing, 0 too many)", "errors: 3 in 4 (2 replaced, 0 missing, 1 too many)",
+        "errors: 0 in 2 (0 replaced, 0 missing, 0 too many)"]
+    addresses = [value for name, value in read.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
+
+
+# C98
+def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
+    """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
+    monkeypatch.setattr(decode, "WORST", 3)
+    system, paths = tiny_system(), [spoken(tmp_path / f"{i}.wav", 0.3 + 0.1 * i) for i in range(5)]
+    dataset = decode.open_inputs(system, paths, tmp_path)
+    results = decode.transcribe(system, [dataset[i].feats for i in range(5)])
+    missing = [2, 0, 9, 1, 4]
+    scores = [decode.score(system, decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result))
+              for i, (n, result) in enumerate(zip(missing, results))]
+    decode.write_report(tmp_path, system, dataset, scores, ["planted line"])
+    read = PageReader((tmp_path / "report.html").read_text())
+    assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
+    titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
+    assert titles == [attention.fit(f"{paths[i]}: {results[i].text}", attention.WIDTH) for i in (2, 4, 0)]
+    assert ("p", "planted line") in read.texts and ("td", "16") in read.texts
+    decode.write_report(tmp_path, system, dataset, [], [])
+    assert ("td", "none") in PageReader((tmp_path / "report.html").read_text()).texts
 
 
 # ---- attention: memory, relative positions (FunASR) ----
