@@ -734,8 +734,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
-    if not arguments.batch_seconds > 0:
-        parser.error(f"--batch-seconds must be above 0, got {arguments.batch_seconds}")
+    if not 0 < arguments.batch_seconds < math.inf:
+        parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
@@ -786,15 +786,14 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
     return finish
 
 
-def show(outcomes: Iterator[Outcome], append: Callable[[Outcome], object]) -> Iterator[Outcome]:
-    """Print each: a text to standard output, a failure to standard error. append takes the texts."""
+def show(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Print each as it passes: a text to standard output, a failure to standard error."""
     for outcome in outcomes:
         print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
         if outcome.result is None:
             print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
         else:
             print(f"{outcome.key}\t{outcome.result.text}")
-            append(outcome)
         yield outcome
 
 
@@ -813,10 +812,15 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged if shard[0] == 0 else None) as append:
         try:
-            for outcome in show(outcomes, lambda outcome: append(FORMS[form](outcome))):
-                failed += outcome.result is None
-                heard += [(outcome.index, outcome.seconds)] if outcome.result else []
-                scores += [score(system, outcome)] if outcome.result and outcome.reference else []
+            for outcome in show(outcomes):
+                if outcome.result is None:
+                    failed += 1
+                    continue
+                heard.append((outcome.index, outcome.seconds))
+                if merged:
+                    append(FORMS[form](outcome))
+                if outcome.reference:
+                    scores.append(score(system, outcome))
         except KeyboardInterrupt:
             code = 130
     if shard[0]:

@@ -2416,8 +2416,8 @@ def misfit(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=nan"],
-    ["--format=srt"], ["--report=x", "--limit=x"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
+    ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
+    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
