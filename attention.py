@@ -120,17 +120,17 @@ class PositionalEncoding(nn.Module):
         elif kind == "sinusoidal":
             self.register_buffer("table", sinusoids(max_len, dim), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D). Raises ValueError if a learnable table is shorter than T."""
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """x (B,T,D), whose first step has position `first` -> (B,T,D). Raises ValueError past a learnable table."""
         check_shape("x", x, "B", "T", self.dim)
-        T = x.shape[1]
+        T = first + x.shape[1]
         if self.kind == "none":
             return x
         if T <= self.max_len:
-            return x + self.table[:T]
+            return x + self.table[first:T]
         if self.kind == "learnable":
             raise ValueError(f"position: the learnable table ends at {self.max_len} steps, got {T}; use sinusoidal")
-        return x + sinusoids(T, self.dim).to(x)
+        return x + sinusoids(T, self.dim)[first:].to(x)
 
 
 # ---- attention ----
@@ -193,8 +193,17 @@ class MultiHeadAttention(nn.Module):
         check_shape("x", x, "B", "T", self.dim)
         memory = x if memory is None else memory
         check_shape("memory", memory, x.shape[0], "S", self.memory_dim)
+        return self.over(x, *self.keys_values(memory), mask, need_weights)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """memory (B,S,memory_dim) -> its keys and values (B,H,S,K), which a cache keeps."""
         k, v = self.key_value(memory).chunk(2, dim=-1)
-        out, weights = attend(self.heads(self.query(x)), self.heads(k), self.heads(v), mask, need_weights)
+        return self.heads(k), self.heads(v)
+
+    def over(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+             need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What forward does once it has keys and values k, v (B,H,S,K)."""
+        out, weights = attend(self.heads(self.query(x)), k, v, mask, need_weights)
         out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,D)
         return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias too
 
@@ -342,6 +351,23 @@ class TransformerBlock(nn.Module):
             out, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask, need_weights)
             x = x + self.dropout(out)
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
+
+    def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
+             memory_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """The next token of W hypotheses of each utterance: what forward gives in its last row under a causal mask.
+
+        x (B,W,D), past: keys and values (B,W,H,t,K) of the t tokens before, memory: keys and values (B,H,S,K) of the
+        cross-attention, memory_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
+        """
+        B, W, D = x.shape
+        y = self.norm_self(x).view(B * W, 1, D)
+        new = (z.unflatten(0, (B, W)) for z in self.self_attention.keys_values(y))  # (B*W,H,1,K) -> (B,W,H,1,K)
+        keys, values = (torch.cat(pair, dim=3) for pair in zip(past, new))
+        out, _ = self.self_attention.over(y, keys.flatten(0, 1), values.flatten(0, 1))
+        x = x + self.dropout(out.view(B, W, D))
+        out, weights = self.cross_attention.over(self.norm_cross(x), *memory, memory_mask, need_weights=True)
+        x = x + self.dropout(out)  # hypotheses stand where forward has steps: they share one memory
+        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), (keys, values), weights
 
 
 class ConvolutionModule(nn.Module):

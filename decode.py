@@ -7,11 +7,13 @@
     torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
+    python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, transcribe (all that serving needs), forms of a result, pictures, the report, exports, main.
+Reading order: load_system, search, transcribe (all that serving needs), forms of a result, pictures, the report,
+exports, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
@@ -33,18 +35,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
+from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask,
+                   read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
                        count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 
 # ---- a checkpoint, ready to recognise ----
+
+
+class Search(NamedTuple):
+    """How hypotheses are found. All defaults together: greedily, by the model itself."""
+
+    beam: int = 1  # hypotheses kept at a time; of a Paraformer, for each number of tokens
+    nbest: int = 1  # alternatives in a Result where more than 1; the search keeps no fewer than so many
+    length_penalty: float = 0.6  # transformer: log probability is divided by ((5 + length) / 6) ** length_penalty
+    coverage_penalty: float = 0.0  # transformer: weight of the log of the attention that each frame got, at most 1
+    ctc_weight: float = 0.0  # share of the CTC head in the score, 0 to 1
+
+    @property
+    def width(self) -> int:
+        return max(self.beam, self.nbest)
 
 
 class System(NamedTuple):
@@ -54,6 +72,7 @@ class System(NamedTuple):
     model: nn.Module  # in eval mode
     lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
     precision: str = "float32"  # key of PRECISIONS, of the matrix products
+    search: Search = Search()
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +104,221 @@ def load_system(path: str | os.PathLike, device: str = "auto") -> System:
     return System(config, tokenizer, state["stats"].to(target), model.to(target).eval())
 
 
+# ---- search ----
+
+
+class NBest(NamedTuple):
+    """N hypotheses of each utterance, best first; where there are fewer, log_probs and scores of the rest are -inf."""
+
+    tokens: Tensor  # (B,N,U) int64, 0 behind the end
+    lens: Tensor  # (B,N) int64
+    log_probs: Tensor  # (B,N) of the whole hypothesis
+    norms: Tensor  # (B,N) what a log probability is divided by in a score
+    scores: Tensor  # (B,N)
+
+
+def pick_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B,W,...), index (B,N) -> (B,N,...): x[b, index[b, n]]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def ranked(found: NBest) -> NBest:
+    order = found.scores.argsort(dim=1, descending=True, stable=True)
+    return NBest(*(pick_rows(x, order) for x in found))
+
+
+def certain(n: int, place: int, like: Tensor) -> Tensor:
+    """(n,) log probabilities of what is sure: 0 at place, -inf elsewhere."""
+    return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
+
+
+def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
+    """The most probable texts of a model that tells a token from those before it.
+
+    step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
+    past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
+    A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
+    longer ones that go on, and W = 1 is greedy. An utterance is settled when no open hypothesis, were the rest of it
+    certain, could enter the n-best. Source: Wu et al. 2016 "GNMT", 7.
+    """
+    B, W = len(frames), search.width
+    norm = lambda length: ((5 + length) / 6) ** search.length_penalty
+    last, tokens = torch.full((B, W), SOS, device=frames.device), frames.new_zeros(B, W, 0)
+    lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
+    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # one hypothesis, that says nothing yet
+    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L): padding is
+    wanted = W if search.ctc_weight else search.nbest  # that have to be settled
+    for t in range(int(frames.max()) + 1):
+        told, past, attention = step(last, past)
+        end = certain(told.shape[2], EOS, told)
+        told = torch.where((t >= frames)[:, None, None], told + end, told)  # it must end
+        told = torch.where(ended[:, :, None], end, told)  # it has ended: no change, at no cost
+        total, length = log_prob[:, :, None] + told, lens + ~ended  # (B,W,V), (B,W)
+        covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
+        score, place = (total / norm(length)[:, :, None] + coverage(covered, search)).flatten(1).topk(W)
+        parent, last = place // told.shape[2], place % told.shape[2]
+        log_prob = total.flatten(1).gather(1, place)
+        lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
+        tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
+        least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
+        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():
+            break
+    words, open_ = lens - 1, ~ended  # the end token is none
+    real = torch.arange(tokens.shape[2], device=tokens.device) < words[:, :, None]
+    return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens),
+                        score.masked_fill(open_, -math.inf)))
+
+
+UNSEEN = 0.01  # of the attention that a frame got: no less, or a single frame would decide
+
+
+def coverage(covered: Tensor, search: Search) -> Tensor:
+    """covered (B,W,L), the attention that each frame got -> (B,W,1), 0 where all got 1 and negative where not."""
+    return search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)
+
+
+def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Where prefix j is prefix i and one token more, and both are in the beam, the way from i to j belongs to j.
+
+    more (B,W,V) log probabilities of a prefix and one token more, tokens (B,W,U), n (B,W) their lengths, alive (B,W)
+    -> more without such ways, and what each prefix gets by them (B,W).
+    """
+    at = (n[:, :, None] - 1).clamp(min=0)
+    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): the token from i to j
+    cut = tokens.scatter(2, at, BLANK)
+    grown = (tokens[:, :, None] == cut[:, None]).all(3) & (n[:, :, None] + 1 == n[:, None]) & alive[:, None]
+    joined = more.gather(2, way).masked_fill(~grown, -math.inf).logsumexp(1)
+    return more.scatter_reduce(2, way, torch.where(grown, -math.inf, math.inf).to(more), "amin"), joined
+
+
+def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
+    """The most probable texts of a CTC model, each the sum over all paths that spell it.
+
+    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the probability of the paths that end in
+    a blank and of those that do not. Source: Graves & Jaitly 2014; Hannun et al. 2014.
+    """
+    B, L, V = log_p.shape
+    log_p = torch.where(padding_mask(lens, L)[:, :, None], log_p, certain(V, BLANK, log_p))  # padding says nothing
+    tokens, n = lens.new_zeros(B, W, 1), lens.new_zeros(B, W)
+    blank, spoken = certain(W, 0, log_p).expand(B, W), log_p.new_full((B, W), -math.inf)
+    for frame in log_p.unbind(1):  # (B,V)
+        total = torch.logaddexp(blank, spoken)
+        last = tokens.gather(2, (n[:, :, None] - 1).clamp(min=0))  # (B,W,1), BLANK of the empty prefix
+        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # the same again: after a blank
+        more = (more + frame[:, None]).scatter(2, torch.full_like(last, BLANK), -math.inf)
+        more, joined = join_prefixes(more, tokens, n, total > -math.inf)
+        blank, spoken = total + frame[:, BLANK, None], torch.logaddexp(spoken + frame.gather(1, last[:, :, 0]), joined)
+        score, place = torch.cat((torch.logaddexp(blank, spoken), more.flatten(1)), 1).topk(W)
+        same = place < W  # a prefix of the beam, else one with a token more
+        parent, token = torch.where(same, place, (place - W) // V), (place - W) % V
+        tokens, n = F.pad(pick_rows(tokens, parent), (0, 1)), n.gather(1, parent)
+        tokens = tokens.scatter_add(2, n[:, :, None], token.masked_fill(same, 0)[:, :, None])
+        blank = blank.gather(1, parent).masked_fill(~same, -math.inf)
+        spoken = torch.where(same, spoken.gather(1, parent), score)
+        n = n + ~same
+        tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
+    return ranked(NBest(tokens, n, score, torch.ones_like(score), score))
+
+
+def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
+    """The W most probable texts where no position knows of the others: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
+    log probabilities (B,W), best first, -inf where there are fewer."""
+    U, K = log_p.shape[1], min(W, log_p.shape[2])
+    best, ids = log_p.topk(K, 2)
+    mask = padding_mask(counts, U)[:, :, None]
+    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end there is one choice, for nothing
+    total, tokens = certain(W, 0, log_p).expand(len(counts), W), counts.new_zeros(len(counts), W, 0)
+    for u in range(U):
+        total, place = (total[:, :, None] + best[:, u, None]).flatten(1).topk(W)
+        token = ids[:, u].gather(1, place % K)
+        tokens = torch.cat((pick_rows(tokens, place // K), token[:, :, None]), 2)
+    return tokens * mask.transpose(1, 2), total
+
+
+COUNT_PRICE = 0.3  # of a token more or less than the firing weights sum to, in mean log probability: chosen on digits
+
+
+def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
+    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more.
+
+    emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
+    score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
+    """
+    B = len(counts)
+    near = counts[:, None] + torch.tensor([0, -1, 1], device=counts.device)  # (B,3)
+    number = near.clamp(min=0).flatten()
+    tokens, log_prob = best_expansions(emit(number), number, W)
+    tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
+    log_prob = log_prob.masked_fill((near < 0)[:, :, None], -math.inf).flatten(1)
+    lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
+    norms = lens.clamp(min=1)
+    off = (alpha.double().sum(1, keepdim=True) - lens).abs().float()
+    return ranked(NBest(tokens, lens, log_prob, norms, log_prob / norms - COUNT_PRICE * off))
+
+
+def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U), token_lens (B,N) -> (B,N), -inf if they do not
+    fit the frames."""
+    (B, N, U), L = tokens.shape, log_p.shape[1]
+    tokens = F.pad(tokens, (0, 1)).view(B * N, U + 1)
+    special = (tokens == BLANK) | (tokens == SOS) | (tokens == EOS) | ~padding_mask(token_lens.flatten(), U + 1)
+    tokens = tokens.gather(1, special.long().argsort(dim=1, stable=True))  # those that CTC does not say behind the others
+    names = (tokens[:, :, None] == tokens[:, None, :]).long().argmax(2) + 1  # where a token is first said, from 1
+    columns = F.pad(tokens, (1, 0), value=BLANK)[:, None].expand(-1, L, -1)  # the part of V that this text needs
+    own = log_p.repeat_interleave(N, 0).gather(2, columns)  # (B*N,L,U+2)
+    loss = F.ctc_loss(own.transpose(0, 1), names, lens.repeat_interleave(N), (~special).sum(1), reduction="none")
+    return -loss.view(B, N)
+
+
+def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    alpha = model.predictor(hidden, lens)
+    three = [x.repeat_interleave(3, 0) for x in (hidden, lens, alpha)]
+    return count_search(lambda counts: model.emit(*three, counts)[1], alpha, model.count(alpha), search.width)
+
+
+def search_transformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    step, past = model.begin(hidden, lens, search.width)
+    return beam_search(step, past, lens, search)
+
+
+def search_ctc(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    return prefix_search(model.log_probs(hidden), lens, search.width)
+
+
+SEARCHES = {"paraformer": search_paraformer, "transformer": search_transformer, "ctc": search_ctc}
+
+
+def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
+    """What system.search finds behind the encoder: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
+    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob."""
+    search, model = system.search, system.model
+    found = SEARCHES[system.config.model.name](model, hidden, lens, search)
+    if not search.ctc_weight:
+        return found
+    by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens, found.lens)
+    by_ctc = by_ctc.clamp(min=-1e4)  # a text that does not fit the frames is the last one, but there is a text
+    joint = found.scores + search.ctc_weight * (by_ctc - found.log_probs) / found.norms
+    return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
+
+
+def with_search(system: System, search: Search) -> System:
+    """The system, searching so. Raises ValueError for what is out of range or has no effect on the system's model."""
+    name, usual = system.config.model.name, Search()
+    rules = {"beam": (search.beam >= 1, "1 or more"), "nbest": (search.nbest >= 1, "1 or more"),
+             "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
+             "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
+             "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
+    for field in ("length_penalty", "coverage_penalty") if name != "transformer" else ():
+        same = getattr(search, field) == getattr(usual, field)
+        rules[field] = (same, f"{getattr(usual, field)}, as it has no effect on a {name}")
+    if search.ctc_weight and getattr(system.model, "ctc", None) is None:
+        rules["ctc_weight"] = (False, f"0, as this {name} has no CTC head beside its decoder")
+    for field, (fits, wanted) in rules.items():
+        if not fits:
+            raise ValueError(f"--{field.replace('_', '-')}: wanted {wanted}, got {getattr(search, field)}")
+    return system._replace(search=search)
+
+
 # ---- recognition ----
 
 
@@ -104,11 +338,18 @@ class Word(NamedTuple):
     spaced: bool = True  # a space stands between it and the word before it
 
 
+class Alternative(NamedTuple):
+    text: str
+    score: float  # by which they are ranked: higher is better, comparable within an utterance
+    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
+
+
 class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
     words: list[Word]  # what spaces separate, and every ideograph
+    nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
 
 
 FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
@@ -216,16 +457,41 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
     return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
 
 
+def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[Alternative, ...]:
+    """The search.nbest best hypotheses of utterance i that differ in text; `text` is the best one's."""
+    kept: dict[str, Alternative] = {}
+    rows = zip(found.tokens[i], found.lens[i].tolist(), found.log_probs[i].tolist(), found.scores[i].tolist())
+    for rank, (tokens, n, log_prob, score) in enumerate(rows):
+        words = text if rank == 0 else system.tokenizer.decode(tokens[:n].tolist())
+        if math.isfinite(score):
+            kept.setdefault(words, Alternative(words, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
+    return tuple(kept.values())[:system.search.nbest]
+
+
 @torch.inference_mode()
-def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
-    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+def search_batch(system: System, feats: Sequence[Tensor],
+                 need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
+    """Normalised features (T,F) each -> Hypotheses and, unless it was found greedily, the n-best; on the CPU."""
     lens = torch.tensor([len(x) for x in feats])
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
     device = system.stats.device
     dtype = PRECISIONS[system.precision]
+    padded, lens, best = padded.to(device), lens.to(device), None
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
-    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found))
+        if system.search == Search():
+            found = system.model.greedy(padded, lens, need_weights)
+        else:
+            hidden, hidden_lens = encode(system.model.encoder, padded, lens)
+    if system.search != Search():  # without autocast, as greedy does it behind the encoder
+        best = find_nbest(system, hidden, hidden_lens)
+        found = system.model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
+        best = NBest(*(x.cpu() for x in best))
+    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)), best
+
+
+def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
+    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+    return search_batch(system, feats, need_weights)[0]
 
 
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
@@ -233,9 +499,11 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     spoken = [i for i, x in enumerate(feats) if len(x)]
     results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
-        found = decode_batch(system, [feats[i] for i in spoken])
+        found, best = search_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
+            if best is not None and system.search.nbest > 1:
+                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row, results[i].text))
     return results
 
 
@@ -339,6 +607,8 @@ def json_row(outcome: Outcome) -> str:
     row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
            "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
            "words": [word_entry(word) for word in result.words]}
+    if result.nbest:
+        row["nbest"] = [alternative._asdict() for alternative in result.nbest]
     if outcome.reference:
         row["reference"] = outcome.reference
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -728,6 +998,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
                         help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
+    parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
+    parser.add_argument("--length-penalty", type=float, default=Search().length_penalty,
+                        help="of a transformer's beam: 0 favours short texts (default 0.6)")
+    parser.add_argument("--coverage-penalty", type=float, default=Search().coverage_penalty,
+                        help="of a transformer's beam: for frames that got little attention (default 0)")
+    parser.add_argument("--ctc-weight", type=float, default=Search().ctc_weight,
+                        help="share of the CTC head, if the model has one, in the score (default 0)")
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
@@ -855,6 +1133,7 @@ def start(arguments: argparse.Namespace) -> int:
         raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
     system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
+    system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)

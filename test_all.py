@@ -352,6 +352,21 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
 
 
+# C68
+@pytest.mark.parametrize("name, override, default", [
+    ("transformer", "predictor.num_layers=3", "2"), ("transformer", "sampling_ratio=0.25", "0.5"),
+    ("transformer", "decoder.kind=bare", "'transformer'"), ("ctc", "decoder.num_heads=2", "4"),
+    ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
+def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
+    path = written(tmp_path, f"model:\n  name: {name}\n")
+    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: has no effect with name {name}, wanted its "
+                                         f"default {default}, got"):
+        config.load(path, [f"--model.{override}"])
+    assert config.load(path).model.name == name
+    for used in {"transformer": ("decoder.num_heads=2", "ctc_weight=0.5"), "ctc": ("encoder.num_heads=2",)}[name]:
+        config.load(path, [f"--model.{used}"])
+
+
 # C27
 def test_check_lists_every_violation_in_one_error(tmp_path):
     path = written(tmp_path, ISSUE_FILE)
@@ -1923,7 +1938,7 @@ WRONG = {
     "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
-    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['paraformer'], got 'x'"),
+    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['ctc', 'paraformer', 'transformer'], got 'x'"),
 }
 
 
@@ -1934,6 +1949,123 @@ def test_model_errors_name_what_was_wanted_and_got(name):
     with pytest.raises(ValueError) as error:
         call(tiny())
     assert message in str(error.value)
+
+
+# ---- model: the models it is compared with ----
+
+
+def rival(name, seed=0, **options):
+    """A transformer or CTC model of width 8 for 5 feature bins and 7 tokens, in float64; half of the time a token ends
+    the text, or a frame is blank."""
+    section = config.ModelConfig(
+        name=name, encoder=config.EncoderConfig("conformer", num_layers=1, hidden_dim=8, num_heads=2, kernel_size=3,
+                                                dropout=0.0, subsampling=2), **options,
+        decoder=config.DecoderConfig(num_layers=2, hidden_dim=12, num_heads=2, dropout=0.0))
+    torch.manual_seed(seed)
+    built = model.build(section, 5, 7).double().eval()
+    for p in built.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    return built
+
+
+# C61
+def test_step_by_step_decoding_equals_the_full_pass():
+    transformer, (feats, feat_lens, _, _) = rival("transformer"), ragged(1)
+    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    said = torch.randint(3, 7, (4, 3, 6), generator=torch.Generator().manual_seed(0))  # 3 hypotheses each
+    step, past = transformer.begin(hidden, lens, 3)
+    rows = [F.pad(said, (1, 0), value=SOS)[:, :, u] for u in range(7)]
+    steps, looks = [], []
+    for tokens in rows:
+        log_p, past, attention = step(tokens, past)
+        steps.append(log_p)
+        looks.append(attention)
+    for w in range(3):
+        logits, layers = transformer.decoder(torch.stack(rows, 2)[:, w], hidden, lens, need_weights=True)
+        assert_same(torch.stack(steps, 2)[:, w], logits.log_softmax(-1), 1e-12)
+        assert_same(torch.stack(looks, 2)[:, w], layers[-1].mean(1), 1e-12)
+
+
+# C61
+def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
+    transformer, (feats, feat_lens, _, _) = rival("transformer", seed=31), ragged(2)
+    found = transformer.greedy(feats, feat_lens, need_weights=True)
+    ends = set()
+    for i, T in enumerate(feat_lens.tolist()):
+        hidden, lens = model.encode(transformer.encoder, feats[i:i + 1, :T], feat_lens[i:i + 1])
+        tokens, log_probs = [SOS], []
+        while len(tokens) <= int(lens):
+            log_p = transformer.decoder(torch.tensor([tokens]), hidden, lens)[0][0, -1].log_softmax(-1)
+            if log_p.argmax() == EOS:
+                break
+            tokens.append(int(log_p.argmax()))
+            log_probs.append(log_p.max().item())
+        ends.add(len(tokens) <= int(lens))
+        assert found.tokens[i, :found.lens[i]].tolist() == tokens[1:]
+        assert found.log_probs[i, :found.lens[i]].tolist() == pytest.approx(log_probs, abs=1e-5)
+        edges = found.boundaries[i]
+        assert len(edges) == len(tokens) and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+    assert ends == {True, False}
+    assert_same(found.alpha.sum(1).double(), found.lens.double(), 1e-5)
+
+
+# C62
+def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
+    ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
+    found = ctc.greedy(feats, feat_lens, need_weights=True)
+    log_p = ctc.log_probs(model.encode(ctc.encoder, feats, feat_lens)[0])
+    for i, L in enumerate(((feat_lens + 1) // 2).tolist()):
+        path = log_p[i, :L].argmax(-1).tolist()
+        runs = [[(t, s) for t, s in run] for _, run in itertools.groupby(enumerate(path), lambda x: x[1])]
+        peaks = [max(run, key=lambda x: float(log_p[i, x[0], x[1]])) for run in runs if run[0][1] != BLANK]
+        assert found.tokens[i, :found.lens[i]].tolist() == [s for _, s in peaks]
+        wanted = [float(log_p[i, t, s]) for t, s in peaks]
+        assert found.log_probs[i, :found.lens[i]].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert_same(found.alpha[i, :L], 1 - log_p[i, :L, BLANK].exp(), 1e-6)
+        middles = [2 * t + 0.5 for t, _ in peaks]  # encoder frame t stands on feature frames 2 t and 2 t + 1, less 1/2
+        inner = [(a + b) / 2 for a, b in zip(middles, middles[1:])]
+        assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
+    assert int(found.lens.max()) > 2
+    log_p, tokens, n = normal(4, 3, 5, 4).log_softmax(-1), torch.tensor([[1, 1], [2, 3], [3, 0]]), ints(2, 2, 1)
+    paths = model.ctc_path(log_p, ints(5, 3, 1), tokens, n)
+    for i, L in enumerate([5, 3, 1]):
+        spells = [p for p in itertools.product(range(4), repeat=L)
+                  if [s for s, _ in itertools.groupby(p) if s] == tokens[i, :n[i]].tolist()]
+        best = max(spells, key=lambda p: sum(float(log_p[i, t, s]) for t, s in enumerate(p)))
+        assert paths[i].tolist() == [*best, *[BLANK] * (5 - L)]
+
+
+# C63
+@pytest.mark.parametrize("name", ["transformer", "ctc"])
+def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(name):
+    built, batch = rival(name, seed=5), ragged(6)
+    sums, count = built(*batch)
+    alone = [built(*one(batch, i)) for i in range(4)]
+    for part in sums:
+        assert_same(sums[part], sum(single[part] for single, _ in alone), 1e-6)
+    assert int(count) == sum(int(n) for _, n in alone) == 10 + 4 * (name == "transformer")
+    if name == "transformer":
+        assert_same(sums["loss"], 0.7 * sums["ce"] + 0.3 * sums["ctc"], 1e-9)
+    found = built.greedy(*batch[:2])
+    for i, (feats, feat_lens, _, _) in enumerate(one(batch, i) for i in range(4)):
+        single = built.greedy(feats, feat_lens)
+        assert found.tokens[i, :found.lens[i]].tolist() == single.tokens[0].tolist()
+        assert_same(found.boundaries[i], single.boundaries[0], 1e-9)
+    assert built.greedy(*(x[:0] for x in batch[:2])).tokens.shape[0] == 0
+
+
+# C63
+def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():
+    transformer, (feats, feat_lens, tokens, token_lens) = rival("transformer", label_smoothing=0.0), ragged(7)
+    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    wanted = 0.0
+    for i, n in enumerate(token_lens.tolist()):
+        text = [*tokens[i, :n].tolist(), EOS]
+        for u, token in enumerate(text):
+            before = torch.tensor([[SOS, *text[:u]]])
+            logits, _ = transformer.decoder(before, hidden[i:i + 1], lens[i:i + 1])
+            wanted -= float(logits[0, -1].log_softmax(-1)[token])
+    assert float(transformer(feats, feat_lens, tokens, token_lens)[0]["ce"]) == pytest.approx(wanted, rel=1e-6)
 
 
 # ---- model: all of it ----
@@ -2477,11 +2609,14 @@ def test_cues_end_before_seven_seconds_or_84_characters():
 # C71
 def test_every_form_is_written_as_its_readers_want_it():
     words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
-    outcome = decode.Outcome(0, "a b", 3662.0, "", decode.Result("one <two>", 0.6, [], words))
+    nbest = (decode.Alternative("one <two>", -0.1, 0.6), decode.Alternative("one", -0.2, 0.5))
+    outcome = decode.Outcome(0, "a b", 3662.0, "", decode.Result("one <two>", 0.6, [], words, nbest))
     written = {name: form(outcome) for name, form in decode.FORMS.items()}
     assert json.loads(written.pop("json")) == {
         "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0, "tokens": [],
-        "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words]}
+        "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
+        "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
+                  {"text": "one", "score": -0.2, "confidence": 0.5}]}
     assert written == {
         "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
         "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
@@ -2649,6 +2784,187 @@ def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(tmp_path, capsys,
     assert [bar.split("real")[0] for bar in bars] == [f"[{'#' * 20:30}] 2/3  ", f"[{'#' * 30}] 3/3  "]
     assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
     assert decode.progress_bar(0, 0, 0.0, 0.0) == f"[{'':30}] 0/0  real-time factor 0.0000"
+
+
+# ---- decode: search ----
+
+
+def table_model(B, V, L, seed):
+    """A step function whose log probabilities and attention are drawn for each prefix, and the same of a prefix (b, ids)
+    alone: the past is the prefixes themselves."""
+    def told(b, prefix):
+        rng = torch.Generator().manual_seed(seed + 31 * b + sum((i + 1) * 7 ** k for k, i in enumerate(prefix)))
+        return (torch.randn(V, generator=rng).log_softmax(-1), torch.rand(L, generator=rng))
+
+    def step(tokens, past):
+        past = [torch.cat((past[0], tokens[:, :, None]), 2)]
+        rows = [[told(b, prefix) for prefix in row] for b, row in enumerate(past[0].tolist())]
+        return (torch.stack([torch.stack([log_p for log_p, _ in row]) for row in rows]), past,
+                torch.stack([torch.stack([look for _, look in row]) for row in rows]))
+
+    return step, told
+
+
+def every_text(told, b, frames, V, search):
+    """{text: (log probability, score)} of all texts of at most `frames` tokens, by the formulas of GNMT."""
+    found = {}
+    for n in range(frames + 1):
+        for text in itertools.product([i for i in range(V) if i != EOS], repeat=n):
+            parts = [told(b, (SOS, *text[:u])) for u in range(n + 1)]
+            log_prob = sum(float(log_p[i]) for (log_p, _), i in zip(parts, (*text, EOS)))
+            covered = sum(look for _, look in parts)[:frames].clamp(decode.UNSEEN, 1)
+            found[text] = log_prob, (log_prob / ((5 + n + 1) / 6) ** search.length_penalty
+                                     + search.coverage_penalty * float(covered.log().sum()))
+    return found
+
+
+# C64
+@pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.6, 0.0), (1.0, 0.3)])
+def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
+    frames, V = ints(3, 1, 2, 0), 4
+    for seed in range(3):
+        step, told = table_model(4, V, 3, 1000 * seed)
+        search = decode.Search(60, 3, *penalties)
+        found = decode.beam_search(step, [torch.zeros(4, 60, 0, dtype=torch.long)], frames, search)
+        for b, L in enumerate(frames.tolist()):
+            wanted = every_text(told, b, L, V, search)
+            best = sorted(wanted, key=lambda text: -wanted[text][1])[:3]
+            got = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))]
+            assert got == best
+            assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
+            assert found.log_probs[b, :len(best)].tolist() == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
+
+
+# C64
+def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
+    frames, V, search = ints(4, 4), 4, decode.Search(3, 3, 0.6, 0.2)
+    for seed in range(5):
+        step, told = table_model(2, V, 4, 1000 * seed)
+        found = decode.beam_search(step, [torch.zeros(2, 3, 0, dtype=torch.long)], frames, search)
+        for b in range(2):
+            wanted = every_text(told, b, 4, V, search)
+            for w in range(3):
+                if found.scores[b, w] > -math.inf:
+                    text = tuple(found.tokens[b, w, :found.lens[b, w]].tolist())
+                    assert found.scores[b, w].item() == pytest.approx(wanted[text][1], abs=1e-5)
+            assert found.scores[b, 0] > -math.inf and found.scores[b].tolist() == sorted(found.scores[b].tolist())[::-1]
+
+
+# C65
+def test_prefix_search_equals_the_sum_over_all_paths():
+    log_p, lens = (2 * normal(0, 3, 5, 3)).log_softmax(-1), ints(5, 3, 1)
+    found = decode.prefix_search(log_p, lens, 80)
+    narrow = decode.prefix_search(log_p, lens, 3)
+    for b, L in enumerate(lens.tolist()):
+        wanted = collections.defaultdict(float)
+        for path in itertools.product(range(3), repeat=L):
+            text = tuple(s for s, _ in itertools.groupby(path) if s)
+            wanted[text] += math.exp(sum(float(log_p[b, t, s]) for t, s in enumerate(path)))
+        texts = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(wanted))]
+        assert texts == sorted(wanted, key=lambda text: -wanted[text])
+        assert found.scores[b, :len(texts)].exp().tolist() == pytest.approx([wanted[t] for t in texts], rel=1e-9)
+        assert (found.scores[b, len(texts):] == -math.inf).all()
+        for w in range(3):
+            text = tuple(narrow.tokens[b, w, :narrow.lens[b, w]].tolist())
+            assert narrow.scores[b, w].exp().item() <= wanted[text] * (1 + 1e-9)
+        assert narrow.tokens[b, 0, :narrow.lens[b, 0]].tolist() == list(texts[0])
+
+
+# C66
+def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_distance():
+    def emit(counts):
+        assert counts.tolist() == [2, 1, 3, 0, 0, 1]
+        return log_p
+
+    log_p = normal(0, 6, 3, 4).float().log_softmax(-1)
+    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1]]), ints(2, 0)
+    found = decode.count_search(emit, alpha, counts, 5)
+    for b in range(2):
+        wanted = {}
+        for row, n in ((3 * b, int(counts[b])), (3 * b + 1, int(counts[b]) - 1), (3 * b + 2, int(counts[b]) + 1)):
+            texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
+                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= 0}
+            for text in sorted(texts, key=lambda t: -texts[t])[:5]:
+                wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
+        best = sorted(wanted, key=lambda text: -wanted[text])
+        assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
+        assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
+        assert (found.scores[b, len(best):] == -math.inf).all()
+
+
+# C66
+def test_ctc_scores_equal_the_loss_of_each_text_alone():
+    log_p, lens = normal(1, 2, 7, 9).float().log_softmax(-1), ints(7, 4)
+    texts = [[[5, 5, 3], [], [EOS, 7, BLANK, 8]], [[4, 6, 4, 4], [3, 4, 4, 3], [8]]]
+    tokens = torch.zeros(2, 3, 4, dtype=torch.long)
+    for b, w in itertools.product(range(2), range(3)):
+        tokens[b, w, :len(texts[b][w])] = torch.tensor(texts[b][w], dtype=torch.long)
+    got = decode.ctc_scores(log_p, lens, tokens, torch.tensor([[len(t) for t in row] for row in texts]))
+    for b, w in itertools.product(range(2), range(3)):
+        text = torch.tensor([[i for i in texts[b][w] if i > EOS]])
+        wanted = -F.ctc_loss(log_p[b, :, None], text, lens[b:b + 1], torch.tensor([text.shape[1]]), reduction="sum")
+        assert got[b, w].item() == pytest.approx(float(wanted), rel=1e-5)
+    assert got[1, 0] == got[1, 1] == -math.inf  # equal neighbours want a blank between them: 5 frames
+
+
+def searching_system(name: str) -> decode.System:
+    sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
+    section = config.ModelConfig(name=name, encoder=config.EncoderConfig(subsampling=2, **sizes),
+                                 decoder=config.DecoderConfig(**sizes), predictor=config.PredictorConfig(hidden_dim=16))
+    system = tiny_system()
+    torch.manual_seed(3)
+    network = build(section, 8, len(system.tokenizer)).eval()
+    for p in network.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    return system._replace(config=replace(system.config, model=section), model=network)
+
+
+SEARCHES_TRIED = {"paraformer": decode.Search(4, 3, ctc_weight=0.3), "transformer": decode.Search(4, 3, 0.6, 0.1, 0.2),
+                  "ctc": decode.Search(6, 3)}
+
+
+# C67
+@pytest.mark.parametrize("name", SEARCHES_TRIED)
+def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name):
+    system, feats = decode.with_search(searching_system(name), SEARCHES_TRIED[name]), ragged_feats([31, 0, 7, 1, 22])
+    together = decode.transcribe(system, feats)
+    for x, result in zip(feats, together):
+        alone = decode.transcribe(system, [x])[0]
+        assert (alone.text, [a.text for a in alone.nbest]) == (result.text, [a.text for a in result.nbest])
+        for a, b in zip(alone.nbest, result.nbest):
+            assert (a.score, a.confidence) == pytest.approx((b.score, b.confidence), abs=2e-3)
+        scores, texts = [a.score for a in result.nbest], [a.text for a in result.nbest]
+        assert scores == sorted(scores, reverse=True) and len(set(texts)) == len(texts) <= 3
+        assert not len(x) or texts[0] == result.text == "".join(token.token for token in result.tokens)
+    assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
+
+
+# C67
+def test_a_beam_of_one_is_greedy():
+    for name, search in (("transformer", decode.Search(1, 1, 0.0)), ("paraformer", decode.Search(2))):
+        system, feats = searching_system(name), ragged_feats([31, 7, 1, 50, 22])
+        greedy = decode.transcribe(system, feats)
+        if name == "paraformer":  # of its own count only: a price that no other count can pay
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decode, "COUNT_PRICE", 1e4)
+                assert decode.transcribe(decode.with_search(system, search), feats) == greedy
+        else:
+            assert decode.transcribe(decode.with_search(system, search), feats) == greedy
+        assert any(result.text for result in greedy)
+
+
+# C68
+@pytest.mark.parametrize("name, flags, words", [
+    ("paraformer", ["--beam=0"], "--beam: wanted 1 or more, got 0"),
+    ("paraformer", ["--nbest=-1"], "--nbest: wanted 1 or more, got -1"),
+    ("paraformer", ["--ctc-weight=2"], "--ctc-weight: wanted between 0 and 1, got 2.0"),
+    ("paraformer", ["--length-penalty=1"], "wanted 0.6, as it has no effect on a paraformer, got 1.0"),
+    ("ctc", ["--ctc-weight=0.5"], "wanted 0, as this ctc has no CTC head beside its decoder, got 0.5"),
+    ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
+def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
+    assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, "x.wav"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 # ---- decode: pictures ----
