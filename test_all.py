@@ -4220,6 +4220,17 @@ def test_openai_formats_by_hand():
                                            "transcript.text.done"] and deltas[1]["text"] == "one two six"
 
 
+@needs_kit
+def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
+    system = decode.load_system(KIT / "sanm", "cpu")
+    feats = recorded("sanm", WAVS[0])["feats"]
+    found, wanted = serve.recognise(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
+    assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
+    verbose = serve.Form("verbose_json", ["word"], 0.0, False, False, "")
+    body = json.loads(serve.openai_response(verbose, found, 9.0, "").body)
+    assert body["words"] == [decode.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
+
+
 # C53
 def test_word_tokens_are_marked_so_that_they_spell_the_text():
     system = serving_system("word")
