@@ -97,6 +97,7 @@ def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
     Source: the first relative attention of ESPnet, which published conformers were trained with; in Dai et al. 2019
     the rows would code length-1-r.
     """
+    check_shape("lens", lens, "B")
     place = lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device)  # (B,T)
     rate = torch.exp(torch.arange(0, dim, 2, device=lens.device) * (-math.log(10000.0) / dim))
     angle = place[:, :, None] * rate  # (B,T,dim/2)
@@ -215,7 +216,10 @@ def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
     sees key s <= t through code L-1-(t-s). Key t+1 gets 0, and later ones the scores of query t+1, as in ESPnet's first
     version, on which published weights rely.
     """
+    check_shape("scores", scores, "B", "H", "T", "T")
     B, H, T, _ = scores.shape
+    check_shape("scores", scores, B, H, T, T)
+    check_shape("lens", lens, B)
     step, length = torch.arange(T, device=lens.device), lens[:, None, None]
     flat = (step[:, None] + 1) * length + step  # (B,T,T): place in the (L,L+1) table
     row, column = flat // (length + 1), flat % (length + 1) - 1
@@ -459,6 +463,8 @@ class RelativeConformerBlock(ConformerBlock):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
         -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        check_shape("x", x, "B", "T", self.self_attention.dim)
+        check_shape("extent", extent, x.shape[0])
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
             x = x if self.training else x.float()
@@ -483,6 +489,7 @@ class SanmBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
+        check_shape("x", x, "B", "T", self.self_attention.query_key_value.in_features)
         out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
         x = x + self.dropout(out) if self.residual else self.dropout(out)
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
@@ -503,6 +510,7 @@ class SanmDecoderBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, hidden: Tensor, hidden_mask: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L) -> (B,U,D), weights (B,H,U,L) or None."""
+        check_shape("x", x, "B", "U", self.memory.weight.shape[0])
         y = self.feed_forward(self.norm_ffn(x))
         x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # the residual goes round the feed-forward as well
         if self.cross_attention is None:

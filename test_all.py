@@ -1456,6 +1456,17 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: ConvolutionModule(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
     (lambda: ConformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
     (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 3, 3)), "mask must be (2,1,3), got (2, 3, 3)"),
+    (lambda: attention.relative_codes(MASK, 3, 4), "lens must be (B), got (2, 1, 3)"),
+    (lambda: attention.relative_shift(X, ints(3, 2)), "scores must be (B,H,T,T), got (2, 3, 4)"),
+    (lambda: attention.relative_shift(X[None], ints(3)), "scores must be (1,2,3,3), got (1, 2, 3, 4)"),
+    (lambda: attention.relative_shift(X[None, :, :, :3], ints(3, 2)), "lens must be (1), got (2,)"),
+    (lambda: attention.RelativeAttention(4, 2)(X, X[:1], ints(3, 2)), "codes must be (2,3,4), got (1, 3, 4)"),
+    (lambda: attention.RelativeConformerBlock(6, 2, 8)(X, MASK, X, ints(3, 2)), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: attention.RelativeConformerBlock(4, 2, 8)(X, MASK, X, ints(3)), "extent must be (2), got (1,)"),
+    (lambda: attention.SequenceMemory(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
+    (lambda: attention.SanmBlock(6, 4, 2, 8, 3)(X, MASK), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: attention.SanmDecoderBlock(6, 2, 8, 3)(X, MASK, X, MASK), "x must be (B,U,6), got (2, 3, 4)"),
+    (lambda: attention.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "memory must be (2,S,4), got (1, 3, 4)"),
 ])
 def test_attention_errors_name_what_was_wanted_and_got(call, message):
     with pytest.raises(ValueError) as error:
