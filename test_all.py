@@ -1912,6 +1912,9 @@ def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
 
 FEATS, HIDDEN, ALPHA = torch.zeros(2, 6, 5).double(), torch.zeros(2, 4, 8).double(), torch.zeros(2, 4)
 LENS, TOKENS, LOGITS = ints(4, 3), torch.zeros(2, 3).long(), torch.zeros(2, 3, 7)
+FRAMES = model.FramePredictor(8, config.PredictorConfig(kind="dense"))
+TIMING = model.TimingHead(8, config.PredictorConfig(kind="dense", upsampling=3))
+TOKENWISE = model.SanmDecoder(8, 7, config.DecoderConfig(kind="sanm", hidden_dim=8, num_heads=2, num_layers=1))
 WRONG = {
     "feats rank": (lambda m: m(FEATS[0], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (6, 5)"),
     "feats bins": (lambda m: m(FEATS[..., :4], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (2, 6, 4)"),
@@ -1947,6 +1950,29 @@ WRONG = {
     "ctc tokens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS[:1], LENS), "tokens must be (2,U), got (1, 3)"),
     "ctc lens": (lambda m: ctc_sum(LOGITS, ints(4, 3), TOKENS, ints(3, 3)), "lens must lie in 0..3, got [4, 3]"),
     "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
+    "hide hidden": (lambda m: model.hide_padding(ALPHA, LENS, False), "hidden must be (B,L,D), got (2, 4)"),
+    "hide lens": (lambda m: model.hide_padding(HIDDEN, ints(4), True), "lens must be (2), got (1,)"),
+    "image": (lambda m: model.ImageSubsampling(9, 8)(FEATS, LENS, False), "x must be (B,T,9), got (2, 6, 5)"),
+    "image lens": (lambda m: model.ImageSubsampling(8, 8)(HIDDEN.float(), ints(4), False), "lens must be (2), got (1,)"),
+    "frame predictor": (lambda m: FRAMES(FEATS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
+    "frame predictor lens": (lambda m: FRAMES(HIDDEN, ints(4)), "lens must be (2), got (1,)"),
+    "timing": (lambda m: TIMING(FEATS, LENS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
+    "timing lens": (lambda m: TIMING(HIDDEN, ints(4), LENS), "lens must be (2), got (1,)"),
+    "timing extent": (lambda m: TIMING(HIDDEN, LENS, ints(4, 5)), "extent must lie in 0..4, got [4, 5]"),
+    "sanm embeds": (lambda m: TOKENWISE(FEATS, LENS, HIDDEN, LENS), "embeds must be (B,U,8), got (2, 6, 5)"),
+    "sanm counts": (lambda m: TOKENWISE(HIDDEN, ints(1), HIDDEN, LENS), "counts must be (2), got (1,)"),
+    "sanm hidden_lens": (lambda m: TOKENWISE(HIDDEN, LENS, HIDDEN, ints(1)), "hidden_lens must be (2), got (1,)"),
+    "fire alpha": (lambda m: model.fire(HIDDEN, ALPHA[0], 2, "merge"), "alpha must be (B,L), got (4,)"),
+    "fire rule": (lambda m: model.fire(HIDDEN, ALPHA, 2, "split"), "rule must be merge or delay, got 'split'"),
+    "targets": (lambda m: m.targets(LENS, LENS), "tokens must be (B,U), got (2,)"),
+    "targets lens": (lambda m: m.targets(TOKENS, ints(3)), "token_lens must be (2), got (1,)"),
+    "truth": (lambda m: m.truth(LENS), "tokens must be (B,U), got (2,)"),
+    "integrate alpha": (lambda m: m.integrate(HIDDEN, LENS, ALPHA[0]), "alpha must be (B,L), got (4,)"),
+    "integrate hidden": (lambda m: m.integrate(HIDDEN[:1], LENS, ALPHA), "hidden must be (2,4,D), got (1, 4, 8)"),
+    "integrate lens": (lambda m: m.integrate(HIDDEN, ints(4), ALPHA), "hidden_lens must be (2), got (1,)"),
+    "decode hidden": (lambda m: m.decode(FEATS, LENS, LENS, False), "hidden must be (B,L,8), got (2, 6, 5)"),
+    "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS, False), "hidden_lens must lie in 0..4, got [4, 5]"),
+    "decode feat_lens": (lambda m: m.decode(HIDDEN, LENS, ints(4), False), "feat_lens must be (2), got (1,)"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
     "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['ctc', 'paraformer', 'transformer'], got 'x'"),
