@@ -321,6 +321,8 @@ def compute_stats(features: Iterable[Tensor]) -> Tensor:
     """Mean and reciprocal deviation over all frames of arrays (T,F) -> (2,F) float32. ValueError if no frame came."""
     count, total, squares = 0, 0.0, 0.0
     for feats in features:
+        if feats.dim() != 2 or count and feats.shape[1:] != total.shape:
+            raise ValueError(f"feats must be (T,F) of one F, got {tuple(feats.shape)}")
         x = feats.double()      # float64: a million frames
         count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     if count == 0:
@@ -348,6 +350,8 @@ def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
 
 def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
     """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
+    if stats.dim() != 2 or len(stats) != 2:
+        raise ValueError(f"stats must be (2,F), got {tuple(stats.shape)}")
     size = stats.shape[1]
     rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
     lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
@@ -401,6 +405,8 @@ def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
 def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.ndarray:
     """A smooth curve over the mel bins (num_mels,), as another microphone or room adds to log energies: a level and
     three cosines of 1 to 3 half periods, whose strengths are normal with deviation `std`."""
+    if num_mels < 1 or std < 0:
+        raise ValueError(f"num_mels must be 1 or more and std 0 or more, got {num_mels} and {std}")
     phase = np.pi * (np.arange(num_mels) + 0.5) / num_mels
     return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
@@ -413,10 +419,10 @@ def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
     frames that lfr stacked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
-    T, F = feats.shape
     mels, augment = options.num_mels, options.augment
-    if F % mels:
+    if feats.dim() != 2 or feats.shape[1] % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
+    T, F = feats.shape
     if augment.channel_std:
         feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
     bins, frames = np.ones(mels, bool), np.ones(T, bool)
@@ -491,6 +497,8 @@ def toy_letter(symbol: int) -> str:
 
 def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.random.Generator) -> np.ndarray:
     """symbols (U,), durations (U,) frames -> (T, num_mels) float32, natural-log energies above a floor around 0."""
+    if symbols.ndim != 1 or symbols.shape != durations.shape or len(symbols) == 0:
+        raise ValueError(f"symbols and durations must be (U,), U >= 1, got {symbols.shape} and {durations.shape}")
     toy, inventory = options.toy, toy_inventory(options.toy.num_symbols, options.num_mels)
     ends = durations.cumsum()
     t = np.arange(ends[-1]) + 0.5                               # (T,) middles of the frames
@@ -828,9 +836,10 @@ def collate(items: list[Utterance | Skip]) -> Batch:
     """Utterances -> one padded Batch; Skips go to `skipped`. Of Skips alone comes a batch with B == 0."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
-    widths = {item.feats.shape[1:] for item in kept}
-    if len(widths) > 1:
-        raise ValueError(f"feats must be (T,F) of one width, got {sorted(tuple(w) for w in widths)}")
+    shapes = {(tuple(item.feats.shape[1:]), item.tokens.dim()) for item in kept}
+    if len(shapes) > 1 or any(len(width) != 1 or rank != 1 for width, rank in shapes):
+        raise ValueError("feats must be (T,F) of one width and tokens (U,), got "
+                         f"{[(tuple(item.feats.shape), tuple(item.tokens.shape)) for item in kept]}")
     if not kept:
         empty = torch.zeros(0, dtype=torch.int64)
         return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], [], [], skipped)

@@ -852,6 +852,13 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: data.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
     (lambda: data.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
     (lambda: data.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
+    (lambda: data.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
+    (lambda: data.random_channel(0, 1.0, None), "num_mels must be 1 or more and std 0 or more, got 0 and 1.0"),
+    (lambda: data.compute_stats([torch.zeros(3, 4), torch.zeros(4, 3)]), r"feats must be \(T,F\) .* got \(4, 3\)"),
+    (lambda: data.compute_stats([torch.zeros(3)]), r"feats must be \(T,F\) .* got \(3,\)"),
+    (lambda: data.write_cmvn("never", torch.zeros(3, 4)), r"stats must be \(2,F\), got \(3, 4\)"),
+    (lambda: data.save_wav("never", torch.zeros(2, 9), 8000), r"samples must be \(N,\), got \(2, 9\)"),
+    (lambda: data.toy_features(np.zeros(2, int), np.ones(3, int), None, None), r"U >= 1, got \(2,\) and \(3,\)"),
     (lambda: data.make_batches(np.zeros((2, 2)), 4, 9), r"lengths must be .* got \(2, 2\)"),
     (lambda: data.make_batches(np.zeros(2), 0, 9), "batch_size and batch_frames must be 1 or more, got 0")])
 def test_wrong_shapes_are_named(call, words):
@@ -1148,8 +1155,10 @@ def test_collate_pads_with_zeros_and_keeps_skips_apart():
     assert batch[:1] + batch[5:] == (["a", "c"], ["aaa", "c"], [None, None], [0.02, 0.04], [data.Skip("b", "missing")])
     alone = data.collate([data.Skip("b", "missing")])
     assert len(alone.feats) == len(alone.feat_lens) == len(alone.tokens) == 0 and len(alone.skipped) == 1
-    with pytest.raises(ValueError, match=r"one width, got \[\(3,\), \(4,\)\]"):
+    with pytest.raises(ValueError, match=r"one width .* got \[\(\(2, 3\), \(3,\)\), \(\(2, 4\), \(1,\)\)\]"):
         data.collate([make("a", 2, 3), make("c", 4, 1)._replace(feats=torch.zeros(2, 4))])
+    with pytest.raises(ValueError, match=r"tokens \(U,\), got \[\(\(2, 3\), \(1, 3\)\)\]"):
+        data.collate([make("a", 2, 3)._replace(tokens=torch.ones(1, 3))])
 
 
 # ---- data: corpora ----
