@@ -146,7 +146,7 @@ class TrainingConfig:
     final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
     weight_decay: float = 0.01           # on matrices only, 0 or more
     average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
-    seed: int = 0                        # 0 or more
+    seed: int = 0                        # at least 0 and below 2^64
     device: str = "auto"                 # auto | cpu | cuda
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
@@ -173,13 +173,14 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         num_epochs max_bad_steps"""),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay seed checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
+        weight_decay checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
         timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
+    "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 CHOICES = {
@@ -193,7 +194,7 @@ CHOICES = {
     "training.precision": ("auto", "float32", "bfloat16"),
 }
 
-
+LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
 UNUSED = {  # what a model has no use for, and what must then have its default
     "transformer": """predictor decoder.kind sampling_ratio quantity_weight end_token share_embedding place_embedding
         padding_leaks""",
@@ -247,9 +248,25 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield f"model.predictor.upsampling: wanted 0 for kind {model.predictor.kind}, got {model.predictor.upsampling}"
 
 
+def _position_errors(config: Config) -> Iterator[str]:
+    """A learnable table must hold the longest recording, at its slowest; 10 ms a frame."""
+    data, encoder = config.data, config.model.encoder
+    if encoder.position != "learnable" or encoder.kind in ("sanm", "relative_conformer"):
+        return
+    slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
+    frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"
+    if data.kind == "toy":
+        frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
+    steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
+    if steps > LEARNED_POSITIONS:
+        yield (f"model.encoder.position: wanted at most {LEARNED_POSITIONS} encoder frames for learnable, "
+               f"got {steps:.0f} for {longest}; use sinusoidal, or more subsampling")
+
+
 def _cross_errors(config: Config) -> Iterator[str]:
     data, toy = config.data, config.data.toy
     yield from _model_errors(config.model)
+    yield from _position_errors(config)
     for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
         if part.num_heads > 0 and part.hidden_dim % part.num_heads:
             yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
@@ -257,9 +274,10 @@ def _cross_errors(config: Config) -> Iterator[str]:
             yield f"model.{name}.hidden_dim: wanted an even width for sinusoidal positions, got {part.hidden_dim}"
     if config.model.encoder.kind == "sanm" and data.num_mels * data.lfr_m % 2:
         yield f"data.num_mels: wanted num_mels x lfr_m even for kind sanm, got {data.num_mels} x {data.lfr_m}"
-    for name, wanted in (("unit", "char"), ("lfr_m", 1), ("lfr_n", 1)):
-        if data.kind == "toy" and getattr(data, name) != wanted:
-            yield f"data.{name}: wanted {wanted} for kind toy, got {getattr(data, name)}"
+    for name, value, wanted in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
+                                ("augment.speeds", data.augment.speeds, (1.0,))):
+        if data.kind == "toy" and value != wanted:
+            yield f"data.{name}: wanted {_show(wanted)} for kind toy, got {_show(value)}"
     if toy.max_symbols < toy.min_symbols:
         yield f"data.toy.max_symbols: wanted at least min_symbols {toy.min_symbols}, got {toy.max_symbols}"
     if toy.max_frames < 3 * toy.min_frames:

@@ -262,7 +262,7 @@ def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
 
 
 def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
-    data = {"train": " a: #'\"\\\n\u2028é😀", "dev": "null", "augment": {"speeds": [0.9, 1, 1.1]}}
+    data = {"kind": "manifest", "train": " a: #'\"\\\n\u2028é😀", "dev": "null", "augment": {"speeds": [0.9, 1, 1.1]}}
     odd = config.from_dict({"data": data, "training": {"learning_rate": 1e-5, "weight_decay": 1e22}}, "test")
     path = written(tmp_path, config.dump(odd))
     assert config.load(path) == odd
@@ -273,9 +273,9 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
 # C27
 def test_overrides_do_what_editing_the_file_does(tmp_path):
     edited = ISSUE_FILE.replace("batch_size: 16", "batch_size: 8").replace("dropout: 0.1", "dropout: 0", 1)
-    edited += "data:\n  augment:\n    speeds:\n    - 0.9\n    - 1\n  train: 'a=b'\n"
+    edited += "data:\n  kind: manifest\n  dev: b\n  augment:\n    speeds:\n    - 0.9\n    - 1\n  train: 'a=b'\n"
     wanted = config.load(written(tmp_path, edited))
-    overrides = ["--training.batch_size=8", "--model.encoder.dropout=0", "--data.augment.speeds=[0.9, 1]"]
+    overrides = ["--data.kind=manifest", "--data.dev=b", "--training.batch_size=8", "--model.encoder.dropout=0", "--data.augment.speeds=[0.9, 1]"]
     assert config.load(written(tmp_path, ISSUE_FILE), [*overrides, "--data.train=a=b"]) == wanted
     assert wanted.data.augment.speeds == (0.9, 1.0) and repr(wanted.model.encoder.dropout) == "0.0"
 
@@ -342,6 +342,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
                                "(did you mean 'cosine'?)",
     "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
+    "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
     "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
     "--data.toy.max_symbols=2": "data.toy.max_symbols: wanted at least min_symbols 3, got 2",
     "--data.toy.max_frames=17": "data.toy.max_frames: wanted at least 3 x min_frames 6, got 17",
@@ -378,6 +379,37 @@ def test_check_lists_every_violation_in_one_error(tmp_path):
         config.load(path, list(BROKEN))
     dev = "data.dev: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
     assert sorted(str(caught.value).split("\n  ")[1:]) == sorted([*BROKEN.values(), dev])
+
+
+MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
+
+
+@pytest.mark.parametrize("overrides, line", [
+    (["--data.augment.speeds=[0.9, 1]"], "data.augment.speeds: wanted [1.0] for kind toy, got [0.9, 1.0]"),
+    (["--data.unit=word"], "data.unit: wanted 'char' for kind toy, got 'word'"),
+    ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
+    (["--model.encoder.position=learnable"], ""),
+    (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
+     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2004 for data.toy.max_symbols x "
+     "max_frames; use sinusoidal, or more subsampling"),
+    ([*MANIFESTS, "--model.encoder.position=learnable"],
+     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 3000 for data.max_sec 30.0 at "
+     "speed 1.0; use sinusoidal, or more subsampling"),
+    ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.8]", "--data.lfr_n=2"], ""),
+    ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.7]", "--data.lfr_n=2"],
+     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2143 for data.max_sec 30.0 at "
+     "speed 0.7; use sinusoidal, or more subsampling"),
+    ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
+    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], "")])
+def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
+    path, table = written(tmp_path, ISSUE_FILE), inspect.signature(PositionalEncoding).parameters["max_len"].default
+    assert config.LEARNED_POSITIONS == table
+    if not line:
+        assert config.load(path, overrides)
+        return
+    with pytest.raises(ValueError) as caught:
+        config.load(path, overrides)
+    assert str(caught.value).split("\n  ")[1:] == [line]
 
 
 def test_every_field_has_a_comment_and_every_number_a_range():
