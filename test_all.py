@@ -1515,6 +1515,15 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
     assert message in str(error.value)
 
 
+# C93
+def test_a_length_check_reads_no_values_but_on_the_cpu():
+    """A meta tensor stands for one on a GPU: whoever asks for its values gets a NotImplementedError."""
+    lens = torch.empty(2, dtype=torch.int64, device="meta")
+    check_lens("n", lens, 2, 3)
+    with pytest.raises(ValueError, match=r"n must be \(3,\) int64, got \(2,\)"):
+        check_lens("n", lens, 3, 3)
+
+
 # ---- attention: pictures ----
 
 def png_chunks(uri: str) -> dict[bytes, bytes]:
