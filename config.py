@@ -119,8 +119,8 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     kind: str = "toy"                    # toy | manifest
-    train: str = ""                      # manifest (JSON lines) or Kaldi folder; wanted for kind manifest
-    dev: str = ""                        # likewise; wanted for kind manifest
+    train: str = ""                      # JSON lines or Kaldi folder: a path, a pattern, or several with commas between
+    dev: str = ""                        # likewise
     test: str = ""                       # likewise; "" = none
     unit: str = "char"                   # char | word
     sample_rate: int = 16000             # Hz; every recording is resampled to it

@@ -1032,7 +1032,7 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
-    rows = [row for path in inputs or [options.test or options.dev] for row in (
+    rows = [row for path in inputs or data.find_manifests(options.test or options.dev) for row in (
         data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pathlib
+import pickle
 import random
 import re
 import select
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import wave
 import xml.etree.ElementTree as ElementTree
@@ -993,7 +995,7 @@ def test_open_dataset_reads_the_manifest_of_its_split(tmp_path):
     options = data_options(kind="manifest", **paths)
     for split in paths:
         assert data.open_dataset(options, split, letters)[0] == data.Skip(split, f"missing: {tmp_path}/{split}.wav")
-    assert data.training_texts(options) == ["train"]
+    assert list(data.training_texts(options)) == ["train"]
 
 
 def test_toy_needs_order_not_frames():
@@ -1031,10 +1033,10 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         "\ufeff" + json.dumps({"audio": "a.wav", "text": "eins", "key": "u1", "duration": 1, "speaker": "s"}), "",
         {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 2.5},
         {"key": "u3", "source": "sub/c.wav", "target": "vier", "source_len": 9}])
-    assert data.read_manifest(mine) == [
+    assert list(data.Manifest(mine)) == [
         data.Row("u1", str(tmp_path / "a.wav"), "eins", 1), data.Row("b", "/abs/b.wav", "zwei  drei", 2.5),
         data.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
-    assert data.read_manifest(tmp_path / "kaldi") == [
+    assert list(data.Manifest(tmp_path / "kaldi")) == [
         data.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
         data.Row("u2", "/abs/b.wav", "zwei  drei", None), data.Row("u3", "", "vier", None)]
 
@@ -1050,7 +1052,7 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
 def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
     with pytest.raises(ValueError, match=words) as error:
-        data.read_manifest(path)
+        data.Manifest(path)
     assert str(error.value).startswith(f"{path}:3: ")
 
 
@@ -1063,7 +1065,88 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
     if text is not None:
         (tmp_path / "text").write_text(text)
     with pytest.raises(ValueError, match=words):
-        data.read_manifest(tmp_path)
+        data.Manifest(tmp_path)
+
+
+def shards(folder: Path) -> list[Path]:
+    """Two shards, a Kaldi folder, and a manifest with a comma in its name: six rows, keys 0 to 5, some with durations."""
+    (folder / "kaldi").mkdir()
+    (folder / "kaldi/wav.scp").write_bytes("3 gr\u00fcn.wav\n4   /b  c.wav \n".encode())
+    (folder / "kaldi/text").write_bytes("5 \u4e94\n3  drei  mal\n".encode())
+    row = lambda i: {"audio": f"sub/{i}.wav", "text": f"text {i} \u00e9", **({"duration": i / 4} if i % 2 else {})}
+    first = ["\ufeff" + json.dumps(row(0)), "", " \r", json.dumps(row(1)) + "\r"]
+    return [write_manifest(folder / "s-1.jsonl", first),
+            write_manifest(folder / "s-2.jsonl", [json.dumps(row(2), ensure_ascii=False)]), folder / "kaldi",
+            write_manifest(folder / "a,b.jsonl", [json.dumps({**row(5), "key": 6})])]
+
+
+# C95
+def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path, monkeypatch):
+    *_, comma = paths = shards(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    keys = lambda source: [manifest[i].key for manifest in [data.Manifest(source)] for i in range(len(manifest))]
+    assert keys("s-*.jsonl") == keys("s-2.jsonl , s-1.jsonl")[1:] + ["2"] == ["0", "1", "2"]
+    assert keys("s-?.jsonl,kaldi") == keys(tmp_path / "s-1.jsonl") + keys(f"s-2.jsonl,{paths[2]}") == list("012345")
+    assert keys(str(comma)) == keys(comma) == ["6"] == keys(f"{tmp_path}/a?b.jsonl")
+    overrides = ["--data.train=s-*.jsonl", "--data.dev=s-1.jsonl,s-2.jsonl", "--data.test=kaldi"]
+    options = config.load(written(tmp_path, ISSUE_FILE), ["--data.kind=manifest", *overrides]).data
+    for split, wanted in (("train", 3), ("dev", 3), ("test", 3)):
+        assert len(data.open_dataset(options, split, letters)) == wanted
+    assert list(data.training_texts(options)) == [f"text {i} \u00e9" for i in range(3)]
+    for inputs, wanted in (([], ["3", "4", "5"]), (["s-2.jsonl", "x,*.wav"], ["2", "x,*.wav"])):
+        system = SimpleNamespace(config=SimpleNamespace(data=options), tokenizer=tokenizer.Tokenizer.build(["a"]),
+                                 stats=torch.zeros(2, 80))
+        assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
+    for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
+        with pytest.raises(ValueError, match=words):
+            data.Manifest(source)
+    write_manifest(tmp_path / "s-2.jsonl", ["{}"])
+    with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
+        data.Manifest("s-*.jsonl")
+
+
+# C94
+def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):
+    paths = shards(tmp_path)
+    parsed = [row for path in paths for _, _, row in data.scan_rows(path)]
+    manifest = data.Manifest(",".join(map(str, paths[:3])))
+    again = [manifest[i] for i in random.Random(0).sample(range(6), 6)]
+    assert sorted(again) == parsed[:6] and data.Manifest(paths[3])[0] == parsed[6]
+    assert parsed[0] == data.Row("0", f"{tmp_path}/sub/0.wav", "text 0 \u00e9", None)
+    assert parsed[3:6] == [data.Row("3", f"{tmp_path}/kaldi/gr\u00fcn.wav", "drei  mal", None),
+                           data.Row("4", "/b  c.wav", "", None), data.Row("5", "", "\u4e94", None)]
+    seconds = [row.duration for row in parsed[:6]]
+    np.testing.assert_array_equal(manifest.index["seconds"], np.array(seconds, float))
+    data.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
+    dataset = data.ManifestDataset(",".join(map(str, paths[:3])), data_options(), letters)
+    assert dataset.durations.tolist() == [0, 0.25, 0, 0.5, 0, 0]
+
+
+# C94
+def test_a_row_of_a_manifest_costs_28_bytes_and_its_text_none(tmp_path):
+    rows = [{"audio": f"wav/speaker/{i}.wav", "text": f"{i} " * 50, "duration": 3.0} for i in range(4000)]
+    path = write_manifest(tmp_path / "m.jsonl", rows)
+    options = data_options(kind="manifest", train=str(path))
+    tracemalloc.start()
+    dataset = data.ManifestDataset(path, options, letters)
+    batches = data.make_batches(dataset.lengths, 16, 20000)
+    next(iter(data.loader(dataset, batches)))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    assert sum(map(len, data.training_texts(options))) == sum(len(row["text"]) for row in rows)
+    texts = tracemalloc.get_traced_memory()[1] - kept
+    tracemalloc.stop()
+    assert kept / 4000 < 150 and peak / 4000 < 200 and texts / 4000 < 20
+    assert len(pickle.dumps(dataset.rows)) < 4000 * 28 + 1000      # all that a worker process is given
+
+
+# C94
+@slow
+def test_a_million_lines_take_less_than_200_bytes_each(capsys):
+    assert data.main(["manifest"]) == 0
+    said = capsys.readouterr().out
+    assert "1000000 lines" in said and f"row 500000: '{'some words said by ' * 3}500000'" in said
+    assert float(re.search(r"above that before (\d+)", said)[1]) < 200
 
 
 # C19
@@ -1264,7 +1347,8 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
-    (["folder", ".", "out", "--dev-share", "2"], "wanted shares of 0 or more")])
+    (["folder", ".", "out", "--dev-share", "2"], "wanted shares of 0 or more"),
+    (["manifest", "--benchmark", "0"], "--benchmark: wanted 1 line or more, got 0")])
 def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert data.main(arguments) == 2
