@@ -150,7 +150,8 @@ class TrainingConfig:
     device: str = "auto"                 # auto | cpu | cuda
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
-    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
+    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
+    checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
     init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
@@ -173,8 +174,8 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         num_epochs max_bad_steps"""),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay seed checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
-        timing_noise attention_layers"""),
+        weight_decay seed checkpoint_steps checkpoint_minutes patience memory_shift left right smooth noise upsampling
+        timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),

@@ -5,20 +5,27 @@ Reading order: decisions (pure functions: learning rate, best, stop), one optimi
 Needs torch, config.py, tokenizer.py, data.py and model.py.
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
-checkpoints/{best,latest}.pt; runs/latest points at the newest. Every file is replaced whole but train.log, which grows.
-All randomness comes from (training.seed, epoch, index) or from torch's generators, whose states are in the checkpoint,
-so on a CPU a resumed run repeats the uninterrupted one bit for bit.
+checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every file is replaced whole but train.log,
+which grows, and which --resume cuts back to where its checkpoint stands.
+All randomness comes from training.seed and the number of the step, epoch or utterance, so there is no generator's state
+to keep, and on a CPU a resumed run repeats the uninterrupted one bit for bit.
 Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
 """
 import argparse
 import contextlib
 import csv
+import errno
 import io
+import itertools
 import json
 import math
 import os
+import re
+import signal
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +37,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import config as configs
 import data
-from model import build, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, token_accuracy,
-                       word_errors)
+from model import (CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint)
+from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors,
+                       token_accuracy, word_errors)
 
 # ---- decisions ----
 
@@ -88,13 +95,6 @@ def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda averaged, current, n: averaged.lerp(current, 1 - min(decay, (int(n) + 1) / (int(n) + 10)))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device: wanted cuda, but torch finds no GPU; use device: auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 where asked for, or by `auto` on a GPU that has it; a context that does nothing otherwise."""
     bf16 = precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -109,6 +109,7 @@ class Step(NamedTuple):
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
+    parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
 
 
 EMPTY_STEP = Step({}, 0, 0.0, True)  # of a batch whose utterances were all skipped
@@ -119,24 +120,98 @@ def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, 
     return tuple(x.to(device, non_blocking=True) for x in tensors)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options) -> Step:
-    """One forward, backward and update at this learning rate; a loss or gradient that is not finite updates nothing."""
+def split(batch: data.Batch, parts: int) -> list[data.Batch]:
+    """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
+    def part(k: int) -> data.Batch:
+        feat_lens, token_lens = batch.feat_lens[k::parts], batch.token_lens[k::parts]
+        return batch._replace(keys=batch.keys[k::parts], feats=batch.feats[k::parts, :int(feat_lens.max())],
+                              tokens=batch.tokens[k::parts, :int(token_lens.max())],
+                              feat_lens=feat_lens, token_lens=token_lens)
+    return [batch] if parts == 1 else [part(k) for k in range(min(parts, len(batch.keys)))]
+
+
+def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
+    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models.
+
+    A function of (seed, number, key) for each utterance, and so the same whatever it is batched with.
+    """
+    if not isinstance(model, Paraformer):
+        return []
+    order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
+    for row, key, n in zip(order, batch.keys, (batch.token_lens + model.options.end_token).tolist()):
+        row[:n] = torch.from_numpy(data.generator(seed, number, zlib.crc32(key.encode())).random(n))
+    return [order]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
+
+
+def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> tuple[dict, Tensor]:
+    """Leave the gradient of the summed loss of a batch, in so many parts, in p.grad -> loss sums by name, tokens."""
     device = next(model.parameters()).device
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with autocast(options.precision, device):
-        sums, tokens = model(*to_device(batch, device))
-    optimizer.zero_grad(set_to_none=True)
-    (sums["loss"] / tokens.clamp(min=1)).backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-    finite = bool(torch.isfinite(sums["loss"]) & torch.isfinite(grad_norm))
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(int(data.generator(options.seed, number, 0).integers(2 ** 63)))  # dropout
+    sums, tokens = {}, torch.zeros((), device=device)
+    for part in split(batch, parts):
+        order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
+        with autocast(options.precision, device):
+            part_sums, part_tokens = model(*to_device(part, device), *order)
+        part_sums["loss"].backward()
+        sums, tokens = add(sums, {name: x.detach() for name, x in part_sums.items()}), tokens + part_tokens
+    return sums, tokens
+
+
+def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
+    """add_gradients, in twice as many parts as long as memory does not suffice -> loss sums, tokens, parts.
+
+    A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
+    """
+    parts = 1
+    while True:
+        try:
+            sums, tokens = add_gradients(model, batch, options, number, parts)
+            values = {name: x.item() for name, x in sums.items()}
+            return values, tokens.item() if math.isfinite(values["loss"]) else math.nan, parts
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if parts >= len(batch.keys):
+            model.zero_grad(set_to_none=True)
+            return {}, math.nan, 0
+        parts *= 2
+        torch.cuda.empty_cache()
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass changes: those of BatchNorm layers."""
+    kind = nn.modules.batchnorm._NormBase
+    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
+               number: int = 0) -> Step:
+    """One forward, backward and update at this learning rate, with the random draws of step `number`.
+
+    A loss or gradient that is not finite, or a batch for which memory does not suffice, updates nothing.
+    """
+    if not batch.keys:
+        return EMPTY_STEP
+    before = [buffer.clone() for buffer in batch_statistics(model)]
+    sums, tokens, parts = fit_gradients(model, batch, options, number)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(max(1.0, tokens))
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm).item()
+    finite = math.isfinite(tokens) and math.isfinite(grad_norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
     else:  # a BatchNorm has taken the batch into its statistics already
-        for buffer, old in zip(model.buffers(), buffers):
+        for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
-    return Step({name: value.item() for name, value in sums.items()}, int(tokens), grad_norm.item(), finite)
+    return Step(sums, int(tokens) if finite else 0, grad_norm, finite, parts)
 
 
 # ---- one evaluation ----
@@ -148,10 +223,11 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
     Raises ValueError if no utterance is left to evaluate on.
     """
     token_counts = char_counts = word_counts = Counts()
-    right = same_length = total = 0
+    right = same_length = total = skipped = 0
     device = next(model.parameters()).device
     model.eval()
     for batch in batches:
+        skipped += len(batch.skipped)
         if not batch.keys:
             continue
         feats, feat_lens, _, _ = to_device(batch, device)
@@ -167,7 +243,8 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
     if not total:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
     return {"token_accuracy": token_accuracy(token_counts), "sequence_accuracy": right / max(1, total),
-            "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate}
+            "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate,
+            "dev_utterances": total, "dev_skipped": skipped}
 
 
 # ---- files of a run ----
@@ -177,6 +254,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data.write_atomic(path, buffer.getvalue())
+
+
+def save_latest(folder: Path, state: dict) -> None:
+    """latest.pt becomes previous.pt, then state becomes latest.pt; if it cannot be written, both stay."""
+    fresh, latest = folder / "next.pt", folder / "latest.pt"
+    save_checkpoint(fresh, state)
+    if latest.exists():
+        os.replace(latest, folder / "previous.pt")
+    os.replace(fresh, latest)
 
 
 def table(history: Sequence[dict]) -> str:
@@ -198,25 +284,35 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make runs/<YYYYmmdd_HHMMSS>_<name> (with a number behind it if that exists) and point runs/latest at it."""
+    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
     stem, count = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}", 1
     while True:
         run = root / (stem if count == 1 else f"{stem}_{count}")
         try:
             (run / "checkpoints").mkdir(parents=True)
-            break
+            return run
         except FileExistsError:
             count += 1
-    link = root / f".latest_{run.name}"
-    link.symlink_to(run.name)
-    os.replace(link, root / "latest")
-    return run
 
 
-def say(run: Path, line: str) -> None:
+def point_latest(folder: Path) -> None:
+    """runs/latest -> this run, which has a checkpoint by now, so whatever latest names can be resumed."""
+    link = folder.with_name(f".latest_{folder.name}")
+    link.symlink_to(folder.name)
+    os.replace(link, folder.with_name("latest"))
+
+
+class Run(NamedTuple):
+    """A run under way."""
+
+    folder: Path
+    stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
+
+
+def say(run: Run, line: str) -> None:
     """Print a line, over the progress line on a terminal, and append it to train.log."""
     print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
-    with open(run / "train.log", "a", encoding="utf-8") as file:
+    with open(run.folder / "train.log", "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -272,7 +368,7 @@ def curves_svg(history: Sequence[dict]) -> str:
 
 # ---- the system that is trained ----
 
-RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "random")
+RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "log_bytes", "utterances")
 STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
@@ -309,6 +405,16 @@ def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
     return replace(config, model=other.model, data=replace(config.data, **front))
 
 
+def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
+    """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
+    unknown, = tokenizer.encode("\ue000")  # for private use: no vocabulary has it
+    ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
+    missed = [text for id, text in ids if id == unknown]
+    if 2 * len(missed) > len(ids):
+        raise ValueError(f"training.init_from={place}: wanted a vocabulary for the training texts, got one without "
+                         f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
+
+
 class Origin(NamedTuple):
     """What a run starts from."""
 
@@ -340,6 +446,9 @@ def origin(config: configs.Config) -> Origin:
         stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None,
                                                 config.model.encoder.subsampling))
         model = build(config.model, stats.shape[1], len(tokenizer))
+    if place:
+        configs.check(config, f"training.init_from={place}")
+        check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
     return Origin(config, tokenizer, stats, model)
 
 
@@ -351,12 +460,15 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     if state is None:
         config, tokenizer, stats, model = origin(config)
     else:
-        tokenizer, stats = Tokenizer.from_state(state["tokenizer"]), state["stats"]
+        tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
     options, training, factor = config.data, config.training, config.model.encoder.subsampling
     train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor, augment=True)
     dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
-    model.to(pick_device(training.device))
+    if state is not None and state["utterances"] != len(train_set):
+        raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
+                         f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
+    model.to(pick_device(training.device, "training.device"))
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
     average = None
     if training.average_decay:
@@ -367,25 +479,71 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
             average.module.load_state_dict(state["model"])
             average.n_averaged.fill_(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
-def checkpoint_state(system: System, progress: Progress, history: list[dict]) -> dict:
+def checkpoint_state(system: System, progress: Progress, history: list[dict], log_bytes: int) -> dict:
     """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True).
 
-    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs.
+    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
+    log_bytes is how long train.log is by now.
     """
     trained = system.model.state_dict()
     model = system.average.module.state_dict() if system.average is not None else trained
-    return {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-            "model": model, "trained": trained, "averaged": int(system.average.n_averaged) if system.average else 0,
-            "optimizer": system.optimizer.state_dict(),
-            "progress": progress._asdict(), "history": history,
-            "random": {"cpu": torch.get_rng_state(),
-                       "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}}
+    return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
+            "tokenizer": system.tokenizer.state(), "stats": system.stats, "model": model, "trained": trained,
+            "averaged": int(system.average.n_averaged) if system.average else 0,
+            "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
+            "log_bytes": log_bytes, "utterances": len(system.train_set)}
+
+
+def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
+    """Write latest.pt, and best.pt before it, so that a run killed in between repeats this epoch."""
+    state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
+    if best:
+        save_checkpoint(run.folder / "checkpoints/best.pt", state)
+    save_latest(run.folder / "checkpoints", state)
+
+
+def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
+    """The config of a checkpoint to go on with. Raises ValueError if it is from an older version or another run."""
+    missing = [key for key in RESUME_KEYS if key not in state]
+    if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
+        got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
+        raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
+                         f"run with its weights: --training.init_from={path}")
+    config = configs.from_dict(state["config"], str(path))
+    if (folder / "config.yaml").exists() and configs.load(str(folder / "config.yaml")) != config:
+        raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
+                         f"the file back, or start a new run with these weights: --training.init_from={path}")
+    return config
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict]:
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said. Raises ValueError if neither can."""
+    path = folder / "checkpoints/latest.pt"
+    try:
+        return path, read_checkpoint(path)
+    except ValueError as error:
+        previous = path.with_name("previous.pt")
+        if not previous.exists():
+            raise
+        state = read_checkpoint(previous)
+        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
+        return previous, state
+
+
+def clean_up(folder: Path, path: Path, state: dict) -> None:
+    """Bring the files of a run back to where its checkpoint at `path` stands, and remove what a kill left half done."""
+    if path.name == "previous.pt":
+        os.replace(path, path.with_name("latest.pt"))
+    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
+        left.unlink(missing_ok=True)
+    log = folder / "train.log"
+    if log.exists() and log.stat().st_size > state["log_bytes"]:
+        os.truncate(log, state["log_bytes"])
+    if state["history"]:
+        write_reports(folder, state["history"])
 
 
 # ---- the loop ----
@@ -428,10 +586,40 @@ def clock(seconds: float) -> str:
 
 
 class TrainingDiverged(RuntimeError):
-    """Several non-finite steps in a row; the message names the batch."""
+    """Several skipped steps in a row; the message names the batch."""
 
 
-def named(run: Path, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came, and the checkpoint is written."""
+
+
+MAX_DEATHS = 3  # of loader processes at the same batch
+
+
+def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
+    """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
+
+    Raises OSError when MAX_DEATHS have died over the same batch.
+    """
+    deaths = 0
+    while True:
+        try:
+            for batch in load(start):
+                yield batch
+                start, deaths = start + 1, 0
+            return
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            deaths += 1
+            message = str(error).splitlines()[0]
+        if deaths == MAX_DEATHS:
+            raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
+                          "little memory? data.num_workers=0 loads without one")
+        say(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}")
+
+
+def named(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
     """The same batches; every recording that they had to skip is named in the log."""
     for batch in batches:
         for skip in batch.skipped:
@@ -439,28 +627,60 @@ def named(run: Path, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
         yield batch
 
 
-def train_epoch(run: Path, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
-    """The rest of the epoch under way, from progress.batch on, with checkpoints every training.checkpoint_steps."""
+def trouble(step: Step) -> str:
+    """What the log says of a step that was not as it should be, "" if it was."""
+    if not step.parts:
+        return "out of memory with a single utterance, skipped"
+    if not step.finite:
+        return "loss or gradient not finite, skipped"
+    return f"out of memory, worked through in {step.parts} parts instead" if step.parts > 1 else ""
+
+
+def take_step(run: Run, system: System, batch: data.Batch, number: int, total_steps: int) -> Step:
+    """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = system.config.training
-    batches = epoch_batches(system, progress.epoch)
-    shown, first, began, started = time.monotonic(), progress.batch, time.monotonic(), time.monotonic()
-    loader = data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, progress.batch)
-    for batch in named(run, loader):
-        rate = learning_rate(progress.step, total_steps, training)
-        step = train_step(system.model, system.optimizer, batch, rate, training) if batch.keys else EMPTY_STEP
-        if system.average is not None and step.finite:
-            system.average.update_parameters(system.model)
+    rate = learning_rate(number, total_steps, training)
+    step = train_step(system.model, system.optimizer, batch, rate, training, number)
+    if system.average is not None and step.finite:
+        system.average.update_parameters(system.model)
+    if trouble(step):
+        say(run, f"step {number + 1}: {trouble(step)}; batch: {' '.join(batch.keys)}")
+    return step
+
+
+def advance(progress: Progress, step: Step, batch: data.Batch, seconds: float) -> Progress:
+    bad = 0 if step.finite else progress.bad_steps + 1
+    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
+                    add(progress.totals, step_totals(step, batch, seconds)))
+
+
+def is_due(step: int, minutes: float, options) -> bool:
+    """Whether a checkpoint within the epoch is to be written after so many steps, and minutes since the last one."""
+    by_steps = options.checkpoint_steps and step % options.checkpoint_steps == 0
+    return bool(by_steps or options.checkpoint_minutes and minutes >= options.checkpoint_minutes)
+
+
+def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
+    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it.
+
+    Raises Interrupted after the step in which run.stop was set, with a checkpoint written.
+    """
+    training, batches = system.config.training, epoch_batches(system, progress.epoch)
+    first, began = progress.batch, time.monotonic()
+    shown = saved = started = began
+    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, progress.batch)):
+        step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        bad = 0 if step.finite else progress.bad_steps + 1
-        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
-                            add(progress.totals, step_totals(step, batch, now - started)))
-        started = now
-        if bad:
-            say(run, f"step {progress.step}: loss or gradient not finite, skipped; batch: {' '.join(batch.keys)}")
-        if bad >= training.max_bad_steps:
-            raise TrainingDiverged(f"{bad} non-finite steps in a row, the last one on {' '.join(batch.keys)}")
-        if training.checkpoint_steps and progress.step % training.checkpoint_steps == 0:
-            save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, progress, history))
+        progress, started = advance(progress, step, batch, now - started), now
+        if progress.bad_steps >= training.max_bad_steps:
+            raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
+                                   f"{' '.join(batch.keys)}")
+        if run.stop.is_set() or is_due(progress.step, (now - saved) / 60, training):
+            save(run, system, progress, history)
+            saved = time.monotonic()
+        if run.stop.is_set():
+            raise Interrupted
         if now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
             show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
@@ -480,30 +700,44 @@ def report(row: dict, num_epochs: int) -> str:
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def fit(run: Path, system: System, progress: Progress, history: list[dict]) -> list[dict]:
+def until(stop: threading.Event, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+    """The batches before stop is set."""
+    return itertools.takewhile(lambda batch: not stop.is_set(), batches)
+
+
+def validate(run: Run, system: System, progress: Progress, history: list[dict]) -> dict:
+    """The figures of the dev set. Raises Interrupted, with a checkpoint written, when run.stop is set meanwhile."""
+    training = system.config.training
+    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
+    model = system.model if system.average is None else system.average.module
+    if not run.stop.is_set():
+        batches = reloading(run, lambda start: data.loader(system.dev_set, dev, start=start), 0)
+        figures = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
+    if run.stop.is_set():
+        save(run, system, progress, history)
+        raise Interrupted
+    return figures
+
+
+def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
     """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     if not total_steps:
         raise ValueError("data.train: wanted utterances to learn from, got none")
-    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        model = system.model if system.average is None else system.average.module
-        figures = evaluate(model, named(run, data.loader(system.dev_set, dev)), system.tokenizer.decode)
+        figures = validate(run, system, progress, history)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
-        state = checkpoint_state(system, progress, history)
-        if best_row(history) is history[-1]:
-            save_checkpoint(run / "checkpoints/best.pt", state)
-        write_reports(run, history)
-        save_checkpoint(run / "checkpoints/latest.pt", state)  # last: a run killed before it repeats this epoch
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
-        say(run, report(history[-1], training.num_epochs))
+        say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
+        write_reports(run.folder, history)
+        save(run, system, progress, history, best_row(history) is history[-1])
     say(run, reason)
     return history
 
@@ -527,50 +761,91 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     return arguments, rest
 
 
-def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Path, System, Progress, list[dict]]:
-    """A fresh run, or the one to resume: its folder, system, progress and history."""
-    if arguments.resume:
-        run = Path(arguments.resume).resolve()
-        path = run / "checkpoints/latest.pt"
-        state = read_checkpoint(path)
-        if missing := [key for key in RESUME_KEYS if key not in state]:
-            raise ValueError(f"{path}: wanted a checkpoint to resume, got one without {', '.join(missing)}")
-        system = make_system(configs.from_dict(state["config"], str(path)), state, str(path))
-        return run, system, Progress(**state["progress"]), state["history"]
-    config = configs.load(arguments.config, overrides)
-    system = make_system(config)
-    run = new_run(Path(arguments.runs), Path(arguments.config).stem)
-    data.write_atomic(run / "config.yaml", configs.dump(system.config))
-    save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, Progress(), []))  # to resume from, at once
-    return run, system, Progress(), []
+def headline(folder: Path, system: System) -> str:
+    size = sum(p.numel() for p in system.model.parameters())
+    return (f"{folder}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
+            f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+
+
+def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
+    """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
+    system = make_system(configs.load(arguments.config, overrides))
+    folder = new_run(Path(arguments.runs), Path(arguments.config).stem)
+    run = Run(folder, stop)
+    data.write_atomic(folder / "config.yaml", configs.dump(system.config))
+    say(run, headline(folder, system))
+    save(run, system, Progress(), [])
+    point_latest(folder)
+    return run, system
+
+
+def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
+    """A run that stopped: its folder, system, progress and history."""
+    path, state = last_checkpoint(folder)
+    system = make_system(resumable(state, folder, path), state, str(path))
+    clean_up(folder, path, state)
+    progress, history = Progress(**state["progress"]), state["history"]
+    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return Run(folder, stop), system, progress, history
+
+
+def catch_signals() -> threading.Event:
+    """An event that SIGTERM or Ctrl-C sets; a second one ends the program at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def complain(error: Exception, hint: str = "") -> None:
+    """One line, without the traceback that a loader process adds to its errors, on standard error."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    print(f"train.py: {lines[-1] if 'Traceback' in str(error) else str(error)}{hint}", file=sys.stderr)
+
+
+def finish(run: Run, history: list[dict]) -> int:
+    best = best_row(history)
+    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
+             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
+             f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
+    return 0
 
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
+    stop = catch_signals()
     try:
-        run, system, progress, history = start(arguments, overrides)
+        if arguments.resume:
+            run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
+        else:
+            (run, system), progress, history = begin(arguments, overrides, stop), Progress(), []
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        complain(error)
         return 2
-    size = sum(p.numel() for p in system.model.parameters())
-    say(run, f"{run}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
-             f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+    go_on = f"go on with: python train.py --resume {run.folder}"
     try:
-        history = fit(run, system, progress, history)
+        return finish(run, fit(run, system, progress, history))
     except TrainingDiverged as error:
-        say(run, f"stopped: {error}; {run / 'checkpoints/latest.pt'} is the last good state")
+        complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
         return 1
+    except Interrupted:
+        print(f"\ninterrupted; {go_on}", flush=True)
+        return 0
     except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
-        print(f"train.py: {error}; {run / 'checkpoints/latest.pt'} is the last good state", file=sys.stderr)
+        hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        complain(error, f"; the last checkpoint is good: {hint}{go_on}")
         return 2
-    except KeyboardInterrupt:
-        say(run, f"\ninterrupted; go on with: python train.py --resume {run}")
-        return 130
-    best = best_row(history)
-    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
-             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
-             f"decode with: python decode.py --ckpt {run / 'checkpoints/best.pt'}")
-    return 0
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(ValueError("out of memory while evaluating: wanted a smaller training.batch_size or batch_frames"),
+                 f"; the last checkpoint is good: {run.folder / 'checkpoints/latest.pt'}")
+        return 2
 
 
 if __name__ == "__main__":
