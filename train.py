@@ -1,7 +1,7 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
-Reading order: decisions (pure functions: learning rate, best, stop), one optimizer step, one evaluation, files of a run
-(checkpoints, metrics, curves), the system that is trained, the loop, main.
+Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
+evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, main.
 Needs torch, config.py, tokenizer.py, data.py and model.py.
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
@@ -9,12 +9,19 @@ checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every f
 which grows, and which --resume cuts back to where its checkpoint stands.
 All randomness comes from training.seed and the number of the step, epoch or utterance, so there is no generator's state
 to keep, and on a CPU a resumed run repeats the uninterrupted one bit for bit.
+
+    torchrun --nproc_per_node=2 train.py CONFIG     the same run in two processes (gloo on CPUs, nccl on GPUs)
+
+training.batch_size and batch_frames are those of one optimizer step, whatever works on it: its utterances are dealt
+out to the processes, and by each to training.accumulate parts. So the number of either changes nothing but rounding,
+dropout and BatchNorm, and a run may be resumed with another number of processes.
 Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
 """
 import argparse
 import contextlib
 import csv
 import errno
+import functools
 import io
 import itertools
 import json
@@ -32,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 
 import config as configs
@@ -101,6 +108,86 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
+# ---- several processes ----
+
+
+class Ranks(NamedTuple):
+    """The processes that torchrun starts: `world` of them, of which this one is number `rank`; number 0 writes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Ranks()
+
+
+class RankLost(RuntimeError):
+    """Another process of the run has ended."""
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """Meet the processes that torchrun started (on one machine, a GPU each); ALONE where it started none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return ALONE
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with naming_lost_ranks():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
+
+
+def add(totals: dict, more: dict) -> dict:
+    """The sums of both by name; one that has no such name counts as 0."""
+    both = {name: totals[name] + more[name] for name in totals if name in more}
+    return {**totals, **more, **both}
+
+
+def add_up(sums: dict, ranks: Ranks) -> dict:
+    """The sums of all ranks together."""
+    if ranks.world == 1:
+        return sums
+    parts = [None] * ranks.world
+    with naming_lost_ranks():
+        distributed.all_gather_object(parts, sums)
+    return functools.reduce(add, parts)
+
+
+def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
+    """Replace every p.grad by the sum over all ranks -> the sum of tokens. Without one in any rank it stays None.
+
+    One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
+    train_step, and ranks may work through different numbers of parts.
+    """
+    if ranks.world == 1:
+        return tokens
+    parameters = list(model.parameters())
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    used = [float(p.grad is not None) for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([*used, tokens]).to(grads[0])])
+    with naming_lost_ranks():
+        distributed.all_reduce(flat)
+    *pieces, last = flat.split([*(p.numel() for p in parameters), len(used) + 1])
+    for parameter, piece, is_used in zip(parameters, pieces, last.tolist()):
+        parameter.grad = piece.view_as(parameter) if is_used else None
+    return last[-1].item()
+
+
+def share_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Replace the running statistics of every BatchNorm by their mean over all ranks."""
+    for buffer in batch_statistics(model) if ranks.world > 1 else []:
+        with naming_lost_ranks():
+            distributed.all_reduce(buffer)
+        buffer.copy_(buffer / ranks.world)
+
+
 # ---- one optimizer step ----
 
 
@@ -112,12 +199,13 @@ class Step(NamedTuple):
     parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
 
 
-EMPTY_STEP = Step({}, 0, 0.0, True)  # of a batch whose utterances were all skipped
-
-
 def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = batch.feats, batch.feat_lens, batch.tokens, batch.token_lens
     return tuple(x.to(device, non_blocking=True) for x in tensors)
+
+
+def convert(batch: data.Batch, precision: str) -> data.Batch:
+    return batch._replace(feats=batch.feats.double()) if precision == "float64" else batch
 
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
@@ -151,7 +239,6 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
     """Leave the gradient of the summed loss of a batch, in so many parts, in p.grad -> loss sums by name, tokens."""
     device = next(model.parameters()).device
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(int(data.generator(options.seed, number, 0).integers(2 ** 63)))  # dropout
     sums, tokens = {}, torch.zeros((), device=device)
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
@@ -163,11 +250,15 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
 
 
 def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
-    """add_gradients, in twice as many parts as long as memory does not suffice -> loss sums, tokens, parts.
+    """add_gradients in options.accumulate parts, and in twice as many as long as memory does not suffice
+    -> loss sums, tokens, parts.
 
     A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
     """
-    parts = 1
+    parts = options.accumulate
+    if not batch.keys:
+        model.zero_grad(set_to_none=True)
+        return {}, 0.0, parts
     while True:
         try:
             sums, tokens = add_gradients(model, batch, options, number, parts)
@@ -190,15 +281,17 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
-               number: int = 0) -> Step:
+               number: int = 0, ranks: Ranks = ALONE) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
-    A loss or gradient that is not finite, or a batch for which memory does not suffice, updates nothing.
+    batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
+    A loss or gradient that is not finite, or an utterance for which memory does not suffice, in any rank, updates
+    nothing.
     """
-    if not batch.keys:
-        return EMPTY_STEP
     before = [buffer.clone() for buffer in batch_statistics(model)]
-    sums, tokens, parts = fit_gradients(model, batch, options, number)
+    torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
+    sums, own_tokens, parts = fit_gradients(model, convert(batch, options.precision), options, number)
+    tokens = share_gradients(model, own_tokens, ranks)
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad.div_(max(1.0, tokens))
@@ -208,19 +301,18 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        share_statistics(model, ranks)
     else:  # a BatchNorm has taken the batch into its statistics already
         for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
-    return Step(sums, int(tokens) if finite else 0, grad_norm, finite, parts)
+    return Step(sums, int(own_tokens) if finite else 0, grad_norm, finite, parts)
 
 
 # ---- one evaluation ----
 
 
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references: every figure by alignment, none with the true length.
-
-    Raises ValueError if no utterance is left to evaluate on.
+    """Free-running greedy decoding against the references -> sums for `rates`, by alignment, none with the true length.
     """
     token_counts = char_counts = word_counts = Counts()
     right = same_length = total = skipped = 0
@@ -231,6 +323,7 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
         if not batch.keys:
             continue
         feats, feat_lens, _, _ = to_device(batch, device)
+        feats = feats.to(next(model.parameters()).dtype)
         found = model.greedy(feats, feat_lens)
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
@@ -240,11 +333,17 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             word_counts += word_errors(text, decode(hyp))
             right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
     model.train()
-    if not total:
+    return {"tokens": token_counts, "chars": char_counts, "words": word_counts, "right": right,
+            "same_length": same_length, "total": total, "skipped": skipped}
+
+
+def rates(sums: dict) -> dict[str, float]:
+    """The figures of an evaluation. Raises ValueError if no utterance was left to evaluate on."""
+    if not sums["total"]:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
-    return {"token_accuracy": token_accuracy(token_counts), "sequence_accuracy": right / max(1, total),
-            "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate,
-            "dev_utterances": total, "dev_skipped": skipped}
+    return {"token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
+            "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
+            "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
 
 # ---- files of a run ----
@@ -307,13 +406,23 @@ class Run(NamedTuple):
 
     folder: Path
     stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
+    ranks: Ranks = ALONE
 
 
 def say(run: Run, line: str) -> None:
-    """Print a line, over the progress line on a terminal, and append it to train.log."""
+    """Print a line, over the progress line on a terminal, and append it to train.log; rank 0 only."""
+    if run.ranks.rank:
+        return
     print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
     with open(run.folder / "train.log", "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def note(run: Run, line: str) -> None:
+    """say what befell this rank's share; ranks other than 0 print it."""
+    if run.ranks.rank:
+        print(f"rank {run.ranks.rank}: {line}", flush=True)
+    say(run, line)
 
 
 def show_progress(line: str) -> None:
@@ -468,7 +577,8 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
-    model.to(pick_device(training.device, "training.device"))
+    model.to(pick_device(training.device, "training.device"),
+             torch.float64 if training.precision == "float64" else torch.float32)
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
     average = None
     if training.average_decay:
@@ -498,7 +608,10 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
 
 
 def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
-    """Write latest.pt, and best.pt before it, so that a run killed in between repeats this epoch."""
+    """Write latest.pt, and best.pt before it, so that a run killed in between repeats this epoch. All ranks call it."""
+    progress = progress._replace(totals=add_up(progress.totals, run.ranks))
+    if run.ranks.rank:
+        return
     state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
     if best:
         save_checkpoint(run.folder / "checkpoints/best.pt", state)
@@ -549,17 +662,18 @@ def clean_up(folder: Path, path: Path, state: dict) -> None:
 # ---- the loop ----
 
 
-def add(totals: dict[str, float], more: dict[str, float]) -> dict[str, float]:
-    return {name: totals.get(name, 0.0) + more.get(name, 0.0) for name in {**totals, **more}}
+def step_totals(step: Step, batch: data.Batch, seconds: float, rank: int = 0) -> dict[str, float]:
+    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first.
 
-
-def step_totals(step: Step, batch: data.Batch, seconds: float) -> dict[str, float]:
-    """What one step adds to the epoch's totals. A skipped step adds no loss, or one bad batch would hide the rest."""
+    A skipped step adds no loss, or one bad batch would hide the rest.
+    """
     B, T = batch.feats.shape[:2]
-    common = {"seconds": seconds, "frames": int(batch.feat_lens.sum()), "padded_frames": B * T,
-              "utterances": B, "skipped_utterances": len(batch.skipped), "skipped_steps": int(not step.finite)}
-    learned = {**step.sums, "tokens": step.tokens, "grad_norm": step.grad_norm, "steps": 1}
-    return {**common, **learned} if step.finite else common
+    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B,
+           "skipped_utterances": len(batch.skipped)}
+    common = {} if rank else {"seconds": seconds, "skipped_steps": int(not step.finite)}
+    learned = {**step.sums, "tokens": step.tokens}
+    norm = {} if rank else {"grad_norm": step.grad_norm, "steps": 1}
+    return {**own, **common, **learned, **norm} if step.finite else {**own, **common}
 
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
@@ -575,10 +689,12 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "skipped_steps": int(totals["skipped_steps"]), "seconds": seconds}
 
 
-def epoch_batches(system: System, epoch: int) -> list[list[int]]:
+def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
+    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
-    return data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
-                             training.seed, epoch)
+    batches = data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
+                                training.seed, epoch)
+    return [batch[ranks.rank::ranks.world] for batch in batches]
 
 
 def clock(seconds: float) -> str:
@@ -616,42 +732,41 @@ def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int)
         if deaths == MAX_DEATHS:
             raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
                           "little memory? data.num_workers=0 loads without one")
-        say(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}")
+        note(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}")
 
 
 def named(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
     """The same batches; every recording that they had to skip is named in the log."""
     for batch in batches:
         for skip in batch.skipped:
-            say(run, f"skipped {skip.key}: {skip.reason}")
+            note(run, f"skipped {skip.key}: {skip.reason}")
         yield batch
 
 
-def trouble(step: Step) -> str:
+def trouble(step: Step, accumulate: int) -> str:
     """What the log says of a step that was not as it should be, "" if it was."""
     if not step.parts:
         return "out of memory with a single utterance, skipped"
     if not step.finite:
         return "loss or gradient not finite, skipped"
-    return f"out of memory, worked through in {step.parts} parts instead" if step.parts > 1 else ""
+    return f"out of memory, worked through in {step.parts} parts instead" if step.parts > accumulate else ""
 
 
 def take_step(run: Run, system: System, batch: data.Batch, number: int, total_steps: int) -> Step:
     """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = system.config.training
     rate = learning_rate(number, total_steps, training)
-    step = train_step(system.model, system.optimizer, batch, rate, training, number)
+    step = train_step(system.model, system.optimizer, batch, rate, training, number, run.ranks)
     if system.average is not None and step.finite:
         system.average.update_parameters(system.model)
-    if trouble(step):
-        say(run, f"step {number + 1}: {trouble(step)}; batch: {' '.join(batch.keys)}")
+    if problem := trouble(step, training.accumulate):
+        note(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}")
     return step
 
 
-def advance(progress: Progress, step: Step, batch: data.Batch, seconds: float) -> Progress:
+def advance(progress: Progress, step: Step, more: dict[str, float]) -> Progress:
     bad = 0 if step.finite else progress.bad_steps + 1
-    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
-                    add(progress.totals, step_totals(step, batch, seconds)))
+    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad, add(progress.totals, more))
 
 
 def is_due(step: int, minutes: float, options) -> bool:
@@ -665,23 +780,25 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
 
     Raises Interrupted after the step in which run.stop was set, with a checkpoint written.
     """
-    training, batches = system.config.training, epoch_batches(system, progress.epoch)
+    training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
     first, began = progress.batch, time.monotonic()
     shown = saved = started = began
     load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
     for batch in named(run, reloading(run, load, progress.batch)):
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        progress, started = advance(progress, step, batch, now - started), now
+        progress, started = advance(progress, step, step_totals(step, batch, now - started, run.ranks.rank)), now
         if progress.bad_steps >= training.max_bad_steps:
             raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                                    f"{' '.join(batch.keys)}")
-        if run.stop.is_set() or is_due(progress.step, (now - saved) / 60, training):
+        due = is_due(progress.step, (now - saved) / 60, training)
+        wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        if wanted["save"] or wanted["stop"]:
             save(run, system, progress, history)
             saved = time.monotonic()
-        if run.stop.is_set():
+        if wanted["stop"]:
             raise Interrupted
-        if now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+        if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
             show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                           f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
@@ -710,13 +827,13 @@ def validate(run: Run, system: System, progress: Progress, history: list[dict]) 
     training = system.config.training
     dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
     model = system.model if system.average is None else system.average.module
-    if not run.stop.is_set():
-        batches = reloading(run, lambda start: data.loader(system.dev_set, dev, start=start), 0)
-        figures = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
-    if run.stop.is_set():
+    batches = data.loader(system.dev_set, dev[run.ranks.rank::run.ranks.world])
+    sums = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
+    sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
+    if sums["stop"]:
         save(run, system, progress, history)
         raise Interrupted
-    return figures
+    return rates(sums)
 
 
 def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
@@ -731,12 +848,13 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
         figures = validate(run, system, progress, history)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
+        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent)]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
         say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
-        write_reports(run.folder, history)
+        if run.ranks.rank == 0:
+            write_reports(run.folder, history)
         save(run, system, progress, history, best_row(history) is history[-1])
     say(run, reason)
     return history
@@ -769,24 +887,32 @@ def headline(folder: Path, system: System) -> str:
 
 def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
     """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
-    system = make_system(configs.load(arguments.config, overrides))
-    folder = new_run(Path(arguments.runs), Path(arguments.config).stem)
-    run = Run(folder, stop)
-    data.write_atomic(folder / "config.yaml", configs.dump(system.config))
-    say(run, headline(folder, system))
+    config = configs.load(arguments.config, overrides)
+    ranks = join_ranks(pick_device(config.training.device, "training.device"))
+    system = make_system(config)
+    made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
+    run = Run(Path(add_up(made, ranks)["folder"]), stop, ranks)
+    if ranks.rank == 0:
+        data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
+    say(run, headline(run.folder, system))
     save(run, system, Progress(), [])
-    point_latest(folder)
+    if ranks.rank == 0:
+        point_latest(run.folder)
     return run, system
 
 
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
     """A run that stopped: its folder, system, progress and history."""
     path, state = last_checkpoint(folder)
-    system = make_system(resumable(state, folder, path), state, str(path))
-    clean_up(folder, path, state)
+    config = resumable(state, folder, path)
+    ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
+    system = make_system(config, state, str(path))
     progress, history = Progress(**state["progress"]), state["history"]
+    if ranks.rank:
+        return Run(folder, stop, ranks), system, progress._replace(totals={}), history
+    clean_up(folder, path, state)
     print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
-    return Run(folder, stop), system, progress, history
+    return Run(folder, stop, ranks), system, progress, history
 
 
 def catch_signals() -> threading.Event:
@@ -824,17 +950,17 @@ def main(argv: Sequence[str]) -> int:
             run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
         else:
             (run, system), progress, history = begin(arguments, overrides, stop), Progress(), []
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankLost) as error:
         complain(error)
         return 2
     go_on = f"go on with: python train.py --resume {run.folder}"
     try:
         return finish(run, fit(run, system, progress, history))
-    except TrainingDiverged as error:
+    except (TrainingDiverged, RankLost) as error:
         complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
         return 1
     except Interrupted:
-        print(f"\ninterrupted; {go_on}", flush=True)
+        print(f"\ninterrupted; {go_on}" if run.ranks.rank == 0 else "", end="\n", flush=True)
         return 0
     except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
         hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
