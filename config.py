@@ -152,6 +152,9 @@ class TrainingConfig:
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
     accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
     checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
+    recompute: bool = False              # encoder blocks keep no activations; the backward pass computes them again
+    compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
+    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
     checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
     init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
@@ -175,8 +178,8 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         num_epochs max_bad_steps accumulate"""),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay seed checkpoint_steps checkpoint_minutes patience memory_shift left right smooth noise upsampling
-        timing_smooth timing_noise attention_layers"""),
+        weight_decay seed checkpoint_steps checkpoint_minutes keep_epochs patience memory_shift left right smooth noise
+        upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),

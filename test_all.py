@@ -1978,7 +1978,7 @@ def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     step = train.train_step(model, optimizer, batch, 0.1, config.TrainingConfig())
     assert not step.finite and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "ce" not in train.step_totals(step, batch, 1.0)
+    assert "ce" not in train.step_totals(step, batch, 1.0, 0.5)
 
 
 # C11
@@ -2005,7 +2005,7 @@ def test_evaluation_counts_a_planted_set_by_alignment():
 
 # ---- train: a run ----
 
-TIMES = ("seconds", "frames_per_second")
+TIMES = ("seconds", "frames_per_second", "data_wait", "peak_memory_mb")
 
 
 def without_times(history):
@@ -2027,7 +2027,7 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     assert [{k: float(v) for k, v in row.items()} for row in rows] == history and len(history) == 2
     wanted = {"epoch", "step", "learning_rate", "loss", "loss_ce", "loss_quantity", "grad_norm", "token_accuracy",
               "sequence_accuracy", "length_accuracy", "cer", "wer", "frames_per_second", "padding",
-              "skipped_utterances", "skipped_steps"}
+              "skipped_utterances", "skipped_steps", "data_wait", "peak_memory_mb", "dev_skipped"}
     assert wanted <= set(history[0])
     assert (run / "train.log").read_text().count("epoch 1/2") == 1
     state = read_checkpoint(run / "checkpoints/latest.pt")
@@ -2574,6 +2574,61 @@ def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
     assert done.returncode == 0 and "3 epochs done" in done.stdout, done.stderr
     done = subprocess.run([*command, "--data.kind=manifest"], capture_output=True, text=True, env=environment, timeout=80)
     assert done.returncode and "data.train: wanted a manifest" in done.stderr
+
+
+# ---- train: memory, averages ----
+
+# C90
+@pytest.mark.parametrize("option", ["recompute", pytest.param("compile", marks=slow)])
+def test_saving_memory_or_time_changes_no_weight_beyond_rounding(tmp_path, monkeypatch, option):
+    """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay.
+
+    compile goes through torch's tracing only: generating code takes minutes on a CPU.
+    """
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: real(self, backend="eager", dynamic=dynamic))
+    options, models = config.TrainingConfig(**{option: True}), [tiny_model(tmp_path) for _ in range(2)]
+    names = list(models[1].state_dict())
+    train.save_memory_and_time(models[1], options)
+    saved, losses = [], []
+    for tiny in models:
+        optimizer = torch.optim.SGD(tiny.parameters())
+        dropout = 0.0 if option == "compile" else 0.5  # a compiled dropout draws otherwise
+        for module in tiny.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        sizes = []
+        count = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x)
+        with contextlib.nullcontext() if option == "compile" else count:
+            losses.append(train.train_step(tiny, optimizer, tiny_batch(), 0.1, config.TrainingConfig(), 3).sums["loss"])
+        saved.append(sum(sizes))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and list(models[1].state_dict()) == names
+    for ours, theirs in zip(*(tiny.parameters() for tiny in models)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert option == "compile" or saved[1] < 0.8 * saved[0]
+
+
+# C90
+def test_the_average_is_the_mean_of_the_best_kept_epochs(tmp_path, capsys):
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--training.keep_epochs=3",
+            "--training.num_epochs=5"]
+    assert train.main(argv) == 0
+    folder = run_of(tmp_path) / "checkpoints"
+    kept = sorted(folder.glob("epoch_*.pt"))
+    assert [path.name for path in kept] == ["epoch_0003.pt", "epoch_0004.pt", "epoch_0005.pt"]
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "3"]) == 0
+    states, average = [read_checkpoint(path) for path in kept], read_checkpoint(folder / "average.pt")
+    for name, value in average["model"].items():
+        wanted = sum(state["model"][name].double() for state in states) / 3
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    planted = [{**state, "history": [{**state["history"][-1], "token_accuracy": rank / 3}]}
+               for state, rank in zip(states, (2, 0, 1))]
+    for path, state in zip(kept, planted):
+        torch.save(state, path)
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "2"]) == 0
+    assert "mean of epochs 3 5" in capsys.readouterr().out
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "4"]) == 2
+    assert "wanted 4 files epoch_*.pt, got 3; train with --training.keep_epochs=4" in capsys.readouterr().err
 
 
 # ---- decode: recognition ----

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -41,6 +42,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import config as configs
 import data
@@ -561,6 +563,16 @@ def origin(config: configs.Config) -> Origin:
     return Origin(config, tokenizer, stats, model)
 
 
+def save_memory_and_time(model: nn.Module, training) -> None:
+    """training.recompute and training.compile. The model's parameters keep their names; copies of it are not affected,
+    so this is done after the average was made."""
+    if training.recompute:
+        for block in model.encoder.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if training.compile:
+        model.compile(dynamic=True)
+
+
 def make_system(config: configs.Config, state: dict | None = None, place: str = "") -> System:
     """Data, tokenizer, normalisation, model and optimizer: fresh ones, or those of a checkpoint's state (at place)."""
     if config.training.threads:
@@ -579,7 +591,7 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
-    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98), fused=True)
     average = None
     if training.average_decay:
         average = AveragedModel(model, avg_fn=moving_average(training.average_decay))
@@ -589,6 +601,7 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
             average.module.load_state_dict(state["model"])
             average.n_averaged.fill_(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
+    save_memory_and_time(model, training)
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
@@ -607,14 +620,25 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
             "log_bytes": log_bytes, "utterances": len(system.train_set)}
 
 
+def keep_epoch(folder: Path, state: dict, number: int, keep: int) -> None:
+    """Write the weights of epoch `number` as epoch_<number>.pt and remove those older than the last `keep` epochs."""
+    kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
+    save_checkpoint(folder / f"epoch_{number:04d}.pt", kept)
+    for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
+        old.unlink()
+
+
 def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
-    """Write latest.pt, and best.pt before it, so that a run killed in between repeats this epoch. All ranks call it."""
+    """Write latest.pt, and before it best.pt and what training.keep_epochs asks for, so that a run killed in between
+    repeats this epoch. All ranks call it."""
     progress = progress._replace(totals=add_up(progress.totals, run.ranks))
     if run.ranks.rank:
         return
     state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
     if best:
         save_checkpoint(run.folder / "checkpoints/best.pt", state)
+    if system.config.training.keep_epochs and history and not progress.batch:
+        keep_epoch(run.folder / "checkpoints", state, progress.epoch, system.config.training.keep_epochs)
     save_latest(run.folder / "checkpoints", state)
 
 
@@ -662,7 +686,14 @@ def clean_up(folder: Path, path: Path, state: dict) -> None:
 # ---- the loop ----
 
 
-def step_totals(step: Step, batch: data.Batch, seconds: float, rank: int = 0) -> dict[str, float]:
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that tensors took on the GPU so far, or this process on the CPU (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
     """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first.
 
     A skipped step adds no loss, or one bad batch would hide the rest.
@@ -670,15 +701,20 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, rank: int = 0) ->
     B, T = batch.feats.shape[:2]
     own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B,
            "skipped_utterances": len(batch.skipped)}
-    common = {} if rank else {"seconds": seconds, "skipped_steps": int(not step.finite)}
+    common = {} if rank else {"seconds": seconds, "wait": wait, "skipped_steps": int(not step.finite)}
     learned = {**step.sums, "tokens": step.tokens}
     norm = {} if rank else {"grad_norm": step.grad_norm, "steps": 1}
     return {**own, **common, **learned, **norm} if step.finite else {**own, **common}
 
 
-def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
+COUNTED = {"seconds", "wait", "frames", "padded_frames", "utterances", "skipped_utterances", "skipped_steps", "tokens",
+           "grad_norm", "steps", "loss"}  # what is not a component of the loss among an epoch's totals
+
+
+def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
+              memory_mb: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in ("ce", "quantity", "timing", "ctc") if name in totals]
+    names = [name for name in totals if name not in COUNTED]
     tokens = max(1.0, totals.get("tokens", 0.0))
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
             "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
@@ -686,7 +722,8 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
             "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
             "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
-            "skipped_steps": int(totals["skipped_steps"]), "seconds": seconds}
+            "skipped_steps": int(totals["skipped_steps"]), "data_wait": totals["wait"] / max(1e-9, totals["seconds"]),
+            "peak_memory_mb": memory_mb, "seconds": seconds}
 
 
 def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
@@ -785,9 +822,10 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
     shown = saved = started = began
     load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
     for batch in named(run, reloading(run, load, progress.batch)):
+        wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        progress, started = advance(progress, step, step_totals(step, batch, now - started, run.ranks.rank)), now
+        progress = advance(progress, step, step_totals(step, batch, now - started, wait, run.ranks.rank))
         if progress.bad_steps >= training.max_bad_steps:
             raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                                    f"{' '.join(batch.keys)}")
@@ -798,6 +836,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
             saved = time.monotonic()
         if wanted["stop"]:
             raise Interrupted
+        started = time.monotonic()
         if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
             show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
@@ -813,7 +852,7 @@ def report(row: dict, num_epochs: int) -> str:
     accuracies = "  ".join(f"{name} {row[f'{name}_accuracy']:.4f}" for name in ("token", "sequence", "length"))
     return (f"epoch {row['epoch']}/{num_epochs}  {losses}  lr {row['learning_rate']:.2g}  "
             f"grad {row['grad_norm']:.2f} | {accuracies}  cer {row['cer']:.4f}  wer {row['wer']:.4f} | "
-            f"{row['frames_per_second']:.0f} frames/s  padding {row['padding']:.1%}  "
+            f"{row['frames_per_second']:.0f} frames/s  wait {row['data_wait']:.1%}  padding {row['padding']:.1%}  "
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
@@ -848,7 +887,8 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
         figures = validate(run, system, progress, history)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent)]
+        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent,
+                                       peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
@@ -868,6 +908,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
     parser.add_argument("config", nargs="?", help="a YAML file of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
@@ -876,7 +918,36 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("wanted either a config or --resume RUN")
     if arguments.resume and rest:
         parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
+    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
+        parser.error("--average wants 1 or more, and --resume RUN")
     return arguments, rest
+
+
+def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several models' weights; what is no float, such as a counter, is the first one's."""
+    return {name: torch.stack([m[name].double() for m in models]).mean(0).to(first.dtype) if first.is_floating_point()
+            else first for name, first in models[0].items()}
+
+
+def average_epochs(folder: Path, count: int) -> int:
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept, and evaluate it."""
+    states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
+    if len(states) < count:
+        raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
+                         f"--training.keep_epochs={count} or more")
+    best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
+    path, state = last_checkpoint(folder)
+    state = {**state, "model": mean_weights([each["model"] for each in best])}
+    system = make_system(configs.from_dict(state["config"], str(path)), {**state, "trained": state["model"]}, str(path))
+    dev = data.make_batches(system.dev_set.lengths, system.config.training.batch_size,
+                            system.config.training.batch_frames, shuffle=False)
+    row = rates(evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode))
+    target = folder / "checkpoints/average.pt"
+    save_checkpoint(target, {**{name: best[0][name] for name in best[0]}, "model": state["model"]})
+    epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
+    print(f"mean of epochs {epochs}: token accuracy {row['token_accuracy']:.4f}, sequence accuracy "
+          f"{row['sequence_accuracy']:.4f}, wer {row['wer']:.4f}\ndecode with: python decode.py --ckpt {target}")
+    return 0
 
 
 def headline(folder: Path, system: System) -> str:
@@ -946,6 +1017,8 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
     stop = catch_signals()
     try:
+        if arguments.average:
+            return average_epochs(Path(arguments.resume).resolve(), arguments.average)
         if arguments.resume:
             run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
         else:
