@@ -2119,6 +2119,7 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.yaml"], "nowhere.yaml"), (["CONFIG", "--training.batch_sise=3"], "batch_size"),
     (["--resume", "nowhere"], "no such file"), (["CONFIG", "--data.kind=manifest"], "data.train"),
+    (["CONFIG", "--dry-run", "--data.batch_size=0"], "batch_size"),
     (["CONFIG", "--training.device=cuda"], "no GPU")])
 def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, words):
     if "cuda" in arguments[-1] and torch.cuda.is_available():
@@ -2129,7 +2130,9 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, wor
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [[], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
+    ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
@@ -2629,6 +2632,44 @@ def test_the_average_is_the_mean_of_the_best_kept_epochs(tmp_path, capsys):
     assert "mean of epochs 3 5" in capsys.readouterr().out
     assert train.main(["--resume", str(run_of(tmp_path)), "--average", "4"]) == 2
     assert "wanted 4 files epoch_*.pt, got 3; train with --training.keep_epochs=4" in capsys.readouterr().err
+
+
+# ---- train: dry run, overfitting ----
+
+# C91
+def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {words[0]: int(words[1].replace(",", "")) for words in map(str.split, lines) if words[-1:] and
+              words[-1].endswith("%")}
+    tiny = tiny_model(tmp_path)
+    assert counts["model"] == sum(p.numel() for p in tiny.parameters())
+    assert counts["encoder.blocks"] == sum(p.numel() for p in tiny.encoder.blocks.parameters())
+    assert counts["model"] == sum(count for name, count in counts.items() if "." not in name and name != "model")
+    shapes = dict(re.findall(r"^(\S+) .*-> (\(.*\))$", "\n".join(lines), re.MULTILINE))
+    B, T, U = map(int, re.search(r"feats \((\d+),(\d+),8\), tokens \(\d+,(\d+)\)", "\n".join(lines)).groups())
+    assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
+    assert any("5 steps an epoch, 15 in all" in line for line in lines)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+# C91
+def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    argv = [path, "--overfit", "2", "--training.learning_rate=5e-3", "--data.augment.channel_std=5"]
+    assert train.main([*argv, "--runs", str(tmp_path / "good")]) == 0
+    best = train.best_row(json.loads((run_of(tmp_path / "good") / "metrics.json").read_text()))
+    assert (best["token_accuracy"], best["sequence_accuracy"], best["dev_utterances"]) == (1.0, 1.0, 2)
+    system = train.make_system(config.load(str(run_of(tmp_path / "good") / "config.yaml")))
+    whole = data.open_dataset(system.config.data, "train", system.tokenizer.encode, 0, system.stats)
+    for item in (system.train_set[3, 2 * 7 + 1], system.dev_set[0, 1]):  # nothing but the first ones, as they are
+        assert item.key == whole[1].key and torch.equal(item.feats, whole[1].feats)
+    assert len(system.train_set) == len(system.train_set.lengths) == 20 and len(system.dev_set) == 2
+    monkeypatch.setattr(train, "OVERFIT_EPOCHS", 1)
+    assert train.main([*argv, "--runs", str(tmp_path / "bad")]) == 1
+    assert "failed to learn 2 utterances by heart" in capsys.readouterr().out
 
 
 # ---- decode: recognition ----

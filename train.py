@@ -1,8 +1,13 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
 Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
-evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, main.
-Needs torch, config.py, tokenizer.py, data.py and model.py.
+evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, starting and going on,
+the dry run, the benchmark, main.
+Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+
+    python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
+    python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
+    python train.py CONFIG --benchmark      the loop against a plain one, and what loading and checkpoints cost
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
 checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every file is replaced whole but train.log,
@@ -19,6 +24,7 @@ Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay
 """
 import argparse
 import contextlib
+import copy
 import csv
 import errno
 import functools
@@ -29,8 +35,11 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -39,7 +48,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
@@ -504,6 +515,38 @@ class Progress(NamedTuple):
     totals: dict[str, float] = {}  # of the epoch under way
 
 
+OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
+
+
+class First(torch.utils.data.Dataset):
+    """The first `count` utterances of a dataset, each of them so many times."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, count: int, times: int):
+        self.dataset, self.count, self.times = dataset, min(count, len(dataset)), times
+
+    def __len__(self) -> int:
+        return self.count * self.times
+
+    def __getitem__(self, item: int | tuple[int, int]) -> data.Utterance | data.Skip:
+        epoch, index = data.address(item, len(self))
+        return self.dataset[epoch, index % self.count]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.tile(self.dataset.lengths[:self.count], self.times)
+
+    def epoch_lengths(self, epoch: int) -> np.ndarray:
+        return np.tile(self.dataset.epoch_lengths(epoch)[:self.count], self.times)
+
+
+def overfitting(config: configs.Config, count: int) -> configs.Config:
+    """The config with which `count` utterances are learned by heart: as it is, until all of them are right."""
+    training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
+                       target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
+                       warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
+    return replace(config, training=training)
+
+
 def measure_stats(dataset) -> Tensor:
     """Mean and reciprocal deviation (2,F) of up to STATS_UTTERANCES utterances of a dataset without augmentation."""
     items = (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // STATS_UTTERANCES)))
@@ -584,8 +627,11 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
         tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
     options, training, factor = config.data, config.training, config.model.encoder.subsampling
-    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor, augment=True)
+    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor,
+                                  augment=not training.overfit)
     dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
+    if training.overfit:
+        train_set, dev_set = (First(train_set, training.overfit, times) for times in (OVERFIT_TIMES, 1))
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -900,27 +946,7 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
     return history
 
 
-# ---- main ----
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
-                                     "for example --training.batch_size=8 --model.encoder.dropout=0")
-    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
-    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
-    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
-                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
-    arguments, rest = parser.parse_known_args(argv)
-    if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
-        parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if (arguments.config is None) == (arguments.resume is None):
-        parser.error("wanted either a config or --resume RUN")
-    if arguments.resume and rest:
-        parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
-    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
-        parser.error("--average wants 1 or more, and --resume RUN")
-    return arguments, rest
+# ---- starting and going on ----
 
 
 def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -956,9 +982,14 @@ def headline(folder: Path, system: System) -> str:
             f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
 
 
+def wanted_config(arguments: argparse.Namespace, overrides: list[str]) -> configs.Config:
+    config = configs.load(arguments.config, overrides)
+    return overfitting(config, arguments.overfit) if arguments.overfit else config
+
+
 def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
     """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
-    config = configs.load(arguments.config, overrides)
+    config = wanted_config(arguments, overrides)
     ranks = join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
     made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
@@ -986,6 +1017,178 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, 
     return Run(folder, stop, ranks), system, progress, history
 
 
+# ---- the dry run ----
+
+
+def sizes(model: nn.Module) -> Iterator[str]:
+    """The parameters of a model's modules, and of their parts."""
+    total = sum(p.numel() for p in model.parameters())
+    for name, module in model.named_modules():
+        count = sum(p.numel() for p in module.parameters())
+        if count and name.count(".") < 2:
+            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / total:>8.1%}"
+
+
+def shape_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape)).replace(" ", "")
+    return " ".join(filter(None, map(shape_of, value))) if isinstance(value, (tuple, list)) else ""
+
+
+def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
+    """One step -> a line for every module that a batch went through, in order, and the MB kept for the backward pass.
+
+    The one place with hooks: the shapes are to be those that pass, and not a second account of them.
+    """
+    lines, kept = [], {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
+    hooks = [module.register_forward_hook(lambda _, given, out, name=name: lines.append(
+                 f"{name:<32}{shape_of(given):<40} -> {shape_of(out)}"))
+             for name, module in system.model.named_modules() if name and name.count(".") < 2]
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        train_step(system.model, system.optimizer, batch, 0.0, system.config.training)
+    for hook in hooks:
+        hook.remove()
+    return lines, sum(kept.values()) / 1e6
+
+
+def describe(system: System) -> Iterator[str]:
+    """What a run of this system will be: sizes by module, shapes, memory and time. Trains the system a few steps."""
+    training, batches = system.config.training, epoch_batches(system, 0)
+    if not batches:
+        raise ValueError("data.train: wanted utterances to learn from, got none")
+    yield from sizes(system.model)
+    lengths = system.train_set.epoch_lengths(0)
+    by_size = sorted(batches, key=lambda batch: len(batch) * int(lengths[batch].max()))
+    make = lambda batch: data.collate([system.train_set[0, i] for i in batch])
+    largest = make(by_size[-1])
+    shapes, activations = traced_step(system, largest)
+    yield f"\nthe largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}"
+    yield from shapes
+    weights = sum(p.numel() * p.element_size() for p in system.model.parameters()) / 1e6
+    copies = 5 if system.average is not None else 4
+    yield (f"\nmemory: {copies * weights:.0f} MB for weights, gradients and two moments"
+           f"{' and the average' if copies == 5 else ''}, {activations:.0f} MB of activations for that batch")
+    typical = [make(by_size[len(by_size) * k // 6]) for k in (1, 3, 5)]
+    started = time.perf_counter()
+    for batch in typical:
+        train_step(system.model, system.optimizer, batch, 0.0, training)
+    step_sec = (time.perf_counter() - started) / len(typical)
+    steps = len(batches) * training.num_epochs
+    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(batches)} steps an epoch, {steps} in all: about "
+           f"{clock(step_sec * steps)} of steps, evaluation not counted; on "
+           f"{next(system.model.parameters()).device}")
+
+
+# ---- the benchmark ----
+
+
+class PlainModel(nn.Module):
+    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters."""
+
+    def __init__(self, model: nn.Module, options, input_dim: int, vocab_size: int):
+        super().__init__()
+        encoder, decoder = options.encoder, options.decoder
+        self.subsampling = encoder.subsampling
+        self.input = nn.Linear(input_dim, encoder.hidden_dim)
+        self.embedding = nn.Embedding(vocab_size, decoder.hidden_dim)
+        make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
+                                       part.dropout, batch_first=True, norm_first=True)
+        size = lambda module: sum(p.numel() for p in module.parameters())
+        one = make(nn.TransformerEncoderLayer, encoder)
+        self.decoder = nn.ModuleList(make(nn.TransformerDecoderLayer, decoder) for _ in range(decoder.num_layers))
+        count = max(1, round((size(model) - size(self)) / size(one)))
+        self.encoder = nn.ModuleList(copy.deepcopy(one) for _ in range(count))
+        self.output = nn.Linear(decoder.hidden_dim, vocab_size)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+        x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
+        pads = torch.arange(x.shape[1]) >= lens[:, None]
+        for layer in self.encoder:
+            x = layer(x, src_key_padding_mask=pads)
+        y = self.embedding(tokens)
+        for layer in self.decoder:
+            y = layer(y, x, memory_key_padding_mask=pads)
+        real = torch.arange(y.shape[1]) < token_lens[:, None]
+        return F.cross_entropy(self.output(y)[real], tokens[real])
+
+
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
+    """The loop that everybody writes first."""
+    for batch in batches:
+        loss = model(*to_device(batch, torch.device("cpu")))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float, int]:
+    """Steps a second of ours and of the plain loop on the same batches, in turns, best round; the plain layers."""
+    batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
+    options, stats = system.config, system.stats
+    plain = PlainModel(system.model, options.model, stats.shape[1], len(system.tokenizer))
+    plain_optimizer = torch.optim.AdamW(plain.parameters())
+    ours = lambda: [train_step(system.model, system.optimizer, batch, 1e-4, options.training) for batch in batches]
+    theirs = lambda: plain_steps(plain, plain_optimizer, batches)
+    times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
+    return *(len(batches) / min(column) for column in zip(*times)), len(plain.encoder)
+
+
+def first_step_sec(path: str, runs: str) -> float:
+    """From the command to the checkpoint behind the first step."""
+    command = [sys.executable, __file__, path, "--runs", runs, "--training.checkpoint_steps=1"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(Path(runs).glob("2*/checkpoints/previous.pt")):
+            time.sleep(0.005)
+        spent = time.perf_counter() - started
+        process.kill()
+    return spent
+
+
+def benchmark(path: str, config: configs.Config) -> Iterator[str]:
+    """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
+    config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
+    form = "{:<64}{:>14}{:>12}".format
+    yield form("figure", "measured", "asked")
+    system = make_system(config)
+    ours, plain, layers = speeds(system)
+    yield form(f"steps a second, ours {ours:.1f}, plain ({layers} encoder layers, same parameters) {plain:.1f}",
+               f"{ours / plain:.2f} x", ">= 1.0 x")
+    runs = tempfile.mkdtemp()
+    try:
+        folder = new_run(Path(runs), "benchmark")
+        run = Run(folder, threading.Event())
+        with contextlib.redirect_stdout(io.StringIO()):
+            history = fit(run, make_system(config), Progress(), [])
+        epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
+        save_sec = seconds_of(lambda: save(run, system, Progress(2, 0, 2), history, best=True))
+        yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
+                   f"{history[-1]['data_wait']:.1%}", "< 5%")
+        yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
+                   "< 2%")
+        torch_sec = min(seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"])) for _ in range(2))
+        first_sec = first_step_sec(path, f"{runs}/first")
+        yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
+                   f"{first_sec - torch_sec:.1f} s", "< 3 s")
+    finally:
+        shutil.rmtree(runs, ignore_errors=True)
+
+
+# ---- main ----
+
+
 def catch_signals() -> threading.Event:
     """An event that SIGTERM or Ctrl-C sets; a second one ends the program at once."""
     stop = threading.Event()
@@ -1005,18 +1208,51 @@ def complain(error: Exception, hint: str = "") -> None:
     print(f"train.py: {lines[-1] if 'Traceback' in str(error) else str(error)}{hint}", file=sys.stderr)
 
 
-def finish(run: Run, history: list[dict]) -> int:
-    best = best_row(history)
+def finish(run: Run, system: System, history: list[dict]) -> int:
+    best, overfit = best_row(history), system.config.training.overfit
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
+    if overfit and score(best) < (1.0, 1.0):
+        say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
+        return 1
     return 0
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
+                                     "for example --training.batch_size=8 --model.encoder.dropout=0")
+    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
+    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
+    parser.add_argument("--overfit", type=int, default=0, metavar="N", help="learn the first N utterances by heart")
+    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
+    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
+        parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
+    if (arguments.config is None) == (arguments.resume is None):
+        parser.error("wanted either a config or --resume RUN")
+    if arguments.resume and rest:
+        parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
+    if arguments.resume and (arguments.dry_run or arguments.overfit or arguments.benchmark) or arguments.overfit < 0:
+        parser.error("--dry-run, --overfit N (1 or more) and --benchmark want a config, not --resume")
+    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
+        parser.error("--average wants 1 or more, and --resume RUN")
+    return arguments, rest
 
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
     stop = catch_signals()
     try:
+        if arguments.dry_run or arguments.benchmark:
+            config = wanted_config(arguments, overrides)
+            for line in describe(make_system(config)) if arguments.dry_run else benchmark(arguments.config, config):
+                print(line, flush=True)
+            return 0
         if arguments.average:
             return average_epochs(Path(arguments.resume).resolve(), arguments.average)
         if arguments.resume:
@@ -1028,7 +1264,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     go_on = f"go on with: python train.py --resume {run.folder}"
     try:
-        return finish(run, fit(run, system, progress, history))
+        return finish(run, system, fit(run, system, progress, history))
     except (TrainingDiverged, RankLost) as error:
         complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
         return 1
