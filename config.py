@@ -74,7 +74,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "paraformer"             # key of model.ARCHITECTURES
+    name: str = "paraformer"             # key of model.ARCHITECTURES: paraformer | transformer | ctc (UNUSED below)
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -200,6 +200,14 @@ CHOICES = {
 }
 
 
+UNUSED = {  # what a model has no use for, and what must then have its default
+    "transformer": """predictor decoder.kind sampling_ratio quantity_weight end_token share_embedding place_embedding
+        padding_leaks""",
+    "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight end_token share_embedding
+        place_embedding padding_leaks""",
+}
+
+
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every field, sections included."""
     for f in fields(section):
@@ -236,6 +244,11 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
     if decoder.attention_layers > decoder.num_layers:
         yield (f"model.decoder.attention_layers: wanted at most num_layers {decoder.num_layers}, "
                f"got {decoder.attention_layers}")
+    defaults, unused = dict(_walk(ModelConfig())), UNUSED.get(model.name, "").split()
+    for path, value in _walk(model):
+        if not is_dataclass(value) and value != defaults[path] and any(f"{path}.".startswith(f"{u}.") for u in unused):
+            yield (f"model.{path}: has no effect with name {model.name}, wanted its default {_show(defaults[path])}, "
+                   f"got {_show(value)}")
     if model.predictor.upsampling and model.predictor.kind != "dense":
         yield f"model.predictor.upsampling: wanted 0 for kind {model.predictor.kind}, got {model.predictor.upsampling}"
 
@@ -527,7 +540,7 @@ def dump_published(config: Config) -> str:
     Raises ValueError for a model that FunASR has no classes for.
     """
     model, width = config.model, 4 * config.model.encoder.hidden_dim
-    for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
+    for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
             raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
     encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)

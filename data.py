@@ -530,6 +530,10 @@ class ToySeq2SeqDataset(Dataset):
     def __len__(self) -> int:
         return self.num_utterances
 
+    @property
+    def keys(self) -> list[str]:
+        return [f"toy_{self.seed}_{index}" for index in range(len(self))]
+
     @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Frames of every utterance, without making them."""
@@ -640,13 +644,36 @@ def read_manifest(path: str | os.PathLike) -> list[Row]:
     return [parse_row(line, path.parent, place) for place, line in read_lines(path)]
 
 
+RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
+
+
 def read_inputs(paths: Iterable[str]) -> list[Row]:
-    """Rows of what a command line names: manifests (.jsonl), Kaldi folders, and recordings (anything else)."""
+    """Rows of what a command line names: manifests (.jsonl), Kaldi folders (those with wav.scp), other folders (every
+    recording in them, at any depth, by path), and recordings (anything else). Raises ValueError for an empty folder."""
     rows: list[Row] = []
     for path in map(Path, paths):
-        is_list = path.suffix in (".jsonl", ".json") or path.is_dir()
-        rows += read_manifest(path) if is_list else [Row(str(path), str(path), "", None)]
+        if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
+            rows += read_manifest(path)
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
+        rows += [Row(str(p), str(p), "", None) for p in found]
     return rows
+
+
+def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
+    """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
+    with open(copy, "wb") as file:
+        shutil.copyfileobj(stream, file)
+    with open(copy, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise ValueError("standard input: wanted a recording or lines, got nothing")
+    if b"\0" in head:       # every recording has some, no text has
+        return [Row("stdin", str(copy), "", None)]
+    return [row for place, line in read_lines(copy)
+            for row in ([parse_row(line, Path(), place)] if line.startswith("{") else read_inputs([line]))]
 
 
 class ManifestDataset(Dataset):
@@ -669,6 +696,10 @@ class ManifestDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.rows]
 
     @functools.cached_property
     def durations(self) -> list[float]:

@@ -1,46 +1,68 @@
 """Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
 
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
-    python decode.py a.wav b.wav                    recordings
+    python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
-    python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
+    torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
+    python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
+    python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
-Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments.
-Reading order: load_system, transcribe (all that serving needs), pictures, the report, exports, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
+be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
+Reading order: load_system, search, transcribe (all that serving needs), forms of a result, pictures, the report,
+exports, main.
+Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
-import base64
+import contextlib
+import datetime
 import html
 import json
+import math
 import os
-import struct
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import config as configs
 import data
-from model import Hypotheses, build, funasr_names, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
-                       join_words, spell_words, token_accuracy, word_errors)
+from attention import Span, alignment_svg, attention_svg, escape
+from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask,
+                   read_checkpoint)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
+                       count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
-BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
 
 # ---- a checkpoint, ready to recognise ----
+
+
+class Search(NamedTuple):
+    """How hypotheses are found. All defaults together: greedily, by the model itself."""
+
+    beam: int = 1  # hypotheses kept at a time; of a Paraformer, for each number of tokens
+    nbest: int = 1  # alternatives in a Result where more than 1; the search keeps no fewer than so many
+    length_penalty: float = 0.6  # transformer: log probability is divided by ((5 + length) / 6) ** length_penalty
+    coverage_penalty: float = 0.0  # transformer: weight of the log of the attention that each frame got, at most 1
+    ctc_weight: float = 0.0  # share of the CTC head in the score, 0 to 1
+
+    @property
+    def width(self) -> int:
+        return max(self.beam, self.nbest)
 
 
 class System(NamedTuple):
@@ -50,6 +72,7 @@ class System(NamedTuple):
     model: nn.Module  # in eval mode
     lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
     precision: str = "float32"  # key of PRECISIONS, of the matrix products
+    search: Search = Search()
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +104,221 @@ def load_system(path: str | os.PathLike, device: str = "auto") -> System:
     return System(config, tokenizer, state["stats"].to(target), model.to(target).eval())
 
 
+# ---- search ----
+
+
+class NBest(NamedTuple):
+    """N hypotheses of each utterance, best first; where there are fewer, log_probs and scores of the rest are -inf."""
+
+    tokens: Tensor  # (B,N,U) int64, 0 behind the end
+    lens: Tensor  # (B,N) int64
+    log_probs: Tensor  # (B,N) of the whole hypothesis
+    norms: Tensor  # (B,N) what a log probability is divided by in a score
+    scores: Tensor  # (B,N)
+
+
+def pick_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B,W,...), index (B,N) -> (B,N,...): x[b, index[b, n]]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def ranked(found: NBest) -> NBest:
+    order = found.scores.argsort(dim=1, descending=True, stable=True)
+    return NBest(*(pick_rows(x, order) for x in found))
+
+
+def certain(n: int, place: int, like: Tensor) -> Tensor:
+    """(n,) log probabilities of what is sure: 0 at place, -inf elsewhere."""
+    return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
+
+
+def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
+    """The most probable texts of a model that tells a token from those before it.
+
+    step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
+    past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
+    A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
+    longer ones that go on, and W = 1 is greedy. An utterance is settled when no open hypothesis, were the rest of it
+    certain, could enter the n-best. Source: Wu et al. 2016 "GNMT", 7.
+    """
+    B, W = len(frames), search.width
+    norm = lambda length: ((5 + length) / 6) ** search.length_penalty
+    last, tokens = torch.full((B, W), SOS, device=frames.device), frames.new_zeros(B, W, 0)
+    lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
+    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # one hypothesis, that says nothing yet
+    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L): padding is
+    wanted = W if search.ctc_weight else search.nbest  # that have to be settled
+    for t in range(int(frames.max()) + 1):
+        told, past, attention = step(last, past)
+        end = certain(told.shape[2], EOS, told)
+        told = torch.where((t >= frames)[:, None, None], told + end, told)  # it must end
+        told = torch.where(ended[:, :, None], end, told)  # it has ended: no change, at no cost
+        total, length = log_prob[:, :, None] + told, lens + ~ended  # (B,W,V), (B,W)
+        covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
+        score, place = (total / norm(length)[:, :, None] + coverage(covered, search)).flatten(1).topk(W)
+        parent, last = place // told.shape[2], place % told.shape[2]
+        log_prob = total.flatten(1).gather(1, place)
+        lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
+        tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
+        least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
+        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():
+            break
+    words, open_ = lens - 1, ~ended  # the end token is none
+    real = torch.arange(tokens.shape[2], device=tokens.device) < words[:, :, None]
+    return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens),
+                        score.masked_fill(open_, -math.inf)))
+
+
+UNSEEN = 0.01  # of the attention that a frame got: no less, or a single frame would decide
+
+
+def coverage(covered: Tensor, search: Search) -> Tensor:
+    """covered (B,W,L), the attention that each frame got -> (B,W,1), 0 where all got 1 and negative where not."""
+    return search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)
+
+
+def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Where prefix j is prefix i and one token more, and both are in the beam, the way from i to j belongs to j.
+
+    more (B,W,V) log probabilities of a prefix and one token more, tokens (B,W,U), n (B,W) their lengths, alive (B,W)
+    -> more without such ways, and what each prefix gets by them (B,W).
+    """
+    at = (n[:, :, None] - 1).clamp(min=0)
+    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): the token from i to j
+    cut = tokens.scatter(2, at, BLANK)
+    grown = (tokens[:, :, None] == cut[:, None]).all(3) & (n[:, :, None] + 1 == n[:, None]) & alive[:, None]
+    joined = more.gather(2, way).masked_fill(~grown, -math.inf).logsumexp(1)
+    return more.scatter_reduce(2, way, torch.where(grown, -math.inf, math.inf).to(more), "amin"), joined
+
+
+def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
+    """The most probable texts of a CTC model, each the sum over all paths that spell it.
+
+    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the probability of the paths that end in
+    a blank and of those that do not. Source: Graves & Jaitly 2014; Hannun et al. 2014.
+    """
+    B, L, V = log_p.shape
+    log_p = torch.where(padding_mask(lens, L)[:, :, None], log_p, certain(V, BLANK, log_p))  # padding says nothing
+    tokens, n = lens.new_zeros(B, W, 1), lens.new_zeros(B, W)
+    blank, spoken = certain(W, 0, log_p).expand(B, W), log_p.new_full((B, W), -math.inf)
+    for frame in log_p.unbind(1):  # (B,V)
+        total = torch.logaddexp(blank, spoken)
+        last = tokens.gather(2, (n[:, :, None] - 1).clamp(min=0))  # (B,W,1), BLANK of the empty prefix
+        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # the same again: after a blank
+        more = (more + frame[:, None]).scatter(2, torch.full_like(last, BLANK), -math.inf)
+        more, joined = join_prefixes(more, tokens, n, total > -math.inf)
+        blank, spoken = total + frame[:, BLANK, None], torch.logaddexp(spoken + frame.gather(1, last[:, :, 0]), joined)
+        score, place = torch.cat((torch.logaddexp(blank, spoken), more.flatten(1)), 1).topk(W)
+        same = place < W  # a prefix of the beam, else one with a token more
+        parent, token = torch.where(same, place, (place - W) // V), (place - W) % V
+        tokens, n = F.pad(pick_rows(tokens, parent), (0, 1)), n.gather(1, parent)
+        tokens = tokens.scatter_add(2, n[:, :, None], token.masked_fill(same, 0)[:, :, None])
+        blank = blank.gather(1, parent).masked_fill(~same, -math.inf)
+        spoken = torch.where(same, spoken.gather(1, parent), score)
+        n = n + ~same
+        tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
+    return ranked(NBest(tokens, n, score, torch.ones_like(score), score))
+
+
+def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
+    """The W most probable texts where no position knows of the others: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
+    log probabilities (B,W), best first, -inf where there are fewer."""
+    U, K = log_p.shape[1], min(W, log_p.shape[2])
+    best, ids = log_p.topk(K, 2)
+    mask = padding_mask(counts, U)[:, :, None]
+    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end there is one choice, for nothing
+    total, tokens = certain(W, 0, log_p).expand(len(counts), W), counts.new_zeros(len(counts), W, 0)
+    for u in range(U):
+        total, place = (total[:, :, None] + best[:, u, None]).flatten(1).topk(W)
+        token = ids[:, u].gather(1, place % K)
+        tokens = torch.cat((pick_rows(tokens, place // K), token[:, :, None]), 2)
+    return tokens * mask.transpose(1, 2), total
+
+
+COUNT_PRICE = 0.3  # of a token more or less than the firing weights sum to, in mean log probability: chosen on digits
+
+
+def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
+    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more.
+
+    emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
+    score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
+    """
+    B = len(counts)
+    near = counts[:, None] + torch.tensor([0, -1, 1], device=counts.device)  # (B,3)
+    number = near.clamp(min=0).flatten()
+    tokens, log_prob = best_expansions(emit(number), number, W)
+    tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
+    log_prob = log_prob.masked_fill((near < 0)[:, :, None], -math.inf).flatten(1)
+    lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
+    norms = lens.clamp(min=1)
+    off = (alpha.double().sum(1, keepdim=True) - lens).abs().float()
+    return ranked(NBest(tokens, lens, log_prob, norms, log_prob / norms - COUNT_PRICE * off))
+
+
+def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U), token_lens (B,N) -> (B,N), -inf if they do not
+    fit the frames."""
+    (B, N, U), L = tokens.shape, log_p.shape[1]
+    tokens = F.pad(tokens, (0, 1)).view(B * N, U + 1)
+    special = (tokens == BLANK) | (tokens == SOS) | (tokens == EOS) | ~padding_mask(token_lens.flatten(), U + 1)
+    tokens = tokens.gather(1, special.long().argsort(dim=1, stable=True))  # those that CTC does not say behind the others
+    names = (tokens[:, :, None] == tokens[:, None, :]).long().argmax(2) + 1  # where a token is first said, from 1
+    columns = F.pad(tokens, (1, 0), value=BLANK)[:, None].expand(-1, L, -1)  # the part of V that this text needs
+    own = log_p.repeat_interleave(N, 0).gather(2, columns)  # (B*N,L,U+2)
+    loss = F.ctc_loss(own.transpose(0, 1), names, lens.repeat_interleave(N), (~special).sum(1), reduction="none")
+    return -loss.view(B, N)
+
+
+def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    alpha = model.predictor(hidden, lens)
+    three = [x.repeat_interleave(3, 0) for x in (hidden, lens, alpha)]
+    return count_search(lambda counts: model.emit(*three, counts)[1], alpha, model.count(alpha), search.width)
+
+
+def search_transformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    step, past = model.begin(hidden, lens, search.width)
+    return beam_search(step, past, lens, search)
+
+
+def search_ctc(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
+    return prefix_search(model.log_probs(hidden), lens, search.width)
+
+
+SEARCHES = {"paraformer": search_paraformer, "transformer": search_transformer, "ctc": search_ctc}
+
+
+def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
+    """What system.search finds behind the encoder: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
+    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob."""
+    search, model = system.search, system.model
+    found = SEARCHES[system.config.model.name](model, hidden, lens, search)
+    if not search.ctc_weight:
+        return found
+    by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens, found.lens)
+    by_ctc = by_ctc.clamp(min=-1e4)  # a text that does not fit the frames is the last one, but there is a text
+    joint = found.scores + search.ctc_weight * (by_ctc - found.log_probs) / found.norms
+    return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
+
+
+def with_search(system: System, search: Search) -> System:
+    """The system, searching so. Raises ValueError for what is out of range or has no effect on the system's model."""
+    name, usual = system.config.model.name, Search()
+    rules = {"beam": (search.beam >= 1, "1 or more"), "nbest": (search.nbest >= 1, "1 or more"),
+             "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
+             "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
+             "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
+    for field in ("length_penalty", "coverage_penalty") if name != "transformer" else ():
+        same = getattr(search, field) == getattr(usual, field)
+        rules[field] = (same, f"{getattr(usual, field)}, as it has no effect on a {name}")
+    if search.ctc_weight and getattr(system.model, "ctc", None) is None:
+        rules["ctc_weight"] = (False, f"0, as this {name} has no CTC head beside its decoder")
+    for field, (fits, wanted) in rules.items():
+        if not fits:
+            raise ValueError(f"--{field.replace('_', '-')}: wanted {wanted}, got {getattr(search, field)}")
+    return system._replace(search=search)
+
+
 # ---- recognition ----
 
 
@@ -92,11 +330,26 @@ class Token(NamedTuple):
     end: float
 
 
+class Word(NamedTuple):
+    text: str
+    start: float
+    end: float
+    confidence: float  # as of a Result, of its own tokens
+    spaced: bool = True  # a space stands between it and the word before it
+
+
+class Alternative(NamedTuple):
+    text: str
+    score: float  # by which they are ranked: higher is better, comparable within an utterance
+    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
+
+
 class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
-    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+    words: list[Word]  # what spaces separate, and every ideograph
+    nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
 
 
 FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
@@ -144,6 +397,52 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
+def log_prob(token: Token) -> float:
+    return math.log(max(token.confidence, 5e-5))  # confidences are rounded to 4 digits
+
+
+def mean_confidence(tokens: Sequence[Token]) -> float:
+    """exp(mean log p), 0 without tokens."""
+    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+
+
+def is_ideograph(text: str) -> bool:
+    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
+
+
+def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
+    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
+    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
+    space = True
+    for token in tokens:
+        if unit == "char" and token.token == " ":
+            space = True
+            continue
+        apart = unit == "word" or is_ideograph(token.token) or groups and is_ideograph(groups[-1][1][-1].token)
+        if space or apart:
+            groups.append((space or unit == "word", []))
+        groups[-1][1].append(token)
+        space = False
+    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
+            for spaced, group in groups]
+
+
+def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
+    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
+    spaced = [True, *(all_spaced or a.kind == "word" and b.kind != "han" for a, b in zip(spelled, spelled[1:]))]
+    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
+    words, end = [], 0
+    for word, gap in zip(spelled, spaced):
+        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, not lossless
+        words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
+    return words
+
+
+def join_words(words: Sequence[Word]) -> str:
+    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
     """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
     ids = found.tokens[i, :found.lens[i]].tolist()
@@ -152,23 +451,47 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if not isinstance(system.tokenizer, PieceTokenizer):
-        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
-    words = spell_words([token.token for token in tokens], times, system.lossless)
-    text = " ".join(word.text for word in words) if found.timing else join_words(words)
-    return Result(text, confidence, tokens, words)
+    if isinstance(system.tokenizer, PieceTokenizer):
+        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
+        return Result(join_words(words), confidence, tokens, words)
+    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
+
+
+def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[Alternative, ...]:
+    """The search.nbest best hypotheses of utterance i that differ in text; `text` is the best one's."""
+    kept: dict[str, Alternative] = {}
+    rows = zip(found.tokens[i], found.lens[i].tolist(), found.log_probs[i].tolist(), found.scores[i].tolist())
+    for rank, (tokens, n, log_prob, score) in enumerate(rows):
+        words = text if rank == 0 else system.tokenizer.decode(tokens[:n].tolist())
+        if math.isfinite(score):
+            kept.setdefault(words, Alternative(words, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
+    return tuple(kept.values())[:system.search.nbest]
 
 
 @torch.inference_mode()
-def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
-    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+def search_batch(system: System, feats: Sequence[Tensor],
+                 need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
+    """Normalised features (T,F) each -> Hypotheses and, unless it was found greedily, the n-best; on the CPU."""
     lens = torch.tensor([len(x) for x in feats])
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
     device = system.stats.device
     dtype = PRECISIONS[system.precision]
+    padded, lens, best = padded.to(device), lens.to(device), None
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        found = system.model.greedy(padded.to(device), lens.to(device), need_weights)
-    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found))
+        if system.search == Search():
+            found = system.model.greedy(padded, lens, need_weights)
+        else:
+            hidden, hidden_lens = encode(system.model.encoder, padded, lens)
+    if system.search != Search():  # without autocast, as greedy does it behind the encoder
+        best = find_nbest(system, hidden, hidden_lens)
+        found = system.model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
+        best = NBest(*(x.cpu() for x in best))
+    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)), best
+
+
+def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
+    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+    return search_batch(system, feats, need_weights)[0]
 
 
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
@@ -176,150 +499,380 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     spoken = [i for i, x in enumerate(feats) if len(x)]
     results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
-        found = decode_batch(system, [feats[i] for i in spoken])
+        found, best = search_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
+            if best is not None and system.search.nbest > 1:
+                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row, results[i].text))
     return results
+
+
+class Outcome(NamedTuple):
+    """What became of one input."""
+
+    index: int  # its place among the inputs
+    key: str
+    seconds: float
+    reference: str  # its true text, "" where none is known
+    result: Result | None  # None: not recognised
+    reason: str = ""  # why not
+
+
+def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
+    """The inputs at `indices`, in one batch. Where the model fails on it, each alone: one takes no others with it."""
+    items = [dataset[i] for i in indices]
+    try:
+        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
+    except (RuntimeError, ValueError) as error:
+        if len(indices) > 1:
+            return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
+        return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
+    return [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
+            else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
+
+
+WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Iterator[list[list[int]]]:
+    """The batches of each window of inputs of `lengths` frames, as lists of their places."""
+    for first in range(0, len(lengths), WINDOW):
+        batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
+        yield [[first + i for i in batch] for batch in batches]
+
+
+def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
+    """Those of all processes in the first of them, none in the others, in the order of the inputs."""
+    rank, processes = shard
+    parts = [outcomes] * processes if rank == 0 else None
+    if processes > 1:
+        torch.distributed.gather_object(outcomes, parts)
+    return sorted(outcome for part in parts or () for outcome in part)
+
+
+def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
+                  shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
+    """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
+
+    Process `rank` of so many, (rank, processes), does its share of every window, and the first yields all outcomes.
+    Ctrl-C (KeyboardInterrupt) comes through after the outcomes that are there.
+    """
+    rank, processes = shard
+    for batches in windows:
+        outcomes: list[Outcome] = []
+        try:
+            for batch in batches[rank::processes]:
+                done = recognise(system, dataset, batch)
+                outcomes += done
+                finish(done)
+        except KeyboardInterrupt:
+            yield from sorted(outcomes) if rank == 0 else ()
+            raise
+        yield from gather(outcomes, shard)
+
+
+# ---- forms ----
+
+
+def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
+    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
+    found: list[list[Word]] = []
+    for word in words:
+        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
+        if full or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def timestamp(seconds: float, mark: str) -> str:
+    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+
+def subtitles(words: Sequence[Word], mark: str) -> str:
+    """Numbered cues, times as `timestamp` writes them. In WebVTT (mark '.') <unk> would be a tag, so it is escaped."""
+    spell = (lambda cue: html.escape(join_words(cue), quote=False)) if mark == "." else join_words
+    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
+                   for i, cue in enumerate(cues(words), 1))
+
+
+def word_entry(word: Word) -> dict:
+    return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
+
+
+def json_row(outcome: Outcome) -> str:
+    result = outcome.result
+    row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
+           "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
+           "words": [word_entry(word) for word in result.words]}
+    if result.nbest:
+        row["nbest"] = [alternative._asdict() for alternative in result.nbest]
+    if outcome.reference:
+        row["reference"] = outcome.reference
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def tsv(outcome: Outcome) -> str:
+    """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
+    lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
+             for cue in cues(outcome.result.words)]
+    return "".join(["start\tend\ttext\n", *lines])
+
+
+def ctm(outcome: Outcome) -> str:
+    """A line of key, channel, begin, duration (seconds), word and confidence per word: NIST's."""
+    key = "_".join(outcome.key.split())
+    return "".join(f"{key} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
+                   for word in outcome.result.words)
+
+
+FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
+    "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
+    "srt": lambda outcome: subtitles(outcome.result.words, ","),
+    "vtt": lambda outcome: "WEBVTT\n\n" + subtitles(outcome.result.words, "."), "tsv": tsv, "ctm": ctm}
+
+
+def file_names(keys: Sequence[str]) -> list[str]:
+    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
+
+    Cut to 60 characters, which are at most 240 bytes.
+    """
+    names, taken = [], set()
+    for key in keys:
+        last = Path(key)
+        stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
+        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def merged_file(arguments: argparse.Namespace) -> Path | None:
+    """The one file of --output for all results; None where each has its own, or none is written."""
+    if arguments.output and arguments.format == "ctm":
+        return Path(arguments.output) / "results.ctm"
+    return Path(arguments.output) if arguments.output and arguments.output.endswith(".jsonl") else None
+
+
+@contextlib.contextmanager
+def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """A function that appends to a file, which gets its name when the block ends without an error; None: no file."""
+    if path is None:
+        yield lambda text: None
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            yield file.write
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---- pictures ----
 
-PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to bright, as viridis
-SVG_STYLE = ("text{font:12px sans-serif;fill:#333} path{fill:none} .axis{stroke:#888}"
-             " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-dasharray:3 3}"
-             " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5}"
-             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
-LEFT, WIDTH = 90, 900  # pixels: of the plots within the picture
+
+def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
+    """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its name, weights)."""
+    number = min(number or len(layers), len(layers))
+    return f"layer {number} of {len(layers)}", layers[number - 1]
 
 
-def heat_map(values: np.ndarray) -> str:
-    """values (rows, columns), row 0 at the top, smallest dark and largest bright -> a PNG as a data: URI."""
-    low, high = float(values.min()), float(values.max())
-    levels = np.rint((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
-    colours = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*PALETTE)], 1)
+class Scene(NamedTuple):
+    """What the pictures of an utterance share."""
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], 8, 3, 0, 0, 0)),  # 8 bits a pixel, by palette
-              (b"PLTE", np.rint(colours).astype(np.uint8).tobytes()),
-              (b"IDAT", zlib.compress(np.pad(levels, ((0, 0), (1, 0))).tobytes())),  # filter type 0 before each row
-              (b"IEND", b"")]
-    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+    title: str
+    tokens: list[Span]
+    seconds: float
+    frames: tuple[float, float]  # seconds at which the first frame of the encoder begins and the last one ends
 
 
-def picture(title: str, height: int, body: Sequence[str]) -> str:
-    """An SVG document with a title line, readable on light and dark ground."""
-    width = LEFT + WIDTH + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f'<style>{SVG_STYLE}</style><text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>'
-            f'{"".join(body)}</svg>\n')
-
-
-def image_svg(values: np.ndarray, y: float, height: float) -> str:
-    return (f'<image x="{LEFT}" y="{y}" width="{WIDTH}" height="{height}" preserveAspectRatio="none" '
-            f'style="image-rendering:pixelated" href="{heat_map(values)}"/>')
-
-
-def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape("␣" if text == " " else text)}</text>'
-
-
-def time_axis(seconds: float, y: float) -> str:
-    """A line under the plots with about ten labelled ticks."""
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if seconds / s <= 12 or s == 3600)
-    ticks = [(LEFT + WIDTH * k * step / seconds, f"{k * step:.4g}") for k in range(int(seconds / step) + 1)]
-    marks = "".join(f'<path class="axis" d="M{x:.1f} {y}v5"/>{label_svg(x, y + 19, label)}' for x, label in ticks)
-    return f'<path class="axis" d="M{LEFT} {y}h{WIDTH}"/>{marks}{label_svg(LEFT + WIDTH, y + 34, "seconds", "end")}'
-
-
-def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
-    """The weights alpha (L,) as bars and their running sum as a line, both from `bottom` up."""
-    frame, total = WIDTH / len(alpha), alpha.cumsum(0)
-    width, full = max(frame - 0.5, 0.5), max(1.0, float(total[-1]))
-    bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
-    body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
-            for x, h in bars if h > 0.1]
-    heights = (height * total / full).tolist()
-    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - h:.1f}" for i, h in enumerate(heights))
-    return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
-                   label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
-                   label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
-
-
-def alignment_svg(title: str, feats: Tensor, alpha: Tensor, result: Result, seconds: float,
-                  truth: Tensor | None = None) -> str:
-    """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
-    with their running sum; `truth` (U+1,) are true boundaries in seconds, drawn dashed."""
-    x = lambda t: LEFT + WIDTH * t / seconds
-    edges = [token.start for token in result.tokens] + [token.end for token in result.tokens[-1:]]
-    lines = 1 if len(result.tokens) < 60 else 3  # labels of many tokens stand on three lines
-    body = [image_svg(feats.T.flip(0).numpy(), 70, 200), label_svg(LEFT - 8, 170, "features", "end")]
-    body += [f'<path class="true" d="M{x(t):.1f} 70v200"/>' for t in ([] if truth is None else truth.tolist())]
-    body += [f'<path class="fire" d="M{x(t):.1f} 60v340"/>' for t in edges]
-    body += [label_svg(x((token.start + token.end) / 2), 55 - 11 * (i % lines), token.token)
-             for i, token in enumerate(result.tokens)]
-    return picture(title, 444, body + firing_svg(alpha, 400, 110) + [time_axis(seconds, 402)])
-
-
-def attention_svg(title: str, weights: Tensor, tokens: Sequence[str], seconds: float) -> str:
-    """Attention weights (U,L) of the tokens over the encoder frames, a row per token."""
-    height = max(60, min(22 * len(tokens), 16 * 60))
-    row = height / max(1, len(tokens))
-    every = max(1, round(13 / row))  # labels that would overlap are left out
-    body = [image_svg(weights.numpy(), 34, height)] if weights.numel() else []
-    body += [label_svg(LEFT - 8, 38 + (i + 0.5) * row, tokens[i], "end") for i in range(0, len(tokens), every)]
-    return picture(title, int(height) + 76, body + [time_axis(seconds, 36 + height)])
-
-
-def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
-    """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
-    found = decode_batch(system, [item.feats], need_weights=True)
+def scene(system: System, item: data.Utterance, found: Hypotheses) -> Scene:
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
-    seconds = len(item.feats) * frame_sec
-    truth = None if item.boundaries is None else item.boundaries * frame_sec
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    title = f"{item.key}: {result.text}"
+    tokens = [(token.token, token.start, token.end) for token in result.tokens]
+    s = system.config.model.encoder.subsampling
+    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
+    return Scene(f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec,
+                 (start, start + found.alpha.shape[1] * s * frame_sec))
+
+
+def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
+    """The SVG of an utterance that has frames and was `found` alone: features, tokens, firing."""
+    title, *rest = scene(system, item, found)
+    truth = None if item.boundaries is None else item.boundaries * data.frame_sec(system.config.data)
+    return alignment_svg(title, item.feats, found.alpha[0], *rest, truth)
+
+
+@torch.inference_mode()
+def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder."""
+    title, *rest = scene(system, item, found)
+    feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
+    of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
+    of_decoder, cross = layer_of(found.attention, layer)
     rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
-    attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
-    data.write_atomic(folder / f"{name}.alignment.svg",
-                      alignment_svg(title, item.feats, found.alpha[0], result, seconds, truth))
-    data.write_atomic(folder / f"{name}.attention.svg", attention)
+    return {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False),
+            "cross": attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)}
+
+
+def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg of an utterance that has frames."""
+    found = decode_batch(system, [item.feats], need_weights=True)
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
+    pictures = {"alignment": alignment_picture(system, item, found)}
+    for kind, svg in {**pictures, **attention_pictures(system, item, found, layer)}.items():
+        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
 
 
 # ---- the report ----
 
 
-class Tally(NamedTuple):
-    """Sums over the utterances that have a reference; every rate is divided at the end."""
+class Score(NamedTuple):
+    """One utterance against its reference."""
 
-    tokens: Counts = Counts()
-    chars: Counts = Counts()
-    words: Counts = Counts()
-    right: int = 0
-    utterances: int = 0
-
-    def with_utterance(self, system: System, text: str, result: Result) -> "Tally":
-        ref, hyp = system.tokenizer.encode(text), [token.id for token in result.tokens]
-        return Tally(self.tokens + count_errors(ref, hyp), self.chars + char_errors(text, result.text),
-                     self.words + word_errors(text, result.text), self.right + (ref == hyp), self.utterances + 1)
-
-    def lines(self) -> list[str]:
-        words, exact = self.words, self.right / max(1, self.utterances)
-        return [f"token accuracy {token_accuracy(self.tokens):.4f}  sequence accuracy {exact:.4f}  "
-                f"({self.utterances} utterances with a reference)",
-                f"%WER {100 * words.rate:.2f} [ {words.errors} / {words.ref}, {words.ins} ins, {words.del_} del, "
-                f"{words.sub} sub ]  %CER {100 * self.chars.rate:.2f}"]
+    index: int  # its place among the inputs
+    key: str
+    reference: str
+    text: str
+    tokens: Counts
+    chars: Counts
+    words: Counts
+    units: Counts  # of readable_units
+    exact: bool  # every token is that of the reference
 
 
-def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
-    """One line of --output."""
-    row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
-           "tokens": [token._asdict() for token in result.tokens]}
-    if result.words:
-        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
-    return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+def score(system: System, outcome: Outcome) -> Score:
+    text, reference = outcome.result.text, outcome.reference
+    ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
+    units = count_errors(readable_units(reference), readable_units(text))
+    return Score(outcome.index, outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
+                 word_errors(reference, text), units, ref == hyp)
+
+
+def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the error rate: of `draws` sets as large, drawn from these utterances with replacement.
+
+    Source: Bisani & Ney 2004, percentiles.
+    """
+    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
+    rng = np.random.default_rng(seed)
+    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(draws))
+    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
+    return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
+
+
+def error_figure(counts: Sequence[Counts]) -> str:
+    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
+    return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
+            f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
+
+
+def report_lines(scores: Sequence[Score]) -> list[str]:
+    """The error rates of one or more utterances: sums, divided once."""
+    tokens, exact = sum((s.tokens for s in scores), Counts()), sum(s.exact for s in scores)
+    right = sum(s.chars.errors == 0 for s in scores)
+    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
+            f"({len(scores)} utterances with a reference)",
+            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
+            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
+
+
+def readable_units(text: str) -> list[str]:
+    """The words of a text, an ideograph being a word: what is aligned for a reader."""
+    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
+
+
+def confusions(scores: Sequence[Score], most: int = 10) -> list[tuple[str, str, int]]:
+    """The most frequent errors: (what was said, what was recognised, times), "" for nothing."""
+    errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
+        readable_units(s.reference), readable_units(s.text)) if op != "hit")
+    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def confusion_lines(scores: Sequence[Score]) -> list[str]:
+    rows = [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for ref, hyp, times in confusions(scores)]
+    return ["most frequent confusions (*** is nothing):", *rows] if rows else []
+
+
+def alignment_text(s: Score) -> str:
+    """A score as a paragraph to read."""
+    n = s.units
+    return (f"{s.key}: {n.errors} of {n.ref} ({n.sub} sub, {n.ins} ins, {n.del_} del)\n"
+            f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n")
+
+
+# ---- report.html ----
+
+WORST = 50  # utterances of the page at most, about 30 kB each
+REPORT_STYLE = """
+:root{--ground:#fff;--ink:#222;--faint:#667;--line:#ddd;--sub:#ffedb8;--del:#ffd9d9;--ins:#d3efd9}
+@media(prefers-color-scheme:dark){:root{--ground:#1b1b1b;--ink:#ddd;--faint:#99a;--line:#444;--sub:#5c4a10;
+--del:#6b2525;--ins:#1f5130;color-scheme:dark}}
+body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
+h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
+small,summary{color:var(--faint);font-size:.85rem}
+article{border-top:1px solid var(--line);padding:.7rem 0} table{border-collapse:collapse} summary{cursor:pointer}
+td,th{text-align:left;padding:.1rem 1.2rem .1rem 0;border-bottom:1px solid var(--line)} details div{overflow-x:auto}
+del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
+span del,span ins{background:var(--sub)} h3,td,del,ins,bdi{unicode-bidi:isolate}
+"""
+
+
+def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
+    """One step of an alignment: what is missing is struck out, what is too much is green, both of them are yellow."""
+    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
+    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
+            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
+
+
+def case_html(s: Score, svg: str) -> str:
+    """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
+    steps, n = align(readable_units(s.reference), readable_units(s.text)), s.units
+    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
+                    for name, text in (("reference", s.reference), ("recognised", s.text)))
+    return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
+            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in steps)}</p>"
+            f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
+            "</article>\n")
+
+
+def report_html(title: str, lines: Sequence[str], confused: Sequence[tuple[str, str, int]],
+                cases: Sequence[tuple[Score, str]]) -> str:
+    """A page that needs no other file: the lines of the summary, the confusions, the utterances with their pictures."""
+    summary = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    rows = "".join(f"<tr><td>{escape(ref) or '–'}</td><td>{escape(hyp) or '–'}</td><td>{times}</td></tr>"
+                   for ref, hyp, times in confused)
+    head = "<tr><th>reference</th><th>recognised</th><th>times</th></tr>" if rows else "<tr><td>none</td></tr>"
+    safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{summary}\n"
+            f"<h2>Most frequent confusions</h2><table>{head}{rows}</table>\n"
+            f"<h2>The worst first: {len(cases)}</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
+            "<del>missing</del> <ins>too many</ins></small></p>\n"
+            f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
+
+
+def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset, scores: Sequence[Score],
+                 lines: Sequence[str]) -> None:
+    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with its alignment."""
+    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
+    data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
+    cases = []
+    for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
+        item = dataset[s.index]
+        heard = isinstance(item, data.Utterance) and len(item.feats)
+        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if heard else ""))
+    page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
+    data.write_atomic(folder / "report.html", page)
 
 
 # ---- exports ----
@@ -421,86 +974,173 @@ def benchmark() -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in "
+                        "them), manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a "
+                        "line of a manifest")
     parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
                         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
                         "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
     parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
-    parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
+    parser.add_argument("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is "
+                        "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
+    parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
+    parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
+                        "summary.txt, alignments.txt and report.html")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
+                        "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
+    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
+                        "included; one that is longer goes alone (default 300)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
+    parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
+                        help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
+    parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
+    parser.add_argument("--length-penalty", type=float, default=Search().length_penalty,
+                        help="of a transformer's beam: 0 favours short texts (default 0.6)")
+    parser.add_argument("--coverage-penalty", type=float, default=Search().coverage_penalty,
+                        help="of a transformer's beam: for frames that got little attention (default 0)")
+    parser.add_argument("--ctc-weight", type=float, default=Search().ctc_weight,
+                        help="share of the CTC head, if the model has one, in the score (default 0)")
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
+    if not 0 < arguments.batch_seconds < math.inf:
+        parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
+    if arguments.format and not arguments.output:
+        parser.error("--format needs --output")
+    if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
+        parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
     return arguments
 
 
-def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Dataset:
-    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
+    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
+
+    scratch: a folder for a copy of standard input, if that is among them.
+    """
     options, encode = system.config.data, system.tokenizer.encode
     stats = system.stats.cpu()
     if not inputs and options.kind == "manifest" and not (options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
-    rows = data.read_inputs(inputs or [options.test or options.dev])
+    rows = [row for path in inputs or [options.test or options.dev] for row in (
+        data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 
 
-def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int,
-              limit: int) -> Iterator[tuple[int, data.Utterance | data.Skip, Result | None]]:
-    """The first `limit` items (0: all), each with its number and, unless it is a Skip, its Result; shortest first."""
-    for indices in data.make_batches(dataset.lengths[:limit or None], batch_size, BATCH_FRAMES, shuffle=False):
-        items = [dataset[i] for i in indices]
-        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
-        for i, item in zip(indices, items):
-            yield i, item, next(results) if isinstance(item, data.Utterance) else None
+ERASE = "\r\x1b[K"  # a terminal's line
 
 
-def run(arguments: argparse.Namespace) -> int:
+def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
+    """A line for a terminal: inputs done, and the time spent on each second of audio."""
+    full = 30 * done // max(total, 1)
+    return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
+
+
+def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int, processes: int) -> Callable:
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar."""
+    started, done, seconds = time.perf_counter(), 0, 0.0
+
+    def finish(outcomes: list[Outcome]) -> None:
+        nonlocal done, seconds
+        for outcome in outcomes:
+            if folder and outcome.result:
+                data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
+        done = min(total, done + processes * len(outcomes))
+        seconds += processes * sum(outcome.seconds for outcome in outcomes)
+        if sys.stderr.isatty():
+            bar = progress_bar(done, total, seconds, time.perf_counter() - started)
+            print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
+
+    return finish
+
+
+def show(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Print each as it passes: a text to standard output, a failure to standard error."""
+    for outcome in outcomes:
+        print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
+        if outcome.result is None:
+            print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
+        else:
+            print(f"{outcome.key}\t{outcome.result.text}")
+        yield outcome
+
+
+def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
+        shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
+    started, form, merged = time.perf_counter(), arguments.format or "json", merged_file(arguments)
+    folder = Path(arguments.output) if arguments.output and not merged else None
+    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    lengths = dataset.lengths[:arguments.limit or None]
+    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    finish = batch_finisher(folder, form, file_names(dataset.keys), len(lengths), shard[1])
+    outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
+    heard, failed, scores, code = [], 0, [], 0
+    with growing_file(merged if shard[0] == 0 else None) as append:
+        try:
+            for outcome in show(outcomes):
+                if outcome.result is None:
+                    failed += 1
+                    continue
+                heard.append((outcome.index, outcome.seconds))
+                if merged:
+                    append(FORMS[form](outcome))
+                if outcome.reference:
+                    scores.append(score(system, outcome))
+        except KeyboardInterrupt:
+            code = 130
+    if shard[0]:
+        return code
+    spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
+    for index, _ in heard if arguments.plot else ():
+        if len((item := dataset[index]).feats):
+            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+    lines = report_lines(scores) if scores else []
+    if arguments.report:
+        write_report(Path(arguments.report), system, dataset, scores, lines)
+    print(*lines, *confusion_lines(scores), f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
+          f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
+          file=sys.stderr)
+    return code or (1 if failed else 0)
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    return rank, processes
+
+
+def start(arguments: argparse.Namespace) -> int:
+    """Load, export if that is asked for, recognise -> exit code."""
+    rank, processes = shard = join_processes()
+    if processes > 1 and "-" in arguments.inputs:
+        raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
+    system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
     if arguments.export:
-        print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
+        if rank == 0:
+            print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
-    dataset = open_inputs(system, arguments.inputs)
-    if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    if arguments.plot:
-        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
-    started, seconds, failed, tally = time.perf_counter(), 0.0, 0, Tally()
-    lines, texts, spoken = {}, {}, []
-    for i, item, result in recognise(system, dataset, arguments.batch_size, arguments.limit):
-        if result is None:
-            print(f"decode.py: {item.key}: {item.reason}", file=sys.stderr)
-            failed += 1
-            continue
-        seconds += item.seconds
-        lines[i], texts[i] = json_line(item.key, item.text, item.seconds, result), f"{item.key}\t{result.text}"
-        spoken += [i] if len(item.feats) else []
-        tally = tally.with_utterance(system, item.text, result) if item.text else tally
-    spent = time.perf_counter() - started
-    if texts:
-        print("\n".join(texts[i] for i in sorted(texts)))
-    if arguments.output:
-        data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
-    for i in sorted(spoken) if arguments.plot else ():
-        write_pictures(Path(arguments.plot), system, dataset[i])
-    for line in tally.lines() if tally.utterances else ():
-        print(line, file=sys.stderr)
-    print(f"{len(texts)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be read", file=sys.stderr)
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory() as scratch:
+        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -508,10 +1148,15 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return benchmark() if arguments.benchmark else run(arguments)
+        return benchmark() if arguments.benchmark else start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

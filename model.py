@@ -1,7 +1,8 @@
 """Paraformer: encoder, CIF predictor, glancing sampler, parallel decoder; tensors in, losses or greedy token ids out.
 
 Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, fire, boundaries), decoders, the sampler
-(glance), the losses, Paraformer, which puts them together, ARCHITECTURES, from which `build` chooses, and checkpoints.
+(glance), the losses, Paraformer, which puts them together, the two models that it is compared with (Transformer, CTC),
+ARCHITECTURES, from which `build` chooses, and checkpoints.
 Needs torch, numpy and attention.py. The sizes come from a config section whose attributes are read by name (config.py).
 
     feats -> Encoder -> hidden -> Predictor -> alpha -> cif -> embeds -> Decoder(embeds, hidden) -> logits
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
-                       SanmDecoderBlock, TransformerBlock, check_lens, check_shape, full_precision, halved_sinusoids,
-                       padding_mask, relative_codes, sinusoids)
+                       SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
+                       halved_sinusoids, padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
-EOS = 2  # the end token, where a model has one
+SOS, EOS = 1, 2  # the start and the end token, where a model has them
 
 
 # ---- encoders ----
@@ -320,7 +321,13 @@ def boundaries(alpha: Tensor, n: int) -> Tensor:
     if n < 2:
         return torch.tensor([0.0, L][:n + 1], dtype=torch.float64)
     total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
-    centre = np.interp(np.arange(n) + 0.5, total * (n / total[-1]), np.arange(L + 1))  # (n,)
+    return halfway(np.interp(np.arange(n) + 0.5, total * (n / total[-1]), np.arange(L + 1)), L)
+
+
+def halfway(centre: np.ndarray, L: int) -> Tensor:
+    """Boundaries of tokens with these centres (n,), in encoder frames of L, as `boundaries` explains them."""
+    if len(centre) < 2:
+        return torch.tensor([0.0, L][:len(centre) + 1], dtype=torch.float64)
     middle = (centre[1:] + centre[:-1]) / 2  # (n-1,)
     outer = max(0.0, 2 * centre[0] - middle[0]), min(float(L), 2 * centre[-1] - middle[-1])
     return torch.from_numpy(np.concatenate([outer[:1], middle, outer[1:]]))
@@ -462,12 +469,17 @@ def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
     return F.ctc_loss(log_p, tokens, lens, token_lens, blank=BLANK, reduction="sum", zero_infinity=True)
 
 
+def divisor(token_lens: Tensor, unit: str) -> Tensor:
+    """What the sums are divided by, a scalar: the tokens of token_lens (B,), or by unit `utterance` B."""
+    return token_lens.sum() if unit == "token" else torch.tensor(len(token_lens), device=token_lens.device)
+
+
 # ---- the model ----
 
 
 class Hypotheses(NamedTuple):
     """What free-running decoding found. U is the largest predicted count; tokens and log_probs past an utterance's
-    count are 0."""
+    count are 0. What `alpha` and `attention` are without firing weights or a decoder, Transformer and CTC say."""
 
     tokens: Tensor  # (B,U) int64
     lens: Tensor  # (B,) int64, predicted counts
@@ -490,6 +502,30 @@ def pick(choices: dict[str, type], field: str, kind: str) -> type:
     return choices[kind]
 
 
+def set_norm_eps(model: nn.Module, eps: float) -> None:
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.eps = eps
+
+
+def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+    """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its lens.
+
+    Raises ValueError naming the utterances whose features are not finite.
+    """
+    check_feats(feats, feat_lens, encoder.input_dim)
+    real = padding_mask(feat_lens, feats.shape[1])[:, :, None]
+    bad = (~feats.isfinite() & real).flatten(1).any(1)
+    if bad.any():
+        raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
+    hidden, hidden_lens, _ = encoder(feats, feat_lens)
+    return hidden if hidden.dtype == torch.float64 else hidden.float(), hidden_lens
+
+
+def in_feature_frames(edges: Tensor, subsampling: int, T: int) -> Tensor:
+    """Boundaries in encoder frames -> in feature frames: encoder frame l is centred on frame subsampling * l."""
+    return (edges * subsampling - (subsampling - 1) / 2).clamp(0, T)
+
+
 class Paraformer(nn.Module):
     """Parallel transformer with the number and place of the tokens from integrate-and-fire. Source: Gao et al. 2022."""
 
@@ -503,8 +539,7 @@ class Paraformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, D)  # of the true tokens, for the sampler
         self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
         self.timing = TimingHead(D, options.predictor) if options.predictor.upsampling else None
-        for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
-            norm.eps = options.norm_eps
+        set_norm_eps(self, options.norm_eps)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                 order: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -533,8 +568,7 @@ class Paraformer(nn.Module):
         if self.timing is not None:
             extent = torch.full_like(hidden_lens, hidden.shape[1]) if self.options.padding_leaks else hidden_lens
             sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - token_lens).abs().sum()
-        per_token = self.options.loss_unit == "token"
-        return self.total(sums), token_lens.sum() if per_token else torch.tensor(len(tokens), device=tokens.device)
+        return self.total(sums), divisor(token_lens, self.options.loss_unit)
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
@@ -558,16 +592,25 @@ class Paraformer(nn.Module):
         loss = (1 - w) * sums["ce"] + self.options.quantity_weight * quantity + w * sums.get("ctc", 0.0)
         return {"loss": loss, **sums}
 
-    def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Count the tokens and embed them: hidden (B,L,D), alpha (B,L) -> counts (B,) int64, embeds (B,U,D).
+    def count(self, alpha: Tensor) -> Tensor:
+        """alpha (B,L) -> tokens (B,) int64: with a tail the whole part of sum + tail, else the rounded sum.
 
-        With a tail the count is the whole part of sum + tail, else the rounded sum, to which the weights are scaled.
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
+        return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
+
+    def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
+                  counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Embed the tokens, `count` of them or `counts` (B,): hidden (B,L,D), alpha (B,L) -> counts, embeds (B,U,D).
+
+        The weights are scaled to the counts; where there is a tail, only to counts other than their own.
+        """
         options, alpha = self.options.predictor, alpha.double()
-        counts = (alpha.sum(1) + (options.tail or 0.5)).floor().long()
+        own = self.count(alpha)
+        counts = own if counts is None else counts
         U = int(counts.max()) if len(counts) else 0
-        alpha = alpha if options.tail else scale_weights(alpha, counts)
+        as_they_are = (counts == own)[:, None] & (options.tail > 0)
+        alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
         if options.firing == "split":  # the tail completes a token with a frame of zeros, so nothing need be appended
             return counts, cif(hidden, alpha, U)
         tail = F.one_hot(hidden_lens, hidden.shape[1] + 1) * options.tail
@@ -580,26 +623,31 @@ class Paraformer(nn.Module):
         feats (B,T,F), feat_lens (B,) -> Hypotheses. A count of zero gives an utterance without tokens.
         Raises ValueError naming the utterances whose features are not finite.
         """
-        check_feats(feats, feat_lens, self.encoder.input_dim)
-        real = padding_mask(feat_lens, feats.shape[1])[:, :, None]
-        bad = (~feats.isfinite() & real).flatten(1).any(1)
-        if bad.any():
-            raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
         with full_precision(hidden, training=False):
-            wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-            return self.decode(wide, hidden_lens, feat_lens, need_weights)
+            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
 
-    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool) -> Hypotheses:
-        """What greedy does behind the encoder: hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses."""
-        alpha = self.predictor(hidden, hidden_lens)
-        counts, embeds = self.integrate(hidden, hidden_lens, alpha)
+    def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
+             need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What every token may be: hidden (B,L,D), alpha (B,L), counts (B,) as in `integrate`
+        -> counts (B,), log probabilities (B,U,V) float32, the attention of each layer where asked for."""
+        counts, embeds = self.integrate(hidden, hidden_lens, alpha, counts)
         logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
-        log_p, tokens = logits.float().log_softmax(-1).max(-1)
+        return counts, logits.float().log_softmax(-1), attention
+
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
+               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
+        """What greedy does behind the encoder: hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses.
+
+        tokens (B,U), lens (B,): a search has found these already, and what else there is to know of them is asked for.
+        """
+        alpha = self.predictor(hidden, hidden_lens)
+        counts, log_p, attention = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
+        tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]
+        log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)
         mask = padding_mask(counts, tokens.shape[1])
         rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
-        s = self.options.encoder.subsampling  # encoder frame l is centred on feature frame s * l
-        edges = [(boundaries(a[:L], n) * s - (s - 1) / 2).clamp(0, T) for a, L, n, T in rows]
+        edges = [in_feature_frames(boundaries(a[:L], n), self.options.encoder.subsampling, T) for a, L, n, T in rows]
         timing = []
         if self.timing is not None:
             fine = self.timing(hidden, hidden_lens, hidden_lens)
@@ -607,9 +655,222 @@ class Paraformer(nn.Module):
         return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, attention)
 
 
+# ---- the models it is compared with ----
+
+
+class CausalDecoder(nn.Module):
+    """Autoregressive transformer: a token is told by those before it, with cross-attention to the encoder."""
+
+    def __init__(self, memory_dim: int, vocab_size: int, options):
+        super().__init__()
+        D = options.hidden_dim
+        self.num_heads = options.num_heads
+        self.embedding = nn.Embedding(vocab_size, D)
+        self.position = PositionalEncoding(D, options.position)
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim or 4 * D, options.dropout,
+                                                     memory_dim) for _ in range(options.num_layers))
+        self.norm = nn.LayerNorm(D)
+        self.output = nn.Linear(D, vocab_size)
+
+    def forward(self, tokens: Tensor, hidden: Tensor, hidden_lens: Tensor,
+                need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """tokens (B,U), from the start token on, hidden (B,L,Dm), hidden_lens (B,) -> logits (B,U,V) of the token after
+        each, and the cross-attention weights (B,H,U,L) of each layer where asked for."""
+        mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
+        memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        x, layers = self.dropout(self.position(self.embedding(tokens))), []
+        for block in self.blocks:
+            x, weights = block(x, mask, hidden, memory_mask, need_weights)
+            layers.append(weights)
+        return self.output(self.norm(x)), layers if need_weights else []
+
+    def memory(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """hidden (B,L,Dm) -> the keys and values (B,H,L,K) of each layer's cross-attention, which no step changes."""
+        return [block.cross_attention.keys_values(hidden) for block in self.blocks]
+
+    def past(self, hidden: Tensor, W: int) -> list[Tensor]:
+        """The past of W hypotheses of each utterance that have said nothing: (B,W,H,0,K) twice a layer."""
+        width = self.embedding.embedding_dim // self.num_heads
+        return [hidden.new_zeros(len(hidden), W, self.num_heads, 0, width)] * (2 * len(self.blocks))
+
+    def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
+             memory_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One token on: tokens (B,W), the last of each hypothesis, past and memory from the methods above, memory_mask
+        (B,1,L) -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
+        x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
+        x, kept = self.dropout(x).view(*tokens.shape, x.shape[2]), []
+        for block, keys, values, memory_kv in zip(self.blocks, past[::2], past[1::2], memory):
+            x, said, weights = block.step(x, (keys, values), memory_kv, memory_mask)
+            kept += said
+        return self.output(self.norm(x)), kept, weights.mean(1)
+
+
+class Transformer(nn.Module):
+    """Autoregressive encoder-decoder, with a CTC head on the encoder. Source: Vaswani et al. 2017."""
+
+    def __init__(self, options, input_dim: int, vocab_size: int):
+        super().__init__()
+        D = options.encoder.hidden_dim
+        self.options = options
+        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
+        self.decoder = CausalDecoder(D, vocab_size, options.decoder)
+        self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
+        set_norm_eps(self, options.norm_eps)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
+                token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Training losses with the true tokens before each; arguments and result as Paraformer.forward. The end token
+        counts as a token. `loss` = (1 - ctc_weight) ce + ctc_weight ctc."""
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        check_shape("tokens", tokens, feats.shape[0], "U")
+        check_lens("token_lens", token_lens, *tokens.shape)
+        wanted = F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS)
+        logits, _ = self.decoder(F.pad(tokens, (1, 0), value=SOS), hidden, hidden_lens)
+        sums = {"ce": cross_entropy_sum(logits, wanted, token_lens + 1, self.options.label_smoothing)}
+        if self.ctc is not None:
+            sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
+        w = self.options.ctc_weight
+        loss = (1 - w) * sums["ce"] + w * sums.get("ctc", 0.0)
+        return {"loss": loss, **sums}, divisor(token_lens + 1, self.options.loss_unit)
+
+    def begin(self, hidden: Tensor, hidden_lens: Tensor, W: int) -> tuple[Callable, list[Tensor]]:
+        """hidden (B,L,D), hidden_lens (B,) -> step, past of W hypotheses of each utterance.
+
+        step(tokens (B,W), past) -> log probabilities (B,W,V) of the next token, past, attention (B,W,L). `past` is a
+        list of tensors (B,W,...); whoever moves hypotheses from one w to another moves these.
+        """
+        memory, mask = self.decoder.memory(hidden), padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+
+        def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
+            logits, past, weights = self.decoder.step(tokens, past, memory, mask)
+            return logits.log_softmax(-1), past, weights
+
+        return step, self.decoder.past(hidden, W)
+
+    @torch.no_grad()
+    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
+        """Decode token by token, each the argmax, to the end token or to as many tokens as there are encoder frames.
+
+        As Paraformer.greedy otherwise; see `decode` for what the fields of Hypotheses are here.
+        """
+        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
+        with full_precision(hidden, training=False):
+            step, past = self.begin(hidden, hidden_lens, 1)
+            last, said, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
+            while True:
+                log_p, past, _ = step(last, past)
+                last = log_p.argmax(-1)  # (B,1)
+                goes_on = (lens == len(said)) & (last[:, 0] != EOS) & (lens < hidden_lens)
+                if not goes_on.any():
+                    break
+                said, lens = said + [last], lens + goes_on
+            tokens = torch.cat(said, 1) if said else lens.new_zeros(len(lens), 0)
+            return self.decode(hidden, hidden_lens, feat_lens, need_weights, tokens, lens)
+
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool, tokens: Tensor,
+               lens: Tensor) -> Hypotheses:
+        """What there is to know of tokens (B,U), lens (B,) that were found: one pass over all of them -> Hypotheses.
+
+        A token stands where the last layer's attention is strongest, but no earlier than the token before it. alpha is
+        the attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
+        """
+        mask = padding_mask(lens, tokens.shape[1])
+        tokens = tokens * mask
+        logits, layers = self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)
+        log_p = logits.float().log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2) * mask
+        looks = layers[-1].float().mean(1) * mask[:, :, None]  # (B,U,L)
+        centres = (looks.argmax(-1) + 0.5).cummax(1).values
+        rows = zip(centres.cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
+        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder.subsampling, T) for c, L, n, T in rows]
+        return Hypotheses(tokens, lens, log_p, edges, looks.sum(1), [], layers if need_weights else [])
+
+
+def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    """The most probable CTC path that spells the tokens: log_p (B,L,V), tokens (B,U) -> (B,L) int64, BLANK past lens.
+
+    Every utterance must have a frame for each token and one between equal ones. Viterbi over the 2U + 1 states blank,
+    token 1, blank, ..., token U, blank.
+    """
+    L = log_p.shape[1]
+    states = torch.stack((torch.full_like(tokens, BLANK), tokens), 2).flatten(1)  # (B,2U)
+    states = F.pad(states, (0, 1), value=BLANK)
+    leap = (states != BLANK) & (states != F.pad(states, (2, 0), value=BLANK)[:, :-2])  # over a blank to another token
+    score, moves = torch.full(states.shape, -math.inf, dtype=log_p.dtype, device=log_p.device), []
+    score[:, 0] = 0.0  # so a path begins in the first blank or, a move on, in the first token
+    for t in range(L):
+        before = F.pad(score, (2, 0), value=-math.inf)
+        best, move = torch.stack((score, before[:, 1:-1], before[:, :-2].masked_fill(~leap, -math.inf))).max(0)
+        real = (t < lens)[:, None]
+        score = torch.where(real, best + log_p[:, t].gather(1, states), score)
+        moves.append(torch.where(real, move, 0))
+    last = 2 * token_lens[:, None]
+    here = last - (score.gather(1, last) < score.gather(1, (last - 1).clamp(min=0))).long()
+    path = []
+    for t in reversed(range(L)):
+        path.append(torch.where((t < lens)[:, None], states.gather(1, here), BLANK))
+        here = here - moves[t].gather(1, here)
+    return torch.cat(path[::-1], 1)
+
+
+class CTC(nn.Module):
+    """The encoder and one linear layer: every frame says a token or nothing. Source: Graves et al. 2006."""
+
+    def __init__(self, options, input_dim: int, vocab_size: int):
+        super().__init__()
+        self.options = options
+        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
+        self.output = nn.Linear(options.encoder.hidden_dim, vocab_size)
+        set_norm_eps(self, options.norm_eps)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
+                token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The CTC loss; arguments and result as Paraformer.forward."""
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        loss = ctc_sum(self.output(hidden), hidden_lens, tokens, token_lens)
+        return {"loss": loss, "ctc": loss}, divisor(token_lens, self.options.loss_unit)
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """hidden (B,L,D) -> (B,L,V) float32."""
+        return self.output(hidden).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
+        """Decode by the most probable path. As Paraformer.greedy otherwise; see `decode` for the fields."""
+        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
+        with full_precision(hidden, training=False):
+            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
+
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
+               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
+        """The tokens of the best path, or of the best path of tokens (B,U), lens (B,) that were found -> Hypotheses.
+
+        A token stands, with its probability, where the path says it loudest. alpha is the probability of not being
+        blank, attention the one of each token at each frame, (B,1,U,L).
+        """
+        log_p = self.log_probs(hidden)
+        real = padding_mask(hidden_lens, hidden.shape[1])
+        path = log_p.argmax(-1) * real if tokens is None else ctc_path(log_p, hidden_lens, tokens, lens)
+        said = path != BLANK
+        number = (said & (path != F.pad(path, (1, 0))[:, :-1])).cumsum(1)  # (B,L): tokens that have begun
+        lens = number[:, -1]
+        U = int(lens.max()) if len(lens) else 0
+        of = (number[:, None, :] == torch.arange(1, U + 1, device=path.device)[:, None]) & said[:, None, :]  # (B,U,L)
+        mask = padding_mask(lens, U)
+        tokens = (of * path[:, None, :]).amax(-1)
+        voice = log_p.transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, path.shape[1]))  # (B,U,L)
+        best, place = voice.masked_fill(~of, -math.inf).max(-1)
+        rows = zip((place + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
+        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder.subsampling, T) for c, L, n, T in rows]
+        alpha = (1 - log_p[:, :, BLANK].exp()) * real
+        attention = (voice.exp() * mask[:, :, None] * real[:, None, :])[:, None]
+        return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [],
+                          [attention] if need_weights else [])
+
+
 # ---- by name, and from a file ----
 
-ARCHITECTURES = {"paraformer": Paraformer}
+ARCHITECTURES = {"paraformer": Paraformer, "transformer": Transformer, "ctc": CTC}
 
 
 def build(options, input_dim: int, vocab_size: int) -> nn.Module:

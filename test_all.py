@@ -10,8 +10,10 @@ import concurrent.futures
 import contextlib
 import csv
 import functools
+import html.parser
 import http.client
 import inspect
+import io
 import itertools
 import json
 import math
@@ -348,6 +350,21 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.augment.speeds=[1, -1]": "data.augment.speeds: wanted above 0, got [1.0, -1.0]",
     "--data.augment.freq_width=81": "data.augment.freq_width: wanted at most num_mels 80, got 81",
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
+
+
+# C68
+@pytest.mark.parametrize("name, override, default", [
+    ("transformer", "predictor.num_layers=3", "2"), ("transformer", "sampling_ratio=0.25", "0.5"),
+    ("transformer", "decoder.kind=bare", "'transformer'"), ("ctc", "decoder.num_heads=2", "4"),
+    ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
+def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
+    path = written(tmp_path, f"model:\n  name: {name}\n")
+    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: has no effect with name {name}, wanted its "
+                                         f"default {default}, got"):
+        config.load(path, [f"--model.{override}"])
+    assert config.load(path).model.name == name
+    for used in {"transformer": ("decoder.num_heads=2", "ctc_weight=0.5"), "ctc": ("encoder.num_heads=2",)}[name]:
+        config.load(path, [f"--model.{used}"])
 
 
 # C27
@@ -1446,6 +1463,110 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
     assert message in str(error.value)
 
 
+# ---- attention: pictures ----
+
+def png_chunks(uri: str) -> dict[bytes, bytes]:
+    """The chunks of a PNG in a data: URI, their checksums compared."""
+    raw = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = {}, 8
+    while at < len(raw):
+        size, name = struct.unpack(">I4s", raw[at:at + 8])
+        body = raw[at + 8:at + 8 + size]
+        assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
+        chunks[name], at = body, at + 12 + size
+    return chunks
+
+
+def png_levels(uri: str) -> np.ndarray:
+    """(rows, columns) of a PNG whose rows are stored without a filter."""
+    chunks = png_chunks(uri)
+    width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
+    return np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)[:, 1:]
+
+
+def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
+    chunks = png_chunks(attention.heat_map(np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])))
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
+    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
+    assert chunks[b"PLTE"][:3] == bytes(attention.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(attention.PALETTE[-1])
+
+
+def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
+    alpha = torch.zeros(50)
+    alpha[25] = 1.0  # of 50 frames of 0.04 s, the first of which begins at -0.02 s
+    svg = attention.alignment_svg("a <b> & c\0", torch.rand(200, 8), alpha, [("<我", 0.5, 1.0), (" ", 1.0, 1.5)], 2.0,
+                                  (-0.02, 1.98), torch.tensor([0.6, 1.2, 1.4]))
+    root, place = ElementTree.fromstring(svg), lambda sec: attention.LEFT + attention.WIDTH * sec / 2
+    for name, times in (("fire", (0.5, 1.0, 1.5)), ("true", (0.6, 1.2, 1.4))):
+        paths = [e.get("d") for e in root.iter() if e.get("class") == name]
+        lines = [float(d[1:].split()[0]) for d in paths if "h30" not in d]  # without the legend's
+        assert lines == pytest.approx([place(sec) for sec in times], abs=0.1)
+    [bar] = [float(e.get("x")) for e in root.iter() if e.get("class") == "weight"]
+    assert bar == pytest.approx(place(0.98), abs=0.1)
+    texts = {e.text: float(e.get("x")) for e in root.iter() if e.tag.endswith("text")}
+    assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < attention.LEFT
+    assert (texts["<我"], texts["␣"]) == (place(0.75), place(1.25))
+
+
+# C97
+@pytest.mark.parametrize("size", [1, 2, 4, 40])
+def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
+    """Ideographs are 12 px wide in a font of 12 px, in any font."""
+    rng = random.Random(size)
+    starts = np.cumsum([rng.uniform(0.05, 0.4) for _ in range(201)]).tolist()
+    tokens = [(f"{chr(0x4e00 + u)}" * rng.randint(1, size), *span) for u, span in enumerate(zip(starts, starts[1:]))]
+    seconds, span = starts[-1], (0.0, starts[-1])
+    pictures = [attention.alignment_svg("好" * 999, torch.rand(300, 4), torch.rand(90), tokens, seconds, span),
+                attention.attention_svg("x", torch.rand(3, 200, 90), tokens, seconds, span, cross=True),
+                attention.attention_svg("x", torch.rand(3, 90, 90), tokens, seconds, span, cross=False)]
+    shown = []
+    for svg in pictures:
+        root, lines = ElementTree.fromstring(svg), collections.defaultdict(list)
+        for e in root.findall("{*}text"):
+            width, middle = 12 * len(e.text), e.get("text-anchor") == "middle"
+            if ord(e.text[0]) >= 0x4e00:
+                left = float(e.get("x")) - width * (0.5 if middle else e.get("text-anchor") == "end")
+                lines[float(e.get("y"))].append((left, left + width))
+        edges = [(a, b) for line in lines.values() for a, b in zip([(0, 0), *sorted(line)], [*sorted(line), (1e9, 0)])]
+        assert all(end <= start for (_, end), (start, _) in edges)
+        assert max(end for line in lines.values() for _, end in line) <= float(root.get("width"))
+        shown.append(sum(map(len, lines.values())))
+    assert shown[0] == 201 if size <= 2 else shown[0] > 100  # with the title
+
+
+# C97
+@pytest.mark.parametrize("cross", [True, False])
+def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross):
+    tokens = [("a", 0.2, 0.6), ("b", 0.6, 1.0), ("c", 1.0, 1.9)]
+    weights = torch.rand(4, 3 if cross else 50, 50) / 2
+    planted = [(2, 7), (0, 49), (1, 0), (2, 3)]
+    for h, (row, column) in enumerate(planted):
+        weights[h, row, column] = 0.9
+    root = ElementTree.fromstring(attention.attention_svg("x", weights, tokens, 2.0, (-0.02, 1.98), cross))
+    panels = root.findall("{*}svg")
+    for h, (row, column) in enumerate(planted):
+        image = panels[h].find("{*}image")
+        levels = png_levels(image.get("href"))
+        assert np.argwhere(levels == 255).tolist() == [[row, column]]
+        left, _, width, _ = map(float, panels[h].get("viewBox").split())
+        assert float(image.get("x")) == pytest.approx(left - 0.01 * width, abs=0.01)
+        assert float(image.get("width")) == pytest.approx(width, abs=0.01)
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert [text for text in texts if text.startswith("head")] == [f"head {h}, up to 0.9" for h in (1, 2, 3, 4)]
+    assert texts.count("b") == 4 + 2  # over each panel, and beside the two on the left
+    ElementTree.fromstring(attention.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
+
+
+def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
+    values = torch.zeros(3000, 3000)
+    values[2999, 1500] = 1.0
+    panel = attention.Panel(0, 0, 300, 200, 1.0)
+    image = ElementTree.fromstring(attention.image_svg(panel, values, (0, 1), (0, 1))).find("{*}image")
+    levels = png_levels(image.get("href"))
+    assert levels.shape == (200, 300) and np.argwhere(levels).tolist() == [[199, 150]]
+
+
 # ---- model: small models and batches ----
 
 
@@ -1817,7 +1938,7 @@ WRONG = {
     "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"), "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
-    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['paraformer'], got 'x'"),
+    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7), "must be one of ['ctc', 'paraformer', 'transformer'], got 'x'"),
 }
 
 
@@ -1828,6 +1949,123 @@ def test_model_errors_name_what_was_wanted_and_got(name):
     with pytest.raises(ValueError) as error:
         call(tiny())
     assert message in str(error.value)
+
+
+# ---- model: the models it is compared with ----
+
+
+def rival(name, seed=0, **options):
+    """A transformer or CTC model of width 8 for 5 feature bins and 7 tokens, in float64; half of the time a token ends
+    the text, or a frame is blank."""
+    section = config.ModelConfig(
+        name=name, encoder=config.EncoderConfig("conformer", num_layers=1, hidden_dim=8, num_heads=2, kernel_size=3,
+                                                dropout=0.0, subsampling=2), **options,
+        decoder=config.DecoderConfig(num_layers=2, hidden_dim=12, num_heads=2, dropout=0.0))
+    torch.manual_seed(seed)
+    built = model.build(section, 5, 7).double().eval()
+    for p in built.parameters():
+        p.data += 0.3 * torch.randn(p.shape)
+    return built
+
+
+# C61
+def test_step_by_step_decoding_equals_the_full_pass():
+    transformer, (feats, feat_lens, _, _) = rival("transformer"), ragged(1)
+    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    said = torch.randint(3, 7, (4, 3, 6), generator=torch.Generator().manual_seed(0))  # 3 hypotheses each
+    step, past = transformer.begin(hidden, lens, 3)
+    rows = [F.pad(said, (1, 0), value=SOS)[:, :, u] for u in range(7)]
+    steps, looks = [], []
+    for tokens in rows:
+        log_p, past, attention = step(tokens, past)
+        steps.append(log_p)
+        looks.append(attention)
+    for w in range(3):
+        logits, layers = transformer.decoder(torch.stack(rows, 2)[:, w], hidden, lens, need_weights=True)
+        assert_same(torch.stack(steps, 2)[:, w], logits.log_softmax(-1), 1e-12)
+        assert_same(torch.stack(looks, 2)[:, w], layers[-1].mean(1), 1e-12)
+
+
+# C61
+def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
+    transformer, (feats, feat_lens, _, _) = rival("transformer", seed=31), ragged(2)
+    found = transformer.greedy(feats, feat_lens, need_weights=True)
+    ends = set()
+    for i, T in enumerate(feat_lens.tolist()):
+        hidden, lens = model.encode(transformer.encoder, feats[i:i + 1, :T], feat_lens[i:i + 1])
+        tokens, log_probs = [SOS], []
+        while len(tokens) <= int(lens):
+            log_p = transformer.decoder(torch.tensor([tokens]), hidden, lens)[0][0, -1].log_softmax(-1)
+            if log_p.argmax() == EOS:
+                break
+            tokens.append(int(log_p.argmax()))
+            log_probs.append(log_p.max().item())
+        ends.add(len(tokens) <= int(lens))
+        assert found.tokens[i, :found.lens[i]].tolist() == tokens[1:]
+        assert found.log_probs[i, :found.lens[i]].tolist() == pytest.approx(log_probs, abs=1e-5)
+        edges = found.boundaries[i]
+        assert len(edges) == len(tokens) and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+    assert ends == {True, False}
+    assert_same(found.alpha.sum(1).double(), found.lens.double(), 1e-5)
+
+
+# C62
+def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
+    ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
+    found = ctc.greedy(feats, feat_lens, need_weights=True)
+    log_p = ctc.log_probs(model.encode(ctc.encoder, feats, feat_lens)[0])
+    for i, L in enumerate(((feat_lens + 1) // 2).tolist()):
+        path = log_p[i, :L].argmax(-1).tolist()
+        runs = [[(t, s) for t, s in run] for _, run in itertools.groupby(enumerate(path), lambda x: x[1])]
+        peaks = [max(run, key=lambda x: float(log_p[i, x[0], x[1]])) for run in runs if run[0][1] != BLANK]
+        assert found.tokens[i, :found.lens[i]].tolist() == [s for _, s in peaks]
+        wanted = [float(log_p[i, t, s]) for t, s in peaks]
+        assert found.log_probs[i, :found.lens[i]].tolist() == pytest.approx(wanted, abs=1e-6)
+        assert_same(found.alpha[i, :L], 1 - log_p[i, :L, BLANK].exp(), 1e-6)
+        middles = [2 * t + 0.5 for t, _ in peaks]  # encoder frame t stands on feature frames 2 t and 2 t + 1, less 1/2
+        inner = [(a + b) / 2 for a, b in zip(middles, middles[1:])]
+        assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
+    assert int(found.lens.max()) > 2
+    log_p, tokens, n = normal(4, 3, 5, 4).log_softmax(-1), torch.tensor([[1, 1], [2, 3], [3, 0]]), ints(2, 2, 1)
+    paths = model.ctc_path(log_p, ints(5, 3, 1), tokens, n)
+    for i, L in enumerate([5, 3, 1]):
+        spells = [p for p in itertools.product(range(4), repeat=L)
+                  if [s for s, _ in itertools.groupby(p) if s] == tokens[i, :n[i]].tolist()]
+        best = max(spells, key=lambda p: sum(float(log_p[i, t, s]) for t, s in enumerate(p)))
+        assert paths[i].tolist() == [*best, *[BLANK] * (5 - L)]
+
+
+# C63
+@pytest.mark.parametrize("name", ["transformer", "ctc"])
+def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(name):
+    built, batch = rival(name, seed=5), ragged(6)
+    sums, count = built(*batch)
+    alone = [built(*one(batch, i)) for i in range(4)]
+    for part in sums:
+        assert_same(sums[part], sum(single[part] for single, _ in alone), 1e-6)
+    assert int(count) == sum(int(n) for _, n in alone) == 10 + 4 * (name == "transformer")
+    if name == "transformer":
+        assert_same(sums["loss"], 0.7 * sums["ce"] + 0.3 * sums["ctc"], 1e-9)
+    found = built.greedy(*batch[:2])
+    for i, (feats, feat_lens, _, _) in enumerate(one(batch, i) for i in range(4)):
+        single = built.greedy(feats, feat_lens)
+        assert found.tokens[i, :found.lens[i]].tolist() == single.tokens[0].tolist()
+        assert_same(found.boundaries[i], single.boundaries[0], 1e-9)
+    assert built.greedy(*(x[:0] for x in batch[:2])).tokens.shape[0] == 0
+
+
+# C63
+def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():
+    transformer, (feats, feat_lens, tokens, token_lens) = rival("transformer", label_smoothing=0.0), ragged(7)
+    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    wanted = 0.0
+    for i, n in enumerate(token_lens.tolist()):
+        text = [*tokens[i, :n].tolist(), EOS]
+        for u, token in enumerate(text):
+            before = torch.tensor([[SOS, *text[:u]]])
+            logits, _ = transformer.decoder(before, hidden[i:i + 1], lens[i:i + 1])
+            wanted -= float(logits[0, -1].log_softmax(-1)[token])
+    assert float(transformer(feats, feat_lens, tokens, token_lens)[0]["ce"]) == pytest.approx(wanted, rel=1e-6)
 
 
 # ---- model: all of it ----
@@ -2736,7 +2974,7 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(t
     code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, "--output", str(output)])
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert code == 1 and "bad.wav: " in err and "1 could not be read" in err
+    assert code == 1 and "bad.wav: " in err and "1 could not be recognised" in err
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = data.frontend(*data.load_wav(good), tiny_system().config.data, tiny_system().stats)
@@ -2745,14 +2983,64 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(t
     assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
 
 
-def test_the_report_adds_errors_and_divides_once():
+def scored(*pairs: tuple[str, str]) -> list[decode.Score]:
+    """(reference, recognised) each -> their Scores."""
     system, encode = tiny_system(), tiny_system().tokenizer.encode
-    result = lambda text: decode.Result(text, 1.0, [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))], [])
-    tally = decode.Tally()
-    for ref, hyp in [("ab cd", "ab"), ("a", "a"), ("b", "c d")]:
-        tally = tally.with_utterance(system, ref, result(hyp))
-    assert tally.lines() == ["token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
-                             "%WER 75.00 [ 3 / 4, 1 ins, 1 del, 1 sub ]  %CER 85.71"]
+    tokens = lambda text: [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))]
+    result = lambda text: decode.Result(text, 1.0, tokens(text), [])
+    return [decode.score(system, decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp))) for i, (ref, hyp) in enumerate(pairs)]
+
+
+# C75
+def test_the_report_adds_errors_and_divides_once():
+    scores = scored(("ab cd", "ab"), ("a", "a"), ("b", "c d"))
+    assert [re.sub("  95% interval .*", "", line) for line in decode.report_lines(scores)] == [
+        "token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
+        "%WER 75.00 [ 3 / 4, 1 ins, 1 del, 1 sub ]", "%CER 85.71 [ 6 / 7, 2 ins, 3 del, 1 sub ]",
+        "sentence accuracy 0.3333 (1 of 3 texts without an error)"]
+    assert decode.confusions(scores + scored(("b b", "d"))) == [("b", "d", 2), ("", "c", 1), ("b", "", 1), ("cd", "", 1)]
+
+
+# C75
+def test_word_and_character_errors_are_those_of_jiwer():
+    """jiwer 4.0.0's process_words and process_characters: substitutions, insertions, deletions, items of the reference.
+
+    On 3,000 random texts every number of errors was equal; where several alignments have the fewest, ours has most hits.
+    """
+    for ref, hyp, words, chars in [("the cat sat", "the cats at on", (2, 1, 0, 3), (0, 4, 1, 11)),
+                                   ("你好 世界", "你 好世", (2, 0, 0, 2), (0, 1, 2, 5)),
+                                   ("zero one", "one", (0, 0, 1, 2), (0, 0, 5, 8))]:
+        assert (word_errors(ref, hyp), char_errors(ref, hyp)) == (Counts(*words), Counts(*chars))
+
+
+# C75
+def test_a_report_has_the_errors_of_each_utterance_for_a_reader(tmp_path, capsys):
+    ckpt, wav = saved(tiny_system(), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.7)
+    text = decoded(capsys, "--ckpt", ckpt, wav)[1][0][1]
+    rows = [{"audio": wav, "text": text, "key": "right"}, {"audio": wav, "text": text + " 你好"}, {"audio": wav}]
+    manifest = tmp_path / "dev.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, error = decoded(capsys, "--ckpt", ckpt, manifest, "--report", tmp_path / "report")
+    n = len(text.split())
+    summary, alignments = (tmp_path / "report/summary.txt").read_text(), (tmp_path / "report/alignments.txt").read_text()
+    assert code == 0 and error.startswith(summary) and f"%WER {100 / (2 * n + 1):.2f} [ 1 / {2 * n + 1}, " in summary
+    assert summary.endswith("     1  你 -> ***\n     1  好 -> ***\n") and "sentence accuracy 0.5000 (1 of 2 " in summary
+    right, wrong, end = alignments.split("\n\n")
+    assert right.splitlines()[:1] == [f"right: 0 of {n} (0 sub, 0 ins, 0 del)"] and end == ""
+    assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
+
+
+# C75
+@pytest.mark.parametrize("n, rate", [(400, 0.1), (100, 0.5)])
+def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate):
+    """Utterances of 10 words, all wrong or all right: mean rate +- 1.96 sqrt(p (1 - p) / n)."""
+    wrong = round(n * rate)
+    counts = [Counts(10, 0, 0, 10)] * wrong + [Counts(0, 0, 0, 10)] * (n - wrong)
+    half = 1.96 * math.sqrt(rate * (1 - rate) / n)
+    assert decode.bootstrap_interval(counts) == pytest.approx((rate - half, rate + half), abs=0.15 * half)
+    assert decode.bootstrap_interval(counts) == decode.bootstrap_interval(counts)
+    assert decode.bootstrap_interval([Counts(1, 0, 0, 4)] * 9) == (0.25, 0.25)
+    assert decode.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
 
 
 # C32 C34
@@ -2777,43 +3065,427 @@ def misfit(path: pathlib.Path) -> None:
     torch.save({**state, "model": weights}, path)
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"]])
+@pytest.mark.parametrize("arguments", [
+    ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
+    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
     assert stop.value.code == 2
 
 
+# ---- decode: words and forms ----
+
+def planted_words(symbols, tokenizer, lossless: bool = True) -> decode.Result:
+    """What read_result makes of symbols that last a second each, with probabilities 1, 1/2, 1/3, ..."""
+    ids = torch.tensor([[tokenizer.symbols.index(symbol) for symbol in symbols]])
+    n = len(symbols)
+    found = Hypotheses(ids, torch.tensor([n]), -torch.arange(1.0, n + 1).log()[None],
+                       [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [], [])
+    return decode.read_result(tiny_system()._replace(tokenizer=tokenizer, lossless=lossless), found, 0)
+
+
+# C70
+@pytest.mark.parametrize("unit, symbols, text, words", [
+    ("char", "ab cd ", "ab cd ", ["ab 0 2 1*2 s", "cd 3 5 4*5 s"]),
+    ("char", "你好ab世", "你好ab世", ["你 0 1 1 s", "好 1 2 2", "ab 2 4 3*4", "世 4 5 5"]),
+    ("char", " ", " ", []), ("char", "", "", []),
+    ("word", ["ab", "你", "cd"], "ab 你 cd", ["ab 0 1 1 s", "你 1 2 2 s", "cd 2 3 3 s"]),
+    ("piece", ["th@@", "at", "你", "a", "b", "%"], "that你AB %",
+     ["that 0 2 1*2 s", "你 2 3 3", "AB 3 5 4*5", "% 5 6 6 s"]),
+    ("piece", ["you", "<unk>", "at"], "you at", ["you 0 1 1 s", "at 1 2 3 s"])])     # D5: the time of <unk>
+def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):
+    known = (*SPECIALS, *dict.fromkeys(s for s in symbols if s != "<unk>"))
+    vocabulary = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    result = planted_words(symbols, vocabulary)
+    assert result.text == text and len(result.words) == len(words)
+    for word, wanted in zip(result.words, words):
+        name, start, end, members, *space = wanted.split()
+        inverse = [int(n) for n in members.split("*")]
+        assert word[:3] == (name, float(start), float(end)) and word.spaced == bool(space)
+        assert word.confidence == pytest.approx(math.prod(inverse) ** (-1 / len(inverse)), abs=1e-4)
+
+
+def test_a_mark_that_funasr_gives_no_time_has_its_own():
+    vocabulary = tokenizer.PieceTokenizer((*SPECIALS, "我", "%", "ok"), None)
+    words = planted_words(["我", "%", "ok"], vocabulary, lossless=False).words
+    assert [word[:3] for word in words] == [("我", 0, 1), ("%", 1, 2), ("ok", 2, 3)]
+
+
+# C71
+def test_cues_end_before_seven_seconds_or_84_characters():
+    words = [decode.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
+    assert [len(cue) for cue in decode.cues(words)] == [7, 7, 6]         # the 8th would end 7.5 s after the first
+    fast = [decode.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
+    assert [len(cue) for cue in decode.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
+    assert [len(cue) for cue in decode.cues([decode.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
+    assert decode.cues([]) == []
+    tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], ".")
+    assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+
+
+# C71
+def test_every_form_is_written_as_its_readers_want_it():
+    words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
+    nbest = (decode.Alternative("one <two>", -0.1, 0.6), decode.Alternative("one", -0.2, 0.5))
+    outcome = decode.Outcome(0, "a b", 3662.0, "", decode.Result("one <two>", 0.6, [], words, nbest))
+    written = {name: form(outcome) for name, form in decode.FORMS.items()}
+    assert json.loads(written.pop("json")) == {
+        "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0, "tokens": [],
+        "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
+        "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
+                  {"text": "one", "score": -0.2, "confidence": 0.5}]}
+    assert written == {
+        "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
+        "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
+        "vtt": "WEBVTT\n\n1\n00:00:00.100 --> 00:00:00.400\none\n\n"
+               "2\n01:01:01.000 --> 01:01:01.500\n&lt;two&gt;\n\n",
+        "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
+
+
+def test_file_names_are_safe_and_never_the_same():
+    keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
+    assert decode.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 60, "a-2-2"]
+
+
+# ---- decode: inputs and outputs ----
+
+def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
+    """-> exit code, [key, text] of every line of standard output, standard error."""
+    code = decode.main(["--device", "cpu", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, [line.split("\t") for line in captured.out.splitlines()], captured.err
+
+
+# C72
+def test_folders_standard_input_and_lists_give_what_their_files_give(tmp_path, capsys, monkeypatch):
+    ckpt, folder = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    files = [spoken(folder / name, seconds) for name, seconds in (("b.WAV", 0.4), ("c.wav", 0.9), ("sub/a.wav", 0.6))]
+    (folder / "notes.txt").write_text("no recording")
+    code, wanted, _ = decoded(capsys, "--ckpt", ckpt, *files)
+    assert code == 0 and [key for key, _ in wanted] == files and all(text for _, text in wanted)
+
+    def piped(body: bytes):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(body)))
+        return decoded(capsys, "--ckpt", ckpt, "-")
+
+    assert decoded(capsys, "--ckpt", ckpt, folder)[1] == wanted
+    assert piped(Path(files[1]).read_bytes())[1] == [["stdin", wanted[1][1]]]
+    lines = [files[2], json.dumps({"audio": files[0], "key": "k"}), str(folder / "sub"), ""]
+    assert piped("\n".join(lines).encode())[1] == [wanted[2], ["k", wanted[0][1]], wanted[2]]
+    (tmp_path / "empty").mkdir()
+    for code, _, error in (piped(b""), piped(b"\xff\xfe"), decoded(capsys, "--ckpt", ckpt, tmp_path / "empty")):
+        assert code == 2 and error.startswith("decode.py: ") and error.count("\n") == 1
+
+
+# C72 C73
+@pytest.mark.parametrize("form", list(decode.FORMS))
+def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, form):
+    ckpt, out = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "out"
+    (tmp_path / "sub").mkdir()
+    files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
+    code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
+    outcomes = [decode.recognise(tiny_system(), data.ManifestDataset(
+        data.read_inputs([file]), tiny_system().config.data, lambda text: [], stats=tiny_system().stats,
+        for_training=False), [0])[0] for file in files]
+    written = {path.name: path.read_text() for path in out.iterdir()}
+    parts = [decode.FORMS[form](outcome) for outcome in outcomes]
+    assert code == 0 and [text for _, text in texts] == [outcome.result.text for outcome in outcomes]
+    assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
+                       {f"a.{form}": parts[0], f"a-2.{form}": parts[1]})
+
+
+# C73
+def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_on(tmp_path, capsys, monkeypatch):
+    ckpt, real = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe
+    files = [spoken(tmp_path / f"{i}.wav", 0.3 + i / 10) for i in range(5)]
+    wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
+
+    def failing(system, feats):
+        if any(len(x) == 48 for x in feats):                    # 0.5 s
+            raise RuntimeError("out of\nmemory")
+        return real(system, feats)
+
+    monkeypatch.setattr(decode, "transcribe", failing)
+    code, texts, error = decoded(capsys, "--ckpt", ckpt, *files)
+    assert (code, texts) == (1, wanted[:2] + wanted[3:])
+    assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
+
+
+# C74
+@pytest.mark.parametrize("output", ["out", "out.jsonl"])
+def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypatch, output):
+    ckpt, real, calls = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
+    files = [spoken(tmp_path / f"{i}.wav", 0.9 - i / 10) for i in range(5)]
+    everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
+
+    def interrupted(system, feats):
+        calls.append(len(feats))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(system, feats)
+
+    monkeypatch.setattr(decode, "transcribe", interrupted)
+    code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=1", "--output", tmp_path / output)
+    assert (code, texts) == (130, everything[3:]) and error.startswith("2 utterances, ")     # the shortest come first
+    if output == "out":
+        rows = [json.loads((tmp_path / f"out/{i}.json").read_text()) for i in (3, 4)]
+        assert len(list((tmp_path / "out").iterdir())) == 2
+    else:
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [[row["key"], row["text"]] for row in rows] == texts
+
+
+# C33 C72
+def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, capsys, monkeypatch):
+    ckpt, real, sizes = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
+    files = [spoken(tmp_path / f"{i}.wav", seconds) for i, seconds in enumerate((0.9, 0.3, 0.6, 0.2, 0.8, 0.4, 0.7))]
+    wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: sizes.append([len(x) for x in feats])
+                        or real(system, feats))
+    monkeypatch.setattr(decode, "WINDOW", 4)
+    assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
+    assert sizes == [[18, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
+
+
+# C76
+def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
+    """gather_object is played by a list: the second process fills it, the first takes from it."""
+    system, sent = tiny_system(), []
+    rows = [data.Row(str(i), spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "", None) for i in range(11)]
+    dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
+    monkeypatch.setattr(decode, "WINDOW", 7)
+
+    def shared(mine, parts):
+        if parts is None:
+            sent.append(mine)
+        else:
+            parts[:] = [mine, sent.pop(0)]
+
+    monkeypatch.setattr(torch.distributed, "gather_object", shared)
+    outcomes = {}
+    for shard in ((0, 1), (1, 2), (0, 2)):
+        windows = decode.plan_batches(dataset.lengths, 2, 10 ** 6)
+        outcomes[shard] = list(decode.recognise_all(system, dataset, windows, shard, lambda done: None))
+    assert outcomes[0, 2] == outcomes[0, 1] and outcomes[1, 2] == sent == []
+    assert [outcome.index for outcome in outcomes[0, 1]] == list(range(11))
+
+
+# C76
+@slow
+def test_torchrun_with_two_processes_writes_what_one_writes(tmp_path):
+    rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "text": "ab c" * (i % 3)} for i in range(15)]
+    (tmp_path / "4.wav").write_bytes(b"junk")
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
+        done = subprocess.run([sys.executable, *launcher, HERE / "decode.py", "--device=cpu", "--threads=1",
+                               "--batch-size=2", "--ckpt", ckpt, "--output", tmp_path / f"{name}.jsonl", "--report",
+                               tmp_path / name, tmp_path / "dev.jsonl"], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1 and done.stderr.count(" could not be recognised") == 1, done.stderr
+        (tmp_path / f"{name}.txt").write_text(done.stdout)
+    for file in ("one.txt", "one.jsonl", "one/summary.txt", "one/alignments.txt"):
+        assert (tmp_path / file).read_text() == (tmp_path / file.replace("one", "two", 1)).read_text() != ""
+    assert (tmp_path / "one.txt").read_text().count("\n") == 14
+
+
+def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(tmp_path, capsys, monkeypatch):
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(3)]
+    plain = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    assert texts == plain[1] and plain[2].count("\n") == 1 and "\r" not in plain[2]
+    bars = [part.rstrip("\r") for part in error.split("\x1b[K") if part.startswith("[")]
+    assert [bar.split("real")[0] for bar in bars] == [f"[{'#' * 20:30}] 2/3  ", f"[{'#' * 30}] 3/3  "]
+    assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
+    assert decode.progress_bar(0, 0, 0.0, 0.0) == f"[{'':30}] 0/0  real-time factor 0.0000"
+
+
+# ---- decode: search ----
+
+
+def table_model(B, V, L, seed):
+    """A step function whose log probabilities and attention are drawn for each prefix, and the same of a prefix (b, ids)
+    alone: the past is the prefixes themselves."""
+    def told(b, prefix):
+        rng = torch.Generator().manual_seed(seed + 31 * b + sum((i + 1) * 7 ** k for k, i in enumerate(prefix)))
+        return (torch.randn(V, generator=rng).log_softmax(-1), torch.rand(L, generator=rng))
+
+    def step(tokens, past):
+        past = [torch.cat((past[0], tokens[:, :, None]), 2)]
+        rows = [[told(b, prefix) for prefix in row] for b, row in enumerate(past[0].tolist())]
+        return (torch.stack([torch.stack([log_p for log_p, _ in row]) for row in rows]), past,
+                torch.stack([torch.stack([look for _, look in row]) for row in rows]))
+
+    return step, told
+
+
+def every_text(told, b, frames, V, search):
+    """{text: (log probability, score)} of all texts of at most `frames` tokens, by the formulas of GNMT."""
+    found = {}
+    for n in range(frames + 1):
+        for text in itertools.product([i for i in range(V) if i != EOS], repeat=n):
+            parts = [told(b, (SOS, *text[:u])) for u in range(n + 1)]
+            log_prob = sum(float(log_p[i]) for (log_p, _), i in zip(parts, (*text, EOS)))
+            covered = sum(look for _, look in parts)[:frames].clamp(decode.UNSEEN, 1)
+            found[text] = log_prob, (log_prob / ((5 + n + 1) / 6) ** search.length_penalty
+                                     + search.coverage_penalty * float(covered.log().sum()))
+    return found
+
+
+# C64
+@pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.6, 0.0), (1.0, 0.3)])
+def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
+    frames, V = ints(3, 1, 2, 0), 4
+    for seed in range(3):
+        step, told = table_model(4, V, 3, 1000 * seed)
+        search = decode.Search(60, 3, *penalties)
+        found = decode.beam_search(step, [torch.zeros(4, 60, 0, dtype=torch.long)], frames, search)
+        for b, L in enumerate(frames.tolist()):
+            wanted = every_text(told, b, L, V, search)
+            best = sorted(wanted, key=lambda text: -wanted[text][1])[:3]
+            got = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))]
+            assert got == best
+            assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
+            assert found.log_probs[b, :len(best)].tolist() == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
+
+
+# C64
+def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
+    frames, V, search = ints(4, 4), 4, decode.Search(3, 3, 0.6, 0.2)
+    for seed in range(5):
+        step, told = table_model(2, V, 4, 1000 * seed)
+        found = decode.beam_search(step, [torch.zeros(2, 3, 0, dtype=torch.long)], frames, search)
+        for b in range(2):
+            wanted = every_text(told, b, 4, V, search)
+            for w in range(3):
+                if found.scores[b, w] > -math.inf:
+                    text = tuple(found.tokens[b, w, :found.lens[b, w]].tolist())
+                    assert found.scores[b, w].item() == pytest.approx(wanted[text][1], abs=1e-5)
+            assert found.scores[b, 0] > -math.inf and found.scores[b].tolist() == sorted(found.scores[b].tolist())[::-1]
+
+
+# C65
+def test_prefix_search_equals_the_sum_over_all_paths():
+    log_p, lens = (2 * normal(0, 3, 5, 3)).log_softmax(-1), ints(5, 3, 1)
+    found = decode.prefix_search(log_p, lens, 80)
+    narrow = decode.prefix_search(log_p, lens, 3)
+    for b, L in enumerate(lens.tolist()):
+        wanted = collections.defaultdict(float)
+        for path in itertools.product(range(3), repeat=L):
+            text = tuple(s for s, _ in itertools.groupby(path) if s)
+            wanted[text] += math.exp(sum(float(log_p[b, t, s]) for t, s in enumerate(path)))
+        texts = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(wanted))]
+        assert texts == sorted(wanted, key=lambda text: -wanted[text])
+        assert found.scores[b, :len(texts)].exp().tolist() == pytest.approx([wanted[t] for t in texts], rel=1e-9)
+        assert (found.scores[b, len(texts):] == -math.inf).all()
+        for w in range(3):
+            text = tuple(narrow.tokens[b, w, :narrow.lens[b, w]].tolist())
+            assert narrow.scores[b, w].exp().item() <= wanted[text] * (1 + 1e-9)
+        assert narrow.tokens[b, 0, :narrow.lens[b, 0]].tolist() == list(texts[0])
+
+
+# C66
+def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_distance():
+    def emit(counts):
+        assert counts.tolist() == [2, 1, 3, 0, 0, 1]
+        return log_p
+
+    log_p = normal(0, 6, 3, 4).float().log_softmax(-1)
+    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1]]), ints(2, 0)
+    found = decode.count_search(emit, alpha, counts, 5)
+    for b in range(2):
+        wanted = {}
+        for row, n in ((3 * b, int(counts[b])), (3 * b + 1, int(counts[b]) - 1), (3 * b + 2, int(counts[b]) + 1)):
+            texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
+                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= 0}
+            for text in sorted(texts, key=lambda t: -texts[t])[:5]:
+                wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
+        best = sorted(wanted, key=lambda text: -wanted[text])
+        assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
+        assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
+        assert (found.scores[b, len(best):] == -math.inf).all()
+
+
+# C66
+def test_ctc_scores_equal_the_loss_of_each_text_alone():
+    log_p, lens = normal(1, 2, 7, 9).float().log_softmax(-1), ints(7, 4)
+    texts = [[[5, 5, 3], [], [EOS, 7, BLANK, 8]], [[4, 6, 4, 4], [3, 4, 4, 3], [8]]]
+    tokens = torch.zeros(2, 3, 4, dtype=torch.long)
+    for b, w in itertools.product(range(2), range(3)):
+        tokens[b, w, :len(texts[b][w])] = torch.tensor(texts[b][w], dtype=torch.long)
+    got = decode.ctc_scores(log_p, lens, tokens, torch.tensor([[len(t) for t in row] for row in texts]))
+    for b, w in itertools.product(range(2), range(3)):
+        text = torch.tensor([[i for i in texts[b][w] if i > EOS]])
+        wanted = -F.ctc_loss(log_p[b, :, None], text, lens[b:b + 1], torch.tensor([text.shape[1]]), reduction="sum")
+        assert got[b, w].item() == pytest.approx(float(wanted), rel=1e-5)
+    assert got[1, 0] == got[1, 1] == -math.inf  # equal neighbours want a blank between them: 5 frames
+
+
+def searching_system(name: str) -> decode.System:
+    sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
+    section = config.ModelConfig(name=name, encoder=config.EncoderConfig(subsampling=2, **sizes),
+                                 decoder=config.DecoderConfig(**sizes), predictor=config.PredictorConfig(hidden_dim=16))
+    system = tiny_system()
+    torch.manual_seed(3)
+    network = build(section, 8, len(system.tokenizer)).eval()
+    for p in network.parameters():
+        p.data += 0.2 * torch.randn(p.shape)
+    return system._replace(config=replace(system.config, model=section), model=network)
+
+
+SEARCHES_TRIED = {"paraformer": decode.Search(4, 3, ctc_weight=0.3), "transformer": decode.Search(4, 3, 0.6, 0.1, 0.2),
+                  "ctc": decode.Search(6, 3)}
+
+
+# C67
+@pytest.mark.parametrize("name", SEARCHES_TRIED)
+def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name):
+    system, feats = decode.with_search(searching_system(name), SEARCHES_TRIED[name]), ragged_feats([31, 0, 7, 1, 22])
+    together = decode.transcribe(system, feats)
+    for x, result in zip(feats, together):
+        alone = decode.transcribe(system, [x])[0]
+        assert (alone.text, [a.text for a in alone.nbest]) == (result.text, [a.text for a in result.nbest])
+        for a, b in zip(alone.nbest, result.nbest):
+            assert (a.score, a.confidence) == pytest.approx((b.score, b.confidence), abs=2e-3)
+        scores, texts = [a.score for a in result.nbest], [a.text for a in result.nbest]
+        assert scores == sorted(scores, reverse=True) and len(set(texts)) == len(texts) <= 3
+        assert not len(x) or texts[0] == result.text == "".join(token.token for token in result.tokens)
+    assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
+
+
+# C67
+def test_a_beam_of_one_is_greedy():
+    for name, search in (("transformer", decode.Search(1, 1, 0.0)), ("paraformer", decode.Search(2))):
+        system, feats = searching_system(name), ragged_feats([31, 7, 1, 50, 22])
+        greedy = decode.transcribe(system, feats)
+        if name == "paraformer":  # of its own count only: a price that no other count can pay
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decode, "COUNT_PRICE", 1e4)
+                assert decode.transcribe(decode.with_search(system, search), feats) == greedy
+        else:
+            assert decode.transcribe(decode.with_search(system, search), feats) == greedy
+        assert any(result.text for result in greedy)
+
+
+# C68
+@pytest.mark.parametrize("name, flags, words", [
+    ("paraformer", ["--beam=0"], "--beam: wanted 1 or more, got 0"),
+    ("paraformer", ["--nbest=-1"], "--nbest: wanted 1 or more, got -1"),
+    ("paraformer", ["--ctc-weight=2"], "--ctc-weight: wanted between 0 and 1, got 2.0"),
+    ("paraformer", ["--length-penalty=1"], "wanted 0.6, as it has no effect on a paraformer, got 1.0"),
+    ("ctc", ["--ctc-weight=0.5"], "wanted 0, as this ctc has no CTC head beside its decoder, got 0.5"),
+    ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
+def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
+    assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, "x.wav"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
 # ---- decode: pictures ----
-
-def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
-    values = np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])
-    raw = base64.b64decode(decode.heat_map(values).split(",")[1])
-    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
-    chunks, at = {}, 8
-    while at < len(raw):
-        size, name = struct.unpack(">I4s", raw[at:at + 8])
-        body = raw[at + 8:at + 8 + size]
-        assert struct.unpack(">I", raw[at + 8 + size:at + 12 + size])[0] == zlib.crc32(name + body)
-        chunks[name], at = body, at + 12 + size
-    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
-    assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
-    assert chunks[b"PLTE"][:3] == bytes(decode.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(decode.PALETTE[-1])
-
-
-def test_pictures_are_well_formed_and_stand_where_the_times_say():
-    tokens = [decode.Token("<我", 5, 1.0, 0.5, 1.0), decode.Token(" ", 4, 1.0, 1.0, 1.5)]
-    svg = decode.alignment_svg("a <b> & c", torch.rand(200, 8), torch.rand(50), decode.Result("我", 1.0, tokens, []), 2.0)
-    root = ElementTree.fromstring(svg)
-    fires = [e.get("d") for e in root.iter() if e.get("class") == "fire"]
-    assert [float(d[1:].split()[0]) for d in fires] == [decode.LEFT + decode.WIDTH * t / 2 for t in (0.5, 1.0, 1.5)]
-    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert texts[0] == "a <b> & c" and "<我" in texts and "␣" in texts
-    crowd = ElementTree.fromstring(decode.attention_svg("x", torch.rand(200, 50), ["w"] * 200, 60.0))
-    rows = [float(e.get("y")) for e in crowd.iter() if e.text == "w"]
-    assert min(b - a for a, b in zip(rows, rows[1:])) >= 12 and len(rows) > 40
-    ElementTree.fromstring(decode.attention_svg("no tokens", torch.zeros(0, 50), [], 1.0))
-
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(tmp_path, capsys):
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
@@ -2821,9 +3493,35 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     short = spoken(tmp_path / "short.wav", 0.001)
     assert decode.main(["--ckpt", ckpt, hostile, short, "--plot", str(tmp_path / "plots")]) == 0
     files = sorted((tmp_path / "plots").iterdir())
-    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.attention.svg"]
+    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.cross.svg", "wav.encoder.svg"]
     for file in files:
-        assert hostile in ElementTree.fromstring(file.read_text()).find("{*}text").text
+        title = ElementTree.fromstring(file.read_text()).find("{*}text").text
+        assert hostile[:60] in title
+
+
+# C97
+def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
+    """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
+    sizes = dict(hidden_dim=16, num_heads=2)
+    model = config.ModelConfig(encoder=config.EncoderConfig(subsampling=2, num_layers=3, **sizes),
+                               decoder=config.DecoderConfig(num_layers=2, **sizes),
+                               predictor=config.PredictorConfig(hidden_dim=16))
+    system, [feats] = tiny_system(), ragged_feats([31])
+    system = system._replace(config=replace(system.config, model=model),
+                             model=build(model, 8, len(system.tokenizer)).eval())
+    calls = []
+    monkeypatch.setattr(decode, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
+    item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
+    with torch.no_grad():
+        encoder = system.model.encoder(feats[None], torch.tensor([31]), need_weights=True)[2]
+        found = system.model.greedy(feats[None], torch.tensor([31]), need_weights=True)
+    spoken = found.tokens[0] > EOS
+    for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
+        calls.clear()
+        decode.attention_pictures(system, item, found, layer)
+        (ours, cross), (theirs, also) = calls
+        assert (cross, also) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
+        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
 
 
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
@@ -2838,6 +3536,74 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.rates(train.evaluate(system.model, [batch], system.tokenizer.decode))
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+# ---- decode: report.html ----
+
+class PageReader(html.parser.HTMLParser):
+    """The tags, the attributes, and the texts with the tag that they stand in."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.texts = [], collections.Counter(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.attributes += attributes
+        if tag not in ("meta", "path", "image", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "image", "rect"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.texts.append((self.open[-1] if self.open else "", text))
+
+
+# C98
+def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
+    hostile = "<script src='http://x/'>&\"]]>--></article>"
+    svg = attention.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
+    pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
+    result = lambda text: decode.Result(text, 1.0, [], [])
+    cases = [(decode.score(tiny_system(), decode.Outcome(0, key, 1.0, ref, result(hyp))), svg if key == hostile else "")
+             for key, (ref, hyp) in pairs.items()]
+    page = decode.report_html(hostile, [f"WER {hostile}"], [("", hostile, 3), ("甲", "乙", 2)], cases)
+    read = PageReader(page)
+    assert not read.open and read.tags["script"] == 0 and read.tags["article"] == 3 and read.tags["svg"] == 3
+    texts = lambda tag: [text for name, text in read.texts if name == tag]
+    assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == [hostile] and f"WER {hostile}" in texts("p")
+    assert texts("td") == ["–", hostile, "3", "甲", "乙", "2"]
+    assert texts("del") == ["replaced", "missing", "a", "b", "c", "d", "<script", "x"]
+    assert texts("ins") == ["by", "too many", "one", "y", "z"]
+    assert [text for text in texts("small") if "errors" in text] == [
+        "errors: 4 in 4 (0 replaced, 4 missing, 0 too many)", "errors: 3 in 4 (2 replaced, 0 missing, 1 too many)",
+        "errors: 0 in 2 (0 replaced, 0 missing, 0 too many)"]
+    addresses = [value for name, value in read.attributes if name in ("src", "href", "srcset", "action", "data")]
+    assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
+    assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
+
+
+# C98
+def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
+    """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
+    monkeypatch.setattr(decode, "WORST", 3)
+    system, paths = tiny_system(), [spoken(tmp_path / f"{i}.wav", 0.3 + 0.1 * i) for i in range(5)]
+    dataset = decode.open_inputs(system, paths, tmp_path)
+    results = decode.transcribe(system, [dataset[i].feats for i in range(5)])
+    missing = [2, 0, 9, 1, 4]
+    scores = [decode.score(system, decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result))
+              for i, (n, result) in enumerate(zip(missing, results))]
+    decode.write_report(tmp_path, system, dataset, scores, ["planted line"])
+    read = PageReader((tmp_path / "report.html").read_text())
+    assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
+    titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
+    assert titles == [attention.fit(f"{paths[i]}: {results[i].text}", attention.WIDTH) for i in (2, 4, 0)]
+    assert ("p", "planted line") in read.texts and ("td", "16") in read.texts
+    decode.write_report(tmp_path, system, dataset, [], [])
+    assert ("td", "none") in PageReader((tmp_path / "report.html").read_text()).texts
 
 
 # ---- attention: memory, relative positions (FunASR) ----
@@ -3378,7 +4144,8 @@ def test_texts_and_times_do_not_depend_on_the_batch(variant):
         parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
         for part, in_batch in zip(parts, decode.transcribe(system, parts)):
             alone = decode.transcribe(system, [part])[0]
-            assert (in_batch.text, in_batch.words) == (alone.text, alone.words)
+            assert [word[:3] for word in in_batch.words] == [word[:3] for word in alone.words]
+            assert in_batch.text == alone.text
 
 
 # C51
@@ -3943,13 +4710,15 @@ def test_queue_takes_all_of_a_request_or_none():
 
 SPOKEN = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
+SPOKEN_WORDS = [decode.Word(t.token[1:], t.start, t.end, t.confidence) for t in SPOKEN]
 
 
 # C57
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
-        return serve.openai_response(choice, "one two six", SPOKEN, 62.0, "").body.decode()
+        result = decode.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
+        return serve.openai_response(choice, result, 62.0, "").body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
     assert body(format="text") == "one two six\n"
@@ -3968,15 +4737,6 @@ def test_openai_formats_by_hand():
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
     assert [d["type"] for d in deltas] == ["transcript.text.delta",
                                            "transcript.text.done"] and deltas[1]["text"] == "one two six"
-
-
-def test_words_begin_at_spaces_marks_and_ideographs():
-    def split(symbols) -> list[str]:
-        tokens = [decode.Token(symbol, 0, 1.0, i, i + 1.0) for i, symbol in enumerate(symbols)]
-        return [serve.spelled(word) for word in serve.words(tokens)]
-
-    assert split("ab cd ") == ["ab", "cd"] and split(["▁hel", "lo", "▁you"]) == ["hello", "you"]
-    assert split("你好ab世") == ["你", "好", "ab", "世"] and split([]) == [] and split(" ") == []
 
 
 # C53
@@ -4405,7 +5165,8 @@ def test_page_asks_for_the_key(browser, monkeypatch):
 # ---- the project: layout, ladder, documents ----
 
 LADDER = {"config": set(), "tokenizer": set(), "data": set(), "attention": set(), "model": {"attention"},
-          "train": {"config", "tokenizer", "data", "model"}, "decode": {"config", "tokenizer", "data", "model"},
+          "train": {"config", "tokenizer", "data", "attention", "model"},
+          "decode": {"config", "tokenizer", "data", "attention", "model"},
           "serve": {"config", "tokenizer", "data", "model", "decode"}}
 FILES = [name for name in LADDER if (HERE / f"{name}.py").exists()]
 

@@ -3,7 +3,7 @@
 Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
 evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, starting and going on,
 the dry run, the benchmark, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
     python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
@@ -57,7 +57,8 @@ from torch.utils.checkpoint import checkpoint
 
 import config as configs
 import data
-from model import (CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint)
+from attention import SVG_STYLE
+from model import CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint
 from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors,
                        token_accuracy, word_errors)
 
@@ -446,8 +447,6 @@ def show_progress(line: str) -> None:
 # ---- curves.svg ----
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
-SVG_STYLE = ("text{font:12px sans-serif;fill:#333} .grid{stroke:#8884;fill:none} path{fill:none;stroke-width:2}"
-             "@media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd}}")
 
 
 def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
@@ -460,7 +459,7 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
     epochs = max(2, max(map(len, series.values())))
     x = lambda i: left + width * i / (epochs - 1)
     y = lambda v: top + 30 + height * (1 - (scale(v) - low) / (high - low))
-    parts = [f'<text x="{left}" y="{top + 16}" font-weight="bold">{title}</text>']
+    parts = [f'<text x="{left}" y="{top + 16}" class="title">{title}</text>']
     for k in range(5):
         v = low + (high - low) * k / 4
         level = top + 30 + height * (1 - k / 4)
@@ -470,10 +469,10 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
         parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
     for n, (name, line) in enumerate(series.items()):
         points = [f"{x(i):.1f} {y(v):.1f}" for i, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log_scale)]
-        colour = COLOURS[n % len(COLOURS)]
+        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
         dot = "h0.1" if len(points) == 1 else ""  # one epoch: a dot
-        parts.append(f'<path stroke="{colour}" stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
-                     f'<path stroke="{colour}" d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
+        parts.append(f'<path {pen} stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
+                     f'<path {pen} d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
                      f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {line[-1]:.4g}</text>')
     return "".join(parts)
 
