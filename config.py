@@ -136,8 +136,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    batch_size: int = 16                 # utterances at most in a batch
-    batch_frames: int = 20000            # padded frames at most in a batch
+    batch_size: int = 16                 # utterances at most in a batch, over all processes
+    batch_frames: int = 20000            # padded frames at most in a batch, likewise
     learning_rate: float = 1e-3          # peak, after the warm-up
     num_epochs: int = 10                 # passes over the training set
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
@@ -149,8 +149,14 @@ class TrainingConfig:
     seed: int = 0                        # at least 0 and below 2^64
     device: str = "auto"                 # auto | cpu | cuda
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
-    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
-    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
+    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
+    accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
+    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
+    recompute: bool = False              # encoder blocks keep no activations; the backward pass computes them again
+    compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
+    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
+    checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
+    overfit: int = 0                     # train and evaluate on the first so many utterances only; 0 = on all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
     init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
@@ -170,11 +176,11 @@ class Config:
 RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields it holds for, in whatever section)
     "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
-        num_epochs max_bad_steps"""),
+        num_epochs max_bad_steps accumulate"""),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
-        timing_noise attention_layers"""),
+        weight_decay checkpoint_steps checkpoint_minutes keep_epochs overfit patience memory_shift left right
+        smooth noise upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
@@ -191,7 +197,7 @@ CHOICES = {
     "model.decoder.position": ("sinusoidal", "learnable", "none"), "model.loss_unit": ("token", "utterance"),
     "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
     "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
-    "training.precision": ("auto", "float32", "bfloat16"),
+    "training.precision": ("auto", "float32", "bfloat16", "float64"),
 }
 
 LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares

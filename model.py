@@ -903,6 +903,15 @@ def build(options, input_dim: int, vocab_size: int) -> nn.Module:
     return ARCHITECTURES[options.name](options, input_dim, vocab_size)
 
 
+def pick_device(name: str, field: str = "device") -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda") or name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{field}: wanted auto, cpu or, where torch finds a GPU, cuda; got {name}; "
+                         f"torch finds {'a' if torch.cuda.is_available() else 'no'} GPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+CHECKPOINT_FORMAT = 2  # grows when train.py writes what an older one cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
@@ -922,6 +931,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
+    if state.get("format", 1) > CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: it "
+                         "is from a newer version of this project; update")
     return state
 
 

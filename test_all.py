@@ -2355,10 +2355,8 @@ def test_a_step_is_clipped_gradient_descent_with_decay_on_matrices_only(tmp_path
     ours, theirs, batch = tiny_model(tmp_path).eval(), tiny_model(tmp_path).eval(), tiny_batch()
     options = config.TrainingConfig(max_grad_norm=0.05, weight_decay=0.3)
     optimizer = torch.optim.SGD(train.parameter_groups(ours, options.weight_decay), lr=0.0)
-    torch.manual_seed(1)
-    step = train.train_step(ours, optimizer, batch, 0.1, options)
-    torch.manual_seed(1)
-    sums, tokens = theirs(*train.to_device(batch, torch.device("cpu")))
+    step = train.train_step(ours, optimizer, batch, 0.1, options, 7)
+    sums, tokens = theirs(*train.to_device(batch, torch.device("cpu")), *train.sampler_order(theirs, batch, 0, 7))
     (sums["loss"] / tokens).backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
     assert step.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.05
@@ -2389,7 +2387,7 @@ def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     step = train.train_step(model, optimizer, batch, 0.1, config.TrainingConfig())
     assert not step.finite and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "ce" not in train.step_totals(step, batch, 1.0)
+    assert "ce" not in train.step_totals(step, batch, 1.0, 0.5)
 
 
 # C11
@@ -2408,14 +2406,15 @@ def test_evaluation_counts_a_planted_set_by_alignment():
             return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [], [])
 
     items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
-    row = train.evaluate(Planted(), [data.collate(items)], tokenizer.decode)
+    row = train.rates(train.evaluate(Planted(), [data.collate([*items, data.Skip("d", "empty")])], tokenizer.decode))
     assert row == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
-                   "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4)}
+                   "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
+                   "dev_utterances": 3, "dev_skipped": 1}
 
 
 # ---- train: a run ----
 
-TIMES = ("seconds", "frames_per_second")
+TIMES = ("seconds", "frames_per_second", "data_wait", "peak_memory_mb")
 
 
 def without_times(history):
@@ -2437,13 +2436,13 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     assert [{k: float(v) for k, v in row.items()} for row in rows] == history and len(history) == 2
     wanted = {"epoch", "step", "learning_rate", "loss", "loss_ce", "loss_quantity", "grad_norm", "token_accuracy",
               "sequence_accuracy", "length_accuracy", "cer", "wer", "frames_per_second", "padding",
-              "skipped_utterances", "skipped_steps"}
+              "skipped_utterances", "skipped_steps", "data_wait", "peak_memory_mb", "dev_skipped"}
     assert wanted <= set(history[0])
     assert (run / "train.log").read_text().count("epoch 1/2") == 1
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert config.from_dict(state["config"], "checkpoint") == config.load(str(run / "config.yaml"))
     assert state["history"] == history and state["progress"]["epoch"] == 2
-    assert {"optimizer", "random", "stats", "tokenizer"} <= set(state)
+    assert {"format", "optimizer", "stats", "tokenizer"} <= set(state)
     assert sorted(p.name for p in run.iterdir()) == sorted(
         ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints"])
 
@@ -2479,12 +2478,13 @@ def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_b
         assert all(torch.equal(value, parts[weights][name]) for name, value in whole[weights].items())
     assert not torch.equal(whole["model"]["decoder.output.weight"], whole["trained"]["decoder.output.weight"])
     assert without_times(whole["history"]) == without_times(parts["history"])
-    assert torch.equal(whole["random"]["cpu"], parts["random"]["cpu"])
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_second(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "20260101_000000")
     first, second = train.new_run(tmp_path, "x"), train.new_run(tmp_path, "x")
+    train.point_latest(first)
+    train.point_latest(second)
     assert (first.name, second.name) == ("20260101_000000_x", "20260101_000000_x_2")
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
@@ -2517,7 +2517,7 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
 
     monkeypatch.setattr(train, "train_step", poisoned)
     assert train.main([path, "--runs", str(tmp_path), "--training.max_bad_steps=2"]) == 1
-    assert "2 non-finite steps in a row" in capsys.readouterr().out
+    assert "2 non-finite or skipped steps in a row" in capsys.readouterr().err
     log = (run_of(tmp_path) / "train.log").read_text()
     assert log.count("not finite, skipped; batch: toy_") == 2
     state = read_checkpoint(run_of(tmp_path) / "checkpoints/latest.pt")
@@ -2528,6 +2528,7 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.yaml"], "nowhere.yaml"), (["CONFIG", "--training.batch_sise=3"], "batch_size"),
     (["--resume", "nowhere"], "no such file"), (["CONFIG", "--data.kind=manifest"], "data.train"),
+    (["CONFIG", "--dry-run", "--data.batch_size=0"], "batch_size"),
     (["CONFIG", "--training.device=cuda"], "no GPU")])
 def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, words):
     if "cuda" in arguments[-1] and torch.cuda.is_available():
@@ -2538,7 +2539,9 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, wor
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", [[], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"]])
+@pytest.mark.parametrize("arguments", [
+    [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
+    ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
@@ -2561,6 +2564,521 @@ def test_the_toy_config_learns_its_task(tmp_path):
     assert train.main([str(HERE / "configs/toy.yaml"), "--runs", str(tmp_path)]) == 0
     best = train.best_row(json.loads((run_of(tmp_path) / "metrics.json").read_text()))
     assert best["token_accuracy"] >= 0.99 and best["sequence_accuracy"] >= 0.97
+
+
+# ---- train: survival ----
+
+ZYGOTE = """
+import json, os, sys, traceback
+import torch._dynamo  # the first optimizer of a process would import it
+import train
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    os.environ.update(order["env"])
+    out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1), os.dup2(out, 2)
+    code = 70
+    try:
+        code = train.main(order["argv"])
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+"""
+
+
+class Zygote:
+    """Starts train.main in processes of their own that can be killed, and that import torch only once together."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=HERE, text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    def ask(self, order: dict) -> int:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, out: pathlib.Path, *argv: str, **env: str) -> int:
+        return self.ask({"argv": argv, "out": str(out), "env": env})
+
+    def wait(self, pid: int) -> int:
+        return self.ask({"wait": pid})
+
+    def run(self, out: pathlib.Path, *argv: str) -> str:
+        """The output of a run that must succeed."""
+        assert self.wait(self.start(out, *argv)) == 0, out.read_text()
+        return out.read_text()
+
+
+@pytest.fixture(scope="module")
+def zygote():
+    zygote = Zygote()
+    yield zygote
+    zygote.process.communicate(timeout=20)
+
+
+def logged(run: pathlib.Path) -> str:
+    """train.log without times and speeds, and without the name of the run."""
+    text = re.sub(r"\S*/(\d{8}_\d{6}_tiny\w*|run)(?=[/:])", "RUN", (run / "train.log").read_text())
+    return re.sub(r"\d+:\d\d:\d\d|\d+ frames/s|wait +[\d.]+%", "#", text)
+
+
+def assert_not_torn(run: pathlib.Path) -> None:
+    """Every file of a run that is there is whole."""
+    assert run.exists() and (run / "checkpoints/latest.pt").exists() or (run / "checkpoints/previous.pt").exists()
+    for path in run.rglob("*.pt"):
+        read_checkpoint(path)
+    config.load(str(run / "config.yaml"))
+    for name, reader in (("metrics.json", json.loads), ("curves.svg", ElementTree.fromstring)):
+        assert not (run / name).exists() or reader((run / name).read_text())
+
+
+def assert_same_run(parts: pathlib.Path, whole: pathlib.Path) -> None:
+    """Weights, optimizer, metrics.json, results.csv and train.log are equal, up to times, speeds and memory."""
+    ours, theirs = (read_checkpoint(run / "checkpoints/latest.pt") for run in (parts, whole))
+    for weights in ("model", "trained"):
+        assert all(torch.equal(value, ours[weights][name]) for name, value in theirs[weights].items())
+    for index, moments in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(value, ours["optimizer"]["state"][index][name]) for name, value in moments.items())
+    rows = [json.loads((run / "metrics.json").read_text()) for run in (parts, whole)]
+    assert without_times(rows[0]) == without_times(rows[1]) and without_times(ours["history"]) == without_times(rows[0])
+    tables = [list(csv.DictReader((run / "results.csv").read_text().splitlines())) for run in (parts, whole)]
+    assert without_times(tables[0]) == without_times(tables[1])
+    assert logged(parts) == logged(whole)
+
+
+@pytest.fixture(scope="module")
+def whole_run(zygote, tmp_path_factory):
+    """-> arguments of a run, its folder after it ran uninterrupted, and how long that took."""
+    folder = tmp_path_factory.mktemp("whole")
+    argv = [tiny_yaml(folder / "tiny.yaml"), "--training.threads=1", "--training.checkpoint_steps=1",
+            "--training.average_decay=0.8", "--model.ctc_weight=0.3", "--model.encoder.dropout=0.2"]
+    began = time.monotonic()
+    zygote.run(folder / "out", *argv, "--runs", str(folder / "runs"))
+    return argv, run_of(folder / "runs"), time.monotonic() - began
+
+
+# C83
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
+def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupted_one(kills, zygote, whole_run,
+                                                                                       tmp_path):
+    """SIGKILL, writing included: each step writes a checkpoint, which takes longer than the step."""
+    (argv, whole, seconds), rng, done, trials = whole_run, random.Random(kills), 0, itertools.count()
+    while done < kills:
+        runs = tmp_path / str(next(trials))
+        pid = zygote.start(tmp_path / "out", *argv, "--runs", str(runs))
+        while not (runs / "latest").exists():  # before it there is nothing to resume
+            time.sleep(0.001)
+        run = run_of(runs)
+        for _ in range(min(5, kills - done)):
+            time.sleep(rng.uniform(0.0, 0.5 * seconds))
+            os.kill(pid, 9)
+            done += zygote.wait(pid) != 0
+            assert_not_torn(run)
+            assert (runs / "latest").resolve() == run
+            pid = zygote.start(tmp_path / "out", "--resume", str(run))
+        assert zygote.wait(pid) == 0
+        assert_same_run(run, whole)
+        assert not [path for path in run.rglob("*") if path.suffix == ".tmp" or path.name == "next.pt"]
+
+
+# C83
+def test_a_run_with_a_loader_process_that_is_killed_and_resumed_is_the_same(zygote, whole_run, tmp_path):
+    argv, whole, seconds = whole_run
+    argv = [*argv, "--data.num_workers=1", "--runs", str(tmp_path)]
+    pid = zygote.start(tmp_path / "out", *argv)
+    while not (tmp_path / "latest").exists():
+        time.sleep(0.001)
+    time.sleep(0.5 * seconds)
+    os.kill(pid, 9)
+    zygote.wait(pid)
+    zygote.run(tmp_path / "out", "--resume", str(run_of(tmp_path)))
+    assert_same_run(run_of(tmp_path), whole)
+
+
+# C84
+@pytest.mark.parametrize("number", [2, 15])
+def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothing_was(number, zygote, whole_run,
+                                                                                       tmp_path):
+    argv, whole, seconds = whole_run
+    argv = [a for a in argv if "checkpoint_steps" not in a]
+    pid = zygote.start(tmp_path / "out", *argv, "--runs", str(tmp_path / "runs"))
+    while not (tmp_path / "runs/latest").exists():
+        time.sleep(0.001)
+    os.kill(pid, number)
+    assert zygote.wait(pid) == 0
+    run, out = run_of(tmp_path / "runs"), (tmp_path / "out").read_text()
+    assert f"interrupted; go on with: python train.py --resume {run}" in out and "Traceback" not in out
+    state = read_checkpoint(run / "checkpoints/latest.pt")
+    assert 0 < state["progress"]["step"] < 15
+    zygote.run(tmp_path / "out", "--resume", str(run))
+    assert_same_run(run, whole)
+
+
+# C84
+def test_a_signal_during_evaluation_loses_no_step(tmp_path, monkeypatch):
+    path, stop, real = tiny_yaml(tmp_path / "tiny.yaml"), threading.Event(), train.evaluate
+    monkeypatch.setattr(train, "catch_signals", lambda: stop)
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: stop.set() or real(*arguments))
+    assert train.main([path, "--runs", str(tmp_path / "runs")]) == 0
+    monkeypatch.undo()
+    progress = read_checkpoint(run_of(tmp_path / "runs") / "checkpoints/latest.pt")["progress"]
+    assert (progress["epoch"], progress["batch"], progress["step"]) == (0, 5, 5)
+    assert train.main(["--resume", str(run_of(tmp_path / "runs"))]) == 0
+    assert train.main([path, "--runs", str(tmp_path / "whole")]) == 0
+    assert_same_run(run_of(tmp_path / "runs"), run_of(tmp_path / "whole"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train.main([tiny_yaml(folder / "tiny.yaml"), "--runs", str(folder / "runs"), "--training.num_epochs=2"]) == 0
+    return run_of(folder / "runs")
+
+
+def change_latest(run: pathlib.Path, **changes) -> None:
+    state = read_checkpoint(run / "checkpoints/latest.pt")
+    torch.save({**state, **changes}, run / "checkpoints/latest.pt")
+
+
+def other_config(run: pathlib.Path, **changes) -> dict:
+    """The config of a run's checkpoint with another encoder."""
+    values = read_checkpoint(run / "checkpoints/latest.pt")["config"]
+    return {**values, "model": {**values["model"], "encoder": {**values["model"]["encoder"], **changes}}}
+
+
+def another_vocabulary(run: pathlib.Path) -> None:
+    change_latest(run, tokenizer=Tokenizer.build(["abcdefg"]).state())
+
+
+def older(run: pathlib.Path) -> None:
+    state = read_checkpoint(run / "checkpoints/latest.pt")
+    torch.save({name: value for name, value in state.items() if name != "format"}, run / "checkpoints/latest.pt")
+
+
+# C85
+@pytest.mark.parametrize("spoil, words", [
+    (lambda run: change_latest(run, config=other_config(run, num_layers=2)), "another config than config.yaml"),
+    (lambda run: change_latest(run, model={}, trained={}), "missing encoder"),
+    (another_vocabulary, "decoder.output.bias (8,), wanted (11,)"),
+    (older, "format 2, got format 1"), (lambda run: change_latest(run, format=3), "newer version"),
+    (lambda run: change_latest(run, utterances=7), "the 7 utterances that the run began with, got 20"),
+    (lambda run: [path.write_bytes(b"PK") for path in (run / "checkpoints").glob("*.pt")], "cannot load"),
+    (lambda run: (run / "train.log").unlink() or (run / "train.log").mkdir(), "Is a directory")])
+def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(finished, tmp_path, capsys, spoil, words):
+    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    if "newer" in words:
+        (run / "checkpoints/previous.pt").unlink()
+    spoil(run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train.main(["--resume", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and error.strip().count("\n") == 0
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+# C85
+@pytest.mark.parametrize("size", [0, 100, None])
+def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, tmp_path, capsys, size):
+    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    latest = run / "checkpoints/latest.pt"
+    latest.unlink() if size is None else os.truncate(latest, size)
+    assert read_checkpoint(run / "checkpoints/previous.pt")["progress"]["epoch"] == 1
+    assert train.main(["--resume", str(run)]) == 0
+    error = capsys.readouterr().err
+    assert "latest.pt: wanted a checkpoint" in error and "going on from" in error and "previous.pt" in error
+    assert_same_run(run, finished)
+
+
+# C85
+@pytest.mark.parametrize("name", ["latest.pt", "next.pt", "metrics.json", "train.log"])
+def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys, name):
+    path, real, writes = tiny_yaml(tmp_path / "tiny.yaml"), data.write_atomic, collections.Counter()
+
+    def full(target, content):
+        writes[target.name] += 1
+        if target.name == name and writes["next.pt"] >= 2:
+            target.with_name(f"{target.name}.1.tmp").write_bytes(content[:7].encode() if isinstance(content, str)
+                                                                 else content[:7])
+            raise OSError(28, "No space left on device", str(target))
+        return real(target, content)
+
+    def no_log(run, line):
+        if writes["next.pt"] >= 2:
+            raise OSError(28, "No space left on device", str(run.folder / "train.log"))
+        return real_say(run, line)
+
+    real_say = train.say
+    monkeypatch.setattr(data, "write_atomic", full)
+    if name == "train.log":
+        monkeypatch.setattr(train, "say", no_log)
+    code = train.main([path, "--runs", str(tmp_path / "runs"), "--training.checkpoint_steps=4"])
+    error = capsys.readouterr().err
+    monkeypatch.undo()
+    if name == "latest.pt":  # it is renamed, not written
+        assert code == 0
+        return
+    run = run_of(tmp_path / "runs")
+    assert code == 2 and "No space left on device" in error and "free some space, then go on with: python" in error
+    assert error.strip().count("\n") == 0 and "Traceback" not in error
+    assert read_checkpoint(run / "checkpoints/latest.pt")["progress"]["step"] in (0, 4)
+    assert train.main(["--resume", str(run)]) == 0
+    assert train.main([path, "--runs", str(tmp_path / "whole"), "--training.checkpoint_steps=4"]) == 0
+    assert_same_run(run, run_of(tmp_path / "whole"))
+
+
+# C86
+def test_a_batch_that_does_not_fit_is_worked_through_in_parts_with_the_same_result(tmp_path):
+    """The model refuses more than one utterance; the weights are those of a step on all three at once."""
+    batch, models, steps = tiny_batch(), [tiny_model(tmp_path).double() for _ in range(2)], []
+    batch = batch._replace(feats=batch.feats.double())
+    forward = type(models[1]).forward
+
+    def limited(feats, *rest):
+        if len(feats) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(models[1], feats, *rest)
+
+    models[1].forward = limited
+    for tiny in models:
+        tiny.eval()
+        optimizer = torch.optim.AdamW(train.parameter_groups(tiny, 0.01))
+        steps.append(train.train_step(tiny, optimizer, batch, 0.01, config.TrainingConfig(), 3))
+    assert [step.parts for step in steps] == [1, 4] and steps[0].grad_norm == pytest.approx(steps[1].grad_norm)
+    assert "4 parts" in train.trouble(steps[1], 1) and not train.trouble(steps[0], 1)
+    for ours, theirs in zip(*(tiny.parameters() for tiny in models)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    models[1].forward = lambda *_: torch.empty(1 << 60)  # not enough memory for one utterance either
+    before = [parameter.clone() for parameter in models[1].parameters()]
+    step = train.train_step(models[1], optimizer, batch, 0.01, config.TrainingConfig(), 4)
+    assert (step.parts, step.finite) == (0, False) and "out of memory" in train.trouble(step, 1)
+    assert all(map(torch.equal, before, models[1].parameters()))
+
+
+# C86
+def test_a_loader_process_that_dies_is_named_and_its_batch_comes_again(tmp_path):
+    class Deadly(torch.utils.data.Dataset):
+        def __getitem__(self, address):
+            index = address[1]
+            if index == 2 and not (tmp_path / f"{tmp_path.name}_died").exists():
+                (tmp_path / f"{tmp_path.name}_died").touch()
+                os.kill(os.getpid(), 9)
+            if index == 5:
+                os.kill(os.getpid(), 9)
+            return data.Skip(str(index), "planted")
+
+    run = train.Run(tmp_path, threading.Event())
+    load = lambda start: data.loader(Deadly(), [[0], [1], [2], [3], [4], [5]], 0, 1, start)
+    batches, keys = train.reloading(run, load, 1), []
+    with pytest.raises(OSError, match="died 3 times over batch 6, the last time: DataLoader worker"):
+        for batch in batches:
+            keys.append(batch.skipped[0].key)
+    assert keys == ["1", "2", "3", "4"]
+    assert "loader process died at batch" in (tmp_path / "train.log").read_text()
+
+
+# C87
+def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch(tmp_path):
+    paraformer, batch = tiny_model(tmp_path), tiny_batch(3)
+    order, = train.sampler_order(paraformer, batch, 5, 9)
+    for k, part in enumerate(train.split(batch, 3)):
+        n = int(batch.token_lens[k])
+        assert part.keys == [batch.keys[k]] and part.feats.shape[1] == batch.feat_lens[k]
+        assert torch.equal(train.sampler_order(paraformer, part, 5, 9)[0][0], order[k, :n])
+    assert not torch.equal(order, train.sampler_order(paraformer, batch, 5, 10)[0])
+
+
+# C85
+def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished, tmp_path, capsys):
+    start = f"--training.init_from={finished}/checkpoints/latest.pt"
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text(json.dumps({"audio": "a.wav", "text": "xyz xyz"}) + "\n")
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path, start, "--data.kind=manifest", f"--data.train={manifest}"]) == 2
+    assert "without 7 of their 7 symbols, some of them in 'xyz xyz'" in capsys.readouterr().err
+    assert train.main([path, start, "--data.num_mels=20", "--data.augment.freq_width=20"]) == 2
+    assert "data.augment.freq_width: wanted at most num_mels 8, got 20" in capsys.readouterr().err
+
+
+# ---- train: several processes, accumulation ----
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+def start_ranks(zygote: Zygote, out: pathlib.Path, world: int, *argv: str) -> list[int]:
+    """What torchrun does: `world` processes that know their number and where to meet. -> their pids"""
+    meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [zygote.start(out.with_name(f"{out.name}{rank}"), *argv, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            for rank in range(world)]
+
+
+# C88
+def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):
+    """21 steps on batches of 5, 5, 5, 4 and 1 utterances (of which a rank's share is empty), with CTC and the sampler.
+
+    In float64, as in float32 Adam makes much of the rounding of a gradient that is 0; also stopped and resumed with
+    another number of processes.
+    """
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.precision=float64",
+            "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0",
+            "--training.batch_size=5", "--training.num_epochs=4", "--data.toy.num_train=21", "--training.max_grad_norm=3"]
+    ways = {"one": (1, []), "two": (2, []), "parts": (1, ["--training.accumulate=2"])}
+    runs = {}
+    for name, (world, more) in ways.items():
+        pids = start_ranks(zygote, tmp_path / name, world, *argv, *more, "--runs", str(tmp_path / f"runs_{name}"))
+        assert [zygote.wait(pid) for pid in pids] == [0] * world, (tmp_path / f"{name}0").read_text()
+        runs[name] = run_of(tmp_path / f"runs_{name}")
+    assert len(list((tmp_path / "runs_two").iterdir())) == 2  # rank 0 alone makes a folder, and points latest at it
+    moved = pathlib.Path(shutil.copytree(runs["two"], tmp_path / "moved"))
+    os.replace(moved / "checkpoints/previous.pt", moved / "checkpoints/latest.pt")  # after three epochs
+    zygote.run(tmp_path / "out", "--resume", str(moved))
+    back = pathlib.Path(shutil.copytree(runs["one"], tmp_path / "back"))
+    os.replace(back / "checkpoints/previous.pt", back / "checkpoints/latest.pt")
+    assert [zygote.wait(pid) for pid in start_ranks(zygote, tmp_path / "b", 2, "--resume", str(back))] == [0, 0]
+    wanted = read_checkpoint(runs["one"] / "checkpoints/latest.pt")
+    assert wanted["progress"]["step"] >= 20
+    for run in (runs["two"], runs["parts"], moved, back):
+        state = read_checkpoint(run / "checkpoints/latest.pt")
+        for name, value in wanted["trained"].items():
+            torch.testing.assert_close(state["trained"][name], value, rtol=0, atol=1e-6, msg=f"{run} {name}")
+        for ours, theirs in zip(state["history"], wanted["history"], strict=True):
+            ours, theirs = ({k: v for k, v in without_times([row])[0].items() if k != "padding"}
+                            for row in (ours, theirs))
+            assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+# C89
+@pytest.mark.parametrize("number", [9, 15])
+def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp_path, number):
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.num_epochs=1000"]
+    pids = start_ranks(zygote, tmp_path / "out", 2, *argv, "--runs", str(tmp_path / "runs"))
+    while not (tmp_path / "runs/latest").exists():
+        time.sleep(0.001)
+    os.kill(pids[1], number)
+    codes = [zygote.wait(pid) for pid in pids]
+    out = (tmp_path / "out0").read_text()
+    if number == 9:
+        assert codes == [1, -9] and "another process of the run has ended" in out and "Traceback" not in out
+    else:
+        assert codes == [0, 0] and "interrupted; go on with" in out
+    read_checkpoint(run_of(tmp_path / "runs") / "checkpoints/latest.pt")
+
+
+# C89
+@slow
+def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+               str(HERE / "train.py"), tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=80)
+    assert done.returncode == 0 and "3 epochs done" in done.stdout, done.stderr
+    done = subprocess.run([*command, "--data.kind=manifest"], capture_output=True, text=True, env=environment, timeout=80)
+    assert done.returncode and "data.train: wanted a manifest" in done.stderr
+
+
+# ---- train: memory, averages ----
+
+# C90
+@pytest.mark.parametrize("option", ["recompute", pytest.param("compile", marks=slow)])
+def test_saving_memory_or_time_changes_no_weight_beyond_rounding(tmp_path, monkeypatch, option):
+    """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay.
+
+    compile goes through torch's tracing only: generating code takes minutes on a CPU.
+    """
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: real(self, backend="eager", dynamic=dynamic))
+    options, models = config.TrainingConfig(**{option: True}), [tiny_model(tmp_path) for _ in range(2)]
+    names = list(models[1].state_dict())
+    train.save_memory_and_time(models[1], options)
+    saved, losses = [], []
+    for tiny in models:
+        optimizer = torch.optim.SGD(tiny.parameters())
+        dropout = 0.0 if option == "compile" else 0.5  # a compiled dropout draws otherwise
+        for module in tiny.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+        sizes = []
+        count = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x)
+        with contextlib.nullcontext() if option == "compile" else count:
+            losses.append(train.train_step(tiny, optimizer, tiny_batch(), 0.1, config.TrainingConfig(), 3).sums["loss"])
+        saved.append(sum(sizes))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and list(models[1].state_dict()) == names
+    for ours, theirs in zip(*(tiny.parameters() for tiny in models)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert option == "compile" or saved[1] < 0.8 * saved[0]
+
+
+# C90
+def test_the_average_is_the_mean_of_the_best_kept_epochs(tmp_path, capsys):
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--training.keep_epochs=3",
+            "--training.num_epochs=5"]
+    assert train.main(argv) == 0
+    folder = run_of(tmp_path) / "checkpoints"
+    kept = sorted(folder.glob("epoch_*.pt"))
+    assert [path.name for path in kept] == ["epoch_0003.pt", "epoch_0004.pt", "epoch_0005.pt"]
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "3"]) == 0
+    states, average = [read_checkpoint(path) for path in kept], read_checkpoint(folder / "average.pt")
+    for name, value in average["model"].items():
+        wanted = sum(state["model"][name].double() for state in states) / 3
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-6, atol=1e-7)
+    planted = [{**state, "history": [{**state["history"][-1], "token_accuracy": rank / 3}]}
+               for state, rank in zip(states, (2, 0, 1))]
+    for path, state in zip(kept, planted):
+        torch.save(state, path)
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "2"]) == 0
+    assert "mean of epochs 3 5" in capsys.readouterr().out
+    assert train.main(["--resume", str(run_of(tmp_path)), "--average", "4"]) == 2
+    assert "wanted 4 files epoch_*.pt, got 3; train with --training.keep_epochs=4" in capsys.readouterr().err
+
+
+# ---- train: dry run, overfitting ----
+
+# C91
+def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {words[0]: int(words[1].replace(",", "")) for words in map(str.split, lines) if words[-1:] and
+              words[-1].endswith("%")}
+    tiny = tiny_model(tmp_path)
+    assert counts["model"] == sum(p.numel() for p in tiny.parameters())
+    assert counts["encoder.blocks"] == sum(p.numel() for p in tiny.encoder.blocks.parameters())
+    assert counts["model"] == sum(count for name, count in counts.items() if "." not in name and name != "model")
+    shapes = dict(re.findall(r"^(\S+) .*-> (\(.*\))$", "\n".join(lines), re.MULTILINE))
+    B, T, U = map(int, re.search(r"feats \((\d+),(\d+),8\), tokens \(\d+,(\d+)\)", "\n".join(lines)).groups())
+    assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
+    assert any("5 steps an epoch, 15 in all" in line for line in lines)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+# C91
+def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    argv = [path, "--overfit", "2", "--training.learning_rate=5e-3", "--data.augment.channel_std=5"]
+    assert train.main([*argv, "--runs", str(tmp_path / "good")]) == 0
+    best = train.best_row(json.loads((run_of(tmp_path / "good") / "metrics.json").read_text()))
+    assert (best["token_accuracy"], best["sequence_accuracy"], best["dev_utterances"]) == (1.0, 1.0, 2)
+    system = train.make_system(config.load(str(run_of(tmp_path / "good") / "config.yaml")))
+    whole = data.open_dataset(system.config.data, "train", system.tokenizer.encode, 0, system.stats)
+    for item in (system.train_set[3, 2 * 7 + 1], system.dev_set[0, 1]):  # nothing but the first ones, as they are
+        assert item.key == whole[1].key and torch.equal(item.feats, whole[1].feats)
+    assert len(system.train_set) == len(system.train_set.lengths) == 20 and len(system.dev_set) == 2
+    monkeypatch.setattr(train, "OVERFIT_EPOCHS", 1)
+    assert train.main([*argv, "--runs", str(tmp_path / "bad")]) == 1
+    assert "failed to learn 2 utterances by heart" in capsys.readouterr().out
 
 
 # ---- decode: recognition ----
@@ -3185,7 +3703,8 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert decode.main(["--ckpt", ckpt, "--batch-size", "2"]) == 0
     out, err = capsys.readouterr()
     dataset = data.open_dataset(system.config.data, "test", system.tokenizer.encode, 0, system.stats)
-    row = train.evaluate(system.model, [data.collate([dataset[i] for i in range(9)])], system.tokenizer.decode)
+    batch = data.collate([dataset[i] for i in range(9)])
+    row = train.rates(train.evaluate(system.model, [batch], system.tokenizer.decode))
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
