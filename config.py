@@ -121,8 +121,8 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class DataConfig:
     kind: str = "toy"                    # toy | manifest
-    train: str = ""                      # manifest (JSON lines) or Kaldi folder; wanted for kind manifest
-    dev: str = ""                        # likewise; wanted for kind manifest
+    train: str = ""                      # JSON lines or Kaldi folder: a path, a pattern, or several with commas between
+    dev: str = ""                        # likewise
     test: str = ""                       # likewise; "" = none
     unit: str = "char"                   # char | word
     sample_rate: int = 16000             # Hz; every recording is resampled to it
@@ -138,8 +138,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    batch_size: int = 16                 # utterances at most in a batch
-    batch_frames: int = 20000            # padded frames at most in a batch
+    batch_size: int = 16                 # utterances at most in a batch, over all processes
+    batch_frames: int = 20000            # padded frames at most in a batch, likewise
     learning_rate: float = 1e-3          # peak, after the warm-up
     num_epochs: int = 10                 # passes over the training set
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
@@ -148,11 +148,17 @@ class TrainingConfig:
     final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
     weight_decay: float = 0.01           # on matrices only, 0 or more
     average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
-    seed: int = 0                        # 0 or more
+    seed: int = 0                        # at least 0 and below 2^64
     device: str = "auto"                 # auto | cpu | cuda
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
-    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16
-    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = once an epoch only
+    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
+    accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
+    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
+    recompute: bool = False              # encoder blocks keep no activations; the backward pass computes them again
+    compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
+    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
+    checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
+    overfit: int = 0                     # train and evaluate on the first so many utterances only; 0 = on all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
     init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
     target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
@@ -172,17 +178,18 @@ class Config:
 RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields it holds for, in whatever section)
     "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
-        num_epochs max_bad_steps"""),
+        num_epochs max_bad_steps accumulate"""),
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
     "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight mwer_weight blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay seed checkpoint_steps patience memory_shift left right smooth noise upsampling timing_smooth
-        timing_noise attention_layers"""),
+        weight_decay checkpoint_steps checkpoint_minutes keep_epochs overfit patience memory_shift left right
+        smooth noise upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
+    "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 CHOICES = {
@@ -193,10 +200,10 @@ CHOICES = {
     "model.decoder.position": ("sinusoidal", "learnable", "none"), "model.loss_unit": ("token", "utterance"),
     "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
     "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
-    "training.precision": ("auto", "float32", "bfloat16"),
+    "training.precision": ("auto", "float32", "bfloat16", "float64"),
 }
 
-
+LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
 UNUSED = {  # what a model has no use for, and what must then have its default
     "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
         share_embedding place_embedding padding_leaks""",
@@ -250,9 +257,25 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
         yield f"model.predictor.upsampling: wanted 0 for kind {model.predictor.kind}, got {model.predictor.upsampling}"
 
 
+def _position_errors(config: Config) -> Iterator[str]:
+    """A learnable table must hold the longest recording, at its slowest; 10 ms a frame."""
+    data, encoder = config.data, config.model.encoder
+    if encoder.position != "learnable" or encoder.kind in ("sanm", "relative_conformer"):
+        return
+    slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
+    frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"
+    if data.kind == "toy":
+        frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
+    steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
+    if steps > LEARNED_POSITIONS:
+        yield (f"model.encoder.position: wanted at most {LEARNED_POSITIONS} encoder frames for learnable, "
+               f"got {steps:.0f} for {longest}; use sinusoidal, or more subsampling")
+
+
 def _cross_errors(config: Config) -> Iterator[str]:
     data, toy = config.data, config.data.toy
     yield from _model_errors(config.model)
+    yield from _position_errors(config)
     for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
         if part.num_heads > 0 and part.hidden_dim % part.num_heads:
             yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
@@ -260,9 +283,10 @@ def _cross_errors(config: Config) -> Iterator[str]:
             yield f"model.{name}.hidden_dim: wanted an even width for sinusoidal positions, got {part.hidden_dim}"
     if config.model.encoder.kind == "sanm" and data.num_mels * data.lfr_m % 2:
         yield f"data.num_mels: wanted num_mels x lfr_m even for kind sanm, got {data.num_mels} x {data.lfr_m}"
-    for name, wanted in (("unit", "char"), ("lfr_m", 1), ("lfr_n", 1)):
-        if data.kind == "toy" and getattr(data, name) != wanted:
-            yield f"data.{name}: wanted {wanted} for kind toy, got {getattr(data, name)}"
+    for name, value, wanted in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
+                                ("augment.speeds", data.augment.speeds, (1.0,))):
+        if data.kind == "toy" and value != wanted:
+            yield f"data.{name}: wanted {_show(wanted)} for kind toy, got {_show(value)}"
     if toy.max_symbols < toy.min_symbols:
         yield f"data.toy.max_symbols: wanted at least min_symbols {toy.min_symbols}, got {toy.max_symbols}"
     if toy.max_frames < 3 * toy.min_frames:

@@ -10,6 +10,7 @@ a bad recording in a manifest is a `Skip`.
 
     python data.py --help                the sub-commands that turn public corpora into manifests
     python data.py toy --benchmark       how hard the toy task is for a linear classifier, and how fast it is made
+    python data.py manifest              what a manifest of a million lines costs in time and memory
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances. Samples are float32 in [-1,1),
 energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling),
@@ -17,7 +18,9 @@ SpecAugment (Park et al. 2019).
 """
 import argparse
 import functools
+import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -26,6 +29,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import wave
 from collections.abc import Callable, Iterable, Iterator
@@ -321,6 +325,8 @@ def compute_stats(features: Iterable[Tensor]) -> Tensor:
     """Mean and reciprocal deviation over all frames of arrays (T,F) -> (2,F) float32. ValueError if no frame came."""
     count, total, squares = 0, 0.0, 0.0
     for feats in features:
+        if feats.dim() != 2 or count and feats.shape[1:] != total.shape:
+            raise ValueError(f"feats must be (T,F) of one F, got {tuple(feats.shape)}")
         x = feats.double()      # float64: a million frames
         count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
     if count == 0:
@@ -348,6 +354,8 @@ def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
 
 def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
     """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
+    if stats.dim() != 2 or len(stats) != 2:
+        raise ValueError(f"stats must be (2,F), got {tuple(stats.shape)}")
     size = stats.shape[1]
     rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
     lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
@@ -366,11 +374,11 @@ def frame_sec(options) -> float:
     return SHIFT_SEC * options.lfr_n
 
 
-def num_frames(duration_sec: float, options) -> int:
-    """Frames that `frontend` makes of so many seconds (one more or less where a duration was rounded)."""
-    samples = round(duration_sec * options.sample_rate)
+def num_frames(seconds: np.ndarray, options) -> np.ndarray:
+    """Frames that `frontend` makes of so many seconds (one more or less where a duration was rounded), both (n,)."""
+    samples = np.rint(seconds * options.sample_rate).astype(np.int64)
     window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
-    return 0 if samples < window else -(-(1 + (samples - window) // shift) // options.lfr_n)
+    return np.where(samples < window, 0, -(-(1 + (samples - window) // shift) // options.lfr_n))
 
 
 def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None) -> Tensor:
@@ -401,6 +409,8 @@ def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
 def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.ndarray:
     """A smooth curve over the mel bins (num_mels,), as another microphone or room adds to log energies: a level and
     three cosines of 1 to 3 half periods, whose strengths are normal with deviation `std`."""
+    if num_mels < 1 or std < 0:
+        raise ValueError(f"num_mels must be 1 or more and std 0 or more, got {num_mels} and {std}")
     phase = np.pi * (np.arange(num_mels) + 0.5) / num_mels
     return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
@@ -413,10 +423,10 @@ def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
     frames that lfr stacked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
-    T, F = feats.shape
     mels, augment = options.num_mels, options.augment
-    if F % mels:
+    if feats.dim() != 2 or feats.shape[1] % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
+    T, F = feats.shape
     if augment.channel_std:
         feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
     bins, frames = np.ones(mels, bool), np.ones(T, bool)
@@ -491,6 +501,8 @@ def toy_letter(symbol: int) -> str:
 
 def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.random.Generator) -> np.ndarray:
     """symbols (U,), durations (U,) frames -> (T, num_mels) float32, natural-log energies above a floor around 0."""
+    if symbols.ndim != 1 or symbols.shape != durations.shape or len(symbols) == 0:
+        raise ValueError(f"symbols and durations must be (U,), U >= 1, got {symbols.shape} and {durations.shape}")
     toy, inventory = options.toy, toy_inventory(options.toy.num_symbols, options.num_mels)
     ends = durations.cumsum()
     t = np.arange(ends[-1]) + 0.5                               # (T,) middles of the frames
@@ -529,6 +541,10 @@ class ToySeq2SeqDataset(Dataset):
 
     def __len__(self) -> int:
         return self.num_utterances
+
+    @property
+    def keys(self) -> list[str]:
+        return [f"toy_{self.seed}_{index}" for index in range(len(self))]
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
@@ -574,20 +590,38 @@ class Row(NamedTuple):
 AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "target")     # ours, NeMo's, FunASR's
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place as file:line, line) of every line that is not blank, stripped. ValueError if it is no UTF-8 file."""
-    if not path.is_file():
+def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
+    """(place as file:line, byte where it starts, line) of every line that is not blank, stripped. ValueError if it is
+    no UTF-8 file."""
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: wanted a text file, got none of that name")
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            line = raw.decode("utf-8-sig").strip()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}:{number}: wanted UTF-8, got {raw[:40]!r}") from None
-        if line:
-            yield f"{path}:{number}", line
+    start = 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode().removeprefix("\ufeff").strip()
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number}: wanted UTF-8, got {raw[:40]!r}") from None
+            if line:
+                yield f"{path}:{number}", start, line
+            start += len(raw)
 
 
-def parse_row(line: str, folder: Path, place: str) -> Row:
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """As scan_lines, without the bytes."""
+    return ((place, line) for place, _, line in scan_lines(path))
+
+
+def line_at(path: str, start: int) -> str:
+    """The line that starts at this byte, stripped; "" for -1."""
+    if start < 0:
+        return ""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.readline().decode().removeprefix("\ufeff").strip()
+
+
+def parse_row(line: str, folder: str, place: str) -> Row:
     """One JSON line of a manifest; paths are relative to `folder`. Raises ValueError: place, wanted, got."""
     try:
         fields = json.loads(line)
@@ -606,53 +640,119 @@ def parse_row(line: str, folder: Path, place: str) -> Row:
         raise ValueError(f"{place}: wanted seconds as duration, got {duration!r}")
     if fields.get("offset"):
         raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
-    return Row(Path(audio).stem if key is None else str(key), str(folder / audio), text, duration)
+    key = os.path.splitext(os.path.basename(audio))[0] if key is None else str(key)     # os.path: Path is 8 x slower
+    return Row(key, os.path.join(folder, audio), text, duration)
 
 
-def read_table(path: Path) -> dict[str, tuple[str, str]]:
-    """A Kaldi table, lines `key value` -> {key: (value, place)}. Raises ValueError if a key stands twice."""
-    table: dict[str, tuple[str, str]] = {}
-    for place, line in read_lines(path):
+def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str, int]]:
+    """A Kaldi table, lines `key value` -> {key: (value, place, byte)}. Raises ValueError if a key stands twice."""
+    table: dict[str, tuple[str, str, int]] = {}
+    for place, start, line in scan_lines(path):
         key, *value = line.split(None, 1)
         if key in table:
             raise ValueError(f"{place}: wanted every key once, got {key!r} again, first at {table[key][1]}")
-        table[key] = ("".join(value), place)
+        table[key] = ("".join(value), place, start)
     return table
 
 
-def read_kaldi(folder: Path) -> list[Row]:
-    """wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and for `segments`."""
-    if (folder / "segments").exists():
-        raise ValueError(f"{folder / 'segments'}: wanted one recording an utterance, got segments; cut them first")
-    audio, texts = read_table(folder / "wav.scp"), read_table(folder / "text")
-    for path, place in audio.values():
+def scan_kaldi(folder: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
+    """Rows of wav.scp (plain paths, relative to the folder) and text, with the bytes of their lines in the two, -1 for
+    none. Raises ValueError for pipes and for `segments`."""
+    if os.path.exists(f"{folder}/segments"):
+        raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
+    audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
+    for path, place, _ in audio.values():
         if path.endswith("|") or not path:
             raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
-    return [Row(key, str(folder / audio[key][0]) if key in audio else "", texts.get(key, ("",))[0], None)
-            for key in {**audio, **texts}]
+    for key in {**audio, **texts}:
+        (path, _, audio_at), (text, _, text_at) = audio.get(key, ("", "", -1)), texts.get(key, ("", "", -1))
+        yield audio_at, text_at, Row(key, path and os.path.join(folder, path), text, None)
 
 
-def read_manifest(path: str | os.PathLike) -> list[Row]:
-    """Rows of a JSON-lines manifest or a Kaldi folder. Raises ValueError at the first bad line."""
-    path = Path(path)
-    if path.is_dir():
-        return read_kaldi(path)
-    return [parse_row(line, path.parent, place) for place, line in read_lines(path)]
+def kaldi_row(folder: str, audio_at: int, text_at: int) -> Row:
+    """One row that scan_kaldi has found, read again."""
+    key, path = (*line_at(f"{folder}/wav.scp", audio_at).split(None, 1), "", "")[:2]
+    name, text = (*line_at(f"{folder}/text", text_at).split(None, 1), "", "")[:2]
+    return Row(key or name, path and os.path.join(folder, path), text, None)
+
+
+def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
+    """Rows of a JSON-lines manifest or a Kaldi folder, with the bytes where the lines of their audio and text start."""
+    if os.path.isdir(path):
+        return scan_kaldi(path)
+    folder = os.path.dirname(path)
+    return ((start, start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
+
+
+def find_manifests(source: str | os.PathLike) -> list[str]:
+    """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas."""
+    names = [os.fspath(source)] if os.path.exists(source) else os.fspath(source).split(",")
+    return [path for name in map(str.strip, names) for path in sorted(glob.glob(name)) or [name]]
+
+
+class Manifest:
+    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] reads row i from its file.
+
+    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one;
+    then only `index` is in memory, one array that worker processes share: places and seconds (NaN = not given). So the
+    files have to stay as they are.
+    """
+
+    PLACE = [("manifest", np.int32), ("audio", np.int64), ("text", np.int64), ("seconds", np.float64)]
+
+    def __init__(self, source: str | os.PathLike):
+        self.paths = find_manifests(source)
+        places = ((number, audio_at, text_at, row.duration) for number, path in enumerate(self.paths)
+                  for audio_at, text_at, row in scan_rows(path))
+        self.index = np.fromiter(places, self.PLACE)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Row:
+        number, audio_at, text_at, _ = self.index[index].item()
+        path = self.paths[number]
+        if os.path.isdir(path):
+            return kaldi_row(path, audio_at, text_at)
+        return parse_row(line_at(path, audio_at), os.path.dirname(path), f"{path}, byte {audio_at}")
+
+
+RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
 
 
 def read_inputs(paths: Iterable[str]) -> list[Row]:
-    """Rows of what a command line names: manifests (.jsonl), Kaldi folders, and recordings (anything else)."""
+    """Rows of what a command line names: manifests (.jsonl), Kaldi folders (those with wav.scp), other folders (every
+    recording in them, at any depth, by path), and recordings (anything else). Raises ValueError for an empty folder."""
     rows: list[Row] = []
     for path in map(Path, paths):
-        is_list = path.suffix in (".jsonl", ".json") or path.is_dir()
-        rows += read_manifest(path) if is_list else [Row(str(path), str(path), "", None)]
+        if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
+            rows += [row for _, _, row in scan_rows(path)]
+            continue
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
+        rows += [Row(str(p), str(p), "", None) for p in found]
     return rows
+
+
+def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
+    """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
+    with open(copy, "wb") as file:
+        shutil.copyfileobj(stream, file)
+    with open(copy, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise ValueError("standard input: wanted a recording or lines, got nothing")
+    if b"\0" in head:       # every recording has some, no text has
+        return [Row("stdin", str(copy), "", None)]
+    return [row for place, line in read_lines(copy)
+            for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs([line]))]
 
 
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
 
-    source: JSON lines, a Kaldi folder, or rows. stats (2,F) normalise. augment: one of the speeds, and SpecAugment,
+    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, and SpecAugment,
     both pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the encoder's
     subsampling).
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
@@ -663,31 +763,39 @@ class ManifestDataset(Dataset):
     def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
                  seed: int = 0, augment: bool = False, stats: Tensor | None = None, frames_per_token: int = 1,
                  for_training: bool = True):
-        self.rows = source if isinstance(source, list) else read_manifest(source)
+        self.rows = source if isinstance(source, list) else Manifest(source)
         self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
         self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def keys(self) -> list[str]:
+        return [row.key for row in self.rows]
+
     @functools.cached_property
-    def durations(self) -> list[float]:
-        """Seconds of every recording: as the manifest says, else by the header; 0 if that cannot be read."""
-        return [row.duration if row.duration is not None else audio_seconds(row.audio) or 0.0 for row in self.rows]
+    def durations(self) -> np.ndarray:
+        """Seconds of every recording: as the manifest says, else by the header, file by file; 0 if that has none."""
+        given = [row.duration for row in self.rows] if isinstance(self.rows, list) else self.rows.index["seconds"]
+        seconds = np.array(given, np.float64)       # None: NaN
+        for index in np.flatnonzero(np.isnan(seconds)):
+            seconds[index] = audio_seconds(self.rows[index].audio) or 0.0
+        return seconds
 
     @property
     def lengths(self) -> np.ndarray:
         """Frames of every utterance at its own speed, estimated from `durations`."""
-        return np.array([num_frames(seconds, self.options) for seconds in self.durations], np.int64)
+        return num_frames(self.durations, self.options)
 
     def epoch_lengths(self, epoch: int) -> np.ndarray:
         """Frames of every utterance at the speeds of that epoch."""
-        return np.array([num_frames(seconds / self._speed(epoch, index)[0], self.options)
-                         for index, seconds in enumerate(self.durations)], np.int64)
+        speeds = np.fromiter((self._speed(epoch, index)[0] for index in range(len(self))), np.float64)
+        return num_frames(self.durations / speeds, self.options)
 
     def _speed(self, epoch: int, index: int) -> tuple[float, np.random.Generator]:
-        rng = generator(self.seed, epoch, index)
-        return float(rng.choice(self.options.augment.speeds)) if self.augment else 1.0, rng
+        rng, speeds = generator(self.seed, epoch, index), self.options.augment.speeds
+        return float(speeds[rng.integers(len(speeds))]) if self.augment else 1.0, rng
 
     def _load(self, row: Row) -> tuple[Tensor, int] | Skip:
         if self.for_training and not row.text.strip():
@@ -730,18 +838,19 @@ class ManifestDataset(Dataset):
         return Utterance(row.key, feats, tokens, row.text, None, len(samples) / rate_hz)
 
 
-def training_texts(options) -> list[str]:
-    """The texts that a tokenizer is built from: those of the training manifest, or every letter of the toy task."""
+def training_texts(options) -> Iterable[str]:
+    """The texts that a tokenizer is built from: those of the training manifests, one by one, or every letter of the
+    toy task."""
     if options.kind == "toy":
         return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
-    return [row.text for row in read_manifest(options.train)]
+    return (row.text for path in find_manifests(options.train) for _, _, row in scan_rows(path))
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
                  frames_per_token: int = 1, augment: bool = False) -> Dataset:
     """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds.
 
-    A manifest that is not given is the training manifest.
+    options.train, dev and test are as in find_manifests; one that is not given is the training manifest.
     """
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
@@ -797,9 +906,10 @@ def collate(items: list[Utterance | Skip]) -> Batch:
     """Utterances -> one padded Batch; Skips go to `skipped`. Of Skips alone comes a batch with B == 0."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
-    widths = {item.feats.shape[1:] for item in kept}
-    if len(widths) > 1:
-        raise ValueError(f"feats must be (T,F) of one width, got {sorted(tuple(w) for w in widths)}")
+    shapes = {(tuple(item.feats.shape[1:]), item.tokens.dim()) for item in kept}
+    if len(shapes) > 1 or any(len(width) != 1 or rank != 1 for width, rank in shapes):
+        raise ValueError("feats must be (T,F) of one width and tokens (U,), got "
+                         f"{[(tuple(item.feats.shape), tuple(item.tokens.shape)) for item in kept]}")
     if not kept:
         empty = torch.zeros(0, dtype=torch.int64)
         return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], [], [], skipped)
@@ -811,8 +921,9 @@ def collate(items: list[Utterance | Skip]) -> Batch:
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
            start: int = 0) -> Iterable[Batch]:
-    """Batches from number `start` on, in order, equal for every num_workers. Leaves torch's global generator alone."""
-    addresses = [[(epoch, index) for index in batch] for batch in batches[start:]]
+    """Batches from number `start` on, once, in order, equal for every num_workers; each worker is two batches ahead.
+    Leaves torch's global generator alone."""
+    addresses = ([(epoch, index) for index in batch] for batch in itertools.islice(batches, start, None))
     return DataLoader(dataset, batch_sampler=addresses, num_workers=num_workers, collate_fn=collate,
                       generator=torch.Generator())
 
@@ -892,7 +1003,7 @@ def prepare_librispeech(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
     """<split>/<speaker>/<chapter>/*.trans.txt, lines `key TEXT`, beside <key>.flac."""
     for table in sorted(source.glob("*/*/*/*.trans.txt")):
         split, speaker = table.relative_to(source).parts[:2]
-        for key, (text, _) in read_table(table).items():
+        for key, (text, *_) in read_table(table).items():
             yield split, manifest_row(out, table.parent / f"{key}.flac", text, speaker)
 
 
@@ -921,6 +1032,31 @@ def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
     num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
     blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
+
+
+def manifest_report(num_lines: int) -> int:
+    """Print what a generated manifest of so many lines costs to open, to take an epoch's batches from, and to keep."""
+    if num_lines < 1:
+        raise ValueError(f"--benchmark: wanted 1 line or more, got {num_lines}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "train.jsonl")
+        with open(path, "w") as file:
+            for i in range(num_lines):
+                row = {"audio": f"wav/speaker_{i % 1000:04d}/{i:08d}.wav", "text": f"{'some words said by ' * 3}{i}",
+                       "key": f"{i:08d}", "duration": 1 + i % 1000 / 100}
+                file.write(json.dumps(row) + "\n")
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        before, times = peak(), [time.perf_counter()]
+        dataset = ManifestDataset(path, SimpleNamespace(sample_rate=16000, lfr_n=1), list)
+        times.append(time.perf_counter())
+        batches = make_batches(dataset.lengths, 16, 20000)
+        times.append(time.perf_counter())
+        text = dataset.rows[num_lines // 2].text
+        print(f"{num_lines} lines, {os.path.getsize(path) / 1e6:.0f} MB: opened in {times[1] - times[0]:.2f} s, "
+              f"{len(batches)} batches in {times[2] - times[1]:.2f} s, row {num_lines // 2}: {text!r}\n"
+              f"bytes an utterance: index {dataset.rows.index.nbytes / num_lines:.0f}, "
+              f"peak of the process above that before {(peak() - before) / num_lines:.0f}")
+    return 0
 
 
 def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int) -> float:
@@ -988,10 +1124,14 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
     toy = add("toy", "the toy task: print three utterances", folders=False)
     toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
+    manifest = add("manifest", "what a long manifest costs in time and memory", folders=False)
+    manifest.add_argument("--benchmark", type=int, default=10**6, metavar="LINES", help="generated (default 1000000)")
     return parser
 
 
 def run_command(args: argparse.Namespace) -> int:
+    if args.command == "manifest":
+        return manifest_report(args.benchmark)
     if args.command == "toy":
         return toy_report(args.benchmark, args.seed)
     source, out = args.source, args.out

@@ -1,30 +1,34 @@
 """Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
 
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
-    python decode.py a.wav b.wav                    recordings
+    python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
-    python decode.py --plot pictures a.wav          also two SVGs per utterance: features and firing, cross-attention
+    python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
+    torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
+    python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
-Results go to standard output and to JSON lines, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments.
-Reading order: load_system, search, transcribe (all that serving needs), pictures, the report, exports, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py and model.py.
+Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
+be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
+Reading order: load_system, search, transcribe (all that serving needs), forms of a result, pictures, the report,
+exports, main.
+Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
-import base64
+import contextlib
+import datetime
 import html
 import json
 import math
 import os
-import struct
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,13 +40,13 @@ from torch import Tensor, nn
 
 import config as configs
 import data
+from attention import Span, alignment_svg, attention_svg, escape
 from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask,
                    read_checkpoint)
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, Counts, PieceTokenizer, Tokenizer, Word, char_errors, count_errors,
-                       join_words, spell_words, token_accuracy, word_errors)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
+                       count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
-BATCH_FRAMES = 60000  # padded frames of a batch at most: ten minutes at 10 ms
 
 # ---- a checkpoint, ready to recognise ----
 
@@ -326,6 +330,14 @@ class Token(NamedTuple):
     end: float
 
 
+class Word(NamedTuple):
+    text: str
+    start: float
+    end: float
+    confidence: float  # as of a Result, of its own tokens
+    spaced: bool = True  # a space stands between it and the word before it
+
+
 class Alternative(NamedTuple):
     text: str
     score: float  # by which they are ranked: higher is better, comparable within an utterance
@@ -336,7 +348,7 @@ class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
-    words: list[Word]  # in seconds, of a PieceTokenizer; else none
+    words: list[Word]  # what spaces separate, and every ideograph
     nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
 
 
@@ -385,6 +397,52 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
+def log_prob(token: Token) -> float:
+    return math.log(max(token.confidence, 5e-5))  # confidences are rounded to 4 digits
+
+
+def mean_confidence(tokens: Sequence[Token]) -> float:
+    """exp(mean log p), 0 without tokens."""
+    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+
+
+def is_ideograph(text: str) -> bool:
+    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
+
+
+def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
+    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
+    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
+    space = True
+    for token in tokens:
+        if unit == "char" and token.token == " ":
+            space = True
+            continue
+        apart = unit == "word" or is_ideograph(token.token) or groups and is_ideograph(groups[-1][1][-1].token)
+        if space or apart:
+            groups.append((space or unit == "word", []))
+        groups[-1][1].append(token)
+        space = False
+    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
+            for spaced, group in groups]
+
+
+def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
+    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
+    spaced = [True, *(all_spaced or a.kind == "word" and b.kind != "han" for a, b in zip(spelled, spelled[1:]))]
+    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
+    words, end = [], 0
+    for word, gap in zip(spelled, spaced):
+        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, not lossless
+        words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
+    return words
+
+
+def join_words(words: Sequence[Word]) -> str:
+    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
     """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
     ids = found.tokens[i, :found.lens[i]].tolist()
@@ -393,11 +451,10 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if not isinstance(system.tokenizer, PieceTokenizer):
-        return Result(system.tokenizer.decode(ids), confidence, tokens, [])
-    words = spell_words([token.token for token in tokens], times, system.lossless)
-    text = " ".join(word.text for word in words) if found.timing else join_words(words)
-    return Result(text, confidence, tokens, words)
+    if isinstance(system.tokenizer, PieceTokenizer):
+        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
+        return Result(join_words(words), confidence, tokens, words)
+    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
 
 
 def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[Alternative, ...]:
@@ -450,144 +507,372 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     return results
 
 
+class Outcome(NamedTuple):
+    """What became of one input."""
+
+    index: int  # its place among the inputs
+    key: str
+    seconds: float
+    reference: str  # its true text, "" where none is known
+    result: Result | None  # None: not recognised
+    reason: str = ""  # why not
+
+
+def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
+    """The inputs at `indices`, in one batch. Where the model fails on it, each alone: one takes no others with it."""
+    items = [dataset[i] for i in indices]
+    try:
+        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
+    except (RuntimeError, ValueError) as error:
+        if len(indices) > 1:
+            return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
+        return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
+    return [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
+            else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
+
+
+WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
+
+
+def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Iterator[list[list[int]]]:
+    """The batches of each window of inputs of `lengths` frames, as lists of their places."""
+    for first in range(0, len(lengths), WINDOW):
+        batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
+        yield [[first + i for i in batch] for batch in batches]
+
+
+def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
+    """Those of all processes in the first of them, none in the others, in the order of the inputs."""
+    rank, processes = shard
+    parts = [outcomes] * processes if rank == 0 else None
+    if processes > 1:
+        torch.distributed.gather_object(outcomes, parts)
+    return sorted(outcome for part in parts or () for outcome in part)
+
+
+def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
+                  shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
+    """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
+
+    Process `rank` of so many, (rank, processes), does its share of every window, and the first yields all outcomes.
+    Ctrl-C (KeyboardInterrupt) comes through after the outcomes that are there.
+    """
+    rank, processes = shard
+    for batches in windows:
+        outcomes: list[Outcome] = []
+        try:
+            for batch in batches[rank::processes]:
+                done = recognise(system, dataset, batch)
+                outcomes += done
+                finish(done)
+        except KeyboardInterrupt:
+            yield from sorted(outcomes) if rank == 0 else ()
+            raise
+        yield from gather(outcomes, shard)
+
+
+# ---- forms ----
+
+
+def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
+    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
+    found: list[list[Word]] = []
+    for word in words:
+        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
+        if full or not found:
+            found.append([])
+        found[-1].append(word)
+    return found
+
+
+def timestamp(seconds: float, mark: str) -> str:
+    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
+
+
+def subtitles(words: Sequence[Word], mark: str) -> str:
+    """Numbered cues, times as `timestamp` writes them. In WebVTT (mark '.') <unk> would be a tag, so it is escaped."""
+    spell = (lambda cue: html.escape(join_words(cue), quote=False)) if mark == "." else join_words
+    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
+                   for i, cue in enumerate(cues(words), 1))
+
+
+def word_entry(word: Word) -> dict:
+    return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
+
+
+def json_row(outcome: Outcome) -> str:
+    result = outcome.result
+    row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
+           "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
+           "words": [word_entry(word) for word in result.words]}
+    if result.nbest:
+        row["nbest"] = [alternative._asdict() for alternative in result.nbest]
+    if outcome.reference:
+        row["reference"] = outcome.reference
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def tsv(outcome: Outcome) -> str:
+    """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
+    lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
+             for cue in cues(outcome.result.words)]
+    return "".join(["start\tend\ttext\n", *lines])
+
+
+def ctm(outcome: Outcome) -> str:
+    """A line of key, channel, begin, duration (seconds), word and confidence per word: NIST's."""
+    key = "_".join(outcome.key.split())
+    return "".join(f"{key} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
+                   for word in outcome.result.words)
+
+
+FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
+    "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
+    "srt": lambda outcome: subtitles(outcome.result.words, ","),
+    "vtt": lambda outcome: "WEBVTT\n\n" + subtitles(outcome.result.words, "."), "tsv": tsv, "ctm": ctm}
+
+
+def file_names(keys: Sequence[str]) -> list[str]:
+    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
+
+    Cut to 60 characters, which are at most 240 bytes.
+    """
+    names, taken = [], set()
+    for key in keys:
+        last = Path(key)
+        stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
+        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def merged_file(arguments: argparse.Namespace) -> Path | None:
+    """The one file of --output for all results; None where each has its own, or none is written."""
+    if arguments.output and arguments.format == "ctm":
+        return Path(arguments.output) / "results.ctm"
+    return Path(arguments.output) if arguments.output and arguments.output.endswith(".jsonl") else None
+
+
+@contextlib.contextmanager
+def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """A function that appends to a file, which gets its name when the block ends without an error; None: no file."""
+    if path is None:
+        yield lambda text: None
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            yield file.write
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 # ---- pictures ----
 
-PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # dark to bright, as viridis
-SVG_STYLE = ("text{font:12px sans-serif;fill:#333} path{fill:none} .axis{stroke:#888}"
-             " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-dasharray:3 3}"
-             " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5}"
-             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
-LEFT, WIDTH = 90, 900  # pixels: of the plots within the picture
+
+def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
+    """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its name, weights)."""
+    number = min(number or len(layers), len(layers))
+    return f"layer {number} of {len(layers)}", layers[number - 1]
 
 
-def heat_map(values: np.ndarray) -> str:
-    """values (rows, columns), row 0 at the top, smallest dark and largest bright -> a PNG as a data: URI."""
-    low, high = float(values.min()), float(values.max())
-    levels = np.rint((values - low) / max(high - low, 1e-9) * 255).astype(np.uint8)
-    colours = np.stack([np.interp(np.linspace(0, 4, 256), range(5), channel) for channel in zip(*PALETTE)], 1)
+class Scene(NamedTuple):
+    """What the pictures of an utterance share."""
 
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], 8, 3, 0, 0, 0)),  # 8 bits a pixel, by palette
-              (b"PLTE", np.rint(colours).astype(np.uint8).tobytes()),
-              (b"IDAT", zlib.compress(np.pad(levels, ((0, 0), (1, 0))).tobytes())),  # filter type 0 before each row
-              (b"IEND", b"")]
-    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks)
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+    title: str
+    tokens: list[Span]
+    seconds: float
+    frames: tuple[float, float]  # seconds at which the first frame of the encoder begins and the last one ends
 
 
-def picture(title: str, height: int, body: Sequence[str]) -> str:
-    """An SVG document with a title line, readable on light and dark ground."""
-    width = LEFT + WIDTH + 20
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
-            f'<style>{SVG_STYLE}</style><text x="{LEFT}" y="20" font-weight="bold">{html.escape(title)}</text>'
-            f'{"".join(body)}</svg>\n')
-
-
-def image_svg(values: np.ndarray, y: float, height: float) -> str:
-    return (f'<image x="{LEFT}" y="{y}" width="{WIDTH}" height="{height}" preserveAspectRatio="none" '
-            f'style="image-rendering:pixelated" href="{heat_map(values)}"/>')
-
-
-def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape("␣" if text == " " else text)}</text>'
-
-
-def time_axis(seconds: float, y: float) -> str:
-    """A line under the plots with about ten labelled ticks."""
-    step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600) if seconds / s <= 12 or s == 3600)
-    ticks = [(LEFT + WIDTH * k * step / seconds, f"{k * step:.4g}") for k in range(int(seconds / step) + 1)]
-    marks = "".join(f'<path class="axis" d="M{x:.1f} {y}v5"/>{label_svg(x, y + 19, label)}' for x, label in ticks)
-    return f'<path class="axis" d="M{LEFT} {y}h{WIDTH}"/>{marks}{label_svg(LEFT + WIDTH, y + 34, "seconds", "end")}'
-
-
-def firing_svg(alpha: Tensor, bottom: float, height: float) -> list[str]:
-    """The weights alpha (L,) as bars and their running sum as a line, both from `bottom` up."""
-    frame, total = WIDTH / len(alpha), alpha.cumsum(0)
-    width, full = max(frame - 0.5, 0.5), max(1.0, float(total[-1]))
-    bars = [(LEFT + i * frame, height * w / max(1.0, float(alpha.max()))) for i, w in enumerate(alpha.tolist())]
-    body = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
-            for x, h in bars if h > 0.1]
-    heights = (height * total / full).tolist()
-    line = "L".join(f"{LEFT + (i + 1) * frame:.1f} {bottom - h:.1f}" for i, h in enumerate(heights))
-    return body + [f'<path class="sum" d="M{LEFT} {bottom}L{line}"/>',
-                   label_svg(LEFT - 8, bottom - height / 2, "weights", "end"),
-                   label_svg(LEFT - 8, bottom - height / 2 + 18, f"sum {float(total[-1]):.2f}", "end")]
-
-
-def alignment_svg(title: str, feats: Tensor, alpha: Tensor, result: Result, seconds: float,
-                  truth: Tensor | None = None) -> str:
-    """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
-    with their running sum; `truth` (U+1,) are true boundaries in seconds, drawn dashed."""
-    x = lambda t: LEFT + WIDTH * t / seconds
-    edges = [token.start for token in result.tokens] + [token.end for token in result.tokens[-1:]]
-    lines = 1 if len(result.tokens) < 60 else 3  # labels of many tokens stand on three lines
-    body = [image_svg(feats.T.flip(0).numpy(), 70, 200), label_svg(LEFT - 8, 170, "features", "end")]
-    body += [f'<path class="true" d="M{x(t):.1f} 70v200"/>' for t in ([] if truth is None else truth.tolist())]
-    body += [f'<path class="fire" d="M{x(t):.1f} 60v340"/>' for t in edges]
-    body += [label_svg(x((token.start + token.end) / 2), 55 - 11 * (i % lines), token.token)
-             for i, token in enumerate(result.tokens)]
-    return picture(title, 444, body + firing_svg(alpha, 400, 110) + [time_axis(seconds, 402)])
-
-
-def attention_svg(title: str, weights: Tensor, tokens: Sequence[str], seconds: float) -> str:
-    """Attention weights (U,L) of the tokens over the encoder frames, a row per token."""
-    height = max(60, min(22 * len(tokens), 16 * 60))
-    row = height / max(1, len(tokens))
-    every = max(1, round(13 / row))  # labels that would overlap are left out
-    body = [image_svg(weights.numpy(), 34, height)] if weights.numel() else []
-    body += [label_svg(LEFT - 8, 38 + (i + 0.5) * row, tokens[i], "end") for i in range(0, len(tokens), every)]
-    return picture(title, int(height) + 76, body + [time_axis(seconds, 36 + height)])
-
-
-def write_pictures(folder: Path, system: System, item: data.Utterance) -> None:
-    """KEY.alignment.svg and KEY.attention.svg (last layer, mean of the heads) of one utterance that has frames."""
-    found = decode_batch(system, [item.feats], need_weights=True)
+def scene(system: System, item: data.Utterance, found: Hypotheses) -> Scene:
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
-    seconds = len(item.feats) * frame_sec
-    truth = None if item.boundaries is None else item.boundaries * frame_sec
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    title = f"{item.key}: {result.text}"
+    tokens = [(token.token, token.start, token.end) for token in result.tokens]
+    s = system.config.model.encoder.subsampling
+    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
+    return Scene(f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec,
+                 (start, start + found.alpha.shape[1] * s * frame_sec))
+
+
+def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
+    """The SVG of an utterance that has frames and was `found` alone: features, tokens, firing."""
+    title, *rest = scene(system, item, found)
+    truth = None if item.boundaries is None else item.boundaries * data.frame_sec(system.config.data)
+    return alignment_svg(title, item.feats, found.alpha[0], *rest, truth)
+
+
+@torch.inference_mode()
+def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder."""
+    title, *rest = scene(system, item, found)
+    feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
+    of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
+    of_decoder, cross = layer_of(found.attention, layer)
     rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
-    attention = attention_svg(title, found.attention[-1][0].mean(0)[rows], [t.token for t in result.tokens], seconds)
-    data.write_atomic(folder / f"{name}.alignment.svg",
-                      alignment_svg(title, item.feats, found.alpha[0], result, seconds, truth))
-    data.write_atomic(folder / f"{name}.attention.svg", attention)
+    return {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False),
+            "cross": attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)}
+
+
+def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg of an utterance that has frames."""
+    found = decode_batch(system, [item.feats], need_weights=True)
+    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
+    pictures = {"alignment": alignment_picture(system, item, found)}
+    for kind, svg in {**pictures, **attention_pictures(system, item, found, layer)}.items():
+        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
 
 
 # ---- the report ----
 
 
-class Tally(NamedTuple):
-    """Sums over the utterances that have a reference; every rate is divided at the end."""
+class Score(NamedTuple):
+    """One utterance against its reference."""
 
-    tokens: Counts = Counts()
-    chars: Counts = Counts()
-    words: Counts = Counts()
-    right: int = 0
-    utterances: int = 0
-
-    def with_utterance(self, system: System, text: str, result: Result) -> "Tally":
-        ref, hyp = system.tokenizer.encode(text), [token.id for token in result.tokens]
-        return Tally(self.tokens + count_errors(ref, hyp), self.chars + char_errors(text, result.text),
-                     self.words + word_errors(text, result.text), self.right + (ref == hyp), self.utterances + 1)
-
-    def lines(self) -> list[str]:
-        words, exact = self.words, self.right / max(1, self.utterances)
-        return [f"token accuracy {token_accuracy(self.tokens):.4f}  sequence accuracy {exact:.4f}  "
-                f"({self.utterances} utterances with a reference)",
-                f"%WER {100 * words.rate:.2f} [ {words.errors} / {words.ref}, {words.ins} ins, {words.del_} del, "
-                f"{words.sub} sub ]  %CER {100 * self.chars.rate:.2f}"]
+    index: int  # its place among the inputs
+    key: str
+    reference: str
+    text: str
+    tokens: Counts
+    chars: Counts
+    words: Counts
+    units: Counts  # of readable_units
+    exact: bool  # every token is that of the reference
 
 
-def json_line(key: str, reference: str, seconds: float, result: Result) -> str:
-    """One line of --output."""
-    row = {"key": key, "text": result.text, "confidence": result.confidence, "duration": round(seconds, 3),
-           "tokens": [token._asdict() for token in result.tokens]}
-    if result.words:
-        row["words"] = [{"word": word.text, "start": word.start, "end": word.end} for word in result.words]
-    return json.dumps({**row, "reference": reference} if reference else row, ensure_ascii=False)
+def score(system: System, outcome: Outcome) -> Score:
+    text, reference = outcome.result.text, outcome.reference
+    ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
+    units = count_errors(readable_units(reference), readable_units(text))
+    return Score(outcome.index, outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
+                 word_errors(reference, text), units, ref == hyp)
+
+
+def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the error rate: of `draws` sets as large, drawn from these utterances with replacement.
+
+    Source: Bisani & Ney 2004, percentiles.
+    """
+    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
+    rng = np.random.default_rng(seed)
+    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(draws))
+    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
+    return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
+
+
+def error_figure(counts: Sequence[Counts]) -> str:
+    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
+    return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
+            f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
+
+
+def report_lines(scores: Sequence[Score]) -> list[str]:
+    """The error rates of one or more utterances: sums, divided once."""
+    tokens, exact = sum((s.tokens for s in scores), Counts()), sum(s.exact for s in scores)
+    right = sum(s.chars.errors == 0 for s in scores)
+    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
+            f"({len(scores)} utterances with a reference)",
+            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
+            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
+
+
+def readable_units(text: str) -> list[str]:
+    """The words of a text, an ideograph being a word: what is aligned for a reader."""
+    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
+
+
+def confusions(scores: Sequence[Score], most: int = 10) -> list[tuple[str, str, int]]:
+    """The most frequent errors: (what was said, what was recognised, times), "" for nothing."""
+    errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
+        readable_units(s.reference), readable_units(s.text)) if op != "hit")
+    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def confusion_lines(scores: Sequence[Score]) -> list[str]:
+    rows = [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for ref, hyp, times in confusions(scores)]
+    return ["most frequent confusions (*** is nothing):", *rows] if rows else []
+
+
+def alignment_text(s: Score) -> str:
+    """A score as a paragraph to read."""
+    n = s.units
+    return (f"{s.key}: {n.errors} of {n.ref} ({n.sub} sub, {n.ins} ins, {n.del_} del)\n"
+            f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n")
+
+
+# ---- report.html ----
+
+WORST = 50  # utterances of the page at most, about 30 kB each
+REPORT_STYLE = """
+:root{--ground:#fff;--ink:#222;--faint:#667;--line:#ddd;--sub:#ffedb8;--del:#ffd9d9;--ins:#d3efd9}
+@media(prefers-color-scheme:dark){:root{--ground:#1b1b1b;--ink:#ddd;--faint:#99a;--line:#444;--sub:#5c4a10;
+--del:#6b2525;--ins:#1f5130;color-scheme:dark}}
+body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;
+font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
+h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
+small,summary{color:var(--faint);font-size:.85rem}
+article{border-top:1px solid var(--line);padding:.7rem 0} table{border-collapse:collapse} summary{cursor:pointer}
+td,th{text-align:left;padding:.1rem 1.2rem .1rem 0;border-bottom:1px solid var(--line)} details div{overflow-x:auto}
+del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
+span del,span ins{background:var(--sub)} h3,td,del,ins,bdi{unicode-bidi:isolate}
+"""
+
+
+def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
+    """One step of an alignment: what is missing is struck out, what is too much is green, both of them are yellow."""
+    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
+    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
+            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
+
+
+def case_html(s: Score, svg: str) -> str:
+    """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
+    steps, n = align(readable_units(s.reference), readable_units(s.text)), s.units
+    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
+                    for name, text in (("reference", s.reference), ("recognised", s.text)))
+    return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
+            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in steps)}</p>"
+            f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
+            "</article>\n")
+
+
+def report_html(title: str, lines: Sequence[str], confused: Sequence[tuple[str, str, int]],
+                cases: Sequence[tuple[Score, str]]) -> str:
+    """A page that needs no other file: the lines of the summary, the confusions, the utterances with their pictures."""
+    summary = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    rows = "".join(f"<tr><td>{escape(ref) or '–'}</td><td>{escape(hyp) or '–'}</td><td>{times}</td></tr>"
+                   for ref, hyp, times in confused)
+    head = "<tr><th>reference</th><th>recognised</th><th>times</th></tr>" if rows else "<tr><td>none</td></tr>"
+    safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{summary}\n"
+            f"<h2>Most frequent confusions</h2><table>{head}{rows}</table>\n"
+            f"<h2>The worst first: {len(cases)}</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
+            "<del>missing</del> <ins>too many</ins></small></p>\n"
+            f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
+
+
+def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset, scores: Sequence[Score],
+                 lines: Sequence[str]) -> None:
+    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with its alignment."""
+    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
+    data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
+    cases = []
+    for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
+        item = dataset[s.index]
+        heard = isinstance(item, data.Utterance) and len(item.feats)
+        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if heard else ""))
+    page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
+    data.write_atomic(folder / "report.html", page)
 
 
 # ---- exports ----
@@ -689,18 +974,29 @@ def benchmark() -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="WAV files, manifests (.jsonl) or Kaldi folders")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in "
+                        "them), manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a "
+                        "line of a manifest")
     parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
                         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
                         "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
     parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
-    parser.add_argument("--output", metavar="FILE", help="write JSON lines: text, confidence, tokens with times")
+    parser.add_argument("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is "
+                        "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
+    parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
+    parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
+                        "summary.txt, alignments.txt and report.html")
     parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
+                        "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
+    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
+                        "included; one that is longer goes alone (default 300)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--precision", default="float32", choices=list(PRECISIONS), help="of matrix products")
+    parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
+                        help="of matrix products")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
     parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
@@ -713,71 +1009,138 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
                         "model of configs/paraformer_large.yaml with random weights")
     arguments = parser.parse_args(argv)
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0)):
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
+    if not 0 < arguments.batch_seconds < math.inf:
+        parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
+    if arguments.format and not arguments.output:
+        parser.error("--format needs --output")
+    if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
+        parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
     return arguments
 
 
-def open_inputs(system: System, inputs: Sequence[str]) -> torch.utils.data.Dataset:
-    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none."""
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
+    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
+
+    scratch: a folder for a copy of standard input, if that is among them.
+    """
     options, encode = system.config.data, system.tokenizer.encode
     stats = system.stats.cpu()
     if not inputs and options.kind == "manifest" and not (options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
-    rows = data.read_inputs(inputs or [options.test or options.dev])
+    rows = [row for path in inputs or data.find_manifests(options.test or options.dev) for row in (
+        data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
     return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
 
 
-def recognise(system: System, dataset: torch.utils.data.Dataset, batch_size: int,
-              limit: int) -> Iterator[tuple[int, data.Utterance | data.Skip, Result | None]]:
-    """The first `limit` items (0: all), each with its number and, unless it is a Skip, its Result; shortest first."""
-    for indices in data.make_batches(dataset.lengths[:limit or None], batch_size, BATCH_FRAMES, shuffle=False):
-        items = [dataset[i] for i in indices]
-        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
-        for i, item in zip(indices, items):
-            yield i, item, next(results) if isinstance(item, data.Utterance) else None
+ERASE = "\r\x1b[K"  # a terminal's line
 
 
-def run(arguments: argparse.Namespace) -> int:
+def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
+    """A line for a terminal: inputs done, and the time spent on each second of audio."""
+    full = 30 * done // max(total, 1)
+    return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
+
+
+def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int, processes: int) -> Callable:
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar."""
+    started, done, seconds = time.perf_counter(), 0, 0.0
+
+    def finish(outcomes: list[Outcome]) -> None:
+        nonlocal done, seconds
+        for outcome in outcomes:
+            if folder and outcome.result:
+                data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
+        done = min(total, done + processes * len(outcomes))
+        seconds += processes * sum(outcome.seconds for outcome in outcomes)
+        if sys.stderr.isatty():
+            bar = progress_bar(done, total, seconds, time.perf_counter() - started)
+            print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
+
+    return finish
+
+
+def show(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Print each as it passes: a text to standard output, a failure to standard error."""
+    for outcome in outcomes:
+        print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
+        if outcome.result is None:
+            print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
+        else:
+            print(f"{outcome.key}\t{outcome.result.text}")
+        yield outcome
+
+
+def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
+        shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
+    started, form, merged = time.perf_counter(), arguments.format or "json", merged_file(arguments)
+    folder = Path(arguments.output) if arguments.output and not merged else None
+    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    lengths = dataset.lengths[:arguments.limit or None]
+    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    finish = batch_finisher(folder, form, file_names(dataset.keys), len(lengths), shard[1])
+    outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
+    heard, failed, scores, code = [], 0, [], 0
+    with growing_file(merged if shard[0] == 0 else None) as append:
+        try:
+            for outcome in show(outcomes):
+                if outcome.result is None:
+                    failed += 1
+                    continue
+                heard.append((outcome.index, outcome.seconds))
+                if merged:
+                    append(FORMS[form](outcome))
+                if outcome.reference:
+                    scores.append(score(system, outcome))
+        except KeyboardInterrupt:
+            code = 130
+    if shard[0]:
+        return code
+    spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
+    for index, _ in heard if arguments.plot else ():
+        if len((item := dataset[index]).feats):
+            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+    lines = report_lines(scores) if scores else []
+    if arguments.report:
+        write_report(Path(arguments.report), system, dataset, scores, lines)
+    print(*lines, *confusion_lines(scores), f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
+          f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
+          file=sys.stderr)
+    return code or (1 if failed else 0)
+
+
+def join_processes() -> tuple[int, int]:
+    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    return rank, processes
+
+
+def start(arguments: argparse.Namespace) -> int:
+    """Load, export if that is asked for, recognise -> exit code."""
+    rank, processes = shard = join_processes()
+    if processes > 1 and "-" in arguments.inputs:
+        raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.precision)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
     system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
     if arguments.export:
-        print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
+        if rank == 0:
+            print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
-    dataset = open_inputs(system, arguments.inputs)
-    if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-    if arguments.plot:
-        Path(arguments.plot).mkdir(parents=True, exist_ok=True)
-    started, seconds, failed, tally = time.perf_counter(), 0.0, 0, Tally()
-    lines, texts, spoken = {}, {}, []
-    for i, item, result in recognise(system, dataset, arguments.batch_size, arguments.limit):
-        if result is None:
-            print(f"decode.py: {item.key}: {item.reason}", file=sys.stderr)
-            failed += 1
-            continue
-        seconds += item.seconds
-        lines[i], texts[i] = json_line(item.key, item.text, item.seconds, result), f"{item.key}\t{result.text}"
-        spoken += [i] if len(item.feats) else []
-        tally = tally.with_utterance(system, item.text, result) if item.text else tally
-    spent = time.perf_counter() - started
-    if texts:
-        print("\n".join(texts[i] for i in sorted(texts)))
-    if arguments.output:
-        data.write_atomic(arguments.output, "".join(lines[i] + "\n" for i in sorted(lines)))
-    for i in sorted(spoken) if arguments.plot else ():
-        write_pictures(Path(arguments.plot), system, dataset[i])
-    for line in tally.lines() if tally.utterances else ():
-        print(line, file=sys.stderr)
-    print(f"{len(texts)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {failed} could not be read", file=sys.stderr)
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory() as scratch:
+        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -785,10 +1148,15 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return benchmark() if arguments.benchmark else run(arguments)
+        return benchmark() if arguments.benchmark else start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
 
 def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
+    check_shape("hidden", hidden, "B", "L", "D")
+    check_shape("lens", lens, hidden.shape[0])
     return hidden if leak else hidden.masked_fill(~padding_mask(lens, hidden.shape[1])[:, :, None], 0.0)
 
 
@@ -140,11 +142,14 @@ class ImageSubsampling(nn.Module):
 
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
+        self.input_dim = input_dim
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
     def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
+        check_shape("x", x, "B", "T", self.input_dim)
+        check_shape("lens", lens, x.shape[0])
         x = F.pad(x, (0, 0, 0, max(0, self.MIN_FRAMES - x.shape[1])))[:, None]  # (B,1,T,F)
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
@@ -223,6 +228,7 @@ class FramePredictor(nn.Module):
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
         check_shape("hidden", hidden, "B", "L", self.dim)
+        check_shape("lens", lens, hidden.shape[0])
         x = hidden.transpose(1, 2)  # (B,D,L)
         y = self.convolution(F.pad(x, (self.options.left, self.options.right)))
         y = self.dropout(y + x) if self.options.kind == "depthwise" else y
@@ -243,6 +249,8 @@ class TimingHead(nn.Module):
     def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,), extent (B,) frames that the LSTM runs over -> (B, upsampling * L) float32."""
         check_shape("hidden", hidden, "B", "L", self.upsample.in_channels)
+        check_shape("lens", lens, hidden.shape[0])
+        check_lens("extent", extent, *hidden.shape[:2])
         rate = self.options.upsampling
         x = self.upsample(hidden.transpose(1, 2)).transpose(1, 2)  # (B,rate*L,D)
         steps = (extent * rate).clamp(min=1).cpu()
@@ -404,7 +412,9 @@ class SanmDecoder(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """As Decoder.forward."""
         check_shape("embeds", embeds, "B", "U", self.memory_dim)
+        check_shape("counts", counts, embeds.shape[0])
         check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
+        check_shape("hidden_lens", hidden_lens, embeds.shape[0])
         mask = padding_mask(counts, embeds.shape[1])[:, None, :]
         hidden_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
         x, layers = embeds, []
@@ -491,7 +501,7 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     best is masked; candidate 0 takes the best everywhere -> scalar. sum_n P_n (errors_n - mean errors), P normalised
     over the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
     """
-    (B, N, U), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
+    (B, N, _), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
     check_shape("logits", logits, *tokens.shape, "V")
     two, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2)
     second = masked & (torch.arange(N, device=masked.device) > 0)[:, None]
@@ -608,12 +618,15 @@ class Paraformer(nn.Module):
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
+        check_shape("tokens", tokens, "B", "U")
+        check_shape("token_lens", token_lens, tokens.shape[0])
         if not self.options.end_token:
             return tokens, token_lens
         return F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS), token_lens + 1
 
     def truth(self, tokens: Tensor) -> Tensor:
         """tokens (B,U) -> the embeddings (B,U,D) that the sampler mixes in."""
+        check_shape("tokens", tokens, "B", "U")
         if self.options.share_embedding:
             return F.embedding(tokens, self.decoder.output.weight)
         x = self.embedding(tokens)
@@ -635,6 +648,7 @@ class Paraformer(nn.Module):
 
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
+        check_shape("alpha", alpha, "B", "L")
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
     def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
@@ -643,9 +657,13 @@ class Paraformer(nn.Module):
 
         The weights are scaled to the counts; where there is a tail, only to counts other than their own.
         """
+        check_shape("alpha", alpha, "B", "L")
+        check_shape("hidden", hidden, *alpha.shape, "D")
+        check_shape("hidden_lens", hidden_lens, alpha.shape[0])
         options, alpha = self.options.predictor, alpha.double()
         own = self.count(alpha)
         counts = own if counts is None else counts
+        check_shape("counts", counts, alpha.shape[0])
         U = int(counts.max()) if len(counts) else 0
         as_they_are = (counts == own)[:, None] & (options.tail > 0)
         alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
@@ -679,6 +697,11 @@ class Paraformer(nn.Module):
 
         tokens (B,U), lens (B,): a search has found these already, and what else there is to know of them is asked for.
         """
+        check_shape("hidden", hidden, "B", "L", self.embedding.embedding_dim)
+        check_lens("hidden_lens", hidden_lens, *hidden.shape[:2])
+        check_shape("feat_lens", feat_lens, hidden.shape[0])
+        if tokens is not None:
+            check_shape("tokens", tokens, hidden.shape[0], "U")
         alpha = self.predictor(hidden, hidden_lens)
         counts, log_p, attention = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
         tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]
@@ -918,6 +941,15 @@ def build(options, input_dim: int, vocab_size: int) -> nn.Module:
     return ARCHITECTURES[options.name](options, input_dim, vocab_size)
 
 
+def pick_device(name: str, field: str = "device") -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda") or name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{field}: wanted auto, cpu or, where torch finds a GPU, cuda; got {name}; "
+                         f"torch finds {'a' if torch.cuda.is_available() else 'no'} GPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+CHECKPOINT_FORMAT = 2  # grows when train.py writes what an older one cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
@@ -937,6 +969,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
+    if state.get("format", 1) > CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: it "
+                         "is from a newer version of this project; update")
     return state
 
 

@@ -53,7 +53,7 @@ from torch import Tensor
 
 import data
 import decode
-from decode import Result, System, Token
+from decode import Result, System, Token, cues, join_words, log_prob, subtitles, word_entry
 
 MIB = 2 ** 20
 MAX_URI, MAX_HEAD, MAX_HEADERS = 4096, 65536, 100       # bytes, bytes, lines
@@ -846,92 +846,35 @@ def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
     results = []
     for i, x in enumerate(feats):
         result = decode.read_result(system, found, i)
-        result = result._replace(tokens=spell(system, result.tokens))
         weights = found.alpha[i, :-(-len(x) // system.config.model.encoder.subsampling)].tolist()
-        results.append(Recognition(result._replace(confidence=mean_confidence(result.tokens)), weights))
+        results.append(Recognition(result._replace(tokens=spell(system, result.tokens)), weights))
     return results
 
 
 def spell(system: System, tokens: Sequence[Token]) -> list[Token]:
-    """Without the tokens that write nothing; whole words get the mark "▁"."""
+    """Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay."""
     mark = "▁" if system.tokenizer.unit == "word" else ""
-    return [token._replace(token=mark + token.token) for token in tokens if system.tokenizer.decode([token.id])]
+    return [token._replace(token=mark + token.token) for token in tokens]
 
 
-def log_prob(token: Token) -> float:
-    return math.log(max(token.confidence, 5e-5))        # confidences are rounded to 4 digits
+def clip(result: Result, seconds: float) -> Result:
+    """Tokens and words end within the recording: the last frame may reach beyond it where frames are stacked."""
+    within = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
+    return result._replace(tokens=within(result.tokens), words=within(result.words))
 
 
-def mean_confidence(tokens: Sequence[Token]) -> float:
-    """exp(mean log p), 0 without tokens."""
-    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
-
-
-def clip(tokens: Sequence[Token], seconds: float) -> list[Token]:
-    """Tokens that end within the recording: the last frame may reach beyond it where frames are stacked."""
-    return [token._replace(start=min(token.start, seconds), end=min(token.end, seconds)) for token in tokens]
-
-
-def spelled(tokens: Sequence[Token]) -> str:
-    return "".join(token.token for token in tokens).replace("▁", " ").strip()
-
-
-def is_ideograph(text: str) -> bool:
-    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
-
-
-def words(tokens: Sequence[Token]) -> list[list[Token]]:
-    """The tokens of each word: a space or ▁ begins a new one, and each ideograph is one."""
-    found: list[list[Token]] = []
-    fresh = True
-    for token in tokens:
-        bare = token.token.replace("▁", " ").strip()
-        fresh = fresh or token.token[:1] in "▁ " or is_ideograph(bare) or is_ideograph(found[-1][-1].token)
-        if bare and fresh:
-            found.append([])
-        if bare:
-            found[-1].append(token)
-        fresh = not bare
-    return found
-
-
-def cues(tokens: Sequence[Token], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Token]]:
-    """Tokens cut at words into subtitles of so many seconds and characters at most (one word may be longer)."""
-    found: list[list[Token]] = []
-    starts = {id(word[0]) for word in words(tokens)}
-    for token in tokens:
-        if not found:
-            found.append([])
-        if id(token) in starts and found[-1]:
-            word_end = next(word[-1].end for word in words(tokens) if word[0] is token)
-            if word_end - found[-1][0].start > max_sec or len(spelled([*found[-1], token])) > max_chars:
-                found.append([])
-        found[-1].append(token)
-    return [cue for cue in found if spelled(cue)]
-
-
-def timestamp(seconds: float, mark: str) -> str:
-    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
-    ms = round(seconds * 1000)
-    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
-
-
-def subtitles(tokens: Sequence[Token], mark: str) -> str:
-    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spelled(cue)}\n\n"
-                   for i, cue in enumerate(cues(tokens), 1))
-
-
-def segment(i: int, cue: Sequence[Token], temperature: float) -> dict:
-    """An entry of verbose_json's segments; there is no model of silence, so no_speech_prob is 0."""
-    text = spelled(cue)
-    return {"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text, "tokens": [t.id for t in cue],
-            "temperature": temperature, "avg_logprob": round(statistics.fmean(map(log_prob, cue)), 4),
-            "no_speech_prob": 0.0,
-            "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4)}
-
-
-def word_entry(word: Sequence[Token]) -> dict:
-    return {"word": spelled(word), "start": word[0].start, "end": word[-1].end, "confidence": mean_confidence(word)}
+def segments(result: Result, temperature: float) -> list[dict]:
+    """verbose_json's segments, one per subtitle; there is no model of silence, so no_speech_prob is 0."""
+    found, rows = cues(result.words), []
+    starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
+    for i, cue in enumerate(found):
+        text, tokens = join_words(cue), [t for t in result.tokens if starts[i] <= t.start < starts[i + 1]]
+        rows.append({"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text,
+                     "tokens": [t.id for t in tokens], "temperature": temperature,
+                     "avg_logprob": round(statistics.fmean(map(log_prob, tokens)), 4) if tokens else 0.0,
+                     "no_speech_prob": 0.0,
+                     "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4)})
+    return rows
 
 
 class Form(NamedTuple):
@@ -968,8 +911,9 @@ def parse_openai_form(fields: dict[str, Any]) -> Form:
                 fields.get("language", ""))
 
 
-def openai_response(form: Form, text: str, tokens: Sequence[Token], seconds: float, note: str) -> Response:
+def openai_response(form: Form, result: Result, seconds: float, note: str) -> Response:
     """The result in the format that was asked for."""
+    text = result.text.strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
     if form.stream:
         events = [{"type": "transcript.text.delta", "delta": text},
@@ -980,18 +924,18 @@ def openai_response(form: Form, text: str, tokens: Sequence[Token], seconds: flo
         value = {"text": text, "usage": usage}
         if form.logprobs:
             value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()), "logprob": round(log_prob(t), 4)}
-                                 for t in tokens]
+                                 for t in result.tokens]
         return json_response(value, note=note)
     if form.format == "verbose_json":
         value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
                  "usage": usage}
         if "segment" in form.granularities:
-            value["segments"] = [segment(i, cue, form.temperature) for i, cue in enumerate(cues(tokens))]
+            value["segments"] = segments(result, form.temperature)
         if "word" in form.granularities:
-            value["words"] = [word_entry(word) for word in words(tokens)]
+            value["words"] = [word_entry(word) for word in result.words]
         return json_response(value, note=note)
-    formats = {"text": ("text/plain", lambda: text + "\n"), "srt": ("text/plain", lambda: subtitles(tokens, ",")),
-               "vtt": ("text/vtt", lambda: "WEBVTT\n\n" + subtitles(tokens, "."))}
+    formats = {"text": ("text/plain", lambda: text + "\n"), "srt": ("text/plain", lambda: subtitles(result.words, ",")),
+               "vtt": ("text/vtt", lambda: "WEBVTT\n\n" + subtitles(result.words, "."))}
     kind, write = formats[form.format]
     return Response(200, f"{kind}; charset=utf-8", write().encode(), note=note)
 
@@ -1102,7 +1046,7 @@ def entry(service: Service, utterance: Utterance, job: Job, found: Recognition, 
     """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
     timing = {"queue_ms": round((job.taken - job.queued) * 1e3, 2), "infer_ms": round(job.infer_sec * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": job.batch_size}
-    tokens = [token._asdict() for token in clip(found.result.tokens, utterance.seconds)]
+    tokens = [token._asdict() for token in clip(found.result, utterance.seconds).tokens]
     config = service.system.config
     step = data.frame_sec(config.data) * config.model.encoder.subsampling
     weights = {"step": round(step, 4), "weights": [round(w, 4) for w in found.weights]}
@@ -1120,9 +1064,9 @@ def openai_route(service: Service, head: Head, body: bytes, started: float, gone
         jobs = submit(service, ask, gone)
     found = wait_for(jobs)
     count_speech(service, ask, found)
-    seconds, result = ask.utterances[0].seconds, found[0].result
+    seconds = ask.utterances[0].seconds
     note = f" batch {jobs[0].batch_size}"
-    return openai_response(form, result.text.strip(), clip(result.tokens, seconds), seconds, note)
+    return openai_response(form, clip(found[0].result, seconds), seconds, note)
 
 
 # ---- metrics and log ----

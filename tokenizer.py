@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 BLANK, SOS, EOS, UNK = 0, 1, 2, 3  # BLANK is the padding id as well
 SPECIALS = ("<blank>", "<sos>", "<eos>", "<unk>")  # index = id
@@ -160,6 +160,7 @@ class PieceTokenizer:
     symbols: tuple[str, ...]
     pieces: dict[str, tuple[str, ...]] | None
     unknown: str = "<unk>"
+    unit: ClassVar[str] = "piece"
 
     @classmethod
     def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":

@@ -1,38 +1,66 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
-Reading order: decisions (pure functions: learning rate, best, stop), one optimizer step, one evaluation, files of a run
-(checkpoints, metrics, curves), the system that is trained, the loop, main.
-Needs torch, config.py, tokenizer.py, data.py and model.py.
+Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
+evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, starting and going on,
+the dry run, the benchmark, main.
+Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
+
+    python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
+    python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
+    python train.py CONFIG --benchmark      the loop against a plain one, and what loading and checkpoints cost
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
-checkpoints/{best,latest}.pt; runs/latest points at the newest. Every file is replaced whole but train.log, which grows.
-All randomness comes from (training.seed, epoch, index) or from torch's generators, whose states are in the checkpoint,
-so on a CPU a resumed run repeats the uninterrupted one bit for bit.
+checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every file is replaced whole but train.log,
+which grows, and which --resume cuts back to where its checkpoint stands.
+All randomness comes from training.seed and the number of the step, epoch or utterance, so there is no generator's state
+to keep, and on a CPU a resumed run repeats the uninterrupted one bit for bit.
+
+    torchrun --nproc_per_node=2 train.py CONFIG     the same run in two processes (gloo on CPUs, nccl on GPUs)
+
+training.batch_size and batch_frames are those of one optimizer step, whatever works on it: its utterances are dealt
+out to the processes, and by each to training.accumulate parts. So the number of either changes nothing but rounding,
+dropout and BatchNorm, and a run may be resumed with another number of processes.
 Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
 """
 import argparse
 import contextlib
+import copy
 import csv
+import errno
+import functools
 import io
+import itertools
 import json
 import math
 import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import config as configs
 import data
-from model import build, load_published, load_weights, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, token_accuracy,
-                       word_errors)
+from attention import SVG_STYLE
+from model import CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint
+from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors,
+                       token_accuracy, word_errors)
 
 # ---- decisions ----
 
@@ -88,17 +116,90 @@ def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda averaged, current, n: averaged.lerp(current, 1 - min(decay, (int(n) + 1) / (int(n) + 10)))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device: wanted cuda, but torch finds no GPU; use device: auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """bf16 where asked for, or by `auto` on a GPU that has it; a context that does nothing otherwise."""
     bf16 = precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+
+# ---- several processes ----
+
+
+class Ranks(NamedTuple):
+    """The processes that torchrun starts: `world` of them, of which this one is number `rank`; number 0 writes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Ranks()
+
+
+class RankLost(RuntimeError):
+    """Another process of the run has ended."""
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """Meet the processes that torchrun started (on one machine, a GPU each); ALONE where it started none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return ALONE
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with naming_lost_ranks():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
+
+
+def add(totals: dict, more: dict) -> dict:
+    """The sums of both by name; one that has no such name counts as 0."""
+    both = {name: totals[name] + more[name] for name in totals if name in more}
+    return {**totals, **more, **both}
+
+
+def add_up(sums: dict, ranks: Ranks) -> dict:
+    """The sums of all ranks together."""
+    if ranks.world == 1:
+        return sums
+    parts = [None] * ranks.world
+    with naming_lost_ranks():
+        distributed.all_gather_object(parts, sums)
+    return functools.reduce(add, parts)
+
+
+def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
+    """Replace every p.grad by the sum over all ranks -> the sum of tokens. Without one in any rank it stays None.
+
+    One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
+    train_step, and ranks may work through different numbers of parts.
+    """
+    if ranks.world == 1:
+        return tokens
+    parameters = list(model.parameters())
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    used = [float(p.grad is not None) for p in parameters]
+    flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([*used, tokens]).to(grads[0])])
+    with naming_lost_ranks():
+        distributed.all_reduce(flat)
+    *pieces, last = flat.split([*(p.numel() for p in parameters), len(used) + 1])
+    for parameter, piece, is_used in zip(parameters, pieces, last.tolist()):
+        parameter.grad = piece.view_as(parameter) if is_used else None
+    return last[-1].item()
+
+
+def share_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Replace the running statistics of every BatchNorm by their mean over all ranks."""
+    for buffer in batch_statistics(model) if ranks.world > 1 else []:
+        with naming_lost_ranks():
+            distributed.all_reduce(buffer)
+        buffer.copy_(buffer / ranks.world)
 
 
 # ---- one optimizer step ----
@@ -109,9 +210,7 @@ class Step(NamedTuple):
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
-
-
-EMPTY_STEP = Step({}, 0, 0.0, True)  # of a batch whose utterances were all skipped
+    parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
 
 
 def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,42 +218,126 @@ def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, 
     return tuple(x.to(device, non_blocking=True) for x in tensors)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options) -> Step:
-    """One forward, backward and update at this learning rate; a loss or gradient that is not finite updates nothing."""
+def convert(batch: data.Batch, precision: str) -> data.Batch:
+    return batch._replace(feats=batch.feats.double()) if precision == "float64" else batch
+
+
+def split(batch: data.Batch, parts: int) -> list[data.Batch]:
+    """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
+    def part(k: int) -> data.Batch:
+        feat_lens, token_lens = batch.feat_lens[k::parts], batch.token_lens[k::parts]
+        return batch._replace(keys=batch.keys[k::parts], feats=batch.feats[k::parts, :int(feat_lens.max())],
+                              tokens=batch.tokens[k::parts, :int(token_lens.max())],
+                              feat_lens=feat_lens, token_lens=token_lens)
+    return [batch] if parts == 1 else [part(k) for k in range(min(parts, len(batch.keys)))]
+
+
+def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
+    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models.
+
+    A function of (seed, number, key) for each utterance, and so the same whatever it is batched with.
+    """
+    if not isinstance(model, Paraformer):
+        return []
+    order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
+    for row, key, n in zip(order, batch.keys, (batch.token_lens + model.options.end_token).tolist()):
+        row[:n] = torch.from_numpy(data.generator(seed, number, zlib.crc32(key.encode())).random(n))
+    return [order]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
+
+
+def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> tuple[dict, Tensor]:
+    """Leave the gradient of the summed loss of a batch, in so many parts, in p.grad -> loss sums by name, tokens."""
     device = next(model.parameters()).device
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    with autocast(options.precision, device):
-        sums, tokens = model(*to_device(batch, device))
-    optimizer.zero_grad(set_to_none=True)
-    (sums["loss"] / tokens.clamp(min=1)).backward()
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-    finite = bool(torch.isfinite(sums["loss"]) & torch.isfinite(grad_norm))
+    model.zero_grad(set_to_none=True)
+    sums, tokens = {}, torch.zeros((), device=device)
+    for part in split(batch, parts):
+        order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
+        with autocast(options.precision, device):
+            part_sums, part_tokens = model(*to_device(part, device), *order)
+        part_sums["loss"].backward()
+        sums, tokens = add(sums, {name: x.detach() for name, x in part_sums.items()}), tokens + part_tokens
+    return sums, tokens
+
+
+def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
+    """add_gradients in options.accumulate parts, and in twice as many as long as memory does not suffice
+    -> loss sums, tokens, parts.
+
+    A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
+    """
+    parts = options.accumulate
+    if not batch.keys:
+        model.zero_grad(set_to_none=True)
+        return {}, 0.0, parts
+    while True:
+        try:
+            sums, tokens = add_gradients(model, batch, options, number, parts)
+            values = {name: x.item() for name, x in sums.items()}
+            return values, tokens.item() if math.isfinite(values["loss"]) else math.nan, parts
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if parts >= len(batch.keys):
+            model.zero_grad(set_to_none=True)
+            return {}, math.nan, 0
+        parts *= 2
+        torch.cuda.empty_cache()
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass changes: those of BatchNorm layers."""
+    kind = nn.modules.batchnorm._NormBase
+    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
+               number: int = 0, ranks: Ranks = ALONE) -> Step:
+    """One forward, backward and update at this learning rate, with the random draws of step `number`.
+
+    batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
+    A loss or gradient that is not finite, or an utterance for which memory does not suffice, in any rank, updates
+    nothing.
+    """
+    before = [buffer.clone() for buffer in batch_statistics(model)]
+    torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
+    sums, own_tokens, parts = fit_gradients(model, convert(batch, options.precision), options, number)
+    tokens = share_gradients(model, own_tokens, ranks)
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.div_(max(1.0, tokens))
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm).item()
+    finite = math.isfinite(tokens) and math.isfinite(grad_norm)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        share_statistics(model, ranks)
     else:  # a BatchNorm has taken the batch into its statistics already
-        for buffer, old in zip(model.buffers(), buffers):
+        for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
-    return Step({name: value.item() for name, value in sums.items()}, int(tokens), grad_norm.item(), finite)
+    return Step(sums, int(own_tokens) if finite else 0, grad_norm, finite, parts)
 
 
 # ---- one evaluation ----
 
 
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references: every figure by alignment, none with the true length.
-
-    Raises ValueError if no utterance is left to evaluate on.
+    """Free-running greedy decoding against the references -> sums for `rates`, by alignment, none with the true length.
     """
     token_counts = char_counts = word_counts = Counts()
-    right = same_length = total = 0
+    right = same_length = total = skipped = 0
     device = next(model.parameters()).device
     model.eval()
     for batch in batches:
+        skipped += len(batch.skipped)
         if not batch.keys:
             continue
         feats, feat_lens, _, _ = to_device(batch, device)
+        feats = feats.to(next(model.parameters()).dtype)
         found = model.greedy(feats, feat_lens)
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
@@ -164,10 +347,17 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             word_counts += word_errors(text, decode(hyp))
             right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
     model.train()
-    if not total:
+    return {"tokens": token_counts, "chars": char_counts, "words": word_counts, "right": right,
+            "same_length": same_length, "total": total, "skipped": skipped}
+
+
+def rates(sums: dict) -> dict[str, float]:
+    """The figures of an evaluation. Raises ValueError if no utterance was left to evaluate on."""
+    if not sums["total"]:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
-    return {"token_accuracy": token_accuracy(token_counts), "sequence_accuracy": right / max(1, total),
-            "length_accuracy": same_length / max(1, total), "cer": char_counts.rate, "wer": word_counts.rate}
+    return {"token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
+            "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
+            "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
 
 # ---- files of a run ----
@@ -177,6 +367,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data.write_atomic(path, buffer.getvalue())
+
+
+def save_latest(folder: Path, state: dict) -> None:
+    """latest.pt becomes previous.pt, then state becomes latest.pt; if it cannot be written, both stay."""
+    fresh, latest = folder / "next.pt", folder / "latest.pt"
+    save_checkpoint(fresh, state)
+    if latest.exists():
+        os.replace(latest, folder / "previous.pt")
+    os.replace(fresh, latest)
 
 
 def table(history: Sequence[dict]) -> str:
@@ -198,26 +397,46 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make runs/<YYYYmmdd_HHMMSS>_<name> (with a number behind it if that exists) and point runs/latest at it."""
+    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
     stem, count = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}", 1
     while True:
         run = root / (stem if count == 1 else f"{stem}_{count}")
         try:
             (run / "checkpoints").mkdir(parents=True)
-            break
+            return run
         except FileExistsError:
             count += 1
-    link = root / f".latest_{run.name}"
-    link.symlink_to(run.name)
-    os.replace(link, root / "latest")
-    return run
 
 
-def say(run: Path, line: str) -> None:
-    """Print a line, over the progress line on a terminal, and append it to train.log."""
+def point_latest(folder: Path) -> None:
+    """runs/latest -> this run, which has a checkpoint by now, so whatever latest names can be resumed."""
+    link = folder.with_name(f".latest_{folder.name}")
+    link.symlink_to(folder.name)
+    os.replace(link, folder.with_name("latest"))
+
+
+class Run(NamedTuple):
+    """A run under way."""
+
+    folder: Path
+    stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
+    ranks: Ranks = ALONE
+
+
+def say(run: Run, line: str) -> None:
+    """Print a line, over the progress line on a terminal, and append it to train.log; rank 0 only."""
+    if run.ranks.rank:
+        return
     print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
-    with open(run / "train.log", "a", encoding="utf-8") as file:
+    with open(run.folder / "train.log", "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def note(run: Run, line: str) -> None:
+    """say what befell this rank's share; ranks other than 0 print it."""
+    if run.ranks.rank:
+        print(f"rank {run.ranks.rank}: {line}", flush=True)
+    say(run, line)
 
 
 def show_progress(line: str) -> None:
@@ -228,8 +447,6 @@ def show_progress(line: str) -> None:
 # ---- curves.svg ----
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
-SVG_STYLE = ("text{font:12px sans-serif;fill:#333} .grid{stroke:#8884;fill:none} path{fill:none;stroke-width:2}"
-             "@media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd}}")
 
 
 def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
@@ -242,7 +459,7 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
     epochs = max(2, max(map(len, series.values())))
     x = lambda i: left + width * i / (epochs - 1)
     y = lambda v: top + 30 + height * (1 - (scale(v) - low) / (high - low))
-    parts = [f'<text x="{left}" y="{top + 16}" font-weight="bold">{title}</text>']
+    parts = [f'<text x="{left}" y="{top + 16}" class="title">{title}</text>']
     for k in range(5):
         v = low + (high - low) * k / 4
         level = top + 30 + height * (1 - k / 4)
@@ -252,10 +469,10 @@ def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: b
         parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
     for n, (name, line) in enumerate(series.items()):
         points = [f"{x(i):.1f} {y(v):.1f}" for i, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log_scale)]
-        colour = COLOURS[n % len(COLOURS)]
+        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
         dot = "h0.1" if len(points) == 1 else ""  # one epoch: a dot
-        parts.append(f'<path stroke="{colour}" stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
-                     f'<path stroke="{colour}" d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
+        parts.append(f'<path {pen} stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
+                     f'<path {pen} d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
                      f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {line[-1]:.4g}</text>')
     return "".join(parts)
 
@@ -272,7 +489,7 @@ def curves_svg(history: Sequence[dict]) -> str:
 
 # ---- the system that is trained ----
 
-RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "random")
+RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "log_bytes", "utterances")
 STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
@@ -297,6 +514,38 @@ class Progress(NamedTuple):
     totals: dict[str, float] = {}  # of the epoch under way
 
 
+OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
+
+
+class First(torch.utils.data.Dataset):
+    """The first `count` utterances of a dataset, each of them so many times."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, count: int, times: int):
+        self.dataset, self.count, self.times = dataset, min(count, len(dataset)), times
+
+    def __len__(self) -> int:
+        return self.count * self.times
+
+    def __getitem__(self, item: int | tuple[int, int]) -> data.Utterance | data.Skip:
+        epoch, index = data.address(item, len(self))
+        return self.dataset[epoch, index % self.count]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.tile(self.dataset.lengths[:self.count], self.times)
+
+    def epoch_lengths(self, epoch: int) -> np.ndarray:
+        return np.tile(self.dataset.epoch_lengths(epoch)[:self.count], self.times)
+
+
+def overfitting(config: configs.Config, count: int) -> configs.Config:
+    """The config with which `count` utterances are learned by heart: as it is, until all of them are right."""
+    training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
+                       target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
+                       warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
+    return replace(config, training=training)
+
+
 def measure_stats(dataset) -> Tensor:
     """Mean and reciprocal deviation (2,F) of up to STATS_UTTERANCES utterances of a dataset without augmentation."""
     items = (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // STATS_UTTERANCES)))
@@ -308,6 +557,16 @@ def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
     front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
     mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
     return replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
+
+
+def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
+    """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
+    unknown, = tokenizer.encode("\ue000")  # for private use: no vocabulary has it
+    ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
+    missed = [text for id, text in ids if id == unknown]
+    if 2 * len(missed) > len(ids):
+        raise ValueError(f"training.init_from={place}: wanted a vocabulary for the training texts, got one without "
+                         f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
 
 
 class Origin(NamedTuple):
@@ -341,7 +600,20 @@ def origin(config: configs.Config) -> Origin:
         stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None,
                                                 config.model.encoder.subsampling))
         model = build(config.model, stats.shape[1], len(tokenizer))
+    if place:
+        configs.check(config, f"training.init_from={place}")
+        check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
     return Origin(config, tokenizer, stats, model)
+
+
+def save_memory_and_time(model: nn.Module, training) -> None:
+    """training.recompute and training.compile. The model's parameters keep their names; copies of it are not affected,
+    so this is done after the average was made."""
+    if training.recompute:
+        for block in model.encoder.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if training.compile:
+        model.compile(dynamic=True)
 
 
 def make_system(config: configs.Config, state: dict | None = None, place: str = "") -> System:
@@ -352,13 +624,20 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     if state is None:
         config, tokenizer, stats, model = origin(config)
     else:
-        tokenizer, stats = Tokenizer.from_state(state["tokenizer"]), state["stats"]
+        tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
     options, training, factor = config.data, config.training, config.model.encoder.subsampling
-    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor, augment=True)
+    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor,
+                                  augment=not training.overfit)
     dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
-    model.to(pick_device(training.device))
-    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98))
+    if training.overfit:
+        train_set, dev_set = (First(train_set, training.overfit, times) for times in (OVERFIT_TIMES, 1))
+    if state is not None and state["utterances"] != len(train_set):
+        raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
+                         f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
+    model.to(pick_device(training.device, "training.device"),
+             torch.float64 if training.precision == "float64" else torch.float32)
+    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98), fused=True)
     average = None
     if training.average_decay:
         average = AveragedModel(model, avg_fn=moving_average(training.average_decay))
@@ -368,46 +647,120 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
             average.module.load_state_dict(state["model"])
             average.n_averaged.fill_(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if state["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    save_memory_and_time(model, training)
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
-def checkpoint_state(system: System, progress: Progress, history: list[dict]) -> dict:
+def checkpoint_state(system: System, progress: Progress, history: list[dict], log_bytes: int) -> dict:
     """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True).
 
-    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs.
+    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
+    log_bytes is how long train.log is by now.
     """
     trained = system.model.state_dict()
     model = system.average.module.state_dict() if system.average is not None else trained
-    return {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-            "model": model, "trained": trained, "averaged": int(system.average.n_averaged) if system.average else 0,
-            "optimizer": system.optimizer.state_dict(),
-            "progress": progress._asdict(), "history": history,
-            "random": {"cpu": torch.get_rng_state(),
-                       "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}}
+    return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
+            "tokenizer": system.tokenizer.state(), "stats": system.stats, "model": model, "trained": trained,
+            "averaged": int(system.average.n_averaged) if system.average else 0,
+            "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
+            "log_bytes": log_bytes, "utterances": len(system.train_set)}
+
+
+def keep_epoch(folder: Path, state: dict, number: int, keep: int) -> None:
+    """Write the weights of epoch `number` as epoch_<number>.pt and remove those older than the last `keep` epochs."""
+    kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
+    save_checkpoint(folder / f"epoch_{number:04d}.pt", kept)
+    for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
+        old.unlink()
+
+
+def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
+    """Write latest.pt, and before it best.pt and what training.keep_epochs asks for, so that a run killed in between
+    repeats this epoch. All ranks call it."""
+    progress = progress._replace(totals=add_up(progress.totals, run.ranks))
+    if run.ranks.rank:
+        return
+    state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
+    if best:
+        save_checkpoint(run.folder / "checkpoints/best.pt", state)
+    if system.config.training.keep_epochs and history and not progress.batch:
+        keep_epoch(run.folder / "checkpoints", state, progress.epoch, system.config.training.keep_epochs)
+    save_latest(run.folder / "checkpoints", state)
+
+
+def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
+    """The config of a checkpoint to go on with. Raises ValueError if it is from an older version or another run."""
+    missing = [key for key in RESUME_KEYS if key not in state]
+    if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
+        got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
+        raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
+                         f"run with its weights: --training.init_from={path}")
+    config = configs.from_dict(state["config"], str(path))
+    if (folder / "config.yaml").exists() and configs.load(str(folder / "config.yaml")) != config:
+        raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
+                         f"the file back, or start a new run with these weights: --training.init_from={path}")
+    return config
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict]:
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said. Raises ValueError if neither can."""
+    path = folder / "checkpoints/latest.pt"
+    try:
+        return path, read_checkpoint(path)
+    except ValueError as error:
+        previous = path.with_name("previous.pt")
+        if not previous.exists():
+            raise
+        state = read_checkpoint(previous)
+        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
+        return previous, state
+
+
+def clean_up(folder: Path, path: Path, state: dict) -> None:
+    """Bring the files of a run back to where its checkpoint at `path` stands, and remove what a kill left half done."""
+    if path.name == "previous.pt":
+        os.replace(path, path.with_name("latest.pt"))
+    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
+        left.unlink(missing_ok=True)
+    log = folder / "train.log"
+    if log.exists() and log.stat().st_size > state["log_bytes"]:
+        os.truncate(log, state["log_bytes"])
+    if state["history"]:
+        write_reports(folder, state["history"])
 
 
 # ---- the loop ----
 
 
-def add(totals: dict[str, float], more: dict[str, float]) -> dict[str, float]:
-    return {name: totals.get(name, 0.0) + more.get(name, 0.0) for name in {**totals, **more}}
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that tensors took on the GPU so far, or this process on the CPU (Linux counts in KiB)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def step_totals(step: Step, batch: data.Batch, seconds: float) -> dict[str, float]:
-    """What one step adds to the epoch's totals. A skipped step adds no loss, or one bad batch would hide the rest."""
+def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
+    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first.
+
+    A skipped step adds no loss, or one bad batch would hide the rest.
+    """
     B, T = batch.feats.shape[:2]
-    common = {"seconds": seconds, "frames": int(batch.feat_lens.sum()), "padded_frames": B * T,
-              "utterances": B, "skipped_utterances": len(batch.skipped), "skipped_steps": int(not step.finite)}
-    learned = {**step.sums, "tokens": step.tokens, "grad_norm": step.grad_norm, "steps": 1}
-    return {**common, **learned} if step.finite else common
+    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B,
+           "skipped_utterances": len(batch.skipped)}
+    common = {} if rank else {"seconds": seconds, "wait": wait, "skipped_steps": int(not step.finite)}
+    learned = {**step.sums, "tokens": step.tokens}
+    norm = {} if rank else {"grad_norm": step.grad_norm, "steps": 1}
+    return {**own, **common, **learned, **norm} if step.finite else {**own, **common}
 
 
-def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float) -> dict:
+COUNTED = {"seconds", "wait", "frames", "padded_frames", "utterances", "skipped_utterances", "skipped_steps", "tokens",
+           "grad_norm", "steps", "loss"}  # what is not a component of the loss among an epoch's totals
+
+
+def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
+              memory_mb: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in ("ce", "quantity", "timing", "ctc", "mwer") if name in totals]
+    names = [name for name in totals if name not in COUNTED]
     tokens = max(1.0, totals.get("tokens", 0.0))
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
             "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
@@ -415,13 +768,16 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
             "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
             "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
-            "skipped_steps": int(totals["skipped_steps"]), "seconds": seconds}
+            "skipped_steps": int(totals["skipped_steps"]), "data_wait": totals["wait"] / max(1e-9, totals["seconds"]),
+            "peak_memory_mb": memory_mb, "seconds": seconds}
 
 
-def epoch_batches(system: System, epoch: int) -> list[list[int]]:
+def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
+    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
-    return data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
-                             training.seed, epoch)
+    batches = data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
+                                training.seed, epoch)
+    return [batch[ranks.rank::ranks.world] for batch in batches]
 
 
 def clock(seconds: float) -> str:
@@ -429,40 +785,105 @@ def clock(seconds: float) -> str:
 
 
 class TrainingDiverged(RuntimeError):
-    """Several non-finite steps in a row; the message names the batch."""
+    """Several skipped steps in a row; the message names the batch."""
 
 
-def named(run: Path, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came, and the checkpoint is written."""
+
+
+MAX_DEATHS = 3  # of loader processes at the same batch
+
+
+def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
+    """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
+
+    Raises OSError when MAX_DEATHS have died over the same batch.
+    """
+    deaths = 0
+    while True:
+        try:
+            for batch in load(start):
+                yield batch
+                start, deaths = start + 1, 0
+            return
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            deaths += 1
+            message = str(error).splitlines()[0]
+        if deaths == MAX_DEATHS:
+            raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
+                          "little memory? data.num_workers=0 loads without one")
+        note(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}")
+
+
+def named(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
     """The same batches; every recording that they had to skip is named in the log."""
     for batch in batches:
         for skip in batch.skipped:
-            say(run, f"skipped {skip.key}: {skip.reason}")
+            note(run, f"skipped {skip.key}: {skip.reason}")
         yield batch
 
 
-def train_epoch(run: Path, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
-    """The rest of the epoch under way, from progress.batch on, with checkpoints every training.checkpoint_steps."""
+def trouble(step: Step, accumulate: int) -> str:
+    """What the log says of a step that was not as it should be, "" if it was."""
+    if not step.parts:
+        return "out of memory with a single utterance, skipped"
+    if not step.finite:
+        return "loss or gradient not finite, skipped"
+    return f"out of memory, worked through in {step.parts} parts instead" if step.parts > accumulate else ""
+
+
+def take_step(run: Run, system: System, batch: data.Batch, number: int, total_steps: int) -> Step:
+    """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = system.config.training
-    batches = epoch_batches(system, progress.epoch)
-    shown, first, began, started = time.monotonic(), progress.batch, time.monotonic(), time.monotonic()
-    loader = data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, progress.batch)
-    for batch in named(run, loader):
-        rate = learning_rate(progress.step, total_steps, training)
-        step = train_step(system.model, system.optimizer, batch, rate, training) if batch.keys else EMPTY_STEP
-        if system.average is not None and step.finite:
-            system.average.update_parameters(system.model)
+    rate = learning_rate(number, total_steps, training)
+    step = train_step(system.model, system.optimizer, batch, rate, training, number, run.ranks)
+    if system.average is not None and step.finite:
+        system.average.update_parameters(system.model)
+    if problem := trouble(step, training.accumulate):
+        note(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}")
+    return step
+
+
+def advance(progress: Progress, step: Step, more: dict[str, float]) -> Progress:
+    bad = 0 if step.finite else progress.bad_steps + 1
+    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad, add(progress.totals, more))
+
+
+def is_due(step: int, minutes: float, options) -> bool:
+    """Whether a checkpoint within the epoch is to be written after so many steps, and minutes since the last one."""
+    by_steps = options.checkpoint_steps and step % options.checkpoint_steps == 0
+    return bool(by_steps or options.checkpoint_minutes and minutes >= options.checkpoint_minutes)
+
+
+def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
+    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it.
+
+    Raises Interrupted after the step in which run.stop was set, with a checkpoint written.
+    """
+    training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
+    first, began = progress.batch, time.monotonic()
+    shown = saved = started = began
+    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, progress.batch)):
+        wait = time.monotonic() - started
+        step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        bad = 0 if step.finite else progress.bad_steps + 1
-        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad,
-                            add(progress.totals, step_totals(step, batch, now - started)))
-        started = now
-        if bad:
-            say(run, f"step {progress.step}: loss or gradient not finite, skipped; batch: {' '.join(batch.keys)}")
-        if bad >= training.max_bad_steps:
-            raise TrainingDiverged(f"{bad} non-finite steps in a row, the last one on {' '.join(batch.keys)}")
-        if training.checkpoint_steps and progress.step % training.checkpoint_steps == 0:
-            save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, progress, history))
-        if now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+        progress = advance(progress, step, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        if progress.bad_steps >= training.max_bad_steps:
+            raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
+                                   f"{' '.join(batch.keys)}")
+        due = is_due(progress.step, (now - saved) / 60, training)
+        wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        if wanted["save"] or wanted["stop"]:
+            save(run, system, progress, history)
+            saved = time.monotonic()
+        if wanted["stop"]:
+            raise Interrupted
+        started = time.monotonic()
+        if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
             show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                           f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
@@ -477,39 +898,325 @@ def report(row: dict, num_epochs: int) -> str:
     accuracies = "  ".join(f"{name} {row[f'{name}_accuracy']:.4f}" for name in ("token", "sequence", "length"))
     return (f"epoch {row['epoch']}/{num_epochs}  {losses}  lr {row['learning_rate']:.2g}  "
             f"grad {row['grad_norm']:.2f} | {accuracies}  cer {row['cer']:.4f}  wer {row['wer']:.4f} | "
-            f"{row['frames_per_second']:.0f} frames/s  padding {row['padding']:.1%}  "
+            f"{row['frames_per_second']:.0f} frames/s  wait {row['data_wait']:.1%}  padding {row['padding']:.1%}  "
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def fit(run: Path, system: System, progress: Progress, history: list[dict]) -> list[dict]:
+def until(stop: threading.Event, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+    """The batches before stop is set."""
+    return itertools.takewhile(lambda batch: not stop.is_set(), batches)
+
+
+def validate(run: Run, system: System, progress: Progress, history: list[dict]) -> dict:
+    """The figures of the dev set. Raises Interrupted, with a checkpoint written, when run.stop is set meanwhile."""
+    training = system.config.training
+    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
+    model = system.model if system.average is None else system.average.module
+    batches = data.loader(system.dev_set, dev[run.ranks.rank::run.ranks.world])
+    sums = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
+    sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
+    if sums["stop"]:
+        save(run, system, progress, history)
+        raise Interrupted
+    return rates(sums)
+
+
+def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
     """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     if not total_steps:
         raise ValueError("data.train: wanted utterances to learn from, got none")
-    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        model = system.model if system.average is None else system.average.module
-        figures = evaluate(model, named(run, data.loader(system.dev_set, dev)), system.tokenizer.decode)
+        figures = validate(run, system, progress, history)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, progress.totals, rate, figures, spent)]
+        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent,
+                                       peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
-        state = checkpoint_state(system, progress, history)
-        if best_row(history) is history[-1]:
-            save_checkpoint(run / "checkpoints/best.pt", state)
-        write_reports(run, history)
-        save_checkpoint(run / "checkpoints/latest.pt", state)  # last: a run killed before it repeats this epoch
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
-        say(run, report(history[-1], training.num_epochs))
+        say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
+        if run.ranks.rank == 0:
+            write_reports(run.folder, history)
+        save(run, system, progress, history, best_row(history) is history[-1])
     say(run, reason)
     return history
 
 
+# ---- starting and going on ----
+
+
+def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several models' weights; what is no float, such as a counter, is the first one's."""
+    return {name: torch.stack([m[name].double() for m in models]).mean(0).to(first.dtype) if first.is_floating_point()
+            else first for name, first in models[0].items()}
+
+
+def average_epochs(folder: Path, count: int) -> int:
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept, and evaluate it."""
+    states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
+    if len(states) < count:
+        raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
+                         f"--training.keep_epochs={count} or more")
+    best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
+    path, state = last_checkpoint(folder)
+    state = {**state, "model": mean_weights([each["model"] for each in best])}
+    system = make_system(configs.from_dict(state["config"], str(path)), {**state, "trained": state["model"]}, str(path))
+    dev = data.make_batches(system.dev_set.lengths, system.config.training.batch_size,
+                            system.config.training.batch_frames, shuffle=False)
+    row = rates(evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode))
+    target = folder / "checkpoints/average.pt"
+    save_checkpoint(target, {**{name: best[0][name] for name in best[0]}, "model": state["model"]})
+    epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
+    print(f"mean of epochs {epochs}: token accuracy {row['token_accuracy']:.4f}, sequence accuracy "
+          f"{row['sequence_accuracy']:.4f}, wer {row['wer']:.4f}\ndecode with: python decode.py --ckpt {target}")
+    return 0
+
+
+def headline(folder: Path, system: System) -> str:
+    size = sum(p.numel() for p in system.model.parameters())
+    return (f"{folder}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
+            f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+
+
+def wanted_config(arguments: argparse.Namespace, overrides: list[str]) -> configs.Config:
+    config = configs.load(arguments.config, overrides)
+    return overfitting(config, arguments.overfit) if arguments.overfit else config
+
+
+def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
+    """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
+    config = wanted_config(arguments, overrides)
+    ranks = join_ranks(pick_device(config.training.device, "training.device"))
+    system = make_system(config)
+    made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
+    run = Run(Path(add_up(made, ranks)["folder"]), stop, ranks)
+    if ranks.rank == 0:
+        data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
+    say(run, headline(run.folder, system))
+    save(run, system, Progress(), [])
+    if ranks.rank == 0:
+        point_latest(run.folder)
+    return run, system
+
+
+def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
+    """A run that stopped: its folder, system, progress and history."""
+    path, state = last_checkpoint(folder)
+    config = resumable(state, folder, path)
+    ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
+    system = make_system(config, state, str(path))
+    progress, history = Progress(**state["progress"]), state["history"]
+    if ranks.rank:
+        return Run(folder, stop, ranks), system, progress._replace(totals={}), history
+    clean_up(folder, path, state)
+    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return Run(folder, stop, ranks), system, progress, history
+
+
+# ---- the dry run ----
+
+
+def sizes(model: nn.Module) -> Iterator[str]:
+    """The parameters of a model's modules, and of their parts."""
+    total = sum(p.numel() for p in model.parameters())
+    for name, module in model.named_modules():
+        count = sum(p.numel() for p in module.parameters())
+        if count and name.count(".") < 2:
+            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / total:>8.1%}"
+
+
+def shape_of(value: object) -> str:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape)).replace(" ", "")
+    return " ".join(filter(None, map(shape_of, value))) if isinstance(value, (tuple, list)) else ""
+
+
+def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
+    """One step -> a line for every module that a batch went through, in order, and the MB kept for the backward pass.
+
+    The one place with hooks: the shapes are to be those that pass, and not a second account of them.
+    """
+    lines, kept = [], {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
+    hooks = [module.register_forward_hook(lambda _, given, out, name=name: lines.append(
+                 f"{name:<32}{shape_of(given):<40} -> {shape_of(out)}"))
+             for name, module in system.model.named_modules() if name and name.count(".") < 2]
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        train_step(system.model, system.optimizer, batch, 0.0, system.config.training)
+    for hook in hooks:
+        hook.remove()
+    return lines, sum(kept.values()) / 1e6
+
+
+def describe(system: System) -> Iterator[str]:
+    """What a run of this system will be: sizes by module, shapes, memory and time. Trains the system a few steps."""
+    training, batches = system.config.training, epoch_batches(system, 0)
+    if not batches:
+        raise ValueError("data.train: wanted utterances to learn from, got none")
+    yield from sizes(system.model)
+    lengths = system.train_set.epoch_lengths(0)
+    by_size = sorted(batches, key=lambda batch: len(batch) * int(lengths[batch].max()))
+    make = lambda batch: data.collate([system.train_set[0, i] for i in batch])
+    largest = make(by_size[-1])
+    shapes, activations = traced_step(system, largest)
+    yield f"\nthe largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}"
+    yield from shapes
+    weights = sum(p.numel() * p.element_size() for p in system.model.parameters()) / 1e6
+    copies = 5 if system.average is not None else 4
+    yield (f"\nmemory: {copies * weights:.0f} MB for weights, gradients and two moments"
+           f"{' and the average' if copies == 5 else ''}, {activations:.0f} MB of activations for that batch")
+    typical = [make(by_size[len(by_size) * k // 6]) for k in (1, 3, 5)]
+    started = time.perf_counter()
+    for batch in typical:
+        train_step(system.model, system.optimizer, batch, 0.0, training)
+    step_sec = (time.perf_counter() - started) / len(typical)
+    steps = len(batches) * training.num_epochs
+    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(batches)} steps an epoch, {steps} in all: about "
+           f"{clock(step_sec * steps)} of steps, evaluation not counted; on "
+           f"{next(system.model.parameters()).device}")
+
+
+# ---- the benchmark ----
+
+
+class PlainModel(nn.Module):
+    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters."""
+
+    def __init__(self, model: nn.Module, options, input_dim: int, vocab_size: int):
+        super().__init__()
+        encoder, decoder = options.encoder, options.decoder
+        self.subsampling = encoder.subsampling
+        self.input = nn.Linear(input_dim, encoder.hidden_dim)
+        self.embedding = nn.Embedding(vocab_size, decoder.hidden_dim)
+        make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
+                                       part.dropout, batch_first=True, norm_first=True)
+        size = lambda module: sum(p.numel() for p in module.parameters())
+        one = make(nn.TransformerEncoderLayer, encoder)
+        self.decoder = nn.ModuleList(make(nn.TransformerDecoderLayer, decoder) for _ in range(decoder.num_layers))
+        count = max(1, round((size(model) - size(self)) / size(one)))
+        self.encoder = nn.ModuleList(copy.deepcopy(one) for _ in range(count))
+        self.output = nn.Linear(decoder.hidden_dim, vocab_size)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+        x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
+        pads = torch.arange(x.shape[1]) >= lens[:, None]
+        for layer in self.encoder:
+            x = layer(x, src_key_padding_mask=pads)
+        y = self.embedding(tokens)
+        for layer in self.decoder:
+            y = layer(y, x, memory_key_padding_mask=pads)
+        real = torch.arange(y.shape[1]) < token_lens[:, None]
+        return F.cross_entropy(self.output(y)[real], tokens[real])
+
+
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
+    """The loop that everybody writes first."""
+    for batch in batches:
+        loss = model(*to_device(batch, torch.device("cpu")))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float, int]:
+    """Steps a second of ours and of the plain loop on the same batches, in turns, best round; the plain layers."""
+    batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
+    options, stats = system.config, system.stats
+    plain = PlainModel(system.model, options.model, stats.shape[1], len(system.tokenizer))
+    plain_optimizer = torch.optim.AdamW(plain.parameters())
+    ours = lambda: [train_step(system.model, system.optimizer, batch, 1e-4, options.training) for batch in batches]
+    theirs = lambda: plain_steps(plain, plain_optimizer, batches)
+    times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
+    return *(len(batches) / min(column) for column in zip(*times)), len(plain.encoder)
+
+
+def first_step_sec(path: str, runs: str) -> float:
+    """From the command to the checkpoint behind the first step."""
+    command = [sys.executable, __file__, path, "--runs", runs, "--training.checkpoint_steps=1"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(Path(runs).glob("2*/checkpoints/previous.pt")):
+            time.sleep(0.005)
+        spent = time.perf_counter() - started
+        process.kill()
+    return spent
+
+
+def benchmark(path: str, config: configs.Config) -> Iterator[str]:
+    """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
+    config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
+    form = "{:<64}{:>14}{:>12}".format
+    yield form("figure", "measured", "asked")
+    system = make_system(config)
+    ours, plain, layers = speeds(system)
+    yield form(f"steps a second, ours {ours:.1f}, plain ({layers} encoder layers, same parameters) {plain:.1f}",
+               f"{ours / plain:.2f} x", ">= 1.0 x")
+    runs = tempfile.mkdtemp()
+    try:
+        folder = new_run(Path(runs), "benchmark")
+        run = Run(folder, threading.Event())
+        with contextlib.redirect_stdout(io.StringIO()):
+            history = fit(run, make_system(config), Progress(), [])
+        epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
+        save_sec = seconds_of(lambda: save(run, system, Progress(2, 0, 2), history, best=True))
+        yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
+                   f"{history[-1]['data_wait']:.1%}", "< 5%")
+        yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
+                   "< 2%")
+        torch_sec = min(seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"])) for _ in range(2))
+        first_sec = first_step_sec(path, f"{runs}/first")
+        yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
+                   f"{first_sec - torch_sec:.1f} s", "< 3 s")
+    finally:
+        shutil.rmtree(runs, ignore_errors=True)
+
+
 # ---- main ----
+
+
+def catch_signals() -> threading.Event:
+    """An event that SIGTERM or Ctrl-C sets; a second one ends the program at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGINT, handle)
+    return stop
+
+
+def complain(error: Exception, hint: str = "") -> None:
+    """One line, without the traceback that a loader process adds to its errors, on standard error."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    print(f"train.py: {lines[-1] if 'Traceback' in str(error) else str(error)}{hint}", file=sys.stderr)
+
+
+def finish(run: Run, system: System, history: list[dict]) -> int:
+    best, overfit = best_row(history), system.config.training.overfit
+    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
+             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
+             f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
+    if overfit and score(best) < (1.0, 1.0):
+        say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
+        return 1
+    return 0
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -517,6 +1224,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
     parser.add_argument("config", nargs="?", help="a YAML file of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
+    parser.add_argument("--overfit", type=int, default=0, metavar="N", help="learn the first N utterances by heart")
+    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
+    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
@@ -525,53 +1237,50 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("wanted either a config or --resume RUN")
     if arguments.resume and rest:
         parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
+    if arguments.resume and (arguments.dry_run or arguments.overfit or arguments.benchmark) or arguments.overfit < 0:
+        parser.error("--dry-run, --overfit N (1 or more) and --benchmark want a config, not --resume")
+    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
+        parser.error("--average wants 1 or more, and --resume RUN")
     return arguments, rest
-
-
-def start(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Path, System, Progress, list[dict]]:
-    """A fresh run, or the one to resume: its folder, system, progress and history."""
-    if arguments.resume:
-        run = Path(arguments.resume).resolve()
-        path = run / "checkpoints/latest.pt"
-        state = read_checkpoint(path)
-        if missing := [key for key in RESUME_KEYS if key not in state]:
-            raise ValueError(f"{path}: wanted a checkpoint to resume, got one without {', '.join(missing)}")
-        system = make_system(configs.from_dict(state["config"], str(path)), state, str(path))
-        return run, system, Progress(**state["progress"]), state["history"]
-    config = configs.load(arguments.config, overrides)
-    system = make_system(config)
-    run = new_run(Path(arguments.runs), Path(arguments.config).stem)
-    data.write_atomic(run / "config.yaml", configs.dump(system.config))
-    save_checkpoint(run / "checkpoints/latest.pt", checkpoint_state(system, Progress(), []))  # to resume from, at once
-    return run, system, Progress(), []
 
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
+    stop = catch_signals()
     try:
-        run, system, progress, history = start(arguments, overrides)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if arguments.dry_run or arguments.benchmark:
+            config = wanted_config(arguments, overrides)
+            for line in describe(make_system(config)) if arguments.dry_run else benchmark(arguments.config, config):
+                print(line, flush=True)
+            return 0
+        if arguments.average:
+            return average_epochs(Path(arguments.resume).resolve(), arguments.average)
+        if arguments.resume:
+            run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
+        else:
+            (run, system), progress, history = begin(arguments, overrides, stop), Progress(), []
+    except (ValueError, OSError, RankLost) as error:
+        complain(error)
         return 2
-    size = sum(p.numel() for p in system.model.parameters())
-    say(run, f"{run}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
-             f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+    go_on = f"go on with: python train.py --resume {run.folder}"
     try:
-        history = fit(run, system, progress, history)
-    except TrainingDiverged as error:
-        say(run, f"stopped: {error}; {run / 'checkpoints/latest.pt'} is the last good state")
+        return finish(run, system, fit(run, system, progress, history))
+    except (TrainingDiverged, RankLost) as error:
+        complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
         return 1
+    except Interrupted:
+        print(f"\ninterrupted; {go_on}" if run.ranks.rank == 0 else "", end="\n", flush=True)
+        return 0
     except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
-        print(f"train.py: {error}; {run / 'checkpoints/latest.pt'} is the last good state", file=sys.stderr)
+        hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        complain(error, f"; the last checkpoint is good: {hint}{go_on}")
         return 2
-    except KeyboardInterrupt:
-        say(run, f"\ninterrupted; go on with: python train.py --resume {run}")
-        return 130
-    best = best_row(history)
-    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
-             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
-             f"decode with: python decode.py --ckpt {run / 'checkpoints/best.pt'}")
-    return 0
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        complain(ValueError("out of memory while evaluating: wanted a smaller training.batch_size or batch_frames"),
+                 f"; the last checkpoint is good: {run.folder / 'checkpoints/latest.pt'}")
+        return 2
 
 
 if __name__ == "__main__":
