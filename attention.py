@@ -60,6 +60,12 @@ def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
     return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
 
+def near_mask(T: int, context: int, device: torch.device | None = None) -> Tensor:
+    """(T,T) bool, True where row t may see column s: no more than `context` steps away, on either side."""
+    step = torch.arange(T, device=device)
+    return (step[:, None] - step).abs() <= context
+
+
 def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManager:
     """In evaluation, no autocast: the number of tokens hangs on sums that half precision moves across whole numbers."""
     return contextlib.nullcontext() if training else torch.autocast(x.device.type, enabled=False)
@@ -439,14 +445,15 @@ class ConformerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), mask (B,1,T) -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        """x (B,T,D), mask (B,1,T) or (B,T,T) -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T).
+
+        The convolution sees every frame that any row of the mask may see.
+        """
         check_shape("x", x, "B", "T", self.self_attention.dim)
-        if mask is not None:
-            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
         x = x + self.dropout(out)
-        x = x + self.dropout(self.convolution(self.norm_conv(x), mask))
+        x = x + self.dropout(self.convolution(self.norm_conv(x), None if mask is None else mask.any(1, True)))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 

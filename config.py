@@ -35,6 +35,7 @@ class EncoderConfig:
     memory_shift: int = 0                # sanm: the memory reaches so many frames further back, and less far ahead
     subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4; 1 for sanm, 4 for relative_...
     position: str = "sinusoidal"         # sinusoidal | learnable | none; sanm and relative_conformer have their own
+    context: int = 0                     # transformer, conformer: attention reaches so many encoder frames; 0 = all
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # on attention weights and memory, sanm and relative_conformer; [0, 1)
 
@@ -60,7 +61,7 @@ class PredictorConfig:
 @dataclass(frozen=True)
 class DecoderConfig:
     kind: str = "transformer"            # transformer | bare (its input neither projected nor positioned) | sanm
-    num_layers: int = 2                  # blocks
+    num_layers: int = 2                  # blocks; 0: a token is read off its acoustic embedding alone
     attention_layers: int = 0            # sanm: of those, the first so many have cross-attention; 0 = all
     hidden_dim: int = 144                # D, a multiple of num_heads; bare and sanm: that of the encoder
     num_heads: int = 4                   # H
@@ -176,14 +177,14 @@ class Config:
 # ---- rules ----
 
 RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields it holds for, in whatever section)
-    "1 or more": (lambda x: 1 <= x < math.inf, """num_layers hidden_dim num_heads num_train num_dev num_symbols
+    "1 or more": (lambda x: 1 <= x < math.inf, """hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps accumulate"""),
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
-    "0 or more": (lambda x: 0 <= x < math.inf, """ffn_dim quantity_weight mwer_weight blend_frames noise gain_std
-        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay checkpoint_steps checkpoint_minutes keep_epochs overfit patience memory_shift left right
-        smooth noise upsampling timing_smooth timing_noise attention_layers"""),
+    "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim quantity_weight mwer_weight blend_frames
+        noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
+        warmup_steps weight_decay checkpoint_steps checkpoint_minutes keep_epochs overfit patience memory_shift left
+        right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
@@ -238,6 +239,12 @@ def _model_errors(model: ModelConfig) -> Iterator[str]:
     subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
     if encoder.subsampling != subsampling:
         yield f"model.encoder.subsampling: wanted {subsampling} for kind {encoder.kind}, got {encoder.subsampling}"
+    for name, part in (("encoder", encoder), ("predictor", model.predictor), ("decoder", decoder)):
+        bare = name == "decoder" and decoder.kind != "sanm" and model.name == "paraformer"  # a linear layer does
+        if part.num_layers == 0 and not bare:
+            yield f"model.{name}.num_layers: wanted 1 or more, got 0"
+    if encoder.context and encoder.kind not in ("transformer", "conformer"):
+        yield f"model.encoder.context: wanted 0 for kind {encoder.kind}, got {encoder.context}"
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         if part.memory_shift > part.kernel_size // 2:
             yield (f"model.{name}.memory_shift: wanted at most half of kernel_size {part.kernel_size}, "

@@ -262,7 +262,7 @@ def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) 
     (B, N, U), L = tokens.shape, log_p.shape[1]
     tokens = F.pad(tokens, (0, 1)).view(B * N, U + 1)
     special = (tokens == BLANK) | (tokens == SOS) | (tokens == EOS) | ~padding_mask(token_lens.flatten(), U + 1)
-    tokens = tokens.gather(1, special.long().argsort(dim=1, stable=True))  # those that CTC does not say behind the others
+    tokens = tokens.gather(1, special.long().argsort(dim=1, stable=True))  # what CTC does not say comes last
     names = (tokens[:, :, None] == tokens[:, None, :]).long().argmax(2) + 1  # where a token is first said, from 1
     columns = F.pad(tokens, (1, 0), value=BLANK)[:, None].expand(-1, L, -1)  # the part of V that this text needs
     own = log_p.repeat_interleave(N, 0).gather(2, columns)  # (B*N,L,U+2)
@@ -711,14 +711,16 @@ def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -
 
 @torch.inference_mode()
 def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
-    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder."""
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder if it has any."""
     title, *rest = scene(system, item, found)
     feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
     of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
-    of_decoder, cross = layer_of(found.attention, layer)
-    rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
-    return {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False),
-            "cross": attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)}
+    pictures = {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False)}
+    if found.attention:
+        of_decoder, cross = layer_of(found.attention, layer)
+        rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
+        pictures["cross"] = attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)
+    return pictures
 
 
 def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
@@ -913,8 +915,8 @@ def export_directory(system: System, folder: Path) -> None:
 def export(system: System, path: str) -> str:
     """Write the model without optimizer state -> what was written, in words.
 
-    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one with
-    checkpoint.pt of ours where not.
+    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
+    with checkpoint.pt of ours where not.
     """
     place, reason = Path(path), ""
     if place.suffix != ".pt":

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
-                       halved_sinusoids, padding_mask, relative_codes, sinusoids)
+                       halved_sinusoids, near_mask, padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
     def __init__(self, input_dim: int, options):
         super().__init__()
-        self.input_dim, D = input_dim, options.hidden_dim
+        self.input_dim, self.context, D = input_dim, options.context, options.hidden_dim
         self.subsampling = Subsampling(input_dim, D, options.subsampling)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
@@ -100,10 +100,12 @@ class Encoder(nn.Module):
         """
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
-        mask = padding_mask(lens, x.shape[1])
+        mask = padding_mask(lens, x.shape[1])[:, None, :]  # (B,1,L)
+        if self.context:
+            mask = mask & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
         x, layers = self.dropout(self.position(x)), []
         for block in self.blocks:
-            x, weights = block(x, mask[:, None, :], need_weights=need_weights)
+            x, weights = block(x, mask, need_weights=need_weights)
             layers.append(weights)
         return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
 
@@ -970,8 +972,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
     if state.get("format", 1) > CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: it "
-                         "is from a newer version of this project; update")
+        raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: "
+                         "it is from a newer version of this project; update")
     return state
 
 

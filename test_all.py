@@ -336,6 +336,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.dropout=1": "model.encoder.dropout: wanted at least 0 and below 1, got 1.0",
     "--model.predictor.kernel_size=4": "model.predictor.kernel_size: wanted odd and above 0, got 4",
     "--model.predictor.num_layers=0": "model.predictor.num_layers: wanted 1 or more, got 0",
+    "--model.encoder.num_layers=-1": "model.encoder.num_layers: wanted 0 or more, got -1",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
     "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
                                      "got 'conformr' "
@@ -1391,6 +1392,7 @@ def assert_same(got, wanted, tolerance=1e-12):
 def test_masks_are_true_where_real():
     assert padding_mask(ints(0, 2, 3), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
     assert causal_mask(3).tolist() == [[s <= t for s in range(3)] for t in range(3)]
+    assert attention.near_mask(5, 2).tolist() == [[abs(s - t) <= 2 for s in range(5)] for t in range(5)]
 
 
 # ---- attention: positions ----
@@ -1580,7 +1582,7 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: ConvolutionModule(5, 3)(X), "x must be (B,T,5), got (2, 3, 4)"),
     (lambda: ConvolutionModule(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
     (lambda: ConformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
-    (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 3, 3)), "mask must be (2,1,3), got (2, 3, 3)"),
+    (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 2, 3)), "mask must be (2,1,3) or (2,3,3) bool, got (2, 2, 3)"),
     (lambda: attention.relative_codes(MASK, 3, 4), "lens must be (B), got (2, 1, 3)"),
     (lambda: attention.relative_shift(X, ints(3, 2)), "scores must be (B,H,T,T), got (2, 3, 4)"),
     (lambda: attention.relative_shift(X[None], ints(3)), "scores must be (1,2,3,3), got (1, 2, 3, 4)"),
@@ -1715,13 +1717,13 @@ def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
 # ---- model: small models and batches ----
 
 
-def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, **options):
+def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, context=0, layers=1, **options):
     """A Paraformer of width 8 for 5 feature bins and 7 tokens, its biases drawn too; firing weights about 0.3."""
     section = config.ModelConfig(
         encoder=config.EncoderConfig(kind, num_layers=2, hidden_dim=8, num_heads=2, kernel_size=3, dropout=dropout,
-                                     subsampling=subsampling),
+                                     subsampling=subsampling, context=context),
         predictor=config.PredictorConfig(hidden_dim=6, num_layers=2, dropout=dropout),
-        decoder=config.DecoderConfig(num_layers=1, hidden_dim=8, num_heads=2, dropout=dropout),
+        decoder=config.DecoderConfig(num_layers=layers, hidden_dim=8, num_heads=2, dropout=dropout),
         **{"sampling_ratio": 0.5, "ctc_weight": 0.3, **options})
     torch.manual_seed(seed)
     built = model.build(section, 5, 7).to(dtype)
@@ -1846,12 +1848,30 @@ def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():
             assert_same(layer(x[i:i + 1, :i], lens[i:i + 1])[0][0], out[i, :out_lens[i]])
 
 
+@pytest.mark.parametrize("kind, reach", [("transformer", 1 + 2 * 2), ("conformer", 1 + 2 * (2 + 1))])
+def test_context_bounds_what_a_frame_sees(kind, reach):
+    feats = normal(3, 1, 23, 5).requires_grad_()  # reach: of the subsampling, and in each block of attention and kernel
+    hidden, _, _ = tiny(kind, context=2).encoder(feats, ints(23))
+    for t in (0, 11, 22):
+        seen = torch.autograd.grad(hidden[0, t, 0], feats, retain_graph=True)[0][0].any(1)
+        assert seen.tolist() == [abs(s - t) <= reach for s in range(23)]
+
+
+def test_a_decoder_without_layers_reads_each_embedding_alone():
+    decoder, embeds = tiny(layers=0).decoder, normal(3, 1, 6, 8).requires_grad_()
+    logits, weights = decoder(embeds, ints(6), normal(4, 1, 9, 8), ints(9), need_weights=True)
+    assert weights == []
+    for u in range(6):
+        seen = torch.autograd.grad(logits[0, u].square().sum(), embeds, retain_graph=True)[0][0].any(1)
+        assert seen.nonzero().tolist() == [[u]]
+
+
 # C5
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("subsampling", [1, 2, 4])
+@pytest.mark.parametrize("subsampling, context", [(1, 0), (2, 3), (4, 0)])
 @pytest.mark.parametrize("kind", ["transformer", "conformer"])
-def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, train):
-    paraformer, batch = tiny(kind, subsampling, seed=subsampling).train(train), ragged(1)
+def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, context, train):
+    paraformer, batch = tiny(kind, subsampling, seed=subsampling, context=context).train(train), ragged(1)
     order = normal(2, 4, 5)
     batch[0][~padding_mask(batch[1], 13)] = math.nan  # what pads may hold anything
     hidden, hidden_lens, _ = paraformer.encoder(*batch[:2])
