@@ -159,6 +159,7 @@ class TrainingConfig:
     compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
     keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
     checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
+    picture_epochs: int = 0              # every so many epochs draw the alignment of three dev utterances; 0 = never
     overfit: int = 0                     # train and evaluate on the first so many utterances only; 0 = on all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
     init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
@@ -183,8 +184,8 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
     "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim quantity_weight mwer_weight blend_frames
         noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
-        warmup_steps weight_decay checkpoint_steps checkpoint_minutes keep_epochs overfit patience memory_shift left
-        right smooth upsampling timing_smooth timing_noise attention_layers"""),
+        warmup_steps weight_decay checkpoint_steps checkpoint_minutes keep_epochs picture_epochs overfit patience
+        memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),

@@ -3143,6 +3143,31 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     assert "failed to learn 2 utterances by heart" in capsys.readouterr().out
 
 
+# C92
+@pytest.mark.parametrize("architecture", ["paraformer", "transformer", "ctc"])
+def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architecture):
+    """Their title is the text that greedy decoding gives, and their boundaries stand where its tokens begin."""
+    path = pathlib.Path(tiny_yaml(tmp_path / "tiny.yaml"))
+    unused = {"paraformer": "never", "transformer": "predictor", "ctc": "decoder|predictor"}[architecture]
+    path.write_text(re.sub(rf"  ({unused}):\n(    .*\n)+", "", path.read_text()))  # a section without effect is an error
+    argv = [str(path), f"--model.name={architecture}", "--training.picture_epochs=2", "--training.num_epochs=4"]
+    assert train.main([*argv, "--runs", str(tmp_path / "runs")]) == 0
+    run = run_of(tmp_path / "runs")
+    names = sorted(path.name for path in (run / "pictures").glob("*_alignment_*"))
+    assert names == [f"{i}_alignment_{epoch}.svg" for i in (1, 2, 3) for epoch in ("0002", "0004")]
+    system = decode.load_system(run / "checkpoints/latest.pt", "cpu")
+    dev = data.open_dataset(system.config.data, "dev", system.tokenizer.encode, 0, system.stats)
+    for i in range(3):
+        root = ElementTree.parse(run / f"pictures/{i + 1}_alignment_0004.svg").getroot()
+        found = system.model.greedy(dev[i].feats[None], torch.tensor([len(dev[i].feats)]))
+        text = system.tokenizer.decode(found.tokens[0, :found.lens[0]].tolist())
+        title = next(e.text for e in root.iter() if e.get("class") == "title")
+        assert title == f"{dev[i].key}: {dev[i].text}, recognised as {text}"
+        lines = [e for e in root.iter() if e.get("class") == "fire" and "V" in e.get("d")]
+        spelled = sum(id not in (BLANK, SOS, EOS) for id in found.tokens[0, :found.lens[0]].tolist())
+        assert len(lines) == (spelled + 1 if spelled else 0)
+
+
 # ---- decode: recognition ----
 
 def tiny_system(kind: str = "manifest") -> decode.System:

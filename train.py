@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import config as configs
 import data
-from attention import SVG_STYLE
+from attention import SVG_STYLE, alignment_svg, attention_svg
 from model import CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint
 from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors,
                        token_accuracy, word_errors)
@@ -921,6 +921,39 @@ def validate(run: Run, system: System, progress: Progress, history: list[dict]) 
     return rates(sums)
 
 
+PICTURED = 3  # dev utterances that training.picture_epochs draws
+
+
+@torch.no_grad()
+def draw(system: System, item: data.Utterance) -> dict[str, str]:
+    """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
+    model = (system.model if system.average is None else system.average.module).eval()
+    like = next(model.parameters())
+    found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
+    model.train()
+    frame_sec, s = data.frame_sec(system.config.data), system.config.model.encoder.subsampling
+    ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
+    rows = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
+    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
+    rest = tokens, len(item.feats) * frame_sec, (start, start + found.alpha.shape[1] * s * frame_sec)
+    truth = None if item.boundaries is None else item.boundaries * frame_sec
+    title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
+    pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), *rest, truth)}
+    if found.attention and rows:
+        pictures["cross"] = attention_svg(title, found.attention[-1][0, :, rows].float().cpu(), *rest, cross=True)
+    return pictures
+
+
+def write_pictures(folder: Path, system: System, epoch: int) -> None:
+    """pictures/<number of the utterance>_<kind>_<epoch>.svg of the first dev utterances: a column to flip through."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for index in range(min(PICTURED, len(system.dev_set))):
+        item = system.dev_set[index]
+        for kind, svg in draw(system, item).items() if isinstance(item, data.Utterance) else ():
+            data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
+
+
 def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
     """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
     training = system.config.training
@@ -941,6 +974,8 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
         say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
         if run.ranks.rank == 0:
             write_reports(run.folder, history)
+            if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
+                write_pictures(run.folder, system, progress.epoch)
         save(run, system, progress, history, best_row(history) is history[-1])
     say(run, reason)
     return history
@@ -1087,7 +1122,10 @@ def describe(system: System) -> Iterator[str]:
 
 
 class PlainModel(nn.Module):
-    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters."""
+    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters.
+
+    Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it; CIF and CTC are left out.
+    """
 
     def __init__(self, model: nn.Module, options, input_dim: int, vocab_size: int):
         super().__init__()
@@ -1109,11 +1147,15 @@ class PlainModel(nn.Module):
         pads = torch.arange(x.shape[1]) >= lens[:, None]
         for layer in self.encoder:
             x = layer(x, src_key_padding_mask=pads)
-        y = self.embedding(tokens)
+        with torch.no_grad():
+            guess = self.decode(self.embedding(tokens), x, pads).argmax(-1)
+        real = torch.arange(tokens.shape[1]) < token_lens[:, None]
+        return F.cross_entropy(self.decode(self.embedding(guess), x, pads)[real], tokens[real])
+
+    def decode(self, y: Tensor, x: Tensor, pads: Tensor) -> Tensor:
         for layer in self.decoder:
             y = layer(y, x, memory_key_padding_mask=pads)
-        real = torch.arange(y.shape[1]) < token_lens[:, None]
-        return F.cross_entropy(self.output(y)[real], tokens[real])
+        return self.output(y)  # (B,U,D) -> (B,U,V)
 
 
 def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
