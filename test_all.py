@@ -1776,6 +1776,23 @@ def test_cif_equals_the_sequential_loop(peak):
     assert_same(cif(torch.ones(20, 15, 1).double(), alpha, int(total.max()) + 1).sum((1, 2)), total)
 
 
+# C82
+def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_once(monkeypatch):
+    """Utterances of 300 to 24 tokens in one batch, so that each block of units touches other frames of each of them."""
+    hidden = normal(0, 3, 700, 2).requires_grad_()
+    alpha = (normal(1, 3, 700).sigmoid() * torch.tensor([[0.9], [2.5], [0.07]])).requires_grad_()
+    U = int(alpha.sum(1).max()) + 2
+    embeds, found, weights = cif(hidden, alpha, U), [], normal(2, 3, U, 2)
+    for units in (model.CIF_UNITS, 10 ** 6):
+        monkeypatch.setattr(model, "CIF_UNITS", units)
+        found.append(torch.autograd.grad((cif(hidden, alpha, U) * weights).sum(), (hidden, alpha)))
+    for b in range(3):
+        fired = slow_fire(hidden[b].detach(), alpha[b].detach())
+        assert_same(embeds[b, :len(fired)].detach(), torch.stack(fired), 1e-9)
+        assert not embeds[b, len(fired) + 1:].any()
+    assert U > 5 * 64 and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found))
+
+
 def slow_boundaries(alpha, n):
     """One frame after the other: the times at which the sum passes its (u + 1/2) / n, then the middles between them."""
     centres, held, total = [], 0.0, sum(alpha)
