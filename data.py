@@ -230,7 +230,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
 
     Zeros are assumed beyond the edges. Exact for every pair of whole rates in bounded memory: PHASES outputs of a
-    period are one matrix product with the weights of their block, over at most 2^22 numbers at a time.
+    period are one matrix product with the weights of their block, over at most 2^18 numbers at a time.
     """
     check_samples(samples)
     if min(rate_in, rate_out) < 1:
@@ -247,7 +247,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     for first in range(0, min(up, num_out), PHASES):
         offset, weights = sinc_block(up, down, first, min(PHASES, up - first))
         frames = padded[margin + offset:].unfold(0, len(weights), down)[:periods]       # (periods, span), a view
-        step = max(1, 2**22 // len(weights))
+        step = max(1, 2**18 // len(weights))
         for start in range(0, periods, step):
             out[start:start + step, first:first + PHASES] = frames[start:start + step] @ weights.to(samples.device)
     return out.view(-1)[:num_out]
