@@ -766,6 +766,105 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     assert (flat[60:-60] - 1).abs().max() < 1e-6
 
 
+# ---- data: segments of long recordings ----
+
+# C78
+@pytest.mark.parametrize("rate_in,rate_out", [(8000, 8000), (8000, 16000), (44100, 16000), (48000, 8000), (8191, 8000)])
+def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):
+    """In pieces from a file, and in pieces of any size, down to one sample."""
+    rng = np.random.default_rng(0)
+    data.save_wav(tmp_path / "a.wav", rng.uniform(-1, 1, 3 * rate_in // 2 + 77), rate_in)
+    samples, _ = data.load_wav(tmp_path / "a.wav")
+    whole = data.resample(samples, rate_in, rate_out)
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    for source in (tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes()):
+        torch.testing.assert_close(torch.cat(list(data.stream(source, rate_out))), whole, atol=2e-6, rtol=0)
+    sizes = rng.integers(1, rate_in // 2, 9).tolist()
+    cuts = [0, 1, *np.cumsum(sizes)[np.cumsum(sizes) < len(samples)].tolist(), len(samples)]
+    pieces = [samples[a:b] for a, b in zip(cuts, cuts[1:])]
+    again = torch.cat(list(data.resample_chunks(pieces, rate_in, rate_out)))
+    torch.testing.assert_close(again, whole, atol=2e-6, rtol=0)
+
+
+def test_a_stream_names_the_file_and_the_sample_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    (tmp_path / "a.wav").write_bytes(wav_bytes(struct.pack("<f", 0.0) * 8100 + struct.pack("<f", math.inf), 3, 32, 1))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.wav: wanted finite samples, got inf at sample 8100$"):
+        list(data.stream(tmp_path / "a.wav", 8000))
+
+
+def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8000) -> np.ndarray:
+    """Sounds of plan[i][0] seconds, each followed by plan[i][1] seconds without, over noise of floor_db."""
+    parts = [x for sound, rest in plan for x in (0.1 * rng.standard_normal(round(sound * rate_hz)),
+                                                 np.zeros(round(rest * rate_hz)))]
+    joined = np.concatenate(parts)
+    return joined + 10 ** (floor_db / 20) * rng.standard_normal(len(joined))
+
+
+# C79
+@pytest.mark.parametrize("gain", [1.0, 0.01])
+@pytest.mark.parametrize("floor_db", [-200.0, -60.0, -40.0])
+def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_and_the_floor(floor_db, gain):
+    """Words of 0.3 s, 0.15 s apart, in phrases with half a second between them."""
+    rng, rate = np.random.default_rng(1), 8000
+    phrases = [[(0.3, 0.15)] * int(n) + [(0.3, 0.5)] for n in rng.integers(1, 8, 30)]
+    lengths = [sum(sound + rest for sound, rest in phrase) for phrase in phrases]
+    pauses = np.cumsum(lengths)[:-1] - 0.25
+    samples = torch.from_numpy(gain * talk(rng, [word for phrase in phrases for word in phrase], floor_db)).float()
+    found = list(data.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
+    cuts = np.array([piece.start_sec for piece in found[1:]])
+    wanted, last = [], 0.0
+    for pause in pauses:
+        if pause + 0.1 >= last + 1.0 and pause <= len(samples) / rate - 1.0:
+            wanted, last = [*wanted, pause], pause
+    assert len(wanted) > 15 and len(cuts) == len(wanted) and np.abs(cuts - wanted).max() < 0.06
+
+
+# C79
+def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_level():
+    level = np.full(3000, -20.0)
+    level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
+    level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
+    assert abs(data.find_cut(level, 1000, 2000) - 1500) <= 2
+    level[1200:1210] = level[1700:1730] = -70.0
+    assert abs(data.find_cut(level, 1000, 2000) - 1715) <= 1
+    level[1800:1850] = -70.0
+    assert abs(data.find_cut(level, 1000, 2000) - 1825) <= 1
+    assert data.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
+    assert data.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
+
+
+def test_silence_stays_with_the_speech_that_it_is_beside():
+    rng = np.random.default_rng(2)
+    samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
+    found = list(data.cut_at_pauses([samples], 8000, 1.0, 15.0))
+    assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
+
+
+# C79
+@pytest.mark.parametrize("kind", ["noise", "speech", "zeros", "constant"])
+def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces(kind):
+    rng = np.random.default_rng(3)
+    plan = rng.uniform(0.05, 1.0, (60, 2)) * [2.0, 1.0]
+    samples = {"noise": rng.standard_normal(480123), "zeros": np.zeros(480123), "constant": np.ones(480123),
+               "speech": talk(rng, plan.tolist(), -50.0)}[kind]
+    samples = torch.from_numpy(samples).float()
+    for least, most in ((0.5, 3.0), (2.0, 20.0), (1.0, 2.0)):
+        found = list(data.cut_at_pauses(samples.split(50000), 8000, least, most))
+        assert torch.equal(torch.cat([piece.samples for piece in found]), samples)
+        lengths = np.array([len(piece.samples) for piece in found]) / 8000
+        np.testing.assert_allclose([piece.start_sec for piece in found], np.cumsum([0, *lengths[:-1]]), atol=1e-9)
+        assert len(found) > 1 and least - 0.01 < lengths.min() and lengths.max() <= most + 1e-9
+        other = list(data.cut_at_pauses(samples.split(777), 8000, least, most))
+        assert [piece.start_sec for piece in other] == [piece.start_sec for piece in found]
+    for n in (1, 79, 81, 16000):                # up to max_sec: one piece as it is
+        (piece,) = data.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
+        assert piece.start_sec == 0 and torch.equal(piece.samples, samples[:n])
+    assert list(data.cut_at_pauses([], 8000, 1.0, 2.0)) == []
+    with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
+        next(data.cut_at_pauses([samples], 8000, 2.0, 3.0))
+
+
 # ---- data: features ----
 
 def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
