@@ -882,15 +882,17 @@ class ManifestDataset(Dataset):
     subsampling).
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
-    any length is taken, and a recording below one window has T == 0. Raises ValueError on a bad line of the manifest.
+    any length is taken, and a recording below one window, or above whole_sec, has T == 0. Raises ValueError on a bad
+    line of the manifest.
     """
 
     def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
                  seed: int = 0, augment: bool = False, stats: Tensor | None = None, frames_per_token: int = 1,
-                 for_training: bool = True):
+                 for_training: bool = True, whole_sec: float = math.inf):
         self.rows = source if isinstance(source, list) else Manifest(source)
         self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
         self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
+        self.whole_sec = options.max_sec if for_training else whole_sec     # what is longer is not read
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -922,27 +924,30 @@ class ManifestDataset(Dataset):
         rng, speeds = generator(self.seed, epoch, index), self.options.augment.speeds
         return float(speeds[rng.integers(len(speeds))]) if self.augment else 1.0, rng
 
-    def _load(self, row: Row) -> tuple[Tensor, int] | Skip:
+    def _load(self, row: Row) -> tuple[Tensor, int, float] | Skip:
+        """-> samples, their rate in Hz, seconds of the recording."""
         if self.for_training and not row.text.strip():
             return Skip(row.key, "no text")
         if not row.audio:
             return Skip(row.key, "no audio: wav.scp has no line for it")
         try:
-            samples, rate_hz = load_wav(row.audio)
+            with open_recording(row.audio) as (file, header):
+                seconds = count_samples(header) / header.rate_hz
+                samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
         except FileNotFoundError:
             return Skip(row.key, f"missing: {row.audio}")
         except (OSError, ValueError) as error:
             return Skip(row.key, f"unreadable: {error}")
-        seconds, shortest = len(samples) / rate_hz, max(self.options.min_sec, FRAME_SEC)
+        shortest = max(self.options.min_sec, FRAME_SEC)
         if not self.for_training:
-            return samples, rate_hz
-        if not len(samples):
+            return samples, header.rate_hz, seconds
+        if not seconds:
             return Skip(row.key, "empty: no samples")
         if seconds < shortest:
             return Skip(row.key, f"too short: {seconds:.3f} s, {shortest} s wanted")
         if seconds > self.options.max_sec:
             return Skip(row.key, f"too long: {seconds:.1f} s, {self.options.max_sec} s allowed")
-        return samples, rate_hz
+        return samples, header.rate_hz, seconds
 
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
         epoch, index = address(item, len(self))
@@ -950,7 +955,7 @@ class ManifestDataset(Dataset):
         loaded = self._load(row)
         if isinstance(loaded, Skip):
             return loaded
-        samples, rate_hz = loaded
+        samples, rate_hz, seconds = loaded
         speed, rng = self._speed(epoch, index)
         feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
         if not feats.isfinite().all():
@@ -960,7 +965,7 @@ class ManifestDataset(Dataset):
             return Skip(row.key, f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most "
                                  f"{len(feats) // self.frames_per_token}")
         feats = spec_augment(feats, self.options, rng) if self.augment else feats
-        return Utterance(row.key, feats, tokens, row.text, None, len(samples) / rate_hz)
+        return Utterance(row.key, feats, tokens, row.text, None, seconds)
 
 
 def training_texts(options) -> Iterable[str]:

@@ -3354,7 +3354,8 @@ def misfit(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
-    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
+    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"],
+    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -3770,6 +3771,97 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
     assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, "x.wav"]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+# ---- decode: long recordings ----
+
+def long_wav(path: pathlib.Path, seconds: float = 12.0) -> str:
+    """Noise that comes and goes, for tiny_system."""
+    rng = np.random.default_rng(4)
+    plan = [(float(sound), 0.45) for sound in rng.uniform(0.3, 2.0, int(seconds))]
+    data.save_wav(path, talk(rng, plan, -60.0)[:round(8000 * seconds)], 8000)
+    return str(path)
+
+
+# C80
+def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
+    system, path = tiny_system(), long_wav(tmp_path / "a.wav")
+    pieces = list(data.segments(path, system.config.data, 0.5, 3.0))
+    monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
+    parts = list(decode.transcribe_segments(system, pieces, batch_size=2))
+    assert [start for start, _ in parts] == [piece.start_sec for piece in pieces] and len(parts) > 5
+    tokens, log_probs = [], []
+    for piece, (_, part) in zip(pieces, parts):
+        alone = decode.transcribe(system, [data.frontend(piece.samples, 8000, system.config.data, system.stats)])[0]
+        assert [t.id for t in part.tokens] == [t.id for t in alone.tokens]
+        shift = [t._replace(start=t.start + piece.start_sec, end=t.end + piece.start_sec) for t in alone.tokens]
+        if tokens and shift and " " not in (tokens[-1].token, shift[0].token):
+            tokens.append(decode.Token(" ", 4, 1.0, tokens[-1].end, shift[0].start))
+        tokens, log_probs = tokens + shift, log_probs + [math.log(t.confidence) for t in alone.tokens]
+    whole = decode.transcribe_recording(system._replace(segment_sec=(0.5, 3.0)), path)
+    assert whole.text == "".join(t.token for t in whole.tokens) and len(whole.tokens) > 40
+    for ours, wanted in zip(whole.tokens, tokens, strict=True):
+        assert (ours.token, ours.id) == (wanted.token, wanted.id)
+        assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:], abs=2e-3)
+    assert whole.confidence == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-3)
+    alone = decode.transcribe(system, [data.frontend(*data.load_wav(path), system.config.data, system.stats)])[0]
+    assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
+
+
+# C80
+@pytest.mark.parametrize("unit, texts, wanted", [
+    ("word", [["ab", "c"], [], ["d"]], "ab c d"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
+    ("char", [" ", "cd", "a"], " cd a"), ("char", ["你 好", "世", "ab"], "你 好世ab"),
+    ("char", ["ab", "b"], "abb"),                               # a vocabulary without a space
+    ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
+def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
+    known = (*SPECIALS, *dict.fromkeys(symbol for text in texts for symbol in text))
+    speller = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
+    found = decode.join_results(tiny_system()._replace(tokenizer=speller), parts)
+    assert found.text == wanted and decode.join_words(found.words) == wanted.strip()
+    said = [token._replace(start=token.start + start, end=token.end + start) for start, part in parts
+            for token in part.tokens]
+    added = [token for token in found.tokens if token not in said]
+    assert [token for token in found.tokens if token not in added] == said
+    assert all((token.token, token.confidence) == (" ", 1.0) for token in added)
+    assert [(word.text, word.start) for word in found.words] == [
+        (word.text, word.start + start) for start, part in parts for word in part.words]
+    logs = [math.log(token.confidence) for token in said]
+    assert found.confidence == pytest.approx(math.exp(sum(logs) / len(logs)), abs=2e-4)
+    if unit == "char":
+        assert "".join(token.token for token in found.tokens) == wanted
+
+
+# C81
+def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(tmp_path, capsys, monkeypatch):
+    ckpt, long = saved(tiny_system(), tmp_path / "t.pt"), long_wav(tmp_path / "l.wav")
+    spoken(tmp_path / "s.wav", 1.0)
+    broken = struct.pack("<f", 0.1) * 60000 + struct.pack("<f", math.nan)
+    (tmp_path / "broken.wav").write_bytes(wav_bytes(broken, 3, 32, 1))
+    wanted = decode.transcribe_recording(tiny_system()._replace(segment_sec=(0.5, 2.0)), long)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "l.wav", "text": wanted.text}, {"audio": "broken.wav"},
+                                                     {"audio": "s.wav", "text": ""}])
+    read, sizes = data.read_samples, []
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    monkeypatch.setattr(data, "read_samples", lambda *where: sizes.append(len(x := read(*where))) or x)
+    arguments = ["--ckpt", ckpt, "--min-segment-sec=0.5", "--max-segment-sec=2", f"--output={tmp_path / 'o.jsonl'}"]
+    assert decode.main([*arguments, str(manifest)]) == 1
+    err = capsys.readouterr().err
+    assert "broken.wav: wanted finite samples, got nan at sample 60000" in err and "%WER 0.00" in err
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
+    assert rows[0]["tokens"] == [t._asdict() for t in wanted.tokens] and max(sizes) == 8000
+
+
+# C81
+def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
+    monkeypatch.setattr(decode, "POOL_SEC", 3.0)
+    read = []
+    pieces = (read.append(i) or data.Segment(float(i), torch.randn(8000)) for i in range(20))
+    for done, _ in enumerate(decode.transcribe_segments(tiny_system(), pieces)):
+        assert len(read) == 3 * (done // 3 + 1) or len(read) == 20
+    assert done == 19
 
 
 # ---- decode: pictures ----
