@@ -542,10 +542,11 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment],
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
     """Whether a space stands between the words on either side of a cut."""
-    if getattr(system.tokenizer, "unit", "piece") == "char" and " " not in system.tokenizer.symbols:
-        return False
-    if system.config.model.predictor.upsampling:  # its words are all written apart
+    unit = system.tokenizer.unit
+    if unit == "word" or unit == "piece" and system.config.model.predictor.upsampling:  # all words are written apart
         return True
+    if unit == "char" and " " not in system.tokenizer.symbols:
+        return False
     return not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
 
 
@@ -557,16 +558,16 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
     tokens: list[Token] = []
     words: list[Word] = []
     log_sum = count = 0
-    spells_spaces = getattr(system.tokenizer, "unit", "piece") == "char" and " " in system.tokenizer.symbols
     for start, result in parts:
         shifted, said = ([x._replace(start=round(start + x.start, 3), end=round(start + x.end, 3)) for x in row]
                          for row in (result.tokens, result.words))
         if words and said:
             said[0] = said[0]._replace(spaced=is_spaced(system, words[-1], said[0]))
-            if spells_spaces and said[0].spaced and " " not in (tokens[-1].token, shifted[0].token):
+            if system.tokenizer.unit == "char" and said[0].spaced and " " not in (tokens[-1].token, shifted[0].token):
                 space = system.tokenizer.symbols.index(" ")
                 tokens.append(Token(" ", space, 1.0, tokens[-1].end, shifted[0].start))
-        tokens, words = tokens + shifted, words + said
+        tokens += shifted
+        words += said
         log_sum += len(shifted) * math.log(max(result.confidence, 1e-5))
         count += len(shifted)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0

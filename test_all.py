@@ -3810,7 +3810,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
 
 # C80
 @pytest.mark.parametrize("unit, texts, wanted", [
-    ("word", [["ab", "c"], [], ["d"]], "ab c d"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
+    ("word", [["ab", "你"], [], ["好"]], "ab 你 好"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
     ("char", [" ", "cd", "a"], " cd a"), ("char", ["你 好", "世", "ab"], "你 好世ab"),
     ("char", ["ab", "b"], "abb"),                               # a vocabulary without a space
     ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
@@ -5007,6 +5007,32 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
 
+# C80
+@pytest.mark.parametrize("unit", ["char", "word"])
+def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path, unit):
+    """Its pieces are jobs like any others, but one utterance of the queue. Oracle: decode.transcribe_recording."""
+    system = serving_system(unit)._replace(segment_sec=(0.5, 2.0))
+    raw = Path(long_wav(tmp_path / "a.wav", 9.0)).read_bytes()
+    wanted = decode.transcribe_recording(system, raw)
+    with serving(system, max_queue=1) as server:
+        found = json.loads(exchange(server, post("/transcribe?alignment=true", "audio/wav", raw))[2])
+        verbose = json.loads(exchange(server, oai((FILE[0], raw), field("response_format", "verbose_json"),
+                                                  field("timestamp_granularities[]", "word")))[2])
+        short = exchange(server, oai(FILE))[0]
+    assert found["text"] == verbose["text"].strip() == wanted.text.strip() and len(wanted.tokens) > 20 and short == 200
+    assert (found["duration"], found["timing"]["batch_size"]) == (9.0, pytest.approx(6, abs=5))
+    for got, token in zip(found["tokens"], wanted.tokens, strict=True):
+        assert (got["token"].removeprefix("▁"), got["id"]) == (token.token, token.id)
+        assert (got["start"], got["end"]) == pytest.approx((token.start, token.end), abs=2e-3)
+    assert [(word["word"], word["start"]) for word in verbose["words"]] == [(w.text, w.start) for w in wanted.words]
+    weights, step = found["alignment"]["weights"], found["alignment"]["step"]
+    assert 8.9 < len(weights) * step < 9.05
+    pieces = list(data.segments(raw, system.config.data, *system.segment_sec))
+    alone = serve.recognise(system, [data.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    at = round(pieces[3].start_sec / step)
+    assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
+
+
 def test_batch_request_answers_in_order(server):
     sizes = [3, 90, 30, 3, 120]
     found = json.loads(exchange(server, post_json({"batch": [{"features": ROWS[:n]} for n in sizes]}))[2])
@@ -5079,9 +5105,9 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
 # C56
 def test_queue_takes_all_of_a_request_or_none():
     batcher = serve.Batcher(None, serve_options(max_queue=3), serve.Metrics())
-    batcher.submit([job(1, 0.0)] * 2)
+    batcher.submit([job(1, 0.0), job(1, 0.0)])
     with pytest.raises(serve.Refusal) as refused:
-        batcher.submit([job(1, 0.0)] * 2)
+        batcher.submit([job(1, 0.0), job(1, 0.0)])
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
 
 
