@@ -1,7 +1,8 @@
 """From recordings (or synthetic speech) to padded batches of features and token ids.
 
 Read it in the order in which the signal flows; each section uses only what stands above it, so it can be cut at a
-section:  wav -> resampling -> features -> augmentation -> utterances -> toy data -> manifests -> batches -> corpora.
+section:  wav -> resampling -> segments -> features -> augmentation -> utterances -> toy data -> manifests -> batches
+-> corpora.
 
 `frontend` is the only way from samples to features, for training, decoding and serving. Needs torch and numpy, nothing
 of ours: functions take `options`, any object with the attributes of the config's data section (sample_rate, num_mels,
@@ -17,6 +18,7 @@ energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's b
 SpecAugment (Park et al. 2019).
 """
 import argparse
+import contextlib
 import functools
 import glob
 import io
@@ -111,10 +113,17 @@ def read_header(file: BinaryIO) -> WavHeader | None:
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
 
 
-def read_samples(file: BinaryIO, header: WavHeader) -> Tensor:
-    """The samples that a header describes -> (N,) float32, channels averaged. ValueError if one is not finite."""
-    file.seek(header.start)
-    x = np.frombuffer(file.read(header.num_bytes), SAMPLE_TYPES[header.code, header.bits])
+def count_samples(header: WavHeader) -> int:
+    """Of one channel."""
+    return header.num_bytes // (header.channels * header.bits // 8)
+
+
+def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
+    """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
+    size = header.channels * header.bits // 8
+    stop = count_samples(header) if stop is None else stop
+    file.seek(header.start + start * size)
+    x = np.frombuffer(file.read((stop - start) * size), SAMPLE_TYPES[header.code, header.bits])
     if header.bits == 24:                       # three bytes -> the upper three of an int32
         x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")[:, 0]
     if header.code == 1:
@@ -123,59 +132,67 @@ def read_samples(file: BinaryIO, header: WavHeader) -> Tensor:
     x = x.reshape(-1, header.channels).mean(1, dtype=np.float64)
     if not np.isfinite(x).all():
         bad = int(np.argmin(np.isfinite(x)))
-        raise ValueError(f"wanted finite samples, got {x[bad]} at sample {bad}")
+        raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
     return torch.from_numpy(x.astype(np.float32))
 
 
-def ffmpeg_to_wav(source: str | bytes) -> bytes:
-    """Any format that ffmpeg knows -> a float WAV in memory. It may read that file (or pipe) only: no playlists."""
+def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
+    """Any format that ffmpeg knows -> a float WAV, in a temporary file without a name.
+
+    ffmpeg may read that file (or pipe) only: no playlists.
+    """
     if shutil.which("ffmpeg") is None:
         raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64), got another format: that needs ffmpeg, "
                          "which is not installed")
     protocol, url = ("pipe", "pipe:0") if isinstance(source, bytes) else ("file", f"file:{source}")
     command = ["ffmpeg", "-v", "error", "-protocol_whitelist", protocol, "-i", url, "-vn", "-c:a", "pcm_f32le",
                "-f", "wav", "pipe:1"]
-    done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", capture_output=True)
+    converted = tempfile.TemporaryFile()
+    done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", stdout=converted,
+                          stderr=subprocess.PIPE)
     if done.returncode:
+        converted.close()
         raise ValueError(f"wanted a recording, ffmpeg says: {done.stderr.decode(errors='replace').strip()[-300:]}")
-    return done.stdout
+    return converted
 
 
-def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
-    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), channels averaged, and rate in Hz.
+@contextlib.contextmanager
+def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
+    """The WAV of a recording, from a path or a file's bytes, and its header. A ValueError inside begins with the place.
 
     WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
-    Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
     """
     in_memory = isinstance(source, bytes)
     place = "<bytes>" if in_memory else os.fspath(source)
     try:
         with io.BytesIO(source) if in_memory else open(source, "rb") as file:
             if header := read_header(file):
-                return read_samples(file, header), header.rate_hz
-        converted = io.BytesIO(ffmpeg_to_wav(source if in_memory else place))
-        header = read_header(converted)
-        return read_samples(converted, header), header.rate_hz
+                yield file, header
+                return
+        with ffmpeg_to_wav(source if in_memory else place) as file:
+            yield file, read_header(file)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
+
+
+def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
+    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), channels averaged, and rate in Hz.
+
+    Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
+    """
+    with open_recording(source) as (file, header):
+        return read_samples(file, header), header.rate_hz
 
 
 def wav_info(path: str | os.PathLike) -> tuple[int, int]:
     """(samples of a channel, rate in Hz): WAV and FLAC by their headers, others by decoding. Raises as load_wav."""
     with open(path, "rb") as file:
-        try:
-            header = read_header(file)
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
-        file.seek(0)
         head = file.read(26)
-    if header:
-        return header.num_bytes // (header.channels * header.bits // 8), header.rate_hz
     word = int.from_bytes(head[18:26], "big")           # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
     if head[:4] == b"fLaC" and word % 2**36:
         return word % 2**36, word >> 44
-    samples, rate_hz = load_wav(path)
-    return len(samples), rate_hz
+    with open_recording(path) as (_, header):
+        return count_samples(header), header.rate_hz
 
 
 def audio_seconds(path: str | os.PathLike) -> float | None:
@@ -226,31 +243,139 @@ def check_samples(samples: Tensor) -> None:
         raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
 
 
+def ratio(rate_in: int, rate_out: int) -> tuple[int, int]:
+    """up, down: of so many inputs as `down` come so many outputs as `up`, in lowest terms."""
+    common = math.gcd(rate_in, rate_out)
+    return rate_out // common, rate_in // common
+
+
+def reach(up: int, down: int) -> int:
+    """Inputs that an output sees on either side, at most."""
+    return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+
+
 def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
 
     Zeros are assumed beyond the edges. Exact for every pair of whole rates in bounded memory: PHASES outputs of a
-    period are one matrix product with the weights of their block, over at most 2^22 numbers at a time.
+    period are one matrix product with the weights of their block, over at most 2^18 numbers at a time.
     """
     check_samples(samples)
     if min(rate_in, rate_out) < 1:
         raise ValueError(f"rates must be positive Hz, got {rate_in} and {rate_out}")
     if rate_in == rate_out or len(samples) == 0:
         return samples
-    common = math.gcd(rate_in, rate_out)
-    up, down = rate_out // common, rate_in // common
+    up, down = ratio(rate_in, rate_out)
     num_out = -(-len(samples) * up // down)
     periods = -(-num_out // up)
-    margin = math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+    margin = reach(up, down)
     padded = torch.nn.functional.pad(samples.float(), (margin, margin + periods * down - len(samples)))
     out = padded.new_empty(periods, up)
     for first in range(0, min(up, num_out), PHASES):
         offset, weights = sinc_block(up, down, first, min(PHASES, up - first))
         frames = padded[margin + offset:].unfold(0, len(weights), down)[:periods]       # (periods, span), a view
-        step = max(1, 2**22 // len(weights))
+        step = max(1, 2**18 // len(weights))
         for start in range(0, periods, step):
             out[start:start + step, first:first + PHASES] = frames[start:start + step] @ weights.to(samples.device)
     return out.view(-1)[:num_out]
+
+
+def resample_chunks(chunks: Iterable[Tensor], rate_in: int, rate_out: int) -> Iterator[Tensor]:
+    """What `resample` makes of the whole, in pieces: each is resampled together with the samples that it sees."""
+    up, down = ratio(rate_in, rate_out)
+    around = -(-reach(up, down) // down) * down         # whole periods
+    held, put_out = torch.zeros(0), 0                   # held begins at a period; so many of its samples are put out
+    for chunk in chunks:
+        held = torch.cat([held, chunk])
+        stop = (len(held) - around) // down * down
+        if stop > put_out:
+            yield resample(held[:stop + around], rate_in, rate_out)[put_out // down * up:stop // down * up]
+            first = max(0, stop - around)
+            held, put_out = held[first:], stop - first
+    yield resample(held, rate_in, rate_out)[put_out // down * up:]
+
+
+CHUNK_SEC = 10
+
+
+def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
+    """A recording as load_wav and resample make it, in pieces: memory does not grow with it. Raises as load_wav."""
+    with open_recording(source) as (file, header):
+        total, step = count_samples(header), CHUNK_SEC * header.rate_hz
+        chunks = (read_samples(file, header, at, min(total, at + step)) for at in range(0, total, step))
+        yield from resample_chunks(chunks, header.rate_hz, rate_hz)
+
+
+# ---- segments ----
+
+LEVEL_SEC = 0.010       # from one level to the next
+PAUSE_SEC = 0.4         # of quiet end a segment; a shorter pause does where there is no such
+FLOOR_PERCENT = 10      # of the levels lie below the floor
+QUIET_SHARE = 0.25      # of the way from the floor to the loudest: what lies below is quiet
+
+
+class Segment(NamedTuple):
+    start_sec: float                # from the start of the recording
+    samples: Tensor                 # (n,) float32 at the model's rate
+
+
+def levels(samples: Tensor, size: int) -> np.ndarray:
+    """Power of every `size` samples (N,) -> (ceil(N / size),) float32 in dB of full scale, at least -90."""
+    padded = torch.nn.functional.pad(samples, (0, -len(samples) % size))
+    return 10 * padded.view(-1, size).square().mean(1).clamp(1e-9, 1e9).log10().numpy()
+
+
+def find_cut(level: np.ndarray, least: int, most: int) -> int:
+    """How many of the levels (n,) in dB, every LEVEL_SEC, a segment takes: all, or least..most with so many left.
+
+    It ends in the middle of the first pause of PAUSE_SEC or more. Without one it takes all n where they are at most
+    `most`; else it ends in the middle of the longest pause, or at the lowest level. A pause is a run of quiet after a
+    sound (and before one, where the recording ends); levels are smoothed over 50 ms, and quiet is relative to the floor
+    and to the loudest of them, so that the gain does not matter.
+    """
+    n, smooth = len(level), np.convolve(np.pad(level, 2, mode="edge"), np.full(5, 0.2), "valid")
+    floor = np.percentile(smooth, FLOOR_PERCENT)
+    quiet = smooth <= floor + QUIET_SHARE * (smooth.max() - floor)
+    loud = np.flatnonzero(~quiet)
+    quiet[:loud[0] if len(loud) else 0] = False
+    quiet[loud[-1] if len(loud) and n <= most else n:] = False
+    stop = max(least, min(most, n - least)) + 1
+    edges = least + np.flatnonzero(np.diff(np.pad(quiet[least:stop], 1).astype(np.int8)))
+    starts, ends = edges[::2], edges[1::2]
+    long = np.flatnonzero(ends - starts >= PAUSE_SEC / LEVEL_SEC)
+    if not len(long) and n <= most:
+        return n
+    if not len(starts):
+        return least + int(smooth[least:stop].argmin())
+    best = long[0] if len(long) else (ends - starts).argmax()
+    return int(starts[best] + ends[best]) // 2
+
+
+def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
+    """Samples (n,) at rate_hz, in pieces -> segments of min_sec to max_sec that hold each of them once, in order.
+
+    One segment where there are at most max_sec altogether; the last may be LEVEL_SEC shorter. Looks ahead by
+    max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec.
+    """
+    if not 0 < 2 * min_sec <= max_sec:
+        raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
+    size = int(rate_hz * LEVEL_SEC)
+    least, most = math.ceil(min_sec / LEVEL_SEC), int(max_sec / LEVEL_SEC)
+    chunks, held, start = iter(chunks), torch.zeros(0), 0
+    while True:
+        while len(held) < (least + most) * size and (chunk := next(chunks, None)) is not None:
+            held = torch.cat([held, chunk])
+        if not len(held):
+            return
+        level = levels(held[:(least + most) * size], size)
+        end = len(held) if start == 0 and len(level) <= most else find_cut(level, least, most) * size
+        yield Segment(start / rate_hz, held[:end].clone())
+        start, held = start + end, held[end:]
+
+
+def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec: float) -> Iterator[Segment]:
+    """A recording, from a path or a file's bytes, cut at pauses; memory does not grow with it. Raises as load_wav."""
+    return cut_at_pauses(stream(source, options.sample_rate), options.sample_rate, min_sec, max_sec)
 
 
 # ---- features ----
@@ -757,15 +882,17 @@ class ManifestDataset(Dataset):
     subsampling).
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
-    any length is taken, and a recording below one window has T == 0. Raises ValueError on a bad line of the manifest.
+    any length is taken, and a recording below one window, or above whole_sec, has T == 0. Raises ValueError on a bad
+    line of the manifest.
     """
 
     def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
                  seed: int = 0, augment: bool = False, stats: Tensor | None = None, frames_per_token: int = 1,
-                 for_training: bool = True):
+                 for_training: bool = True, whole_sec: float = math.inf):
         self.rows = source if isinstance(source, list) else Manifest(source)
         self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
         self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
+        self.whole_sec = options.max_sec if for_training else whole_sec     # what is longer is not read
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -797,27 +924,30 @@ class ManifestDataset(Dataset):
         rng, speeds = generator(self.seed, epoch, index), self.options.augment.speeds
         return float(speeds[rng.integers(len(speeds))]) if self.augment else 1.0, rng
 
-    def _load(self, row: Row) -> tuple[Tensor, int] | Skip:
+    def _load(self, row: Row) -> tuple[Tensor, int, float] | Skip:
+        """-> samples, their rate in Hz, seconds of the recording."""
         if self.for_training and not row.text.strip():
             return Skip(row.key, "no text")
         if not row.audio:
             return Skip(row.key, "no audio: wav.scp has no line for it")
         try:
-            samples, rate_hz = load_wav(row.audio)
+            with open_recording(row.audio) as (file, header):
+                seconds = count_samples(header) / header.rate_hz
+                samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
         except FileNotFoundError:
             return Skip(row.key, f"missing: {row.audio}")
         except (OSError, ValueError) as error:
             return Skip(row.key, f"unreadable: {error}")
-        seconds, shortest = len(samples) / rate_hz, max(self.options.min_sec, FRAME_SEC)
+        shortest = max(self.options.min_sec, FRAME_SEC)
         if not self.for_training:
-            return samples, rate_hz
-        if not len(samples):
+            return samples, header.rate_hz, seconds
+        if not seconds:
             return Skip(row.key, "empty: no samples")
         if seconds < shortest:
             return Skip(row.key, f"too short: {seconds:.3f} s, {shortest} s wanted")
         if seconds > self.options.max_sec:
             return Skip(row.key, f"too long: {seconds:.1f} s, {self.options.max_sec} s allowed")
-        return samples, rate_hz
+        return samples, header.rate_hz, seconds
 
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
         epoch, index = address(item, len(self))
@@ -825,7 +955,7 @@ class ManifestDataset(Dataset):
         loaded = self._load(row)
         if isinstance(loaded, Skip):
             return loaded
-        samples, rate_hz = loaded
+        samples, rate_hz, seconds = loaded
         speed, rng = self._speed(epoch, index)
         feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
         if not feats.isfinite().all():
@@ -835,7 +965,7 @@ class ManifestDataset(Dataset):
             return Skip(row.key, f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most "
                                  f"{len(feats) // self.frames_per_token}")
         feats = spec_augment(feats, self.options, rng) if self.augment else feats
-        return Utterance(row.key, feats, tokens, row.text, None, len(samples) / rate_hz)
+        return Utterance(row.key, feats, tokens, row.text, None, seconds)
 
 
 def training_texts(options) -> Iterable[str]:

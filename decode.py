@@ -12,8 +12,8 @@
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, search, transcribe (all that serving needs), forms of a result, pictures, the report,
-exports, main.
+Reading order: load_system, search, transcribe, long recordings (all that serving needs), forms of a result, pictures,
+the report, exports, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,8 @@ from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokeniz
                        count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
+SEGMENT_SEC = 1.0, 20.0  # of the segments that long recordings are cut into, at least and at most
+POOL_SEC = 300.0  # of a long recording whose segments are held, to be decoded in batches of like length
 
 # ---- a checkpoint, ready to recognise ----
 
@@ -73,6 +75,7 @@ class System(NamedTuple):
     lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
     precision: str = "float32"  # key of PRECISIONS, of the matrix products
     search: Search = Search()
+    segment_sec: tuple[float, float] = SEGMENT_SEC
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -507,6 +510,85 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     return results
 
 
+# ---- long recordings ----
+
+
+def read_pool(pieces: Iterator[data.Segment], rate_hz: int) -> list[data.Segment]:
+    """The next segments, of POOL_SEC together or a little more."""
+    pool, size = [], 0
+    while size < POOL_SEC * rate_hz and (piece := next(pieces, None)) is not None:
+        pool.append(piece)
+        size += len(piece.samples)
+    return pool
+
+
+def transcribe_segments(system: System, pieces: Iterable[data.Segment],
+                        batch_size: int = 16) -> Iterator[tuple[float, Result]]:
+    """Segments at the model's rate -> the start in seconds and the Result, with times from there, of each in order.
+
+    Memory does not grow with their number. Raises ValueError if features are not finite.
+    """
+    options, stats, pieces = system.config.data, system.stats.cpu(), iter(pieces)
+    frames = int(POOL_SEC / data.frame_sec(options))  # of a padded batch
+    while pool := read_pool(pieces, options.sample_rate):
+        feats = [data.frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
+        if not all(x.isfinite().all() for x in feats):
+            raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
+        results: dict[int, Result] = {}
+        for indices in data.make_batches([len(x) for x in feats], batch_size, frames, shuffle=False):
+            results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
+        yield from ((piece.start_sec, results[i]) for i, piece in enumerate(pool))
+
+
+def is_spaced(system: System, before: Word, after: Word) -> bool:
+    """Whether a space stands between the words on either side of a cut."""
+    unit = system.tokenizer.unit
+    if unit == "word" or unit == "piece" and system.config.model.predictor.upsampling:  # all words are written apart
+        return True
+    if unit == "char" and " " not in system.tokenizer.symbols:
+        return False
+    return not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
+
+
+def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
+    """The Results of a recording's segments, each with its start in seconds -> the recording's, in its own times.
+
+    Where characters are spelled with spaces, a cut between words is a token too: the space.
+    """
+    tokens: list[Token] = []
+    words: list[Word] = []
+    log_sum = count = 0
+    for start, result in parts:
+        shifted, said = ([x._replace(start=round(start + x.start, 3), end=round(start + x.end, 3)) for x in row]
+                         for row in (result.tokens, result.words))
+        if words and said:
+            said[0] = said[0]._replace(spaced=is_spaced(system, words[-1], said[0]))
+            if system.tokenizer.unit == "char" and said[0].spaced and " " not in (tokens[-1].token, shifted[0].token):
+                space = system.tokenizer.symbols.index(" ")
+                tokens.append(Token(" ", space, 1.0, tokens[-1].end, shifted[0].start))
+        tokens += shifted
+        words += said
+        log_sum += len(shifted) * math.log(max(result.confidence, 1e-5))
+        count += len(shifted)
+    confidence = round(math.exp(log_sum / count), 4) if count else 0.0
+    if isinstance(system.tokenizer, PieceTokenizer):
+        return Result(join_words(words), confidence, tokens, words)
+    return Result(system.tokenizer.decode([token.id for token in tokens]), confidence, tokens, words)
+
+
+def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> Result:
+    """A recording of any length, from a path or a file's bytes -> its Result; what is longer than
+    system.segment_sec[1] is cut at pauses by `data.segments`, and there is no n-best of it.
+
+    Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
+    """
+    pieces = data.segments(source, system.config.data, *system.segment_sec)
+    return join_results(system, transcribe_segments(system, pieces))
+
+
+# ---- many inputs ----
+
+
 class Outcome(NamedTuple):
     """What became of one input."""
 
@@ -527,8 +609,19 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequen
         if len(indices) > 1:
             return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
         return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
-    return [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
-            else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
+    outcomes = [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
+                else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
+    return [recognise_long(system, dataset.rows[outcome.index].audio, outcome)
+            if outcome.seconds > system.segment_sec[1] and not len(item.feats) else outcome
+            for item, outcome in zip(items, outcomes)]
+
+
+def recognise_long(system: System, path: str, outcome: Outcome) -> Outcome:
+    """The outcome with the result of a recording that came without features, as it is too long for one piece."""
+    try:
+        return outcome._replace(result=transcribe_recording(system, path))
+    except (RuntimeError, ValueError, OSError) as error:
+        return Outcome(outcome.index, outcome.key, 0.0, "", None, f"unreadable: {' '.join(str(error).split())}")
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -996,6 +1089,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
     parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
                         "included; one that is longer goes alone (default 300)")
+    parser.add_argument("--min-segment-sec", type=float, default=SEGMENT_SEC[0], metavar="SEC",
+                        help=f"shortest segment of a long recording (default {SEGMENT_SEC[0]:g})")
+    parser.add_argument("--max-segment-sec", type=float, default=SEGMENT_SEC[1], metavar="SEC", help="longest segment; "
+                        f"a longer recording is cut into segments at its pauses (default {SEGMENT_SEC[1]:g})")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
                         help="of matrix products")
@@ -1016,6 +1113,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
     if not 0 < arguments.batch_seconds < math.inf:
         parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
+    if not 0 < 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
+        parser.error("--min-segment-sec must be above 0 and at most half of --max-segment-sec, got "
+                     f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
@@ -1036,7 +1136,7 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
         return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
     rows = [row for path in inputs or data.find_manifests(options.test or options.dev) for row in (
         data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
-    return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False)
+    return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False, whole_sec=system.segment_sec[1])
 
 
 ERASE = "\r\x1b[K"  # a terminal's line
@@ -1134,7 +1234,8 @@ def start(arguments: argparse.Namespace) -> int:
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype)
+    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype,
+                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
     system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
     if arguments.export:
         if rank == 0:

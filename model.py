@@ -277,20 +277,30 @@ def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
     return alpha * (counts / alpha.sum(1).clamp(min=1e-12))[:, None]
 
 
+CIF_UNITS = 64  # units that are embedded at a time
+
+
 def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
     """Integrate and fire: one embedding for each unit of the running sum of the weights.
 
     hidden (B,L,D), alpha (B,L) float64 -> (B,U,D). With c_t = alpha_1 + ... + alpha_t, token u is
     sum_t |[c_{t-1}, c_t] intersected with [u, u+1]| * hidden_t, which the sequential loop of Dong & Xu 2020 gives too;
     a frame that carries more than one unit gives to all of them, and units past the sum are zero.
+    CIF_UNITS at a time, from the frames that they touch: time and memory grow with L + U, and not with L * U.
     """
     check_shape("alpha", alpha, "B", "L")
     check_shape("hidden", hidden, *alpha.shape, "D")
     end = alpha.cumsum(1)[:, None, :]  # (B,1,L)
     start = end - alpha[:, None, :]
-    unit = torch.arange(U, device=alpha.device)[:, None]  # (U,1)
-    overlap = (torch.minimum(end, unit + 1) - torch.maximum(start, unit)).clamp(min=0)  # (B,U,L)
-    return overlap.to(hidden.dtype) @ hidden
+    tokens, low, high = [hidden[:, :0]], 0, alpha.shape[1]
+    for first in range(0, U, CIF_UNITS):
+        unit = torch.arange(first, min(first + CIF_UNITS, U), device=alpha.device)[:, None]  # (u,1)
+        if U > CIF_UNITS:  # where all units fit, finding their frames would only make a GPU wait
+            low, high = int((end <= first).sum(-1).min()), int((start < first + CIF_UNITS).sum(-1).max())
+        stop = torch.minimum(end[..., low:high], unit + 1)
+        overlap = (stop - torch.maximum(start[..., low:high], unit)).clamp(min=0)  # (B,u,frames)
+        tokens.append(overlap.to(hidden.dtype) @ hidden[:, low:high])
+    return torch.cat(tokens, 1)
 
 
 def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
@@ -305,18 +315,18 @@ def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
     check_shape("hidden", hidden, *alpha.shape, "D")
     if rule not in ("merge", "delay"):
         raise ValueError(f"rule must be merge or delay, got {rule!r}")
+    L, D = hidden.shape[1:]
     alpha = alpha.double()
     total = alpha.cumsum(1)  # (B,L)
-    done, step = total.floor(), torch.arange(alpha.shape[1], device=alpha.device)
+    done, step = total.floor(), torch.arange(L, device=alpha.device)
     if rule == "delay":
         done = torch.minimum((done - step).cummin(1).values + step, step + 1)
-    fired = done > F.pad(done, (1, 0))[:, :-1]
-    number = fired.cumsum(1)[:, None, :]  # (B,1,L) firings so far
-    unit = torch.arange(U, device=alpha.device)[:, None]  # (U,1)
-    here = fired[:, None, :] & (number == unit + 1)  # (B,U,L): the frame that completes a token
-    until = (number - fired[:, None, :].long() <= unit) * alpha[:, None, :] - here * (total - done)[:, None, :]
-    weights = (until - F.pad(until, (0, 0, 1, 0))[:, :-1]) * here.any(-1, keepdim=True)
-    return weights.to(hidden.dtype) @ hidden
+    number = (done > F.pad(done, (1, 0))[:, :-1]).cumsum(1)  # (B,L) firings so far
+    unit = torch.arange(U, device=alpha.device).repeat(len(alpha), 1)
+    frame = torch.searchsorted(number, unit, right=True)[:, :, None]  # (B,U,1) which completes each token; L: none
+    given = (alpha[:, :, None] * hidden).cumsum(1) - (total - done)[:, :, None] * hidden  # (B,L,D) to all tokens so far
+    tokens = F.pad(given.gather(1, frame.clamp(max=L - 1).expand(-1, -1, D)), (0, 0, 1, 0)).diff(dim=1)
+    return (tokens * (frame < L)).to(hidden.dtype)
 
 
 def boundaries(alpha: Tensor, n: int) -> Tensor:

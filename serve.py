@@ -463,7 +463,7 @@ def cors_headers(options: argparse.Namespace, head: Head | None) -> tuple[tuple[
 # ---- the body: bytes to features ----
 
 class Utterance(NamedTuple):
-    feats: Tensor           # (T,F) float32 on the CPU, normalised
+    pieces: list[tuple[float, Tensor]]      # start in seconds, features (T,F) float32 on the CPU, normalised
     seconds: float
 
 
@@ -534,12 +534,12 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
 LIMIT = 1e3     # normalised features reach 10 or so; without it 1e30 overflows inside the model
 
 
-def prepare(system: System, feats: Tensor, seconds: float, place: str) -> Utterance:
+def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     """Raw features (T,F) -> what the model takes."""
     feats = data.normalise(feats, system.stats.cpu())
     if feats.isnan().any():
         raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
-    return Utterance(feats.clamp(-LIMIT, LIMIT), seconds)
+    return feats.clamp(-LIMIT, LIMIT)
 
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
@@ -550,7 +550,8 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
         if "features" not in item:
             raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
         feats = parse_features(item["features"], dim, options.max_frames, place)
-        return prepare(system, torch.from_numpy(feats), len(feats) * data.frame_sec(system.config.data), place)
+        seconds = len(feats) * data.frame_sec(system.config.data)
+        return Utterance([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
     if "batch" not in fields:
         return Ask([utterance(fields, "features")], fields)
@@ -574,29 +575,33 @@ def sniff(body: bytes) -> str:
 
 
 def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utterance:
-    """A WAV file -> features. Everything that the header tells is judged before a sample is decoded."""
+    """A WAV file -> features, of its segments where it is long (system.segment_sec).
+
+    Everything that the header tells is judged before a sample is decoded.
+    """
     if not body:
         raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
-    file = io.BytesIO(body)
     try:
-        header = data.read_header(file)
+        header = data.read_header(io.BytesIO(body))
     except ValueError as error:
         raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
         found = f"{header.channels} channels at {header.rate_hz} Hz" if header else sniff(body)
         raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
                       f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
-    seconds = header.num_bytes / (header.channels * header.bits // 8) / header.rate_hz
+    seconds, config = data.count_samples(header) / header.rate_hz, system.config.data
     if not seconds:
         raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
     if seconds > options.max_audio_seconds:
         message = f"file: {seconds:.1f} s, at most {options.max_audio_seconds:g} s are allowed"
         raise Refusal(413, "audio_too_long", message, "file")
     try:
-        samples = data.read_samples(file, header)
+        pieces = [(piece.start_sec, data.frontend(piece.samples, config.sample_rate, config))
+                  for piece in data.segments(body, config, *system.segment_sec)]
     except ValueError as error:
-        raise Refusal(422, "not_finite", f"file: {error}", "file") from None
-    return prepare(system, data.frontend(samples, header.rate_hz, system.config.data), seconds, "file")
+        message = str(error).removeprefix("<bytes>: ")
+        raise Refusal(422, "not_finite", f"file: {message}", "file") from None
+    return Utterance([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
 class Part(NamedTuple):
@@ -722,10 +727,14 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list
 
 
 class Job:
-    """An utterance on its way through the queue. The inference thread fills it and sets `done`."""
+    """An utterance, or a piece of one, on its way through the queue. The inference thread fills it and sets `done`.
 
-    def __init__(self, feats: Tensor, now: float, deadline: float, gone: Callable[[], bool]):
-        self.feats, self.queued, self.deadline, self.gone = feats, now, deadline, gone
+    first: the job of the utterance's first piece, if that is another one.
+    """
+
+    def __init__(self, feats: Tensor, now: float, deadline: float, gone: Callable[[], bool],
+                 first: "Job | None" = None):
+        self.feats, self.queued, self.deadline, self.gone, self.first = feats, now, deadline, gone, first or self
         self.done, self.taken, self.infer_sec, self.batch_size = threading.Event(), now, 0.0, 0
         self.outcome: Recognition | Exception | None = None
 
@@ -757,10 +766,11 @@ class Batcher:
                 self.changed.notify()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all of them, or none: Refusal 429."""
+        """Queue all of them, or none: Refusal 429. The pieces of an utterance count as one."""
         with self.changed:
-            if len(self.waiting) + len(jobs) > self.options.max_queue:
-                message = f"{len(self.waiting)} utterances wait, at most {self.options.max_queue} may"
+            waiting = len({id(job.first) for job in self.waiting})
+            if waiting + len({id(job.first) for job in jobs}) > self.options.max_queue:
+                message = f"{waiting} utterances wait, at most {self.options.max_queue} may"
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
             self.changed.notify()
@@ -1009,16 +1019,35 @@ def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
     return [job.outcome for job in jobs]
 
 
-def submit(service: Service, ask: Ask, gone: Callable[[], bool]) -> list[Job]:
-    """A job for each utterance; those without a frame are done already, with nothing said."""
+def submit(service: Service, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]]:
+    """A job for each piece of each utterance; those without a frame are done already, with nothing said."""
     now = time.monotonic()
     deadline = now + parse_timeout(ask.fields.get("timeout"), service.options.request_timeout)
-    jobs = [Job(utterance.feats, now, deadline, gone) for utterance in ask.utterances]
-    for job in jobs:
-        if not len(job.feats):
-            job.finish(Recognition(Result("", 0.0, [], []), []))
-    service.batcher.submit([job for job in jobs if len(job.feats)])
+    jobs: list[list[Job]] = []
+    for utterance in ask.utterances:
+        jobs.append([])
+        for _, feats in utterance.pieces:
+            jobs[-1].append(Job(feats, now, deadline, gone, jobs[-1][0] if jobs[-1] else None))
+            if not len(feats):
+                jobs[-1][-1].finish(Recognition(Result("", 0.0, [], []), []))
+    service.batcher.submit([job for pieces in jobs for job in pieces if len(job.feats)])
     return jobs
+
+
+def frame_step(system: System) -> float:
+    """Seconds from one firing weight to the next."""
+    return data.frame_sec(system.config.data) * system.config.model.encoder.subsampling
+
+
+def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognition]) -> Recognition:
+    """Those of an utterance's pieces -> its own, in its own times; no weight where a piece ends and the next begins."""
+    if len(found) == 1:
+        return found[0]
+    starts, weights = [start for start, _ in utterance.pieces], []
+    for start, piece in zip(starts, found):
+        place = round(start / frame_step(system))
+        weights += [0.0] * (place - len(weights)) + piece.weights
+    return Recognition(decode.join_results(system, [(start, x.result) for start, x in zip(starts, found)]), weights)
 
 
 def count_speech(service: Service, ask: Ask, found: Sequence[Recognition]) -> None:
@@ -1032,26 +1061,26 @@ def transcribe_route(service: Service, head: Head, body: bytes, started: float, 
         ask = read_ask(head, body, service.system, service.options)
         alignment = parse_flag("alignment", ask.fields.get("alignment"))
         jobs = submit(service, ask, gone)
-    found = wait_for(jobs)
+    found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
     count_speech(service, ask, found)
     total_ms = (time.monotonic() - started) * 1e3
     results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
     shared = {"id": request_id(head), "model": service.model}
-    note = f" batch {jobs[0].batch_size}"
+    note = f" batch {jobs[0][0].batch_size}"
     return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
 
 
-def entry(service: Service, utterance: Utterance, job: Job, found: Recognition, total_ms: float,
+def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
           alignment: bool) -> dict:
     """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
-    timing = {"queue_ms": round((job.taken - job.queued) * 1e3, 2), "infer_ms": round(job.infer_sec * 1e3, 2),
-              "total_ms": round(total_ms, 2), "batch_size": job.batch_size}
+    queued, batches = jobs[0].queued, {job.taken: job.infer_sec for job in jobs}  # pieces may share a batch
+    timing = {"queue_ms": round((min(batches) - queued) * 1e3, 2), "infer_ms": round(sum(batches.values()) * 1e3, 2),
+              "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
     tokens = [token._asdict() for token in clip(found.result, utterance.seconds).tokens]
-    config = service.system.config
-    step = data.frame_sec(config.data) * config.model.encoder.subsampling
-    weights = {"step": round(step, 4), "weights": [round(w, 4) for w in found.weights]}
+    weights = {"step": round(frame_step(service.system), 4), "weights": [round(w, 4) for w in found.weights]}
+    frames = sum(len(feats) for _, feats in utterance.pieces)
     return {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
-            "frames": len(utterance.feats), "duration": round(utterance.seconds, 3), "timing": timing,
+            "frames": frames, "duration": round(utterance.seconds, 3), "timing": timing,
             **({"alignment": weights} if alignment else {})}
 
 
@@ -1062,10 +1091,10 @@ def openai_route(service: Service, head: Head, body: bytes, started: float, gone
         form = parse_openai_form(fields)
         ask = Ask([parse_wav(audio, service.system, service.options)], fields)
         jobs = submit(service, ask, gone)
-    found = wait_for(jobs)
+    found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
     count_speech(service, ask, found)
     seconds = ask.utterances[0].seconds
-    note = f" batch {jobs[0].batch_size}"
+    note = f" batch {jobs[0][0].batch_size}"
     return openai_response(form, clip(found[0].result, seconds), seconds, note)
 
 

@@ -767,6 +767,105 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     assert (flat[60:-60] - 1).abs().max() < 1e-6
 
 
+# ---- data: segments of long recordings ----
+
+# C78
+@pytest.mark.parametrize("rate_in,rate_out", [(8000, 8000), (8000, 16000), (44100, 16000), (48000, 8000), (8191, 8000)])
+def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):
+    """In pieces from a file, and in pieces of any size, down to one sample."""
+    rng = np.random.default_rng(0)
+    data.save_wav(tmp_path / "a.wav", rng.uniform(-1, 1, 3 * rate_in // 2 + 77), rate_in)
+    samples, _ = data.load_wav(tmp_path / "a.wav")
+    whole = data.resample(samples, rate_in, rate_out)
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    for source in (tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes()):
+        torch.testing.assert_close(torch.cat(list(data.stream(source, rate_out))), whole, atol=2e-6, rtol=0)
+    sizes = rng.integers(1, rate_in // 2, 9).tolist()
+    cuts = [0, 1, *np.cumsum(sizes)[np.cumsum(sizes) < len(samples)].tolist(), len(samples)]
+    pieces = [samples[a:b] for a, b in zip(cuts, cuts[1:])]
+    again = torch.cat(list(data.resample_chunks(pieces, rate_in, rate_out)))
+    torch.testing.assert_close(again, whole, atol=2e-6, rtol=0)
+
+
+def test_a_stream_names_the_file_and_the_sample_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    (tmp_path / "a.wav").write_bytes(wav_bytes(struct.pack("<f", 0.0) * 8100 + struct.pack("<f", math.inf), 3, 32, 1))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.wav: wanted finite samples, got inf at sample 8100$"):
+        list(data.stream(tmp_path / "a.wav", 8000))
+
+
+def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8000) -> np.ndarray:
+    """Sounds of plan[i][0] seconds, each followed by plan[i][1] seconds without, over noise of floor_db."""
+    parts = [x for sound, rest in plan for x in (0.1 * rng.standard_normal(round(sound * rate_hz)),
+                                                 np.zeros(round(rest * rate_hz)))]
+    joined = np.concatenate(parts)
+    return joined + 10 ** (floor_db / 20) * rng.standard_normal(len(joined))
+
+
+# C79
+@pytest.mark.parametrize("gain", [1.0, 0.01])
+@pytest.mark.parametrize("floor_db", [-200.0, -60.0, -40.0])
+def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_and_the_floor(floor_db, gain):
+    """Words of 0.3 s, 0.15 s apart, in phrases with half a second between them."""
+    rng, rate = np.random.default_rng(1), 8000
+    phrases = [[(0.3, 0.15)] * int(n) + [(0.3, 0.5)] for n in rng.integers(1, 8, 30)]
+    lengths = [sum(sound + rest for sound, rest in phrase) for phrase in phrases]
+    pauses = np.cumsum(lengths)[:-1] - 0.25
+    samples = torch.from_numpy(gain * talk(rng, [word for phrase in phrases for word in phrase], floor_db)).float()
+    found = list(data.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
+    cuts = np.array([piece.start_sec for piece in found[1:]])
+    wanted, last = [], 0.0
+    for pause in pauses:
+        if pause + 0.1 >= last + 1.0 and pause <= len(samples) / rate - 1.0:
+            wanted, last = [*wanted, pause], pause
+    assert len(wanted) > 15 and len(cuts) == len(wanted) and np.abs(cuts - wanted).max() < 0.06
+
+
+# C79
+def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_level():
+    level = np.full(3000, -20.0)
+    level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
+    level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
+    assert abs(data.find_cut(level, 1000, 2000) - 1500) <= 2
+    level[1200:1210] = level[1700:1730] = -70.0
+    assert abs(data.find_cut(level, 1000, 2000) - 1715) <= 1
+    level[1800:1850] = -70.0
+    assert abs(data.find_cut(level, 1000, 2000) - 1825) <= 1
+    assert data.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
+    assert data.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
+
+
+def test_silence_stays_with_the_speech_that_it_is_beside():
+    rng = np.random.default_rng(2)
+    samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
+    found = list(data.cut_at_pauses([samples], 8000, 1.0, 15.0))
+    assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
+
+
+# C79
+@pytest.mark.parametrize("kind", ["noise", "speech", "zeros", "constant"])
+def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces(kind):
+    rng = np.random.default_rng(3)
+    plan = rng.uniform(0.05, 1.0, (60, 2)) * [2.0, 1.0]
+    samples = {"noise": rng.standard_normal(480123), "zeros": np.zeros(480123), "constant": np.ones(480123),
+               "speech": talk(rng, plan.tolist(), -50.0)}[kind]
+    samples = torch.from_numpy(samples).float()
+    for least, most in ((0.5, 3.0), (2.0, 20.0), (1.0, 2.0)):
+        found = list(data.cut_at_pauses(samples.split(50000), 8000, least, most))
+        assert torch.equal(torch.cat([piece.samples for piece in found]), samples)
+        lengths = np.array([len(piece.samples) for piece in found]) / 8000
+        np.testing.assert_allclose([piece.start_sec for piece in found], np.cumsum([0, *lengths[:-1]]), atol=1e-9)
+        assert len(found) > 1 and least - 0.01 < lengths.min() and lengths.max() <= most + 1e-9
+        other = list(data.cut_at_pauses(samples.split(777), 8000, least, most))
+        assert [piece.start_sec for piece in other] == [piece.start_sec for piece in found]
+    for n in (1, 79, 81, 16000):                # up to max_sec: one piece as it is
+        (piece,) = data.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
+        assert piece.start_sec == 0 and torch.equal(piece.samples, samples[:n])
+    assert list(data.cut_at_pauses([], 8000, 1.0, 2.0)) == []
+    with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
+        next(data.cut_at_pauses([samples], 8000, 2.0, 3.0))
+
+
 # ---- data: features ----
 
 def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
@@ -1776,6 +1875,23 @@ def test_cif_equals_the_sequential_loop(peak):
         assert_same(embeds[b, :len(fired)], torch.stack(fired), 1e-9)
         assert not embeds[b, len(fired) + 1:].any()  # the unit at len(fired) holds the rest
     assert_same(cif(torch.ones(20, 15, 1).double(), alpha, int(total.max()) + 1).sum((1, 2)), total)
+
+
+# C82
+def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_once(monkeypatch):
+    """Utterances of 300 to 24 tokens in one batch, so that each block of units touches other frames of each of them."""
+    hidden = normal(0, 3, 700, 2).requires_grad_()
+    alpha = (normal(1, 3, 700).sigmoid() * torch.tensor([[0.9], [2.5], [0.07]])).requires_grad_()
+    U = int(alpha.sum(1).max()) + 2
+    embeds, found, weights = cif(hidden, alpha, U), [], normal(2, 3, U, 2)
+    for units in (model.CIF_UNITS, 10 ** 6):
+        monkeypatch.setattr(model, "CIF_UNITS", units)
+        found.append(torch.autograd.grad((cif(hidden, alpha, U) * weights).sum(), (hidden, alpha)))
+    for b in range(3):
+        fired = slow_fire(hidden[b].detach(), alpha[b].detach())
+        assert_same(embeds[b, :len(fired)].detach(), torch.stack(fired), 1e-9)
+        assert not embeds[b, len(fired) + 1:].any()
+    assert U > 5 * 64 and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found))
 
 
 def slow_boundaries(alpha, n):
@@ -3325,7 +3441,8 @@ def misfit(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
-    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"]])
+    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int8"],
+    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -3741,6 +3858,97 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
     assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, "x.wav"]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+# ---- decode: long recordings ----
+
+def long_wav(path: pathlib.Path, seconds: float = 12.0) -> str:
+    """Noise that comes and goes, for tiny_system."""
+    rng = np.random.default_rng(4)
+    plan = [(float(sound), 0.45) for sound in rng.uniform(0.3, 2.0, int(seconds))]
+    data.save_wav(path, talk(rng, plan, -60.0)[:round(8000 * seconds)], 8000)
+    return str(path)
+
+
+# C80
+def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
+    system, path = tiny_system(), long_wav(tmp_path / "a.wav")
+    pieces = list(data.segments(path, system.config.data, 0.5, 3.0))
+    monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
+    parts = list(decode.transcribe_segments(system, pieces, batch_size=2))
+    assert [start for start, _ in parts] == [piece.start_sec for piece in pieces] and len(parts) > 5
+    tokens, log_probs = [], []
+    for piece, (_, part) in zip(pieces, parts):
+        alone = decode.transcribe(system, [data.frontend(piece.samples, 8000, system.config.data, system.stats)])[0]
+        assert [t.id for t in part.tokens] == [t.id for t in alone.tokens]
+        shift = [t._replace(start=t.start + piece.start_sec, end=t.end + piece.start_sec) for t in alone.tokens]
+        if tokens and shift and " " not in (tokens[-1].token, shift[0].token):
+            tokens.append(decode.Token(" ", 4, 1.0, tokens[-1].end, shift[0].start))
+        tokens, log_probs = tokens + shift, log_probs + [math.log(t.confidence) for t in alone.tokens]
+    whole = decode.transcribe_recording(system._replace(segment_sec=(0.5, 3.0)), path)
+    assert whole.text == "".join(t.token for t in whole.tokens) and len(whole.tokens) > 40
+    for ours, wanted in zip(whole.tokens, tokens, strict=True):
+        assert (ours.token, ours.id) == (wanted.token, wanted.id)
+        assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:], abs=2e-3)
+    assert whole.confidence == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-3)
+    alone = decode.transcribe(system, [data.frontend(*data.load_wav(path), system.config.data, system.stats)])[0]
+    assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
+
+
+# C80
+@pytest.mark.parametrize("unit, texts, wanted", [
+    ("word", [["ab", "你"], [], ["好"]], "ab 你 好"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
+    ("char", [" ", "cd", "a"], " cd a"), ("char", ["你 好", "世", "ab"], "你 好世ab"),
+    ("char", ["ab", "b"], "abb"),                               # a vocabulary without a space
+    ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
+def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
+    known = (*SPECIALS, *dict.fromkeys(symbol for text in texts for symbol in text))
+    speller = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
+    found = decode.join_results(tiny_system()._replace(tokenizer=speller), parts)
+    assert found.text == wanted and decode.join_words(found.words) == wanted.strip()
+    said = [token._replace(start=token.start + start, end=token.end + start) for start, part in parts
+            for token in part.tokens]
+    added = [token for token in found.tokens if token not in said]
+    assert [token for token in found.tokens if token not in added] == said
+    assert all((token.token, token.confidence) == (" ", 1.0) for token in added)
+    assert [(word.text, word.start) for word in found.words] == [
+        (word.text, word.start + start) for start, part in parts for word in part.words]
+    logs = [math.log(token.confidence) for token in said]
+    assert found.confidence == pytest.approx(math.exp(sum(logs) / len(logs)), abs=2e-4)
+    if unit == "char":
+        assert "".join(token.token for token in found.tokens) == wanted
+
+
+# C81
+def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(tmp_path, capsys, monkeypatch):
+    ckpt, long = saved(tiny_system(), tmp_path / "t.pt"), long_wav(tmp_path / "l.wav")
+    spoken(tmp_path / "s.wav", 1.0)
+    broken = struct.pack("<f", 0.1) * 60000 + struct.pack("<f", math.nan)
+    (tmp_path / "broken.wav").write_bytes(wav_bytes(broken, 3, 32, 1))
+    wanted = decode.transcribe_recording(tiny_system()._replace(segment_sec=(0.5, 2.0)), long)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "l.wav", "text": wanted.text}, {"audio": "broken.wav"},
+                                                     {"audio": "s.wav", "text": ""}])
+    read, sizes = data.read_samples, []
+    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    monkeypatch.setattr(data, "read_samples", lambda *where: sizes.append(len(x := read(*where))) or x)
+    arguments = ["--ckpt", ckpt, "--min-segment-sec=0.5", "--max-segment-sec=2", f"--output={tmp_path / 'o.jsonl'}"]
+    assert decode.main([*arguments, str(manifest)]) == 1
+    err = capsys.readouterr().err
+    assert "broken.wav: wanted finite samples, got nan at sample 60000" in err and "%WER 0.00" in err
+    rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
+    assert rows[0]["tokens"] == [t._asdict() for t in wanted.tokens] and max(sizes) == 8000
+
+
+# C81
+def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
+    monkeypatch.setattr(decode, "POOL_SEC", 3.0)
+    read = []
+    pieces = (read.append(i) or data.Segment(float(i), torch.randn(8000)) for i in range(20))
+    for done, _ in enumerate(decode.transcribe_segments(tiny_system(), pieces)):
+        assert len(read) == 3 * (done // 3 + 1) or len(read) == 20
+    assert done == 19
 
 
 # ---- decode: pictures ----
@@ -4886,6 +5094,32 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
 
+# C80
+@pytest.mark.parametrize("unit", ["char", "word"])
+def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path, unit):
+    """Its pieces are jobs like any others, but one utterance of the queue. Oracle: decode.transcribe_recording."""
+    system = serving_system(unit)._replace(segment_sec=(0.5, 2.0))
+    raw = Path(long_wav(tmp_path / "a.wav", 9.0)).read_bytes()
+    wanted = decode.transcribe_recording(system, raw)
+    with serving(system, max_queue=1) as server:
+        found = json.loads(exchange(server, post("/transcribe?alignment=true", "audio/wav", raw))[2])
+        verbose = json.loads(exchange(server, oai((FILE[0], raw), field("response_format", "verbose_json"),
+                                                  field("timestamp_granularities[]", "word")))[2])
+        short = exchange(server, oai(FILE))[0]
+    assert found["text"] == verbose["text"].strip() == wanted.text.strip() and len(wanted.tokens) > 20 and short == 200
+    assert (found["duration"], found["timing"]["batch_size"]) == (9.0, pytest.approx(6, abs=5))
+    for got, token in zip(found["tokens"], wanted.tokens, strict=True):
+        assert (got["token"].removeprefix("▁"), got["id"]) == (token.token, token.id)
+        assert (got["start"], got["end"]) == pytest.approx((token.start, token.end), abs=2e-3)
+    assert [(word["word"], word["start"]) for word in verbose["words"]] == [(w.text, w.start) for w in wanted.words]
+    weights, step = found["alignment"]["weights"], found["alignment"]["step"]
+    assert 8.9 < len(weights) * step < 9.05
+    pieces = list(data.segments(raw, system.config.data, *system.segment_sec))
+    alone = serve.recognise(system, [data.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    at = round(pieces[3].start_sec / step)
+    assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
+
+
 def test_batch_request_answers_in_order(server):
     sizes = [3, 90, 30, 3, 120]
     found = json.loads(exchange(server, post_json({"batch": [{"features": ROWS[:n]} for n in sizes]}))[2])
@@ -4958,9 +5192,9 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
 # C56
 def test_queue_takes_all_of_a_request_or_none():
     batcher = serve.Batcher(None, serve_options(max_queue=3), serve.Metrics())
-    batcher.submit([job(1, 0.0)] * 2)
+    batcher.submit([job(1, 0.0), job(1, 0.0)])
     with pytest.raises(serve.Refusal) as refused:
-        batcher.submit([job(1, 0.0)] * 2)
+        batcher.submit([job(1, 0.0), job(1, 0.0)])
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
 
 
