@@ -344,11 +344,11 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
-    """The known key nearest to an unknown one: alike in its section (which has `names`), the same in another, any."""
+    """The known key nearest to an unknown one: much alike in its section (which has `names`), the same in another, any."""
     def beside(cutoff: float) -> list[str]:
         return [".".join((*path[:-1], name)) for name in get_close_matches(path[-1], names, 1, cutoff)]
     elsewhere = [known for known, _ in _walk(Config()) if known.split(".")[-1] == path[-1]]
-    return (beside(0.6) or elsewhere or beside(0))[0]
+    return (beside(0.75) or elsewhere or beside(0))[0]
 
 
 def _merge(base: Any, values: dict, place: str, marks: dict[tuple, int], path: tuple[str, ...] = ()) -> Any:

@@ -253,7 +253,7 @@ def test_shipped_configs_load(path):
     assert config.load(str(path)).model.name == config.parse_yaml(path.read_text())["model"]["name"]
 
 
-# C27 C27
+# C27
 def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
     rng = random.Random(0)
     for _ in range(100):
@@ -272,7 +272,7 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     assert yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) == config.to_dict(odd)
 
 
-# C27 C27
+# C27
 def test_overrides_do_what_editing_the_file_does(tmp_path):
     edited = ISSUE_FILE.replace("batch_size: 16", "batch_size: 8").replace("dropout: 0.1", "dropout: 0", 1)
     edited += "data:\n  kind: manifest\n  dev: b\n  augment:\n    speeds:\n    - 0.9\n    - 1\n  train: 'a=b'\n"
@@ -371,7 +371,7 @@ def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, n
         config.load(path, [f"--model.{used}"])
 
 
-# C27 C27
+# C27
 def test_check_lists_every_violation_in_one_error(tmp_path):
     path = written(tmp_path, ISSUE_FILE)
     for override, line in BROKEN.items():
@@ -1196,7 +1196,7 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     assert list(data.training_texts(options)) == [f"text {i} \u00e9" for i in range(3)]
     for inputs, wanted in (([], ["3", "4", "5"]), (["s-2.jsonl", "x,*.wav"], ["2", "x,*.wav"])):
         system = SimpleNamespace(config=SimpleNamespace(data=options), tokenizer=tokenizer.Tokenizer.build(["a"]),
-                                 stats=torch.zeros(2, 80))
+                                 stats=torch.zeros(2, 80), segment_sec=(1.0, 30.0))
         assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
         with pytest.raises(ValueError, match=words):
@@ -2604,7 +2604,7 @@ def run_of(folder: pathlib.Path) -> pathlib.Path:
     return (folder / "latest").resolve()
 
 
-# C28 C29 C28 C29
+# C28 C29
 def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     path = tiny_yaml(tmp_path / "tiny.yaml")
     assert train.main([path, "--runs", str(tmp_path / "runs"), "--training.num_epochs=2"]) == 0
@@ -2669,7 +2669,7 @@ def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_seco
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
 
 
-# C28 C28
+# C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "latest.pt"
     train.save_checkpoint(path, {"a": torch.ones(2)})
