@@ -155,7 +155,7 @@ class TrainingConfig:
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
     accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
     checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
-    recompute: bool = False              # encoder blocks keep no activations; the backward pass computes them again
+    recompute_blocks: bool = False       # encoder blocks keep no activations; the backward pass computes them again
     compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
     keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
     checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none

@@ -2631,7 +2631,7 @@ class Killed(Exception):
 
 
 # C30
-@pytest.mark.parametrize("kill_at", [3, 5, 8])
+@pytest.mark.parametrize("kill_at", [8])
 def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch,
                                                                                            kill_at):
     path = tiny_yaml(tmp_path / "tiny.yaml")  # 20 utterances by 4: 5 steps an epoch, 3 epochs
@@ -2751,6 +2751,7 @@ ZYGOTE = """
 import json, os, sys, traceback
 import torch._dynamo  # the first optimizer of a process would import it
 import train
+print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
@@ -2779,6 +2780,7 @@ class Zygote:
     def __init__(self):
         self.process = subprocess.Popen([sys.executable, "-c", ZYGOTE], cwd=HERE, text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, order: dict) -> int:
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -3170,7 +3172,7 @@ def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
 # ---- train: memory, averages ----
 
 # C90
-@pytest.mark.parametrize("option", ["recompute", pytest.param("compile", marks=slow)])
+@pytest.mark.parametrize("option", ["recompute_blocks", pytest.param("compile", marks=slow)])
 def test_saving_memory_or_time_changes_no_weight_beyond_rounding(tmp_path, monkeypatch, option):
     """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay.
 

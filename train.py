@@ -607,9 +607,9 @@ def origin(config: configs.Config) -> Origin:
 
 
 def save_memory_and_time(model: nn.Module, training) -> None:
-    """training.recompute and training.compile. The model's parameters keep their names; copies of it are not affected,
+    """training.recompute_blocks and training.compile. The model's parameters keep their names; copies of it are not affected,
     so this is done after the average was made."""
-    if training.recompute:
+    if training.recompute_blocks:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if training.compile:
@@ -1252,6 +1252,8 @@ def complain(error: Exception, hint: str = "") -> None:
 
 def finish(run: Run, system: System, history: list[dict]) -> int:
     best, overfit = best_row(history), system.config.training.overfit
+    if run.ranks.world > 1:
+        distributed.destroy_process_group()
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
@@ -1288,7 +1290,6 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
-    stop = catch_signals()
     try:
         if arguments.dry_run or arguments.benchmark:
             config = wanted_config(arguments, overrides)
@@ -1297,6 +1298,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if arguments.average:
             return average_epochs(Path(arguments.resume).resolve(), arguments.average)
+        stop = catch_signals()
         if arguments.resume:
             run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
         else:
@@ -1311,7 +1313,8 @@ def main(argv: Sequence[str]) -> int:
         complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
         return 1
     except Interrupted:
-        print(f"\ninterrupted; {go_on}" if run.ranks.rank == 0 else "", end="\n", flush=True)
+        if run.ranks.rank == 0:
+            print(f"\ninterrupted; {go_on}", flush=True)
         return 0
     except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
         hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
