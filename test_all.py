@@ -5727,6 +5727,29 @@ def test_every_contract_names_tests_that_exist_and_carry_its_id():
             assert found and re.search(rf"# .*\b{id}\b", found.group(1)), f"{id}: {name}"
 
 
+def readme_code() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [c for c in readme_code() if not c.startswith("# extend")],
+                         ids=lambda code: re.search(r"^from (\w+) import [A-Za-z_, ]+$(?!.*\n.*^from)", code, re.M)[1])
+def test_readmes_uses_of_a_copied_file_run_in_an_empty_folder(code, tmp_path):
+    for name in {"config", "tokenizer", "data", "attention"} & set(re.findall(r"^from (\w+)", code, re.MULTILINE)):
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_readmes_extensions_run(tmp_path):
+    codes = [c for c in readme_code() if c.startswith("# extend")]
+    assert [c.splitlines()[0] for c in codes] == [f"# extend: {x}" for x in ("architecture", "dataset", "search")]
+    for code in codes:
+        assert len(code.splitlines()) <= 30
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split("|")) == 3 and done.stdout.split("|")[0].strip() in ("low", "high")
+
+
 def test_ci_runs_the_test_command_of_readme():
     command = re.search(r"python -m pytest \S+ test_all\.py", (HERE / "README.md").read_text()).group(0)
     assert command.removeprefix("python ") in (HERE / ".ci/run").read_text()
