@@ -3055,7 +3055,7 @@ def test_a_loader_process_that_dies_is_named_and_its_batch_comes_again(tmp_path)
                 os.kill(os.getpid(), 9)
             if index == 5:
                 os.kill(os.getpid(), 9)
-            return data.Skip(str(index), "planted")
+            return data.Skip(str(index), str(os.getpid()))
 
     run = train.Run(tmp_path, threading.Event())
     load = lambda start: data.loader(Deadly(), [[0], [1], [2], [3], [4], [5]], 0, 1, start)
@@ -3065,6 +3065,13 @@ def test_a_loader_process_that_dies_is_named_and_its_batch_comes_again(tmp_path)
             keys.append(batch.skipped[0].key)
     assert keys == ["1", "2", "3", "4"]
     assert "loader process died at batch" in (tmp_path / "train.log").read_text()
+    load = lambda start: data.loader(Deadly(), [[0], [1], [3], [4]], 0, 1, start)
+    for batch in train.reloading(run, load, 0):  # a death while a batch is worked on is raised behind it
+        if batch.skipped[0].key == "0":
+            os.kill(int(batch.skipped[0].reason), 9)
+            time.sleep(0.2)
+            keys.append("worked on")
+    assert keys[4:] == ["worked on"] and "died at batch 2, 1 of 3" in (tmp_path / "train.log").read_text()
 
 
 # C87

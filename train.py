@@ -798,14 +798,21 @@ MAX_DEATHS = 3  # of loader processes at the same batch
 def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
     """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
 
-    Raises OSError when MAX_DEATHS have died over the same batch.
+    torch raises a death wherever this process is, in the middle of a step or of a file too: that is put off until the
+    batch under way is done. Raises OSError when MAX_DEATHS have died over the same batch.
     """
     deaths = 0
     while True:
         try:
             for batch in load(start):
-                yield batch
+                report_death = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                try:
+                    yield batch
+                finally:
+                    signal.signal(signal.SIGCHLD, report_death)
                 start, deaths = start + 1, 0
+                if callable(report_death):
+                    report_death(signal.SIGCHLD, None)
             return
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
