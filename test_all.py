@@ -2535,7 +2535,7 @@ def test_a_step_is_clipped_gradient_descent_with_decay_on_matrices_only(tmp_path
     options = config.TrainingConfig(max_grad_norm=0.05, weight_decay=0.3)
     optimizer = torch.optim.SGD(train.parameter_groups(ours, options.weight_decay), lr=0.0)
     step = train.train_step(ours, optimizer, batch, 0.1, options, 7)
-    sums, tokens = theirs(*train.to_device(batch, torch.device("cpu")), *train.sampler_order(theirs, batch, 0, 7))
+    sums, tokens = theirs(*train.inputs(batch, theirs), *train.sampler_order(theirs, batch, 0, 7))
     (sums["loss"] / tokens).backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in theirs.parameters() if p.grad is not None))
     assert step.grad_norm == pytest.approx(norm, rel=1e-5) and norm > 0.05

@@ -175,31 +175,33 @@ def add_up(sums: dict, ranks: Ranks) -> dict:
 
 
 def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
-    """Replace every p.grad by the sum over all ranks -> the sum of tokens. Without one in any rank it stays None.
+    """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
+    their mean -> the sum of tokens.
 
     One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
     train_step, and ranks may work through different numbers of parts.
     """
     if ranks.world == 1:
         return tokens
-    parameters = list(model.parameters())
+    parameters, statistics = list(model.parameters()), batch_statistics(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = [float(p.grad is not None) for p in parameters]
-    flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([*used, tokens]).to(grads[0])])
+    used = torch.tensor([*(float(p.grad is not None) for p in parameters), tokens])
+    flat = [x.flatten().to(grads[0]) for x in (*grads, *statistics, used)]
+    total = torch.cat(flat)
     with naming_lost_ranks():
-        distributed.all_reduce(flat)
-    *pieces, last = flat.split([*(p.numel() for p in parameters), len(used) + 1])
-    for parameter, piece, is_used in zip(parameters, pieces, last.tolist()):
+        distributed.all_reduce(total)
+    *pieces, used = total.split([len(x) for x in flat])
+    for parameter, piece, is_used in zip(parameters, pieces, used.tolist()):
         parameter.grad = piece.view_as(parameter) if is_used else None
-    return last[-1].item()
+    for buffer, piece in zip(statistics, pieces[len(parameters):]):
+        buffer.copy_(piece.view_as(buffer) / ranks.world)
+    return used[-1].item()
 
 
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Replace the running statistics of every BatchNorm by their mean over all ranks."""
-    for buffer in batch_statistics(model) if ranks.world > 1 else []:
-        with naming_lost_ranks():
-            distributed.all_reduce(buffer)
-        buffer.copy_(buffer / ranks.world)
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass changes: those of BatchNorm layers."""
+    kind = nn.modules.batchnorm._NormBase
+    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
 
 
 # ---- one optimizer step ----
@@ -213,13 +215,10 @@ class Step(NamedTuple):
     parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
 
 
-def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = batch.feats, batch.feat_lens, batch.tokens, batch.token_lens
-    return tuple(x.to(device, non_blocking=True) for x in tensors)
-
-
-def convert(batch: data.Batch, precision: str) -> data.Batch:
-    return batch._replace(feats=batch.feats.double()) if precision == "float64" else batch
+def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a model takes of a batch, on its device and with the precision of its weights."""
+    like = next(model.parameters())
+    return batch.feats.to(like), *(x.to(like.device) for x in (batch.feat_lens, batch.tokens, batch.token_lens))
 
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
@@ -257,7 +256,7 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
         with autocast(options.precision, device):
-            part_sums, part_tokens = model(*to_device(part, device), *order)
+            part_sums, part_tokens = model(*inputs(part, model), *order)
         part_sums["loss"].backward()
         sums, tokens = add(sums, {name: x.detach() for name, x in part_sums.items()}), tokens + part_tokens
     return sums, tokens
@@ -288,12 +287,6 @@ def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> 
         torch.cuda.empty_cache()
 
 
-def batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass changes: those of BatchNorm layers."""
-    kind = nn.modules.batchnorm._NormBase
-    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
-
-
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
                number: int = 0, ranks: Ranks = ALONE) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
@@ -304,7 +297,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
     """
     before = [buffer.clone() for buffer in batch_statistics(model)]
     torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
-    sums, own_tokens, parts = fit_gradients(model, convert(batch, options.precision), options, number)
+    sums, own_tokens, parts = fit_gradients(model, batch, options, number)
     tokens = share_gradients(model, own_tokens, ranks)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -315,7 +308,6 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        share_statistics(model, ranks)
     else:  # a BatchNorm has taken the batch into its statistics already
         for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
@@ -330,15 +322,12 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
     """
     token_counts = char_counts = word_counts = Counts()
     right = same_length = total = skipped = 0
-    device = next(model.parameters()).device
     model.eval()
     for batch in batches:
         skipped += len(batch.skipped)
         if not batch.keys:
             continue
-        feats, feat_lens, _, _ = to_device(batch, device)
-        feats = feats.to(next(model.parameters()).dtype)
-        found = model.greedy(feats, feat_lens)
+        found = model.greedy(*inputs(batch, model)[:2])
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             hyp = [id for id in found.tokens[i, :found.lens[i]].tolist() if id not in (BLANK, SOS, EOS)]
@@ -1168,7 +1157,7 @@ class PlainModel(nn.Module):
 def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
     """The loop that everybody writes first."""
     for batch in batches:
-        loss = model(*to_device(batch, torch.device("cpu")))
+        loss = model(*inputs(batch, model))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
