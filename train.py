@@ -208,7 +208,7 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 
 
 class Step(NamedTuple):
-    sums: dict[str, float]  # loss components, summed over tokens
+    sums: dict[str, float]  # loss components, summed over tokens; none of a skipped step, or it would hide the rest
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
@@ -228,7 +228,7 @@ def split(batch: data.Batch, parts: int) -> list[data.Batch]:
         return batch._replace(keys=batch.keys[k::parts], feats=batch.feats[k::parts, :int(feat_lens.max())],
                               tokens=batch.tokens[k::parts, :int(token_lens.max())],
                               feat_lens=feat_lens, token_lens=token_lens)
-    return [batch] if parts == 1 else [part(k) for k in range(min(parts, len(batch.keys)))]
+    return [part(k) for k in range(min(parts, len(batch.keys)))]
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
@@ -248,43 +248,37 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
 
 
-def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> tuple[dict, Tensor]:
-    """Leave the gradient of the summed loss of a batch, in so many parts, in p.grad -> loss sums by name, tokens."""
-    device = next(model.parameters()).device
-    model.zero_grad(set_to_none=True)
-    sums, tokens = {}, torch.zeros((), device=device)
+def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
+    """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> the sums: of losses, and tokens."""
+    device, sums = next(model.parameters()).device, {}
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
         with autocast(options.precision, device):
-            part_sums, part_tokens = model(*inputs(part, model), *order)
-        part_sums["loss"].backward()
-        sums, tokens = add(sums, {name: x.detach() for name, x in part_sums.items()}), tokens + part_tokens
-    return sums, tokens
+            losses, tokens = model(*inputs(part, model), *order)
+        losses["loss"].backward()
+        sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
+    return {name: x.item() for name, x in sums.items()}
 
 
 def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
-    """add_gradients in options.accumulate parts, and in twice as many as long as memory does not suffice
-    -> loss sums, tokens, parts.
-
-    A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
+    """add_gradients in options.accumulate parts, in twice as many as long as memory does not suffice -> losses, tokens,
+    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
     """
     parts = options.accumulate
-    if not batch.keys:
-        model.zero_grad(set_to_none=True)
-        return {}, 0.0, parts
     while True:
+        model.zero_grad(set_to_none=True)
         try:
-            sums, tokens = add_gradients(model, batch, options, number, parts)
-            values = {name: x.item() for name, x in sums.items()}
-            return values, tokens.item() if math.isfinite(values["loss"]) else math.nan, parts
+            sums = add_gradients(model, batch, options, number, parts)
+            tokens = sums.pop("tokens", 0.0)
+            return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if parts >= len(batch.keys):
             model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if parts >= len(batch.keys):
             return {}, math.nan, 0
         parts *= 2
-        torch.cuda.empty_cache()
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
@@ -311,7 +305,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
     else:  # a BatchNorm has taken the batch into its statistics already
         for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
-    return Step(sums, int(own_tokens) if finite else 0, grad_norm, finite, parts)
+    return Step(sums, int(own_tokens), grad_norm, True, parts) if finite else Step({}, 0, 0.0, False, parts)
 
 
 # ---- one evaluation ----
@@ -487,10 +481,15 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
-    average: AveragedModel | None  # moving average of the weights, evaluated and kept as `best` in their place
+    average: AveragedModel | None  # moving average of the weights
     optimizer: torch.optim.Optimizer
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
+
+
+def evaluated(system: System) -> nn.Module:
+    """The model that is evaluated, and decoded with after the run."""
+    return system.model if system.average is None else system.average.module
 
 
 class Progress(NamedTuple):
@@ -646,10 +645,9 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
     `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
     log_bytes is how long train.log is by now.
     """
-    trained = system.model.state_dict()
-    model = system.average.module.state_dict() if system.average is not None else trained
     return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
-            "tokenizer": system.tokenizer.state(), "stats": system.stats, "model": model, "trained": trained,
+            "tokenizer": system.tokenizer.state(), "stats": system.stats,
+            "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
             "averaged": int(system.average.n_averaged) if system.average else 0,
             "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
             "log_bytes": log_bytes, "utterances": len(system.train_set)}
@@ -729,31 +727,22 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
-    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first.
-
-    A skipped step adds no loss, or one bad batch would hide the rest.
-    """
+    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first."""
     B, T = batch.feats.shape[:2]
-    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B,
+    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B, "tokens": step.tokens,
            "skipped_utterances": len(batch.skipped)}
-    common = {} if rank else {"seconds": seconds, "wait": wait, "skipped_steps": int(not step.finite)}
-    learned = {**step.sums, "tokens": step.tokens}
-    norm = {} if rank else {"grad_norm": step.grad_norm, "steps": 1}
-    return {**own, **common, **learned, **norm} if step.finite else {**own, **common}
-
-
-COUNTED = {"seconds", "wait", "frames", "padded_frames", "utterances", "skipped_utterances", "skipped_steps", "tokens",
-           "grad_norm", "steps", "loss"}  # what is not a component of the loss among an epoch's totals
+    losses = {name if name == "loss" else f"loss_{name}": value for name, value in step.sums.items()}
+    common = {"seconds": seconds, "wait": wait, "steps": int(step.finite), "skipped_steps": int(not step.finite),
+              "grad_norm": step.grad_norm}
+    return own | losses | ({} if rank else common)
 
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in totals if name not in COUNTED]
-    tokens = max(1.0, totals.get("tokens", 0.0))
-    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
-            "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
-            "grad_norm": totals.get("grad_norm", math.nan) / max(1.0, totals.get("steps", 0.0)), **dev,
+    losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
+    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, "loss": math.nan, **losses,
+            "grad_norm": totals["grad_norm"] / totals["steps"] if totals["steps"] else math.nan, **dev,
             "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
             "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
             "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
@@ -767,6 +756,12 @@ def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list
     batches = data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
                                 training.seed, epoch)
     return [batch[ranks.rank::ranks.world] for batch in batches]
+
+
+def dev_batches(system: System, ranks: Ranks = ALONE) -> Iterable[data.Batch]:
+    training = system.config.training
+    batches = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
+    return data.loader(system.dev_set, batches[ranks.rank::ranks.world])
 
 
 def clock(seconds: float) -> str:
@@ -843,11 +838,6 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     return step
 
 
-def advance(progress: Progress, step: Step, more: dict[str, float]) -> Progress:
-    bad = 0 if step.finite else progress.bad_steps + 1
-    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad, add(progress.totals, more))
-
-
 def is_due(step: int, minutes: float, options) -> bool:
     """Whether a checkpoint within the epoch is to be written after so many steps, and minutes since the last one."""
     by_steps = options.checkpoint_steps and step % options.checkpoint_steps == 0
@@ -867,7 +857,9 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        progress = advance(progress, step, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        totals = add(progress.totals, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        bad_steps = 0 if step.finite else progress.bad_steps + 1
+        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
         if progress.bad_steps >= training.max_bad_steps:
             raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                                    f"{' '.join(batch.keys)}")
@@ -898,18 +890,10 @@ def report(row: dict, num_epochs: int) -> str:
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def until(stop: threading.Event, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
-    """The batches before stop is set."""
-    return itertools.takewhile(lambda batch: not stop.is_set(), batches)
-
-
 def validate(run: Run, system: System, progress: Progress, history: list[dict]) -> dict:
     """The figures of the dev set. Raises Interrupted, with a checkpoint written, when run.stop is set meanwhile."""
-    training = system.config.training
-    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
-    model = system.model if system.average is None else system.average.module
-    batches = data.loader(system.dev_set, dev[run.ranks.rank::run.ranks.world])
-    sums = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
+    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system, run.ranks))
+    sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
     if sums["stop"]:
         save(run, system, progress, history)
@@ -923,7 +907,7 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(system: System, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model = (system.model if system.average is None else system.average.module).eval()
+    model = evaluated(system).eval()
     like = next(model.parameters())
     found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
     model.train()
@@ -996,9 +980,7 @@ def average_epochs(folder: Path, count: int) -> int:
     path, state = last_checkpoint(folder)
     state = {**state, "model": mean_weights([each["model"] for each in best])}
     system = make_system(configs.from_dict(state["config"], str(path)), {**state, "trained": state["model"]}, str(path))
-    dev = data.make_batches(system.dev_set.lengths, system.config.training.batch_size,
-                            system.config.training.batch_frames, shuffle=False)
-    row = rates(evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode))
+    row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
     save_checkpoint(target, {**{name: best[0][name] for name in best[0]}, "model": state["model"]})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
