@@ -3261,9 +3261,10 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     assert (best["token_accuracy"], best["sequence_accuracy"], best["dev_utterances"]) == (1.0, 1.0, 2)
     system = train.make_system(config.load(str(run_of(tmp_path / "good") / "config.yaml")))
     whole = data.open_dataset(system.config.data, "train", system.tokenizer.encode, 0, system.stats)
-    for item in (system.train_set[3, 2 * 7 + 1], system.dev_set[0, 1]):  # nothing but the first ones, as they are
+    for item in (system.train_set[3, 1], system.dev_set[0, 1]):  # nothing but the first ones, as they are
         assert item.key == whole[1].key and torch.equal(item.feats, whole[1].feats)
-    assert len(system.train_set) == len(system.train_set.lengths) == 20 and len(system.dev_set) == 2
+    assert collections.Counter(itertools.chain(*train.epoch_batches(system, 3))) == {0: 10, 1: 10}
+    assert sorted(key for batch in train.dev_batches(system) for key in batch.keys) == [whole[0].key, whole[1].key]
     monkeypatch.setattr(train, "OVERFIT_EPOCHS", 1)
     assert train.main([*argv, "--runs", str(tmp_path / "bad")]) == 1
     assert "failed to learn 2 utterances by heart" in capsys.readouterr().out

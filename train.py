@@ -505,27 +505,6 @@ class Progress(NamedTuple):
 OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
 
 
-class First(torch.utils.data.Dataset):
-    """The first `count` utterances of a dataset, each of them so many times."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset, count: int, times: int):
-        self.dataset, self.count, self.times = dataset, min(count, len(dataset)), times
-
-    def __len__(self) -> int:
-        return self.count * self.times
-
-    def __getitem__(self, item: int | tuple[int, int]) -> data.Utterance | data.Skip:
-        epoch, index = data.address(item, len(self))
-        return self.dataset[epoch, index % self.count]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.tile(self.dataset.lengths[:self.count], self.times)
-
-    def epoch_lengths(self, epoch: int) -> np.ndarray:
-        return np.tile(self.dataset.epoch_lengths(epoch)[:self.count], self.times)
-
-
 def overfitting(config: configs.Config, count: int) -> configs.Config:
     """The config with which `count` utterances are learned by heart: as it is, until all of them are right."""
     training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
@@ -557,20 +536,11 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
                          f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
 
 
-class Origin(NamedTuple):
-    """What a run starts from."""
-
-    config: configs.Config
-    tokenizer: Tokenizer | PieceTokenizer
-    stats: Tensor
-    model: nn.Module
-
-
-def origin(config: configs.Config) -> Origin:
-    """Fresh weights for the config's data, or the model that training.init_from names, a FunASR directory or a
-    checkpoint, whose model section and front end then stand in the config."""
-    options, training = config.data, config.training
-    place = training.init_from
+def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
+    """What a run starts from: fresh weights for the config's data, or the model that training.init_from names, a FunASR
+    directory or a checkpoint, whose model section and front end then stand in the config. -> config, tokenizer, stats,
+    model"""
+    options, place = config.data, config.training.init_from
     if configs.is_published(place):
         files = configs.published_files(place)
         config = with_model(config, configs.load_published(files["config"]))
@@ -585,13 +555,13 @@ def origin(config: configs.Config) -> Origin:
         load_weights(model, state["model"], place)
     else:
         tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
-        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None,
+        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
                                                 config.model.encoder.subsampling))
         model = build(config.model, stats.shape[1], len(tokenizer))
     if place:
         configs.check(config, f"training.init_from={place}")
         check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
-    return Origin(config, tokenizer, stats, model)
+    return config, tokenizer, stats, model
 
 
 def save_memory_and_time(model: nn.Module, training) -> None:
@@ -617,9 +587,8 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     options, training, factor = config.data, config.training, config.model.encoder.subsampling
     train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor,
                                   augment=not training.overfit)
-    dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
-    if training.overfit:
-        train_set, dev_set = (First(train_set, training.overfit, times) for times in (OVERFIT_TIMES, 1))
+    dev_set = train_set if training.overfit else data.open_dataset(options, "dev", tokenizer.encode, training.seed,
+                                                                   stats, factor)
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -753,14 +722,16 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
     """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
-    batches = data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
-                                training.seed, epoch)
-    return [batch[ranks.rank::ranks.world] for batch in batches]
+    lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
+    batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
+                                training.batch_frames, training.seed, epoch)
+    return [[index % len(lengths) for index in batch[ranks.rank::ranks.world]] for batch in batches]
 
 
 def dev_batches(system: System, ranks: Ranks = ALONE) -> Iterable[data.Batch]:
     training = system.config.training
-    batches = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
+    lengths = system.dev_set.lengths[:training.overfit or None]
+    batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
     return data.loader(system.dev_set, batches[ranks.rank::ranks.world])
 
 
@@ -928,7 +899,7 @@ def draw(system: System, item: data.Utterance) -> dict[str, str]:
 def write_pictures(folder: Path, system: System, epoch: int) -> None:
     """pictures/<number of the utterance>_<kind>_<epoch>.svg of the first dev utterances: a column to flip through."""
     (folder / "pictures").mkdir(exist_ok=True)
-    for index in range(min(PICTURED, len(system.dev_set))):
+    for index in range(min(PICTURED, system.config.training.overfit or PICTURED, len(system.dev_set))):
         item = system.dev_set[index]
         for kind, svg in draw(system, item).items() if isinstance(item, data.Utterance) else ():
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
