@@ -435,28 +435,25 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9
 def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
     """One diagram of 720 x 260 pixels from y = top on: a line per series over the epochs, its name and last value."""
     left, width, height = 60, 460, 200
-    values = [v for line in series.values() for v in line if math.isfinite(v) and (v > 0 or not log_scale)] or [1.0]
-    scale = math.log10 if log_scale else float
-    low, high = (scale(min(values)), scale(max(values))) if log_scale else (0.0, 1.0)
+    lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
+                    if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
+    levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
+    low, high = min(levels, default=0.0), max(levels, default=0.0)
     low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
-    epochs = max(2, max(map(len, series.values())))
-    x = lambda i: left + width * i / (epochs - 1)
-    y = lambda v: top + 30 + height * (1 - (scale(v) - low) / (high - low))
+    last = max(1, *(len(values) - 1 for values in series.values()))
+    x = lambda i: f"{left + width * i / last:.1f}"
+    y = lambda v: f"{top + 30 + height * (high - v) / (high - low):.1f}"
     parts = [f'<text x="{left}" y="{top + 16}" class="title">{title}</text>']
-    for k in range(5):
-        v = low + (high - low) * k / 4
-        level = top + 30 + height * (1 - k / 4)
-        parts.append(f'<path class="grid" d="M{left} {level:.1f}h{width}"/><text x="{left - 6}" y="{level + 4:.1f}" '
-                     f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>')
-    for i in sorted({0, (epochs - 1) // 2, epochs - 1}):
-        parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
-    for n, (name, line) in enumerate(series.items()):
-        points = [f"{x(i):.1f} {y(v):.1f}" for i, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log_scale)]
-        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
-        dot = "h0.1" if len(points) == 1 else ""  # one epoch: a dot
-        parts.append(f'<path {pen} stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
+    parts += [f'<path class="grid" d="M{left} {y(v)}h{width}"/><text x="{left - 6}" y="{y(v)}" dy="4" '
+              f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>' for v in np.linspace(low, high, 5)]
+    parts += [f'<text x="{x(i)}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>'
+              for i in sorted({0, last // 2, last})]
+    for n, (name, line) in enumerate(lines.items()):
+        points = "L".join(f"{x(i)} {y(v)}" for i, v in line) or "0 0"
+        pen, dot = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"', "h0.1" if len(line) == 1 else ""
+        parts.append(f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/>'
                      f'<path {pen} d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
-                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {line[-1]:.4g}</text>')
+                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {series[name][-1]:.4g}</text>')
     return "".join(parts)
 
 
