@@ -24,7 +24,6 @@ Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay
 """
 import argparse
 import contextlib
-import copy
 import csv
 import errno
 import functools
@@ -35,7 +34,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -482,6 +480,10 @@ class System(NamedTuple):
     optimizer: torch.optim.Optimizer
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def evaluated(system: System) -> nn.Module:
@@ -958,9 +960,9 @@ def average_epochs(folder: Path, count: int) -> int:
 
 
 def headline(folder: Path, system: System) -> str:
-    size = sum(p.numel() for p in system.model.parameters())
-    return (f"{folder}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
-            f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+    return (f"{folder}: {system.config.model.name}, {num_parameters(system.model) / 1e6:.2f} M parameters, "
+            f"{len(system.train_set)} utterances, {len(system.tokenizer)} symbols, on "
+            f"{next(system.model.parameters()).device}")
 
 
 def wanted_config(arguments: argparse.Namespace, overrides: list[str]) -> configs.Config:
@@ -1001,13 +1003,23 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, 
 # ---- the dry run ----
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def take_steps(system: System, batches: Iterable[data.Batch], rate: float) -> None:
+    for batch in batches:
+        train_step(system.model, system.optimizer, batch, rate, system.config.training)
+
+
 def sizes(model: nn.Module) -> Iterator[str]:
     """The parameters of a model's modules, and of their parts."""
-    total = sum(p.numel() for p in model.parameters())
     for name, module in model.named_modules():
-        count = sum(p.numel() for p in module.parameters())
+        count = num_parameters(module)
         if count and name.count(".") < 2:
-            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / total:>8.1%}"
+            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / num_parameters(model):>8.1%}"
 
 
 def shape_of(value: object) -> str:
@@ -1030,7 +1042,7 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        train_step(system.model, system.optimizer, batch, 0.0, system.config.training)
+        take_steps(system, [batch], 0.0)
     for hook in hooks:
         hook.remove()
     return lines, sum(kept.values()) / 1e6
@@ -1038,30 +1050,22 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
 
 def describe(system: System) -> Iterator[str]:
     """What a run of this system will be: sizes by module, shapes, memory and time. Trains the system a few steps."""
-    training, batches = system.config.training, epoch_batches(system, 0)
-    if not batches:
+    like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
+    by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
+    if not by_size:
         raise ValueError("data.train: wanted utterances to learn from, got none")
     yield from sizes(system.model)
-    lengths = system.train_set.epoch_lengths(0)
-    by_size = sorted(batches, key=lambda batch: len(batch) * int(lengths[batch].max()))
-    make = lambda batch: data.collate([system.train_set[0, i] for i in batch])
-    largest = make(by_size[-1])
+    *typical, largest = data.loader(system.train_set, [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:])
     shapes, activations = traced_step(system, largest)
     yield f"\nthe largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}"
     yield from shapes
-    weights = sum(p.numel() * p.element_size() for p in system.model.parameters()) / 1e6
-    copies = 5 if system.average is not None else 4
-    yield (f"\nmemory: {copies * weights:.0f} MB for weights, gradients and two moments"
-           f"{' and the average' if copies == 5 else ''}, {activations:.0f} MB of activations for that batch")
-    typical = [make(by_size[len(by_size) * k // 6]) for k in (1, 3, 5)]
-    started = time.perf_counter()
-    for batch in typical:
-        train_step(system.model, system.optimizer, batch, 0.0, training)
-    step_sec = (time.perf_counter() - started) / len(typical)
-    steps = len(batches) * training.num_epochs
-    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(batches)} steps an epoch, {steps} in all: about "
-           f"{clock(step_sec * steps)} of steps, evaluation not counted; on "
-           f"{next(system.model.parameters()).device}")
+    copies, what = (4, "") if system.average is None else (5, " and the average")
+    yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, gradients "
+           f"and two moments{what}, {activations:.0f} MB of activations for that batch")
+    step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
+    steps = len(by_size) * system.config.training.num_epochs
+    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
+           f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
 
 
 # ---- the benchmark ----
@@ -1073,35 +1077,29 @@ class PlainModel(nn.Module):
     Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it; CIF and CTC are left out.
     """
 
-    def __init__(self, model: nn.Module, options, input_dim: int, vocab_size: int):
+    def __init__(self, system: System):
         super().__init__()
-        encoder, decoder = options.encoder, options.decoder
-        self.subsampling = encoder.subsampling
-        self.input = nn.Linear(input_dim, encoder.hidden_dim)
-        self.embedding = nn.Embedding(vocab_size, decoder.hidden_dim)
+        encoder, decoder = system.config.model.encoder, system.config.model.decoder
         make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
                                        part.dropout, batch_first=True, norm_first=True)
-        size = lambda module: sum(p.numel() for p in module.parameters())
-        one = make(nn.TransformerEncoderLayer, encoder)
-        self.decoder = nn.ModuleList(make(nn.TransformerDecoderLayer, decoder) for _ in range(decoder.num_layers))
-        count = max(1, round((size(model) - size(self)) / size(one)))
-        self.encoder = nn.ModuleList(copy.deepcopy(one) for _ in range(count))
-        self.output = nn.Linear(decoder.hidden_dim, vocab_size)
+        self.subsampling = encoder.subsampling
+        self.input = nn.Linear(system.stats.shape[1], encoder.hidden_dim)
+        self.embedding = nn.Embedding(len(system.tokenizer), decoder.hidden_dim)
+        self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
+        self.output = nn.Linear(decoder.hidden_dim, len(system.tokenizer))
+        layer = make(nn.TransformerEncoderLayer, encoder)
+        count = max(1, round((num_parameters(system.model) - num_parameters(self)) / num_parameters(layer)))
+        self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
         x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
         pads = torch.arange(x.shape[1]) >= lens[:, None]
-        for layer in self.encoder:
-            x = layer(x, src_key_padding_mask=pads)
+        x = self.encoder(x, src_key_padding_mask=pads)
+        decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
-            guess = self.decode(self.embedding(tokens), x, pads).argmax(-1)
+            guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
         real = torch.arange(tokens.shape[1]) < token_lens[:, None]
-        return F.cross_entropy(self.decode(self.embedding(guess), x, pads)[real], tokens[real])
-
-    def decode(self, y: Tensor, x: Tensor, pads: Tensor) -> Tensor:
-        for layer in self.decoder:
-            y = layer(y, x, memory_key_padding_mask=pads)
-        return self.output(y)  # (B,U,D) -> (B,U,V)
+        return F.cross_entropy(decode(guess)[real], tokens[real])
 
 
 def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
@@ -1115,22 +1113,15 @@ def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Seq
         loss.item()
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float, int]:
-    """Steps a second of ours and of the plain loop on the same batches, in turns, best round; the plain layers."""
+def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float]:
+    """Steps a second of ours and of the plain loop on the same batches, in turns, best round."""
     batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
-    options, stats = system.config, system.stats
-    plain = PlainModel(system.model, options.model, stats.shape[1], len(system.tokenizer))
-    plain_optimizer = torch.optim.AdamW(plain.parameters())
-    ours = lambda: [train_step(system.model, system.optimizer, batch, 1e-4, options.training) for batch in batches]
-    theirs = lambda: plain_steps(plain, plain_optimizer, batches)
+    plain = PlainModel(system)
+    optimizer = torch.optim.AdamW(plain.parameters())
+    ours = lambda: take_steps(system, batches, 1e-4)
+    theirs = lambda: plain_steps(plain, optimizer, batches)
     times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
-    return *(len(batches) / min(column) for column in zip(*times)), len(plain.encoder)
+    return tuple(len(batches) / min(column) for column in zip(*times))
 
 
 def first_step_sec(path: str, runs: str) -> float:
@@ -1151,13 +1142,11 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
     form = "{:<64}{:>14}{:>12}".format
     yield form("figure", "measured", "asked")
     system = make_system(config)
-    ours, plain, layers = speeds(system)
-    yield form(f"steps a second, ours {ours:.1f}, plain ({layers} encoder layers, same parameters) {plain:.1f}",
-               f"{ours / plain:.2f} x", ">= 1.0 x")
-    runs = tempfile.mkdtemp()
-    try:
-        folder = new_run(Path(runs), "benchmark")
-        run = Run(folder, threading.Event())
+    ours, plain = speeds(system)
+    yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
+               ">= 1.0 x")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
+        run = Run(new_run(Path(runs), "benchmark"), threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, make_system(config), Progress(), [])
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
@@ -1170,8 +1159,6 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
         first_sec = first_step_sec(path, f"{runs}/first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
-    finally:
-        shutil.rmtree(runs, ignore_errors=True)
 
 
 # ---- main ----
