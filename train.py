@@ -133,8 +133,8 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-class RankLost(RuntimeError):
-    """Another process of the run has ended."""
+class RunFailed(RuntimeError):
+    """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
 
 
 def join_ranks(device: torch.device) -> Ranks:
@@ -153,7 +153,7 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
+        raise RunFailed(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
 
 
 def add(totals: dict, more: dict) -> dict:
@@ -738,10 +738,6 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-class TrainingDiverged(RuntimeError):
-    """Several skipped steps in a row; the message names the batch."""
-
-
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C came, and the checkpoint is written."""
 
@@ -831,8 +827,8 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         bad_steps = 0 if step.finite else progress.bad_steps + 1
         progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
         if progress.bad_steps >= training.max_bad_steps:
-            raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
-                                   f"{' '.join(batch.keys)}")
+            raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
+                            f"{' '.join(batch.keys)}")
         due = is_due(progress.step, (now - saved) / 60, training)
         wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
         if wanted["save"] or wanted["stop"]:
@@ -913,10 +909,10 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        figures = validate(run, system, progress, history)
+        dev = validate(run, system, progress, history)
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent,
+        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
@@ -940,23 +936,26 @@ def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             else first for name, first in models[0].items()}
 
 
-def average_epochs(folder: Path, count: int) -> int:
-    """Write average.pt, the mean of the weights of the best `count` epochs that were kept, and evaluate it."""
+def figures(row: dict) -> str:
+    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
+            f"wer {row['wer']:.4f}")
+
+
+def average_epochs(folder: Path, count: int) -> str:
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> how good it is."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
     if len(states) < count:
         raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
     path, state = last_checkpoint(folder)
-    state = {**state, "model": mean_weights([each["model"] for each in best])}
-    system = make_system(configs.from_dict(state["config"], str(path)), {**state, "trained": state["model"]}, str(path))
+    mean = mean_weights([each["model"] for each in best])
+    system = make_system(resumable(state, folder, path), {**state, "model": mean, "trained": mean}, str(path))
     row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
-    save_checkpoint(target, {**{name: best[0][name] for name in best[0]}, "model": state["model"]})
+    save_checkpoint(target, {**best[0], "model": mean})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
-    print(f"mean of epochs {epochs}: token accuracy {row['token_accuracy']:.4f}, sequence accuracy "
-          f"{row['sequence_accuracy']:.4f}, wer {row['wer']:.4f}\ndecode with: python decode.py --ckpt {target}")
-    return 0
+    return f"mean of epochs {epochs}: {figures(row)}\ndecode with: python decode.py --ckpt {target}"
 
 
 def headline(folder: Path, system: System) -> str:
@@ -965,14 +964,11 @@ def headline(folder: Path, system: System) -> str:
             f"{next(system.model.parameters()).device}")
 
 
-def wanted_config(arguments: argparse.Namespace, overrides: list[str]) -> configs.Config:
-    config = configs.load(arguments.config, overrides)
-    return overfitting(config, arguments.overfit) if arguments.overfit else config
+Start = tuple[Run, System, Progress, list[dict]]
 
 
-def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
-    """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
-    config = wanted_config(arguments, overrides)
+def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> Start:
+    """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     ranks = join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
     made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
@@ -983,21 +979,22 @@ def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.E
     save(run, system, Progress(), [])
     if ranks.rank == 0:
         point_latest(run.folder)
-    return run, system
+    return run, system, Progress(), []
 
 
-def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
-    """A run that stopped: its folder, system, progress and history."""
+def resume(folder: Path, stop: threading.Event) -> Start:
+    """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state = last_checkpoint(folder)
     config = resumable(state, folder, path)
     ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
-    progress, history = Progress(**state["progress"]), state["history"]
+    progress = Progress(**state["progress"])
     if ranks.rank:
-        return Run(folder, stop, ranks), system, progress._replace(totals={}), history
-    clean_up(folder, path, state)
-    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
-    return Run(folder, stop, ranks), system, progress, history
+        progress = progress._replace(totals={})  # rank 0 has those of all
+    else:
+        clean_up(folder, path, state)
+        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return Run(folder, stop, ranks), system, progress, state["history"]
 
 
 # ---- the dry run ----
@@ -1048,8 +1045,9 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
     return lines, sum(kept.values()) / 1e6
 
 
-def describe(system: System) -> Iterator[str]:
-    """What a run of this system will be: sizes by module, shapes, memory and time. Trains the system a few steps."""
+def describe(config: configs.Config) -> Iterator[str]:
+    """What a run will be: sizes by module, shapes, memory and time, from a few steps."""
+    system = make_system(config)
     like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
     by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
     if not by_size:
@@ -1170,25 +1168,33 @@ def catch_signals() -> threading.Event:
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
-        signal.signal(signal.SIGINT, handle)
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
     return stop
 
 
-def complain(error: Exception, hint: str = "") -> None:
-    """One line, without the traceback that a loader process adds to its errors, on standard error."""
+def complain(error: Exception, run: Run | None) -> None:
+    """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    print(f"train.py: {lines[-1] if 'Traceback' in str(error) else str(error)}{hint}", file=sys.stderr)
+    what = lines[-1] if "Traceback" in str(error) else str(error)
+    if is_out_of_memory(error):
+        what = "out of memory: wanted a smaller training.batch_size or batch_frames"
+    if run is not None:
+        space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        what += f"; the last checkpoint is good: {space}{go_on(run)}"
+    print(f"train.py: {what}", file=sys.stderr)
+
+
+def go_on(run: Run) -> str:
+    return f"go on with: python train.py --resume {run.folder}"
 
 
 def finish(run: Run, system: System, history: list[dict]) -> int:
     best, overfit = best_row(history), system.config.training.overfit
     if run.ranks.world > 1:
         distributed.destroy_process_group()
-    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
-             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
+    say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
     if overfit and score(best) < (1.0, 1.0):
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
@@ -1196,68 +1202,63 @@ def finish(run: Run, system: System, history: list[dict]) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
-    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
-    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
-    parser.add_argument("--overfit", type=int, default=0, metavar="N", help="learn the first N utterances by heart")
-    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
-    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
-                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
+    what, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
+    what.add_argument("config", nargs="?", help="a YAML file of configs/")
+    what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument("--overfit", type=positive, metavar="N", help="learn the first N utterances by heart")
+    how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
+    how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
+    how.add_argument("--average", type=positive, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                     "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if (arguments.config is None) == (arguments.resume is None):
-        parser.error("wanted either a config or --resume RUN")
-    if arguments.resume and rest:
-        parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
-    if arguments.resume and (arguments.dry_run or arguments.overfit or arguments.benchmark) or arguments.overfit < 0:
-        parser.error("--dry-run, --overfit N (1 or more) and --benchmark want a config, not --resume")
-    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
-        parser.error("--average wants 1 or more, and --resume RUN")
+    if arguments.resume and (rest or arguments.overfit or arguments.dry_run or arguments.benchmark):
+        parser.error(f"--resume goes on with the run's own config, alone or with --average, got {' '.join(argv)}")
+    if arguments.average and not arguments.resume:
+        parser.error("--average wants --resume RUN")
     return arguments, rest
 
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
+    run = None
     try:
-        if arguments.dry_run or arguments.benchmark:
-            config = wanted_config(arguments, overrides)
-            for line in describe(make_system(config)) if arguments.dry_run else benchmark(arguments.config, config):
-                print(line, flush=True)
-            return 0
         if arguments.average:
-            return average_epochs(Path(arguments.resume).resolve(), arguments.average)
-        stop = catch_signals()
+            print(average_epochs(Path(arguments.resume).resolve(), arguments.average))
+            return 0
         if arguments.resume:
-            run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
+            run, system, progress, history = resume(Path(arguments.resume).resolve(), catch_signals())
         else:
-            (run, system), progress, history = begin(arguments, overrides, stop), Progress(), []
-    except (ValueError, OSError, RankLost) as error:
-        complain(error)
-        return 2
-    go_on = f"go on with: python train.py --resume {run.folder}"
-    try:
+            config = configs.load(arguments.config, overrides)
+            config = overfitting(config, arguments.overfit) if arguments.overfit else config
+            if arguments.dry_run or arguments.benchmark:
+                for line in describe(config) if arguments.dry_run else benchmark(arguments.config, config):
+                    print(line, flush=True)
+                return 0
+            run, system, progress, history = begin(config, arguments, catch_signals())
         return finish(run, system, fit(run, system, progress, history))
-    except (TrainingDiverged, RankLost) as error:
-        complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
-        return 1
     except Interrupted:
         if run.ranks.rank == 0:
-            print(f"\ninterrupted; {go_on}", flush=True)
+            print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
-    except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
-        hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        complain(error, f"; the last checkpoint is good: {hint}{go_on}")
-        return 2
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except RunFailed as error:
+        complain(error, run)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:  # in fit: a recording too long for its positions, a full disk
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        complain(ValueError("out of memory while evaluating: wanted a smaller training.batch_size or batch_frames"),
-                 f"; the last checkpoint is good: {run.folder / 'checkpoints/latest.pt'}")
+        complain(error, run)
         return 2
 
 
