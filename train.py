@@ -347,33 +347,20 @@ def rates(sums: dict) -> dict[str, float]:
 def save_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data.write_atomic(path, buffer.getvalue())
-
-
-def save_latest(folder: Path, state: dict) -> None:
-    """latest.pt becomes previous.pt, then state becomes latest.pt; if it cannot be written, both stay."""
-    fresh, latest = folder / "next.pt", folder / "latest.pt"
-    save_checkpoint(fresh, state)
-    if latest.exists():
-        os.replace(latest, folder / "previous.pt")
-    os.replace(fresh, latest)
-
-
-def table(history: Sequence[dict]) -> str:
-    """results.csv: a row per epoch, a column per figure."""
-    out = io.StringIO()
-    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
-    writer = csv.DictWriter(out, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return out.getvalue()
+    data.write_atomic(path, buffer.getbuffer())
 
 
 def write_reports(run: Path, history: Sequence[dict]) -> None:
+    """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
     known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
     rows = [{name: known(value) for name, value in row.items()} for row in history]
+    table = io.StringIO()
+    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
+    writer = csv.DictWriter(table, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
     data.write_atomic(run / "metrics.json", json.dumps(rows, indent=1) + "\n")
-    data.write_atomic(run / "results.csv", table(history))
+    data.write_atomic(run / "results.csv", table.getvalue())
     data.write_atomic(run / "curves.svg", curves_svg(history))
 
 
@@ -621,26 +608,28 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
             "log_bytes": log_bytes, "utterances": len(system.train_set)}
 
 
-def keep_epoch(folder: Path, state: dict, number: int, keep: int) -> None:
-    """Write the weights of epoch `number` as epoch_<number>.pt and remove those older than the last `keep` epochs."""
-    kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
-    save_checkpoint(folder / f"epoch_{number:04d}.pt", kept)
-    for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
-        old.unlink()
+def save(run: Run, system: System, progress: Progress, history: list[dict]) -> None:
+    """Write latest.pt, after what was so far became previous.pt. All ranks call it.
 
-
-def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
-    """Write latest.pt, and before it best.pt and what training.keep_epochs asks for, so that a run killed in between
-    repeats this epoch. All ranks call it."""
+    At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
+    run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
+    """
     progress = progress._replace(totals=add_up(progress.totals, run.ranks))
     if run.ranks.rank:
         return
+    folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
     state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
-    if best:
-        save_checkpoint(run.folder / "checkpoints/best.pt", state)
-    if system.config.training.keep_epochs and history and not progress.batch:
-        keep_epoch(run.folder / "checkpoints", state, progress.epoch, system.config.training.keep_epochs)
-    save_latest(run.folder / "checkpoints", state)
+    if history and not progress.batch and best_row(history) is history[-1]:
+        save_checkpoint(folder / "best.pt", state)
+    if history and not progress.batch and keep:
+        kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
+        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", kept)
+        for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
+            old.unlink()
+    save_checkpoint(folder / "next.pt", state)
+    if (folder / "latest.pt").exists():
+        os.replace(folder / "latest.pt", folder / "previous.pt")
+    os.replace(folder / "next.pt", folder / "latest.pt")
 
 
 def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
@@ -922,7 +911,7 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
                 write_pictures(run.folder, system, progress.epoch)
-        save(run, system, progress, history, best_row(history) is history[-1])
+        save(run, system, progress, history)
     say(run, reason)
     return history
 
@@ -1148,7 +1137,7 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, make_system(config), Progress(), [])
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = seconds_of(lambda: save(run, system, Progress(2, 0, 2), history, best=True))
+        save_sec = seconds_of(lambda: save(run, system, Progress(1), history[:1]))
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
