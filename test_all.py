@@ -3239,13 +3239,13 @@ def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(t
     path = tiny_yaml(tmp_path / "tiny.yaml")
     assert train.main([path, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    counts = {words[0]: int(words[1].replace(",", "")) for words in map(str.split, lines) if words[-1:] and
-              words[-1].endswith("%")}
+    counts = {words[0]: int(words[1].replace(",", "")) for words in map(str.split, lines) if words[2:] and
+              words[2].endswith("%")}
     tiny = tiny_model(tmp_path)
     assert counts["model"] == sum(p.numel() for p in tiny.parameters())
     assert counts["encoder.blocks"] == sum(p.numel() for p in tiny.encoder.blocks.parameters())
     assert counts["model"] == sum(count for name, count in counts.items() if "." not in name and name != "model")
-    shapes = dict(re.findall(r"^(\S+) .*-> (\(.*\))$", "\n".join(lines), re.MULTILINE))
+    shapes = dict(re.findall(r"^ *(\S+) .*-> (\(.*\))$", "\n".join(lines), re.MULTILINE))
     B, T, U = map(int, re.search(r"feats \((\d+),(\d+),8\), tokens \(\d+,(\d+)\)", "\n".join(lines)).groups())
     assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
     assert any("5 steps an epoch, 15 in all" in line for line in lines)

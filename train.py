@@ -247,7 +247,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
-    """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> the sums: of losses, and tokens."""
+    """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
     device, sums = next(model.parameters()).device, {}
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
@@ -260,7 +260,7 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
 
 def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
     """add_gradients in options.accumulate parts, in twice as many as long as memory does not suffice -> losses, tokens,
-    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
+    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
     """
     parts = options.accumulate
     while True:
@@ -551,8 +551,7 @@ def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTok
 
 
 def save_memory_and_time(model: nn.Module, training) -> None:
-    """training.recompute_blocks and training.compile. The model's parameters keep their names; copies of it are not affected,
-    so this is done after the average was made."""
+    """training.recompute_blocks and compile; parameters keep their names. Not before the model is copied."""
     if training.recompute_blocks:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -800,15 +799,13 @@ def is_due(step: int, minutes: float, options) -> bool:
 
 
 def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
-    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it.
-
-    Raises Interrupted after the step in which run.stop was set, with a checkpoint written.
-    """
+    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
+    the step in which run.stop was set in any rank, which sets it in all."""
     training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
-    first, began = progress.batch, time.monotonic()
+    first, epoch, began = progress.batch, progress.epoch, time.monotonic()
     shown = saved = started = began
-    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
-    for batch in named(run, reloading(run, load, progress.batch)):
+    load = lambda start: data.loader(system.train_set, batches, epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, first)):
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
@@ -820,11 +817,12 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
                             f"{' '.join(batch.keys)}")
         due = is_due(progress.step, (now - saved) / 60, training)
         wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
-        if wanted["save"] or wanted["stop"]:
+        if wanted["stop"]:
+            run.stop.set()
+            break
+        if wanted["save"]:
             save(run, system, progress, history)
             saved = time.monotonic()
-        if wanted["stop"]:
-            raise Interrupted
         started = time.monotonic()
         if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
@@ -845,15 +843,12 @@ def report(row: dict, num_epochs: int) -> str:
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def validate(run: Run, system: System, progress: Progress, history: list[dict]) -> dict:
-    """The figures of the dev set. Raises Interrupted, with a checkpoint written, when run.stop is set meanwhile."""
+def validate(run: Run, system: System) -> dict | None:
+    """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
     batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system, run.ranks))
     sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
-    if sums["stop"]:
-        save(run, system, progress, history)
-        raise Interrupted
-    return rates(sums)
+    return None if sums["stop"] else rates(sums)
 
 
 PICTURED = 3  # dev utterances that training.picture_epochs draws
@@ -890,7 +885,10 @@ def write_pictures(folder: Path, system: System, epoch: int) -> None:
 
 
 def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
-    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
+    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows.
+
+    Raises Interrupted, with a checkpoint written, when run.stop is set.
+    """
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     if not total_steps:
@@ -898,7 +896,10 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        dev = validate(run, system, progress, history)
+        dev = validate(run, system)
+        if dev is None:
+            save(run, system, progress, history)
+            raise Interrupted
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, dev, spent,
@@ -982,7 +983,8 @@ def resume(folder: Path, stop: threading.Event) -> Start:
         progress = progress._replace(totals={})  # rank 0 has those of all
     else:
         clean_up(folder, path, state)
-        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}",
+              flush=True)
     return Run(folder, stop, ranks), system, progress, state["history"]
 
 
@@ -1000,14 +1002,6 @@ def take_steps(system: System, batches: Iterable[data.Batch], rate: float) -> No
         train_step(system.model, system.optimizer, batch, rate, system.config.training)
 
 
-def sizes(model: nn.Module) -> Iterator[str]:
-    """The parameters of a model's modules, and of their parts."""
-    for name, module in model.named_modules():
-        count = num_parameters(module)
-        if count and name.count(".") < 2:
-            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / num_parameters(model):>8.1%}"
-
-
 def shape_of(value: object) -> str:
     if isinstance(value, Tensor):
         return str(tuple(value.shape)).replace(" ", "")
@@ -1015,14 +1009,15 @@ def shape_of(value: object) -> str:
 
 
 def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
-    """One step -> a line for every module that a batch went through, in order, and the MB kept for the backward pass.
+    """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
+    and the MB kept for the backward pass.
 
     The one place with hooks: the shapes are to be those that pass, and not a second account of them.
     """
-    lines, kept = [], {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
-    hooks = [module.register_forward_hook(lambda _, given, out, name=name: lines.append(
-                 f"{name:<32}{shape_of(given):<40} -> {shape_of(out)}"))
-             for name, module in system.model.named_modules() if name and name.count(".") < 2]
+    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
+    parts = [(name, part) for name, part in system.model.named_modules() if name.count(".") < 2 and num_parameters(part)]
+    hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
+                 {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part in parts if name]
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
@@ -1031,7 +1026,9 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
         take_steps(system, [batch], 0.0)
     for hook in hooks:
         hook.remove()
-    return lines, sum(kept.values()) / 1e6
+    total = num_parameters(system.model)
+    return [f"{'  ' * name.count('.') + (name or 'model'):<32}{num_parameters(part):>14,}"
+            f"{num_parameters(part) / total:>8.1%}  {shapes.get(name, '')}" for name, part in parts], sum(kept.values()) / 1e6
 
 
 def describe(config: configs.Config) -> Iterator[str]:
@@ -1041,14 +1038,14 @@ def describe(config: configs.Config) -> Iterator[str]:
     by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
     if not by_size:
         raise ValueError("data.train: wanted utterances to learn from, got none")
-    yield from sizes(system.model)
-    *typical, largest = data.loader(system.train_set, [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:])
-    shapes, activations = traced_step(system, largest)
-    yield f"\nthe largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}"
-    yield from shapes
+    chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
+    *typical, largest = data.loader(system.train_set, chosen)
+    lines, activations = traced_step(system, largest)
+    yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
+    yield from lines
     copies, what = (4, "") if system.average is None else (5, " and the average")
-    yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, gradients "
-           f"and two moments{what}, {activations:.0f} MB of activations for that batch")
+    yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
+           f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
     step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
     steps = len(by_size) * system.config.training.num_epochs
     yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
