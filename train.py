@@ -1015,9 +1015,10 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
     The one place with hooks: the shapes are to be those that pass, and not a second account of them.
     """
     shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
-    parts = [(name, part) for name, part in system.model.named_modules() if name.count(".") < 2 and num_parameters(part)]
+    parts = [(name, part, num_parameters(part)) for name, part in system.model.named_modules()
+             if name.count(".") < 2 and num_parameters(part)]
     hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
-                 {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part in parts if name]
+                 {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part, _ in parts if name]
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
@@ -1026,9 +1027,9 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
         take_steps(system, [batch], 0.0)
     for hook in hooks:
         hook.remove()
-    total = num_parameters(system.model)
-    return [f"{'  ' * name.count('.') + (name or 'model'):<32}{num_parameters(part):>14,}"
-            f"{num_parameters(part) / total:>8.1%}  {shapes.get(name, '')}" for name, part in parts], sum(kept.values()) / 1e6
+    lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
+             f"{shapes.get(name, '')}" for name, _, count in parts]
+    return lines, sum(kept.values()) / 1e6
 
 
 def describe(config: configs.Config) -> Iterator[str]:
