@@ -366,14 +366,12 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 def new_run(root: Path, name: str) -> Path:
     """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
-    stem, count = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}", 1
-    while True:
+    stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    for count in itertools.count(1):
         run = root / (stem if count == 1 else f"{stem}_{count}")
-        try:
+        with contextlib.suppress(FileExistsError):
             (run / "checkpoints").mkdir(parents=True)
             return run
-        except FileExistsError:
-            count += 1
 
 
 def point_latest(folder: Path) -> None:
@@ -479,7 +477,7 @@ def evaluated(system: System) -> nn.Module:
 
 
 class Progress(NamedTuple):
-    """Where a run stands: enough, with model, optimizer and random states, to go on as if it had not stopped."""
+    """Where a run stands: enough, with model and optimizer, to go on as if it had not stopped."""
 
     epoch: int = 0  # epochs done
     batch: int = 0  # batches done in the epoch under way
@@ -569,11 +567,11 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     else:
         tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
-    options, training, factor = config.data, config.training, config.model.encoder.subsampling
-    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor,
-                                  augment=not training.overfit)
-    dev_set = train_set if training.overfit else data.open_dataset(options, "dev", tokenizer.encode, training.seed,
-                                                                   stats, factor)
+    training = config.training
+    open_split = lambda split, augment: data.open_dataset(config.data, split, tokenizer.encode, training.seed, stats,
+                                                          config.model.encoder.subsampling, augment)
+    train_set = open_split("train", not training.overfit)
+    dev_set = train_set if training.overfit else open_split("dev", False)
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -665,9 +663,8 @@ def clean_up(folder: Path, path: Path, state: dict) -> None:
         os.replace(path, path.with_name("latest.pt"))
     for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
         left.unlink(missing_ok=True)
-    log = folder / "train.log"
-    if log.exists() and log.stat().st_size > state["log_bytes"]:
-        os.truncate(log, state["log_bytes"])
+    with open(folder / "train.log", "ab") as log:
+        log.truncate(min(log.tell(), state["log_bytes"]))
     if state["history"]:
         write_reports(folder, state["history"])
 
