@@ -497,12 +497,6 @@ def overfitting(config: configs.Config, count: int) -> configs.Config:
     return replace(config, training=training)
 
 
-def measure_stats(dataset) -> Tensor:
-    """Mean and reciprocal deviation (2,F) of up to STATS_UTTERANCES utterances of a dataset without augmentation."""
-    items = (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // STATS_UTTERANCES)))
-    return data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
-
-
 def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
     """config with the model and the front end of another one; its data, augmentation, training and mwer stay."""
     front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
@@ -539,8 +533,10 @@ def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTok
         load_weights(model, state["model"], place)
     else:
         tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
-        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
-                                                config.model.encoder.subsampling))
+        plain = data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
+                                  config.model.encoder.subsampling)
+        items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
+        stats = data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
         model = build(config.model, stats.shape[1], len(tokenizer))
     if place:
         configs.check(config, f"training.init_from={place}")
@@ -629,8 +625,19 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
     os.replace(folder / "next.pt", folder / "latest.pt")
 
 
-def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
-    """The config of a checkpoint to go on with. Raises ValueError if it is from an older version or another run."""
+def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config.
+
+    Raises ValueError if neither can be read, or it is from an older version or another run.
+    """
+    path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        path, state = previous, read_checkpoint(previous)
+        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
     missing = [key for key in RESUME_KEYS if key not in state]
     if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
         got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
@@ -640,21 +647,7 @@ def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
     if (folder / "config.yaml").exists() and configs.load(str(folder / "config.yaml")) != config:
         raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={path}")
-    return config
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, dict]:
-    """latest.pt of a run, or previous.pt where that cannot be read, which is said. Raises ValueError if neither can."""
-    path = folder / "checkpoints/latest.pt"
-    try:
-        return path, read_checkpoint(path)
-    except ValueError as error:
-        previous = path.with_name("previous.pt")
-        if not previous.exists():
-            raise
-        state = read_checkpoint(previous)
-        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
-        return previous, state
+    return path, state, config
 
 
 def clean_up(folder: Path, path: Path, state: dict) -> None:
@@ -789,12 +782,6 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     return step
 
 
-def is_due(step: int, minutes: float, options) -> bool:
-    """Whether a checkpoint within the epoch is to be written after so many steps, and minutes since the last one."""
-    by_steps = options.checkpoint_steps and step % options.checkpoint_steps == 0
-    return bool(by_steps or options.checkpoint_minutes and minutes >= options.checkpoint_minutes)
-
-
 def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
@@ -812,8 +799,9 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         if progress.bad_steps >= training.max_bad_steps:
             raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                             f"{' '.join(batch.keys)}")
-        due = is_due(progress.step, (now - saved) / 60, training)
-        wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        due = (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0
+               or training.checkpoint_minutes and now - saved >= 60 * training.checkpoint_minutes)
+        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
         if wanted["stop"]:
             run.stop.set()
             break
@@ -935,9 +923,9 @@ def average_epochs(folder: Path, count: int) -> str:
         raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
-    path, state = last_checkpoint(folder)
+    path, state, config = last_checkpoint(folder)
     mean = mean_weights([each["model"] for each in best])
-    system = make_system(resumable(state, folder, path), {**state, "model": mean, "trained": mean}, str(path))
+    system = make_system(config, {**state, "model": mean, "trained": mean}, str(path))
     row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
     save_checkpoint(target, {**best[0], "model": mean})
@@ -971,8 +959,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 
 def resume(folder: Path, stop: threading.Event) -> Start:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
-    path, state = last_checkpoint(folder)
-    config = resumable(state, folder, path)
+    path, state, config = last_checkpoint(folder)
     ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
     progress = Progress(**state["progress"])
@@ -1084,25 +1071,21 @@ class PlainModel(nn.Module):
         return F.cross_entropy(decode(guess)[real], tokens[real])
 
 
-def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
-    """The loop that everybody writes first."""
-    for batch in batches:
-        loss = model(*inputs(batch, model))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-
-
 def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float]:
     """Steps a second of ours and of the plain loop on the same batches, in turns, best round."""
     batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
     plain = PlainModel(system)
     optimizer = torch.optim.AdamW(plain.parameters())
-    ours = lambda: take_steps(system, batches, 1e-4)
-    theirs = lambda: plain_steps(plain, optimizer, batches)
-    times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
+
+    def plain_steps() -> None:  # the loop that everybody writes first
+        for batch in batches:
+            loss = plain(*inputs(batch, plain))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            loss.item()
+    times = [(seconds_of(lambda: take_steps(system, batches, 1e-4)), seconds_of(plain_steps)) for _ in range(rounds)]
     return tuple(len(batches) / min(column) for column in zip(*times))
 
 
