@@ -221,12 +221,11 @@ def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor,
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
     """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
-    def part(k: int) -> data.Batch:
-        feat_lens, token_lens = batch.feat_lens[k::parts], batch.token_lens[k::parts]
-        return batch._replace(keys=batch.keys[k::parts], feats=batch.feats[k::parts, :int(feat_lens.max())],
-                              tokens=batch.tokens[k::parts, :int(token_lens.max())],
-                              feat_lens=feat_lens, token_lens=token_lens)
-    return [part(k) for k in range(min(parts, len(batch.keys)))]
+    each = [(batch.feat_lens[k::parts], batch.token_lens[k::parts]) for k in range(min(parts, len(batch.keys)))]
+    return [batch._replace(keys=batch.keys[k::parts], feat_lens=feat_lens, token_lens=token_lens,
+                           feats=batch.feats[k::parts, :int(feat_lens.max())],
+                           tokens=batch.tokens[k::parts, :int(token_lens.max())])
+            for k, (feat_lens, token_lens) in enumerate(each)]
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
@@ -339,6 +338,11 @@ def rates(sums: dict) -> dict[str, float]:
     return {"token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
             "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
+
+
+def figures(row: dict) -> str:
+    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
+            f"wer {row['wer']:.4f}")
 
 
 # ---- files of a run ----
@@ -911,11 +915,6 @@ def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             else first for name, first in models[0].items()}
 
 
-def figures(row: dict) -> str:
-    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
-            f"wer {row['wer']:.4f}")
-
-
 def average_epochs(folder: Path, count: int) -> str:
     """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> how good it is."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
@@ -939,10 +938,7 @@ def headline(folder: Path, system: System) -> str:
             f"{next(system.model.parameters()).device}")
 
 
-Start = tuple[Run, System, Progress, list[dict]]
-
-
-def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> Start:
+def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     ranks = join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
@@ -954,10 +950,10 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     save(run, system, Progress(), [])
     if ranks.rank == 0:
         point_latest(run.folder)
-    return run, system, Progress(), []
+    return run, system
 
 
-def resume(folder: Path, stop: threading.Event) -> Start:
+def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
     ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
@@ -1213,7 +1209,7 @@ def main(argv: Sequence[str]) -> int:
                 for line in describe(config) if arguments.dry_run else benchmark(arguments.config, config):
                     print(line, flush=True)
                 return 0
-            run, system, progress, history = begin(config, arguments, catch_signals())
+            (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
         return finish(run, system, fit(run, system, progress, history))
     except Interrupted:
         if run.ranks.rank == 0:
