@@ -1008,7 +1008,7 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
     for hook in hooks:
         hook.remove()
     lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
-             f"{shapes.get(name, '')}" for name, _, count in parts]
+             f"{shapes.get(name, '')}".rstrip() for name, _, count in parts]
     return lines, sum(kept.values()) / 1e6
 
 
