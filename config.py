@@ -154,11 +154,11 @@ class TrainingConfig:
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
     precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
     accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
-    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
     recompute_blocks: bool = False       # encoder blocks keep no activations; the backward pass computes them again
     compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
-    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
+    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
     checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
+    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
     picture_epochs: int = 0              # every so many epochs draw the alignment of three dev utterances; 0 = never
     overfit: int = 0                     # train and evaluate on the first so many utterances only; 0 = on all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
@@ -344,7 +344,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
-    """The known key nearest to an unknown one: much alike in its section (which has `names`), the same in another, any."""
+    """The known key nearest to an unknown one: much alike in its section (with `names`), the same in another, any."""
     def beside(cutoff: float) -> list[str]:
         return [".".join((*path[:-1], name)) for name in get_close_matches(path[-1], names, 1, cutoff)]
     elsewhere = [known for known, _ in _walk(Config()) if known.split(".")[-1] == path[-1]]

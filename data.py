@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader, Dataset
 
 # ---- files ----
 
-def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> None:
     """Replace the file whole: a reader, or a crash, meets the old content or the new, never a part."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

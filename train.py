@@ -24,7 +24,6 @@ Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay
 """
 import argparse
 import contextlib
-import copy
 import csv
 import errno
 import functools
@@ -35,7 +34,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -135,8 +133,8 @@ class Ranks(NamedTuple):
 ALONE = Ranks()
 
 
-class RankLost(RuntimeError):
-    """Another process of the run has ended."""
+class RunFailed(RuntimeError):
+    """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
 
 
 def join_ranks(device: torch.device) -> Ranks:
@@ -155,7 +153,7 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
+        raise RunFailed(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
 
 
 def add(totals: dict, more: dict) -> dict:
@@ -175,61 +173,59 @@ def add_up(sums: dict, ranks: Ranks) -> dict:
 
 
 def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
-    """Replace every p.grad by the sum over all ranks -> the sum of tokens. Without one in any rank it stays None.
+    """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
+    their mean -> the sum of tokens.
 
     One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
     train_step, and ranks may work through different numbers of parts.
     """
     if ranks.world == 1:
         return tokens
-    parameters = list(model.parameters())
+    parameters, statistics = list(model.parameters()), batch_statistics(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = [float(p.grad is not None) for p in parameters]
-    flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor([*used, tokens]).to(grads[0])])
+    used = torch.tensor([*(float(p.grad is not None) for p in parameters), tokens])
+    flat = [x.flatten().to(grads[0]) for x in (*grads, *statistics, used)]
+    total = torch.cat(flat)
     with naming_lost_ranks():
-        distributed.all_reduce(flat)
-    *pieces, last = flat.split([*(p.numel() for p in parameters), len(used) + 1])
-    for parameter, piece, is_used in zip(parameters, pieces, last.tolist()):
+        distributed.all_reduce(total)
+    *pieces, used = total.split([len(x) for x in flat])
+    for parameter, piece, is_used in zip(parameters, pieces, used.tolist()):
         parameter.grad = piece.view_as(parameter) if is_used else None
-    return last[-1].item()
+    for buffer, piece in zip(statistics, pieces[len(parameters):]):
+        buffer.copy_(piece.view_as(buffer) / ranks.world)
+    return used[-1].item()
 
 
-def share_statistics(model: nn.Module, ranks: Ranks) -> None:
-    """Replace the running statistics of every BatchNorm by their mean over all ranks."""
-    for buffer in batch_statistics(model) if ranks.world > 1 else []:
-        with naming_lost_ranks():
-            distributed.all_reduce(buffer)
-        buffer.copy_(buffer / ranks.world)
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass changes: those of BatchNorm layers."""
+    kind = nn.modules.batchnorm._NormBase
+    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
 
 
 # ---- one optimizer step ----
 
 
 class Step(NamedTuple):
-    sums: dict[str, float]  # loss components, summed over tokens
+    sums: dict[str, float]  # loss components, summed over tokens; none of a skipped step, or it would hide the rest
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
     parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
 
 
-def to_device(batch: data.Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = batch.feats, batch.feat_lens, batch.tokens, batch.token_lens
-    return tuple(x.to(device, non_blocking=True) for x in tensors)
-
-
-def convert(batch: data.Batch, precision: str) -> data.Batch:
-    return batch._replace(feats=batch.feats.double()) if precision == "float64" else batch
+def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a model takes of a batch, on its device and with the precision of its weights."""
+    like = next(model.parameters())
+    return batch.feats.to(like), *(x.to(like.device) for x in (batch.feat_lens, batch.tokens, batch.token_lens))
 
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
     """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
-    def part(k: int) -> data.Batch:
-        feat_lens, token_lens = batch.feat_lens[k::parts], batch.token_lens[k::parts]
-        return batch._replace(keys=batch.keys[k::parts], feats=batch.feats[k::parts, :int(feat_lens.max())],
-                              tokens=batch.tokens[k::parts, :int(token_lens.max())],
-                              feat_lens=feat_lens, token_lens=token_lens)
-    return [batch] if parts == 1 else [part(k) for k in range(min(parts, len(batch.keys)))]
+    each = [(batch.feat_lens[k::parts], batch.token_lens[k::parts]) for k in range(min(parts, len(batch.keys)))]
+    return [batch._replace(keys=batch.keys[k::parts], feat_lens=feat_lens, token_lens=token_lens,
+                           feats=batch.feats[k::parts, :int(feat_lens.max())],
+                           tokens=batch.tokens[k::parts, :int(token_lens.max())])
+            for k, (feat_lens, token_lens) in enumerate(each)]
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
@@ -249,49 +245,37 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
 
 
-def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> tuple[dict, Tensor]:
-    """Leave the gradient of the summed loss of a batch, in so many parts, in p.grad -> loss sums by name, tokens."""
-    device = next(model.parameters()).device
-    model.zero_grad(set_to_none=True)
-    sums, tokens = {}, torch.zeros((), device=device)
+def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
+    """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
+    device, sums = next(model.parameters()).device, {}
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
         with autocast(options.precision, device):
-            part_sums, part_tokens = model(*to_device(part, device), *order)
-        part_sums["loss"].backward()
-        sums, tokens = add(sums, {name: x.detach() for name, x in part_sums.items()}), tokens + part_tokens
-    return sums, tokens
+            losses, tokens = model(*inputs(part, model), *order)
+        losses["loss"].backward()
+        sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
+    return {name: x.item() for name, x in sums.items()}
 
 
 def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
-    """add_gradients in options.accumulate parts, and in twice as many as long as memory does not suffice
-    -> loss sums, tokens, parts.
-
-    A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit by itself (0 parts).
+    """add_gradients in options.accumulate parts, in twice as many as long as memory does not suffice -> losses, tokens,
+    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
     """
     parts = options.accumulate
-    if not batch.keys:
-        model.zero_grad(set_to_none=True)
-        return {}, 0.0, parts
     while True:
+        model.zero_grad(set_to_none=True)
         try:
-            sums, tokens = add_gradients(model, batch, options, number, parts)
-            values = {name: x.item() for name, x in sums.items()}
-            return values, tokens.item() if math.isfinite(values["loss"]) else math.nan, parts
+            sums = add_gradients(model, batch, options, number, parts)
+            tokens = sums.pop("tokens", 0.0)
+            return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if parts >= len(batch.keys):
             model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if parts >= len(batch.keys):
             return {}, math.nan, 0
         parts *= 2
-        torch.cuda.empty_cache()
-
-
-def batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass changes: those of BatchNorm layers."""
-    kind = nn.modules.batchnorm._NormBase
-    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
@@ -304,7 +288,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
     """
     before = [buffer.clone() for buffer in batch_statistics(model)]
     torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
-    sums, own_tokens, parts = fit_gradients(model, convert(batch, options.precision), options, number)
+    sums, own_tokens, parts = fit_gradients(model, batch, options, number)
     tokens = share_gradients(model, own_tokens, ranks)
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -315,11 +299,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        share_statistics(model, ranks)
     else:  # a BatchNorm has taken the batch into its statistics already
         for buffer, old in zip(batch_statistics(model), before):
             buffer.copy_(old)
-    return Step(sums, int(own_tokens) if finite else 0, grad_norm, finite, parts)
+    return Step(sums, int(own_tokens), grad_norm, True, parts) if finite else Step({}, 0, 0.0, False, parts)
 
 
 # ---- one evaluation ----
@@ -330,15 +313,12 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
     """
     token_counts = char_counts = word_counts = Counts()
     right = same_length = total = skipped = 0
-    device = next(model.parameters()).device
     model.eval()
     for batch in batches:
         skipped += len(batch.skipped)
         if not batch.keys:
             continue
-        feats, feat_lens, _, _ = to_device(batch, device)
-        feats = feats.to(next(model.parameters()).dtype)
-        found = model.greedy(feats, feat_lens)
+        found = model.greedy(*inputs(batch, model)[:2])
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             hyp = [id for id in found.tokens[i, :found.lens[i]].tolist() if id not in (BLANK, SOS, EOS)]
@@ -360,52 +340,42 @@ def rates(sums: dict) -> dict[str, float]:
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
 
+def figures(row: dict) -> str:
+    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
+            f"wer {row['wer']:.4f}")
+
+
 # ---- files of a run ----
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data.write_atomic(path, buffer.getvalue())
-
-
-def save_latest(folder: Path, state: dict) -> None:
-    """latest.pt becomes previous.pt, then state becomes latest.pt; if it cannot be written, both stay."""
-    fresh, latest = folder / "next.pt", folder / "latest.pt"
-    save_checkpoint(fresh, state)
-    if latest.exists():
-        os.replace(latest, folder / "previous.pt")
-    os.replace(fresh, latest)
-
-
-def table(history: Sequence[dict]) -> str:
-    """results.csv: a row per epoch, a column per figure."""
-    out = io.StringIO()
-    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
-    writer = csv.DictWriter(out, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return out.getvalue()
+    data.write_atomic(path, buffer.getbuffer())
 
 
 def write_reports(run: Path, history: Sequence[dict]) -> None:
+    """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
     known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
     rows = [{name: known(value) for name, value in row.items()} for row in history]
+    table = io.StringIO()
+    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
+    writer = csv.DictWriter(table, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
     data.write_atomic(run / "metrics.json", json.dumps(rows, indent=1) + "\n")
-    data.write_atomic(run / "results.csv", table(history))
+    data.write_atomic(run / "results.csv", table.getvalue())
     data.write_atomic(run / "curves.svg", curves_svg(history))
 
 
 def new_run(root: Path, name: str) -> Path:
     """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
-    stem, count = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}", 1
-    while True:
+    stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    for count in itertools.count(1):
         run = root / (stem if count == 1 else f"{stem}_{count}")
-        try:
+        with contextlib.suppress(FileExistsError):
             (run / "checkpoints").mkdir(parents=True)
             return run
-        except FileExistsError:
-            count += 1
 
 
 def point_latest(folder: Path) -> None:
@@ -452,28 +422,25 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9
 def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
     """One diagram of 720 x 260 pixels from y = top on: a line per series over the epochs, its name and last value."""
     left, width, height = 60, 460, 200
-    values = [v for line in series.values() for v in line if math.isfinite(v) and (v > 0 or not log_scale)] or [1.0]
-    scale = math.log10 if log_scale else float
-    low, high = (scale(min(values)), scale(max(values))) if log_scale else (0.0, 1.0)
+    lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
+                    if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
+    levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
+    low, high = min(levels, default=0.0), max(levels, default=0.0)
     low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
-    epochs = max(2, max(map(len, series.values())))
-    x = lambda i: left + width * i / (epochs - 1)
-    y = lambda v: top + 30 + height * (1 - (scale(v) - low) / (high - low))
+    last = max(1, *(len(values) - 1 for values in series.values()))
+    x = lambda i: f"{left + width * i / last:.1f}"
+    y = lambda v: f"{top + 30 + height * (high - v) / (high - low):.1f}"
     parts = [f'<text x="{left}" y="{top + 16}" class="title">{title}</text>']
-    for k in range(5):
-        v = low + (high - low) * k / 4
-        level = top + 30 + height * (1 - k / 4)
-        parts.append(f'<path class="grid" d="M{left} {level:.1f}h{width}"/><text x="{left - 6}" y="{level + 4:.1f}" '
-                     f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>')
-    for i in sorted({0, (epochs - 1) // 2, epochs - 1}):
-        parts.append(f'<text x="{x(i):.1f}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>')
-    for n, (name, line) in enumerate(series.items()):
-        points = [f"{x(i):.1f} {y(v):.1f}" for i, v in enumerate(line) if math.isfinite(v) and (v > 0 or not log_scale)]
-        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
-        dot = "h0.1" if len(points) == 1 else ""  # one epoch: a dot
-        parts.append(f'<path {pen} stroke-linecap="round" d="M{"L".join(points) or "0 0"}{dot}"/>'
+    parts += [f'<path class="grid" d="M{left} {y(v)}h{width}"/><text x="{left - 6}" y="{y(v)}" dy="4" '
+              f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>' for v in np.linspace(low, high, 5)]
+    parts += [f'<text x="{x(i)}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>'
+              for i in sorted({0, last // 2, last})]
+    for n, (name, line) in enumerate(lines.items()):
+        points = "L".join(f"{x(i)} {y(v)}" for i, v in line) or "0 0"
+        pen, dot = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"', "h0.1" if len(line) == 1 else ""
+        parts.append(f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/>'
                      f'<path {pen} d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
-                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {line[-1]:.4g}</text>')
+                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {series[name][-1]:.4g}</text>')
     return "".join(parts)
 
 
@@ -498,14 +465,23 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
-    average: AveragedModel | None  # moving average of the weights, evaluated and kept as `best` in their place
+    average: AveragedModel | None  # moving average of the weights
     optimizer: torch.optim.Optimizer
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
 
 
+def num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def evaluated(system: System) -> nn.Module:
+    """The model that is evaluated, and decoded with after the run."""
+    return system.model if system.average is None else system.average.module
+
+
 class Progress(NamedTuple):
-    """Where a run stands: enough, with model, optimizer and random states, to go on as if it had not stopped."""
+    """Where a run stands: enough, with model and optimizer, to go on as if it had not stopped."""
 
     epoch: int = 0  # epochs done
     batch: int = 0  # batches done in the epoch under way
@@ -517,39 +493,12 @@ class Progress(NamedTuple):
 OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
 
 
-class First(torch.utils.data.Dataset):
-    """The first `count` utterances of a dataset, each of them so many times."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset, count: int, times: int):
-        self.dataset, self.count, self.times = dataset, min(count, len(dataset)), times
-
-    def __len__(self) -> int:
-        return self.count * self.times
-
-    def __getitem__(self, item: int | tuple[int, int]) -> data.Utterance | data.Skip:
-        epoch, index = data.address(item, len(self))
-        return self.dataset[epoch, index % self.count]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.tile(self.dataset.lengths[:self.count], self.times)
-
-    def epoch_lengths(self, epoch: int) -> np.ndarray:
-        return np.tile(self.dataset.epoch_lengths(epoch)[:self.count], self.times)
-
-
 def overfitting(config: configs.Config, count: int) -> configs.Config:
     """The config with which `count` utterances are learned by heart: as it is, until all of them are right."""
     training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
                        target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
                        warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
     return replace(config, training=training)
-
-
-def measure_stats(dataset) -> Tensor:
-    """Mean and reciprocal deviation (2,F) of up to STATS_UTTERANCES utterances of a dataset without augmentation."""
-    items = (dataset[i] for i in range(0, len(dataset), max(1, len(dataset) // STATS_UTTERANCES)))
-    return data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
 
 
 def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
@@ -569,20 +518,11 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
                          f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
 
 
-class Origin(NamedTuple):
-    """What a run starts from."""
-
-    config: configs.Config
-    tokenizer: Tokenizer | PieceTokenizer
-    stats: Tensor
-    model: nn.Module
-
-
-def origin(config: configs.Config) -> Origin:
-    """Fresh weights for the config's data, or the model that training.init_from names, a FunASR directory or a
-    checkpoint, whose model section and front end then stand in the config."""
-    options, training = config.data, config.training
-    place = training.init_from
+def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
+    """What a run starts from: fresh weights for the config's data, or the model that training.init_from names, a FunASR
+    directory or a checkpoint, whose model section and front end then stand in the config. -> config, tokenizer, stats,
+    model"""
+    options, place = config.data, config.training.init_from
     if configs.is_published(place):
         files = configs.published_files(place)
         config = with_model(config, configs.load_published(files["config"]))
@@ -597,18 +537,19 @@ def origin(config: configs.Config) -> Origin:
         load_weights(model, state["model"], place)
     else:
         tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
-        stats = measure_stats(data.open_dataset(options, "train", tokenizer.encode, training.seed, None,
-                                                config.model.encoder.subsampling))
+        plain = data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
+                                  config.model.encoder.subsampling)
+        items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
+        stats = data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
         model = build(config.model, stats.shape[1], len(tokenizer))
     if place:
         configs.check(config, f"training.init_from={place}")
         check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
-    return Origin(config, tokenizer, stats, model)
+    return config, tokenizer, stats, model
 
 
 def save_memory_and_time(model: nn.Module, training) -> None:
-    """training.recompute_blocks and training.compile. The model's parameters keep their names; copies of it are not affected,
-    so this is done after the average was made."""
+    """training.recompute_blocks and compile; parameters keep their names. Not before the model is copied."""
     if training.recompute_blocks:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -626,12 +567,11 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     else:
         tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
-    options, training, factor = config.data, config.training, config.model.encoder.subsampling
-    train_set = data.open_dataset(options, "train", tokenizer.encode, training.seed, stats, factor,
-                                  augment=not training.overfit)
-    dev_set = data.open_dataset(options, "dev", tokenizer.encode, training.seed, stats, factor)
-    if training.overfit:
-        train_set, dev_set = (First(train_set, training.overfit, times) for times in (OVERFIT_TIMES, 1))
+    training = config.training
+    open_split = lambda split, augment: data.open_dataset(config.data, split, tokenizer.encode, training.seed, stats,
+                                                          config.model.encoder.subsampling, augment)
+    train_set = open_split("train", not training.overfit)
+    dev_set = train_set if training.overfit else open_split("dev", False)
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -657,39 +597,51 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
     `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
     log_bytes is how long train.log is by now.
     """
-    trained = system.model.state_dict()
-    model = system.average.module.state_dict() if system.average is not None else trained
     return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
-            "tokenizer": system.tokenizer.state(), "stats": system.stats, "model": model, "trained": trained,
+            "tokenizer": system.tokenizer.state(), "stats": system.stats,
+            "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
             "averaged": int(system.average.n_averaged) if system.average else 0,
             "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
             "log_bytes": log_bytes, "utterances": len(system.train_set)}
 
 
-def keep_epoch(folder: Path, state: dict, number: int, keep: int) -> None:
-    """Write the weights of epoch `number` as epoch_<number>.pt and remove those older than the last `keep` epochs."""
-    kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
-    save_checkpoint(folder / f"epoch_{number:04d}.pt", kept)
-    for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
-        old.unlink()
+def save(run: Run, system: System, progress: Progress, history: list[dict]) -> None:
+    """Write latest.pt, after what was so far became previous.pt. All ranks call it.
 
-
-def save(run: Run, system: System, progress: Progress, history: list[dict], best: bool = False) -> None:
-    """Write latest.pt, and before it best.pt and what training.keep_epochs asks for, so that a run killed in between
-    repeats this epoch. All ranks call it."""
+    At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
+    run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
+    """
     progress = progress._replace(totals=add_up(progress.totals, run.ranks))
     if run.ranks.rank:
         return
+    folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
     state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
-    if best:
-        save_checkpoint(run.folder / "checkpoints/best.pt", state)
-    if system.config.training.keep_epochs and history and not progress.batch:
-        keep_epoch(run.folder / "checkpoints", state, progress.epoch, system.config.training.keep_epochs)
-    save_latest(run.folder / "checkpoints", state)
+    if history and not progress.batch and best_row(history) is history[-1]:
+        save_checkpoint(folder / "best.pt", state)
+    if history and not progress.batch and keep:
+        kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
+        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", kept)
+        for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
+            old.unlink()
+    save_checkpoint(folder / "next.pt", state)
+    if (folder / "latest.pt").exists():
+        os.replace(folder / "latest.pt", folder / "previous.pt")
+    os.replace(folder / "next.pt", folder / "latest.pt")
 
 
-def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
-    """The config of a checkpoint to go on with. Raises ValueError if it is from an older version or another run."""
+def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config.
+
+    Raises ValueError if neither can be read, or it is from an older version or another run.
+    """
+    path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        path, state = previous, read_checkpoint(previous)
+        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
     missing = [key for key in RESUME_KEYS if key not in state]
     if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
         got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
@@ -699,21 +651,7 @@ def resumable(state: dict, folder: Path, path: Path) -> configs.Config:
     if (folder / "config.yaml").exists() and configs.load(str(folder / "config.yaml")) != config:
         raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={path}")
-    return config
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, dict]:
-    """latest.pt of a run, or previous.pt where that cannot be read, which is said. Raises ValueError if neither can."""
-    path = folder / "checkpoints/latest.pt"
-    try:
-        return path, read_checkpoint(path)
-    except ValueError as error:
-        previous = path.with_name("previous.pt")
-        if not previous.exists():
-            raise
-        state = read_checkpoint(previous)
-        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
-        return previous, state
+    return path, state, config
 
 
 def clean_up(folder: Path, path: Path, state: dict) -> None:
@@ -722,9 +660,8 @@ def clean_up(folder: Path, path: Path, state: dict) -> None:
         os.replace(path, path.with_name("latest.pt"))
     for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
         left.unlink(missing_ok=True)
-    log = folder / "train.log"
-    if log.exists() and log.stat().st_size > state["log_bytes"]:
-        os.truncate(log, state["log_bytes"])
+    with open(folder / "train.log", "ab") as log:
+        log.truncate(min(log.tell(), state["log_bytes"]))
     if state["history"]:
         write_reports(folder, state["history"])
 
@@ -740,31 +677,22 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
-    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first.
-
-    A skipped step adds no loss, or one bad batch would hide the rest.
-    """
+    """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first."""
     B, T = batch.feats.shape[:2]
-    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B,
+    own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B, "tokens": step.tokens,
            "skipped_utterances": len(batch.skipped)}
-    common = {} if rank else {"seconds": seconds, "wait": wait, "skipped_steps": int(not step.finite)}
-    learned = {**step.sums, "tokens": step.tokens}
-    norm = {} if rank else {"grad_norm": step.grad_norm, "steps": 1}
-    return {**own, **common, **learned, **norm} if step.finite else {**own, **common}
-
-
-COUNTED = {"seconds", "wait", "frames", "padded_frames", "utterances", "skipped_utterances", "skipped_steps", "tokens",
-           "grad_norm", "steps", "loss"}  # what is not a component of the loss among an epoch's totals
+    losses = {name if name == "loss" else f"loss_{name}": value for name, value in step.sums.items()}
+    common = {"seconds": seconds, "wait": wait, "steps": int(step.finite), "skipped_steps": int(not step.finite),
+              "grad_norm": step.grad_norm}
+    return own | losses | ({} if rank else common)
 
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
-    names = [name for name in totals if name not in COUNTED]
-    tokens = max(1.0, totals.get("tokens", 0.0))
-    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate,
-            "loss": totals.get("loss", math.nan) / tokens, **{f"loss_{name}": totals[name] / tokens for name in names},
-            "grad_norm": totals.get("grad_norm", math.nan) / max(1.0, totals.get("steps", 0.0)), **dev,
+    losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
+    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, "loss": math.nan, **losses,
+            "grad_norm": totals["grad_norm"] / totals["steps"] if totals["steps"] else math.nan, **dev,
             "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
             "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
             "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
@@ -775,17 +703,21 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
     """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
-    batches = data.make_batches(system.train_set.epoch_lengths(epoch), training.batch_size, training.batch_frames,
-                                training.seed, epoch)
-    return [batch[ranks.rank::ranks.world] for batch in batches]
+    lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
+    batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
+                                training.batch_frames, training.seed, epoch)
+    return [[index % len(lengths) for index in batch[ranks.rank::ranks.world]] for batch in batches]
+
+
+def dev_batches(system: System, ranks: Ranks = ALONE) -> Iterable[data.Batch]:
+    training = system.config.training
+    lengths = system.dev_set.lengths[:training.overfit or None]
+    batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
+    return data.loader(system.dev_set, batches[ranks.rank::ranks.world])
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-class TrainingDiverged(RuntimeError):
-    """Several skipped steps in a row; the message names the batch."""
 
 
 class Interrupted(Exception):
@@ -798,14 +730,21 @@ MAX_DEATHS = 3  # of loader processes at the same batch
 def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
     """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
 
-    Raises OSError when MAX_DEATHS have died over the same batch.
+    torch raises a death wherever this process is, in the middle of a step or of a file too: that is put off until the
+    batch under way is done. Raises OSError when MAX_DEATHS have died over the same batch.
     """
     deaths = 0
     while True:
         try:
             for batch in load(start):
-                yield batch
+                report_death = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                try:
+                    yield batch
+                finally:
+                    signal.signal(signal.SIGCHLD, report_death)
                 start, deaths = start + 1, 0
+                if callable(report_death):
+                    report_death(signal.SIGCHLD, None)
             return
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
@@ -847,41 +786,32 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     return step
 
 
-def advance(progress: Progress, step: Step, more: dict[str, float]) -> Progress:
-    bad = 0 if step.finite else progress.bad_steps + 1
-    return Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad, add(progress.totals, more))
-
-
-def is_due(step: int, minutes: float, options) -> bool:
-    """Whether a checkpoint within the epoch is to be written after so many steps, and minutes since the last one."""
-    by_steps = options.checkpoint_steps and step % options.checkpoint_steps == 0
-    return bool(by_steps or options.checkpoint_minutes and minutes >= options.checkpoint_minutes)
-
-
 def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
-    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it.
-
-    Raises Interrupted after the step in which run.stop was set, with a checkpoint written.
-    """
+    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
+    the step in which run.stop was set in any rank, which sets it in all."""
     training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
-    first, began = progress.batch, time.monotonic()
+    first, epoch, began = progress.batch, progress.epoch, time.monotonic()
     shown = saved = started = began
-    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
-    for batch in named(run, reloading(run, load, progress.batch)):
+    load = lambda start: data.loader(system.train_set, batches, epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, first)):
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        progress = advance(progress, step, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        totals = add(progress.totals, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        bad_steps = 0 if step.finite else progress.bad_steps + 1
+        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
         if progress.bad_steps >= training.max_bad_steps:
-            raise TrainingDiverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
-                                   f"{' '.join(batch.keys)}")
-        due = is_due(progress.step, (now - saved) / 60, training)
-        wanted = add_up({"save": due, "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
-        if wanted["save"] or wanted["stop"]:
+            raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
+                            f"{' '.join(batch.keys)}")
+        due = (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0
+               or training.checkpoint_minutes and now - saved >= 60 * training.checkpoint_minutes)
+        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        if wanted["stop"]:
+            run.stop.set()
+            break
+        if wanted["save"]:
             save(run, system, progress, history)
             saved = time.monotonic()
-        if wanted["stop"]:
-            raise Interrupted
         started = time.monotonic()
         if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
@@ -902,23 +832,12 @@ def report(row: dict, num_epochs: int) -> str:
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def until(stop: threading.Event, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
-    """The batches before stop is set."""
-    return itertools.takewhile(lambda batch: not stop.is_set(), batches)
-
-
-def validate(run: Run, system: System, progress: Progress, history: list[dict]) -> dict:
-    """The figures of the dev set. Raises Interrupted, with a checkpoint written, when run.stop is set meanwhile."""
-    training = system.config.training
-    dev = data.make_batches(system.dev_set.lengths, training.batch_size, training.batch_frames, shuffle=False)
-    model = system.model if system.average is None else system.average.module
-    batches = data.loader(system.dev_set, dev[run.ranks.rank::run.ranks.world])
-    sums = evaluate(model, named(run, until(run.stop, batches)), system.tokenizer.decode)
+def validate(run: Run, system: System) -> dict | None:
+    """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
+    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system, run.ranks))
+    sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
-    if sums["stop"]:
-        save(run, system, progress, history)
-        raise Interrupted
-    return rates(sums)
+    return None if sums["stop"] else rates(sums)
 
 
 PICTURED = 3  # dev utterances that training.picture_epochs draws
@@ -927,7 +846,7 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(system: System, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model = (system.model if system.average is None else system.average.module).eval()
+    model = evaluated(system).eval()
     like = next(model.parameters())
     found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
     model.train()
@@ -948,14 +867,17 @@ def draw(system: System, item: data.Utterance) -> dict[str, str]:
 def write_pictures(folder: Path, system: System, epoch: int) -> None:
     """pictures/<number of the utterance>_<kind>_<epoch>.svg of the first dev utterances: a column to flip through."""
     (folder / "pictures").mkdir(exist_ok=True)
-    for index in range(min(PICTURED, len(system.dev_set))):
+    for index in range(min(PICTURED, system.config.training.overfit or PICTURED, len(system.dev_set))):
         item = system.dev_set[index]
         for kind, svg in draw(system, item).items() if isinstance(item, data.Utterance) else ():
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
 def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
-    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows."""
+    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows.
+
+    Raises Interrupted, with a checkpoint written, when run.stop is set.
+    """
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     if not total_steps:
@@ -963,10 +885,13 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
-        figures = validate(run, system, progress, history)
+        dev = validate(run, system)
+        if dev is None:
+            save(run, system, progress, history)
+            raise Interrupted
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, figures, spent,
+        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
@@ -976,7 +901,7 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
                 write_pictures(run.folder, system, progress.epoch)
-        save(run, system, progress, history, best_row(history) is history[-1])
+        save(run, system, progress, history)
     say(run, reason)
     return history
 
@@ -990,41 +915,31 @@ def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             else first for name, first in models[0].items()}
 
 
-def average_epochs(folder: Path, count: int) -> int:
-    """Write average.pt, the mean of the weights of the best `count` epochs that were kept, and evaluate it."""
+def average_epochs(folder: Path, count: int) -> str:
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> how good it is."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
     if len(states) < count:
         raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
-    path, state = last_checkpoint(folder)
-    state = {**state, "model": mean_weights([each["model"] for each in best])}
-    system = make_system(configs.from_dict(state["config"], str(path)), {**state, "trained": state["model"]}, str(path))
-    dev = data.make_batches(system.dev_set.lengths, system.config.training.batch_size,
-                            system.config.training.batch_frames, shuffle=False)
-    row = rates(evaluate(system.model, data.loader(system.dev_set, dev), system.tokenizer.decode))
+    path, state, config = last_checkpoint(folder)
+    mean = mean_weights([each["model"] for each in best])
+    system = make_system(config, {**state, "model": mean, "trained": mean}, str(path))
+    row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
-    save_checkpoint(target, {**{name: best[0][name] for name in best[0]}, "model": state["model"]})
+    save_checkpoint(target, {**best[0], "model": mean})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
-    print(f"mean of epochs {epochs}: token accuracy {row['token_accuracy']:.4f}, sequence accuracy "
-          f"{row['sequence_accuracy']:.4f}, wer {row['wer']:.4f}\ndecode with: python decode.py --ckpt {target}")
-    return 0
+    return f"mean of epochs {epochs}: {figures(row)}\ndecode with: python decode.py --ckpt {target}"
 
 
 def headline(folder: Path, system: System) -> str:
-    size = sum(p.numel() for p in system.model.parameters())
-    return (f"{folder}: {system.config.model.name}, {size / 1e6:.2f} M parameters, {len(system.train_set)} utterances, "
-            f"{len(system.tokenizer)} symbols, on {next(system.model.parameters()).device}")
+    return (f"{folder}: {system.config.model.name}, {num_parameters(system.model) / 1e6:.2f} M parameters, "
+            f"{len(system.train_set)} utterances, {len(system.tokenizer)} symbols, on "
+            f"{next(system.model.parameters()).device}")
 
 
-def wanted_config(arguments: argparse.Namespace, overrides: list[str]) -> configs.Config:
-    config = configs.load(arguments.config, overrides)
-    return overfitting(config, arguments.overfit) if arguments.overfit else config
-
-
-def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.Event) -> tuple[Run, System]:
-    """A fresh run: its folder with a first checkpoint, so that it can be resumed at once, and its system."""
-    config = wanted_config(arguments, overrides)
+def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System]:
+    """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     ranks = join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
     made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
@@ -1039,29 +954,32 @@ def begin(arguments: argparse.Namespace, overrides: list[str], stop: threading.E
 
 
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
-    """A run that stopped: its folder, system, progress and history."""
-    path, state = last_checkpoint(folder)
-    config = resumable(state, folder, path)
+    """A run that stopped, its files brought back to where its last checkpoint stands."""
+    path, state, config = last_checkpoint(folder)
     ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
-    progress, history = Progress(**state["progress"]), state["history"]
+    progress = Progress(**state["progress"])
     if ranks.rank:
-        return Run(folder, stop, ranks), system, progress._replace(totals={}), history
-    clean_up(folder, path, state)
-    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
-    return Run(folder, stop, ranks), system, progress, history
+        progress = progress._replace(totals={})  # rank 0 has those of all
+    else:
+        clean_up(folder, path, state)
+        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}",
+              flush=True)
+    return Run(folder, stop, ranks), system, progress, state["history"]
 
 
 # ---- the dry run ----
 
 
-def sizes(model: nn.Module) -> Iterator[str]:
-    """The parameters of a model's modules, and of their parts."""
-    total = sum(p.numel() for p in model.parameters())
-    for name, module in model.named_modules():
-        count = sum(p.numel() for p in module.parameters())
-        if count and name.count(".") < 2:
-            yield f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / total:>8.1%}"
+def seconds_of(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def take_steps(system: System, batches: Iterable[data.Batch], rate: float) -> None:
+    for batch in batches:
+        train_step(system.model, system.optimizer, batch, rate, system.config.training)
 
 
 def shape_of(value: object) -> str:
@@ -1071,51 +989,48 @@ def shape_of(value: object) -> str:
 
 
 def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
-    """One step -> a line for every module that a batch went through, in order, and the MB kept for the backward pass.
+    """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
+    and the MB kept for the backward pass.
 
     The one place with hooks: the shapes are to be those that pass, and not a second account of them.
     """
-    lines, kept = [], {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
-    hooks = [module.register_forward_hook(lambda _, given, out, name=name: lines.append(
-                 f"{name:<32}{shape_of(given):<40} -> {shape_of(out)}"))
-             for name, module in system.model.named_modules() if name and name.count(".") < 2]
+    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
+    parts = [(name, part, num_parameters(part)) for name, part in system.model.named_modules()
+             if name.count(".") < 2 and num_parameters(part)]
+    hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
+                 {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part, _ in parts if name]
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        train_step(system.model, system.optimizer, batch, 0.0, system.config.training)
+        take_steps(system, [batch], 0.0)
     for hook in hooks:
         hook.remove()
+    lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
+             f"{shapes.get(name, '')}".rstrip() for name, _, count in parts]
     return lines, sum(kept.values()) / 1e6
 
 
-def describe(system: System) -> Iterator[str]:
-    """What a run of this system will be: sizes by module, shapes, memory and time. Trains the system a few steps."""
-    training, batches = system.config.training, epoch_batches(system, 0)
-    if not batches:
+def describe(config: configs.Config) -> Iterator[str]:
+    """What a run will be: sizes by module, shapes, memory and time, from a few steps."""
+    system = make_system(config)
+    like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
+    by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
+    if not by_size:
         raise ValueError("data.train: wanted utterances to learn from, got none")
-    yield from sizes(system.model)
-    lengths = system.train_set.epoch_lengths(0)
-    by_size = sorted(batches, key=lambda batch: len(batch) * int(lengths[batch].max()))
-    make = lambda batch: data.collate([system.train_set[0, i] for i in batch])
-    largest = make(by_size[-1])
-    shapes, activations = traced_step(system, largest)
-    yield f"\nthe largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}"
-    yield from shapes
-    weights = sum(p.numel() * p.element_size() for p in system.model.parameters()) / 1e6
-    copies = 5 if system.average is not None else 4
-    yield (f"\nmemory: {copies * weights:.0f} MB for weights, gradients and two moments"
-           f"{' and the average' if copies == 5 else ''}, {activations:.0f} MB of activations for that batch")
-    typical = [make(by_size[len(by_size) * k // 6]) for k in (1, 3, 5)]
-    started = time.perf_counter()
-    for batch in typical:
-        train_step(system.model, system.optimizer, batch, 0.0, training)
-    step_sec = (time.perf_counter() - started) / len(typical)
-    steps = len(batches) * training.num_epochs
-    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(batches)} steps an epoch, {steps} in all: about "
-           f"{clock(step_sec * steps)} of steps, evaluation not counted; on "
-           f"{next(system.model.parameters()).device}")
+    chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
+    *typical, largest = data.loader(system.train_set, chosen)
+    lines, activations = traced_step(system, largest)
+    yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
+    yield from lines
+    copies, what = (4, "") if system.average is None else (5, " and the average")
+    yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
+           f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
+    step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
+    steps = len(by_size) * system.config.training.num_epochs
+    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
+           f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
 
 
 # ---- the benchmark ----
@@ -1127,64 +1042,47 @@ class PlainModel(nn.Module):
     Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it; CIF and CTC are left out.
     """
 
-    def __init__(self, model: nn.Module, options, input_dim: int, vocab_size: int):
+    def __init__(self, system: System):
         super().__init__()
-        encoder, decoder = options.encoder, options.decoder
-        self.subsampling = encoder.subsampling
-        self.input = nn.Linear(input_dim, encoder.hidden_dim)
-        self.embedding = nn.Embedding(vocab_size, decoder.hidden_dim)
+        encoder, decoder = system.config.model.encoder, system.config.model.decoder
         make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
                                        part.dropout, batch_first=True, norm_first=True)
-        size = lambda module: sum(p.numel() for p in module.parameters())
-        one = make(nn.TransformerEncoderLayer, encoder)
-        self.decoder = nn.ModuleList(make(nn.TransformerDecoderLayer, decoder) for _ in range(decoder.num_layers))
-        count = max(1, round((size(model) - size(self)) / size(one)))
-        self.encoder = nn.ModuleList(copy.deepcopy(one) for _ in range(count))
-        self.output = nn.Linear(decoder.hidden_dim, vocab_size)
+        self.subsampling = encoder.subsampling
+        self.input = nn.Linear(system.stats.shape[1], encoder.hidden_dim)
+        self.embedding = nn.Embedding(len(system.tokenizer), decoder.hidden_dim)
+        self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
+        self.output = nn.Linear(decoder.hidden_dim, len(system.tokenizer))
+        layer = make(nn.TransformerEncoderLayer, encoder)
+        count = max(1, round((num_parameters(system.model) - num_parameters(self)) / num_parameters(layer)))
+        self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
         x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
         pads = torch.arange(x.shape[1]) >= lens[:, None]
-        for layer in self.encoder:
-            x = layer(x, src_key_padding_mask=pads)
+        x = self.encoder(x, src_key_padding_mask=pads)
+        decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
-            guess = self.decode(self.embedding(tokens), x, pads).argmax(-1)
+            guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
         real = torch.arange(tokens.shape[1]) < token_lens[:, None]
-        return F.cross_entropy(self.decode(self.embedding(guess), x, pads)[real], tokens[real])
-
-    def decode(self, y: Tensor, x: Tensor, pads: Tensor) -> Tensor:
-        for layer in self.decoder:
-            y = layer(y, x, memory_key_padding_mask=pads)
-        return self.output(y)  # (B,U,D) -> (B,U,V)
+        return F.cross_entropy(decode(guess)[real], tokens[real])
 
 
-def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[data.Batch]) -> None:
-    """The loop that everybody writes first."""
-    for batch in batches:
-        loss = model(*to_device(batch, torch.device("cpu")))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float, int]:
-    """Steps a second of ours and of the plain loop on the same batches, in turns, best round; the plain layers."""
+def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float]:
+    """Steps a second of ours and of the plain loop on the same batches, in turns, best round."""
     batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
-    options, stats = system.config, system.stats
-    plain = PlainModel(system.model, options.model, stats.shape[1], len(system.tokenizer))
-    plain_optimizer = torch.optim.AdamW(plain.parameters())
-    ours = lambda: [train_step(system.model, system.optimizer, batch, 1e-4, options.training) for batch in batches]
-    theirs = lambda: plain_steps(plain, plain_optimizer, batches)
-    times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
-    return *(len(batches) / min(column) for column in zip(*times)), len(plain.encoder)
+    plain = PlainModel(system)
+    optimizer = torch.optim.AdamW(plain.parameters())
+
+    def plain_steps() -> None:  # the loop that everybody writes first
+        for batch in batches:
+            loss = plain(*inputs(batch, plain))
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            loss.item()
+    times = [(seconds_of(lambda: take_steps(system, batches, 1e-4)), seconds_of(plain_steps)) for _ in range(rounds)]
+    return tuple(len(batches) / min(column) for column in zip(*times))
 
 
 def first_step_sec(path: str, runs: str) -> float:
@@ -1205,17 +1103,15 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
     form = "{:<64}{:>14}{:>12}".format
     yield form("figure", "measured", "asked")
     system = make_system(config)
-    ours, plain, layers = speeds(system)
-    yield form(f"steps a second, ours {ours:.1f}, plain ({layers} encoder layers, same parameters) {plain:.1f}",
-               f"{ours / plain:.2f} x", ">= 1.0 x")
-    runs = tempfile.mkdtemp()
-    try:
-        folder = new_run(Path(runs), "benchmark")
-        run = Run(folder, threading.Event())
+    ours, plain = speeds(system)
+    yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
+               ">= 1.0 x")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
+        run = Run(new_run(Path(runs), "benchmark"), threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, make_system(config), Progress(), [])
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = seconds_of(lambda: save(run, system, Progress(2, 0, 2), history, best=True))
+        save_sec = seconds_of(lambda: save(run, system, Progress(1), history[:1]))
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
@@ -1224,8 +1120,6 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
         first_sec = first_step_sec(path, f"{runs}/first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
-    finally:
-        shutil.rmtree(runs, ignore_errors=True)
 
 
 # ---- main ----
@@ -1237,25 +1131,33 @@ def catch_signals() -> threading.Event:
 
     def handle(number: int, frame: object) -> None:
         stop.set()
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handle)
-        signal.signal(signal.SIGINT, handle)
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
     return stop
 
 
-def complain(error: Exception, hint: str = "") -> None:
-    """One line, without the traceback that a loader process adds to its errors, on standard error."""
+def complain(error: Exception, run: Run | None) -> None:
+    """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    print(f"train.py: {lines[-1] if 'Traceback' in str(error) else str(error)}{hint}", file=sys.stderr)
+    what = lines[-1] if "Traceback" in str(error) else str(error)
+    if is_out_of_memory(error):
+        what = "out of memory: wanted a smaller training.batch_size or batch_frames"
+    if run is not None:
+        space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
+        what += f"; the last checkpoint is good: {space}{go_on(run)}"
+    print(f"train.py: {what}", file=sys.stderr)
+
+
+def go_on(run: Run) -> str:
+    return f"go on with: python train.py --resume {run.folder}"
 
 
 def finish(run: Run, system: System, history: list[dict]) -> int:
     best, overfit = best_row(history), system.config.training.overfit
     if run.ranks.world > 1:
         distributed.destroy_process_group()
-    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
-             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
+    say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
     if overfit and score(best) < (1.0, 1.0):
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
@@ -1263,68 +1165,63 @@ def finish(run: Run, system: System, history: list[dict]) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
-    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
-    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
-    parser.add_argument("--overfit", type=int, default=0, metavar="N", help="learn the first N utterances by heart")
-    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
-    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
-                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
+    what, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
+    what.add_argument("config", nargs="?", help="a YAML file of configs/")
+    what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument("--overfit", type=positive, metavar="N", help="learn the first N utterances by heart")
+    how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
+    how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
+    how.add_argument("--average", type=positive, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                     "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if (arguments.config is None) == (arguments.resume is None):
-        parser.error("wanted either a config or --resume RUN")
-    if arguments.resume and rest:
-        parser.error(f"--resume goes on with the run's own config, got {' '.join(rest)}")
-    if arguments.resume and (arguments.dry_run or arguments.overfit or arguments.benchmark) or arguments.overfit < 0:
-        parser.error("--dry-run, --overfit N (1 or more) and --benchmark want a config, not --resume")
-    if arguments.average is not None and (not arguments.resume or arguments.average < 1):
-        parser.error("--average wants 1 or more, and --resume RUN")
+    if arguments.resume and (rest or arguments.overfit or arguments.dry_run or arguments.benchmark):
+        parser.error(f"--resume goes on with the run's own config, alone or with --average, got {' '.join(argv)}")
+    if arguments.average and not arguments.resume:
+        parser.error("--average wants --resume RUN")
     return arguments, rest
 
 
 def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
+    run = None
     try:
-        if arguments.dry_run or arguments.benchmark:
-            config = wanted_config(arguments, overrides)
-            for line in describe(make_system(config)) if arguments.dry_run else benchmark(arguments.config, config):
-                print(line, flush=True)
-            return 0
         if arguments.average:
-            return average_epochs(Path(arguments.resume).resolve(), arguments.average)
-        stop = catch_signals()
+            print(average_epochs(Path(arguments.resume).resolve(), arguments.average))
+            return 0
         if arguments.resume:
-            run, system, progress, history = resume(Path(arguments.resume).resolve(), stop)
+            run, system, progress, history = resume(Path(arguments.resume).resolve(), catch_signals())
         else:
-            (run, system), progress, history = begin(arguments, overrides, stop), Progress(), []
-    except (ValueError, OSError, RankLost) as error:
-        complain(error)
-        return 2
-    go_on = f"go on with: python train.py --resume {run.folder}"
-    try:
+            config = configs.load(arguments.config, overrides)
+            config = overfitting(config, arguments.overfit) if arguments.overfit else config
+            if arguments.dry_run or arguments.benchmark:
+                for line in describe(config) if arguments.dry_run else benchmark(arguments.config, config):
+                    print(line, flush=True)
+                return 0
+            (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
         return finish(run, system, fit(run, system, progress, history))
-    except (TrainingDiverged, RankLost) as error:
-        complain(error, f"; {run.folder / 'checkpoints/latest.pt'} is the last good state")
-        return 1
     except Interrupted:
         if run.ranks.rank == 0:
-            print(f"\ninterrupted; {go_on}", flush=True)
+            print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
-    except (ValueError, OSError) as error:  # input that shows only now: too long for its positions, a full disk
-        hint = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        complain(error, f"; the last checkpoint is good: {hint}{go_on}")
-        return 2
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except RunFailed as error:
+        complain(error, run)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:  # in fit: a recording too long for its positions, a full disk
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        complain(ValueError("out of memory while evaluating: wanted a smaller training.batch_size or batch_frames"),
-                 f"; the last checkpoint is good: {run.folder / 'checkpoints/latest.pt'}")
+        complain(error, run)
         return 2
 
 
