@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask,
+from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask, pick_device,
                    read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
                        count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
@@ -88,23 +88,24 @@ def load_directory(folder: str | os.PathLike) -> System:
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
-    return System(config, tokenizer, stats, model.eval())
+    return System(config, tokenizer, stats, model)
 
 
-def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
-    target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if configs.is_published(path):
-        system = load_directory(path)
-        return system._replace(stats=system.stats.to(target), model=system.model.to(target))
+def load_checkpoint(path: str | os.PathLike) -> System:
+    """The system in a checkpoint of train.py. Raises ValueError for a file that is none or does not fit its config."""
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
     tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
     model = build(config.model, state["stats"].shape[1], len(tokenizer))
     load_weights(model, state["model"], str(path))
-    return System(config, tokenizer, state["stats"].to(target), model.to(target).eval())
+    return System(config, tokenizer, state["stats"], model)
+
+
+def load_system(path: str | os.PathLike, device: str = "auto") -> System:
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
+    target = pick_device(device)
+    system = load_directory(path) if configs.is_published(path) else load_checkpoint(path)
+    return system._replace(stats=system.stats.to(target), model=system.model.to(target).eval())
 
 
 # ---- search ----
