@@ -345,7 +345,7 @@ class Word(NamedTuple):
 class Alternative(NamedTuple):
     text: str
     score: float  # by which they are ranked: higher is better, comparable within an utterance
-    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
+    confidence: float  # probability of the whole, to the power 1 / its tokens; 0 without tokens
 
 
 class Result(NamedTuple):
@@ -447,28 +447,50 @@ def join_words(words: Sequence[Word]) -> str:
     return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
 
 
+def spoken_places(ids: Sequence[int]) -> list[int]:
+    """Where the ids are tokens of a result: blank, start and end are none."""
+    return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+
+
+def words_apart(system: System) -> bool:
+    """Whether a space stands between all words: with a timing head, FunASR writes ideographs apart too."""
+    unit = system.tokenizer.unit
+    return unit == "word" or unit == "piece" and system.config.model.predictor.upsampling > 0
+
+
+def words_of(system: System, tokens: Sequence[Token]) -> list[Word]:
+    if isinstance(system.tokenizer, PieceTokenizer):
+        return words_of_pieces(tokens, system.lossless, words_apart(system))
+    return words_of_units(tokens, system.tokenizer.unit)
+
+
+def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> str:
+    if isinstance(system.tokenizer, PieceTokenizer):
+        return join_words(words)
+    return system.tokenizer.decode([token.id for token in tokens])
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
-    """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
+    """Utterance i of a decoded batch in words and seconds."""
     ids = found.tokens[i, :found.lens[i]].tolist()
-    spoken = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    spoken = spoken_places(ids)
     times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
-    confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if isinstance(system.tokenizer, PieceTokenizer):
-        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
-        return Result(join_words(words), confidence, tokens, words)
-    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
+    words, confidence = words_of(system, tokens), round(log_probs.mean().exp().item(), 4) if spoken else 0.0
+    return Result(text_of(system, tokens, words), confidence, tokens, words)
 
 
-def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[Alternative, ...]:
-    """The search.nbest best hypotheses of utterance i that differ in text; `text` is the best one's."""
+def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative, ...]:
+    """The search.nbest best hypotheses of utterance i that differ in text, which is spelled as that of a Result."""
     kept: dict[str, Alternative] = {}
     rows = zip(found.tokens[i], found.lens[i].tolist(), found.log_probs[i].tolist(), found.scores[i].tolist())
-    for rank, (tokens, n, log_prob, score) in enumerate(rows):
-        words = text if rank == 0 else system.tokenizer.decode(tokens[:n].tolist())
+    for row, n, log_prob, score in rows:
+        ids = row[:n].tolist()
+        said = [Token(system.tokenizer.symbols[ids[u]], ids[u], 1.0, 0.0, 0.0) for u in spoken_places(ids)]
+        text = text_of(system, said, words_of(system, said))
         if math.isfinite(score):
-            kept.setdefault(words, Alternative(words, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
+            kept.setdefault(text, Alternative(text, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
     return tuple(kept.values())[:system.search.nbest]
 
 
@@ -507,7 +529,7 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
             if best is not None and system.search.nbest > 1:
-                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row, results[i].text))
+                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row))
     return results
 
 
@@ -543,12 +565,9 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment],
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
     """Whether a space stands between the words on either side of a cut."""
-    unit = system.tokenizer.unit
-    if unit == "word" or unit == "piece" and system.config.model.predictor.upsampling:  # all words are written apart
-        return True
-    if unit == "char" and " " not in system.tokenizer.symbols:
+    if system.tokenizer.unit == "char" and " " not in system.tokenizer.symbols:
         return False
-    return not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
+    return words_apart(system) or not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
 
 
 def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
@@ -572,9 +591,7 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
         log_sum += len(shifted) * math.log(max(result.confidence, 1e-5))
         count += len(shifted)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0
-    if isinstance(system.tokenizer, PieceTokenizer):
-        return Result(join_words(words), confidence, tokens, words)
-    return Result(system.tokenizer.decode([token.id for token in tokens]), confidence, tokens, words)
+    return Result(text_of(system, tokens, words), confidence, tokens, words)
 
 
 def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> Result:
@@ -812,7 +829,7 @@ def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, 
     pictures = {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False)}
     if found.attention:
         of_decoder, cross = layer_of(found.attention, layer)
-        rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
+        rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
         pictures["cross"] = attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)
     return pictures
 

@@ -3838,6 +3838,21 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name)
 
 
 # C67
+@pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
+def test_alternatives_are_spelled_as_results_are(upsampling, texts):
+    system = tiny_system()._replace(search=decode.Search(nbest=2))
+    predictor = replace(system.config.model.predictor, upsampling=upsampling)
+    system = system._replace(tokenizer=tokenizer.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
+        system.config, model=replace(system.config.model, predictor=predictor)))
+    tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
+    found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
+    nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, scores), 0)
+    assert decode.read_result(system, found, 0).text == texts[0]
+    assert [(a.text, a.score, a.confidence) for a in nbest] == [
+        (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4)) for text, score in zip(texts, (-0.5, -0.7))]
+
+
+# C67
 def test_a_beam_of_one_is_greedy():
     for name, search in (("transformer", decode.Search(1, 1, 0.0)), ("paraformer", decode.Search(2))):
         system, feats = searching_system(name), ragged_feats([31, 7, 1, 50, 22])
