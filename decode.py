@@ -243,7 +243,8 @@ COUNT_PRICE = 0.3  # of a token more or less than the firing weights sum to, in 
 
 
 def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
-    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more.
+    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more, but none
+    where it has some: a text without tokens has no mean probability.
 
     emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
     score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
@@ -253,7 +254,7 @@ def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest
     number = near.clamp(min=0).flatten()
     tokens, log_prob = best_expansions(emit(number), number, W)
     tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
-    log_prob = log_prob.masked_fill((near < 0)[:, :, None], -math.inf).flatten(1)
+    log_prob = log_prob.masked_fill((near < counts.clamp(max=1)[:, None])[:, :, None], -math.inf).flatten(1)
     lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
     norms = lens.clamp(min=1)
     off = (alpha.double().sum(1, keepdim=True) - lens).abs().float()

@@ -3771,23 +3771,24 @@ def test_prefix_search_equals_the_sum_over_all_paths():
 # C66
 def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_distance():
     def emit(counts):
-        assert counts.tolist() == [2, 1, 3, 0, 0, 1]
+        assert counts.tolist() == [2, 1, 3, 0, 0, 1, 1, 0, 2]
         return log_p
 
-    log_p = normal(0, 6, 3, 4).float().log_softmax(-1)
-    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1]]), ints(2, 0)
+    log_p = normal(0, 9, 3, 4).float().log_softmax(-1)
+    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1], [0.3, 0.3]]), ints(2, 0, 1)
     found = decode.count_search(emit, alpha, counts, 5)
-    for b in range(2):
+    for b in range(3):
         wanted = {}
         for row, n in ((3 * b, int(counts[b])), (3 * b + 1, int(counts[b]) - 1), (3 * b + 2, int(counts[b]) + 1)):
             texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
-                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= 0}
+                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= min(1, counts[b])}
             for text in sorted(texts, key=lambda t: -texts[t])[:5]:
                 wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
         best = sorted(wanted, key=lambda text: -wanted[text])
         assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
         assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
         assert (found.scores[b, len(best):] == -math.inf).all()
+    assert found.lens[2, 0] == 1  # the empty text would win with 0 - 0.3 * 0.6
 
 
 # C66
