@@ -790,6 +790,12 @@ def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
 # ---- pictures ----
 
 
+def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | None:
+    """The utterance, if it has frames: a recording that is decoded in segments comes without."""
+    item = dataset[index]
+    return item if isinstance(item, data.Utterance) and len(item.feats) else None
+
+
 def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
     """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its name, weights)."""
     number = min(number or len(layers), len(layers))
@@ -823,7 +829,7 @@ def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -
 
 @torch.inference_mode()
 def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
-    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder if it has any."""
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
     title, *rest = scene(system, item, found)
     feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
     of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
@@ -835,13 +841,13 @@ def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, 
     return pictures
 
 
-def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
-    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg of an utterance that has frames."""
+def write_pictures(place: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """place.alignment.svg, place.encoder.svg and, of a decoder with layers, place.cross.svg of an utterance that has
+    frames."""
     found = decode_batch(system, [item.feats], need_weights=True)
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    pictures = {"alignment": alignment_picture(system, item, found)}
-    for kind, svg in {**pictures, **attention_pictures(system, item, found, layer)}.items():
-        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+    pictures = {"alignment": alignment_picture(system, item, found), **attention_pictures(system, item, found, layer)}
+    for kind, svg in pictures.items():
+        data.write_atomic(f"{place}.{kind}.svg", svg)
 
 
 # ---- the report ----
@@ -982,9 +988,8 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
     data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
     cases = []
     for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
-        item = dataset[s.index]
-        heard = isinstance(item, data.Utterance) and len(item.feats)
-        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if heard else ""))
+        item = drawable(dataset, s.index)
+        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if item else ""))
     page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
     data.write_atomic(folder / "report.html", page)
 
@@ -1167,9 +1172,11 @@ def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
     return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
 
 
-def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int, processes: int) -> Callable:
-    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar."""
-    started, done, seconds = time.perf_counter(), 0, 0.0
+def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int,
+                   shard: tuple[int, int]) -> Callable:
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar,
+    as if the other processes had done as many."""
+    started, done, seconds, (rank, processes) = time.perf_counter(), 0, 0.0, shard
 
     def finish(outcomes: list[Outcome]) -> None:
         nonlocal done, seconds
@@ -1178,7 +1185,7 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
                 data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
         done = min(total, done + processes * len(outcomes))
         seconds += processes * sum(outcome.seconds for outcome in outcomes)
-        if sys.stderr.isatty():
+        if rank == 0 and sys.stderr.isatty():
             bar = progress_bar(done, total, seconds, time.perf_counter() - started)
             print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
 
@@ -1206,7 +1213,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
             Path(place).mkdir(parents=True, exist_ok=True)
     lengths = dataset.lengths[:arguments.limit or None]
     frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
-    finish = batch_finisher(folder, form, file_names(dataset.keys), len(lengths), shard[1])
+    names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
+    finish = batch_finisher(folder, form, names, len(lengths), shard)
     outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged if shard[0] == 0 else None) as append:
@@ -1226,8 +1234,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
         return code
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
     for index, _ in heard if arguments.plot else ():
-        if len((item := dataset[index]).feats):
-            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+        if item := drawable(dataset, index):
+            write_pictures(Path(arguments.plot) / names[index], system, item, arguments.plot_layer)
     lines = report_lines(scores) if scores else []
     if arguments.report:
         write_report(Path(arguments.report), system, dataset, scores, lines)

@@ -3978,12 +3978,16 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
     hostile = spoken(tmp_path / "a <&'b.wav", 1.0)
     short = spoken(tmp_path / "short.wav", 0.001)
-    assert decode.main(["--ckpt", ckpt, hostile, short, "--plot", str(tmp_path / "plots")]) == 0
+    far = tmp_path / "/".join(["x" * 99] * 3) / "a <&'b.wav"
+    far.parent.mkdir(parents=True)
+    shutil.copy(hostile, far)
+    assert decode.main(["--ckpt", ckpt, hostile, short, str(far), "--plot", str(tmp_path / "plots")]) == 0
     files = sorted((tmp_path / "plots").iterdir())
-    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.cross.svg", "wav.encoder.svg"]
+    assert [f.name for f in files] == [f"a____b{n}.{kind}.svg" for n in ("-2", "") for kind in (
+        "alignment", "cross", "encoder")]
     for file in files:
         title = ElementTree.fromstring(file.read_text()).find("{*}text").text
-        assert hostile[:60] in title
+        assert (str(far) if "-2" in file.name else hostile)[:60] in title
 
 
 # C97
