@@ -802,22 +802,16 @@ def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
     return f"layer {number} of {len(layers)}", layers[number - 1]
 
 
-class Scene(NamedTuple):
-    """What the pictures of an utterance share."""
-
-    title: str
-    tokens: list[Span]
-    seconds: float
-    frames: tuple[float, float]  # seconds at which the first frame of the encoder begins and the last one ends
-
-
-def scene(system: System, item: data.Utterance, found: Hypotheses) -> Scene:
+def scene(system: System, item: data.Utterance,
+          found: Hypotheses) -> tuple[str, list[Span], float, tuple[float, float]]:
+    """What the pictures of an utterance share: its title, its tokens, its seconds, and the seconds at which the first
+    frame of the encoder begins and the last one ends."""
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
     s = system.config.model.encoder.subsampling
     start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
-    return Scene(f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec,
-                 (start, start + found.alpha.shape[1] * s * frame_sec))
+    frames = start, start + found.alpha.shape[1] * s * frame_sec
+    return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, frames
 
 
 def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
