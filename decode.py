@@ -773,18 +773,24 @@ def merged_file(arguments: argparse.Namespace) -> Path | None:
 
 
 @contextlib.contextmanager
-def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """A function that appends to a file, which gets its name when the block ends without an error; None: no file."""
-    if path is None:
-        yield lambda text: None
-        return
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which gets the name `path` when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file.write
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """A function that appends to a file as `replacing` writes it; None: no file."""
+    if path is None:
+        yield lambda text: None
+        return
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file.write
 
 
 # ---- pictures ----
@@ -991,16 +997,6 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
 # ---- exports ----
 
 
-def save_tensors(path: Path, state: dict) -> None:
-    """torch.save that replaces the file whole, without a second copy in memory."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def export_directory(system: System, folder: Path) -> None:
     """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
     weights = {}
@@ -1011,16 +1007,16 @@ def export_directory(system: System, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
     symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
-    pieces = getattr(tokenizer, "pieces", None)
-    if pieces is None and getattr(tokenizer, "unit", "") == "word":
-        pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
+    of_words = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]} if tokenizer.unit == "word" else None
+    pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
     data.write_atomic(folder / "config.yaml", config)
     data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
     data.write_cmvn(folder / "am.mvn", system.stats.cpu())
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    save_tensors(folder / "model.pt", weights)
+    with replacing(folder / "model.pt") as file:
+        torch.save(weights, file)
 
 
 def export(system: System, path: str) -> str:
@@ -1037,8 +1033,10 @@ def export(system: System, path: str) -> str:
         except ValueError as error:
             place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(place, {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
-                         "stats": system.stats.cpu(), "model": system.model.state_dict()})
+    state = {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+             "stats": system.stats.cpu(), "model": system.model.state_dict()}
+    with replacing(place) as file:
+        torch.save(state, file)
     return f"{place}: a checkpoint{reason}"
 
 
