@@ -499,25 +499,21 @@ def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative
 def search_batch(system: System, feats: Sequence[Tensor],
                  need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
     """Normalised features (T,F) each -> Hypotheses and, unless it was found greedily, the n-best; on the CPU."""
-    lens = torch.tensor([len(x) for x in feats])
-    padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
-    device = system.stats.device
-    dtype = PRECISIONS[system.precision]
-    padded, lens, best = padded.to(device), lens.to(device), None
+    device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
+    lens = torch.tensor([len(x) for x in feats], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
+    on_cpu = lambda found: (x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if system.search == Search():
-            found = system.model.greedy(padded, lens, need_weights)
-        else:
-            hidden, hidden_lens = encode(system.model.encoder, padded, lens)
-    if system.search != Search():  # without autocast, as greedy does it behind the encoder
-        best = find_nbest(system, hidden, hidden_lens)
-        found = system.model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
-        best = NBest(*(x.cpu() for x in best))
-    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)), best
+            return Hypotheses(*on_cpu(model.greedy(padded, lens, need_weights))), None
+        hidden, hidden_lens = encode(model.encoder, padded, lens)
+    best = find_nbest(system, hidden, hidden_lens)  # without autocast, as greedy does it behind the encoder
+    found = model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
+    return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))
 
 
 def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
-    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+    """Normalised features (T,F) each, not all of T = 0, -> Hypotheses, on the CPU; where T = 0 there are no tokens."""
     return search_batch(system, feats, need_weights)[0]
 
 
