@@ -9,17 +9,19 @@
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
+    python decode.py --benchmark a.pt b.pt          a table of their speed and errors, greedily and by beam
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, search, transcribe, long recordings (all that serving needs), forms of a result, pictures,
-the report, exports, main.
+Reading order: load_system, search, transcribe, long recordings (all that serving needs), many inputs, forms of a
+result, pictures, the report, exports, figures, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
 import contextlib
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -1075,6 +1077,70 @@ def benchmark() -> int:
         return subprocess.run([sys.executable, "-c", MEASURE, folder], cwd=here, env=passive).returncode
 
 
+COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
+RUNS = 3  # of each batch of a comparison, of which the median is its time
+
+
+def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
+    """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
+    system = load_system(path, arguments.device)._replace(precision=arguments.dtype)
+    search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
+    return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
+
+
+def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
+    """Encoder frames from the inner boundaries of tokens that a model fired, `edges` (n+1,), to the true ones: (n-1,);
+    (0,) where these are not known, another number of tokens is true, or nothing fires."""
+    true, fires = item.boundaries, system.config.model.name == "paraformer"
+    if not fires or true is None or len(true) != len(edges):
+        return torch.zeros(0)
+    return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
+
+
+def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
+    words, chars, tokens = (sum(part, Counts()) for part in zip(*((s.words, s.chars, s.tokens) for s in scores)))
+    length, shift = (tokens.ref + tokens.ins - tokens.del_) / len(scores), torch.cat(list(shifts))
+    return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
+            f"{length:7.2f} {f'{shift.median():.2f}' if len(shift) else '-':>10}  {name}")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
+
+    Timed is what makes Hypotheses of normalised features; all take turns at each batch, RUNS times.
+    """
+    paths = [path for path in arguments.inputs if path.endswith(".pt")]
+    systems = {name: one for path in paths or [arguments.ckpt] for name, one in both_searches(arguments, path).items()}
+    first = next(iter(systems.values()))
+    unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
+    spent, scores, shifts = np.zeros(len(systems)), [[] for _ in systems], [[] for _ in systems]
+    with tempfile.TemporaryDirectory() as scratch:
+        others = [path for path in arguments.inputs if path not in paths]
+        dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
+        for batch in itertools.chain.from_iterable(plan_batches(*batch_limits(arguments, first, dataset))):
+            items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
+            if not items:
+                continue
+            times = np.zeros((RUNS, len(systems)))
+            for run, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
+                feats = [data.normalise(item.feats, system.stats.cpu()) for item in items]
+                started = time.perf_counter()
+                found = decode_batch(system, feats)
+                times[run, s] = time.perf_counter() - started
+                for i, item in enumerate(items if run == 0 else ()):
+                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
+                    scores[s].append(score(system, outcome))
+                    shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
+            spent += np.median(times, 0)
+    if not scores[0]:
+        raise ValueError("--benchmark: wanted utterances with frames and a text, got none")
+    print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
+          f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
+          "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
+    print(*map(figures_row, systems, spent, [spent[0]] * len(spent), scores, shifts), sep="\n")
+    return 0
+
+
 # ---- main ----
 
 
@@ -1117,9 +1183,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         help="of a transformer's beam: for frames that got little attention (default 0)")
     parser.add_argument("--ctc-weight", type=float, default=Search().ctc_weight,
                         help="share of the CTC head, if the model has one, in the score (default 0)")
-    parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
-                        "model of configs/paraformer_large.yaml with random weights")
+    parser.add_argument("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in "
+                        "INPUT, searching greedily and by beam, on the rest of INPUT or the first one's own data; "
+                        "without INPUT, how a model of configs/paraformer_large.yaml with random weights loads and runs")
     arguments = parser.parse_args(argv)
+    arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
@@ -1133,6 +1201,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
     return arguments
+
+
+def batch_limits(arguments: argparse.Namespace, system: System,
+                 dataset: torch.utils.data.Dataset) -> tuple[np.ndarray, int, int]:
+    """What plan_batches wants to know."""
+    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    return dataset.lengths[:arguments.limit or None], arguments.batch_size, frames
 
 
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
@@ -1199,11 +1274,10 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    lengths = dataset.lengths[:arguments.limit or None]
-    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    lengths, *limits = batch_limits(arguments, system, dataset)
     names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
     finish = batch_finisher(folder, form, names, len(lengths), shard)
-    outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
+    outcomes = recognise_all(system, dataset, plan_batches(lengths, *limits), shard, finish)
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged if shard[0] == 0 else None) as append:
         try:
@@ -1251,7 +1325,7 @@ def start(arguments: argparse.Namespace) -> int:
     system = load_system(arguments.ckpt, arguments.device)
     system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype,
                              segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
-    system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
+    system = with_search(system, arguments.search)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
@@ -1266,7 +1340,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return benchmark() if arguments.benchmark else start(arguments)
+        if arguments.benchmark:
+            return compare(arguments) if arguments.inputs else benchmark()
+        return start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2

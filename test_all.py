@@ -4029,6 +4029,57 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
 
+def toy_systems(*names: str) -> list[decode.System]:
+    """Random models for 9 toy utterances of the letters a to h."""
+    options = replace(tiny_system("toy").config.data, toy=config.ToyConfig(num_dev=9, num_symbols=8))
+    systems = map(searching_system, names)
+    return [system._replace(config=replace(system.config, data=options)) for system in systems]
+
+
+# C110
+def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(tmp_path, capsys, monkeypatch):
+    """Planted: all is right, but a transformer leaves out the last token, and boundaries are 3 frames late. The clock
+    moves by what a search costs, and jumps in every third run."""
+    systems, clock, calls = toy_systems("paraformer", "transformer"), [0.0], collections.Counter()
+    costs = {("paraformer", 1): 1.0, ("paraformer", 5): 2.5, ("transformer", 1): 4.0, ("transformer", 10): 12.0}
+    dataset = data.open_dataset(systems[0].config.data, "test", systems[0].tokenizer.encode, 0, systems[0].stats)
+    known = {item.feats.sum().item(): item for item in map(dataset.__getitem__, range(9))}
+
+    def planted(system, feats):
+        name = system.config.model.name, system.search.width
+        calls[name] += 1
+        clock[0] += costs[name] if calls[name] % 3 else 99.0
+        items, lost = [known[x.sum().item()] for x in feats], int(name[0] == "transformer")
+        tokens = [item.tokens[:len(item.tokens) - lost] for item in items]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        edges = [item.boundaries[:len(item.boundaries) - lost] + 3 for item in items]
+        return Hypotheses(padded, ints(*map(len, tokens)), torch.zeros(padded.shape), edges, torch.zeros(9, 4), [], [])
+
+    assert len(known) == 9
+    monkeypatch.setattr(decode, "decode_batch", planted)
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    paths = [saved(system, tmp_path / f"{i}.pt") for i, system in enumerate(systems)]
+    assert decode.main(["--benchmark", *paths, "--batch-size=4", "--batch-seconds=1e6", "--device=cpu"]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    n = sum(len(item.tokens) for item in known.values())
+    assert head.startswith(f"9 utterances of {n / 9:.2f} tokens, batches of 4, cpu, ")
+    right, wrong = ["0.00%", "0.00%", f"{n / 9:.2f}", "1.50"], ["100.00%", f"{900 / n:.2f}%", f"{n / 9 - 1:.2f}", "-"]
+    assert [row.split(maxsplit=6) for row in rows] == [
+        ["3.0", "1.00", *right, f"{paths[0]}, greedy"], ["1.2", "2.50", *right, f"{paths[0]}, beam 5"],
+        ["0.8", "4.00", *wrong, f"{paths[1]}, greedy"], ["0.2", "12.00", *wrong, f"{paths[1]}, beam 10"]]
+
+
+# C110
+def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked_for(tmp_path, capsys):
+    ckpt, wav = saved(tiny_system(), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.7)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}, {"audio": wav}])
+    assert decode.main(["--benchmark", ckpt, str(manifest), "--nbest=3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
+    assert decode.main(["--benchmark", ckpt, wav]) == 2
+    assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
+
+
 # ---- decode: report.html ----
 
 class PageReader(html.parser.HTMLParser):
