@@ -1185,7 +1185,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         help="share of the CTC head, if the model has one, in the score (default 0)")
     parser.add_argument("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in "
                         "INPUT, searching greedily and by beam, on the rest of INPUT or the first one's own data; "
-                        "without INPUT, how a model of configs/paraformer_large.yaml with random weights loads and runs")
+                        "without INPUT, how one of configs/paraformer_large.yaml with random weights loads and runs")
     arguments = parser.parse_args(argv)
     arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):

@@ -1912,6 +1912,7 @@ def test_boundaries_lie_half_way_between_the_peaks():
     peaks[[2, 6, 11]] = 0.9  # centres 2.5, 6.5, 11.5
     assert_same(boundaries(peaks, 3), torch.tensor([0.5, 4.5, 9.0, 14.0], dtype=torch.float64), 1e-6)
     assert boundaries(peaks, 1).tolist() == [0, 14] and boundaries(peaks, 0).tolist() == [0]
+    assert boundaries(0 * peaks, 3).isfinite().all()
     for seed, n in itertools.product(range(5), range(2, 9)):
         alpha = normal(seed, 12).sigmoid()
         assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
