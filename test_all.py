@@ -567,6 +567,16 @@ def test_alignment_is_minimal_and_spells_both_sides():
         assert (swapped.sub, swapped.ins, swapped.del_) == (counts.sub, counts.del_, counts.ins)
 
 
+def test_errors_are_counted_in_the_memory_of_a_row():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcd", k=700)) for _ in range(2)]
+    tracemalloc.start()
+    counts = count_errors(*texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.errors > 200 and peak < 200_000  # all rows: 3.9 MB
+
+
 def test_planted_edits_are_counted_as_planted():
     rng = random.Random(0)
     for _ in range(200):
