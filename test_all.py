@@ -4026,6 +4026,20 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
 
 
+def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
+    """And is decoded, searched and reported as any other."""
+    system = tiny_system()
+    model = replace(system.config.model, decoder=replace(system.config.model.decoder, num_layers=0))
+    system = system._replace(config=replace(system.config, model=model),
+                             model=build(model, 8, len(system.tokenizer)).eval())
+    ckpt, wav = saved(system, tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 1.0)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}])
+    for flags in ([], ["--nbest=3"]):
+        arguments = [*flags, "--plot", tmp_path / "plots", "--report", tmp_path / "report", "--plot-layer=1"]
+        assert decoded(capsys, "--ckpt", ckpt, manifest, *arguments)[0] == 0
+    assert sorted(f.name for f in (tmp_path / "plots").iterdir()) == ["a.alignment.svg", "a.encoder.svg"]
+
+
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
     system = tiny_system("toy")
     system = system._replace(config=config.from_dict({**config.to_dict(system.config), "data": {
