@@ -5,9 +5,10 @@ pictures.
 Needs torch and numpy; nothing of this project is imported, so the file can be copied as it is.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
-Masks are bool, True = real (may be seen), and are made by `padding_mask` and `causal_mask` only:
+Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only:
 
     encoder self-attention    padding_mask(lens, T)[:, None, :]                       (B,1,T)
+    the same, kept near       padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
     cross-attention           padding_mask(memory_lens, S)[:, None, :]                (B,1,S)
 
@@ -50,7 +51,7 @@ def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
 
 
 def padding_mask(lens: Tensor, T: int) -> Tensor:
-    """lens (B,) int64 -> (B,T) bool, True where the step is real. Raises ValueError if a length is outside 0..T."""
+    """lens (B,) int64 -> (B,T) bool, True where the step is real. Raises as check_lens."""
     check_lens("lens", lens, lens.shape[0] if lens.dim() else 0, T)
     return torch.arange(T, device=lens.device) < lens[:, None]
 

@@ -9,17 +9,19 @@
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
+    python decode.py --benchmark a.pt b.pt          a table of their speed and errors, greedily and by beam
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, search, transcribe, long recordings (all that serving needs), forms of a result, pictures,
-the report, exports, main.
+Reading order: load_system, search, transcribe, long recordings (all that serving needs), many inputs, forms of a
+result, pictures, the report, exports, figures, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
 import contextlib
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -41,7 +43,7 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask,
+from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask, pick_device,
                    read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
                        count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
@@ -88,23 +90,24 @@ def load_directory(folder: str | os.PathLike) -> System:
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
-    return System(config, tokenizer, stats, model.eval())
+    return System(config, tokenizer, stats, model)
 
 
-def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
-    if device not in ("auto", "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: wanted auto, cpu or, where torch finds a GPU, cuda; got {device}")
-    target = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if configs.is_published(path):
-        system = load_directory(path)
-        return system._replace(stats=system.stats.to(target), model=system.model.to(target))
+def load_checkpoint(path: str | os.PathLike) -> System:
+    """The system in a checkpoint of train.py. Raises ValueError for a file that is none or does not fit its config."""
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
     tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
     model = build(config.model, state["stats"].shape[1], len(tokenizer))
     load_weights(model, state["model"], str(path))
-    return System(config, tokenizer, state["stats"].to(target), model.to(target).eval())
+    return System(config, tokenizer, state["stats"], model)
+
+
+def load_system(path: str | os.PathLike, device: str = "auto") -> System:
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
+    target = pick_device(device)
+    system = load_directory(path) if configs.is_published(path) else load_checkpoint(path)
+    return system._replace(stats=system.stats.to(target), model=system.model.to(target).eval())
 
 
 # ---- search ----
@@ -242,7 +245,8 @@ COUNT_PRICE = 0.3  # of a token more or less than the firing weights sum to, in 
 
 
 def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
-    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more.
+    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more, but none
+    where it has some: a text without tokens has no mean probability.
 
     emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
     score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
@@ -252,7 +256,7 @@ def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest
     number = near.clamp(min=0).flatten()
     tokens, log_prob = best_expansions(emit(number), number, W)
     tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
-    log_prob = log_prob.masked_fill((near < 0)[:, :, None], -math.inf).flatten(1)
+    log_prob = log_prob.masked_fill((near < counts.clamp(max=1)[:, None])[:, :, None], -math.inf).flatten(1)
     lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
     norms = lens.clamp(min=1)
     off = (alpha.double().sum(1, keepdim=True) - lens).abs().float()
@@ -344,7 +348,7 @@ class Word(NamedTuple):
 class Alternative(NamedTuple):
     text: str
     score: float  # by which they are ranked: higher is better, comparable within an utterance
-    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
+    confidence: float  # probability of the whole, to the power 1 / its tokens; 0 without tokens
 
 
 class Result(NamedTuple):
@@ -446,28 +450,50 @@ def join_words(words: Sequence[Word]) -> str:
     return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
 
 
+def spoken_places(ids: Sequence[int]) -> list[int]:
+    """Where the ids are tokens of a result: blank, start and end are none."""
+    return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+
+
+def words_apart(system: System) -> bool:
+    """Whether a space stands between all words: with a timing head, FunASR writes ideographs apart too."""
+    unit = system.tokenizer.unit
+    return unit == "word" or unit == "piece" and system.config.model.predictor.upsampling > 0
+
+
+def words_of(system: System, tokens: Sequence[Token]) -> list[Word]:
+    if isinstance(system.tokenizer, PieceTokenizer):
+        return words_of_pieces(tokens, system.lossless, words_apart(system))
+    return words_of_units(tokens, system.tokenizer.unit)
+
+
+def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> str:
+    if isinstance(system.tokenizer, PieceTokenizer):
+        return join_words(words)
+    return system.tokenizer.decode([token.id for token in tokens])
+
+
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
-    """Utterance i of a decoded batch in words and seconds; blank, start and end are no tokens."""
+    """Utterance i of a decoded batch in words and seconds."""
     ids = found.tokens[i, :found.lens[i]].tolist()
-    spoken = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    spoken = spoken_places(ids)
     times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
-    confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    if isinstance(system.tokenizer, PieceTokenizer):
-        words = words_of_pieces(tokens, system.lossless, all_spaced=bool(found.timing))
-        return Result(join_words(words), confidence, tokens, words)
-    return Result(system.tokenizer.decode(ids), confidence, tokens, words_of_units(tokens, system.tokenizer.unit))
+    words, confidence = words_of(system, tokens), round(log_probs.mean().exp().item(), 4) if spoken else 0.0
+    return Result(text_of(system, tokens, words), confidence, tokens, words)
 
 
-def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[Alternative, ...]:
-    """The search.nbest best hypotheses of utterance i that differ in text; `text` is the best one's."""
+def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative, ...]:
+    """The search.nbest best hypotheses of utterance i that differ in text, which is spelled as that of a Result."""
     kept: dict[str, Alternative] = {}
     rows = zip(found.tokens[i], found.lens[i].tolist(), found.log_probs[i].tolist(), found.scores[i].tolist())
-    for rank, (tokens, n, log_prob, score) in enumerate(rows):
-        words = text if rank == 0 else system.tokenizer.decode(tokens[:n].tolist())
+    for row, n, log_prob, score in rows:
+        ids = row[:n].tolist()
+        said = [Token(system.tokenizer.symbols[ids[u]], ids[u], 1.0, 0.0, 0.0) for u in spoken_places(ids)]
+        text = text_of(system, said, words_of(system, said))
         if math.isfinite(score):
-            kept.setdefault(words, Alternative(words, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
+            kept.setdefault(text, Alternative(text, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
     return tuple(kept.values())[:system.search.nbest]
 
 
@@ -475,25 +501,21 @@ def read_alternatives(system: System, found: NBest, i: int, text: str) -> tuple[
 def search_batch(system: System, feats: Sequence[Tensor],
                  need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
     """Normalised features (T,F) each -> Hypotheses and, unless it was found greedily, the n-best; on the CPU."""
-    lens = torch.tensor([len(x) for x in feats])
-    padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True)
-    device = system.stats.device
-    dtype = PRECISIONS[system.precision]
-    padded, lens, best = padded.to(device), lens.to(device), None
+    device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
+    lens = torch.tensor([len(x) for x in feats], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
+    on_cpu = lambda found: (x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if system.search == Search():
-            found = system.model.greedy(padded, lens, need_weights)
-        else:
-            hidden, hidden_lens = encode(system.model.encoder, padded, lens)
-    if system.search != Search():  # without autocast, as greedy does it behind the encoder
-        best = find_nbest(system, hidden, hidden_lens)
-        found = system.model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
-        best = NBest(*(x.cpu() for x in best))
-    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)), best
+            return Hypotheses(*on_cpu(model.greedy(padded, lens, need_weights))), None
+        hidden, hidden_lens = encode(model.encoder, padded, lens)
+    best = find_nbest(system, hidden, hidden_lens)  # without autocast, as greedy does it behind the encoder
+    found = model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
+    return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))
 
 
 def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
-    """Normalised features (T,F) each -> Hypotheses, on the CPU. Fewer frames than one, and T = 0, give no tokens."""
+    """Normalised features (T,F) each, not all of T = 0, -> Hypotheses, on the CPU; where T = 0 there are no tokens."""
     return search_batch(system, feats, need_weights)[0]
 
 
@@ -506,7 +528,7 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
         for row, i in enumerate(spoken):
             results[i] = read_result(system, found, row)
             if best is not None and system.search.nbest > 1:
-                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row, results[i].text))
+                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row))
     return results
 
 
@@ -542,12 +564,9 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment],
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
     """Whether a space stands between the words on either side of a cut."""
-    unit = system.tokenizer.unit
-    if unit == "word" or unit == "piece" and system.config.model.predictor.upsampling:  # all words are written apart
-        return True
-    if unit == "char" and " " not in system.tokenizer.symbols:
+    if system.tokenizer.unit == "char" and " " not in system.tokenizer.symbols:
         return False
-    return not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
+    return words_apart(system) or not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
 
 
 def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
@@ -571,9 +590,7 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
         log_sum += len(shifted) * math.log(max(result.confidence, 1e-5))
         count += len(shifted)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0
-    if isinstance(system.tokenizer, PieceTokenizer):
-        return Result(join_words(words), confidence, tokens, words)
-    return Result(system.tokenizer.decode([token.id for token in tokens]), confidence, tokens, words)
+    return Result(text_of(system, tokens, words), confidence, tokens, words)
 
 
 def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> Result:
@@ -754,21 +771,33 @@ def merged_file(arguments: argparse.Namespace) -> Path | None:
 
 
 @contextlib.contextmanager
-def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """A function that appends to a file, which gets its name when the block ends without an error; None: no file."""
-    if path is None:
-        yield lambda text: None
-        return
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which gets the name `path` when the block ends without an error."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            yield file.write
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """A function that appends to a file as `replacing` writes it; None: no file."""
+    if path is None:
+        yield lambda text: None
+        return
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file.write
+
+
 # ---- pictures ----
+
+
+def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | None:
+    """The utterance, if it has frames: a recording that is decoded in segments comes without."""
+    item = dataset[index]
+    return item if isinstance(item, data.Utterance) and len(item.feats) else None
 
 
 def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
@@ -777,22 +806,16 @@ def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
     return f"layer {number} of {len(layers)}", layers[number - 1]
 
 
-class Scene(NamedTuple):
-    """What the pictures of an utterance share."""
-
-    title: str
-    tokens: list[Span]
-    seconds: float
-    frames: tuple[float, float]  # seconds at which the first frame of the encoder begins and the last one ends
-
-
-def scene(system: System, item: data.Utterance, found: Hypotheses) -> Scene:
+def scene(system: System, item: data.Utterance,
+          found: Hypotheses) -> tuple[str, list[Span], float, tuple[float, float]]:
+    """What the pictures of an utterance share: its title, its tokens, its seconds, and the seconds at which the first
+    frame of the encoder begins and the last one ends."""
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
     s = system.config.model.encoder.subsampling
     start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
-    return Scene(f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec,
-                 (start, start + found.alpha.shape[1] * s * frame_sec))
+    frames = start, start + found.alpha.shape[1] * s * frame_sec
+    return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, frames
 
 
 def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
@@ -804,25 +827,25 @@ def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -
 
 @torch.inference_mode()
 def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
-    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of the decoder if it has any."""
+    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
     title, *rest = scene(system, item, found)
     feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
     of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
     pictures = {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False)}
     if found.attention:
         of_decoder, cross = layer_of(found.attention, layer)
-        rows = [u for u, id in enumerate(found.tokens[0].tolist()) if id not in (BLANK, SOS, EOS)]  # as in the result
+        rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
         pictures["cross"] = attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)
     return pictures
 
 
-def write_pictures(folder: Path, system: System, item: data.Utterance, layer: int) -> None:
-    """KEY.alignment.svg, KEY.encoder.svg and KEY.cross.svg of an utterance that has frames."""
+def write_pictures(place: Path, system: System, item: data.Utterance, layer: int) -> None:
+    """place.alignment.svg, place.encoder.svg and, of a decoder with layers, place.cross.svg of an utterance that has
+    frames."""
     found = decode_batch(system, [item.feats], need_weights=True)
-    name = "".join(c if c.isalnum() or c in "._-" else "_" for c in item.key)
-    pictures = {"alignment": alignment_picture(system, item, found)}
-    for kind, svg in {**pictures, **attention_pictures(system, item, found, layer)}.items():
-        data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+    pictures = {"alignment": alignment_picture(system, item, found), **attention_pictures(system, item, found, layer)}
+    for kind, svg in pictures.items():
+        data.write_atomic(f"{place}.{kind}.svg", svg)
 
 
 # ---- the report ----
@@ -963,24 +986,13 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
     data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
     cases = []
     for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
-        item = dataset[s.index]
-        heard = isinstance(item, data.Utterance) and len(item.feats)
-        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if heard else ""))
+        item = drawable(dataset, s.index)
+        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if item else ""))
     page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
     data.write_atomic(folder / "report.html", page)
 
 
 # ---- exports ----
-
-
-def save_tensors(path: Path, state: dict) -> None:
-    """torch.save that replaces the file whole, without a second copy in memory."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def export_directory(system: System, folder: Path) -> None:
@@ -993,16 +1005,16 @@ def export_directory(system: System, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
     symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
-    pieces = getattr(tokenizer, "pieces", None)
-    if pieces is None and getattr(tokenizer, "unit", "") == "word":
-        pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
+    of_words = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]} if tokenizer.unit == "word" else None
+    pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
     data.write_atomic(folder / "config.yaml", config)
     data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
     data.write_cmvn(folder / "am.mvn", system.stats.cpu())
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    save_tensors(folder / "model.pt", weights)
+    with replacing(folder / "model.pt") as file:
+        torch.save(weights, file)
 
 
 def export(system: System, path: str) -> str:
@@ -1019,8 +1031,10 @@ def export(system: System, path: str) -> str:
         except ValueError as error:
             place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(place, {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
-                         "stats": system.stats.cpu(), "model": system.model.state_dict()})
+    state = {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+             "stats": system.stats.cpu(), "model": system.model.state_dict()}
+    with replacing(place) as file:
+        torch.save(state, file)
     return f"{place}: a checkpoint{reason}"
 
 
@@ -1061,6 +1075,70 @@ def benchmark() -> int:
         export_directory(system, Path(folder))
         passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin are slow on a machine that is shared
         return subprocess.run([sys.executable, "-c", MEASURE, folder], cwd=here, env=passive).returncode
+
+
+COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
+RUNS = 3  # of each batch of a comparison, of which the median is its time
+
+
+def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
+    """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
+    system = load_system(path, arguments.device)._replace(precision=arguments.dtype)
+    search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
+    return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
+
+
+def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
+    """Encoder frames from the inner boundaries of tokens that a model fired, `edges` (n+1,), to the true ones: (n-1,);
+    (0,) where these are not known, another number of tokens is true, or nothing fires."""
+    true, fires = item.boundaries, system.config.model.name == "paraformer"
+    if not fires or true is None or len(true) != len(edges):
+        return torch.zeros(0)
+    return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
+
+
+def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
+    words, chars, tokens = (sum(part, Counts()) for part in zip(*((s.words, s.chars, s.tokens) for s in scores)))
+    length, shift = (tokens.ref + tokens.ins - tokens.del_) / len(scores), torch.cat(list(shifts))
+    return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
+            f"{length:7.2f} {f'{shift.median():.2f}' if len(shift) else '-':>10}  {name}")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
+
+    Timed is what makes Hypotheses of normalised features; all take turns at each batch, RUNS times.
+    """
+    paths = [path for path in arguments.inputs if path.endswith(".pt")]
+    systems = {name: one for path in paths or [arguments.ckpt] for name, one in both_searches(arguments, path).items()}
+    first = next(iter(systems.values()))
+    unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
+    spent, scores, shifts = np.zeros(len(systems)), [[] for _ in systems], [[] for _ in systems]
+    with tempfile.TemporaryDirectory() as scratch:
+        others = [path for path in arguments.inputs if path not in paths]
+        dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
+        for batch in itertools.chain.from_iterable(plan_batches(*batch_limits(arguments, first, dataset))):
+            items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
+            if not items:
+                continue
+            times = np.zeros((RUNS, len(systems)))
+            for run, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
+                feats = [data.normalise(item.feats, system.stats.cpu()) for item in items]
+                started = time.perf_counter()
+                found = decode_batch(system, feats)
+                times[run, s] = time.perf_counter() - started
+                for i, item in enumerate(items if run == 0 else ()):
+                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
+                    scores[s].append(score(system, outcome))
+                    shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
+            spent += np.median(times, 0)
+    if not scores[0]:
+        raise ValueError("--benchmark: wanted utterances with frames and a text, got none")
+    print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
+          f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
+          "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
+    print(*map(figures_row, systems, spent, [spent[0]] * len(spent), scores, shifts), sep="\n")
+    return 0
 
 
 # ---- main ----
@@ -1105,9 +1183,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         help="of a transformer's beam: for frames that got little attention (default 0)")
     parser.add_argument("--ctc-weight", type=float, default=Search().ctc_weight,
                         help="share of the CTC head, if the model has one, in the score (default 0)")
-    parser.add_argument("--benchmark", action="store_true", help="only measure loading and decoding of the true-size "
-                        "model of configs/paraformer_large.yaml with random weights")
+    parser.add_argument("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in "
+                        "INPUT, searching greedily and by beam, on the rest of INPUT or the first one's own data; "
+                        "without INPUT, how one of configs/paraformer_large.yaml with random weights loads and runs")
     arguments = parser.parse_args(argv)
+    arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
         if getattr(arguments, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
@@ -1121,6 +1201,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
     return arguments
+
+
+def batch_limits(arguments: argparse.Namespace, system: System,
+                 dataset: torch.utils.data.Dataset) -> tuple[np.ndarray, int, int]:
+    """What plan_batches wants to know."""
+    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+    return dataset.lengths[:arguments.limit or None], arguments.batch_size, frames
 
 
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
@@ -1148,9 +1235,11 @@ def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
     return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
 
 
-def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int, processes: int) -> Callable:
-    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar."""
-    started, done, seconds = time.perf_counter(), 0, 0.0
+def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int,
+                   shard: tuple[int, int]) -> Callable:
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar,
+    as if the other processes had done as many."""
+    started, done, seconds, (rank, processes) = time.perf_counter(), 0, 0.0, shard
 
     def finish(outcomes: list[Outcome]) -> None:
         nonlocal done, seconds
@@ -1159,7 +1248,7 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
                 data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
         done = min(total, done + processes * len(outcomes))
         seconds += processes * sum(outcome.seconds for outcome in outcomes)
-        if sys.stderr.isatty():
+        if rank == 0 and sys.stderr.isatty():
             bar = progress_bar(done, total, seconds, time.perf_counter() - started)
             print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
 
@@ -1185,10 +1274,10 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    lengths = dataset.lengths[:arguments.limit or None]
-    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
-    finish = batch_finisher(folder, form, file_names(dataset.keys), len(lengths), shard[1])
-    outcomes = recognise_all(system, dataset, plan_batches(lengths, arguments.batch_size, frames), shard, finish)
+    lengths, *limits = batch_limits(arguments, system, dataset)
+    names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
+    finish = batch_finisher(folder, form, names, len(lengths), shard)
+    outcomes = recognise_all(system, dataset, plan_batches(lengths, *limits), shard, finish)
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged if shard[0] == 0 else None) as append:
         try:
@@ -1207,8 +1296,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
         return code
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
     for index, _ in heard if arguments.plot else ():
-        if len((item := dataset[index]).feats):
-            write_pictures(Path(arguments.plot), system, item, arguments.plot_layer)
+        if item := drawable(dataset, index):
+            write_pictures(Path(arguments.plot) / names[index], system, item, arguments.plot_layer)
     lines = report_lines(scores) if scores else []
     if arguments.report:
         write_report(Path(arguments.report), system, dataset, scores, lines)
@@ -1236,7 +1325,7 @@ def start(arguments: argparse.Namespace) -> int:
     system = load_system(arguments.ckpt, arguments.device)
     system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype,
                              segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
-    system = with_search(system, Search(*(getattr(arguments, field) for field in Search._fields)))
+    system = with_search(system, arguments.search)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
@@ -1251,7 +1340,9 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        return benchmark() if arguments.benchmark else start(arguments)
+        if arguments.benchmark:
+            return compare(arguments) if arguments.inputs else benchmark()
+        return start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2

@@ -338,10 +338,8 @@ def boundaries(alpha: Tensor, n: int) -> Tensor:
     """
     check_shape("alpha", alpha, "L")
     L = len(alpha)
-    if n < 2:
-        return torch.tensor([0.0, L][:n + 1], dtype=torch.float64)
     total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
-    return halfway(np.interp(np.arange(n) + 0.5, total * (n / total[-1]), np.arange(L + 1)), L)
+    return halfway(np.interp(np.arange(n) + 0.5, total * (n / max(total[-1], 1e-12)), np.arange(L + 1)), L)
 
 
 def halfway(centre: np.ndarray, L: int) -> Tensor:
@@ -533,8 +531,8 @@ def divisor(token_lens: Tensor, unit: str) -> Tensor:
 
 
 class Hypotheses(NamedTuple):
-    """What free-running decoding found. U is the largest predicted count; tokens and log_probs past an utterance's
-    count are 0. What `alpha` and `attention` are without firing weights or a decoder, Transformer and CTC say."""
+    """What free-running decoding found. tokens and log_probs past an utterance's count are 0. What `alpha` and
+    `attention` are without firing weights or a decoder, Transformer and CTC say."""
 
     tokens: Tensor  # (B,U) int64
     lens: Tensor  # (B,) int64, predicted counts
@@ -542,7 +540,7 @@ class Hypotheses(NamedTuple):
     boundaries: list[Tensor]  # (count+1,) float64 each, feature frames: token u lies in [u, u+1]
     alpha: Tensor  # (B,L) float32, the firing weights as predicted
     timing: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
-    attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer, where asked for
+    attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer that has one, where asked for
 
 
 ENCODERS = {"transformer": Encoder, "conformer": Encoder, "sanm": SanmEncoder,

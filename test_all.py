@@ -567,6 +567,16 @@ def test_alignment_is_minimal_and_spells_both_sides():
         assert (swapped.sub, swapped.ins, swapped.del_) == (counts.sub, counts.del_, counts.ins)
 
 
+def test_errors_are_counted_in_the_memory_of_a_row():
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcd", k=700)) for _ in range(2)]
+    tracemalloc.start()
+    counts = count_errors(*texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert counts.errors > 200 and peak < 200_000  # all rows: 3.9 MB
+
+
 def test_planted_edits_are_counted_as_planted():
     rng = random.Random(0)
     for _ in range(200):
@@ -1912,6 +1922,7 @@ def test_boundaries_lie_half_way_between_the_peaks():
     peaks[[2, 6, 11]] = 0.9  # centres 2.5, 6.5, 11.5
     assert_same(boundaries(peaks, 3), torch.tensor([0.5, 4.5, 9.0, 14.0], dtype=torch.float64), 1e-6)
     assert boundaries(peaks, 1).tolist() == [0, 14] and boundaries(peaks, 0).tolist() == [0]
+    assert boundaries(0 * peaks, 3).isfinite().all()
     for seed, n in itertools.product(range(5), range(2, 9)):
         alpha = normal(seed, 12).sigmoid()
         assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
@@ -3779,23 +3790,24 @@ def test_prefix_search_equals_the_sum_over_all_paths():
 # C66
 def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_distance():
     def emit(counts):
-        assert counts.tolist() == [2, 1, 3, 0, 0, 1]
+        assert counts.tolist() == [2, 1, 3, 0, 0, 1, 1, 0, 2]
         return log_p
 
-    log_p = normal(0, 6, 3, 4).float().log_softmax(-1)
-    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1]]), ints(2, 0)
+    log_p = normal(0, 9, 3, 4).float().log_softmax(-1)
+    alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1], [0.3, 0.3]]), ints(2, 0, 1)
     found = decode.count_search(emit, alpha, counts, 5)
-    for b in range(2):
+    for b in range(3):
         wanted = {}
         for row, n in ((3 * b, int(counts[b])), (3 * b + 1, int(counts[b]) - 1), (3 * b + 2, int(counts[b]) + 1)):
             texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
-                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= 0}
+                     for text in itertools.product(range(4), repeat=max(0, n)) if n >= min(1, counts[b])}
             for text in sorted(texts, key=lambda t: -texts[t])[:5]:
                 wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
         best = sorted(wanted, key=lambda text: -wanted[text])
         assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
         assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
         assert (found.scores[b, len(best):] == -math.inf).all()
+    assert found.lens[2, 0] == 1  # the empty text would win with 0 - 0.3 * 0.6
 
 
 # C66
@@ -3843,6 +3855,21 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name)
         assert scores == sorted(scores, reverse=True) and len(set(texts)) == len(texts) <= 3
         assert not len(x) or texts[0] == result.text == "".join(token.token for token in result.tokens)
     assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
+
+
+# C67
+@pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
+def test_alternatives_are_spelled_as_results_are(upsampling, texts):
+    system = tiny_system()._replace(search=decode.Search(nbest=2))
+    predictor = replace(system.config.model.predictor, upsampling=upsampling)
+    system = system._replace(tokenizer=tokenizer.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
+        system.config, model=replace(system.config.model, predictor=predictor)))
+    tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
+    found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
+    nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, scores), 0)
+    assert decode.read_result(system, found, 0).text == texts[0]
+    assert [(a.text, a.score, a.confidence) for a in nbest] == [
+        (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4)) for text, score in zip(texts, (-0.5, -0.7))]
 
 
 # C67
@@ -3970,12 +3997,16 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
     hostile = spoken(tmp_path / "a <&'b.wav", 1.0)
     short = spoken(tmp_path / "short.wav", 0.001)
-    assert decode.main(["--ckpt", ckpt, hostile, short, "--plot", str(tmp_path / "plots")]) == 0
+    far = tmp_path / "/".join(["x" * 99] * 3) / "a <&'b.wav"
+    far.parent.mkdir(parents=True)
+    shutil.copy(hostile, far)
+    assert decode.main(["--ckpt", ckpt, hostile, short, str(far), "--plot", str(tmp_path / "plots")]) == 0
     files = sorted((tmp_path / "plots").iterdir())
-    assert [f.name.split(".", 1)[1] for f in files] == ["wav.alignment.svg", "wav.cross.svg", "wav.encoder.svg"]
+    assert [f.name for f in files] == [f"a____b{n}.{kind}.svg" for n in ("-2", "") for kind in (
+        "alignment", "cross", "encoder")]
     for file in files:
         title = ElementTree.fromstring(file.read_text()).find("{*}text").text
-        assert hostile[:60] in title
+        assert (str(far) if "-2" in file.name else hostile)[:60] in title
 
 
 # C97
@@ -4003,6 +4034,20 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
 
 
+def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
+    """And is decoded, searched and reported as any other."""
+    system = tiny_system()
+    model = replace(system.config.model, decoder=replace(system.config.model.decoder, num_layers=0))
+    system = system._replace(config=replace(system.config, model=model),
+                             model=build(model, 8, len(system.tokenizer)).eval())
+    ckpt, wav = saved(system, tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 1.0)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}])
+    for flags in ([], ["--nbest=3"]):
+        arguments = [*flags, "--plot", tmp_path / "plots", "--report", tmp_path / "report", "--plot-layer=1"]
+        assert decoded(capsys, "--ckpt", ckpt, manifest, *arguments)[0] == 0
+    assert sorted(f.name for f in (tmp_path / "plots").iterdir()) == ["a.alignment.svg", "a.encoder.svg"]
+
+
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
     system = tiny_system("toy")
     system = system._replace(config=config.from_dict({**config.to_dict(system.config), "data": {
@@ -4015,6 +4060,57 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.rates(train.evaluate(system.model, [batch], system.tokenizer.decode))
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
+
+
+def toy_systems(*names: str) -> list[decode.System]:
+    """Random models for 9 toy utterances of the letters a to h."""
+    options = replace(tiny_system("toy").config.data, toy=config.ToyConfig(num_dev=9, num_symbols=8))
+    systems = map(searching_system, names)
+    return [system._replace(config=replace(system.config, data=options)) for system in systems]
+
+
+# C110
+def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(tmp_path, capsys, monkeypatch):
+    """Planted: all is right, but a transformer leaves out the last token, and boundaries are 3 frames late. The clock
+    moves by what a search costs, and jumps in every third run."""
+    systems, clock, calls = toy_systems("paraformer", "transformer"), [0.0], collections.Counter()
+    costs = {("paraformer", 1): 1.0, ("paraformer", 5): 2.5, ("transformer", 1): 4.0, ("transformer", 10): 12.0}
+    dataset = data.open_dataset(systems[0].config.data, "test", systems[0].tokenizer.encode, 0, systems[0].stats)
+    known = {item.feats.sum().item(): item for item in map(dataset.__getitem__, range(9))}
+
+    def planted(system, feats):
+        name = system.config.model.name, system.search.width
+        calls[name] += 1
+        clock[0] += costs[name] if calls[name] % 3 else 99.0
+        items, lost = [known[x.sum().item()] for x in feats], int(name[0] == "transformer")
+        tokens = [item.tokens[:len(item.tokens) - lost] for item in items]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        edges = [item.boundaries[:len(item.boundaries) - lost] + 3 for item in items]
+        return Hypotheses(padded, ints(*map(len, tokens)), torch.zeros(padded.shape), edges, torch.zeros(9, 4), [], [])
+
+    assert len(known) == 9
+    monkeypatch.setattr(decode, "decode_batch", planted)
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    paths = [saved(system, tmp_path / f"{i}.pt") for i, system in enumerate(systems)]
+    assert decode.main(["--benchmark", *paths, "--batch-size=4", "--batch-seconds=1e6", "--device=cpu"]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    n = sum(len(item.tokens) for item in known.values())
+    assert head.startswith(f"9 utterances of {n / 9:.2f} tokens, batches of 4, cpu, ")
+    right, wrong = ["0.00%", "0.00%", f"{n / 9:.2f}", "1.50"], ["100.00%", f"{900 / n:.2f}%", f"{n / 9 - 1:.2f}", "-"]
+    assert [row.split(maxsplit=6) for row in rows] == [
+        ["3.0", "1.00", *right, f"{paths[0]}, greedy"], ["1.2", "2.50", *right, f"{paths[0]}, beam 5"],
+        ["0.8", "4.00", *wrong, f"{paths[1]}, greedy"], ["0.2", "12.00", *wrong, f"{paths[1]}, beam 10"]]
+
+
+# C110
+def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked_for(tmp_path, capsys):
+    ckpt, wav = saved(tiny_system(), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.7)
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}, {"audio": wav}])
+    assert decode.main(["--benchmark", ckpt, str(manifest), "--nbest=3"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
+    assert decode.main(["--benchmark", ckpt, wav]) == 2
+    assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
 
 
 # ---- decode: report.html ----
