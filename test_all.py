@@ -3857,7 +3857,6 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name)
     assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
 
 
-# C67
 @pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = tiny_system()._replace(search=decode.Search(nbest=2))
