@@ -966,13 +966,15 @@ CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The state that train.py saved, on the CPU, loaded with weights_only; of a directory, its checkpoint.pt.
 
-    Raises ValueError if it is no such file.
+    Raises ValueError if it is no such file, OSError if it cannot be read.
     """
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted a checkpoint, got no such file; train one: python train.py CONFIG") from None
+    except OSError:  # of the disk, not of what stands on it: a resumed run must not take an older checkpoint for that
+        raise
     except Exception as error:  # whatever unpickling or the zip reader raise
         kind = type(error).__name__
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got what torch cannot load ({kind})") from None

@@ -2992,6 +2992,22 @@ def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, 
 
 
 # C85
+def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(finished, tmp_path, monkeypatch, capsys):
+    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    before, real = (run / "checkpoints/latest.pt").read_bytes(), torch.load
+
+    def broken(path, map_location=None, weights_only=None):
+        if pathlib.Path(path).name == "latest.pt":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, map_location=map_location, weights_only=weights_only)
+
+    monkeypatch.setattr(torch, "load", broken)
+    assert train.main(["--resume", str(run)]) == 2
+    assert "Input/output error" in capsys.readouterr().err
+    assert (run / "checkpoints/latest.pt").read_bytes() == before
+
+
+# C85
 @pytest.mark.parametrize("name", ["latest.pt", "next.pt", "metrics.json", "train.log"])
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys, name):
     path, real, writes = tiny_yaml(tmp_path / "tiny.yaml"), data.write_atomic, collections.Counter()
