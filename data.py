@@ -129,11 +129,12 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
     if header.code == 1:
         full_scale = 2.0 ** (31 if header.bits == 24 else header.bits - 1)
         x = (x.astype(np.float64) - (128 if header.bits == 8 else 0)) / full_scale
-    x = x.reshape(-1, header.channels).mean(1, dtype=np.float64)
+    with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
+        x = x.reshape(-1, header.channels).mean(1, dtype=np.float64).astype(np.float32)
     if not np.isfinite(x).all():
         bad = int(np.argmin(np.isfinite(x)))
         raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
-    return torch.from_numpy(x.astype(np.float32))
+    return torch.from_numpy(x)
 
 
 def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:

@@ -692,7 +692,8 @@ def test_a_cut_last_sample_of_a_wav_is_dropped():
     (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
     (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav_bytes(b"ab", 7, 8, 1), "ffmpeg"),
     (wav_bytes(b"ab", 1, 16, 0), "one channel"), (wav_bytes(b"ab", 1, 16, 1, 3), "got 1 at 3 Hz"),
-    (wav_bytes(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2")])
+    (wav_bytes(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2"),
+    (wav_bytes(struct.pack("<dd", 0, 1e39), 3, 64, 1), "inf at sample 1")])
 def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, blob, words):
     monkeypatch.setenv("PATH", str(tmp_path))       # no ffmpeg
     path = tmp_path / "bad.wav"
