@@ -739,11 +739,13 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
 
 
 def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte, stripped; "" for -1."""
+    """The line that starts at this byte, stripped; "" for -1. ValueError if none does, as the file has changed."""
     if start < 0:
         return ""
     with open(path, "rb") as file:
-        file.seek(start)
+        file.seek(max(0, start - 1))
+        if start and file.read(1) != b"\n":
+            raise ValueError(f"{path}: wanted a line at byte {start}, as at the start")
         return file.readline().decode().removeprefix("\ufeff").strip()
 
 
@@ -796,9 +798,11 @@ def scan_kaldi(folder: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
 
 
 def kaldi_row(folder: str, audio_at: int, text_at: int) -> Row:
-    """One row that scan_kaldi has found, read again."""
+    """One row that scan_kaldi has found, read again. ValueError where the files have changed."""
     key, path = (*line_at(f"{folder}/wav.scp", audio_at).split(None, 1), "", "")[:2]
     name, text = (*line_at(f"{folder}/text", text_at).split(None, 1), "", "")[:2]
+    if key and name and key != name:
+        raise ValueError(f"{folder}/text: wanted {key!r} at byte {text_at}, as at the start, got {name!r}")
     return Row(key or name, path and os.path.join(folder, path), text, None)
 
 
@@ -812,8 +816,9 @@ def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
     """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas."""
-    names = [os.fspath(source)] if os.path.exists(source) else os.fspath(source).split(",")
-    return [path for name in map(str.strip, names) for path in sorted(glob.glob(name)) or [name]]
+    names = [os.fspath(source)] if os.path.exists(source) else map(str.strip, os.fspath(source).split(","))
+    return [path for name in names
+            for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
 
 
 class Manifest:
@@ -821,7 +826,7 @@ class Manifest:
 
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one;
     then only `index` is in memory, one array that worker processes share: places and seconds (NaN = not given). So the
-    files have to stay as they are.
+    files have to stay as they are; a row whose line has moved is a ValueError.
     """
 
     PLACE = [("manifest", np.int32), ("audio", np.int64), ("text", np.int64), ("seconds", np.float64)]

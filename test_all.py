@@ -1202,6 +1202,8 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
         with pytest.raises(ValueError, match=words):
             data.Manifest(source)
+    write_manifest(tmp_path / "s-[2].jsonl", [{"audio": "sub/9.wav", "text": "a"}])     # which matches s-2.jsonl
+    assert keys("s-[2].jsonl") == keys("s-[2].jsonl,s-[2].jsonl")[1:] == ["9"]
     write_manifest(tmp_path / "s-2.jsonl", ["{}"])
     with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
         data.Manifest("s-*.jsonl")
@@ -1222,6 +1224,11 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
     data.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
     dataset = data.ManifestDataset(",".join(map(str, paths[:3])), data_options(), letters)
     assert dataset.durations.tolist() == [0, 0.25, 0, 0.5, 0, 0]
+    for path, i in ((paths[0], 1), (paths[2] / "wav.scp", 4), (paths[2] / "text", 3)):
+        for changed in (b"# new\n" + path.read_bytes(), b""):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=f"^{path}: wanted .* at byte .* at the start"):
+                manifest[i]
 
 
 # C94
