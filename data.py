@@ -733,11 +733,6 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
             start += len(raw)
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """As scan_lines, without the bytes."""
-    return ((place, line) for place, _, line in scan_lines(path))
-
-
 def line_at(path: str, start: int) -> str:
     """The line that starts at this byte, stripped; "" for -1. ValueError if none does, as the file has changed."""
     if start < 0:
@@ -876,7 +871,7 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
     if b"\0" in head:       # every recording has some, no text has
         return [Row("stdin", str(copy), "", None)]
-    return [row for place, line in read_lines(copy)
+    return [row for place, _, line in scan_lines(copy)
             for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs([line]))]
 
 
@@ -1161,8 +1156,8 @@ def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
     for rank, index in enumerate(generator(seed, 0, 0).permutation(len(recordings))):
         split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
         audio = recordings[index]
-        lines = read_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
-        yield split, manifest_row(out, audio, " ".join(line for _, line in lines))
+        lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
+        yield split, manifest_row(out, audio, " ".join(line for *_, line in lines))
 
 
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
