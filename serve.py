@@ -675,14 +675,15 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """The body of a POST, of whatever media type, with the options of the query beside those of the body."""
+    """The body of a POST, of whatever media type; on /transcribe the options of the query stand beside its own."""
+    query = head.query if head.path == "/transcribe" else {}
     if media_type(head) == "application/json":
         ask = parse_utterances(body, system, options)
-        return ask._replace(fields={**head.query, **ask.fields})
-    audio, fields = (body, {})
+        return ask._replace(fields={**query, **ask.fields})
+    audio, fields = body, {}
     if media_type(head) == "multipart/form-data":
         audio, fields = parse_form(body, head.headers["content-type"])
-    return Ask([parse_wav(audio, system, options)], {**head.query, **fields})
+    return Ask([parse_wav(audio, system, options)], {**query, **fields})
 
 
 def parse_timeout(value: Any, longest: float) -> float:
@@ -988,9 +989,7 @@ def answer(service: Service, head: Head, body: bytes, started: float, gone: Call
         if head.path != f"/v1/models/{service.model}":
             raise Refusal(404, "not_found", f"the one model here is {service.model}", "model")
         return json_response(model_card(service))
-    if route == "/transcribe":
-        return transcribe_route(service, head, body, started, gone)
-    return openai_route(service, head, body, started, gone)
+    return recognise_route(service, head, body, started, gone)
 
 
 def health(service: Service) -> Response:
@@ -1050,23 +1049,25 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
     return Recognition(decode.join_results(system, [(start, x.result) for start, x in zip(starts, found)]), weights)
 
 
-def count_speech(service: Service, ask: Ask, found: Sequence[Recognition]) -> None:
-    service.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
-    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-
-
-def transcribe_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
-    """POST /transcribe."""
+def recognise_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+    """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
+    form, alignment = None, False
     with service.batcher.preparing():
         ask = read_ask(head, body, service.system, service.options)
-        alignment = parse_flag("alignment", ask.fields.get("alignment"))
+        if head.path == "/transcribe":
+            alignment = parse_flag("alignment", ask.fields.get("alignment"))
+        else:
+            form = parse_openai_form(ask.fields)
         jobs = submit(service, ask, gone)
     found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
-    count_speech(service, ask, found)
+    seconds, note = [utterance.seconds for utterance in ask.utterances], f" batch {jobs[0][0].batch_size}"
+    service.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
+    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+    if form:
+        return openai_response(form, clip(found[0].result, seconds[0]), seconds[0], note)
     total_ms = (time.monotonic() - started) * 1e3
     results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
     shared = {"id": request_id(head), "model": service.model}
-    note = f" batch {jobs[0][0].batch_size}"
     return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
 
 
@@ -1077,25 +1078,13 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
     timing = {"queue_ms": round((min(batches) - queued) * 1e3, 2), "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
     tokens = [token._asdict() for token in clip(found.result, utterance.seconds).tokens]
-    weights = {"step": round(frame_step(service.system), 4), "weights": [round(w, 4) for w in found.weights]}
-    frames = sum(len(feats) for _, feats in utterance.pieces)
-    return {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
-            "frames": frames, "duration": round(utterance.seconds, 3), "timing": timing,
-            **({"alignment": weights} if alignment else {})}
-
-
-def openai_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
-    """POST /v1/audio/transcriptions."""
-    with service.batcher.preparing():
-        audio, fields = parse_form(body, head.headers["content-type"])
-        form = parse_openai_form(fields)
-        ask = Ask([parse_wav(audio, service.system, service.options)], fields)
-        jobs = submit(service, ask, gone)
-    found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
-    count_speech(service, ask, found)
-    seconds = ask.utterances[0].seconds
-    note = f" batch {jobs[0][0].batch_size}"
-    return openai_response(form, clip(found[0].result, seconds), seconds, note)
+    value = {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
+             "frames": sum(len(feats) for _, feats in utterance.pieces), "duration": round(utterance.seconds, 3),
+             "timing": timing}
+    if alignment:
+        weights = [round(weight, 4) for weight in found.weights]
+        value["alignment"] = {"step": round(frame_step(service.system), 4), "weights": weights}
+    return value
 
 
 # ---- metrics and log ----
