@@ -73,10 +73,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.code, self.param, self.headers, self.close = status, code, param, tuple(headers), close
 
-    def response(self) -> "Response":
+    def response(self, beside: dict[str, Any] | None = None) -> "Response":
         kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
-        return json_response({"error": error}, self.status, self.headers)
+        return json_response({**(beside or {}), "error": error}, self.status, self.headers)
 
 
 class Gone(Exception):
@@ -998,10 +998,7 @@ def health(service: Service) -> Response:
     status = {"status": "draining" if busy else "ok", "model": service.model, "feature_dim": system.stats.shape[1],
               "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
               "uptime": round(time.monotonic() - service.started, 3)}
-    if busy:
-        error = json.loads(draining().response().body)
-        return json_response({**status, **error}, 503, draining().headers)
-    return json_response(status)
+    return draining().response(beside=status) if busy else json_response(status)
 
 
 def model_card(service: Service) -> dict:
