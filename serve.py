@@ -475,6 +475,9 @@ class Ask(NamedTuple):
     many: bool = False              # answered by a list
 
 
+INTERRUPTIBLE = MIB // 2    # bytes of a body
+
+
 def interruptible(text: str) -> float:
     return float(text)
 
@@ -484,7 +487,7 @@ def parse_json(body: bytes) -> dict:
 
     Numbers of a large body go through a Python function, so that other threads get their turn while it is parsed.
     """
-    number = float if len(body) < MIB else interruptible
+    number = float if len(body) < INTERRUPTIBLE else interruptible
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
     except UnicodeDecodeError:
@@ -966,6 +969,7 @@ class Service(NamedTuple):
     created: int                # seconds since 1970: of the checkpoint
     started: float              # monotonic
     phases: Callable[[], Sequence[str]]     # of the open connections
+    parsing: threading.Lock     # one body at a time: its parser keeps the interpreter, and so would all others in turn
 
     @property
     def model(self) -> str:
@@ -1049,7 +1053,8 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
 def recognise_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     form, alignment = None, False
-    with service.batcher.preparing():
+    in_turn = service.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
+    with service.batcher.preparing(), in_turn:
         ask = read_ask(head, body, service.system, service.options)
         if head.path == "/transcribe":
             alignment = parse_flag("alignment", ask.fields.get("alignment"))
@@ -1221,7 +1226,8 @@ def make_service(system: System, options: argparse.Namespace, log: Callable[[str
     metrics = Metrics()
     batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
     key = os.environ.get("ASR_API_KEY", "")
-    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple)
+    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple,
+                   threading.Lock())
 
 
 def start(service: Service) -> Server:
