@@ -547,7 +547,8 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
     """{"features": ...} or {"batch": [{"features": ...}, ...]} -> utterances."""
-    fields, dim = parse_json(body), system.stats.shape[1]
+    fields, dim = parse_json(body), system.stats.shape[1]       # not kept: its numbers are objects of 24 bytes
+    others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
 
     def utterance(item: dict, place: str) -> Utterance:
         if "features" not in item:
@@ -557,7 +558,7 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
         return Utterance([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
     if "batch" not in fields:
-        return Ask([utterance(fields, "features")], fields)
+        return Ask([utterance(fields, "features")], others)
     batch, most = fields["batch"], min(MAX_ITEMS, options.max_queue)
     if "features" in fields or not isinstance(batch, list) or not 1 <= len(batch) <= most:
         message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
@@ -565,7 +566,7 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
     for i, item in enumerate(batch):
         if not isinstance(item, dict):
             raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {kind_of(item)}", f"batch[{i}]")
-    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], fields, True)
+    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], others, True)
 
 
 MAGIC = ((b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"OggS", "Ogg"), (b"fLaC", "FLAC"), (b"\x1aE\xdf\xa3", "WebM"),
