@@ -129,11 +129,12 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
     if header.code == 1:
         full_scale = 2.0 ** (31 if header.bits == 24 else header.bits - 1)
         x = (x.astype(np.float64) - (128 if header.bits == 8 else 0)) / full_scale
-    x = x.reshape(-1, header.channels).mean(1, dtype=np.float64)
+    with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
+        x = x.reshape(-1, header.channels).mean(1, dtype=np.float64).astype(np.float32)
     if not np.isfinite(x).all():
         bad = int(np.argmin(np.isfinite(x)))
         raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
-    return torch.from_numpy(x.astype(np.float32))
+    return torch.from_numpy(x)
 
 
 def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
@@ -732,17 +733,14 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
             start += len(raw)
 
 
-def read_lines(path: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """As scan_lines, without the bytes."""
-    return ((place, line) for place, _, line in scan_lines(path))
-
-
 def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte, stripped; "" for -1."""
+    """The line that starts at this byte, stripped; "" for -1. ValueError if none does, as the file has changed."""
     if start < 0:
         return ""
     with open(path, "rb") as file:
-        file.seek(start)
+        file.seek(max(0, start - 1))
+        if start and file.read(1) != b"\n":
+            raise ValueError(f"{path}: wanted a line at byte {start}, as at the start")
         return file.readline().decode().removeprefix("\ufeff").strip()
 
 
@@ -795,9 +793,11 @@ def scan_kaldi(folder: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
 
 
 def kaldi_row(folder: str, audio_at: int, text_at: int) -> Row:
-    """One row that scan_kaldi has found, read again."""
+    """One row that scan_kaldi has found, read again. ValueError where the files have changed."""
     key, path = (*line_at(f"{folder}/wav.scp", audio_at).split(None, 1), "", "")[:2]
     name, text = (*line_at(f"{folder}/text", text_at).split(None, 1), "", "")[:2]
+    if key and name and key != name:
+        raise ValueError(f"{folder}/text: wanted {key!r} at byte {text_at}, as at the start, got {name!r}")
     return Row(key or name, path and os.path.join(folder, path), text, None)
 
 
@@ -811,8 +811,9 @@ def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
     """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas."""
-    names = [os.fspath(source)] if os.path.exists(source) else os.fspath(source).split(",")
-    return [path for name in map(str.strip, names) for path in sorted(glob.glob(name)) or [name]]
+    names = [os.fspath(source)] if os.path.exists(source) else map(str.strip, os.fspath(source).split(","))
+    return [path for name in names
+            for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
 
 
 class Manifest:
@@ -820,7 +821,7 @@ class Manifest:
 
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one;
     then only `index` is in memory, one array that worker processes share: places and seconds (NaN = not given). So the
-    files have to stay as they are.
+    files have to stay as they are; a row whose line has moved is a ValueError.
     """
 
     PLACE = [("manifest", np.int32), ("audio", np.int64), ("text", np.int64), ("seconds", np.float64)]
@@ -870,7 +871,7 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
     if b"\0" in head:       # every recording has some, no text has
         return [Row("stdin", str(copy), "", None)]
-    return [row for place, line in read_lines(copy)
+    return [row for place, _, line in scan_lines(copy)
             for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs([line]))]
 
 
@@ -1155,8 +1156,8 @@ def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
     for rank, index in enumerate(generator(seed, 0, 0).permutation(len(recordings))):
         split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
         audio = recordings[index]
-        lines = read_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
-        yield split, manifest_row(out, audio, " ".join(line for _, line in lines))
+        lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
+        yield split, manifest_row(out, audio, " ".join(line for *_, line in lines))
 
 
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares

@@ -73,10 +73,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.code, self.param, self.headers, self.close = status, code, param, tuple(headers), close
 
-    def response(self) -> "Response":
+    def response(self, beside: dict[str, Any] | None = None) -> "Response":
         kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
-        return json_response({"error": error}, self.status, self.headers)
+        return json_response({**(beside or {}), "error": error}, self.status, self.headers)
 
 
 class Gone(Exception):
@@ -475,6 +475,9 @@ class Ask(NamedTuple):
     many: bool = False              # answered by a list
 
 
+INTERRUPTIBLE = MIB // 2    # bytes of a body
+
+
 def interruptible(text: str) -> float:
     return float(text)
 
@@ -484,7 +487,7 @@ def parse_json(body: bytes) -> dict:
 
     Numbers of a large body go through a Python function, so that other threads get their turn while it is parsed.
     """
-    number = float if len(body) < MIB else interruptible
+    number = float if len(body) < INTERRUPTIBLE else interruptible
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
     except UnicodeDecodeError:
@@ -544,7 +547,8 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
     """{"features": ...} or {"batch": [{"features": ...}, ...]} -> utterances."""
-    fields, dim = parse_json(body), system.stats.shape[1]
+    fields, dim = parse_json(body), system.stats.shape[1]       # not kept: its numbers are objects of 24 bytes
+    others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
 
     def utterance(item: dict, place: str) -> Utterance:
         if "features" not in item:
@@ -554,7 +558,7 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
         return Utterance([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
     if "batch" not in fields:
-        return Ask([utterance(fields, "features")], fields)
+        return Ask([utterance(fields, "features")], others)
     batch, most = fields["batch"], min(MAX_ITEMS, options.max_queue)
     if "features" in fields or not isinstance(batch, list) or not 1 <= len(batch) <= most:
         message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
@@ -562,7 +566,7 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
     for i, item in enumerate(batch):
         if not isinstance(item, dict):
             raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {kind_of(item)}", f"batch[{i}]")
-    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], fields, True)
+    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], others, True)
 
 
 MAGIC = ((b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"OggS", "Ogg"), (b"fLaC", "FLAC"), (b"\x1aE\xdf\xa3", "WebM"),
@@ -675,14 +679,15 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """The body of a POST, of whatever media type, with the options of the query beside those of the body."""
+    """The body of a POST, of whatever media type; on /transcribe the options of the query stand beside its own."""
+    query = head.query if head.path == "/transcribe" else {}
     if media_type(head) == "application/json":
         ask = parse_utterances(body, system, options)
-        return ask._replace(fields={**head.query, **ask.fields})
-    audio, fields = (body, {})
+        return ask._replace(fields={**query, **ask.fields})
+    audio, fields = body, {}
     if media_type(head) == "multipart/form-data":
         audio, fields = parse_form(body, head.headers["content-type"])
-    return Ask([parse_wav(audio, system, options)], {**head.query, **fields})
+    return Ask([parse_wav(audio, system, options)], {**query, **fields})
 
 
 def parse_timeout(value: Any, longest: float) -> float:
@@ -965,6 +970,7 @@ class Service(NamedTuple):
     created: int                # seconds since 1970: of the checkpoint
     started: float              # monotonic
     phases: Callable[[], Sequence[str]]     # of the open connections
+    parsing: threading.Lock     # one body at a time: its parser keeps the interpreter, and so would all others in turn
 
     @property
     def model(self) -> str:
@@ -988,9 +994,7 @@ def answer(service: Service, head: Head, body: bytes, started: float, gone: Call
         if head.path != f"/v1/models/{service.model}":
             raise Refusal(404, "not_found", f"the one model here is {service.model}", "model")
         return json_response(model_card(service))
-    if route == "/transcribe":
-        return transcribe_route(service, head, body, started, gone)
-    return openai_route(service, head, body, started, gone)
+    return recognise_route(service, head, body, started, gone)
 
 
 def health(service: Service) -> Response:
@@ -999,10 +1003,7 @@ def health(service: Service) -> Response:
     status = {"status": "draining" if busy else "ok", "model": service.model, "feature_dim": system.stats.shape[1],
               "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
               "uptime": round(time.monotonic() - service.started, 3)}
-    if busy:
-        error = json.loads(draining().response().body)
-        return json_response({**status, **error}, 503, draining().headers)
-    return json_response(status)
+    return draining().response(beside=status) if busy else json_response(status)
 
 
 def model_card(service: Service) -> dict:
@@ -1050,23 +1051,26 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
     return Recognition(decode.join_results(system, [(start, x.result) for start, x in zip(starts, found)]), weights)
 
 
-def count_speech(service: Service, ask: Ask, found: Sequence[Recognition]) -> None:
-    service.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
-    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-
-
-def transcribe_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
-    """POST /transcribe."""
-    with service.batcher.preparing():
+def recognise_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+    """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
+    form, alignment = None, False
+    in_turn = service.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
+    with service.batcher.preparing(), in_turn:
         ask = read_ask(head, body, service.system, service.options)
-        alignment = parse_flag("alignment", ask.fields.get("alignment"))
+        if head.path == "/transcribe":
+            alignment = parse_flag("alignment", ask.fields.get("alignment"))
+        else:
+            form = parse_openai_form(ask.fields)
         jobs = submit(service, ask, gone)
     found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
-    count_speech(service, ask, found)
+    seconds, note = [utterance.seconds for utterance in ask.utterances], f" batch {jobs[0][0].batch_size}"
+    service.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
+    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+    if form:
+        return openai_response(form, clip(found[0].result, seconds[0]), seconds[0], note)
     total_ms = (time.monotonic() - started) * 1e3
     results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
     shared = {"id": request_id(head), "model": service.model}
-    note = f" batch {jobs[0][0].batch_size}"
     return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
 
 
@@ -1077,25 +1081,13 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
     timing = {"queue_ms": round((min(batches) - queued) * 1e3, 2), "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
     tokens = [token._asdict() for token in clip(found.result, utterance.seconds).tokens]
-    weights = {"step": round(frame_step(service.system), 4), "weights": [round(w, 4) for w in found.weights]}
-    frames = sum(len(feats) for _, feats in utterance.pieces)
-    return {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
-            "frames": frames, "duration": round(utterance.seconds, 3), "timing": timing,
-            **({"alignment": weights} if alignment else {})}
-
-
-def openai_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
-    """POST /v1/audio/transcriptions."""
-    with service.batcher.preparing():
-        audio, fields = parse_form(body, head.headers["content-type"])
-        form = parse_openai_form(fields)
-        ask = Ask([parse_wav(audio, service.system, service.options)], fields)
-        jobs = submit(service, ask, gone)
-    found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
-    count_speech(service, ask, found)
-    seconds = ask.utterances[0].seconds
-    note = f" batch {jobs[0][0].batch_size}"
-    return openai_response(form, clip(found[0].result, seconds), seconds, note)
+    value = {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
+             "frames": sum(len(feats) for _, feats in utterance.pieces), "duration": round(utterance.seconds, 3),
+             "timing": timing}
+    if alignment:
+        weights = [round(weight, 4) for weight in found.weights]
+        value["alignment"] = {"step": round(frame_step(service.system), 4), "weights": weights}
+    return value
 
 
 # ---- metrics and log ----
@@ -1235,7 +1227,8 @@ def make_service(system: System, options: argparse.Namespace, log: Callable[[str
     metrics = Metrics()
     batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
     key = os.environ.get("ASR_API_KEY", "")
-    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple)
+    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple,
+                   threading.Lock())
 
 
 def start(service: Service) -> Server:

@@ -702,7 +702,8 @@ def test_a_cut_last_sample_of_a_wav_is_dropped():
     (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
     (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav_bytes(b"ab", 7, 8, 1), "ffmpeg"),
     (wav_bytes(b"ab", 1, 16, 0), "one channel"), (wav_bytes(b"ab", 1, 16, 1, 3), "got 1 at 3 Hz"),
-    (wav_bytes(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2")])
+    (wav_bytes(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2"),
+    (wav_bytes(struct.pack("<dd", 0, 1e39), 3, 64, 1), "inf at sample 1")])
 def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, blob, words):
     monkeypatch.setenv("PATH", str(tmp_path))       # no ffmpeg
     path = tmp_path / "bad.wav"
@@ -1211,6 +1212,8 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
         with pytest.raises(ValueError, match=words):
             data.Manifest(source)
+    write_manifest(tmp_path / "s-[2].jsonl", [{"audio": "sub/9.wav", "text": "a"}])     # which matches s-2.jsonl
+    assert keys("s-[2].jsonl") == keys("s-[2].jsonl,s-[2].jsonl")[1:] == ["9"]
     write_manifest(tmp_path / "s-2.jsonl", ["{}"])
     with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
         data.Manifest("s-*.jsonl")
@@ -1231,6 +1234,11 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
     data.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
     dataset = data.ManifestDataset(",".join(map(str, paths[:3])), data_options(), letters)
     assert dataset.durations.tolist() == [0, 0.25, 0, 0.5, 0, 0]
+    for path, i in ((paths[0], 1), (paths[2] / "wav.scp", 4), (paths[2] / "text", 3)):
+        for changed in (b"# new\n" + path.read_bytes(), b""):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=f"^{path}: wanted .* at byte .* at the start"):
+                manifest[i]
 
 
 # C94
