@@ -2384,7 +2384,7 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
 def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
     ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
     found = ctc.greedy(feats, feat_lens, need_weights=True)
-    log_p = ctc.log_probs(model.encode(ctc.encoder, feats, feat_lens)[0])
+    log_p = ctc.log_probs(model.encode(ctc.encoder, feats, feat_lens)[0]).detach()
     for i, L in enumerate(((feat_lens + 1) // 2).tolist()):
         path = log_p[i, :L].argmax(-1).tolist()
         runs = [[(t, s) for t, s in run] for _, run in itertools.groupby(enumerate(path), lambda x: x[1])]
