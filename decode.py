@@ -43,10 +43,11 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, build, encode, funasr_names, load_published, load_weights, padding_mask, pick_device,
-                   read_checkpoint)
+from model import (Hypotheses, build, encode, funasr_names, in_feature_frames, load_published, load_weights, padding_mask,
+                   pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
-                       count_errors, format_alignment, normalise_text, spell_words, token_accuracy, word_errors)
+                       count_errors, format_alignment, normalise_text, spell_words, spoken_places, token_accuracy,
+                       word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 SEGMENT_SEC = 1.0, 20.0  # of the segments that long recordings are cut into, at least and at most
@@ -450,11 +451,6 @@ def join_words(words: Sequence[Word]) -> str:
     return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
 
 
-def spoken_places(ids: Sequence[int]) -> list[int]:
-    """Where the ids are tokens of a result: blank, start and end are none."""
-    return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
-
-
 def words_apart(system: System) -> bool:
     """Whether a space stands between all words: with a timing head, FunASR writes ideographs apart too."""
     unit = system.tokenizer.unit
@@ -813,9 +809,8 @@ def scene(system: System, item: data.Utterance,
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
     s = system.config.model.encoder.subsampling
-    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
-    frames = start, start + found.alpha.shape[1] * s * frame_sec
-    return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, frames
+    first, last = (in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), s) * frame_sec).tolist()
+    return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, (first, last)
 
 
 def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:

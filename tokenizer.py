@@ -25,6 +25,11 @@ SPECIALS = ("<blank>", "<sos>", "<eos>", "<unk>")  # index = id
 UNITS = ("char", "word")
 
 
+def spoken_places(ids: Sequence[int]) -> list[int]:
+    """Where the ids are tokens of a text: blank, start and end are none."""
+    return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+
+
 # ---- text ----
 
 def normalise_text(text: str) -> str:
@@ -88,7 +93,7 @@ class Tokenizer:
         if outside:
             raise ValueError(f"Tokenizer.decode: ids must be in 0..{len(self) - 1}, got {outside[0]}")
         joint = "" if self.unit == "char" else " "
-        return joint.join(self.symbols[i] for i in ids if i not in (BLANK, SOS, EOS))
+        return joint.join(self.symbols[ids[u]] for u in spoken_places(ids))
 
     def state(self) -> dict:
         """{"unit": str, "symbols": list of str}: plain containers, for JSON and for torch.load(weights_only=True)."""
@@ -208,7 +213,7 @@ class PieceTokenizer:
         outside = [int(i) for i in ids if not 0 <= i < len(self)]
         if outside:
             raise ValueError(f"PieceTokenizer.decode: ids must be in 0..{len(self) - 1}, got {outside[0]}")
-        return join_words(spell_words([self.symbols[i] for i in ids if i not in (BLANK, SOS, EOS)]))
+        return join_words(spell_words([self.symbols[ids[u]] for u in spoken_places(ids)]))
 
     def state(self) -> dict:
         """Plain containers, as Tokenizer.state."""

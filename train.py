@@ -56,9 +56,10 @@ from torch.utils.checkpoint import checkpoint
 import config as configs
 import data
 from attention import SVG_STYLE, alignment_svg, attention_svg
-from model import CHECKPOINT_FORMAT, Paraformer, build, load_published, load_weights, pick_device, read_checkpoint
-from tokenizer import (BLANK, EOS, SOS, Counts, PieceTokenizer, Tokenizer, char_errors, count_errors,
-                       token_accuracy, word_errors)
+from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
+                   read_checkpoint)
+from tokenizer import (Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy,
+                       word_errors)
 
 # ---- decisions ----
 
@@ -321,7 +322,8 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
         found = model.greedy(*inputs(batch, model)[:2])
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
-            hyp = [id for id in found.tokens[i, :found.lens[i]].tolist() if id not in (BLANK, SOS, EOS)]
+            ids = found.tokens[i, :found.lens[i]].tolist()
+            hyp = [ids[u] for u in spoken_places(ids)]
             token_counts += count_errors(ref, hyp)
             char_counts += char_errors(text, decode(hyp))
             word_counts += word_errors(text, decode(hyp))
@@ -852,10 +854,10 @@ def draw(system: System, item: data.Utterance) -> dict[str, str]:
     model.train()
     frame_sec, s = data.frame_sec(system.config.data), system.config.model.encoder.subsampling
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
-    rows = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+    rows = spoken_places(ids)
     tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    start = -(s - 1) / 2 * frame_sec  # encoder frame l is centred on feature frame s * l
-    rest = tokens, len(item.feats) * frame_sec, (start, start + found.alpha.shape[1] * s * frame_sec)
+    first, last = (in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), s) * frame_sec).tolist()
+    rest = tokens, len(item.feats) * frame_sec, (first, last)
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
     pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), *rest, truth)}
