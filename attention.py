@@ -382,6 +382,18 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), (keys, values), weights
 
 
+def over_time(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+    """convolution over the steps of x (B,T,C) -> (B,T',D), where a Conv1d would have x copied to (B,C,T): as a matrix
+    product with windows of x or, of one channel to one, as an image with its channels last."""
+    (width,), (step,), (pad,) = convolution.kernel_size, convolution.stride, convolution.padding
+    if convolution.groups == 1:
+        windows = F.pad(x, (0, 0, pad, pad)).unfold(1, width, step).flatten(2)  # (B,T,C) -> (B,T',C*width)
+        return F.linear(windows, convolution.weight.flatten(1), convolution.bias)
+    y = F.conv2d(x.transpose(1, 2)[:, :, None], convolution.weight[:, :, None], convolution.bias, (1, step), (0, pad),
+                 groups=convolution.groups)
+    return y[:, :, 0].transpose(1, 2)
+
+
 class ConvolutionModule(nn.Module):
     """Pointwise, gated, depthwise over `kernel_size` steps, pointwise: the local half of a Conformer block.
 
@@ -402,8 +414,8 @@ class ConvolutionModule(nn.Module):
         check_shape("x", x, "B", "T", self.gate.in_features)
         if mask is not None:
             check_shape("mask", mask, x.shape[0], 1, x.shape[1])
-        x = F.glu(self.gate(x), dim=-1).transpose(1, 2)  # (B,D,T)
-        x = self.depthwise(x if mask is None else x * mask).transpose(1, 2)  # (B,T,D)
+        x = F.glu(self.gate(x), dim=-1)
+        x = over_time(self.depthwise, x if mask is None else x * mask.transpose(1, 2))
         return self.out(F.silu(self.norm(x)))
 
 

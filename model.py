@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
-                       halved_sinusoids, near_mask, padding_mask, relative_codes, sinusoids)
+                       halved_sinusoids, near_mask, over_time, padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -72,7 +72,7 @@ class Subsampling(nn.Module):
         check_shape("lens", lens, x.shape[0])
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
-            x = F.gelu(convolution(x.transpose(1, 2)).transpose(1, 2))
+            x = F.gelu(over_time(convolution, x))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
 
@@ -211,8 +211,7 @@ class Predictor(nn.Module):
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
-            x = (x * mask[:, :, None]).transpose(1, 2)  # (B,D,L)
-            x = self.dropout(F.relu(convolution(x).transpose(1, 2)))
+            x = self.dropout(F.relu(over_time(convolution, x * mask[:, :, None])))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
 
 
