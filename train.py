@@ -9,22 +9,20 @@ Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
     python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
     python train.py CONFIG --benchmark      the loop against a plain one, and what loading and checkpoints cost
 
+    torchrun --nproc_per_node=2 train.py CONFIG     the same run in two processes (gloo on CPUs, nccl on GPUs)
+
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
 checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every file is replaced whole but train.log,
 which grows, and which --resume cuts back to where its checkpoint stands.
 All randomness comes from training.seed and the number of the step, epoch or utterance, so there is no generator's state
 to keep, and on a CPU a resumed run repeats the uninterrupted one bit for bit.
-
-    torchrun --nproc_per_node=2 train.py CONFIG     the same run in two processes (gloo on CPUs, nccl on GPUs)
-
 training.batch_size and batch_frames are those of one optimizer step, whatever works on it: its utterances are dealt
 out to the processes, and by each to training.accumulate parts. So the number of either changes nothing but rounding,
 dropout and BatchNorm, and a run may be resumed with another number of processes.
-Source of the recipe: AdamW (Loshchilov & Hutter 2019), warm-up and cosine decay.
 """
 import argparse
 import contextlib
-import csv
+import copy
 import errno
 import functools
 import io
@@ -50,12 +48,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import config as configs
 import data
-from attention import SVG_STYLE, alignment_svg, attention_svg
+from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
 from tokenizer import (Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy,
@@ -103,16 +100,10 @@ def stop_reason(history: Sequence[dict], options) -> str:
     return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay on matrices only: biases, norms and other vectors are left alone."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-
-
-def moving_average(decay: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Exponential moving average of the weights over 1 / (1 - decay) steps; while young, over half of its steps."""
-    return lambda averaged, current, n: averaged.lerp(current, 1 - min(decay, (int(n) + 1) / (int(n) + 10)))
+def newest_share(step: int, decay: float) -> float:
+    """What the weights behind step 0, 1, ... are of their moving average over 1 / (1 - decay) steps, or fewer while it
+    is young."""
+    return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -206,6 +197,41 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 # ---- one optimizer step ----
 
 
+class AdamW:
+    """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
+
+    It calls the kernel that torch's calls, whose class imports torch._dynamo, which takes 1.6 s. A parameter without
+    gradient is left alone, but all share one count of steps.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.groups = ((weight_decay, [p for p in parameters if p.dim() > 1]),
+                       (0.0, [p for p in parameters if p.dim() < 2]))
+        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, group in self.groups for p in group}
+        self.steps = torch.zeros((), device=parameters[0].device)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        self.steps += 1
+        for decay, group in self.groups:
+            if rows := [(p, p.grad, *self.moments[p]) for p in group if p.grad is not None]:
+                torch._fused_adamw_(*map(list, zip(*rows)), [], [self.steps] * len(rows), lr=rate, beta1=0.9,
+                                    beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
+
+    def state_dict(self) -> dict:
+        """As that of torch's class, which load_state_dict takes too."""
+        return {"state": {i: {"step": self.steps, "exp_avg": first, "exp_avg_sq": second}
+                          for i, (first, second) in enumerate(self.moments.values())}}
+
+    def load_state_dict(self, state: dict) -> None:
+        moments = list(self.moments.values())
+        for i, given in state["state"].items():
+            self.steps.copy_(given["step"])
+            moments[i][0].copy_(given["exp_avg"])
+            moments[i][1].copy_(given["exp_avg_sq"])
+
+
 class Step(NamedTuple):
     sums: dict[str, float]  # loss components, summed over tokens; none of a skipped step, or it would hide the rest
     tokens: int
@@ -258,13 +284,15 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
     return {name: x.item() for name, x in sums.items()}
 
 
-def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> tuple[dict[str, float], float, int]:
-    """add_gradients in options.accumulate parts, in twice as many as long as memory does not suffice -> losses, tokens,
-    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
+def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int,
+                  undo: Callable[[], None]) -> tuple[dict[str, float], float, int]:
+    """add_gradients in options.accumulate parts, and after undo() in twice as many as long as memory does not suffice
+    -> losses, tokens, parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit
+    alone (0 parts).
     """
     parts = options.accumulate
     while True:
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         try:
             sums = add_gradients(model, batch, options, number, parts)
             tokens = sums.pop("tokens", 0.0)
@@ -272,14 +300,15 @@ def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> 
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
+        undo()
         torch.cuda.empty_cache()
         if parts >= len(batch.keys):
             return {}, math.nan, 0
         parts *= 2
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.Batch, rate: float, options,
+def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options,
                number: int = 0, ranks: Ranks = ALONE) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
@@ -287,22 +316,23 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: data.B
     A loss or gradient that is not finite, or an utterance for which memory does not suffice, in any rank, updates
     nothing.
     """
-    before = [buffer.clone() for buffer in batch_statistics(model)]
+    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]  # a forward pass changes them
+
+    def undo() -> None:
+        for buffer, before in statistics:
+            buffer.copy_(before)
     torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
-    sums, own_tokens, parts = fit_gradients(model, batch, options, number)
+    sums, own_tokens, parts = fit_gradients(model, batch, options, number, undo)
     tokens = share_gradients(model, own_tokens, ranks)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.div_(max(1.0, tokens))
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm).item()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
     finite = math.isfinite(tokens) and math.isfinite(grad_norm)
     if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    else:  # a BatchNorm has taken the batch into its statistics already
-        for buffer, old in zip(batch_statistics(model), before):
-            buffer.copy_(old)
+        clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
+        torch._foreach_mul_(gradients, clip / max(1.0, tokens))
+        optimizer.step(rate)
+    else:
+        undo()
     return Step(sums, int(own_tokens), grad_norm, True, parts) if finite else Step({}, 0, 0.0, False, parts)
 
 
@@ -314,7 +344,7 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
     """
     token_counts = char_counts = word_counts = Counts()
     right = same_length = total = skipped = 0
-    model.eval()
+    model.eval()  # train_epoch sets it back
     for batch in batches:
         skipped += len(batch.skipped)
         if not batch.keys:
@@ -328,7 +358,6 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             char_counts += char_errors(text, decode(hyp))
             word_counts += word_errors(text, decode(hyp))
             right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
-    model.train()
     return {"tokens": token_counts, "chars": char_counts, "words": word_counts, "right": right,
             "same_length": same_length, "total": total, "skipped": skipped}
 
@@ -356,17 +385,18 @@ def save_checkpoint(path: Path, state: dict) -> None:
     data.write_atomic(path, buffer.getbuffer())
 
 
+def column_names(history: Sequence[dict]) -> list[str]:
+    return list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
+
+
 def write_reports(run: Path, history: Sequence[dict]) -> None:
     """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
     known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
     rows = [{name: known(value) for name, value in row.items()} for row in history]
-    table = io.StringIO()
-    names = list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
-    writer = csv.DictWriter(table, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
+    names = column_names(history)
+    table = [names, *([str(row.get(name, "")) for name in names] for row in history)]
     data.write_atomic(run / "metrics.json", json.dumps(rows, indent=1) + "\n")
-    data.write_atomic(run / "results.csv", table.getvalue())
+    data.write_atomic(run / "results.csv", "".join(",".join(cells) + "\n" for cells in table))
     data.write_atomic(run / "curves.svg", curves_svg(history))
 
 
@@ -395,25 +425,19 @@ class Run(NamedTuple):
     ranks: Ranks = ALONE
 
 
-def say(run: Run, line: str) -> None:
-    """Print a line, over the progress line on a terminal, and append it to train.log; rank 0 only."""
-    if run.ranks.rank:
-        return
-    print(("\r\x1b[K" if sys.stdout.isatty() else "") + line, flush=True)
-    with open(run.folder / "train.log", "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+def show(line: str, end: str = "\n") -> None:
+    """Print a line over the progress line, which ends with nothing on a terminal."""
+    print("\r\x1b[K" + line if sys.stdout.isatty() else line, end=end if sys.stdout.isatty() else "\n", flush=True)
 
 
-def note(run: Run, line: str) -> None:
-    """say what befell this rank's share; ranks other than 0 print it."""
-    if run.ranks.rank:
-        print(f"rank {run.ranks.rank}: {line}", flush=True)
-    say(run, line)
-
-
-def show_progress(line: str) -> None:
-    """Redraw the progress line on a terminal; elsewhere print it plainly."""
-    print(f"\r\x1b[K{line}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+def say(run: Run, line: str, own: bool = False) -> None:
+    """Print a line and append it to train.log; rank 0 only. own: of this rank's share, other ranks print it too."""
+    if run.ranks.rank == 0:
+        show(line)
+        with open(run.folder / "train.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    elif own:
+        show(f"rank {run.ranks.rank}: {line}")
 
 
 # ---- curves.svg ----
@@ -421,45 +445,40 @@ def show_progress(line: str) -> None:
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
 
 
-def panel_svg(title: str, series: dict[str, list[float]], top: int, log_scale: bool) -> str:
-    """One diagram of 720 x 260 pixels from y = top on: a line per series over the epochs, its name and last value."""
-    left, width, height = 60, 460, 200
+def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> Iterator[str]:
+    """A line for each series over the panel, whose `seconds` are epochs, and beside it its name and last value."""
     lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
                     if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
     levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
     low, high = min(levels, default=0.0), max(levels, default=0.0)
     low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
-    last = max(1, *(len(values) - 1 for values in series.values()))
-    x = lambda i: f"{left + width * i / last:.1f}"
-    y = lambda v: f"{top + 30 + height * (high - v) / (high - low):.1f}"
-    parts = [f'<text x="{left}" y="{top + 16}" class="title">{title}</text>']
-    parts += [f'<path class="grid" d="M{left} {y(v)}h{width}"/><text x="{left - 6}" y="{y(v)}" dy="4" '
-              f'text-anchor="end">{10 ** v if log_scale else v:.2g}</text>' for v in np.linspace(low, high, 5)]
-    parts += [f'<text x="{x(i)}" y="{top + 46 + height}" text-anchor="middle">{i + 1}</text>'
-              for i in sorted({0, last // 2, last})]
+    y = lambda v: panel.top + panel.height * (high - v) / (high - low)
+    for v in np.linspace(low, high, 5):
+        yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
+        yield label_svg(panel.left - 6, y(v) + 4, f"{10 ** v if log_scale else v:.2g}", "end")
+    for i in sorted({0, int(panel.seconds) // 2, int(panel.seconds)}):
+        yield label_svg(panel.x(i), panel.top + panel.height + 16, str(i + 1))
     for n, (name, line) in enumerate(lines.items()):
-        points = "L".join(f"{x(i)} {y(v)}" for i, v in line) or "0 0"
+        points = "L".join(f"{panel.x(i):.1f} {y(v):.1f}" for i, v in line) or "0 0"
         pen, dot = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"', "h0.1" if len(line) == 1 else ""
-        parts.append(f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/>'
-                     f'<path {pen} d="M{left + width + 14} {top + 38 + 20 * n}h16"/>'
-                     f'<text x="{left + width + 36}" y="{top + 42 + 20 * n}">{name} {series[name][-1]:.4g}</text>')
-    return "".join(parts)
+        right, down = panel.left + panel.width, panel.top + 8 + 20 * n
+        yield f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/><path {pen} d="M{right + 14} {down}h16"/>'
+        yield label_svg(right + 36, down + 4, f"{name} {series[name][-1]:.4g}", "start")
 
 
 def curves_svg(history: Sequence[dict]) -> str:
     """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
-    names = list(dict.fromkeys(n for row in history for n in row))
-    losses, rates = [n for n in names if n.startswith("loss")], [n for n in names if n.endswith("accuracy")]
-    pick = lambda keys: {key: [row.get(key, math.nan) for row in history] for key in keys}
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 540" width="720" height="540"><style>{SVG_STYLE}'
-            f'</style>{panel_svg("training loss by epoch", pick(losses), 0, True)}'
-            f'{panel_svg("accuracy on dev by epoch", pick(rates), 270, False)}</svg>\n')
+    names, body = column_names(history), []
+    for top, part, log_scale in ((40, "loss", True), (290, "accuracy", False)):
+        series = {name: [row.get(name, math.nan) for row in history] for name in names if part in name}
+        body += panel_svg(Panel(LEFT, top, 460, 200, max(1, len(history) - 1)), series, log_scale)
+    return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)
 
 
 # ---- the system that is trained ----
 
-RESUME_KEYS = ("trained", "averaged", "optimizer", "progress", "history", "log_bytes", "utterances")
-STATS_UTTERANCES = 2000  # the normalisation is measured on so many utterances at most, spread over the training set
+RESUME_KEYS = ("trained", "optimizer", "progress", "history", "log_bytes", "utterances")
+STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
 class System(NamedTuple):
@@ -467,8 +486,8 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
-    average: AveragedModel | None  # moving average of the weights
-    optimizer: torch.optim.Optimizer
+    average: nn.Module | None  # the model with the moving average of the weights
+    optimizer: AdamW
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
 
@@ -479,7 +498,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def evaluated(system: System) -> nn.Module:
     """The model that is evaluated, and decoded with after the run."""
-    return system.model if system.average is None else system.average.module
+    return system.model if system.average is None else system.average
 
 
 class Progress(NamedTuple):
@@ -579,15 +598,12 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
-    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), betas=(0.9, 0.98), fused=True)
-    average = None
-    if training.average_decay:
-        average = AveragedModel(model, avg_fn=moving_average(training.average_decay))
+    optimizer = AdamW(model, training.weight_decay)
+    average = copy.deepcopy(model) if training.average_decay else None
     if state is not None:
         load_weights(model, state["trained"], place)
         if average is not None:
-            average.module.load_state_dict(state["model"])
-            average.n_averaged.fill_(state["averaged"])
+            load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
@@ -602,7 +618,6 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
     return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
             "tokenizer": system.tokenizer.state(), "stats": system.stats,
             "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
-            "averaged": int(system.average.n_averaged) if system.average else 0,
             "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
             "log_bytes": log_bytes, "utterances": len(system.train_set)}
 
@@ -756,14 +771,15 @@ def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int)
         if deaths == MAX_DEATHS:
             raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
                           "little memory? data.num_workers=0 loads without one")
-        note(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}")
+        say(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}",
+            own=True)
 
 
 def named(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
     """The same batches; every recording that they had to skip is named in the log."""
     for batch in batches:
         for skip in batch.skipped:
-            note(run, f"skipped {skip.key}: {skip.reason}")
+            say(run, f"skipped {skip.key}: {skip.reason}", own=True)
         yield batch
 
 
@@ -782,9 +798,11 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     rate = learning_rate(number, total_steps, training)
     step = train_step(system.model, system.optimizer, batch, rate, training, number, run.ranks)
     if system.average is not None and step.finite:
-        system.average.update_parameters(system.model)
+        share = newest_share(number, training.average_decay)
+        for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
+            own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
     if problem := trouble(step, training.accumulate):
-        note(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}")
+        say(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}", own=True)
     return step
 
 
@@ -794,6 +812,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
     training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
     first, epoch, began = progress.batch, progress.epoch, time.monotonic()
     shown = saved = started = began
+    system.model.train()
     load = lambda start: data.loader(system.train_set, batches, epoch, system.config.data.num_workers, start)
     for batch in named(run, reloading(run, load, first)):
         wait = time.monotonic() - started
@@ -817,10 +836,10 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         started = time.monotonic()
         if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
-            show_progress(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
-                          f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
-                          f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
-                          f"left {clock(max(0, total_steps - progress.step) / speed)}")
+            show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
+                 f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
+                 f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
+                 f"left {clock(max(0, total_steps - progress.step) / speed)}", end="")
     return progress
 
 
@@ -851,7 +870,6 @@ def draw(system: System, item: data.Utterance) -> dict[str, str]:
     model = evaluated(system).eval()
     like = next(model.parameters())
     found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
-    model.train()
     frame_sec, s = data.frame_sec(system.config.data), system.config.model.encoder.subsampling
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
     rows = spoken_places(ids)
@@ -902,19 +920,16 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
         if run.ranks.rank == 0:
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
-                write_pictures(run.folder, system, progress.epoch)
+                try:
+                    write_pictures(run.folder, system, progress.epoch)
+                except Exception as error:  # they decorate: whatever they raise, the run goes on
+                    say(run, f"no pictures of epoch {progress.epoch}: {error}")
         save(run, system, progress, history)
     say(run, reason)
     return history
 
 
 # ---- starting and going on ----
-
-
-def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of several models' weights; what is no float, such as a counter, is the first one's."""
-    return {name: torch.stack([m[name].double() for m in models]).mean(0).to(first.dtype) if first.is_floating_point()
-            else first for name, first in models[0].items()}
 
 
 def average_epochs(folder: Path, count: int) -> str:
@@ -925,7 +940,8 @@ def average_epochs(folder: Path, count: int) -> str:
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
     path, state, config = last_checkpoint(folder)
-    mean = mean_weights([each["model"] for each in best])
+    mean = {name: torch.stack([each["model"][name].double() for each in best]).mean(0).to(first.dtype)
+            for name, first in best[0]["model"].items()}
     system = make_system(config, {**state, "model": mean, "trained": mean}, str(path))
     row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
@@ -1041,7 +1057,8 @@ def describe(config: configs.Config) -> Iterator[str]:
 class PlainModel(nn.Module):
     """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters.
 
-    Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it; CIF and CTC are left out.
+    Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it. It does less than ours: no
+    convolution, CIF or CTC, and frames are dropped to subsample.
     """
 
     def __init__(self, system: System):
@@ -1069,22 +1086,22 @@ class PlainModel(nn.Module):
         return F.cross_entropy(decode(guess)[real], tokens[real])
 
 
-def speeds(system: System, num_batches: int = 20, rounds: int = 4) -> tuple[float, float]:
-    """Steps a second of ours and of the plain loop on the same batches, in turns, best round."""
+def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
+    """Steps a second of ours and of the plain loop, (2,): batch by batch in turns, each at its best of all rounds."""
     batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
     plain = PlainModel(system)
     optimizer = torch.optim.AdamW(plain.parameters())
 
-    def plain_steps() -> None:  # the loop that everybody writes first
-        for batch in batches:
-            loss = plain(*inputs(batch, plain))
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-            optimizer.step()
-            loss.item()
-    times = [(seconds_of(lambda: take_steps(system, batches, 1e-4)), seconds_of(plain_steps)) for _ in range(rounds)]
-    return tuple(len(batches) / min(column) for column in zip(*times))
+    def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
+        loss = plain(*inputs(batch, plain))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+    ways = lambda batch: take_steps(system, [batch], 1e-4), plain_step
+    seconds = [[[seconds_of(lambda: way(batch)) for way in ways] for batch in batches] for _ in range(rounds)]
+    return len(batches) / np.min(seconds, 0).sum(0)
 
 
 def first_step_sec(path: str, runs: str) -> float:
