@@ -2876,7 +2876,7 @@ def whole_run(zygote, tmp_path_factory):
     return argv, run_of(folder / "runs"), time.monotonic() - began
 
 
-# C83
+# C83 C111
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
 def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupted_one(kills, zygote, whole_run,
                                                                                        tmp_path):
