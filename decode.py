@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1026,7 +1027,7 @@ def export(system: System, path: str) -> str:
         except ValueError as error:
             place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    state = {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
     with replacing(place) as file:
         torch.save(state, file)

@@ -35,7 +35,7 @@ import unicodedata
 import wave
 import xml.etree.ElementTree as ElementTree
 import zlib
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,9 +258,8 @@ def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
     rng = random.Random(0)
     for _ in range(100):
         drawn = random_config(rng, config.Config())
-        text, values = config.dump(drawn), config.to_dict(drawn)
-        assert config.from_dict(config.parse_yaml(text), "x") == config.from_dict(values, "x") == drawn
-        assert repr(config.parse_yaml(text)) == repr(values)
+        for values in (asdict(drawn), config.parse_yaml(config.dump(drawn))):
+            assert repr(config.from_dict(values, "x")) == repr(drawn)
 
 
 def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
@@ -269,7 +268,7 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     path = written(tmp_path, config.dump(odd))
     assert config.load(path) == odd
     yaml = pytest.importorskip("yaml")
-    assert yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) == config.to_dict(odd)
+    assert config.from_dict(yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")), "x") == odd
 
 
 # C27
@@ -339,11 +338,9 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_layers=-1": "model.encoder.num_layers: wanted 0 or more, got -1",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
     "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
-                                     "got 'conformr' "
-                                     "(did you mean 'conformer'?)",
+                                     "got 'conformr'",
     "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
-    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
-                               "(did you mean 'cosine'?)",
+    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos'",
     "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
     "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
     "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
@@ -363,8 +360,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
 def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
     path = written(tmp_path, f"model:\n  name: {name}\n")
-    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: has no effect with name {name}, wanted its "
-                                         f"default {default}, got"):
+    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: wanted its default {default}, as name {name} has "
+                                         "no use for it, got"):
         config.load(path, [f"--model.{override}"])
     assert config.load(path).model.name == name
     for used in {"transformer": ("decoder.num_heads=2", "ctc_weight=0.5"), "ctc": ("encoder.num_heads=2",)}[name]:
@@ -394,15 +391,15 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
     (["--model.encoder.position=learnable"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2004 for data.toy.max_symbols x "
-     "max_frames; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.toy.max_symbols x max_frames is 2004 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 3000 for data.max_sec 30.0 at "
-     "speed 1.0; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 1.0 is 3000 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.8]", "--data.lfr_n=2"], ""),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.7]", "--data.lfr_n=2"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2143 for data.max_sec 30.0 at "
-     "speed 0.7; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 0.7 is 2143 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
     ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], "")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
@@ -3351,7 +3348,7 @@ def tiny_system(kind: str = "manifest") -> decode.System:
 
 
 def saved(system: decode.System, path: pathlib.Path) -> str:
-    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
                 "model": system.model.state_dict()}, path)
     return str(path)
 
@@ -4078,8 +4075,8 @@ def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, cap
 
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
     system = tiny_system("toy")
-    system = system._replace(config=config.from_dict({**config.to_dict(system.config), "data": {
-        **config.to_dict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
+    system = system._replace(config=config.from_dict({**asdict(system.config), "data": {
+        **asdict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
     ckpt = saved(system, tmp_path / "tiny.pt")
     assert decode.main(["--ckpt", ckpt, "--batch-size", "2"]) == 0
     out, err = capsys.readouterr()
@@ -5577,7 +5574,7 @@ def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
 def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
     """A process of its own, with a stuck client and nobody who reads its log."""
     system = serving_system()
-    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
                 "model": system.model.state_dict()}, tmp_path / "best.pt")
     command = [sys.executable, serve.__file__, "--ckpt", str(tmp_path / "best.pt"), "--port", "0", "--drain-timeout",
                "6"]
