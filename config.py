@@ -293,8 +293,8 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         if data.kind == "toy":
             frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
         steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
-        yield ("model.encoder.position", steps <= LEARNED_POSITIONS, f"sinusoidal, or more subsampling, as {longest} is "
-               f"{steps:.0f} encoder frames and the learnable table ends at {LEARNED_POSITIONS}")
+        yield ("model.encoder.position", steps <= LEARNED_POSITIONS, "sinusoidal, or more subsampling, as "
+               f"{longest} is {steps:.0f} encoder frames and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def check(config: Config, place: str = "config") -> None:

@@ -484,7 +484,7 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
 
 # C6
 def test_planted_ids_counts_and_specials():
-    char = Tokenizer.build(["Ba b", "c b"], min_count=2)
+    char = Tokenizer.build(["B b", "b B"])
     assert char.state() == {"unit": "char", "symbols": ["<blank>", "<sos>", "<eos>", "<unk>", " ", "b"]}
     assert (BLANK, SOS, EOS, UNK, len(char)) == (0, 1, 2, 3, 6)
     assert char.encode("B x") == [5, 4, 3] and char.decode([1, 5, 4, 3, 0, 2]) == "b <unk>"
@@ -499,7 +499,7 @@ def test_planted_ids_counts_and_specials():
 @pytest.mark.parametrize("text, message", [
     ("{oops", "got no JSON"), (b"\xff\xfe", "got no JSON"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
     ({"unit": "char"}, "wanted {'unit'"), ({"unit": "char", "symbols": "abc"}, "wanted {'unit'"),
-    ({"unit": "bpe", "symbols": [*SPECIALS]}, "must be one of .'char', 'word'., got 'bpe'"),
+    ({"unit": "bpe", "symbols": [*SPECIALS]}, "must be char or word, got 'bpe'"),
     ({"unit": "char", "symbols": ["<blank>", "a"]}, "must begin with .*'<unk>'.*got .'<blank>', 'a'"),
     ({"unit": "char", "symbols": [*SPECIALS, "a", "b", "a"]}, r"symbols\[6\] repeats symbols\[4\], 'a'"),
     ({"unit": "word", "symbols": [*SPECIALS, "<eos>"]}, r"symbols\[4\] repeats symbols\[2\], '<eos>'"),
@@ -4348,7 +4348,7 @@ def test_sentences_and_their_times_equal_funasr():
     """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
     for case in unit_cases("text"):
         words = tokenizer.spell_words(case["tokens"], case["ts_in"], lossless=False)
-        assert tokenizer.join_words(words) == case["text"]
+        assert tokenizer.write_sentence(words) == case["text"]
         assert " ".join(word.text for word in words) == case["text_ts"]
         assert [[word.start, word.end] for word in words if word.start is not None] == case["ts_out"]
 
@@ -4359,7 +4359,7 @@ def test_lossless_sentences_keep_every_character_and_equal_funasr_where_it_does(
     for case in unit_cases("text"):
         symbols = [symbol for symbol in case["tokens"] if symbol not in tokenizer.UNSPOKEN]
         plain = lambda text: text.replace(" ", "").lower()
-        ours = tokenizer.join_words(tokenizer.spell_words(symbols))
+        ours = tokenizer.write_sentence(tokenizer.spell_words(symbols))
         assert plain(ours) == plain("".join(symbols).replace("@@", ""))
         cut = any("@@" in a and not b[:1].isascii() or "@@" in a and b[:1] in "0123456789%" or b == ""
                   for a, b in zip(symbols, symbols[1:] + [""]) if "@@" in a)
