@@ -66,7 +66,7 @@ class WavHeader(NamedTuple):
     channels: int
     rate_hz: int
     start: int          # byte where the samples begin
-    num_bytes: int      # a whole number of samples of all channels
+    num_samples: int    # of one channel
 
 
 MAX_CHUNKS = 10000      # of a WAV file, before its samples: a file of empty chunks cannot keep a server busy
@@ -106,22 +106,18 @@ def read_header(file: BinaryIO) -> WavHeader | None:
             fmt = file.read(min(size, 40))
         elif head[:4] == b"data":
             code, bits, channels, rate_hz = parse_fmt(fmt)
-            num_bytes = min(size or end, end - start)
-            whole = num_bytes - num_bytes % max(1, channels * bits // 8)
-            return WavHeader(code, bits, channels, rate_hz, start, whole) if (code, bits) in SAMPLE_TYPES else None
+            if (code, bits) not in SAMPLE_TYPES:
+                return None
+            num_samples = min(size or end, end - start) // (channels * bits // 8)
+            return WavHeader(code, bits, channels, rate_hz, start, num_samples)
         file.seek(start + size + size % 2)      # chunks are padded to an even size
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
-
-
-def count_samples(header: WavHeader) -> int:
-    """Of one channel."""
-    return header.num_bytes // (header.channels * header.bits // 8)
 
 
 def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
     """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
     size = header.channels * header.bits // 8
-    stop = count_samples(header) if stop is None else stop
+    stop = header.num_samples if stop is None else stop
     file.seek(header.start + start * size)
     x = np.frombuffer(file.read((stop - start) * size), SAMPLE_TYPES[header.code, header.bits])
     if header.bits == 24:                       # three bytes -> the upper three of an int32
@@ -185,24 +181,18 @@ def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
         return read_samples(file, header), header.rate_hz
 
 
-def wav_info(path: str | os.PathLike) -> tuple[int, int]:
-    """(samples of a channel, rate in Hz): WAV and FLAC by their headers, others by decoding. Raises as load_wav."""
-    with open(path, "rb") as file:
-        head = file.read(26)
-    word = int.from_bytes(head[18:26], "big")           # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
-    if head[:4] == b"fLaC" and word % 2**36:
-        return word % 2**36, word >> 44
-    with open_recording(path) as (_, header):
-        return count_samples(header), header.rate_hz
-
-
 def audio_seconds(path: str | os.PathLike) -> float | None:
-    """Duration of a recording, None if it cannot be read."""
+    """Duration of a recording: of WAV and FLAC by their headers, of others by decoding; None if it cannot be read."""
     try:
-        num_samples, rate_hz = wav_info(path)
+        with open(path, "rb") as file:
+            head = file.read(26)
+        word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
+        if head[:4] == b"fLaC" and word % 2**36 and word >> 44:
+            return word % 2**36 / (word >> 44)
+        with open_recording(path) as (_, header):
+            return header.num_samples / header.rate_hz
     except (OSError, ValueError):
         return None
-    return num_samples / rate_hz
 
 
 def save_wav(path: str | os.PathLike, samples: Tensor | np.ndarray, rate_hz: int) -> None:
@@ -302,7 +292,7 @@ CHUNK_SEC = 10
 def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
     """A recording as load_wav and resample make it, in pieces: memory does not grow with it. Raises as load_wav."""
     with open_recording(source) as (file, header):
-        total, step = count_samples(header), CHUNK_SEC * header.rate_hz
+        total, step = header.num_samples, CHUNK_SEC * header.rate_hz
         chunks = (read_samples(file, header, at, min(total, at + step)) for at in range(0, total, step))
         yield from resample_chunks(chunks, header.rate_hz, rate_hz)
 
@@ -935,7 +925,7 @@ class ManifestDataset(Dataset):
             return Skip(row.key, "no audio: wav.scp has no line for it")
         try:
             with open_recording(row.audio) as (file, header):
-                seconds = count_samples(header) / header.rate_hz
+                seconds = header.num_samples / header.rate_hz
                 samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
         except FileNotFoundError:
             return Skip(row.key, f"missing: {row.audio}")

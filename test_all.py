@@ -686,7 +686,7 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, ch
             samples, rate_hz = data.load_wav(source)
             assert rate_hz == 44100 and samples.dtype == torch.float32
             np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
-        assert data.wav_info(tmp_path / "a.wav") == (9, 44100)
+        assert data.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
 
 def test_a_cut_last_sample_of_a_wav_is_dropped():
@@ -728,10 +728,13 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     assert "-protocol_whitelist pipe -i pipe:0" in bytes_call and piped == "piped"
 
 
-def test_wav_info_reads_a_flac_header(tmp_path):
+def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")      # no ffmpeg
     word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(10) + word.to_bytes(8, "big") + bytes(16))
-    assert data.wav_info(tmp_path / "a.flac") == (123456, 44100)
+    assert data.audio_seconds(tmp_path / "a.flac") == 123456 / 44100
+    (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(17) + b"\1" + bytes(16))
+    assert data.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
 
 
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
