@@ -724,9 +724,7 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
 
 
 def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte, stripped; "" for -1. ValueError if none does, as the file has changed."""
-    if start < 0:
-        return ""
+    """The line that starts at this byte, stripped. ValueError if none does, as the file has changed."""
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
         begins = start == 0 or file.read(1) == b"\n"
@@ -759,46 +757,36 @@ def parse_row(line: str, folder: str, place: str) -> Row:
     return Row(key, os.path.join(folder, audio), text, duration)
 
 
-def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str, int]]:
-    """A Kaldi table, lines `key value` -> {key: (value, place, byte)}. Raises ValueError if a key stands twice."""
-    table: dict[str, tuple[str, str, int]] = {}
-    for place, start, line in scan_lines(path):
+def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """A Kaldi table, lines `key value` -> {key: (value, file:line)}. Raises ValueError if a key stands twice."""
+    table: dict[str, tuple[str, str]] = {}
+    for place, _, line in scan_lines(path):
         key, *value = line.split(None, 1)
         if key in table:
             raise ValueError(f"{place}: wanted every key once, got {key!r} again, first at {table[key][1]}")
-        table[key] = ("".join(value), place, start)
+        table[key] = ("".join(value), place)
     return table
 
 
-def scan_kaldi(folder: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
-    """Rows of wav.scp (plain paths, relative to the folder) and text, with the bytes of their lines in the two, -1 for
-    none. Raises ValueError for pipes and for `segments`."""
+def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
+    """Rows of wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and `segments`."""
     if os.path.exists(f"{folder}/segments"):
         raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
     audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
-    for path, place, _ in audio.values():
+    for path, place in audio.values():
         if path.endswith("|") or not path:
             raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
-    for key in {**audio, **texts}:
-        (path, _, audio_at), (text, _, text_at) = audio.get(key, ("", "", -1)), texts.get(key, ("", "", -1))
-        yield audio_at, text_at, Row(key, path and os.path.join(folder, path), text, None)
+    for key in audio | texts:
+        (path, _), (text, _) = audio.get(key, ("", "")), texts.get(key, ("", ""))
+        yield Row(key, path and os.path.join(folder, path), text, None)
 
 
-def kaldi_row(folder: str, audio_at: int, text_at: int) -> Row:
-    """One row that scan_kaldi has found, read again. ValueError where the files have changed."""
-    key, path = (*line_at(f"{folder}/wav.scp", audio_at).split(None, 1), "", "")[:2]
-    name, text = (*line_at(f"{folder}/text", text_at).split(None, 1), "", "")[:2]
-    if key and name and key != name:
-        raise ValueError(f"{folder}/text: wanted {key!r} at byte {text_at}, as at the start, got {name!r}")
-    return Row(key or name, path and os.path.join(folder, path), text, None)
-
-
-def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
-    """Rows of a JSON-lines manifest or a Kaldi folder, with the bytes where the lines of their audio and text start."""
+def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
+    """Rows of a JSON-lines manifest with the bytes where their lines start, or of a Kaldi folder with their numbers."""
     if os.path.isdir(path):
-        return scan_kaldi(path)
+        return enumerate(scan_kaldi(path))
     folder = os.path.dirname(path)
-    return ((start, start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
+    return ((start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
 
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
@@ -809,30 +797,32 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
 
 
 class Manifest:
-    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] reads row i from its file.
+    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
 
-    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one;
-    then only `index` is in memory, one array that worker processes share: places and seconds (NaN = not given). So the
-    files have to stay as they are; a row whose line has moved is a ValueError.
+    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
+    Of JSON lines only `index` stays in memory, one array that worker processes share: places and seconds (NaN = not
+    given). A row is read from its file, which has to stay as it is: a line that has moved is a ValueError. Of a Kaldi
+    folder, whose rows lie in two files, the rows stay in memory.
     """
 
-    PLACE = [("manifest", np.int32), ("audio", np.int64), ("text", np.int64), ("seconds", np.float64)]
+    PLACE = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
 
     def __init__(self, source: str | os.PathLike):
         self.paths = find_manifests(source)
-        places = ((number, audio_at, text_at, row.duration) for number, path in enumerate(self.paths)
-                  for audio_at, text_at, row in scan_rows(path))
+        self.folders = {path: list(scan_kaldi(path)) for path in self.paths if os.path.isdir(path)}
+        places = ((number, start, row.duration) for number, path in enumerate(self.paths)
+                  for start, row in (enumerate(self.folders[path]) if path in self.folders else scan_rows(path)))
         self.index = np.fromiter(places, self.PLACE)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Row:
-        number, audio_at, text_at, _ = self.index[index].item()
+        number, start, _ = self.index[index].item()
         path = self.paths[number]
-        if os.path.isdir(path):
-            return kaldi_row(path, audio_at, text_at)
-        return parse_row(line_at(path, audio_at), os.path.dirname(path), f"{path}, byte {audio_at}")
+        if path in self.folders:
+            return self.folders[path][start]
+        return parse_row(line_at(path, start), os.path.dirname(path), f"{path}, byte {start}")
 
 
 RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
@@ -844,7 +834,7 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-            rows += [row for _, _, row in scan_rows(path)]
+            rows += [row for _, row in scan_rows(path)]
             continue
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
         if not found:
@@ -966,7 +956,7 @@ def training_texts(options) -> Iterable[str]:
     toy task."""
     if options.kind == "toy":
         return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
-    return (row.text for path in find_manifests(options.train) for _, _, row in scan_rows(path))
+    return (row.text for path in find_manifests(options.train) for _, row in scan_rows(path))
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
