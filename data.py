@@ -985,8 +985,6 @@ class Batch(NamedTuple):
     tokens: Tensor                      # (B,U) int64, padded with 0
     token_lens: Tensor                  # (B,) int64
     texts: list[str]
-    boundaries: list[Tensor | None]     # (U+1,) each
-    seconds: list[float]
     skipped: list[Skip]                 # not among the B
 
 
@@ -1025,11 +1023,11 @@ def collate(items: list[Utterance | Skip]) -> Batch:
                          f"{[(tuple(item.feats.shape), tuple(item.tokens.shape)) for item in kept]}")
     if not kept:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], [], [], skipped)
+        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], skipped)
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return Batch([u.key for u in kept], pad([u.feats for u in kept]), torch.tensor([len(u.feats) for u in kept]),
                  pad([u.tokens for u in kept]), torch.tensor([len(u.tokens) for u in kept]), [u.text for u in kept],
-                 [u.boundaries for u in kept], [u.seconds for u in kept], skipped)
+                 skipped)
 
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
