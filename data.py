@@ -11,7 +11,6 @@ a bad recording in a manifest is a `Skip`.
 
     python data.py --help                the sub-commands that turn public corpora into manifests
     python data.py toy --benchmark       how hard the toy task is for a linear classifier, and how fast it is made
-    python data.py manifest              what a manifest of a million lines costs in time and memory
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances. Samples are float32 in [-1,1),
 energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling),
@@ -1082,11 +1081,12 @@ def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Gener
     return x + hiss * 10 ** (rng.uniform(-65, -45) / 20)
 
 
-def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[int]) -> Iterator[tuple[str, dict]]:
+def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Connected digits, three to seven by one speaker, from recordings <digit>_<speaker>_<index>.wav -> rows.
 
     Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
     """
+    source, out, hold_out = options.source, options.out, options.hold_out_speaker
     folder = source / "recordings" if (source / "recordings").is_dir() else source
     pools: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}, "unseen_speaker": {}}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
@@ -1098,10 +1098,10 @@ def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[
         pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
     if hold_out and not pools["unseen_speaker"]:
         raise ValueError(f"{folder}: wanted <digit>_{hold_out}_<index>.wav for --hold-out-speaker, got none")
-    for number, ((split, speakers), size) in enumerate(zip(pools.items(), sizes)):
+    for number, ((split, speakers), size) in enumerate(zip(pools.items(), options.utterances)):
         (out / "wav" / split).mkdir(parents=True, exist_ok=True)
         for i in range(size if speakers else 0):
-            rng = generator(seed, number, i)
+            rng = generator(options.seed, number, i)
             speaker = str(rng.choice(sorted(speakers)))
             picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
             loaded = [load_wav(path) for path in picks]
@@ -1110,64 +1110,43 @@ def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[
             yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
 
 
-def prepare_librispeech(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+def prepare_librispeech(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """<split>/<speaker>/<chapter>/*.trans.txt, lines `key TEXT`, beside <key>.flac."""
-    for table in sorted(source.glob("*/*/*/*.trans.txt")):
-        split, speaker = table.relative_to(source).parts[:2]
-        for key, (text, *_) in read_table(table).items():
-            yield split, manifest_row(out, table.parent / f"{key}.flac", text, speaker)
+    for table in sorted(options.source.glob("*/*/*/*.trans.txt")):
+        split, speaker = table.relative_to(options.source).parts[:2]
+        for key, (text, _) in read_table(table).items():
+            yield split, manifest_row(options.out, table.parent / f"{key}.flac", text, speaker)
 
 
-def prepare_aishell(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, whose spaces between words go."""
-    texts = read_table(source / "transcript" / "aishell_transcript_v0.8.txt")
-    for audio in sorted(source.glob("wav/*/*/*.wav")):
+    texts = read_table(options.source / "transcript" / "aishell_transcript_v0.8.txt")
+    for audio in sorted(options.source.glob("wav/*/*/*.wav")):
         text = texts.get(audio.stem, ("",))[0]
-        yield audio.parts[-3], manifest_row(out, audio, "".join(text.split()), audio.parts[-2])
+        yield audio.parts[-3], manifest_row(options.out, audio, "".join(text.split()), audio.parts[-2])
 
 
-def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
-                   seed: int) -> Iterator[tuple[str, dict]]:
+def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
-    if min(dev_share, test_share) < 0 or dev_share + test_share > 1:
-        raise ValueError(f"wanted shares of 0 or more, together at most 1, got {dev_share} and {test_share}")
-    recordings = sorted(source.rglob("*.wav"))
-    num_dev, num_test = round(dev_share * len(recordings)), round(test_share * len(recordings))
-    for rank, index in enumerate(generator(seed, 0, 0).permutation(len(recordings))):
+    dev, test = options.dev_share, options.test_share
+    if min(dev, test) < 0 or dev + test > 1:
+        raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
+    recordings = sorted(options.source.rglob("*.wav"))
+    num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
+    for rank, index in enumerate(generator(options.seed, 0, 0).permutation(len(recordings))):
         split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
         audio = recordings[index]
         lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
-        yield split, manifest_row(out, audio, " ".join(line for *_, line in lines))
+        yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
+
+
+CORPORA = {"fsdd": prepare_fsdd, "librispeech": prepare_librispeech, "aishell": prepare_aishell,
+           "folder": prepare_folder}
 
 
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
     num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
     blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
-
-
-def manifest_report(num_lines: int) -> int:
-    """Print what a generated manifest of so many lines costs to open, to take an epoch's batches from, and to keep."""
-    if num_lines < 1:
-        raise ValueError(f"--benchmark: wanted 1 line or more, got {num_lines}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "train.jsonl")
-        with open(path, "w") as file:
-            for i in range(num_lines):
-                row = {"audio": f"wav/speaker_{i % 1000:04d}/{i:08d}.wav", "text": f"{'some words said by ' * 3}{i}",
-                       "key": f"{i:08d}", "duration": 1 + i % 1000 / 100}
-                file.write(json.dumps(row) + "\n")
-        peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-        before, times = peak(), [time.perf_counter()]
-        dataset = ManifestDataset(path, SimpleNamespace(sample_rate=16000, lfr_n=1, max_sec=30.0), list)
-        times.append(time.perf_counter())
-        batches = make_batches(dataset.lengths, 16, 20000)
-        times.append(time.perf_counter())
-        text = dataset.rows[num_lines // 2].text
-        print(f"{num_lines} lines, {os.path.getsize(path) / 1e6:.0f} MB: opened in {times[1] - times[0]:.2f} s, "
-              f"{len(batches)} batches in {times[2] - times[1]:.2f} s, row {num_lines // 2}: {text!r}\n"
-              f"bytes an utterance: index {dataset.rows.index.nbytes / num_lines:.0f}, "
-              f"peak of the process above that before {(peak() - before) / num_lines:.0f}")
-    return 0
 
 
 def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int) -> float:
@@ -1235,32 +1214,17 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
     toy = add("toy", "the toy task: print three utterances", folders=False)
     toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
-    manifest = add("manifest", "what a long manifest costs in time and memory", folders=False)
-    manifest.add_argument("--benchmark", type=int, default=10**6, metavar="LINES", help="generated (default 1000000)")
     return parser
-
-
-def run_command(args: argparse.Namespace) -> int:
-    if args.command == "manifest":
-        return manifest_report(args.benchmark)
-    if args.command == "toy":
-        return toy_report(args.benchmark, args.seed)
-    source, out = args.source, args.out
-    if not source.is_dir():
-        raise ValueError(f"{source}: wanted the corpus's folder, got none of that name")
-    if args.command == "fsdd":
-        rows = prepare_fsdd(source, out, args.hold_out_speaker, args.seed, args.utterances)
-    elif args.command == "folder":
-        rows = prepare_folder(source, out, args.dev_share, args.test_share, args.seed)
-    else:
-        rows = {"librispeech": prepare_librispeech, "aishell": prepare_aishell}[args.command](source, out)
-    return write_manifests(rows, out)
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return run_command(args)
+        if args.command == "toy":
+            return toy_report(args.benchmark, args.seed)
+        if not args.source.is_dir():
+            raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
+        return write_manifests(CORPORA[args.command](args), args.out)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
