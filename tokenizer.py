@@ -311,10 +311,13 @@ def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
     return merged
 
 
+def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
+    """Whether a space stands between two words: behind one of letters, unless a Chinese character follows."""
+    return before.kind == "word" and after.kind != "han"
+
+
 def write_sentence(words: Sequence[SpelledWord]) -> str:
-    """The sentence: a space after every word of letters that no Chinese character follows."""
-    spaces = [" " if a.kind == "word" and b.kind != "han" else "" for a, b in zip(words, words[1:])]
-    return "".join(word.text + space for word, space in zip(words, [*spaces, ""]))
+    return "".join(" " * (i > 0 and are_spaced(words[i - 1], word)) + word.text for i, word in enumerate(words))
 
 
 # ---- alignment ----
