@@ -243,7 +243,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield "model.encoder.subsampling", encoder.subsampling == subsampling, f"{subsampling} for kind {encoder.kind}"
     local = encoder.kind in ("transformer", "conformer")
     yield "model.encoder.context", local or not encoder.context, f"0 for kind {encoder.kind}"
-    bare = decoder.kind != "sanm" and model.name == "paraformer"      # a linear layer does
+    bare = decoder.kind != "sanm" and model.name == "paraformer"      # then a linear layer alone will do
     for name, part in (("encoder", encoder), ("predictor", predictor), ("decoder", decoder)):
         yield f"model.{name}.num_layers", part.num_layers != 0 or name == "decoder" and bare, "1 or more"
     for name, part in (("encoder", encoder), ("decoder", decoder)):

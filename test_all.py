@@ -360,8 +360,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
 def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
     path = written(tmp_path, f"model:\n  name: {name}\n")
-    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: wanted its default {default}, as name {name} has "
-                                         "no use for it, got"):
+    wanted = f"model.{override.split('=')[0]}: wanted its default {default}, as name {name} has no use for it, got"
+    with pytest.raises(ValueError, match=wanted):
         config.load(path, [f"--model.{override}"])
     assert config.load(path).model.name == name
     for used in {"transformer": ("decoder.num_heads=2", "ctc_weight=0.5"), "ctc": ("encoder.num_heads=2",)}[name]:
@@ -2585,6 +2585,14 @@ def test_the_moving_average_is_the_closed_form_once_grown():
     assert average(torch.zeros(1), torch.ones(1), torch.tensor(1)).item() == pytest.approx(1 - 2 / 11)
 
 
+def test_dropout_is_drawn_by_the_number_of_the_step(tmp_path):
+    model, batch = tiny_model(tmp_path).train(), tiny_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    once, again, later = (train.train_step(model, optimizer, batch, 0.0, config.TrainingConfig(), number).sums["quantity"]
+                          for number in (3, 3, 4))
+    assert once == again != later
+
+
 # C31
 def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     model, batch = tiny_model(tmp_path), tiny_batch()
@@ -2595,6 +2603,21 @@ def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     assert not step.finite and not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
+
+
+# C24
+def test_the_figures_of_an_epoch_are_sums_divided_once():
+    """Two steps, of 3 tokens and of 1, and one that was skipped."""
+    steps = (train.Step({"loss": 6.0, "ce": 3.0}, 3, 1.0, True), train.Step({"loss": 2.0, "ce": 5.0}, 1, 3.0, True),
+             train.Step({}, 0, 0.0, False))
+    totals, batch = {}, tiny_batch()
+    for step in steps:
+        totals = train.add(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
+    row = train.epoch_row(train.Progress(), totals, 1e-3, {}, 9.0, 1.0)
+    wanted = {"loss": 2.0, "loss_ce": 2.0, "grad_norm": 2.0, "skipped_steps": 1, "data_wait": 0.25, "utterances": 9,
+              "frames_per_second": batch.feat_lens.sum() / 2, "padding": 1 - batch.feat_lens.float().mean() /
+              batch.feat_lens.max()}
+    assert {name: row[name] for name in wanted} == pytest.approx({name: float(x) for name, x in wanted.items()})
 
 
 # C11
@@ -2649,7 +2672,8 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert config.from_dict(state["config"], "checkpoint") == config.load(str(run / "config.yaml"))
     assert state["history"] == history and state["progress"]["epoch"] == 2
-    assert {"format", "optimizer", "stats", "tokenizer"} <= set(state)
+    assert set(state) == {"format", "config", "tokenizer", "stats", "model", "trained", "averaged", "optimizer",
+                          "progress", "history", "log_bytes", "utterances"}
     assert sorted(p.name for p in run.iterdir()) == sorted(
         ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints"])
 
@@ -2697,6 +2721,19 @@ def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_seco
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
 
 
+# C19
+def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):
+    manifest = recordings(tmp_path, 6)
+    (tmp_path / "r2.wav").write_bytes(b"RIFF")
+    (tmp_path / "r3.wav").unlink()
+    options = ["--data.kind=manifest", f"--data.train={manifest}", f"--data.dev={manifest}", "--training.num_epochs=1"]
+    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), *options]) == 0
+    log = (run_of(tmp_path / "runs") / "train.log").read_text()
+    assert log.count("skipped r2: unreadable") == log.count("skipped r3: missing") == 2     # as train and as dev
+    row, = json.loads((run_of(tmp_path / "runs") / "metrics.json").read_text())
+    assert (row["utterances"], row["skipped_utterances"], row["dev_skipped"]) == (4, 2, 2)
+
+
 # C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "latest.pt"
@@ -2712,7 +2749,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
 
 
-# C31
+# C31 C34
 def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_stays(tmp_path, monkeypatch, capsys):
     path, real = tiny_yaml(tmp_path / "tiny.yaml"), train.train_step
     steps = iter(range(100))
@@ -3558,7 +3595,7 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 
-# C71
+# C33 C71
 def test_every_form_is_written_as_its_readers_want_it():
     words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
     nbest = (decode.Alternative("one <two>", -0.1, 0.6), decode.Alternative("one", -0.2, 0.5))
@@ -3569,6 +3606,7 @@ def test_every_form_is_written_as_its_readers_want_it():
         "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
         "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
                   {"text": "one", "score": -0.2, "confidence": 0.5}]}
+    assert json.loads(decode.FORMS["json"](outcome._replace(reference="one too")))["reference"] == "one too"
     assert written == {
         "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
         "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
@@ -3648,7 +3686,7 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
 
-# C74
+# C34 C74
 @pytest.mark.parametrize("output", ["out", "out.jsonl"])
 def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypatch, output):
     ckpt, real, calls = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
@@ -3838,7 +3876,7 @@ def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_
             texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
                      for text in itertools.product(range(4), repeat=max(0, n)) if n >= min(1, counts[b])}
             for text in sorted(texts, key=lambda t: -texts[t])[:5]:
-                wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
+                wanted[text] = texts[text] / max(1, n) - 0.3 * abs(float(alpha[b].sum()) - n)
         best = sorted(wanted, key=lambda text: -wanted[text])
         assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
         assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
@@ -4388,6 +4426,7 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     ours = tokenizer.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
+        assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert Tokenizer.from_state(json.loads(json.dumps(ours.state()))) == ours
 
 
@@ -4421,7 +4460,7 @@ def close(got, expected, atol):
     torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
 
 
-# C43
+# C1 C43
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -5830,6 +5869,16 @@ def test_imports_follow_the_ladder(name):
     names = imported(HERE / f"{name}.py")
     assert names & set(LADDER) <= LADDER[name]
     assert names - set(LADDER) <= {"torch", "numpy"} | set(sys.stdlib_module_names)
+
+
+# C2 C15
+@pytest.mark.parametrize("name", FILES)
+def test_masks_and_features_have_one_source(name):
+    """Nobody else calls what the front end is made of, or draws triangles for masks."""
+    called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
+              if isinstance(node, ast.Call)}
+    assert name == "data" or not called & {"fbank", "lfr", "resample", "mel_matrix"}
+    assert name == "attention" or not called & {"tril", "triu"}
 
 
 # C35
