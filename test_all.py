@@ -738,10 +738,10 @@ def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypat
 
 
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
-    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.4 / 32768]), 8000)
+    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
     with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
         assert file.getparams()[:4] == (1, 2, 8000, 5)
-        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 1]
+        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 2]
 
 
 # ---- data: resampling ----
@@ -839,8 +839,8 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
     level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
     assert abs(data.find_cut(level, 1000, 2000) - 1500) <= 2
-    level[1200:1210] = level[1700:1730] = -70.0
-    assert abs(data.find_cut(level, 1000, 2000) - 1715) <= 1
+    level[1200:1232] = level[1700:1738] = -70.0     # no pause has 0.4 s: the longest
+    assert abs(data.find_cut(level, 1000, 2000) - 1719) <= 1
     level[1800:1850] = -70.0
     assert abs(data.find_cut(level, 1000, 2000) - 1825) <= 1
     assert data.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
@@ -968,7 +968,7 @@ def test_lfr_equals_a_loop_over_slots(m, n):
 @pytest.mark.parametrize("lfr_m,lfr_n", [(1, 1), (7, 6), (4, 3)])
 def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
     options = data_options(lfr_m=lfr_m, lfr_n=lfr_n)
-    for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000]:
+    for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000, 8040]:      # 8040 / 8000 * 8000 is below 8040
         feats = data.frontend(torch.zeros(N), 8000, options)
         assert feats.shape == (data.num_frames(N / 8000, options), data.feature_dim(options))
     assert data.frame_sec(options) == pytest.approx(0.01 * lfr_n)
@@ -985,7 +985,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     np.testing.assert_allclose(stats[0], x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(1 / stats[1][:2], x.std(0)[:2], rtol=1e-4)
     flat = data.normalise(parts[2], stats)
-    assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1
+    assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1 and stats[1, 2] == pytest.approx(1000)
     with pytest.raises(ValueError, match="got none"):
         data.compute_stats(iter([]))
 
@@ -2186,7 +2186,7 @@ def test_minimum_word_error_rate_on_planted_candidates():
 
 
 # C69
-def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model():
+def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model(monkeypatch):
     with_it, batch = tiny(mwer_weight=2.0, mwer_samples=16), ragged(5)
     torch.manual_seed(7)
     order = torch.rand(4, 5)
@@ -2194,6 +2194,10 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     plain, _ = tiny()(*batch, order)
     assert "mwer" not in plain and sums["mwer"].item() != 0
     assert_same(sums["loss"], plain["loss"] + 2 * sums["mwer"], 1e-5)
+    masks = []
+    monkeypatch.setattr(model, "mwer_sum", lambda *arguments: masks.append(arguments[3]) or torch.zeros(()))
+    tiny(mwer_weight=2.0, mwer_samples=500)(*batch, order)
+    assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.02)
     ours = config.Config(model=config.ModelConfig(mwer_weight=2.0, mwer_samples=3))
     theirs = config.Config(model=config.ModelConfig(sampling_ratio=0.25))
     merged = train.with_model(ours, theirs).model
