@@ -401,7 +401,20 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
      "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 0.7 is 2143 "
      "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
-    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], "")])
+    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], ""),
+    (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
+      "--data.augment.freq_width=80", "--model.encoder.memory_shift=7"], ""),
+    (["--model.encoder.position=learnable", "--data.toy.max_symbols=100"], ""),
+    (["--model.encoder.memory_shift=8"], "model.encoder.memory_shift: wanted at most half of kernel_size 15, got 8"),
+    (["--model.decoder.kind=bare", "--model.decoder.hidden_dim=256"],
+     "model.decoder.hidden_dim: wanted the encoder's 512 for kind bare, got 256"),
+    (["--model.encoder.hidden_dim=511", "--model.encoder.num_heads=1"],
+     "model.encoder.hidden_dim: wanted an even width for sinusoids, got 511"),
+    (["--model.encoder.kind=sanm", "--data.num_mels=79"],
+     "data.num_mels: wanted an even product with lfr_m 1 for kind sanm, got 79"),
+    (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
+     "model.encoder.context: wanted 0 for kind sanm, got 3"),
+    (["--model.predictor.upsampling=3"], "model.predictor.upsampling: wanted 0 unless kind is dense, got 3")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     path, table = written(tmp_path, ISSUE_FILE), inspect.signature(PositionalEncoding).parameters["max_len"].default
     assert config.LEARNED_POSITIONS == table
@@ -1374,6 +1387,8 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
              for epoch in (1, 2)]
     assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
+    order = [batch[0] for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, 1, shuffle)]
+    assert (np.corrcoef(order, np.arange(len(order)))[0, 1] < 0.7) == shuffle     # short and long ones in turn
 
 
 # C20
@@ -4380,6 +4395,9 @@ def test_configuration_json_names_the_files(tmp_path):
     files = config.published_files(tmp_path)
     assert {part: path.name for part, path in files.items()} == {
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
+    (tmp_path / "configuration.json").unlink()
+    (tmp_path / "tokens.txt").touch()
+    assert config.published_files(tmp_path)["tokens"].name == "tokens.txt"
 
 
 def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
