@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -223,97 +223,85 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
-def _field_errors(path: str, value: Any) -> Iterator[str]:
-    choices = CHOICES.get(path)
-    if choices and value not in choices:
-        near = get_close_matches(str(value), [str(x) for x in choices], 1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        yield f"{path}: wanted {' | '.join(str(x) for x in choices)}, got {_show(value)}{hint}"
-    numbers = value if isinstance(value, tuple) else (value,)
-    for wanted, (test, names) in RANGES.items():
-        if path.split(".")[-1] in names.split() and not (numbers and all(map(test, numbers))):
-            yield f"{path}: wanted {wanted}, got {_show(value)}"
+Rule = tuple[str, bool, str]      # dotted path, whether its value is right, what is wanted
 
 
-def _model_errors(model: ModelConfig) -> Iterator[str]:
-    encoder, decoder = model.encoder, model.decoder
+def _value_rules(config: Config) -> Iterator[Rule]:
+    """Of every value alone."""
+    for path, value in _walk(config):
+        if path in CHOICES:
+            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path]))
+        numbers = value if isinstance(value, tuple) else (value,)
+        for wanted, (test, names) in RANGES.items():
+            if path.split(".")[-1] in names.split():
+                yield path, bool(numbers) and all(map(test, numbers)), wanted
+
+
+def _model_rules(model: ModelConfig) -> Iterator[Rule]:
+    encoder, predictor, decoder = model.encoder, model.predictor, model.decoder
     subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
-    if encoder.subsampling != subsampling:
-        yield f"model.encoder.subsampling: wanted {subsampling} for kind {encoder.kind}, got {encoder.subsampling}"
-    for name, part in (("encoder", encoder), ("predictor", model.predictor), ("decoder", decoder)):
-        bare = name == "decoder" and decoder.kind != "sanm" and model.name == "paraformer"  # a linear layer does
-        if part.num_layers == 0 and not bare:
-            yield f"model.{name}.num_layers: wanted 1 or more, got 0"
-    if encoder.context and encoder.kind not in ("transformer", "conformer"):
-        yield f"model.encoder.context: wanted 0 for kind {encoder.kind}, got {encoder.context}"
+    yield "model.encoder.subsampling", encoder.subsampling == subsampling, f"{subsampling} for kind {encoder.kind}"
+    local = encoder.kind in ("transformer", "conformer")
+    yield "model.encoder.context", local or not encoder.context, f"0 for kind {encoder.kind}"
+    bare = decoder.kind != "sanm" and model.name == "paraformer"      # then a linear layer alone will do
+    for name, part in (("encoder", encoder), ("predictor", predictor), ("decoder", decoder)):
+        yield f"model.{name}.num_layers", part.num_layers != 0 or name == "decoder" and bare, "1 or more"
     for name, part in (("encoder", encoder), ("decoder", decoder)):
-        if part.memory_shift > part.kernel_size // 2:
-            yield (f"model.{name}.memory_shift: wanted at most half of kernel_size {part.kernel_size}, "
-                   f"got {part.memory_shift}")
-    if decoder.kind != "transformer" and decoder.hidden_dim != encoder.hidden_dim:
-        yield (f"model.decoder.hidden_dim: wanted the encoder's {encoder.hidden_dim} for kind {decoder.kind}, "
-               f"got {decoder.hidden_dim}")
-    if decoder.attention_layers > decoder.num_layers:
-        yield (f"model.decoder.attention_layers: wanted at most num_layers {decoder.num_layers}, "
-               f"got {decoder.attention_layers}")
-    defaults, unused = dict(_walk(ModelConfig())), UNUSED.get(model.name, "").split()
+        fits = part.memory_shift <= part.kernel_size // 2
+        yield f"model.{name}.memory_shift", fits, f"at most half of kernel_size {part.kernel_size}"
+        divides = part.num_heads <= 0 or part.hidden_dim % part.num_heads == 0
+        yield f"model.{name}.num_heads", divides, f"a divisor of hidden_dim {part.hidden_dim}"
+        sinusoidal = part.position == "sinusoidal" and part.kind in ("transformer", "conformer")
+        yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
+    same = decoder.hidden_dim == encoder.hidden_dim
+    yield ("model.decoder.hidden_dim", same or decoder.kind == "transformer",
+           f"the encoder's {encoder.hidden_dim} for kind {decoder.kind}")
+    attends = decoder.attention_layers <= decoder.num_layers
+    yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
+    yield "model.predictor.upsampling", predictor.kind == "dense" or not predictor.upsampling, "0 unless kind is dense"
+    defaults, unused = dict(_walk(ModelConfig())), tuple(f"{name}." for name in UNUSED.get(model.name, "").split())
     for path, value in _walk(model):
-        if not is_dataclass(value) and value != defaults[path] and any(f"{path}.".startswith(f"{u}.") for u in unused):
-            yield (f"model.{path}: has no effect with name {model.name}, wanted its default {_show(defaults[path])}, "
-                   f"got {_show(value)}")
-    if model.predictor.upsampling and model.predictor.kind != "dense":
-        yield f"model.predictor.upsampling: wanted 0 for kind {model.predictor.kind}, got {model.predictor.upsampling}"
+        if not is_dataclass(value) and f"{path}.".startswith(unused):
+            yield (f"model.{path}", value == defaults[path],
+                   f"its default {_show(defaults[path])}, as name {model.name} has no use for it")
 
 
-def _position_errors(config: Config) -> Iterator[str]:
-    """A learnable table must hold the longest recording, at its slowest; 10 ms a frame."""
+def _data_rules(data: DataConfig) -> Iterator[Rule]:
+    toy = data.toy
+    for name, value, only in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
+                              ("augment.speeds", data.augment.speeds, (1.0,))):
+        yield f"data.{name}", value == only or data.kind != "toy", f"{_show(only)} for kind toy"
+    yield "data.toy.max_symbols", toy.max_symbols >= toy.min_symbols, f"at least min_symbols {toy.min_symbols}"
+    yield "data.toy.max_frames", toy.max_frames >= 3 * toy.min_frames, f"at least 3 x min_frames {toy.min_frames}"
+    yield "data.toy.blend_frames", toy.blend_frames <= toy.min_frames, f"at most min_frames {toy.min_frames}"
+    yield "data.max_sec", data.max_sec >= data.min_sec, f"at least min_sec {data.min_sec}"
+    yield "data.augment.freq_width", data.augment.freq_width <= data.num_mels, f"at most num_mels {data.num_mels}"
+
+
+def _cross_rules(config: Config) -> Iterator[Rule]:
+    """Between the sections."""
     data, encoder = config.data, config.model.encoder
-    if encoder.position != "learnable" or encoder.kind in ("sanm", "relative_conformer"):
-        return
-    slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
-    frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"
-    if data.kind == "toy":
-        frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
-    steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
-    if steps > LEARNED_POSITIONS:
-        yield (f"model.encoder.position: wanted at most {LEARNED_POSITIONS} encoder frames for learnable, "
-               f"got {steps:.0f} for {longest}; use sinusoidal, or more subsampling")
-
-
-def _cross_errors(config: Config) -> Iterator[str]:
-    data, toy = config.data, config.data.toy
-    yield from _model_errors(config.model)
-    yield from _position_errors(config)
-    for name, part in (("encoder", config.model.encoder), ("decoder", config.model.decoder)):
-        if part.num_heads > 0 and part.hidden_dim % part.num_heads:
-            yield f"model.{name}.num_heads: wanted a divisor of hidden_dim {part.hidden_dim}, got {part.num_heads}"
-        if part.kind in ("transformer", "conformer") and part.position == "sinusoidal" and part.hidden_dim % 2:
-            yield f"model.{name}.hidden_dim: wanted an even width for sinusoidal positions, got {part.hidden_dim}"
-    if config.model.encoder.kind == "sanm" and data.num_mels * data.lfr_m % 2:
-        yield f"data.num_mels: wanted num_mels x lfr_m even for kind sanm, got {data.num_mels} x {data.lfr_m}"
-    for name, value, wanted in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
-                                ("augment.speeds", data.augment.speeds, (1.0,))):
-        if data.kind == "toy" and value != wanted:
-            yield f"data.{name}: wanted {_show(wanted)} for kind toy, got {_show(value)}"
-    if toy.max_symbols < toy.min_symbols:
-        yield f"data.toy.max_symbols: wanted at least min_symbols {toy.min_symbols}, got {toy.max_symbols}"
-    if toy.max_frames < 3 * toy.min_frames:
-        yield f"data.toy.max_frames: wanted at least 3 x min_frames {toy.min_frames}, got {toy.max_frames}"
-    if toy.blend_frames > toy.min_frames:
-        yield f"data.toy.blend_frames: wanted at most min_frames {toy.min_frames}, got {toy.blend_frames}"
-    if data.max_sec < data.min_sec:
-        yield f"data.max_sec: wanted at least min_sec {data.min_sec}, got {data.max_sec}"
-    if data.augment.freq_width > data.num_mels:
-        yield f"data.augment.freq_width: wanted at most num_mels {data.num_mels}, got {data.augment.freq_width}"
+    even = data.num_mels * data.lfr_m % 2 == 0
+    yield "data.num_mels", even or encoder.kind != "sanm", f"an even product with lfr_m {data.lfr_m} for kind sanm"
     for name in ("train", "dev"):
         tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
-        if data.kind == "manifest" and not getattr(data, name) and not tuned:
-            yield f"data.{name}: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
+        given = data.kind != "manifest" or getattr(data, name) != "" or bool(tuned)
+        yield f"data.{name}", given, "a manifest or a Kaldi folder, as data.kind is manifest"
+    if encoder.position == "learnable" and encoder.kind in ("transformer", "conformer"):
+        slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
+        frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
+        if data.kind == "toy":
+            frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
+        steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
+        yield ("model.encoder.position", steps <= LEARNED_POSITIONS, "sinusoidal, or more subsampling, as "
+               f"{longest} is {steps:.0f} encoder frames and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def check(config: Config, place: str = "config") -> None:
     """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
-    errors = [e for path, value in _walk(config) for e in _field_errors(path, value)] + list(_cross_errors(config))
+    values = dict(_walk(config))
+    rules = (*_value_rules(config), *_model_rules(config.model), *_data_rules(config.data), *_cross_rules(config))
+    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}" for path, right, wanted in rules if not right]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
 
@@ -380,12 +368,6 @@ def from_dict(values: dict, place: str) -> Config:
     return _merge(Config(), values, place, {})
 
 
-def to_dict(config: Any) -> dict:
-    """Nested plain dicts, tuples as lists: what a checkpoint holds. from_dict turns it back."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {k: to_dict(v) if is_dataclass(v) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
-
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
     """Config from a YAML file with `--section.key=value` overrides put over it, checked.
 
@@ -410,7 +392,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """YAML text that load turns back into exactly this config; PyYAML reads the same values from it."""
-    return "\n".join(_dump_lines(to_dict(config))) + "\n"
+    return "\n".join(_dump_lines(asdict(config))) + "\n"
 
 
 def _dump_lines(values: dict) -> Iterator[str]:
@@ -423,7 +405,7 @@ def _dump_lines(values: dict) -> Iterator[str]:
 
 
 def _dump_value(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_dump_value, value))}]"
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -438,8 +420,9 @@ FILES = {"config": "config.yaml", "model": "model.pt", "tokens": "tokens.json", 
          "seg_dict": "seg_dict"}      # unless configuration.json says otherwise
 FILE_KEYS = {"init_param": "model", "config": "config", "tokenizer_conf.token_list": "tokens",
              "tokenizer_conf.seg_dict_file": "seg_dict", "frontend_conf.cmvn_file": "stats"}
-COMMON = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
-          "dropout_rate": (0.1, "dropout")}
+LAYERS = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
+          "dropout_rate": (0.1, "dropout"), "normalize_before": (True, [True]), "concat_after": (False, [False])}
+ENCODER = LAYERS | {"output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout")}
 CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]), "smooth_factor": (1.0, "smooth"),
        "noise_threshold": (0.0, "noise"), "dropout": (0.1, "dropout")}
 MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
@@ -448,16 +431,12 @@ MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing
 PUBLISHED = {     # part -> its class -> our choices, and its options: (default, our field or what alone we compute)
     "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
     "encoder": {
-        "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, COMMON | {
-            "output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout"),
+        "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, ENCODER | {
             "kernel_size": (11, "kernel_size"), "sanm_shfit": (0, "memory_shift"), "input_layer": ("conv2d", ["pe"]),
-            "normalize_before": (True, [True]), "concat_after": (False, [False]),
             "selfattention_layer_type": ("sanm", ["sanm"]), "positionwise_layer_type": ("linear", ["linear"])}),
-        "ConformerEncoder": ({"kind": "relative_conformer", "subsampling": 4}, COMMON | {
-            "output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout"),
+        "ConformerEncoder": ({"kind": "relative_conformer", "subsampling": 4}, ENCODER | {
             "cnn_module_kernel": (31, "kernel_size"), "input_layer": ("conv2d", ["conv2d"]),
-            "normalize_before": (True, [True]), "concat_after": (False, [False]), "macaron_style": (False, [True]),
-            "use_cnn_module": (True, [True]), "activation_type": ("swish", ["swish"]),
+            "macaron_style": (False, [True]), "use_cnn_module": (True, [True]), "activation_type": ("swish", ["swish"]),
             "pos_enc_layer_type": ("rel_pos", ["rel_pos"]), "rel_pos_type": ("legacy", ["legacy"]),
             "selfattention_layer_type": ("rel_selfattn", ["rel_selfattn"])})},
     "predictor": {
@@ -468,12 +447,10 @@ PUBLISHED = {     # part -> its class -> our choices, and its options: (default,
             "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
             "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
     "decoder": {
-        "ParaformerSANMDecoder": ({"kind": "sanm"}, COMMON | {
+        "ParaformerSANMDecoder": ({"kind": "sanm"}, LAYERS | {
             "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"),
-            "sanm_shfit": (0, "memory_shift"), "self_attention_dropout_rate": (0.0, "attention_dropout"),
-            "normalize_before": (True, [True]), "concat_after": (False, [False])}),
-        "ParaformerSANDecoder": ({"kind": "bare"}, COMMON | {
-            "normalize_before": (True, [True]), "concat_after": (False, [False])})},
+            "sanm_shfit": (0, "memory_shift"), "self_attention_dropout_rate": (0.0, "attention_dropout")}),
+        "ParaformerSANDecoder": ({"kind": "bare"}, LAYERS)},
     "frontend": {
         "WavFrontend": ({}, {
             "fs": (16000, "sample_rate"), "n_mels": (80, "num_mels"), "lfr_m": (1, "lfr_m"), "lfr_n": (1, "lfr_n"),

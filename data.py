@@ -11,7 +11,6 @@ a bad recording in a manifest is a `Skip`.
 
     python data.py --help                the sub-commands that turn public corpora into manifests
     python data.py toy --benchmark       how hard the toy task is for a linear classifier, and how fast it is made
-    python data.py manifest              what a manifest of a million lines costs in time and memory
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances. Samples are float32 in [-1,1),
 energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling),
@@ -66,7 +65,7 @@ class WavHeader(NamedTuple):
     channels: int
     rate_hz: int
     start: int          # byte where the samples begin
-    num_bytes: int      # a whole number of samples of all channels
+    num_samples: int    # of one channel
 
 
 MAX_CHUNKS = 10000      # of a WAV file, before its samples: a file of empty chunks cannot keep a server busy
@@ -106,22 +105,18 @@ def read_header(file: BinaryIO) -> WavHeader | None:
             fmt = file.read(min(size, 40))
         elif head[:4] == b"data":
             code, bits, channels, rate_hz = parse_fmt(fmt)
-            num_bytes = min(size or end, end - start)
-            whole = num_bytes - num_bytes % max(1, channels * bits // 8)
-            return WavHeader(code, bits, channels, rate_hz, start, whole) if (code, bits) in SAMPLE_TYPES else None
+            if (code, bits) not in SAMPLE_TYPES:
+                return None
+            num_samples = min(size or end, end - start) // (channels * bits // 8)
+            return WavHeader(code, bits, channels, rate_hz, start, num_samples)
         file.seek(start + size + size % 2)      # chunks are padded to an even size
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
-
-
-def count_samples(header: WavHeader) -> int:
-    """Of one channel."""
-    return header.num_bytes // (header.channels * header.bits // 8)
 
 
 def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
     """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
     size = header.channels * header.bits // 8
-    stop = count_samples(header) if stop is None else stop
+    stop = header.num_samples if stop is None else stop
     file.seek(header.start + start * size)
     x = np.frombuffer(file.read((stop - start) * size), SAMPLE_TYPES[header.code, header.bits])
     if header.bits == 24:                       # three bytes -> the upper three of an int32
@@ -185,24 +180,18 @@ def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
         return read_samples(file, header), header.rate_hz
 
 
-def wav_info(path: str | os.PathLike) -> tuple[int, int]:
-    """(samples of a channel, rate in Hz): WAV and FLAC by their headers, others by decoding. Raises as load_wav."""
-    with open(path, "rb") as file:
-        head = file.read(26)
-    word = int.from_bytes(head[18:26], "big")           # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
-    if head[:4] == b"fLaC" and word % 2**36:
-        return word % 2**36, word >> 44
-    with open_recording(path) as (_, header):
-        return count_samples(header), header.rate_hz
-
-
 def audio_seconds(path: str | os.PathLike) -> float | None:
-    """Duration of a recording, None if it cannot be read."""
+    """Duration of a recording: of WAV and FLAC by their headers, of others by decoding; None if it cannot be read."""
     try:
-        num_samples, rate_hz = wav_info(path)
+        with open(path, "rb") as file:
+            head = file.read(26)
+        word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
+        if head[:4] == b"fLaC" and word % 2**36 and word >> 44:
+            return word % 2**36 / (word >> 44)
+        with open_recording(path) as (_, header):
+            return header.num_samples / header.rate_hz
     except (OSError, ValueError):
         return None
-    return num_samples / rate_hz
 
 
 def save_wav(path: str | os.PathLike, samples: Tensor | np.ndarray, rate_hz: int) -> None:
@@ -302,7 +291,7 @@ CHUNK_SEC = 10
 def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
     """A recording as load_wav and resample make it, in pieces: memory does not grow with it. Raises as load_wav."""
     with open_recording(source) as (file, header):
-        total, step = count_samples(header), CHUNK_SEC * header.rate_hz
+        total, step = header.num_samples, CHUNK_SEC * header.rate_hz
         chunks = (read_samples(file, header, at, min(total, at + step)) for at in range(0, total, step))
         yield from resample_chunks(chunks, header.rate_hz, rate_hz)
 
@@ -734,9 +723,7 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
 
 
 def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte, stripped; "" for -1. ValueError if none does, as the file has changed."""
-    if start < 0:
-        return ""
+    """The line that starts at this byte, stripped. ValueError if none does, as the file has changed."""
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
         begins = start == 0 or file.read(1) == b"\n"
@@ -769,46 +756,36 @@ def parse_row(line: str, folder: str, place: str) -> Row:
     return Row(key, os.path.join(folder, audio), text, duration)
 
 
-def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str, int]]:
-    """A Kaldi table, lines `key value` -> {key: (value, place, byte)}. Raises ValueError if a key stands twice."""
-    table: dict[str, tuple[str, str, int]] = {}
-    for place, start, line in scan_lines(path):
+def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """A Kaldi table, lines `key value` -> {key: (value, file:line)}. Raises ValueError if a key stands twice."""
+    table: dict[str, tuple[str, str]] = {}
+    for place, _, line in scan_lines(path):
         key, *value = line.split(None, 1)
         if key in table:
             raise ValueError(f"{place}: wanted every key once, got {key!r} again, first at {table[key][1]}")
-        table[key] = ("".join(value), place, start)
+        table[key] = ("".join(value), place)
     return table
 
 
-def scan_kaldi(folder: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
-    """Rows of wav.scp (plain paths, relative to the folder) and text, with the bytes of their lines in the two, -1 for
-    none. Raises ValueError for pipes and for `segments`."""
+def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
+    """Rows of wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and `segments`."""
     if os.path.exists(f"{folder}/segments"):
         raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
     audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
-    for path, place, _ in audio.values():
+    for path, place in audio.values():
         if path.endswith("|") or not path:
             raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
-    for key in {**audio, **texts}:
-        (path, _, audio_at), (text, _, text_at) = audio.get(key, ("", "", -1)), texts.get(key, ("", "", -1))
-        yield audio_at, text_at, Row(key, path and os.path.join(folder, path), text, None)
+    for key in audio | texts:
+        (path, _), (text, _) = audio.get(key, ("", "")), texts.get(key, ("", ""))
+        yield Row(key, path and os.path.join(folder, path), text, None)
 
 
-def kaldi_row(folder: str, audio_at: int, text_at: int) -> Row:
-    """One row that scan_kaldi has found, read again. ValueError where the files have changed."""
-    key, path = (*line_at(f"{folder}/wav.scp", audio_at).split(None, 1), "", "")[:2]
-    name, text = (*line_at(f"{folder}/text", text_at).split(None, 1), "", "")[:2]
-    if key and name and key != name:
-        raise ValueError(f"{folder}/text: wanted {key!r} at byte {text_at}, as at the start, got {name!r}")
-    return Row(key or name, path and os.path.join(folder, path), text, None)
-
-
-def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, int, Row]]:
-    """Rows of a JSON-lines manifest or a Kaldi folder, with the bytes where the lines of their audio and text start."""
+def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
+    """Rows of a JSON-lines manifest with the bytes where their lines start, or of a Kaldi folder with their numbers."""
     if os.path.isdir(path):
-        return scan_kaldi(path)
+        return enumerate(scan_kaldi(path))
     folder = os.path.dirname(path)
-    return ((start, start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
+    return ((start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
 
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
@@ -819,30 +796,32 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
 
 
 class Manifest:
-    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] reads row i from its file.
+    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
 
-    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one;
-    then only `index` is in memory, one array that worker processes share: places and seconds (NaN = not given). So the
-    files have to stay as they are; a row whose line has moved is a ValueError.
+    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
+    Of JSON lines only `index` stays in memory, one array that worker processes share: places and seconds (NaN = not
+    given). A row is read from its file, which has to stay as it is: a line that has moved is a ValueError. Of a Kaldi
+    folder, whose rows lie in two files, the rows stay in memory.
     """
 
-    PLACE = [("manifest", np.int32), ("audio", np.int64), ("text", np.int64), ("seconds", np.float64)]
+    PLACE = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
 
     def __init__(self, source: str | os.PathLike):
         self.paths = find_manifests(source)
-        places = ((number, audio_at, text_at, row.duration) for number, path in enumerate(self.paths)
-                  for audio_at, text_at, row in scan_rows(path))
+        self.folders = {path: list(scan_kaldi(path)) for path in self.paths if os.path.isdir(path)}
+        places = ((number, start, row.duration) for number, path in enumerate(self.paths)
+                  for start, row in (enumerate(self.folders[path]) if path in self.folders else scan_rows(path)))
         self.index = np.fromiter(places, self.PLACE)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Row:
-        number, audio_at, text_at, _ = self.index[index].item()
+        number, start, _ = self.index[index].item()
         path = self.paths[number]
-        if os.path.isdir(path):
-            return kaldi_row(path, audio_at, text_at)
-        return parse_row(line_at(path, audio_at), os.path.dirname(path), f"{path}, byte {audio_at}")
+        if path in self.folders:
+            return self.folders[path][start]
+        return parse_row(line_at(path, start), os.path.dirname(path), f"{path}, byte {start}")
 
 
 RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
@@ -854,7 +833,7 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
     rows: list[Row] = []
     for path in map(Path, paths):
         if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-            rows += [row for _, _, row in scan_rows(path)]
+            rows += [row for _, row in scan_rows(path)]
             continue
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
         if not found:
@@ -935,7 +914,7 @@ class ManifestDataset(Dataset):
             return Skip(row.key, "no audio: wav.scp has no line for it")
         try:
             with open_recording(row.audio) as (file, header):
-                seconds = count_samples(header) / header.rate_hz
+                seconds = header.num_samples / header.rate_hz
                 samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
         except FileNotFoundError:
             return Skip(row.key, f"missing: {row.audio}")
@@ -976,7 +955,7 @@ def training_texts(options) -> Iterable[str]:
     toy task."""
     if options.kind == "toy":
         return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
-    return (row.text for path in find_manifests(options.train) for _, _, row in scan_rows(path))
+    return (row.text for path in find_manifests(options.train) for _, row in scan_rows(path))
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
@@ -1005,8 +984,6 @@ class Batch(NamedTuple):
     tokens: Tensor                      # (B,U) int64, padded with 0
     token_lens: Tensor                  # (B,) int64
     texts: list[str]
-    boundaries: list[Tensor | None]     # (U+1,) each
-    seconds: list[float]
     skipped: list[Skip]                 # not among the B
 
 
@@ -1045,11 +1022,11 @@ def collate(items: list[Utterance | Skip]) -> Batch:
                          f"{[(tuple(item.feats.shape), tuple(item.tokens.shape)) for item in kept]}")
     if not kept:
         empty = torch.zeros(0, dtype=torch.int64)
-        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], [], [], skipped)
+        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], skipped)
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return Batch([u.key for u in kept], pad([u.feats for u in kept]), torch.tensor([len(u.feats) for u in kept]),
                  pad([u.tokens for u in kept]), torch.tensor([len(u.tokens) for u in kept]), [u.text for u in kept],
-                 [u.boundaries for u in kept], [u.seconds for u in kept], skipped)
+                 skipped)
 
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
@@ -1104,11 +1081,12 @@ def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Gener
     return x + hiss * 10 ** (rng.uniform(-65, -45) / 20)
 
 
-def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[int]) -> Iterator[tuple[str, dict]]:
+def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Connected digits, three to seven by one speaker, from recordings <digit>_<speaker>_<index>.wav -> rows.
 
     Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
     """
+    source, out, hold_out = options.source, options.out, options.hold_out_speaker
     folder = source / "recordings" if (source / "recordings").is_dir() else source
     pools: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}, "unseen_speaker": {}}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
@@ -1120,10 +1098,10 @@ def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[
         pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
     if hold_out and not pools["unseen_speaker"]:
         raise ValueError(f"{folder}: wanted <digit>_{hold_out}_<index>.wav for --hold-out-speaker, got none")
-    for number, ((split, speakers), size) in enumerate(zip(pools.items(), sizes)):
+    for number, ((split, speakers), size) in enumerate(zip(pools.items(), options.utterances)):
         (out / "wav" / split).mkdir(parents=True, exist_ok=True)
         for i in range(size if speakers else 0):
-            rng = generator(seed, number, i)
+            rng = generator(options.seed, number, i)
             speaker = str(rng.choice(sorted(speakers)))
             picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
             loaded = [load_wav(path) for path in picks]
@@ -1132,64 +1110,43 @@ def prepare_fsdd(source: Path, out: Path, hold_out: str, seed: int, sizes: list[
             yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
 
 
-def prepare_librispeech(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+def prepare_librispeech(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """<split>/<speaker>/<chapter>/*.trans.txt, lines `key TEXT`, beside <key>.flac."""
-    for table in sorted(source.glob("*/*/*/*.trans.txt")):
-        split, speaker = table.relative_to(source).parts[:2]
-        for key, (text, *_) in read_table(table).items():
-            yield split, manifest_row(out, table.parent / f"{key}.flac", text, speaker)
+    for table in sorted(options.source.glob("*/*/*/*.trans.txt")):
+        split, speaker = table.relative_to(options.source).parts[:2]
+        for key, (text, _) in read_table(table).items():
+            yield split, manifest_row(options.out, table.parent / f"{key}.flac", text, speaker)
 
 
-def prepare_aishell(source: Path, out: Path) -> Iterator[tuple[str, dict]]:
+def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, whose spaces between words go."""
-    texts = read_table(source / "transcript" / "aishell_transcript_v0.8.txt")
-    for audio in sorted(source.glob("wav/*/*/*.wav")):
+    texts = read_table(options.source / "transcript" / "aishell_transcript_v0.8.txt")
+    for audio in sorted(options.source.glob("wav/*/*/*.wav")):
         text = texts.get(audio.stem, ("",))[0]
-        yield audio.parts[-3], manifest_row(out, audio, "".join(text.split()), audio.parts[-2])
+        yield audio.parts[-3], manifest_row(options.out, audio, "".join(text.split()), audio.parts[-2])
 
 
-def prepare_folder(source: Path, out: Path, dev_share: float, test_share: float,
-                   seed: int) -> Iterator[tuple[str, dict]]:
+def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
-    if min(dev_share, test_share) < 0 or dev_share + test_share > 1:
-        raise ValueError(f"wanted shares of 0 or more, together at most 1, got {dev_share} and {test_share}")
-    recordings = sorted(source.rglob("*.wav"))
-    num_dev, num_test = round(dev_share * len(recordings)), round(test_share * len(recordings))
-    for rank, index in enumerate(generator(seed, 0, 0).permutation(len(recordings))):
+    dev, test = options.dev_share, options.test_share
+    if min(dev, test) < 0 or dev + test > 1:
+        raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
+    recordings = sorted(options.source.rglob("*.wav"))
+    num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
+    for rank, index in enumerate(generator(options.seed, 0, 0).permutation(len(recordings))):
         split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
         audio = recordings[index]
         lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
-        yield split, manifest_row(out, audio, " ".join(line for *_, line in lines))
+        yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
+
+
+CORPORA = {"fsdd": prepare_fsdd, "librispeech": prepare_librispeech, "aishell": prepare_aishell,
+           "folder": prepare_folder}
 
 
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
     num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
     blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
-
-
-def manifest_report(num_lines: int) -> int:
-    """Print what a generated manifest of so many lines costs to open, to take an epoch's batches from, and to keep."""
-    if num_lines < 1:
-        raise ValueError(f"--benchmark: wanted 1 line or more, got {num_lines}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "train.jsonl")
-        with open(path, "w") as file:
-            for i in range(num_lines):
-                row = {"audio": f"wav/speaker_{i % 1000:04d}/{i:08d}.wav", "text": f"{'some words said by ' * 3}{i}",
-                       "key": f"{i:08d}", "duration": 1 + i % 1000 / 100}
-                file.write(json.dumps(row) + "\n")
-        peak = lambda: 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-        before, times = peak(), [time.perf_counter()]
-        dataset = ManifestDataset(path, SimpleNamespace(sample_rate=16000, lfr_n=1, max_sec=30.0), list)
-        times.append(time.perf_counter())
-        batches = make_batches(dataset.lengths, 16, 20000)
-        times.append(time.perf_counter())
-        text = dataset.rows[num_lines // 2].text
-        print(f"{num_lines} lines, {os.path.getsize(path) / 1e6:.0f} MB: opened in {times[1] - times[0]:.2f} s, "
-              f"{len(batches)} batches in {times[2] - times[1]:.2f} s, row {num_lines // 2}: {text!r}\n"
-              f"bytes an utterance: index {dataset.rows.index.nbytes / num_lines:.0f}, "
-              f"peak of the process above that before {(peak() - before) / num_lines:.0f}")
-    return 0
 
 
 def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int) -> float:
@@ -1257,32 +1214,17 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
     toy = add("toy", "the toy task: print three utterances", folders=False)
     toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
-    manifest = add("manifest", "what a long manifest costs in time and memory", folders=False)
-    manifest.add_argument("--benchmark", type=int, default=10**6, metavar="LINES", help="generated (default 1000000)")
     return parser
-
-
-def run_command(args: argparse.Namespace) -> int:
-    if args.command == "manifest":
-        return manifest_report(args.benchmark)
-    if args.command == "toy":
-        return toy_report(args.benchmark, args.seed)
-    source, out = args.source, args.out
-    if not source.is_dir():
-        raise ValueError(f"{source}: wanted the corpus's folder, got none of that name")
-    if args.command == "fsdd":
-        rows = prepare_fsdd(source, out, args.hold_out_speaker, args.seed, args.utterances)
-    elif args.command == "folder":
-        rows = prepare_folder(source, out, args.dev_share, args.test_share, args.seed)
-    else:
-        rows = {"librispeech": prepare_librispeech, "aishell": prepare_aishell}[args.command](source, out)
-    return write_manifests(rows, out)
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return run_command(args)
+        if args.command == "toy":
+            return toy_report(args.benchmark, args.seed)
+        if not args.source.is_dir():
+            raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
+        return write_manifests(CORPORA[args.command](args), args.out)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

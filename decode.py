@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,9 +46,9 @@ import data
 from attention import Span, alignment_svg, attention_svg, escape
 from model import (Hypotheses, build, encode, funasr_names, in_feature_frames, load_published, load_weights, padding_mask,
                    pick_device, read_checkpoint)
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
-                       count_errors, format_alignment, normalise_text, spell_words, spoken_places, token_accuracy,
-                       word_errors)
+from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
+                       char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
+                       token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 SEGMENT_SEC = 1.0, 20.0  # of the segments that long recordings are cut into, at least and at most
@@ -438,7 +439,7 @@ def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
 def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
     """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
     spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
-    spaced = [True, *(all_spaced or a.kind == "word" and b.kind != "han" for a, b in zip(spelled, spelled[1:]))]
+    spaced = [True, *(all_spaced or are_spaced(a, b) for a, b in zip(spelled, spelled[1:]))]
     heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
     words, end = [], 0
     for word, gap in zip(spelled, spaced):
@@ -1026,7 +1027,7 @@ def export(system: System, path: str) -> str:
         except ValueError as error:
             place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
     place.parent.mkdir(parents=True, exist_ok=True)
-    state = {"config": configs.to_dict(system.config), "tokenizer": system.tokenizer.state(),
+    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
     with replacing(place) as file:
         torch.save(state, file)

@@ -593,7 +593,7 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
         found = f"{header.channels} channels at {header.rate_hz} Hz" if header else sniff(body)
         raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
                       f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
-    seconds, config = data.count_samples(header) / header.rate_hz, system.config.data
+    seconds, config = header.num_samples / header.rate_hz, system.config.data
     if not seconds:
         raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
     if seconds > options.max_audio_seconds:

@@ -35,7 +35,7 @@ import unicodedata
 import wave
 import xml.etree.ElementTree as ElementTree
 import zlib
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,9 +258,8 @@ def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
     rng = random.Random(0)
     for _ in range(100):
         drawn = random_config(rng, config.Config())
-        text, values = config.dump(drawn), config.to_dict(drawn)
-        assert config.from_dict(config.parse_yaml(text), "x") == config.from_dict(values, "x") == drawn
-        assert repr(config.parse_yaml(text)) == repr(values)
+        for values in (asdict(drawn), config.parse_yaml(config.dump(drawn))):
+            assert repr(config.from_dict(values, "x")) == repr(drawn)
 
 
 def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
@@ -269,7 +268,7 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     path = written(tmp_path, config.dump(odd))
     assert config.load(path) == odd
     yaml = pytest.importorskip("yaml")
-    assert yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) == config.to_dict(odd)
+    assert config.from_dict(yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")), "x") == odd
 
 
 # C27
@@ -339,11 +338,9 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_layers=-1": "model.encoder.num_layers: wanted 0 or more, got -1",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
     "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
-                                     "got 'conformr' "
-                                     "(did you mean 'conformer'?)",
+                                     "got 'conformr'",
     "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
-    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
-                               "(did you mean 'cosine'?)",
+    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos'",
     "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
     "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
     "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
@@ -363,8 +360,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
 def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
     path = written(tmp_path, f"model:\n  name: {name}\n")
-    with pytest.raises(ValueError, match=f"model.{override.split('=')[0]}: has no effect with name {name}, wanted its "
-                                         f"default {default}, got"):
+    wanted = f"model.{override.split('=')[0]}: wanted its default {default}, as name {name} has no use for it, got"
+    with pytest.raises(ValueError, match=wanted):
         config.load(path, [f"--model.{override}"])
     assert config.load(path).model.name == name
     for used in {"transformer": ("decoder.num_heads=2", "ctc_weight=0.5"), "ctc": ("encoder.num_heads=2",)}[name]:
@@ -394,17 +391,30 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
     (["--model.encoder.position=learnable"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2004 for data.toy.max_symbols x "
-     "max_frames; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.toy.max_symbols x max_frames is 2004 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 3000 for data.max_sec 30.0 at "
-     "speed 1.0; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 1.0 is 3000 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.8]", "--data.lfr_n=2"], ""),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--data.augment.speeds=[1.2, 0.7]", "--data.lfr_n=2"],
-     "model.encoder.position: wanted at most 2000 encoder frames for learnable, got 2143 for data.max_sec 30.0 at "
-     "speed 0.7; use sinusoidal, or more subsampling"),
+     "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 0.7 is 2143 "
+     "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
-    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], "")])
+    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], ""),
+    (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
+      "--data.augment.freq_width=80", "--model.encoder.memory_shift=7"], ""),
+    (["--model.encoder.position=learnable", "--data.toy.max_symbols=100"], ""),
+    (["--model.encoder.memory_shift=8"], "model.encoder.memory_shift: wanted at most half of kernel_size 15, got 8"),
+    (["--model.decoder.kind=bare", "--model.decoder.hidden_dim=256"],
+     "model.decoder.hidden_dim: wanted the encoder's 512 for kind bare, got 256"),
+    (["--model.encoder.hidden_dim=511", "--model.encoder.num_heads=1"],
+     "model.encoder.hidden_dim: wanted an even width for sinusoids, got 511"),
+    (["--model.encoder.kind=sanm", "--data.num_mels=79"],
+     "data.num_mels: wanted an even product with lfr_m 1 for kind sanm, got 79"),
+    (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
+     "model.encoder.context: wanted 0 for kind sanm, got 3"),
+    (["--model.predictor.upsampling=3"], "model.predictor.upsampling: wanted 0 unless kind is dense, got 3")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     path, table = written(tmp_path, ISSUE_FILE), inspect.signature(PositionalEncoding).parameters["max_len"].default
     assert config.LEARNED_POSITIONS == table
@@ -487,7 +497,7 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
 
 # C6
 def test_planted_ids_counts_and_specials():
-    char = Tokenizer.build(["Ba b", "c b"], min_count=2)
+    char = Tokenizer.build(["B b", "b B"])
     assert char.state() == {"unit": "char", "symbols": ["<blank>", "<sos>", "<eos>", "<unk>", " ", "b"]}
     assert (BLANK, SOS, EOS, UNK, len(char)) == (0, 1, 2, 3, 6)
     assert char.encode("B x") == [5, 4, 3] and char.decode([1, 5, 4, 3, 0, 2]) == "b <unk>"
@@ -502,7 +512,7 @@ def test_planted_ids_counts_and_specials():
 @pytest.mark.parametrize("text, message", [
     ("{oops", "got no JSON"), (b"\xff\xfe", "got no JSON"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
     ({"unit": "char"}, "wanted {'unit'"), ({"unit": "char", "symbols": "abc"}, "wanted {'unit'"),
-    ({"unit": "bpe", "symbols": [*SPECIALS]}, "must be one of .'char', 'word'., got 'bpe'"),
+    ({"unit": "bpe", "symbols": [*SPECIALS]}, "must be char or word, got 'bpe'"),
     ({"unit": "char", "symbols": ["<blank>", "a"]}, "must begin with .*'<unk>'.*got .'<blank>', 'a'"),
     ({"unit": "char", "symbols": [*SPECIALS, "a", "b", "a"]}, r"symbols\[6\] repeats symbols\[4\], 'a'"),
     ({"unit": "word", "symbols": [*SPECIALS, "<eos>"]}, r"symbols\[4\] repeats symbols\[2\], '<eos>'"),
@@ -689,7 +699,7 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, ch
             samples, rate_hz = data.load_wav(source)
             assert rate_hz == 44100 and samples.dtype == torch.float32
             np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
-        assert data.wav_info(tmp_path / "a.wav") == (9, 44100)
+        assert data.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
 
 def test_a_cut_last_sample_of_a_wav_is_dropped():
@@ -731,17 +741,20 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     assert "-protocol_whitelist pipe -i pipe:0" in bytes_call and piped == "piped"
 
 
-def test_wav_info_reads_a_flac_header(tmp_path):
+def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")      # no ffmpeg
     word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(10) + word.to_bytes(8, "big") + bytes(16))
-    assert data.wav_info(tmp_path / "a.flac") == (123456, 44100)
+    assert data.audio_seconds(tmp_path / "a.flac") == 123456 / 44100
+    (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(17) + b"\1" + bytes(16))
+    assert data.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
 
 
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
-    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.4 / 32768]), 8000)
+    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
     with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
         assert file.getparams()[:4] == (1, 2, 8000, 5)
-        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 1]
+        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 2]
 
 
 # ---- data: resampling ----
@@ -839,8 +852,8 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
     level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
     assert abs(data.find_cut(level, 1000, 2000) - 1500) <= 2
-    level[1200:1210] = level[1700:1730] = -70.0
-    assert abs(data.find_cut(level, 1000, 2000) - 1715) <= 1
+    level[1200:1232] = level[1700:1738] = -70.0     # no pause has 0.4 s: the longest
+    assert abs(data.find_cut(level, 1000, 2000) - 1719) <= 1
     level[1800:1850] = -70.0
     assert abs(data.find_cut(level, 1000, 2000) - 1825) <= 1
     assert data.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
@@ -968,7 +981,7 @@ def test_lfr_equals_a_loop_over_slots(m, n):
 @pytest.mark.parametrize("lfr_m,lfr_n", [(1, 1), (7, 6), (4, 3)])
 def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
     options = data_options(lfr_m=lfr_m, lfr_n=lfr_n)
-    for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000]:
+    for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000, 8040]:      # 8040 / 8000 * 8000 is below 8040
         feats = data.frontend(torch.zeros(N), 8000, options)
         assert feats.shape == (data.num_frames(N / 8000, options), data.feature_dim(options))
     assert data.frame_sec(options) == pytest.approx(0.01 * lfr_n)
@@ -985,7 +998,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     np.testing.assert_allclose(stats[0], x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(1 / stats[1][:2], x.std(0)[:2], rtol=1e-4)
     flat = data.normalise(parts[2], stats)
-    assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1
+    assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1 and stats[1, 2] == pytest.approx(1000)
     with pytest.raises(ValueError, match="got none"):
         data.compute_stats(iter([]))
 
@@ -1222,7 +1235,7 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
 # C94
 def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):
     paths = shards(tmp_path)
-    parsed = [row for path in paths for _, _, row in data.scan_rows(path)]
+    parsed = [row for path in paths for _, row in data.scan_rows(path)]
     manifest = data.Manifest(",".join(map(str, paths[:3])))
     again = [manifest[i] for i in random.Random(0).sample(range(6), 6)]
     assert sorted(again) == parsed[:6] and data.Manifest(paths[3])[0] == parsed[6]
@@ -1234,17 +1247,15 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
     data.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
     dataset = data.ManifestDataset(",".join(map(str, paths[:3])), data_options(), letters)
     assert dataset.durations.tolist() == [0, 0.25, 0, 0.5, 0, 0]
-    for path, i in ((paths[0], 1), (paths[2] / "wav.scp", 4), (paths[2] / "text", 3)):
-        whole = path.read_bytes()
-        for changed in (b"# new\n" + whole, b""):
-            path.write_bytes(changed)
-            with pytest.raises(ValueError, match=f"^{path}: wanted .* at byte .* at the start"):
-                manifest[i]
-        path.write_bytes(whole)
+    whole = paths[0].read_bytes()
+    for changed in (b"# new\n" + whole, b""):
+        paths[0].write_bytes(changed)
+        with pytest.raises(ValueError, match=f"^{paths[0]}: wanted .* at byte .* at the start"):
+            manifest[1]
 
 
 # C94
-def test_a_row_of_a_manifest_costs_28_bytes_and_its_text_none(tmp_path):
+def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
     rows = [{"audio": f"wav/speaker/{i}.wav", "text": f"{i} " * 50, "duration": 3.0} for i in range(4000)]
     path = write_manifest(tmp_path / "m.jsonl", rows)
     options = data_options(kind="manifest", train=str(path))
@@ -1258,16 +1269,26 @@ def test_a_row_of_a_manifest_costs_28_bytes_and_its_text_none(tmp_path):
     texts = tracemalloc.get_traced_memory()[1] - kept
     tracemalloc.stop()
     assert kept / 4000 < 150 and peak / 4000 < 200 and texts / 4000 < 20
-    assert len(pickle.dumps(dataset.rows)) < 4000 * 28 + 1000      # all that a worker process is given
+    assert len(pickle.dumps(dataset.rows)) < 4000 * 20 + 1000      # all that a worker process is given
 
 
 # C94
 @slow
-def test_a_million_lines_take_less_than_200_bytes_each(capsys):
-    assert data.main(["manifest"]) == 0
-    said = capsys.readouterr().out
-    assert "1000000 lines" in said and f"row 500000: '{'some words said by ' * 3}500000'" in said
-    assert float(re.search(r"above that before (\d+)", said)[1]) < 200
+def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
+    """In a process of its own, by its peak of memory."""
+    row = {"audio": "wav/speaker/00000000.wav", "text": "some words said " * 3, "duration": 2.5}
+    lines = (json.dumps({**row, "key": str(i), "duration": 1 + i % 1000 / 100}) + "\n" for i in range(10**6))
+    (tmp_path / "m.jsonl").write_text("".join(lines))
+    script = """if True:
+        import data, re, sys, types
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+        before, options = peak(), types.SimpleNamespace(sample_rate=16000, lfr_n=1, max_sec=30.0)
+        dataset = data.ManifestDataset(sys.argv[1], options, list)
+        data.make_batches(dataset.lengths, 16, 20000)
+        print(dataset.rows[500000].key, peak() - before)"""
+    command = [sys.executable, "-c", script, tmp_path / "m.jsonl"]
+    key, size = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout.split()
+    assert key == "500000" and int(size) < 200 * 10**6
 
 
 # C19
@@ -1366,6 +1387,8 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
              for epoch in (1, 2)]
     assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
+    order = [batch[0] for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, 1, shuffle)]
+    assert (np.corrcoef(order, np.arange(len(order)))[0, 1] < 0.7) == shuffle     # short and long ones in turn
 
 
 # C20
@@ -1388,7 +1411,7 @@ def test_collate_pads_with_zeros_and_keeps_skips_apart():
     assert batch.feats[:, :, 0].tolist() == [[2, 2, 0, 0], [4, 4, 4, 4]] and batch.feat_lens.tolist() == [2, 4]
     assert batch.tokens.tolist() == [[1, 2, 3], [1, 0, 0]] and batch.token_lens.tolist() == [3, 1]
     assert {t.dtype for t in (batch.feat_lens, batch.tokens, batch.token_lens)} == {torch.int64}
-    assert batch[:1] + batch[5:] == (["a", "c"], ["aaa", "c"], [None, None], [0.02, 0.04], [data.Skip("b", "missing")])
+    assert batch[:1] + batch[5:] == (["a", "c"], ["aaa", "c"], [data.Skip("b", "missing")])
     alone = data.collate([data.Skip("b", "missing")])
     assert len(alone.feats) == len(alone.feat_lens) == len(alone.tokens) == 0 and len(alone.skipped) == 1
     with pytest.raises(ValueError, match=r"one width .* got \[\(\(2, 3\), \(3,\)\), \(\(2, 4\), \(1,\)\)\]"):
@@ -1468,8 +1491,7 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
-    (["folder", ".", "out", "--dev-share", "2"], "wanted shares of 0 or more"),
-    (["manifest", "--benchmark", "0"], "--benchmark: wanted 1 line or more, got 0")])
+    (["folder", ".", "out", "--dev-share", "2"], "--dev-share, --test-share: wanted 0 or more")])
 def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert data.main(arguments) == 2
@@ -2179,7 +2201,7 @@ def test_minimum_word_error_rate_on_planted_candidates():
 
 
 # C69
-def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model():
+def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model(monkeypatch):
     with_it, batch = tiny(mwer_weight=2.0, mwer_samples=16), ragged(5)
     torch.manual_seed(7)
     order = torch.rand(4, 5)
@@ -2187,6 +2209,10 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     plain, _ = tiny()(*batch, order)
     assert "mwer" not in plain and sums["mwer"].item() != 0
     assert_same(sums["loss"], plain["loss"] + 2 * sums["mwer"], 1e-5)
+    masks = []
+    monkeypatch.setattr(model, "mwer_sum", lambda *arguments: masks.append(arguments[3]) or torch.zeros(()))
+    tiny(mwer_weight=2.0, mwer_samples=500)(*batch, order)
+    assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.02)
     ours = config.Config(model=config.ModelConfig(mwer_weight=2.0, mwer_samples=3))
     theirs = config.Config(model=config.ModelConfig(sampling_ratio=0.25))
     merged = train.with_model(ours, theirs).model
@@ -2586,6 +2612,14 @@ def test_the_moving_average_is_the_closed_form_once_grown():
     assert [train.newest_share(n, 0.9) for n in (0, 1, 500)] == pytest.approx([1.0, 1 - 2 / 11, 0.1])
 
 
+def test_dropout_is_drawn_by_the_number_of_the_step(tmp_path):
+    model, batch = tiny_model(tmp_path).train(), tiny_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    once, again, later = (train.train_step(model, optimizer, batch, 0.0, config.TrainingConfig(), number).sums["quantity"]
+                          for number in (3, 3, 4))
+    assert once == again != later
+
+
 # C31
 def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     model, batch = tiny_model(tmp_path), tiny_batch()
@@ -2596,6 +2630,21 @@ def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     assert not step.finite and not optimizer.steps
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
+
+
+# C24
+def test_the_figures_of_an_epoch_are_sums_divided_once():
+    """Two steps, of 3 tokens and of 1, and one that was skipped."""
+    steps = (train.Step({"loss": 6.0, "ce": 3.0}, 3, 1.0, True), train.Step({"loss": 2.0, "ce": 5.0}, 1, 3.0, True),
+             train.Step({}, 0, 0.0, False))
+    totals, batch = {}, tiny_batch()
+    for step in steps:
+        totals = train.add(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
+    row = train.epoch_row(train.Progress(), totals, 1e-3, {}, 9.0, 1.0)
+    wanted = {"loss": 2.0, "loss_ce": 2.0, "grad_norm": 2.0, "skipped_steps": 1, "data_wait": 0.25, "utterances": 9,
+              "frames_per_second": batch.feat_lens.sum() / 2, "padding": 1 - batch.feat_lens.float().mean() /
+              batch.feat_lens.max()}
+    assert {name: row[name] for name in wanted} == pytest.approx({name: float(x) for name, x in wanted.items()})
 
 
 # C11
@@ -2650,7 +2699,8 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert config.from_dict(state["config"], "checkpoint") == config.load(str(run / "config.yaml"))
     assert state["history"] == history and state["progress"]["epoch"] == 2
-    assert {"format", "optimizer", "stats", "tokenizer"} <= set(state)
+    assert set(state) == {"format", "config", "tokenizer", "stats", "model", "trained", "averaged", "optimizer",
+                          "progress", "history", "log_bytes", "utterances"}
     assert sorted(p.name for p in run.iterdir()) == sorted(
         ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints"])
 
@@ -2698,6 +2748,19 @@ def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_seco
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
 
 
+# C19
+def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):
+    manifest = recordings(tmp_path, 6)
+    (tmp_path / "r2.wav").write_bytes(b"RIFF")
+    (tmp_path / "r3.wav").unlink()
+    options = ["--data.kind=manifest", f"--data.train={manifest}", f"--data.dev={manifest}", "--training.num_epochs=1"]
+    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), *options]) == 0
+    log = (run_of(tmp_path / "runs") / "train.log").read_text()
+    assert log.count("skipped r2: unreadable") == log.count("skipped r3: missing") == 2     # as train and as dev
+    row, = json.loads((run_of(tmp_path / "runs") / "metrics.json").read_text())
+    assert (row["utterances"], row["skipped_utterances"], row["dev_skipped"]) == (4, 2, 2)
+
+
 # C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "latest.pt"
@@ -2713,7 +2776,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
 
 
-# C31
+# C31 C34
 def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_stays(tmp_path, monkeypatch, capsys):
     path, real = tiny_yaml(tmp_path / "tiny.yaml"), train.train_step
     steps = iter(range(100))
@@ -3413,7 +3476,7 @@ def tiny_system(kind: str = "manifest") -> decode.System:
 
 
 def saved(system: decode.System, path: pathlib.Path) -> str:
-    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
                 "model": system.model.state_dict()}, path)
     return str(path)
 
@@ -3613,7 +3676,7 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 
-# C71
+# C33 C71
 def test_every_form_is_written_as_its_readers_want_it():
     words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
     nbest = (decode.Alternative("one <two>", -0.1, 0.6), decode.Alternative("one", -0.2, 0.5))
@@ -3624,6 +3687,7 @@ def test_every_form_is_written_as_its_readers_want_it():
         "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
         "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
                   {"text": "one", "score": -0.2, "confidence": 0.5}]}
+    assert json.loads(decode.FORMS["json"](outcome._replace(reference="one too")))["reference"] == "one too"
     assert written == {
         "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
         "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
@@ -3703,7 +3767,7 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
 
-# C74
+# C34 C74
 @pytest.mark.parametrize("output", ["out", "out.jsonl"])
 def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypatch, output):
     ckpt, real, calls = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
@@ -3893,7 +3957,7 @@ def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_
             texts = {text: sum(float(log_p[row, u, i]) for u, i in enumerate(text))
                      for text in itertools.product(range(4), repeat=max(0, n)) if n >= min(1, counts[b])}
             for text in sorted(texts, key=lambda t: -texts[t])[:5]:
-                wanted[text] = texts[text] / max(1, n) - decode.COUNT_PRICE * abs(float(alpha[b].sum()) - n)
+                wanted[text] = texts[text] / max(1, n) - 0.3 * abs(float(alpha[b].sum()) - n)
         best = sorted(wanted, key=lambda text: -wanted[text])
         assert [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))] == best
         assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t] for t in best], abs=1e-5)
@@ -4140,8 +4204,8 @@ def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, cap
 
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
     system = tiny_system("toy")
-    system = system._replace(config=config.from_dict({**config.to_dict(system.config), "data": {
-        **config.to_dict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
+    system = system._replace(config=config.from_dict({**asdict(system.config), "data": {
+        **asdict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
     ckpt = saved(system, tmp_path / "tiny.pt")
     assert decode.main(["--ckpt", ckpt, "--batch-size", "2"]) == 0
     out, err = capsys.readouterr()
@@ -4393,6 +4457,9 @@ def test_configuration_json_names_the_files(tmp_path):
     files = config.published_files(tmp_path)
     assert {part: path.name for part, path in files.items()} == {
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
+    (tmp_path / "configuration.json").unlink()
+    (tmp_path / "tokens.txt").touch()
+    assert config.published_files(tmp_path)["tokens"].name == "tokens.txt"
 
 
 def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
@@ -4413,7 +4480,7 @@ def test_sentences_and_their_times_equal_funasr():
     """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
     for case in unit_cases("text"):
         words = tokenizer.spell_words(case["tokens"], case["ts_in"], lossless=False)
-        assert tokenizer.join_words(words) == case["text"]
+        assert tokenizer.write_sentence(words) == case["text"]
         assert " ".join(word.text for word in words) == case["text_ts"]
         assert [[word.start, word.end] for word in words if word.start is not None] == case["ts_out"]
 
@@ -4424,7 +4491,7 @@ def test_lossless_sentences_keep_every_character_and_equal_funasr_where_it_does(
     for case in unit_cases("text"):
         symbols = [symbol for symbol in case["tokens"] if symbol not in tokenizer.UNSPOKEN]
         plain = lambda text: text.replace(" ", "").lower()
-        ours = tokenizer.join_words(tokenizer.spell_words(symbols))
+        ours = tokenizer.write_sentence(tokenizer.spell_words(symbols))
         assert plain(ours) == plain("".join(symbols).replace("@@", ""))
         cut = any("@@" in a and not b[:1].isascii() or "@@" in a and b[:1] in "0123456789%" or b == ""
                   for a, b in zip(symbols, symbols[1:] + [""]) if "@@" in a)
@@ -4443,6 +4510,7 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     ours = tokenizer.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
+        assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert Tokenizer.from_state(json.loads(json.dumps(ours.state()))) == ours
 
 
@@ -4476,7 +4544,7 @@ def close(got, expected, atol):
     torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
 
 
-# C43
+# C1 C43
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -5639,7 +5707,7 @@ def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
 def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
     """A process of its own, with a stuck client and nobody who reads its log."""
     system = serving_system()
-    torch.save({"config": config.to_dict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
                 "model": system.model.state_dict()}, tmp_path / "best.pt")
     command = [sys.executable, serve.__file__, "--ckpt", str(tmp_path / "best.pt"), "--port", "0", "--drain-timeout",
                "6"]
@@ -5885,6 +5953,16 @@ def test_imports_follow_the_ladder(name):
     names = imported(HERE / f"{name}.py")
     assert names & set(LADDER) <= LADDER[name]
     assert names - set(LADDER) <= {"torch", "numpy"} | set(sys.stdlib_module_names)
+
+
+# C2 C15
+@pytest.mark.parametrize("name", FILES)
+def test_masks_and_features_have_one_source(name):
+    """Nobody else calls what the front end is made of, or draws triangles for masks."""
+    called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
+              if isinstance(node, ast.Call)}
+    assert name == "data" or not called & {"fbank", "lfr", "resample", "mel_matrix"}
+    assert name == "attention" or not called & {"tril", "triu"}
 
 
 # C35

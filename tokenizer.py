@@ -13,7 +13,6 @@ import os
 import re
 import unicodedata
 from array import array
-from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +21,19 @@ from typing import ClassVar, NamedTuple
 
 BLANK, SOS, EOS, UNK = 0, 1, 2, 3  # BLANK is the padding id as well
 SPECIALS = ("<blank>", "<sos>", "<eos>", "<unk>")  # index = id
-UNITS = ("char", "word")
 
 
 def spoken_places(ids: Sequence[int]) -> list[int]:
     """Where the ids are tokens of a text: blank, start and end are none."""
     return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+
+
+def spoken_symbols(ids: Sequence[int], symbols: Sequence[str]) -> list[str]:
+    """What the ids stand for at their spoken_places. Raises ValueError if an id is outside the vocabulary."""
+    outside = [int(id) for id in ids if not 0 <= id < len(symbols)]
+    if outside:
+        raise ValueError(f"token ids must be in 0..{len(symbols) - 1}, got {outside[0]}")
+    return [symbols[ids[u]] for u in spoken_places(ids)]
 
 
 # ---- text ----
@@ -65,13 +71,25 @@ class Tokenizer:
     symbols: tuple[str, ...]
 
     def __post_init__(self):
-        _check_vocabulary(self.unit, self.symbols)
+        unit, symbols = self.unit, self.symbols
+        if unit not in ("char", "word"):
+            raise ValueError(f"tokenizer unit must be char or word, got {_short(unit)}")
+        if symbols[:len(SPECIALS)] != SPECIALS:
+            raise ValueError(f"symbols must begin with {SPECIALS}, got {_short(symbols[:len(SPECIALS)])}")
+        ids = {symbol: i for i, symbol in enumerate(SPECIALS)}
+        for i, symbol in enumerate(symbols[len(SPECIALS):], len(SPECIALS)):
+            is_space = unit == "char" and symbol == " "  # normalise_text would strip it
+            if not is_space and not (isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]):
+                raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {_short(symbol)}")
+            if symbol in ids:
+                raise ValueError(f"symbols[{i}] repeats symbols[{ids[symbol]}], {_short(symbol)}")
+            ids[symbol] = i
 
     @classmethod
-    def build(cls, texts: Iterable[str], unit: str = "char", min_count: int = 1) -> "Tokenizer":
-        """The vocabulary of texts: units seen min_count times or more, in code point order."""
-        counts = Counter(u for text in texts for u in split_units(normalise_text(text), unit))
-        return cls(unit, SPECIALS + tuple(sorted(u for u, n in counts.items() if n >= min_count and u not in SPECIALS)))
+    def build(cls, texts: Iterable[str], unit: str = "char") -> "Tokenizer":
+        """The vocabulary of texts: their units, in code point order."""
+        units = {u for text in texts for u in split_units(normalise_text(text), unit)}
+        return cls(unit, SPECIALS + tuple(sorted(units.difference(SPECIALS))))
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -89,11 +107,7 @@ class Tokenizer:
 
         Raises ValueError if an id is outside the vocabulary.
         """
-        outside = [int(i) for i in ids if not 0 <= i < len(self)]
-        if outside:
-            raise ValueError(f"Tokenizer.decode: ids must be in 0..{len(self) - 1}, got {outside[0]}")
-        joint = "" if self.unit == "char" else " "
-        return joint.join(self.symbols[ids[u]] for u in spoken_places(ids))
+        return ("" if self.unit == "char" else " ").join(spoken_symbols(ids, self.symbols))
 
     def state(self) -> dict:
         """{"unit": str, "symbols": list of str}: plain containers, for JSON and for torch.load(weights_only=True)."""
@@ -128,21 +142,6 @@ class Tokenizer:
         return cls.from_state(state, where=str(path))
 
 
-def _check_vocabulary(unit: str, symbols: tuple[str, ...]) -> None:
-    if unit not in UNITS:
-        raise ValueError(f"tokenizer unit must be one of {UNITS}, got {_short(unit)}")
-    if symbols[:len(SPECIALS)] != SPECIALS:
-        raise ValueError(f"symbols must begin with {SPECIALS}, got {_short(symbols[:len(SPECIALS)])}")
-    ids = {symbol: i for i, symbol in enumerate(SPECIALS)}
-    for i, symbol in enumerate(symbols[len(SPECIALS):], len(SPECIALS)):
-        is_space = unit == "char" and symbol == " "  # normalise_text would strip it
-        if not is_space and not (isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]):
-            raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {_short(symbol)}")
-        if symbol in ids:
-            raise ValueError(f"symbols[{i}] repeats symbols[{ids[symbol]}], {_short(symbol)}")
-        ids[symbol] = i
-
-
 def _short(value: object) -> str:
     """value on one line of at most 60 characters, for an error."""
     text = repr(value)
@@ -164,7 +163,6 @@ class PieceTokenizer:
 
     symbols: tuple[str, ...]
     pieces: dict[str, tuple[str, ...]] | None
-    unknown: str = "<unk>"
     unit: ClassVar[str] = "piece"
 
     @classmethod
@@ -180,8 +178,7 @@ class PieceTokenizer:
         except (OSError, ValueError) as error:
             raise ValueError(f"{tokens}: wanted a list of symbols and a dictionary beside it, got {error}") from None
         pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
-        state = {"unit": "piece", "symbols": symbols, "pieces": pieces if dictionary else None, "unknown": "<unk>"}
-        return cls.from_state(state, str(tokens))
+        return cls.from_state({"symbols": symbols, "pieces": pieces if dictionary else None}, str(tokens))
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -191,7 +188,7 @@ class PieceTokenizer:
         return {symbol: i for i, symbol in enumerate(self.symbols)}  # of symbols alike, the last
 
     def encode_symbols(self, text: str) -> list[str]:
-        """The symbols of a text, `unknown` where there is none. With `pieces`, words are what single spaces separate,
+        """The symbols of a text, <unk> where there is none. With `pieces`, words are what single spaces separate,
         in lower case; a word that the dictionary lacks is spelled if it begins with a Chinese or ASCII letter or digit.
         """
         if self.pieces is None:
@@ -200,25 +197,22 @@ class PieceTokenizer:
         for word in text.strip().lower().split(" "):
             spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
             for unit in [word] if word in self.pieces else spelled:
-                symbols += self.pieces.get(unit, (self.unknown,))
+                symbols += self.pieces.get(unit, (SPECIALS[UNK],))
         return symbols
 
     def encode(self, text: str) -> list[int]:
         """The ids of the symbols of a text; no end is added. Source: seg_dict and CharTokenizer of FunASR."""
-        unknown = self._ids.get(self.unknown, len(self) - 1)
+        unknown = self._ids.get(SPECIALS[UNK], len(self) - 1)
         return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""
-        outside = [int(i) for i in ids if not 0 <= i < len(self)]
-        if outside:
-            raise ValueError(f"PieceTokenizer.decode: ids must be in 0..{len(self) - 1}, got {outside[0]}")
-        return join_words(spell_words([self.symbols[ids[u]] for u in spoken_places(ids)]))
+        return write_sentence(spell_words(spoken_symbols(ids, self.symbols)))
 
     def state(self) -> dict:
         """Plain containers, as Tokenizer.state."""
         pieces = None if self.pieces is None else {word: list(parts) for word, parts in self.pieces.items()}
-        return {"unit": "piece", "symbols": list(self.symbols), "pieces": pieces, "unknown": self.unknown}
+        return {"unit": "piece", "symbols": list(self.symbols), "pieces": pieces}
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
@@ -227,10 +221,10 @@ class PieceTokenizer:
         if not (isinstance(symbols, list) and len(symbols) > EOS and all(isinstance(x, str) for x in symbols)):
             raise ValueError(f"{where}: wanted a list of four symbols or more, got {_short(symbols)}")
         pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
-        return cls(tuple(symbols), pieces, state.get("unknown", "<unk>"))
+        return cls(tuple(symbols), pieces)
 
 
-class Word(NamedTuple):
+class SpelledWord(NamedTuple):
     text: str
     start: float | None  # of its first symbol, in the unit of the times that were given
     end: float | None
@@ -250,7 +244,7 @@ def _kind(symbol: str) -> str:
 
 
 def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
-                lossless: bool = True) -> list[Word]:
+                lossless: bool = True) -> list[SpelledWord]:
     """Symbols, with (start, end) each if given, to words: pieces joined, single letters in a row merged to capitals.
 
     Unspoken symbols are left out, but as in FunASR their times are not: the words after them begin too early.
@@ -265,8 +259,8 @@ def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None 
     return merge_letters((_group if lossless else _group_as_funasr)(spoken, kinds, times))
 
 
-def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[Word]:
-    words: list[Word] = []
+def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
+    words: list[SpelledWord] = []
     held = None  # the word that its pieces so far make
     for symbol, kind, (start, end) in zip(symbols, kinds, times):
         if held and kind in ("han", "other"):
@@ -274,52 +268,56 @@ def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequenc
             held = None
         text, start = (held.text, held.start) if held else ("", start)
         if kind == "piece":
-            held = Word(text + symbol.replace(PIECE, ""), start, end, "word")
+            held = SpelledWord(text + symbol.replace(PIECE, ""), start, end, "word")
         else:
-            words.append(Word(text + symbol, start, end, kind))
+            words.append(SpelledWord(text + symbol, start, end, kind))
             held = None
     return words + [held] if held else words
 
 
-def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[Word]:
-    words: list[Word] = []
+def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
+                     times: Sequence[Sequence[float]]) -> list[SpelledWord]:
+    words: list[SpelledWord] = []
     held, waiting, after_word = "", None, False  # waiting: the time of pieces, which the next Chinese character takes
     for symbol, kind, (start, end) in zip(symbols, kinds, times):
         if kind == "piece":
             held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
         elif kind == "word":
-            words.append(Word(held + symbol, waiting[0] if waiting else start, end, "word"))
+            words.append(SpelledWord(held + symbol, waiting[0] if waiting else start, end, "word"))
             held, waiting, after_word = "", None, True
         elif kind == "han":
             glued = not words or words[-1].kind != "word" or after_word
             if after_word and words[-1].kind == "other":  # FunASR means to drop the space, which is further back
                 words.pop()
                 glued = False
-            words.append(Word(symbol, *(waiting or (start, end)), "han" if glued else "other"))
+            words.append(SpelledWord(symbol, *(waiting or (start, end)), "han" if glued else "other"))
             waiting, after_word = None, False
         else:
-            words.append(Word(symbol, None, None, "other"))
+            words.append(SpelledWord(symbol, None, None, "other"))
     return words
 
 
-def merge_letters(words: Sequence[Word]) -> list[Word]:
+def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
     """Two or more words in a row that are one ASCII letter each become one in capitals: a b c -> ABC."""
-    merged: list[Word] = []
+    merged: list[SpelledWord] = []
     open_run = False
     for word in words:
         single = word.kind == "word" and len(word.text) == 1 and word.text.isascii()
         if single and open_run:
             last = merged.pop()
-            word = Word(last.text.upper() + word.text.upper(), last.start, word.end, "word")
+            word = SpelledWord(last.text.upper() + word.text.upper(), last.start, word.end, "word")
         merged.append(word)
         open_run = single
     return merged
 
 
-def join_words(words: Sequence[Word]) -> str:
-    """The sentence: a space after every word of letters that no Chinese character follows."""
-    spaces = [" " if a.kind == "word" and b.kind != "han" else "" for a, b in zip(words, words[1:])]
-    return "".join(word.text + space for word, space in zip(words, [*spaces, ""]))
+def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
+    """Whether a space stands between two words: behind one of letters, unless a Chinese character follows."""
+    return before.kind == "word" and after.kind != "han"
+
+
+def write_sentence(words: Sequence[SpelledWord]) -> str:
+    return "".join(" " * (i > 0 and are_spaced(words[i - 1], word)) + word.text for i, word in enumerate(words))
 
 
 # ---- alignment ----

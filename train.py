@@ -40,7 +40,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -615,7 +615,7 @@ def checkpoint_state(system: System, progress: Progress, history: list[dict], lo
     `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
     log_bytes is how long train.log is by now.
     """
-    return {"format": CHECKPOINT_FORMAT, "config": configs.to_dict(system.config),
+    return {"format": CHECKPOINT_FORMAT, "config": asdict(system.config),
             "tokenizer": system.tokenizer.state(), "stats": system.stats,
             "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
             "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
