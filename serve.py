@@ -47,6 +47,10 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    # Before torch: its threads would spin between two operators and take the cores from those that read requests
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 from torch import Tensor
