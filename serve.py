@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import ctypes
 import hmac
-import http.client
 import io
 import json
 import math
@@ -42,6 +41,7 @@ import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -1383,44 +1383,38 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
-    todo, done = iter(list(bodies)), []
-    lock = threading.Lock()
+def exchange(connection: socket.socket, request: bytes) -> tuple[float, bytes]:
+    """-> milliseconds from the request's first byte to the answer's last, and its body. ValueError unless it is 200."""
+    started, got, end = time.perf_counter(), b"", math.inf
+    connection.sendall(request)
+    while len(got) < end and (piece := connection.recv(262144)):
+        got += piece
+        if end == math.inf and b"\r\n\r\n" in got:
+            end = got.index(b"\r\n\r\n") + 4 + int(re.search(rb"Content-Length: (\d+)", got)[1])
+    spent = (time.perf_counter() - started) * 1e3
+    if not got.startswith(b"HTTP/1.1 200"):
+        raise ValueError(f"wanted 200, got {got[:200]!r}")
+    return spent, got.partition(b"\r\n\r\n")[2]
 
-    def work() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        while True:
-            with lock:
-                body = next(todo, None)
-            if body is None:
-                return
-            started = time.perf_counter()
-            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-            answered = connection.getresponse()
-            text = answered.read()
-            spent = (time.perf_counter() - started) * 1e3
-            if answered.status != 200:
-                raise ValueError(f"wanted 200, got {answered.status} {text[:200]!r}")
-            done.append((spent, json.loads(text)["timing"]))
 
-    threads = [threading.Thread(target=work) for _ in range(clients)]
+def time_clients(port: int, requests: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send requests from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    def work(mine: Sequence[bytes]) -> list[tuple[float, bytes]]:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return [exchange(connection, request) for request in mine]
+
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(done) != len(bodies):
-        raise ValueError(f"wanted {len(bodies)} answers, got {len(done)}")
-    return time.perf_counter() - started, done
+    with ThreadPoolExecutor(clients) as pool:
+        found = [one for each in pool.map(work, [requests[i::clients] for i in range(clients)]) for one in each]
+    return time.perf_counter() - started, [(spent, json.loads(body)["timing"]) for spent, body in found]
 
 
-def full_batch_ms(system: System, frames: int, size: int) -> float:
-    """Median milliseconds of one forward pass of `size` utterances."""
-    feats, spent = [torch.randn(frames, system.stats.shape[1]) for _ in range(size)], []
-    for _ in range(5):
+def median_ms(call: Callable[[], Any], times: int) -> float:
+    spent = []
+    for _ in range(times):
         started = time.perf_counter()
-        recognise(system, feats)
+        call()
         spent.append((time.perf_counter() - started) * 1e3)
     return statistics.median(spent)
 
@@ -1430,22 +1424,23 @@ def benchmark(options: argparse.Namespace) -> int:
     system = decode.load_system(options.checkpoint, options.device)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
-    def body(frames: int) -> bytes:
+    def request(frames: int) -> bytes:
         feats = mean + rng.standard_normal((frames, len(mean)))
-        return json.dumps({"features": feats.round(4).tolist()}).encode()
+        body = json.dumps({"features": feats.round(4).tolist()}).encode()
+        return (b"POST /transcribe HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
-    mixed, equal = [body(n) for n in rng.integers(10, 261, 160)], [body(100) for _ in range(160)]
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    importing = time.perf_counter() - started
+    mixed, equal = [request(n) for n in rng.integers(10, 261, 160)], [request(100) for _ in range(160)]
+    largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
+    importing = median_ms(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1) / 1e3
     with running(options) as (port, ready):
         time_clients(port, mixed[:32], 4)
         alone = [spent - timing["infer_ms"] for spent, timing in time_clients(port, equal, 1)[1]]
-        rates = {(name, n): len(bodies) / time_clients(port, bodies, n)[0]
-                 for name, bodies in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
+        rates = {(name, n): len(requests) / time_clients(port, requests, n)[0]
+                 for name, requests in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
         crowd = time_clients(port, mixed * 2, 16)[1]
     latencies, sizes = sorted(spent for spent, _ in crowd), [timing["batch_size"] for _, timing in crowd]
-    full, p99 = full_batch_ms(system, 260, options.max_batch_size), latencies[int(0.99 * len(latencies))]
+    full, p99 = median_ms(lambda: recognise(system, largest), 5), latencies[int(0.99 * len(latencies))]
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
     for name, asked in (("mixed", 1.3), ("equal", 2.0)):
