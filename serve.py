@@ -57,10 +57,10 @@ from torch import Tensor
 
 import data
 import decode
-from decode import Result, System, Token, cues, join_words, log_prob, subtitles, word_entry
+from decode import Result, System, cues, join_words, log_prob, subtitles, word_entry
 
 MIB = 2 ** 20
-MAX_URI, MAX_HEAD, MAX_HEADERS = 4096, 65536, 100       # bytes, bytes, lines
+MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # bytes of the request line, of all; lines
 MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; bytes
 MAX_ITEMS = 64                                          # utterances in one request
 MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # of a refused body, read away so that the answer arrives
@@ -107,6 +107,19 @@ class Response(NamedTuple):
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = (), note: str = "") -> Response:
     body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return Response(status, "application/json", body, tuple(headers), note)
+
+
+def to_bytes(head: Head | None, response: Response, close: bool, more: Sequence[tuple[str, str]] = ()) -> bytes:
+    """The answer to `head` (None: to what could not be read) as it goes out; `more` are headers beside its own."""
+    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {request_id(head)}",
+             f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+             "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
+    if response.status != 204:
+        lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
+    lines += [f"{name}: {value}" for name, value in (*response.headers, *more)]
+    lines += ["Connection: close"] if close else []
+    body = b"" if head and head.method == "HEAD" else response.body
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 # ---- the connection: the life of a request ----
@@ -223,18 +236,10 @@ class Connection(socketserver.BaseRequestHandler):
 
     def write(self, head: Head | None, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
-        status = f"{response.status} {HTTPStatus(response.status).phrase}"
-        lines = [f"HTTP/1.1 {status}", f"X-Request-Id: {request_id(head)}", "Server: serve.py",
-                 f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
-                 "X-Content-Type-Options: nosniff", "Cache-Control: no-store"]
-        if response.status != 204:
-            lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
-        lines += [f"{name}: {value}" for name, value in response.headers + cors_headers(self.service.options, head)]
-        lines += ["Connection: close"] if close else []
-        body = b"" if head and head.method == "HEAD" else response.body
+        options = self.service.options
         try:
-            self.request.settimeout(self.service.options.write_timeout)     # of the whole sendall
-            self.request.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            self.request.settimeout(options.write_timeout)      # of the whole sendall
+            self.request.sendall(to_bytes(head, response, close, cors_headers(options, head)))
         except OSError:
             return False
         return True
@@ -281,14 +286,11 @@ class Server(ThreadingHTTPServer):
     def refuse(self, request: socket.socket) -> None:
         """503 without a thread. The socket is closed a second later, when the client has surely read it."""
         message = f"{self.service.options.max_connections} connections are open, which is the most"
-        body = Refusal(503, "overloaded", message).response().body
-        head = (f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                f"X-Request-Id: {request_id(None)}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-                f"Server: serve.py\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
+        response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
         self.service.metrics.add("asr_rejected_total", '{reason="overloaded"}')
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.send(head.encode() + body)
+            request.send(to_bytes(None, response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
         if len(self.refused) > 256:
@@ -328,9 +330,8 @@ def bad_framing(message: str) -> Refusal:
 
 def check_head_size(block: bytes) -> None:
     """Refuse what is too large or has bare line feeds, as soon as that much of it has come."""
-    line = block[:MAX_URI + 64].split(b"\r\n", 1)[0]
-    if len(line) > MAX_URI + 32:
-        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_URI} bytes", close=True)
+    if len(block[:MAX_LINE + 2].split(b"\r\n", 1)[0]) > MAX_LINE:
+        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes", close=True)
     if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
         message = f"wanted a header of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
         raise Refusal(431, "headers_too_large", message, close=True)
@@ -348,8 +349,6 @@ def parse_head(block: bytes) -> Head:
     if not match:
         raise bad_framing("wanted a request line like 'GET /health HTTP/1.1'")
     method, target, version = (group.decode() for group in match.groups())
-    if len(target) > MAX_URI:
-        raise Refusal(414, "uri_too_long", f"the URI has {len(target)} bytes, at most {MAX_URI} may", close=True)
     headers: dict[str, str] = {}
     for line in lines:
         match = HEADER_LINE.fullmatch(line)
@@ -911,20 +910,18 @@ class Recognition(NamedTuple):
 
 
 def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
-    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch."""
-    found = decode.decode_batch(system, feats)
+    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch.
+
+    Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
+    """
+    found, mark = decode.decode_batch(system, feats), "▁" if system.tokenizer.unit == "word" else ""
     results = []
     for i, x in enumerate(feats):
         result = decode.read_result(system, found, i)
+        tokens = [token._replace(token=mark + token.token) for token in result.tokens]
         weights = found.alpha[i, :-(-len(x) // system.config.model.encoder.subsampling)].tolist()
-        results.append(Recognition(result._replace(tokens=spell(system, result.tokens)), weights))
+        results.append(Recognition(result._replace(tokens=tokens), weights))
     return results
-
-
-def spell(system: System, tokens: Sequence[Token]) -> list[Token]:
-    """Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay."""
-    mark = "▁" if system.tokenizer.unit == "word" else ""
-    return [token._replace(token=mark + token.token) for token in tokens]
 
 
 def clip(result: Result, seconds: float) -> Result:
@@ -1315,11 +1312,6 @@ def drain(server: Server, timeout: float) -> None:
     server.server_close()
 
 
-def warm_up(system: System) -> None:
-    """One forward pass, so that the first client does not wait for torch to settle."""
-    recognise(system, [torch.zeros(50, system.stats.shape[1])])
-
-
 def bound_memory() -> None:
     """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
 
@@ -1339,7 +1331,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
     system = decode.load_system(options.checkpoint, options.device)
-    warm_up(system)
+    recognise(system, [torch.zeros(50, system.stats.shape[1])])     # so that the first client does not wait for torch
     server = start(make_service(system, options, start_log(), int(Path(options.checkpoint).stat().st_mtime)))
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
