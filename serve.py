@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import ctypes
 import hmac
-import http.client
 import io
 import json
 import math
@@ -42,10 +41,15 @@ import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # Before torch: its threads would spin between two operators and take the cores from those that read requests
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -53,10 +57,10 @@ from torch import Tensor
 
 import data
 import decode
-from decode import Result, System, Token, cues, join_words, log_prob, subtitles, word_entry
+from decode import Result, System, cues, join_words, log_prob, subtitles, word_entry
 
 MIB = 2 ** 20
-MAX_URI, MAX_HEAD, MAX_HEADERS = 4096, 65536, 100       # bytes, bytes, lines
+MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # bytes of the request line, of all; lines
 MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; bytes
 MAX_ITEMS = 64                                          # utterances in one request
 MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # of a refused body, read away so that the answer arrives
@@ -103,6 +107,19 @@ class Response(NamedTuple):
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = (), note: str = "") -> Response:
     body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     return Response(status, "application/json", body, tuple(headers), note)
+
+
+def to_bytes(head: Head | None, response: Response, close: bool, more: Sequence[tuple[str, str]] = ()) -> bytes:
+    """The answer to `head` (None: to what could not be read) as it goes out; `more` are headers beside its own."""
+    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {request_id(head)}",
+             f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+             "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
+    if response.status != 204:
+        lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
+    lines += [f"{name}: {value}" for name, value in (*response.headers, *more)]
+    lines += ["Connection: close"] if close else []
+    body = b"" if head and head.method == "HEAD" else response.body
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 # ---- the connection: the life of a request ----
@@ -219,18 +236,10 @@ class Connection(socketserver.BaseRequestHandler):
 
     def write(self, head: Head | None, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
-        status = f"{response.status} {HTTPStatus(response.status).phrase}"
-        lines = [f"HTTP/1.1 {status}", f"X-Request-Id: {request_id(head)}", "Server: serve.py",
-                 f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
-                 "X-Content-Type-Options: nosniff", "Cache-Control: no-store"]
-        if response.status != 204:
-            lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
-        lines += [f"{name}: {value}" for name, value in response.headers + cors_headers(self.service.options, head)]
-        lines += ["Connection: close"] if close else []
-        body = b"" if head and head.method == "HEAD" else response.body
+        options = self.service.options
         try:
-            self.request.settimeout(self.service.options.write_timeout)     # of the whole sendall
-            self.request.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            self.request.settimeout(options.write_timeout)      # of the whole sendall
+            self.request.sendall(to_bytes(head, response, close, cors_headers(options, head)))
         except OSError:
             return False
         return True
@@ -277,14 +286,11 @@ class Server(ThreadingHTTPServer):
     def refuse(self, request: socket.socket) -> None:
         """503 without a thread. The socket is closed a second later, when the client has surely read it."""
         message = f"{self.service.options.max_connections} connections are open, which is the most"
-        body = Refusal(503, "overloaded", message).response().body
-        head = (f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                f"X-Request-Id: {request_id(None)}\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
-                f"Server: serve.py\r\nRetry-After: 1\r\nConnection: close\r\n\r\n")
+        response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
         self.service.metrics.add("asr_rejected_total", '{reason="overloaded"}')
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.send(head.encode() + body)
+            request.send(to_bytes(None, response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
         if len(self.refused) > 256:
@@ -324,9 +330,8 @@ def bad_framing(message: str) -> Refusal:
 
 def check_head_size(block: bytes) -> None:
     """Refuse what is too large or has bare line feeds, as soon as that much of it has come."""
-    line = block[:MAX_URI + 64].split(b"\r\n", 1)[0]
-    if len(line) > MAX_URI + 32:
-        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_URI} bytes", close=True)
+    if len(block[:MAX_LINE + 2].split(b"\r\n", 1)[0]) > MAX_LINE:
+        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes", close=True)
     if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
         message = f"wanted a header of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
         raise Refusal(431, "headers_too_large", message, close=True)
@@ -344,8 +349,6 @@ def parse_head(block: bytes) -> Head:
     if not match:
         raise bad_framing("wanted a request line like 'GET /health HTTP/1.1'")
     method, target, version = (group.decode() for group in match.groups())
-    if len(target) > MAX_URI:
-        raise Refusal(414, "uri_too_long", f"the URI has {len(target)} bytes, at most {MAX_URI} may", close=True)
     headers: dict[str, str] = {}
     for line in lines:
         match = HEADER_LINE.fullmatch(line)
@@ -501,6 +504,54 @@ def parse_json(body: bytes) -> dict:
     return value
 
 
+FEATURES = re.compile(rb'\s*{\s*"features"\s*:\s*(?=\[\[)')
+POWERS = 10.0 ** np.arange(23)      # all exact
+
+
+def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
+    """parse_json; where the body begins with plain features, these are an array already, in half the time."""
+    found, end = FEATURES.match(body), body.find(b"]]") + 2
+    if found and not re.search(rb"\\|features", body[end:]):      # a second "features" would be the one that counts
+        feats = parse_decimals(body[found.end():end], dim, max_frames)
+        if feats is not None:
+            with contextlib.suppress(Refusal):      # whose positions are those in the whole body
+                return {**parse_json(body[:found.end()] + b"[]" + body[end:]), "features": feats}
+    return parse_json(body)
+
+
+def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
+    """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
+
+    None where it has other numbers than -?D+.D+ of at most 22 digits, other rows than 1 to max_frames of `dim`, or a
+    number so near the middle of two float32 that the error of this sum (below 2^-48) could decide.
+    """
+    rows, text = block.count(b"[") - 1, np.frombuffer(block, np.uint8)
+    row = b"[" + b",".join([b"."] * dim) + b"]"
+    if not 1 <= rows <= max_frames or block.translate(None, b"- 0123456789") != b"[" + b",".join([row] * rows) + b"]":
+        return None
+    stops = np.flatnonzero((text == ord(",")) | (text == ord("]"))).reshape(rows, dim + 1)[:, :dim]
+    starts = np.roll(stops, 1, axis=1) + 1
+    starts[:, 0] = np.flatnonzero(text == ord("["))[1:] + 1
+    starts, stops, dots = starts.ravel(), stops.ravel(), np.flatnonzero(text == ord("."))
+    starts += text[starts] == ord(" ")
+    minus = text[starts] == ord("-")
+    starts += minus
+    whole, after = dots - starts, stops - dots - 1
+    size = whole + after
+    if not (whole.min() > 0 and after.min() > 0 and size.max() < 23 and minus.sum() == block.count(b"-")
+            and size.sum() == (text - ord("0") < 10).sum() and ((whole == 1) | (text[starts] != ord("0"))).all()):
+        return None
+    value = np.zeros(len(size))
+    for k in range(size.max()):         # the last digit of each number, the last but one, ...
+        digit = np.where(k < size, text.take(stops - 1 - k - (k >= after), mode="clip") - ord("0"), 0)
+        if digit.max() > 9:
+            return None
+        value += digit * POWERS[k]
+    value = np.where(minus, -value, value) / POWERS[after]
+    low, high = ((value * scale).astype(np.float32) for scale in (1 - 2.0 ** -47, 1 + 2.0 ** -47))
+    return low.reshape(rows, dim) if np.array_equal(low, high) else None
+
+
 def kind_of(value: Any) -> str:
     """The JSON type of a value, for messages."""
     names = {dict: "an object", list: "an array", str: "a string", float: "a number", bool: "a boolean"}
@@ -509,6 +560,8 @@ def kind_of(value: Any) -> str:
 
 def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
     """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Only numbers count as numbers."""
+    if isinstance(value, np.ndarray):       # by parse_body
+        return value
     if not isinstance(value, list):
         raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {kind_of(value)}", place)
     if not value:
@@ -547,7 +600,8 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
     """{"features": ...} or {"batch": [{"features": ...}, ...]} -> utterances."""
-    fields, dim = parse_json(body), system.stats.shape[1]       # not kept: its numbers are objects of 24 bytes
+    dim = system.stats.shape[1]
+    fields = parse_body(body, dim, options.max_frames)      # not kept: numbers are objects of 24 bytes
     others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
 
     def utterance(item: dict, place: str) -> Utterance:
@@ -856,20 +910,18 @@ class Recognition(NamedTuple):
 
 
 def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
-    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch."""
-    found = decode.decode_batch(system, feats)
+    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch.
+
+    Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
+    """
+    found, mark = decode.decode_batch(system, feats), "▁" if system.tokenizer.unit == "word" else ""
     results = []
     for i, x in enumerate(feats):
         result = decode.read_result(system, found, i)
+        tokens = [token._replace(token=mark + token.token) for token in result.tokens]
         weights = found.alpha[i, :-(-len(x) // system.config.model.encoder.subsampling)].tolist()
-        results.append(Recognition(result._replace(tokens=spell(system, result.tokens)), weights))
+        results.append(Recognition(result._replace(tokens=tokens), weights))
     return results
-
-
-def spell(system: System, tokens: Sequence[Token]) -> list[Token]:
-    """Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay."""
-    mark = "▁" if system.tokenizer.unit == "word" else ""
-    return [token._replace(token=mark + token.token) for token in tokens]
 
 
 def clip(result: Result, seconds: float) -> Result:
@@ -1260,11 +1312,6 @@ def drain(server: Server, timeout: float) -> None:
     server.server_close()
 
 
-def warm_up(system: System) -> None:
-    """One forward pass, so that the first client does not wait for torch to settle."""
-    recognise(system, [torch.zeros(50, system.stats.shape[1])])
-
-
 def bound_memory() -> None:
     """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
 
@@ -1284,7 +1331,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
     system = decode.load_system(options.checkpoint, options.device)
-    warm_up(system)
+    recognise(system, [torch.zeros(50, system.stats.shape[1])])     # so that the first client does not wait for torch
     server = start(make_service(system, options, start_log(), int(Path(options.checkpoint).stat().st_mtime)))
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -1328,44 +1375,38 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
-    todo, done = iter(list(bodies)), []
-    lock = threading.Lock()
+def exchange(connection: socket.socket, request: bytes) -> tuple[float, bytes]:
+    """-> milliseconds from the request's first byte to the answer's last, and its body. ValueError unless it is 200."""
+    started, got, end = time.perf_counter(), b"", math.inf
+    connection.sendall(request)
+    while len(got) < end and (piece := connection.recv(262144)):
+        got += piece
+        if end == math.inf and b"\r\n\r\n" in got:
+            end = got.index(b"\r\n\r\n") + 4 + int(re.search(rb"Content-Length: (\d+)", got)[1])
+    spent = (time.perf_counter() - started) * 1e3
+    if not got.startswith(b"HTTP/1.1 200"):
+        raise ValueError(f"wanted 200, got {got[:200]!r}")
+    return spent, got.partition(b"\r\n\r\n")[2]
 
-    def work() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        while True:
-            with lock:
-                body = next(todo, None)
-            if body is None:
-                return
-            started = time.perf_counter()
-            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-            answered = connection.getresponse()
-            text = answered.read()
-            spent = (time.perf_counter() - started) * 1e3
-            if answered.status != 200:
-                raise ValueError(f"wanted 200, got {answered.status} {text[:200]!r}")
-            done.append((spent, json.loads(text)["timing"]))
 
-    threads = [threading.Thread(target=work) for _ in range(clients)]
+def time_clients(port: int, requests: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send requests from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    def work(mine: Sequence[bytes]) -> list[tuple[float, bytes]]:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return [exchange(connection, request) for request in mine]
+
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if len(done) != len(bodies):
-        raise ValueError(f"wanted {len(bodies)} answers, got {len(done)}")
-    return time.perf_counter() - started, done
+    with ThreadPoolExecutor(clients) as pool:
+        found = [one for each in pool.map(work, [requests[i::clients] for i in range(clients)]) for one in each]
+    return time.perf_counter() - started, [(spent, json.loads(body)["timing"]) for spent, body in found]
 
 
-def full_batch_ms(system: System, frames: int, size: int) -> float:
-    """Median milliseconds of one forward pass of `size` utterances."""
-    feats, spent = [torch.randn(frames, system.stats.shape[1]) for _ in range(size)], []
-    for _ in range(5):
+def median_ms(call: Callable[[], Any], times: int) -> float:
+    spent = []
+    for _ in range(times):
         started = time.perf_counter()
-        recognise(system, feats)
+        call()
         spent.append((time.perf_counter() - started) * 1e3)
     return statistics.median(spent)
 
@@ -1375,22 +1416,23 @@ def benchmark(options: argparse.Namespace) -> int:
     system = decode.load_system(options.checkpoint, options.device)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
-    def body(frames: int) -> bytes:
+    def request(frames: int) -> bytes:
         feats = mean + rng.standard_normal((frames, len(mean)))
-        return json.dumps({"features": feats.round(4).tolist()}).encode()
+        body = json.dumps({"features": feats.round(4).tolist()}).encode()
+        return (b"POST /transcribe HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
-    mixed, equal = [body(n) for n in rng.integers(10, 261, 160)], [body(100) for _ in range(160)]
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    importing = time.perf_counter() - started
+    mixed, equal = [request(n) for n in rng.integers(10, 261, 160)], [request(100) for _ in range(160)]
+    largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
+    importing = median_ms(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1) / 1e3
     with running(options) as (port, ready):
         time_clients(port, mixed[:32], 4)
         alone = [spent - timing["infer_ms"] for spent, timing in time_clients(port, equal, 1)[1]]
-        rates = {(name, n): len(bodies) / time_clients(port, bodies, n)[0]
-                 for name, bodies in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
+        rates = {(name, n): len(requests) / time_clients(port, requests, n)[0]
+                 for name, requests in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
         crowd = time_clients(port, mixed * 2, 16)[1]
     latencies, sizes = sorted(spent for spent, _ in crowd), [timing["batch_size"] for _, timing in crowd]
-    full, p99 = full_batch_ms(system, 260, options.max_batch_size), latencies[int(0.99 * len(latencies))]
+    full, p99 = median_ms(lambda: recognise(system, largest), 5), latencies[int(0.99 * len(latencies))]
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
     for name, asked in (("mixed", 1.3), ("equal", 2.0)):

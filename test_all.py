@@ -5298,6 +5298,31 @@ def test_mutations_of_good_requests_are_answered_or_refused(server):
     assert healthy(server)
 
 
+# C130
+def test_plain_decimals_are_read_as_json_reads_them_or_left_to_it():
+    """Oracle: json.loads; what it refuses is never taken. Mutants, both spacings, and numbers at float32's middles."""
+    rng, taken = np.random.default_rng(2), 0
+    for trial in range(1000):
+        frames, dim = rng.integers(1, 4, 2)
+        values = (rng.standard_normal((frames, dim)) * 10.0 ** rng.integers(-3, 9)).round(int(rng.integers(9)))
+        text = bytearray(json.dumps(values.tolist(), separators=((", ", ": "), (",", ":"))[trial % 2]).encode())
+        for _ in range(rng.integers(3)):
+            at = rng.integers(len(text))
+            text[at:at + rng.integers(2)] = rng.choice([*"0123456789-., []e"]).encode()
+        block = bytes(text)
+        found = serve.parse_decimals(block, int(dim), 3) if block.startswith(b"[[") else None
+        if found is not None:
+            wanted = serve.parse_features(serve.parse_json(b'{"features": %s}' % block)["features"], int(dim), 3, "")
+            assert np.array_equal(found, wanted) and found.dtype == wanted.dtype, block
+            taken += 1
+    assert taken > 300
+    for number in ("16777217.0", "0.50000002980232238770"):        # exactly between two float32
+        assert serve.parse_decimals(f"[[{number}]]".encode(), 1, 3) is None
+    assert serve.parse_decimals(b"[[16777217.5, -0.1]]", 2, 3).tolist() == [[16777218.0, float(np.float32(-0.1))]]
+    for more in (b', "features": null', b', "\\u0066eatures": null'):      # the last of two is the one that counts
+        assert serve.parse_body(b'{"features": [[1.0]]' + more + b"}", 1, 3)["features"] is None
+
+
 # C53
 @pytest.mark.parametrize("body", [rows(1, 1, "3e38"), rows(1, 1, "-3e38"), rows(0, 0, "1e-45"),
                                   rows(0, 0, "12345678901234567890")])
@@ -5413,6 +5438,20 @@ def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
         groups = (group for n in range(1, 5) for group in itertools.combinations(range(len(lengths)), n))
         best = max(len(group) for group in groups if allowed(group))
         assert allowed(chosen) and len(chosen) == best == len(set(chosen))
+
+
+# C131
+def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
+    """A fake clock: each client asks anew when answered; a batch costs 6 ms, and 0.017 ms for each padded frame."""
+    rng, cost = np.random.default_rng(6), lambda lengths: 6.0 + 0.017 * max(lengths) * len(lengths)
+    waiting, now, waits = [(0.0, int(n)) for n in rng.integers(10, 261, 16)], 0.0, []
+    while len(waits) < 3000:
+        chosen = serve.choose_batch([n for _, n in waiting], 16, 20000)
+        now += cost([waiting[i][1] for i in chosen])
+        waits += [now - waiting[i][0] for i in chosen]
+        waiting = [one for i, one in enumerate(waiting) if i not in chosen]
+        waiting += [(now, int(n)) for n in rng.integers(10, 261, len(chosen))]
+    assert max(waits) < 3 * cost([260] * 16) and 3000 / now > 1.3 / cost([135])
 
 
 def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> serve.Job:
