@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
-                       halved_sinusoids, near_mask, over_time, padding_mask, relative_codes, sinusoids)
+                       halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -72,7 +72,7 @@ class Subsampling(nn.Module):
         check_shape("lens", lens, x.shape[0])
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
-            x = F.gelu(over_time(convolution, x))
+            x = F.gelu(over_time(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
 
@@ -100,9 +100,9 @@ class Encoder(nn.Module):
         """
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
-        mask = padding_mask(lens, x.shape[1])[:, None, :]  # (B,1,L)
+        mask = key_mask(lens, x.shape[1])  # (B,1,L)
         if self.context:
-            mask = mask & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
+            mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
         x, layers = self.dropout(self.position(x)), []
         for block in self.blocks:
             x, weights = block(x, mask, need_weights=need_weights)
@@ -127,7 +127,7 @@ class SanmEncoder(nn.Module):
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
         feats = hide_padding(feats, lens, leak)  # what pads may hold anything
-        mask = padding_mask(lens, feats.shape[1])[:, None, :]
+        mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, weights = self.first(x, mask, need_weights)
         x, layers = x.float(), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
@@ -181,7 +181,7 @@ class RelativeConformerEncoder(nn.Module):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
         codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
-        mask, layers = padding_mask(lens, x.shape[1])[:, None, :], []
+        mask, layers = key_mask(lens, x.shape[1]), []
         x = self.dropout(x * math.sqrt(self.dim))
         for block in self.blocks:
             x, weights = block(x, mask, codes, extent, need_weights)
@@ -211,7 +211,8 @@ class Predictor(nn.Module):
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
-            x = self.dropout(F.relu(over_time(convolution, x * mask[:, :, None])))
+            x = over_time(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
+            x = self.dropout(F.relu(x))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
 
 
@@ -230,10 +231,9 @@ class FramePredictor(nn.Module):
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
         check_shape("hidden", hidden, "B", "L", self.dim)
         check_shape("lens", lens, hidden.shape[0])
-        x = hidden.transpose(1, 2)  # (B,D,L)
-        y = self.convolution(F.pad(x, (self.options.left, self.options.right)))
-        y = self.dropout(y + x) if self.options.kind == "depthwise" else y
-        weight = self.firing(F.relu(y).transpose(1, 2)).squeeze(-1).float().sigmoid()
+        y = over_time(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
+        y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
+        weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
         return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
 
 
@@ -379,8 +379,8 @@ class Decoder(nn.Module):
         check_shape("counts", counts, embeds.shape[0])
         check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
-        mask = padding_mask(counts, embeds.shape[1])[:, None, :]
-        memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        mask = key_mask(counts, embeds.shape[1])
+        memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
         layers = []
         for block in self.blocks:
@@ -424,8 +424,8 @@ class SanmDecoder(nn.Module):
         check_shape("counts", counts, embeds.shape[0])
         check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
-        mask = padding_mask(counts, embeds.shape[1])[:, None, :]
-        hidden_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        mask = key_mask(counts, embeds.shape[1])
+        hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         x, layers = embeds, []
         for block in self.blocks:
             x, weights = block(x, mask, hidden, hidden_mask, need_weights)
@@ -749,7 +749,7 @@ class CausalDecoder(nn.Module):
         """tokens (B,U), from the start token on, hidden (B,L,Dm), hidden_lens (B,) -> logits (B,U,V) of the token after
         each, and the cross-attention weights (B,H,U,L) of each layer where asked for."""
         mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
-        memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x, layers = self.dropout(self.position(self.embedding(tokens))), []
         for block in self.blocks:
             x, weights = block(x, mask, hidden, memory_mask, need_weights)
@@ -766,7 +766,7 @@ class CausalDecoder(nn.Module):
         return [hidden.new_zeros(len(hidden), W, self.num_heads, 0, width)] * (2 * len(self.blocks))
 
     def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
-             memory_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+             memory_mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """One token on: tokens (B,W), the last of each hypothesis, past and memory from the methods above, memory_mask
         (B,1,L) -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
         x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
@@ -811,7 +811,7 @@ class Transformer(nn.Module):
         step(tokens (B,W), past) -> log probabilities (B,W,V) of the next token, past, attention (B,W,L). `past` is a
         list of tensors (B,W,...); whoever moves hypotheses from one w to another moves these.
         """
-        memory, mask = self.decoder.memory(hidden), padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        memory, mask = self.decoder.memory(hidden), key_mask(hidden_lens, hidden.shape[1])
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             logits, past, weights = self.decoder.step(tokens, past, memory, mask)
