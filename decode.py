@@ -43,8 +43,8 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, build, encode, funasr_names, in_feature_frames, load_published, load_weights, padding_mask,
-                   pick_device, read_checkpoint)
+from model import (Hypotheses, Int8Linear, PackedLinear, build, encode, funasr_names, in_feature_frames, lay_out,
+                   load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, char_errors,
                        count_errors, format_alignment, normalise_text, spell_words, spoken_places, token_accuracy,
                        word_errors)
@@ -81,7 +81,7 @@ class System(NamedTuple):
     segment_sec: tuple[float, float] = SEGMENT_SEC
 
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def load_directory(folder: str | os.PathLike) -> System:
@@ -109,6 +109,29 @@ def load_system(path: str | os.PathLike, device: str = "auto") -> System:
     target = pick_device(device)
     system = load_directory(path) if configs.is_published(path) else load_checkpoint(path)
     return system._replace(stats=system.stats.to(target), model=system.model.to(target).eval())
+
+
+def runs_on(precision: str, device: torch.device) -> bool:
+    """Whether the processor computes matrix products in this precision itself; what it emulates is slow."""
+    if device.type != "cpu":
+        return precision != "int8"
+    if precision == "bfloat16":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return {"float32": True, "int8": torch.cpu._is_avx2_supported(), "float16": torch.cpu._is_amx_fp16_supported()}[
+        precision]
+
+
+def with_precision(system: System, precision: str, prepack: bool = False) -> System:
+    """The system with its matrix products in another precision, where the processor has it. int8 and prepack take the
+    system's model over: its weights are laid out anew, which takes longer the larger it is, for recognising only."""
+    device = system.stats.device
+    if not runs_on(precision, device):
+        print(f"decode.py: warning: {precision} is not what this {device.type} computes with; going on in float32",
+              file=sys.stderr)
+        precision = "float32"
+    if device.type == "cpu" and (precision == "int8" or prepack and precision == "float32"):
+        lay_out(system.model, Int8Linear if precision == "int8" else PackedLinear)
+    return system._replace(precision=precision)
 
 
 # ---- search ----
@@ -1078,7 +1101,7 @@ RUNS = 3  # of each batch of a comparison, of which the median is its time
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
     """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
-    system = load_system(path, arguments.device)._replace(precision=arguments.dtype)
+    system = with_precision(load_system(path, arguments.device), arguments.dtype, arguments.prepack)
     search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
     return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
 
@@ -1168,7 +1191,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         f"a longer recording is cut into segments at its pauses (default {SEGMENT_SEC[1]:g})")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
-                        help="of matrix products")
+                        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
+    parser.add_argument("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some "
+                        "seconds at the start of a large model, for about a tenth of the time from then on")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
     parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
@@ -1318,14 +1343,14 @@ def start(arguments: argparse.Namespace) -> int:
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
     system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype,
-                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
-    system = with_search(system, arguments.search)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
+    system = system._replace(lossless=not arguments.funasr_text,
+                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
+    system = with_search(with_precision(system, arguments.dtype, arguments.prepack), arguments.search)
     with tempfile.TemporaryDirectory() as scratch:
         return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 

@@ -1102,3 +1102,65 @@ def load_published(options, input_dim: int, vocab_size: int, path: str | os.Path
         model = build(options, input_dim, vocab_size)
     load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options), adopt=True)
     return model
+
+
+# ---- weights laid out for recognition on a CPU ----
+
+
+class PackedLinear(nn.Module):
+    """What an nn.Linear computes, with its weights in the order in which oneDNN's matrix products read them.
+
+    Rests on torch.ops.mkldnn, on which models that torch.compile has frozen rest as well.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.bias = linear.in_features, linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """What an nn.Linear computes, to about 1%, by sums of products of whole numbers: float32 to float32.
+
+    Each output channel of the weights has a scale of its own and so has each row of the input, which therefore does
+    not depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
+    without VNNI add them. Rests on torch.ops.onednn, on which what torch.compile makes of quantised models rests too.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, weight = linear.in_features, linear.weight.detach().float()
+        self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
+        levels = (weight / self.scale[:, None]).round()
+        self.sums = levels.sum(1) * self.scale  # of each output's weights: what an input of ones gives
+        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().clone()
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
+        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
+        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
+                                               torch.float32, "none", [], "")
+        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
+
+
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # what reads features or decides where a token is
+
+
+def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The model itself with linear(it) for every nn.Linear that is in no part of KEPT, for evaluation only.
+
+    What remains is copied, so that a file that the weights were mapped from is let go.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not set(path.split(".")) & set(KEPT):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, linear(module))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
