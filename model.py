@@ -1065,14 +1065,14 @@ def funasr_names(name: str, options) -> list[str]:
     return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names, mapped from the file and not read until used.
+def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
+    """The tensors of a model.pt of FunASR by its names; mapped: from the file, and not read until used.
 
     Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name; loaded with
     weights_only. Raises ValueError if it is no such file.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted the weights of a model, got no such file") from None
     except Exception as error:  # whatever unpickling or the zip reader raise
@@ -1096,11 +1096,13 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
-    """The model of these options with the weights of a model.pt of FunASR; every other tensor is an error."""
+def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
+                   mapped: bool = True) -> nn.Module:
+    """The model of these options with the weights of a model.pt of FunASR, as `read_weights` gives them; every other
+    tensor is an error."""
     with WithoutInit():  # every tensor comes from the file
         model = build(options, input_dim, vocab_size)
-    load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options), adopt=True)
+    load_weights(model, read_weights(path, mapped), str(path), lambda name: funasr_names(name, options), adopt=True)
     return model
 
 
@@ -1115,7 +1117,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, self.bias = linear.in_features, linear.bias
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1153,14 +1155,10 @@ KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # what reads feat
 
 
 def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """The model itself with linear(it) for every nn.Linear that is in no part of KEPT, for evaluation only.
-
-    What remains is copied, so that a file that the weights were mapped from is let go.
-    """
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not set(path.split(".")) & set(KEPT):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, linear(module))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    """The model itself with linear(it) for every nn.Linear that is in no part of KEPT, for evaluation only."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear) and name not in KEPT:
+            setattr(model, name, linear(child))  # one by one, so that no two layouts of the whole are held
+        elif name not in KEPT:
+            lay_out(child, linear)
     return model
