@@ -7,10 +7,10 @@ Needs torch and numpy; nothing of this project is imported, so the file can be c
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
 Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only:
 
-    encoder self-attention    padding_mask(lens, T)[:, None, :]                       (B,1,T)
+    encoder self-attention    key_mask(lens, T)                                       (B,1,T), None where nothing pads
     the same, kept near       padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
-    cross-attention           padding_mask(memory_lens, S)[:, None, :]                (B,1,S)
+    cross-attention           key_mask(memory_lens, S)                                (B,1,S), None where nothing pads
 
 Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
 al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
@@ -54,6 +54,13 @@ def padding_mask(lens: Tensor, T: int) -> Tensor:
     """lens (B,) int64 -> (B,T) bool, True where the step is real. Raises as check_lens."""
     check_lens("lens", lens, lens.shape[0] if lens.dim() else 0, T)
     return torch.arange(T, device=lens.device) < lens[:, None]
+
+
+def key_mask(lens: Tensor, S: int) -> Tensor | None:
+    """lens (B,) int64 -> (B,1,S) bool, True where the key is real, or None where all are, which spares every layer the
+    masking. Looked for on the CPU only: for a GPU the program would have to wait."""
+    mask = padding_mask(lens, S)[:, None, :]
+    return None if mask.device.type == "cpu" and mask.all() else mask
 
 
 def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
@@ -261,6 +268,20 @@ class RelativeAttention(MultiHeadAttention):
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
 
+def over_time(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
+    """Convolution over the steps of x (B,T,C), which reaches so many steps, or zeros, back and ahead -> (B,T',D).
+
+    weight (D,C,k), or (D,1,k) for a kernel of each channel; k - 1 is the reach; bias (D,) or None. A Conv1d would have
+    x copied to (B,C,T): this is a matrix product with windows of x or, of one channel to one, an image of height 1 with
+    its channels last, which is 3 to 10 times faster on a CPU.
+    """
+    x = F.pad(x, (0, 0, *reach))
+    if weight.shape[1] == x.shape[2]:
+        return F.linear(x.unfold(1, weight.shape[2], stride).flatten(2), weight.flatten(1), bias)  # (B,T',C*k)
+    x = x.transpose(1, 2)[:, :, None]  # (B,C,1,T)
+    return F.conv2d(x, weight[:, :, None], bias, (1, stride), groups=len(weight))[:, :, 0].transpose(1, 2)
+
+
 class SequenceMemory(nn.Module):
     """x plus a depthwise convolution over it: what a step remembers of its neighbours, channel by channel (FSMN).
 
@@ -276,15 +297,16 @@ class SequenceMemory(nn.Module):
         self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size), math.sqrt(5)))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
         check_shape("x", x, "B", "T", self.weight.shape[0])
-        check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        if mask is not None:
+            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
         if x.shape[1] == 0:
             return x
-        x = x.transpose(1, 2) * mask  # (B,D,T)
-        y = F.conv1d(F.pad(x, self.reach), self.weight, groups=self.weight.shape[0])
-        return (self.dropout(x + y) * mask).transpose(1, 2)
+        x = x if mask is None else x * mask.transpose(1, 2)
+        x = self.dropout(x + over_time(x, self.weight, None, self.reach))
+        return x if mask is None else x * mask.transpose(1, 2)
 
 
 class SanmAttention(nn.Module):
@@ -299,7 +321,7 @@ class SanmAttention(nn.Module):
         self.memory = SequenceMemory(dim, kernel_size, shift, dropout)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shape("x", x, "B", "T", self.query_key_value.in_features)
         with full_precision(x, self.training):
@@ -365,7 +387,7 @@ class TransformerBlock(nn.Module):
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
 
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
-             memory_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+             memory_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """The next token of W hypotheses of each utterance: what forward gives in its last row under a causal mask.
 
         x (B,W,D), past: keys and values (B,W,H,t,K) of the t tokens before, memory: keys and values (B,H,S,K) of the
@@ -380,18 +402,6 @@ class TransformerBlock(nn.Module):
         out, weights = self.cross_attention.over(self.norm_cross(x), *memory, memory_mask, need_weights=True)
         x = x + self.dropout(out)  # hypotheses stand where forward has steps: they share one memory
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), (keys, values), weights
-
-
-def over_time(convolution: nn.Conv1d, x: Tensor) -> Tensor:
-    """convolution over the steps of x (B,T,C) -> (B,T',D), where a Conv1d would have x copied to (B,C,T): as a matrix
-    product with windows of x or, of one channel to one, as an image with its channels last."""
-    (width,), (step,), (pad,) = convolution.kernel_size, convolution.stride, convolution.padding
-    if convolution.groups == 1:
-        windows = F.pad(x, (0, 0, pad, pad)).unfold(1, width, step).flatten(2)  # (B,T,C) -> (B,T',C*width)
-        return F.linear(windows, convolution.weight.flatten(1), convolution.bias)
-    y = F.conv2d(x.transpose(1, 2)[:, :, None], convolution.weight[:, :, None], convolution.bias, (1, step), (0, pad),
-                 groups=convolution.groups)
-    return y[:, :, 0].transpose(1, 2)
 
 
 class ConvolutionModule(nn.Module):
@@ -415,7 +425,8 @@ class ConvolutionModule(nn.Module):
         if mask is not None:
             check_shape("mask", mask, x.shape[0], 1, x.shape[1])
         x = F.glu(self.gate(x), dim=-1)
-        x = over_time(self.depthwise, x if mask is None else x * mask.transpose(1, 2))
+        x = x if mask is None else x * mask.transpose(1, 2)
+        x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
         return self.out(F.silu(self.norm(x)))
 
 
@@ -434,14 +445,19 @@ class BatchNormConvolution(nn.Module):
         self.norm = nn.BatchNorm1d(dim)
         self.out = nn.Conv1d(dim, dim, 1)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
         check_shape("x", x, "B", "T", self.gate.in_channels)
-        check_shape("mask", mask, x.shape[0], 1, x.shape[1])
-        x = self.depthwise(F.glu(self.gate(x.transpose(1, 2)), dim=1) * mask).transpose(1, 2)  # (B,T,D)
-        real = mask[:, 0]
-        x = x.masked_scatter(real[:, :, None], self.norm(x[real]).to(x.dtype))
-        return self.out(F.silu(x).transpose(1, 2)).transpose(1, 2)
+        if mask is not None:
+            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        x = F.glu(F.linear(x, self.gate.weight[:, :, 0], self.gate.bias), dim=-1)
+        x = x if mask is None else x * mask.transpose(1, 2)
+        x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
+        if mask is None or not self.training:
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        else:
+            x = x.masked_scatter(mask[:, 0, :, None], self.norm(x[mask[:, 0]]).to(x.dtype))
+        return F.linear(F.silu(x), self.out.weight[:, :, 0], self.out.bias)
 
 
 class ConformerBlock(nn.Module):
@@ -480,7 +496,7 @@ class RelativeConformerBlock(ConformerBlock):
         self.self_attention = RelativeAttention(dim, num_heads, attention_dropout)
         self.convolution = BatchNormConvolution(dim, kernel_size)
 
-    def forward(self, x: Tensor, mask: Tensor, codes: Tensor, extent: Tensor,
+    def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, extent: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
         -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
@@ -491,7 +507,7 @@ class RelativeConformerBlock(ConformerBlock):
             x = x if self.training else x.float()
             out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
             x = x + self.dropout(out)
-            x = x + self.dropout(self.convolution(self.norm_conv(x), padding_mask(extent, x.shape[1])[:, None]))
+            x = x + self.dropout(self.convolution(self.norm_conv(x), key_mask(extent, x.shape[1])))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 
@@ -508,7 +524,7 @@ class SanmBlock(nn.Module):
         self.residual = in_dim == dim
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
         check_shape("x", x, "B", "T", self.self_attention.query_key_value.in_features)
         out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
@@ -528,7 +544,7 @@ class SanmDecoderBlock(nn.Module):
         self.cross_attention = MultiHeadAttention(dim, num_heads) if num_heads else None
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor, hidden: Tensor, hidden_mask: Tensor,
+    def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L) -> (B,U,D), weights (B,H,U,L) or None."""
         check_shape("x", x, "B", "U", self.memory.weight.shape[0])

@@ -992,7 +992,8 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
     """Indices of utterances of `lengths` frames in batches of similar length, each once; decided by (seed, epoch).
 
     At most batch_size utterances and batch_frames padded frames in each; one longer than that is a batch of its own.
-    With shuffle the lengths are jittered before sorting and the batches shuffled; without, they stand by length.
+    With shuffle the lengths are jittered before sorting and the batches shuffled; without, they stand by length, and no
+    batch is padding by more than a tenth.
     """
     if batch_size < 1 or batch_frames < 1:
         raise ValueError(f"batch_size and batch_frames must be 1 or more, got {batch_size} and {batch_frames}")
@@ -1002,12 +1003,14 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
     rng = np.random.default_rng((seed, epoch))
     jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(lengths)) if shuffle else 1.0
     batches: list[list[int]] = []
-    longest = 0
+    longest = total = 0
     for index in np.argsort(lengths * jitter, kind="stable").tolist():
-        longest = max(longest, int(lengths[index]))
-        if not batches or len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * longest > batch_frames:
+        length = int(lengths[index])
+        longest, total = max(longest, length), total + length
+        padded = (len(batches[-1]) + 1) * longest if batches else math.inf
+        if padded > batch_frames or len(batches[-1]) == batch_size or not shuffle and total < 0.9 * padded:
             batches.append([])
-            longest = int(lengths[index])
+            longest = total = length
         batches[-1].append(index)
     return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
 

@@ -19,6 +19,7 @@ Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
 import contextlib
+import ctypes
 import datetime
 import html
 import itertools
@@ -44,8 +45,8 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, build, encode, funasr_names, in_feature_frames, load_published, load_weights, padding_mask,
-                   pick_device, read_checkpoint)
+from model import (Hypotheses, Int8Linear, PackedLinear, build, encode, funasr_names, in_feature_frames, lay_out,
+                   load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
                        token_accuracy, word_errors)
@@ -82,16 +83,16 @@ class System(NamedTuple):
     segment_sec: tuple[float, float] = SEGMENT_SEC
 
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-def load_directory(folder: str | os.PathLike) -> System:
+def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
     """The system in a directory that FunASR publishes. Raises ValueError for what is missing or not implemented."""
     files = configs.published_files(folder)
     config = configs.load_published(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
-    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
+    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
     return System(config, tokenizer, stats, model)
 
 
@@ -105,11 +106,34 @@ def load_checkpoint(path: str | os.PathLike) -> System:
     return System(config, tokenizer, state["stats"], model)
 
 
-def load_system(path: str | os.PathLike, device: str = "auto") -> System:
-    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong."""
-    target = pick_device(device)
-    system = load_directory(path) if configs.is_published(path) else load_checkpoint(path)
-    return system._replace(stats=system.stats.to(target), model=system.model.to(target).eval())
+def runs_on(precision: str, device: torch.device) -> bool:
+    """Whether the processor computes matrix products in this precision itself; what it emulates is slow."""
+    if device.type != "cpu":
+        return precision != "int8"
+    return {"float32": True, "int8": torch.cpu._is_avx2_supported(), "float16": torch.cpu._is_amx_fp16_supported(),
+            "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]
+
+
+def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
+                prepack: bool = False) -> System:
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
+
+    Where the processor lacks the precision it is float32, with a warning. int8 and, on a CPU, prepack lay the weights
+    out for faster products; else those of a directory are read from the file when they are used, which starts sooner.
+    """
+    target, linear = pick_device(device), None
+    if not runs_on(precision, target):
+        print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
+        precision = "float32"
+    if target.type == "cpu" and (precision == "int8" or prepack and precision == "float32"):
+        linear = Int8Linear if precision == "int8" else PackedLinear
+    system = load_directory(path, linear is None) if configs.is_published(path) else load_checkpoint(path)
+    model = system.model.to(target).eval()
+    if linear is not None:
+        lay_out(model, linear)
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc holds on to what is freed between blocks that stay
+    return system._replace(stats=system.stats.to(target), model=model, precision=precision)
 
 
 # ---- search ----
@@ -1038,39 +1062,111 @@ def export(system: System, path: str) -> str:
 
 MEASURE = """
 import re, sys, time, torch
-torch.set_num_threads(2)
-peak_mb = lambda: int(re.search("VmHWM: *\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-before, started = peak_mb(), time.perf_counter()
+in_mb = lambda field: int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
+torch.set_num_threads(int(sys.argv[4]))
+torch_mb, started = in_mb("VmRSS"), time.perf_counter()
 import data, decode
-system = decode.load_system(sys.argv[1], "cpu")
+system = decode.load_system(sys.argv[1], "cpu", sys.argv[2], sys.argv[3] == "laid out")
 loaded = time.perf_counter()
-samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
-spent = []
-for _ in range(3):
-    at = time.perf_counter()
-    result = decode.transcribe(system, [data.frontend(samples, 16000, system.config.data, system.stats)])[0]
-    spent.append(time.perf_counter() - at)
-peak = peak_mb()
-weights = sum(x.numel() * x.element_size() for x in system.model.state_dict().values()) / 1e6
-print(f"import, build and load {weights:.0f} MB of weights: {loaded - started:.2f} s")
-print(f"10 s of audio, {len(result.tokens)} tokens, 2 threads: {' '.join(f'{s:.2f}' for s in spent)} s")
-print(f"peak memory {peak:.0f} MB, {peak / weights:.2f} x the weights; {before:.0f} MB of it before loading (torch)")
+audio = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+decode.transcribe(system, [data.frontend(audio, 16000, system.config.data, system.stats)])
+print(f"{sys.argv[2]:9}{sys.argv[3]:11}{loaded - started:8.2f}{time.perf_counter() - loaded:10.2f}"
+      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}")
 """
+LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
+LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds of each
+TIMINGS = 9  # of everything that a benchmark times, of which it prints the median and the range
 
 
-def benchmark() -> int:
-    """Print how fast and in how much memory a model of configs/paraformer_large.yaml with random weights loads and
-    runs, measured in a fresh process."""
+def benchmark(threads: int) -> int:
+    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
+    to recognise, beside the matrix products that it cannot do without, and for batches of mixed lengths."""
     here = Path(__file__).resolve().parent
     config = configs.load(str(here / "configs/paraformer_large.yaml"))
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
+    torch.set_num_threads(threads or 2)
     model = build(config.model, data.feature_dim(config.data), len(symbols))
     system = System(config, PieceTokenizer(symbols, None), torch.stack([torch.zeros(560), torch.ones(560) / 4]), model)
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
-        passive = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that spin are slow on a machine that is shared
-        return subprocess.run([sys.executable, "-c", MEASURE, folder], cwd=here, env=passive).returncode
+        print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
+              f"{torch.get_num_threads()} threads. Fresh processes beyond `import torch`: seconds to load, and then to "
+              "the text of 10 s of audio, MB held and at most, with torch's\nprecision  weights   to load   to text"
+              "        MB    peak")
+        layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
+        for layout in layouts:
+            subprocess.run([sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())], cwd=here,
+                           check=True)
+        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out")
+                   for layout in layouts}
+        time_loads(systems)
+        time_batches(systems["float32", "laid out"])
+    return 0
+
+
+def time_turns(*calls: Callable[[], object], turns: int = TIMINGS) -> np.ndarray:
+    """Seconds that each of the calls took in each turn, (calls, turns), after one that is not counted."""
+    times = np.zeros((len(calls), turns + 1))
+    for turn, (c, call) in itertools.product(range(turns + 1), enumerate(calls)):
+        started = time.perf_counter()
+        call()
+        times[c, turn] = time.perf_counter() - started
+    return times[:, 1:]
+
+
+def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
+    """All products of the model's linear layers with inputs of so many rows, as a call, and their operations in 1e9."""
+    linears = [(layer, frames if name.startswith("encoder") or name.endswith("key_value") else tokens)
+               for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, PackedLinear))
+               and name.startswith(("encoder", "decoder"))]
+    inputs = {(rows, layer.in_features): torch.randn(1, rows, layer.in_features) for layer, rows in linears}
+    count = sum(2e-9 * rows * layer.in_features * layer.out_features for layer, rows in linears)
+    return lambda: [layer(inputs[rows, layer.in_features]) for layer, rows in linears], count
+
+
+@torch.inference_mode()
+def time_loads(systems: dict[tuple[str, str], System]) -> None:
+    """Print the time of each system for each of LOADS, and what share of it the fastest products alone take."""
+    print("\nmilliseconds, median (least to most): the front end, the model, the text; the model's share of real time "
+          "and of the limit\nbatch   audio  precision  weights     front end   model                     text   of real "
+          "time   of the limit")
+    for B, seconds in LOADS:
+        audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
+        system = systems["float32", "mapped"]
+        front = lambda: [data.frontend(x, 16000, system.config.data, system.stats) for x in audio]
+        feats = front()
+        found = decode_batch(system, feats)
+        plain, count = products(system.model, B * len(feats[0]), found.tokens.numel())
+        packed, _ = products(systems["float32", "laid out"].model, B * len(feats[0]), found.tokens.numel())
+        text = lambda: [read_result(system, found, i) for i in range(B)]
+        runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
+        ms = 1000 * time_turns(front, text, plain, packed, *runs)
+        median, limit = np.median(ms, 1), np.median(ms[2:4], 1).min()
+        print(f"{B:5} {seconds:6} s  products of {count:.0f} GFLOP: {count / median[2] * 1000:.0f} GFLOP/s mapped, "
+              f"{count / median[3] * 1000:.0f} laid out; the limit is {limit:.0f} ms")
+        for layout, model_ms in zip(systems, ms[4:]):
+            middle = np.median(model_ms)
+            print(f"{B:5} {seconds:6} s  {layout[0]:9}  {layout[1]:9} {median[0]:11.0f}   {middle:6.0f} "
+                  f"({f'{model_ms.min():.0f} to {model_ms.max():.0f})':18}{median[1]:6.0f} "
+                  f"{(middle + median[:2].sum()) / (10 * B * seconds):10.2f}% {100 * limit / middle:12.0f}%", flush=True)
+
+
+@torch.inference_mode()
+def time_batches(system: System) -> None:
+    """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
+    for longest in (20, 4):
+        seconds = np.geomspace(1, longest, 48)
+        feats = [torch.randn(int(s / data.frame_sec(system.config.data)), system.stats.shape[1]) for s in seconds]
+        lengths = np.array([len(x) for x in feats])
+        batches = [rows for window in plan_batches(lengths, 16, int(300 / data.frame_sec(system.config.data)))
+                   for rows in window]
+        single, together = np.median(time_turns(lambda: [decode_batch(system, [x]) for x in feats],
+                                                lambda: [decode_batch(system, [feats[i] for i in rows])
+                                                         for rows in batches], turns=3), 1)
+        padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+        print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
+              f"s, {single / together:.2f} x as fast, {100 - 100 * lengths.sum() / padded:.1f}% padding", flush=True)
 
 
 COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
@@ -1079,7 +1175,7 @@ RUNS = 3  # of each batch of a comparison, of which the median is its time
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
     """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
-    system = load_system(path, arguments.device)._replace(precision=arguments.dtype)
+    system = load_system(path, arguments.device, arguments.dtype, arguments.prepack)
     search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
     return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
 
@@ -1169,7 +1265,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                         f"a longer recording is cut into segments at its pauses (default {SEGMENT_SEC[1]:g})")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
-                        help="of matrix products")
+                        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
+    parser.add_argument("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some "
+                        "seconds at the start of a large model, for about a tenth of the time from then on")
     parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
     parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
@@ -1192,6 +1290,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if not 0 < 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be above 0 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
+    if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
+        parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
@@ -1318,15 +1418,15 @@ def start(arguments: argparse.Namespace) -> int:
     rank, processes = shard = join_processes()
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
-    system = load_system(arguments.ckpt, arguments.device)
-    system = system._replace(lossless=not arguments.funasr_text, precision=arguments.dtype,
-                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
-    system = with_search(system, arguments.search)
+    system = load_system(arguments.ckpt, arguments.device, arguments.dtype, arguments.prepack)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
+    system = system._replace(lossless=not arguments.funasr_text,
+                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
+    system = with_search(system, arguments.search)
     with tempfile.TemporaryDirectory() as scratch:
         return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 
@@ -1337,7 +1437,7 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         if arguments.benchmark:
-            return compare(arguments) if arguments.inputs else benchmark()
+            return compare(arguments) if arguments.inputs else benchmark(arguments.threads)
         return start(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
-                       halved_sinusoids, near_mask, over_time, padding_mask, relative_codes, sinusoids)
+                       halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -72,7 +72,7 @@ class Subsampling(nn.Module):
         check_shape("lens", lens, x.shape[0])
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
-            x = F.gelu(over_time(convolution, x))
+            x = F.gelu(over_time(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
 
@@ -100,9 +100,9 @@ class Encoder(nn.Module):
         """
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
-        mask = padding_mask(lens, x.shape[1])[:, None, :]  # (B,1,L)
+        mask = key_mask(lens, x.shape[1])  # (B,1,L)
         if self.context:
-            mask = mask & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
+            mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
         x, layers = self.dropout(self.position(x)), []
         for block in self.blocks:
             x, weights = block(x, mask, need_weights=need_weights)
@@ -127,7 +127,7 @@ class SanmEncoder(nn.Module):
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
         feats = hide_padding(feats, lens, leak)  # what pads may hold anything
-        mask = padding_mask(lens, feats.shape[1])[:, None, :]
+        mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, weights = self.first(x, mask, need_weights)
         x, layers = x.float(), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
@@ -181,7 +181,7 @@ class RelativeConformerEncoder(nn.Module):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
         codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
-        mask, layers = padding_mask(lens, x.shape[1])[:, None, :], []
+        mask, layers = key_mask(lens, x.shape[1]), []
         x = self.dropout(x * math.sqrt(self.dim))
         for block in self.blocks:
             x, weights = block(x, mask, codes, extent, need_weights)
@@ -211,7 +211,8 @@ class Predictor(nn.Module):
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
-            x = self.dropout(F.relu(over_time(convolution, x * mask[:, :, None])))
+            x = over_time(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
+            x = self.dropout(F.relu(x))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
 
 
@@ -230,10 +231,9 @@ class FramePredictor(nn.Module):
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
         check_shape("hidden", hidden, "B", "L", self.dim)
         check_shape("lens", lens, hidden.shape[0])
-        x = hidden.transpose(1, 2)  # (B,D,L)
-        y = self.convolution(F.pad(x, (self.options.left, self.options.right)))
-        y = self.dropout(y + x) if self.options.kind == "depthwise" else y
-        weight = self.firing(F.relu(y).transpose(1, 2)).squeeze(-1).float().sigmoid()
+        y = over_time(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
+        y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
+        weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
         return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
 
 
@@ -379,8 +379,8 @@ class Decoder(nn.Module):
         check_shape("counts", counts, embeds.shape[0])
         check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
-        mask = padding_mask(counts, embeds.shape[1])[:, None, :]
-        memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        mask = key_mask(counts, embeds.shape[1])
+        memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
         layers = []
         for block in self.blocks:
@@ -424,8 +424,8 @@ class SanmDecoder(nn.Module):
         check_shape("counts", counts, embeds.shape[0])
         check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
-        mask = padding_mask(counts, embeds.shape[1])[:, None, :]
-        hidden_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        mask = key_mask(counts, embeds.shape[1])
+        hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         x, layers = embeds, []
         for block in self.blocks:
             x, weights = block(x, mask, hidden, hidden_mask, need_weights)
@@ -749,7 +749,7 @@ class CausalDecoder(nn.Module):
         """tokens (B,U), from the start token on, hidden (B,L,Dm), hidden_lens (B,) -> logits (B,U,V) of the token after
         each, and the cross-attention weights (B,H,U,L) of each layer where asked for."""
         mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
-        memory_mask = padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x, layers = self.dropout(self.position(self.embedding(tokens))), []
         for block in self.blocks:
             x, weights = block(x, mask, hidden, memory_mask, need_weights)
@@ -766,7 +766,7 @@ class CausalDecoder(nn.Module):
         return [hidden.new_zeros(len(hidden), W, self.num_heads, 0, width)] * (2 * len(self.blocks))
 
     def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
-             memory_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+             memory_mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """One token on: tokens (B,W), the last of each hypothesis, past and memory from the methods above, memory_mask
         (B,1,L) -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
         x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
@@ -811,7 +811,7 @@ class Transformer(nn.Module):
         step(tokens (B,W), past) -> log probabilities (B,W,V) of the next token, past, attention (B,W,L). `past` is a
         list of tensors (B,W,...); whoever moves hypotheses from one w to another moves these.
         """
-        memory, mask = self.decoder.memory(hidden), padding_mask(hidden_lens, hidden.shape[1])[:, None, :]
+        memory, mask = self.decoder.memory(hidden), key_mask(hidden_lens, hidden.shape[1])
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             logits, past, weights = self.decoder.step(tokens, past, memory, mask)
@@ -1065,14 +1065,14 @@ def funasr_names(name: str, options) -> list[str]:
     return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
 
 
-def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names, mapped from the file and not read until used.
+def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
+    """The tensors of a model.pt of FunASR by its names; mapped: from the file, and not read until used.
 
     Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name; loaded with
     weights_only. Raises ValueError if it is no such file.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted the weights of a model, got no such file") from None
     except Exception as error:  # whatever unpickling or the zip reader raise
@@ -1096,9 +1096,69 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
-    """The model of these options with the weights of a model.pt of FunASR; every other tensor is an error."""
+def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
+                   mapped: bool = True) -> nn.Module:
+    """The model of these options with the weights of a model.pt of FunASR, as `read_weights` gives them; every other
+    tensor is an error."""
     with WithoutInit():  # every tensor comes from the file
         model = build(options, input_dim, vocab_size)
-    load_weights(model, read_weights(path), str(path), lambda name: funasr_names(name, options), adopt=True)
+    load_weights(model, read_weights(path, mapped), str(path), lambda name: funasr_names(name, options), adopt=True)
+    return model
+
+
+# ---- weights laid out for recognition on a CPU ----
+
+
+class PackedLinear(nn.Module):
+    """What an nn.Linear computes, with its weights in the order in which oneDNN's matrix products read them.
+
+    Rests on torch.ops.mkldnn, on which models that torch.compile has frozen rest as well.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """What an nn.Linear computes, to about 1%, by sums of products of whole numbers: float32 to float32.
+
+    Each output channel of the weights has a scale of its own and so has each row of the input, which therefore does
+    not depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
+    without VNNI add them. Rests on torch.ops.onednn, on which what torch.compile makes of quantised models rests too.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, weight = linear.in_features, linear.weight.detach().float()
+        self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
+        levels = (weight / self.scale[:, None]).round()
+        self.sums = levels.sum(1) * self.scale  # of each output's weights: what an input of ones gives
+        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().clone()
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
+        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
+        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
+                                               torch.float32, "none", [], "")
+        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
+
+
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # what reads features or decides where a token is
+
+
+def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The model itself with linear(it) for every nn.Linear that is in no part of KEPT, for evaluation only."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Linear) and name not in KEPT:
+            setattr(model, name, linear(child))  # one by one, so that no two layouts of the whole are held
+        elif name not in KEPT:
+            lay_out(child, linear)
     return model

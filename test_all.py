@@ -54,7 +54,8 @@ import serve
 import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
-                       TransformerBlock, attend, causal_mask, check_lens, check_shape, padding_mask, sinusoids)
+                       TransformerBlock, attend, causal_mask, check_lens, check_shape, key_mask, over_time, padding_mask,
+                       sinusoids)
 from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
@@ -1383,6 +1384,7 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
         assert sorted(sum(batches, [])) == list(range(count)) and all(batches)
         for batch in batches:
             assert len(batch) <= size and (len(batch) * lengths[batch].max() <= frames or len(batch) == 1)
+            assert shuffle or lengths[batch].sum() >= 0.9 * len(batch) * lengths[batch].max()
         assert batches == data.make_batches(lengths, size, frames, 3, 1, shuffle)
     mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
              for epoch in (1, 2)]
@@ -1688,6 +1690,32 @@ def test_a_conformer_block_equals_its_formula():
     y = y + h * h.sigmoid() @ conv.out.weight.T + conv.out.bias
     y = y + feed(block.ffn_second, norm(block.norm_second, y)) / 2
     assert_same(block(x)[0], norm(block.norm_out, y), 1e-10)
+
+
+@pytest.mark.parametrize("inner, stride, reach", [(3, 1, (2, 2)), (3, 2, (1, 1)), (3, 1, (4, 0)), (1, 1, (3, 1))])
+def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride, reach):
+    weight, bias = normal(1, 3, inner, sum(reach) + 1).requires_grad_(), normal(2, 3)
+    x, results = normal(3, 2, 7, 3).requires_grad_(), []
+    for found in (over_time(x, weight, bias, reach, stride),
+                  F.conv1d(F.pad(x.transpose(1, 2), reach), weight, bias, stride, groups=3 // inner).transpose(1, 2)):
+        results.append((found, *torch.autograd.grad(found.square().sum(), (x, weight))))
+    for ours, theirs in zip(*results):
+        assert_same(ours, theirs)
+
+
+def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads():
+    assert key_mask(ints(4, 4), 4) is None
+    assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux gives it")
+def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():
+    q, mask = torch.randn(1, 1, 12_000, 16), key_mask(ints(11_999), 12_000)
+    peak_kb = lambda: int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_kb()
+    attend(q, q, q, mask, need_weights=False)
+    assert peak_kb() - before < 60_000  # the scores alone would be 576,000
 
 
 # ---- attention: errors ----
@@ -3794,13 +3822,13 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypa
 # C77
 def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, capsys, monkeypatch):
     ckpt, real, sizes = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
-    files = [spoken(tmp_path / f"{i}.wav", seconds) for i, seconds in enumerate((0.9, 0.3, 0.6, 0.2, 0.8, 0.4, 0.7))]
+    files = [spoken(tmp_path / f"{i}.wav", seconds) for i, seconds in enumerate((0.9, 0.3, 0.6, 0.25, 0.8, 0.4, 0.7))]
     wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
     monkeypatch.setattr(decode, "transcribe", lambda system, feats: sizes.append([len(x) for x in feats])
                         or real(system, feats))
     monkeypatch.setattr(decode, "WINDOW", 4)
     assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
-    assert sizes == [[18, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
+    assert sizes == [[23, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
 
 
 # C76
@@ -4828,6 +4856,86 @@ def test_the_rename_table_gives_exactly_funasrs_keys(variant):
     wanted = json.loads((KIT / variant / "expected/keys.json").read_text())
     found = [part for name in net.state_dict() for part in model.funasr_names(name, options.model)]
     assert sorted(found) == sorted(wanted)
+
+
+# ---- model: weights laid out for recognition ----
+
+CAN_INT8 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this processor has no products of int8")
+
+
+@CAN_INT8
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_another(bias):
+    """By hand: inputs in 127 steps from their row's least, at most 0, to its most, at least 0; weights in 127 a side."""
+    layer = fresh(0, lambda: nn.Linear(48, 40, bias=bias)).float()
+    x = normal(1, 3, 7, 48).float() * torch.logspace(-3, 3, 7)[:, None]
+    x[1] = F.relu(x[1])
+    step = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+    weight = (layer.weight.detach() / step).round() * step
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    unit = (high - low).clamp(min=1e-12) / 127
+    wanted = F.linear(((x - low) / unit).round() * unit + low, weight, layer.bias)
+    found, alone = (model.Int8Linear(layer)(part) for part in (x, x[1:2, 3:4]))
+    nothing = model.Int8Linear(layer)(torch.zeros(1, 48))
+    assert_same(nothing[0], torch.zeros(40) if layer.bias is None else layer.bias.detach())
+    scale = layer(x).detach().abs().amax(-1, keepdim=True)
+    assert ((found - wanted) / scale).abs().max() < 0.01  # where a level lies half way, rounding may differ
+    assert ((found - wanted) / scale).abs().median() < 1e-5
+    assert torch.equal(alone[0, 0], found[1, 3])
+    assert ((found - layer(x)) / scale).abs().max() < 0.03
+
+
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant):
+    """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
+    8 bits for the weights alone 97% of all 262 tokens are kept."""
+    exact, packed = (decode.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
+    small = decode.load_system(KIT / variant, "cpu", "int8")
+    assert any(isinstance(layer, model.PackedLinear) for layer in packed.model.modules())
+    clear, kept = 0, 0
+    for name in WAVS:
+        wanted = recorded(variant, name)
+        found = decode.decode_batch(packed, [wanted["feats"]])
+        assert torch.equal(found.tokens[0], wanted["ids_raw"])
+        count, both = found.lens, []
+        for system in (exact, small):
+            hidden, lens = model.encode(system.model.encoder, wanted["feats"][None], ints(len(wanted["feats"])))
+            both.append(system.model.emit(hidden, lens, system.model.predictor(hidden, lens), count)[1][0])
+        best = both[0].topk(2).values
+        sure = best[:, 0] - best[:, 1] > 0.1
+        clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
+    assert small.precision == "float32" or kept >= 0.86 * clear > 0
+
+
+def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(monkeypatch, tmp_path, capsys):
+    path = saved(tiny_system("manifest"), tmp_path / "a.pt")
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported", "_is_avx2_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False)
+    for precision in ("bfloat16", "float16", "int8"):
+        assert decode.load_system(path, "cpu", precision).precision == "float32"
+        assert capsys.readouterr().err == f"warning: this cpu has no {precision} products; going on in float32\n"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert decode.load_system(path, "cpu", "bfloat16").precision == "bfloat16" and not capsys.readouterr().err
+
+
+@slow
+def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch, capfd):
+    options = config.load(str(HERE / "configs/paraformer_large.yaml"))
+    small = {"num_layers": 2, "hidden_dim": 64, "ffn_dim": 64}
+    sizes = replace(options.model, encoder=replace(options.model.encoder, **small),
+                    decoder=replace(options.model.decoder, **small))
+    monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
+    monkeypatch.setattr(decode, "LOADS", ((1, 2), (2, 2)))
+    assert decode.main(["--benchmark", "--threads=1"]) == 0
+    text = capfd.readouterr().out
+    layouts = [" +".join(layout) for layout in decode.LAYOUTS if decode.runs_on(layout[0], torch.device("cpu"))]
+    for layout in layouts:
+        assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
+        for load in (" +1 +2 s", " +2 +2 s"):
+            assert re.search(rf"^{load} +{layout} +\d+ +\d+ \(\d+ to \d+\) +\d+ +\d+\.\d\d% +\d+%$", text, re.M), layout
+    assert len(re.findall(r"^48 utterances of 1 to \d+ s: .* x as fast, \d\.\d% padding$", text, re.M)) == 2
 
 
 # ---- decode: texts, times and exports (FunASR) ----
