@@ -37,6 +37,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -1091,17 +1094,17 @@ def benchmark(threads: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
         print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
-              f"{torch.get_num_threads()} threads. Fresh processes beyond `import torch`: seconds to load, and then to "
-              "the text of 10 s of audio, MB held and at most, with torch's\nprecision  weights   to load   to text"
-              "        MB    peak")
+              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
+              "the text of 10 s of audio; MB held, and at most, torch's own included\n"
+              "precision  weights   to load   to text        MB    peak", flush=True)
         layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
         for layout in layouts:
             subprocess.run([sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())], cwd=here,
                            check=True)
-        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out")
-                   for layout in layouts}
+        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
         time_loads(systems)
         time_batches(systems["float32", "laid out"])
+        time_busy(systems["float32", "laid out"])
     return 0
 
 
@@ -1128,45 +1131,59 @@ def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], o
 @torch.inference_mode()
 def time_loads(systems: dict[tuple[str, str], System]) -> None:
     """Print the time of each system for each of LOADS, and what share of it the fastest products alone take."""
-    print("\nmilliseconds, median (least to most): the front end, the model, the text; the model's share of real time "
-          "and of the limit\nbatch   audio  precision  weights     front end   model                     text   of real "
-          "time   of the limit")
+    print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
+          "batch  audio  precision  weights   front end  model                      text  real time    limit")
+    system, packed = systems["float32", "mapped"], systems["float32", "laid out"]
     for B, seconds in LOADS:
         audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
-        system = systems["float32", "mapped"]
         front = lambda: [data.frontend(x, 16000, system.config.data, system.stats) for x in audio]
         feats = front()
         found = decode_batch(system, feats)
-        plain, count = products(system.model, B * len(feats[0]), found.tokens.numel())
-        packed, _ = products(systems["float32", "laid out"].model, B * len(feats[0]), found.tokens.numel())
         text = lambda: [read_result(system, found, i) for i in range(B)]
+        sizes = B * len(feats[0]), found.tokens.numel()
+        (plain, count), (laid_out, _) = products(system.model, *sizes), products(packed.model, *sizes)
         runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
-        ms = 1000 * time_turns(front, text, plain, packed, *runs)
-        median, limit = np.median(ms, 1), np.median(ms[2:4], 1).min()
-        print(f"{B:5} {seconds:6} s  products of {count:.0f} GFLOP: {count / median[2] * 1000:.0f} GFLOP/s mapped, "
-              f"{count / median[3] * 1000:.0f} laid out; the limit is {limit:.0f} ms")
+        ms = 1000 * time_turns(front, text, plain, laid_out, *runs)
+        front_ms, text_ms, plain_ms, laid_out_ms, *_ = np.median(ms, 1)
+        limit = min(plain_ms, laid_out_ms)
+        print(f"{B:5}{seconds:5} s  products of {count:.0f} GFLOP: {1000 * count / plain_ms:.0f} GFLOP/s mapped, "
+              f"{1000 * count / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
         for layout, model_ms in zip(systems, ms[4:]):
-            middle = np.median(model_ms)
-            print(f"{B:5} {seconds:6} s  {layout[0]:9}  {layout[1]:9} {median[0]:11.0f}   {middle:6.0f} "
-                  f"({f'{model_ms.min():.0f} to {model_ms.max():.0f})':18}{median[1]:6.0f} "
-                  f"{(middle + median[:2].sum()) / (10 * B * seconds):10.2f}% {100 * limit / middle:12.0f}%", flush=True)
+            middle, extent = np.median(model_ms), f"({model_ms.min():.0f} to {model_ms.max():.0f})"
+            share = (middle + front_ms + text_ms) / (10 * B * seconds)
+            print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
+                  f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
 
 
 @torch.inference_mode()
 def time_batches(system: System) -> None:
     """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
+    print()
     for longest in (20, 4):
-        seconds = np.geomspace(1, longest, 48)
-        feats = [torch.randn(int(s / data.frame_sec(system.config.data)), system.stats.shape[1]) for s in seconds]
+        feats = [torch.randn(int(seconds / data.frame_sec(system.config.data)), system.stats.shape[1])
+                 for seconds in np.geomspace(1, longest, 48)]
         lengths = np.array([len(x) for x in feats])
-        batches = [rows for window in plan_batches(lengths, 16, int(300 / data.frame_sec(system.config.data)))
-                   for rows in window]
-        single, together = np.median(time_turns(lambda: [decode_batch(system, [x]) for x in feats],
-                                                lambda: [decode_batch(system, [feats[i] for i in rows])
-                                                         for rows in batches], turns=3), 1)
+        batches = data.make_batches(lengths, 16, int(300 / data.frame_sec(system.config.data)), shuffle=False)
+        times = time_turns(lambda: [decode_batch(system, [x]) for x in feats],
+                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches], turns=3)
+        single, together = np.median(times, 1)
         padded = sum(len(rows) * lengths[rows].max() for rows in batches)
         print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
               f"s, {single / together:.2f} x as fast, {100 - 100 * lengths.sum() / padded:.1f}% padding", flush=True)
+
+
+@torch.inference_mode()
+def time_busy(system: System) -> None:
+    """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
+    feats = [torch.randn(167, system.stats.shape[1])]
+    idle = np.median(time_turns(lambda: decode_batch(system, feats)))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        beside = np.median(time_turns(lambda: decode_batch(system, feats)))
+    finally:
+        busy.kill()
+        busy.wait()
+    print(f"10 s of audio beside a process that keeps one core busy: {beside:.2f} s, {beside / idle:.2f} x the time")
 
 
 COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search

@@ -47,9 +47,8 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":
-    # Before torch: its threads would spin between two operators and take the cores from those that read requests
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
 
 import numpy as np
 import torch

@@ -1708,6 +1708,7 @@ def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads()
     assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
 
 
+# C142
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux gives it")
 def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():
     q, mask = torch.randn(1, 1, 12_000, 16), key_mask(ints(11_999), 12_000)
@@ -4863,6 +4864,7 @@ def test_the_rename_table_gives_exactly_funasrs_keys(variant):
 CAN_INT8 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this processor has no products of int8")
 
 
+# C140
 @CAN_INT8
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_another(bias):
@@ -4885,6 +4887,7 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
     assert ((found - layer(x)) / scale).abs().max() < 0.03
 
 
+# C140
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -4909,6 +4912,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
     assert small.precision == "float32" or kept >= 0.86 * clear > 0
 
 
+# C141
 def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(monkeypatch, tmp_path, capsys):
     path = saved(tiny_system("manifest"), tmp_path / "a.pt")
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported", "_is_avx2_supported"):
@@ -4928,14 +4932,16 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
                     decoder=replace(options.model.decoder, **small))
     monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
     monkeypatch.setattr(decode, "LOADS", ((1, 2), (2, 2)))
+    monkeypatch.setattr(decode, "TIMINGS", 2)
     assert decode.main(["--benchmark", "--threads=1"]) == 0
     text = capfd.readouterr().out
     layouts = [" +".join(layout) for layout in decode.LAYOUTS if decode.runs_on(layout[0], torch.device("cpu"))]
     for layout in layouts:
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
-            assert re.search(rf"^{load} +{layout} +\d+ +\d+ \(\d+ to \d+\) +\d+ +\d+\.\d\d% +\d+%$", text, re.M), layout
+            assert re.search(rf"^{load} +{layout} +\d+\.\d +\d+ \(\d+ to \d+\) +\d+\.\d +\d+\.\d\d% +\d+%$", text, re.M)
     assert len(re.findall(r"^48 utterances of 1 to \d+ s: .* x as fast, \d\.\d% padding$", text, re.M)) == 2
+    assert re.search(r"^10 s of audio beside a process .*: \d+\.\d\d s, \d+\.\d\d x the time$", text, re.M)
 
 
 # ---- decode: texts, times and exports (FunASR) ----
