@@ -598,6 +598,7 @@ def test_planted_edits_are_counted_as_planted():
             hyp[place] = ([-1], [], [place, -2])[k % 3] if k < 3 * total else hyp[place]
         counts = count_errors(ref, [x for part in hyp for x in part])
         assert counts == Counts(sub=total, ins=total, del_=total, ref=40)
+        assert {type(x) for x in vars(counts).values()} == {int}  # what JSON and a checkpoint can hold
 
 
 def test_ties_keep_hits_and_are_settled_from_the_end():
