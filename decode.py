@@ -795,23 +795,12 @@ def merged_file(arguments: argparse.Namespace) -> Path | None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which gets the name `path` when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """A function that appends to a file as `replacing` writes it; None: no file."""
+    """A function that appends to a file as `data.replacing` writes it; None: no file."""
     if path is None:
         yield lambda text: None
         return
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with data.replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         yield file.write
 
 
@@ -1036,7 +1025,7 @@ def export_directory(system: System, folder: Path) -> None:
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    with replacing(folder / "model.pt") as file:
+    with data.replacing(folder / "model.pt") as file:
         torch.save(weights, file)
 
 
@@ -1056,7 +1045,7 @@ def export(system: System, path: str) -> str:
     place.parent.mkdir(parents=True, exist_ok=True)
     state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    with replacing(place) as file:
+    with data.replacing(place) as file:
         torch.save(state, file)
     return f"{place}: a checkpoint{reason}"
 
