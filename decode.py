@@ -543,6 +543,15 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
     return search_batch(system, feats, need_weights)[0]
 
 
+def within(system: System, result: Result, seconds: float) -> Result:
+    """The result with times that end with the recording: the last of stacked frames may reach beyond it. Those of a
+    timing head stay, as FunASR's do."""
+    if system.config.model.predictor.upsampling:
+        return result
+    cut = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
+    return result._replace(tokens=cut(result.tokens), words=cut(result.words))
+
+
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
     spoken = [i for i, x in enumerate(feats) if len(x)]
@@ -583,7 +592,8 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment],
         results: dict[int, Result] = {}
         for indices in data.make_batches([len(x) for x in feats], batch_size, frames, shuffle=False):
             results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
-        yield from ((piece.start_sec, results[i]) for i, piece in enumerate(pool))
+        yield from ((piece.start_sec, within(system, results[i], len(piece.samples) / options.sample_rate))
+                    for i, piece in enumerate(pool))
 
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
@@ -649,20 +659,24 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequen
     except (RuntimeError, ValueError) as error:
         if len(indices) > 1:
             return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
-        return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
-    outcomes = [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
-                else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
-    return [recognise_long(system, dataset.rows[outcome.index].audio, outcome)
-            if outcome.seconds > system.segment_sec[1] and not len(item.feats) else outcome
-            for item, outcome in zip(items, outcomes)]
+        return [not_recognised(indices[0], items[0].key, f"the model failed: {error}")]
+    return [not_recognised(i, item.key, item.reason) if isinstance(item, data.Skip) else
+            recognised(system, i, item, next(results), dataset) for i, item in zip(indices, items)]
 
 
-def recognise_long(system: System, path: str, outcome: Outcome) -> Outcome:
-    """The outcome with the result of a recording that came without features, as it is too long for one piece."""
-    try:
-        return outcome._replace(result=transcribe_recording(system, path))
-    except (RuntimeError, ValueError, OSError) as error:
-        return Outcome(outcome.index, outcome.key, 0.0, "", None, f"unreadable: {' '.join(str(error).split())}")
+def not_recognised(index: int, key: str, reason: str) -> Outcome:
+    return Outcome(index, key, 0.0, "", None, " ".join(reason.split()))
+
+
+def recognised(system: System, index: int, item: data.Utterance, result: Result,
+               dataset: torch.utils.data.Dataset) -> Outcome:
+    """The outcome with this result, or, of a recording that came without features as it is too long, with its own."""
+    if item.seconds > system.segment_sec[1] and not len(item.feats):
+        try:
+            result = transcribe_recording(system, dataset.rows[index].audio)
+        except (RuntimeError, ValueError, OSError) as error:
+            return not_recognised(index, item.key, f"unreadable: {error}")
+    return Outcome(index, item.key, item.seconds, item.text, within(system, result, item.seconds))
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun

@@ -3821,6 +3821,24 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypa
     assert [[row["key"], row["text"]] for row in rows] == texts
 
 
+# C121
+def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
+    """6 frames are one, and what is missing of the last one is up to 50 ms behind the end of the samples."""
+    system, beyond = tiny_system(), 0
+    system = system._replace(config=replace(system.config, data=replace(system.config.data, lfr_n=6)))
+    for i in range(12):
+        path, seconds = spoken(tmp_path / f"{i}.wav", 0.4 + 0.03 * i), 0.4 + 0.03 * i
+        feats = data.frontend(*data.load_wav(path), system.config.data, system.stats)
+        dataset = data.ManifestDataset([data.Row("k", path, "", None)], system.config.data, lambda text: [],
+                                       stats=system.stats, for_training=False)
+        free, [bound] = decode.transcribe(system, [feats])[0], decode.recognise(system, dataset, [0])
+        beyond += free.tokens[-1].end > seconds
+        for result in (bound.result, decode.transcribe_recording(system, path)):
+            for was, now in zip(free.tokens + free.words, result.tokens + result.words, strict=True):
+                assert now.end == min(was.end, seconds) and now.start == min(was.start, seconds)
+    assert beyond
+
+
 # C77
 def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, capsys, monkeypatch):
     ckpt, real, sizes = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
