@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -698,6 +699,19 @@ def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
     return sorted(outcome for part in parts or () for outcome in part)
 
 
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C (KeyboardInterrupt) comes when the block has ended."""
+    pressed = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
                   shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
     """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
@@ -713,10 +727,12 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
                 done = recognise(system, dataset, batch)
                 outcomes += done
                 finish(done)
+            outcomes = gather(outcomes, shard)
         except KeyboardInterrupt:
             yield from sorted(outcomes) if rank == 0 else ()
             raise
-        yield from gather(outcomes, shard)
+        with interrupted_later():
+            yield from outcomes
 
 
 # ---- forms ----

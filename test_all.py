@@ -24,6 +24,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -3819,6 +3820,20 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypa
     else:
         rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [[row["key"], row["text"]] for row in rows] == texts
+
+
+# C120
+def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(tmp_path, capsys, monkeypatch):
+    ckpt, out = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "out.jsonl"
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
+    everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
+    monkeypatch.setattr(decode, "WINDOW", 3)
+    monkeypatch.setitem(decode.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
+                        or decode.json_row(outcome))
+    usual = signal.getsignal(signal.SIGINT)
+    assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
+    assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
+    assert signal.getsignal(signal.SIGINT) == usual
 
 
 # C121
