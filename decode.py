@@ -881,13 +881,23 @@ def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, 
     return pictures
 
 
-def write_pictures(place: Path, system: System, item: data.Utterance, layer: int) -> None:
-    """place.alignment.svg, place.encoder.svg and, of a decoder with layers, place.cross.svg of an utterance that has
-    frames."""
-    found = decode_batch(system, [item.feats], need_weights=True)
-    pictures = {"alignment": alignment_picture(system, item, found), **attention_pictures(system, item, found, layer)}
-    for kind, svg in pictures.items():
-        data.write_atomic(f"{place}.{kind}.svg", svg)
+def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Dataset, named: Sequence[tuple[int, str]],
+                   layer: int) -> None:
+    """name.alignment.svg, name.encoder.svg and, of a decoder with layers, name.cross.svg of each utterance (its place,
+    name); what was cut into segments, or has no frames, has none and is counted on standard error."""
+    without = 0
+    for index, name in named:
+        item = drawable(dataset, index)
+        if item is None:
+            without += 1
+            continue
+        found = decode_batch(system, [item.feats], need_weights=True)
+        pictures = {"alignment": alignment_picture(system, item, found), **attention_pictures(system, item, found, layer)}
+        for kind, svg in pictures.items():
+            data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+    if without:
+        print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
+              file=sys.stderr)
 
 
 # ---- the report ----
@@ -1427,9 +1437,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     if shard[0]:
         return code
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
-    for index, _ in heard if arguments.plot else ():
-        if item := drawable(dataset, index):
-            write_pictures(Path(arguments.plot) / names[index], system, item, arguments.plot_layer)
+    if arguments.plot:
+        write_pictures(Path(arguments.plot), system, dataset, [(i, names[i]) for i, _ in heard], arguments.plot_layer)
     lines = report_lines(scores) if scores else []
     if arguments.report:
         write_report(Path(arguments.report), system, dataset, scores, lines)

@@ -4218,6 +4218,7 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     far.parent.mkdir(parents=True)
     shutil.copy(hostile, far)
     assert decode.main(["--ckpt", ckpt, hostile, short, str(far), "--plot", str(tmp_path / "plots")]) == 0
+    assert "--plot: no picture of 1 that --max-segment-sec cut or that have no frames\n" in capsys.readouterr().err
     files = sorted((tmp_path / "plots").iterdir())
     assert [f.name for f in files] == [f"a____b{n}.{kind}.svg" for n in ("-2", "") for kind in (
         "alignment", "cross", "encoder")]
