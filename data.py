@@ -46,15 +46,21 @@ from torch.utils.data import DataLoader, Dataset
 
 # ---- files ----
 
-def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> None:
-    """Replace the file whole: a reader, or a crash, meets the old content or the new, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file to write, which gets the name `path` when the block ends without an error."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> None:
+    """Replace the file whole: a reader, or a crash, meets the old content or the new, never a part."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 # ---- wav ----

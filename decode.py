@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
@@ -167,6 +168,9 @@ def certain(n: int, place: int, like: Tensor) -> Tensor:
     return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
 
 
+UNSEEN = 0.01  # of the attention that a frame got: no less, or a single frame would decide
+
+
 def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
     """The most probable texts of a model that tells a token from those before it.
 
@@ -190,7 +194,8 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
         told = torch.where(ended[:, :, None], end, told)  # it has ended: no change, at no cost
         total, length = log_prob[:, :, None] + told, lens + ~ended  # (B,W,V), (B,W)
         covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
-        score, place = (total / norm(length)[:, :, None] + coverage(covered, search)).flatten(1).topk(W)
+        looked = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)  # 0 where all got 1
+        score, place = (total / norm(length)[:, :, None] + looked).flatten(1).topk(W)
         parent, last = place // told.shape[2], place % told.shape[2]
         log_prob = total.flatten(1).gather(1, place)
         lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
@@ -202,14 +207,6 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     real = torch.arange(tokens.shape[2], device=tokens.device) < words[:, :, None]
     return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens),
                         score.masked_fill(open_, -math.inf)))
-
-
-UNSEEN = 0.01  # of the attention that a frame got: no less, or a single frame would decide
-
-
-def coverage(covered: Tensor, search: Search) -> Tensor:
-    """covered (B,W,L), the attention that each frame got -> (B,W,1), 0 where all got 1 and negative where not."""
-    return search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)
 
 
 def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,16 +309,10 @@ def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Se
     return count_search(lambda counts: model.emit(*three, counts)[1], alpha, model.count(alpha), search.width)
 
 
-def search_transformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
-    step, past = model.begin(hidden, lens, search.width)
-    return beam_search(step, past, lens, search)
-
-
-def search_ctc(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
-    return prefix_search(model.log_probs(hidden), lens, search.width)
-
-
-SEARCHES = {"paraformer": search_paraformer, "transformer": search_transformer, "ctc": search_ctc}
+SEARCHES = {"paraformer": search_paraformer,
+            "transformer": lambda model, hidden, lens, search: beam_search(*model.begin(hidden, lens, search.width),
+                                                                           lens, search),
+            "ctc": lambda model, hidden, lens, search: prefix_search(model.log_probs(hidden), lens, search.width)}
 
 
 def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
@@ -339,14 +330,14 @@ def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
 
 def with_search(system: System, search: Search) -> System:
     """The system, searching so. Raises ValueError for what is out of range or has no effect on the system's model."""
-    name, usual = system.config.model.name, Search()
+    name = system.config.model.name
     rules = {"beam": (search.beam >= 1, "1 or more"), "nbest": (search.nbest >= 1, "1 or more"),
              "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
              "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
              "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
-    for field in ("length_penalty", "coverage_penalty") if name != "transformer" else ():
-        same = getattr(search, field) == getattr(usual, field)
-        rules[field] = (same, f"{getattr(usual, field)}, as it has no effect on a {name}")
+    for field, usual in Search._field_defaults.items() if name != "transformer" else ():
+        if field.endswith("_penalty"):
+            rules[field] = (getattr(search, field) == usual, f"{usual}, as it has no effect on a {name}")
     if search.ctc_weight and getattr(system.model, "ctc", None) is None:
         rules["ctc_weight"] = (False, f"0, as this {name} has no CTC head beside its decoder")
     for field, (fits, wanted) in rules.items():
@@ -543,6 +534,15 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
     return search_batch(system, feats, need_weights)[0]
 
 
+def within(system: System, result: Result, seconds: float) -> Result:
+    """The result with times that end with the recording: the last of stacked frames may reach beyond it. Those of a
+    timing head stay, as FunASR's do."""
+    if system.config.model.predictor.upsampling:
+        return result
+    cut = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
+    return result._replace(tokens=cut(result.tokens), words=cut(result.words))
+
+
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
     spoken = [i for i, x in enumerate(feats) if len(x)]
@@ -583,7 +583,8 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment],
         results: dict[int, Result] = {}
         for indices in data.make_batches([len(x) for x in feats], batch_size, frames, shuffle=False):
             results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
-        yield from ((piece.start_sec, results[i]) for i, piece in enumerate(pool))
+        yield from ((piece.start_sec, within(system, results[i], len(piece.samples) / options.sample_rate))
+                    for i, piece in enumerate(pool))
 
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
@@ -635,9 +636,9 @@ class Outcome(NamedTuple):
 
     index: int  # its place among the inputs
     key: str
-    seconds: float
-    reference: str  # its true text, "" where none is known
-    result: Result | None  # None: not recognised
+    seconds: float = 0.0
+    reference: str = ""  # its true text, "" where none is known
+    result: Result | None = None  # None: not recognised
     reason: str = ""  # why not
 
 
@@ -649,20 +650,20 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequen
     except (RuntimeError, ValueError) as error:
         if len(indices) > 1:
             return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
-        return [Outcome(indices[0], items[0].key, 0.0, "", None, f"the model failed: {' '.join(str(error).split())}")]
-    outcomes = [Outcome(i, item.key, item.seconds, item.text, next(results)) if isinstance(item, data.Utterance)
-                else Outcome(i, item.key, 0.0, "", None, item.reason) for i, item in zip(indices, items)]
-    return [recognise_long(system, dataset.rows[outcome.index].audio, outcome)
-            if outcome.seconds > system.segment_sec[1] and not len(item.feats) else outcome
-            for item, outcome in zip(items, outcomes)]
+        return [Outcome(indices[0], items[0].key, reason=f"the model failed: {error}")]
+    return [Outcome(i, item.key, reason=item.reason) if isinstance(item, data.Skip) else
+            recognised(system, dataset, i, item, next(results)) for i, item in zip(indices, items)]
 
 
-def recognise_long(system: System, path: str, outcome: Outcome) -> Outcome:
-    """The outcome with the result of a recording that came without features, as it is too long for one piece."""
-    try:
-        return outcome._replace(result=transcribe_recording(system, path))
-    except (RuntimeError, ValueError, OSError) as error:
-        return Outcome(outcome.index, outcome.key, 0.0, "", None, f"unreadable: {' '.join(str(error).split())}")
+def recognised(system: System, dataset: torch.utils.data.Dataset, index: int, item: data.Utterance,
+               result: Result) -> Outcome:
+    """The outcome with this result, or, of a recording that came without features as it is too long, with its own."""
+    if item.seconds > system.segment_sec[1] and not len(item.feats):
+        try:
+            result = transcribe_recording(system, dataset.rows[index].audio)
+        except (RuntimeError, ValueError, OSError) as error:
+            return Outcome(index, item.key, reason=f"unreadable: {error}")
+    return Outcome(index, item.key, item.seconds, item.text, within(system, result, item.seconds))
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -684,6 +685,19 @@ def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
     return sorted(outcome for part in parts or () for outcome in part)
 
 
+@contextlib.contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C (KeyboardInterrupt) comes when the block has ended."""
+    pressed = []
+    usual = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
                   shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
     """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
@@ -699,10 +713,12 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
                 done = recognise(system, dataset, batch)
                 outcomes += done
                 finish(done)
+            outcomes = gather(outcomes, shard)
         except KeyboardInterrupt:
             yield from sorted(outcomes) if rank == 0 else ()
             raise
-        yield from gather(outcomes, shard)
+        with interrupted_later():
+            yield from outcomes
 
 
 # ---- forms ----
@@ -795,24 +811,10 @@ def merged_file(arguments: argparse.Namespace) -> Path | None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which gets the name `path` when the block ends without an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def growing_file(path: Path | None) -> Iterator[Callable[[str], object]]:
-    """A function that appends to a file as `replacing` writes it; None: no file."""
-    if path is None:
-        yield lambda text: None
-        return
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        yield file.write
+def growing_file(path: Path) -> Iterator[TextIO]:
+    """A text to append to, which gets the name `path` when the block ends without an error."""
+    with data.replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 # ---- pictures ----
@@ -862,13 +864,23 @@ def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, 
     return pictures
 
 
-def write_pictures(place: Path, system: System, item: data.Utterance, layer: int) -> None:
-    """place.alignment.svg, place.encoder.svg and, of a decoder with layers, place.cross.svg of an utterance that has
-    frames."""
-    found = decode_batch(system, [item.feats], need_weights=True)
-    pictures = {"alignment": alignment_picture(system, item, found), **attention_pictures(system, item, found, layer)}
-    for kind, svg in pictures.items():
-        data.write_atomic(f"{place}.{kind}.svg", svg)
+def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Dataset, named: Sequence[tuple[int, str]],
+                   layer: int) -> None:
+    """name.alignment.svg, name.encoder.svg and, of a decoder with layers, name.cross.svg of each utterance (its place,
+    name); what was cut into segments, or has no frames, has none and is counted on standard error."""
+    without = 0
+    for index, name in named:
+        item = drawable(dataset, index)
+        if item is None:
+            without += 1
+            continue
+        found = decode_batch(system, [item.feats], need_weights=True)
+        pictures = attention_pictures(system, item, found, layer)
+        for kind, svg in {"alignment": alignment_picture(system, item, found), **pictures}.items():
+            data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+    if without:
+        print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
+              file=sys.stderr)
 
 
 # ---- the report ----
@@ -941,13 +953,6 @@ def confusion_lines(scores: Sequence[Score]) -> list[str]:
     return ["most frequent confusions (*** is nothing):", *rows] if rows else []
 
 
-def alignment_text(s: Score) -> str:
-    """A score as a paragraph to read."""
-    n = s.units
-    return (f"{s.key}: {n.errors} of {n.ref} ({n.sub} sub, {n.ins} ins, {n.del_} del)\n"
-            f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n")
-
-
 # ---- report.html ----
 
 WORST = 50  # utterances of the page at most, about 30 kB each
@@ -1005,7 +1010,9 @@ def report_html(title: str, lines: Sequence[str], confused: Sequence[tuple[str, 
 def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset, scores: Sequence[Score],
                  lines: Sequence[str]) -> None:
     """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with its alignment."""
-    data.write_atomic(folder / "alignments.txt", "".join(map(alignment_text, scores)))
+    data.write_atomic(folder / "alignments.txt", "".join(
+        f"{s.key}: {s.units.errors} of {s.units.ref} ({s.units.sub} sub, {s.units.ins} ins, {s.units.del_} del)\n"
+        f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n" for s in scores))
     data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
     cases = []
     for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
@@ -1036,7 +1043,7 @@ def export_directory(system: System, folder: Path) -> None:
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    with replacing(folder / "model.pt") as file:
+    with data.replacing(folder / "model.pt") as file:
         torch.save(weights, file)
 
 
@@ -1056,7 +1063,7 @@ def export(system: System, path: str) -> str:
     place.parent.mkdir(parents=True, exist_ok=True)
     state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    with replacing(place) as file:
+    with data.replacing(place) as file:
         torch.save(state, file)
     return f"{place}: a checkpoint{reason}"
 
@@ -1368,17 +1375,6 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
     return finish
 
 
-def show(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-    """Print each as it passes: a text to standard output, a failure to standard error."""
-    for outcome in outcomes:
-        print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
-        if outcome.result is None:
-            print(f"decode.py: {outcome.key}: {outcome.reason}", file=sys.stderr)
-        else:
-            print(f"{outcome.key}\t{outcome.result.text}")
-        yield outcome
-
-
 def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
         shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
@@ -1392,15 +1388,18 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     finish = batch_finisher(folder, form, names, len(lengths), shard)
     outcomes = recognise_all(system, dataset, plan_batches(lengths, *limits), shard, finish)
     heard, failed, scores, code = [], 0, [], 0
-    with growing_file(merged if shard[0] == 0 else None) as append:
+    with growing_file(merged) if merged and shard[0] == 0 else contextlib.nullcontext() as file:
         try:
-            for outcome in show(outcomes):
+            for outcome in outcomes:
+                print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
                 if outcome.result is None:
                     failed += 1
+                    print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
                     continue
+                print(f"{outcome.key}\t{outcome.result.text}")
                 heard.append((outcome.index, outcome.seconds))
                 if merged:
-                    append(FORMS[form](outcome))
+                    file.write(FORMS[form](outcome))
                 if outcome.reference:
                     scores.append(score(system, outcome))
         except KeyboardInterrupt:
@@ -1408,9 +1407,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     if shard[0]:
         return code
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
-    for index, _ in heard if arguments.plot else ():
-        if item := drawable(dataset, index):
-            write_pictures(Path(arguments.plot) / names[index], system, item, arguments.plot_layer)
+    if arguments.plot:
+        write_pictures(Path(arguments.plot), system, dataset, [(i, names[i]) for i, _ in heard], arguments.plot_layer)
     lines = report_lines(scores) if scores else []
     if arguments.report:
         write_report(Path(arguments.report), system, dataset, scores, lines)

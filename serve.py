@@ -923,12 +923,6 @@ def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
     return results
 
 
-def clip(result: Result, seconds: float) -> Result:
-    """Tokens and words end within the recording: the last frame may reach beyond it where frames are stacked."""
-    within = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
-    return result._replace(tokens=within(result.tokens), words=within(result.words))
-
-
 def segments(result: Result, temperature: float) -> list[dict]:
     """verbose_json's segments, one per subtitle; there is no model of silence, so no_speech_prob is 0."""
     found, rows = cues(result.words), []
@@ -1093,13 +1087,13 @@ def frame_step(system: System) -> float:
 
 def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognition]) -> Recognition:
     """Those of an utterance's pieces -> its own, in its own times; no weight where a piece ends and the next begins."""
-    if len(found) == 1:
-        return found[0]
     starts, weights = [start for start, _ in utterance.pieces], []
     for start, piece in zip(starts, found):
         place = round(start / frame_step(system))
         weights += [0.0] * (place - len(weights)) + piece.weights
-    return Recognition(decode.join_results(system, [(start, x.result) for start, x in zip(starts, found)]), weights)
+    parts = [(start, x.result) for start, x in zip(starts, found)]
+    joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
+    return Recognition(decode.within(system, joined, utterance.seconds), weights)
 
 
 def recognise_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
@@ -1118,7 +1112,7 @@ def recognise_route(service: Service, head: Head, body: bytes, started: float, g
     service.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
     service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if form:
-        return openai_response(form, clip(found[0].result, seconds[0]), seconds[0], note)
+        return openai_response(form, found[0].result, seconds[0], note)
     total_ms = (time.monotonic() - started) * 1e3
     results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
     shared = {"id": request_id(head), "model": service.model}
@@ -1131,7 +1125,7 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
     queued, batches = jobs[0].queued, {job.taken: job.infer_sec for job in jobs}  # pieces may share a batch
     timing = {"queue_ms": round((min(batches) - queued) * 1e3, 2), "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
-    tokens = [token._asdict() for token in clip(found.result, utterance.seconds).tokens]
+    tokens = [token._asdict() for token in found.result.tokens]
     value = {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
              "frames": sum(len(feats) for _, feats in utterance.pieces), "duration": round(utterance.seconds, 3),
              "timing": timing}

@@ -24,6 +24,7 @@ import random
 import re
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -598,6 +599,7 @@ def test_planted_edits_are_counted_as_planted():
             hyp[place] = ([-1], [], [place, -2])[k % 3] if k < 3 * total else hyp[place]
         counts = count_errors(ref, [x for part in hyp for x in part])
         assert counts == Counts(sub=total, ins=total, del_=total, ref=40)
+        assert {type(x) for x in vars(counts).values()} == {int}  # what JSON and a checkpoint can hold
 
 
 def test_ties_keep_hits_and_are_settled_from_the_end():
@@ -3821,6 +3823,38 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(tmp_path, capsys, monkeypa
     assert [[row["key"], row["text"]] for row in rows] == texts
 
 
+# C120
+def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(tmp_path, capsys, monkeypatch):
+    ckpt, out = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "out.jsonl"
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
+    everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
+    monkeypatch.setattr(decode, "WINDOW", 3)
+    monkeypatch.setitem(decode.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
+                        or decode.json_row(outcome))
+    usual = signal.getsignal(signal.SIGINT)
+    assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
+    assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
+    assert signal.getsignal(signal.SIGINT) == usual
+
+
+# C121
+def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
+    """6 frames are one, and what is missing of the last one is up to 50 ms behind the end of the samples."""
+    system, beyond = tiny_system(), 0
+    system = system._replace(config=replace(system.config, data=replace(system.config.data, lfr_n=6)))
+    for i in range(12):
+        path, seconds = spoken(tmp_path / f"{i}.wav", 0.4 + 0.03 * i), 0.4 + 0.03 * i
+        feats = data.frontend(*data.load_wav(path), system.config.data, system.stats)
+        dataset = data.ManifestDataset([data.Row("k", path, "", None)], system.config.data, lambda text: [],
+                                       stats=system.stats, for_training=False)
+        free, [bound] = decode.transcribe(system, [feats])[0], decode.recognise(system, dataset, [0])
+        beyond += free.tokens[-1].end > seconds
+        for result in (bound.result, decode.transcribe_recording(system, path)):
+            for was, now in zip(free.tokens + free.words, result.tokens + result.words, strict=True):
+                assert now.end == min(was.end, seconds) and now.start == min(was.start, seconds)
+    assert beyond
+
+
 # C77
 def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, capsys, monkeypatch):
     ckpt, real, sizes = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe, []
@@ -4185,6 +4219,7 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     far.parent.mkdir(parents=True)
     shutil.copy(hostile, far)
     assert decode.main(["--ckpt", ckpt, hostile, short, str(far), "--plot", str(tmp_path / "plots")]) == 0
+    assert "--plot: no picture of 1 that --max-segment-sec cut or that have no frames\n" in capsys.readouterr().err
     files = sorted((tmp_path / "plots").iterdir())
     assert [f.name for f in files] == [f"a____b{n}.{kind}.svg" for n in ("-2", "") for kind in (
         "alignment", "cross", "encoder")]
