@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 def check_shape(name: str, x: Tensor, *dims: str | int) -> None:
     """Raise ValueError unless x has these dims: an int must match, a str is a free dim and only names it."""
-    if x.dim() != len(dims) or any(isinstance(d, int) and d != n for d, n in zip(dims, x.shape)):
-        raise ValueError(f"{name} must be ({','.join(map(str, dims))}), got {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != len(dims) or [d for d, n in zip(dims, shape) if d != n and isinstance(d, int)]:
+        raise ValueError(f"{name} must be ({','.join(map(str, dims))}), got {tuple(shape)}")
 
 
 def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
@@ -58,9 +59,10 @@ def padding_mask(lens: Tensor, T: int) -> Tensor:
 
 def key_mask(lens: Tensor, S: int) -> Tensor | None:
     """lens (B,) int64 -> (B,1,S) bool, True where the key is real, or None where all are, which spares every layer the
-    masking. Looked for on the CPU only: for a GPU the program would have to wait."""
-    mask = padding_mask(lens, S)[:, None, :]
-    return None if mask.device.type == "cpu" and mask.all() else mask
+    masking. Looked for on the CPU only: for a GPU the program would have to wait. Raises as check_lens."""
+    if lens.device.type == "cpu" and lens.tolist() == [S] * lens.numel():
+        return None
+    return padding_mask(lens, S)[:, None, :]
 
 
 def causal_mask(T: int, device: torch.device | None = None) -> Tensor:

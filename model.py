@@ -50,7 +50,8 @@ def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
     check_shape("hidden", hidden, "B", "L", "D")
     check_shape("lens", lens, hidden.shape[0])
-    return hidden if leak else hidden.masked_fill(~padding_mask(lens, hidden.shape[1])[:, :, None], 0.0)
+    mask = None if leak else key_mask(lens, hidden.shape[1])
+    return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
 
 
 class Subsampling(nn.Module):
