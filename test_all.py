@@ -1276,6 +1276,18 @@ def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
 
 
 # C94
+def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
+    (tmp_path / "wav.scp").write_text("".join(f"S0002W{i:06} /data/aishell/wav/S0002W{i:06}.wav\n" for i in range(2000)))
+    (tmp_path / "text").write_text("".join(f"S0002W{i:06} some words that are said {i}\n" for i in range(2000)))
+    tracemalloc.start()
+    rows = data.Manifest(tmp_path)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept / 2000 < 200
+    assert rows[7] == data.Row("S0002W000007", "/data/aishell/wav/S0002W000007.wav", "some words that are said 7", None)
+
+
+# C94
 @slow
 def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
     """In a process of its own, by its peak of memory."""
