@@ -118,29 +118,27 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 # ---- several processes ----
 
 
-class Ranks(NamedTuple):
-    """The processes that torchrun starts: `world` of them, of which this one is number `rank`; number 0 writes."""
-
-    rank: int = 0
-    world: int = 1
-
-
-ALONE = Ranks()
-
-
 class RunFailed(RuntimeError):
     """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
 
 
-def join_ranks(device: torch.device) -> Ranks:
-    """Meet the processes that torchrun started (on one machine, a GPU each); ALONE where it started none."""
+def join_ranks(device: torch.device) -> None:
+    """Meet the processes that torchrun started, if it did (on one machine, a GPU each)."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return ALONE
+        return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with naming_lost_ranks():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def own_rank() -> int:
+    """The number of this process among those of the run; number 0 writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 @contextlib.contextmanager
@@ -153,28 +151,27 @@ def naming_lost_ranks() -> Iterator[None]:
 
 def add(totals: dict, more: dict) -> dict:
     """The sums of both by name; one that has no such name counts as 0."""
-    both = {name: totals[name] + more[name] for name in totals if name in more}
-    return {**totals, **more, **both}
+    return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
 
 
-def add_up(sums: dict, ranks: Ranks) -> dict:
+def add_up(sums: dict) -> dict:
     """The sums of all ranks together."""
-    if ranks.world == 1:
+    if num_ranks() == 1:
         return sums
-    parts = [None] * ranks.world
+    parts = [None] * num_ranks()
     with naming_lost_ranks():
         distributed.all_gather_object(parts, sums)
     return functools.reduce(add, parts)
 
 
-def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
+def share_gradients(model: nn.Module, tokens: float) -> float:
     """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
     their mean -> the sum of tokens.
 
     One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
     train_step, and ranks may work through different numbers of parts.
     """
-    if ranks.world == 1:
+    if num_ranks() == 1:
         return tokens
     parameters, statistics = list(model.parameters()), batch_statistics(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -187,7 +184,7 @@ def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
     for parameter, piece, is_used in zip(parameters, pieces, used.tolist()):
         parameter.grad = piece.view_as(parameter) if is_used else None
     for buffer, piece in zip(statistics, pieces[len(parameters):]):
-        buffer.copy_(piece.view_as(buffer) / ranks.world)
+        buffer.copy_(piece.view_as(buffer) / num_ranks())
     return used[-1].item()
 
 
@@ -311,8 +308,7 @@ def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int,
         parts *= 2
 
 
-def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options,
-               number: int = 0, ranks: Ranks = ALONE) -> Step:
+def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options, number: int = 0) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
@@ -324,9 +320,9 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     def undo() -> None:
         for buffer, before in statistics:
             buffer.copy_(before)
-    torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
+    torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
     sums, own_tokens, parts = fit_gradients(model, batch, options, number, undo)
-    tokens = share_gradients(model, own_tokens, ranks)
+    tokens = share_gradients(model, own_tokens)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
     finite = math.isfinite(tokens) and math.isfinite(grad_norm)
@@ -425,7 +421,6 @@ class Run(NamedTuple):
 
     folder: Path
     stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
-    ranks: Ranks = ALONE
 
 
 def show(line: str, end: str = "\n") -> None:
@@ -435,12 +430,12 @@ def show(line: str, end: str = "\n") -> None:
 
 def say(run: Run, line: str, own: bool = False) -> None:
     """Print a line and append it to train.log; rank 0 only. own: of this rank's share, other ranks print it too."""
-    if run.ranks.rank == 0:
+    if own_rank() == 0:
         show(line)
         with open(run.folder / "train.log", "a", encoding="utf-8") as file:
             file.write(line + "\n")
     elif own:
-        show(f"rank {run.ranks.rank}: {line}")
+        show(f"rank {own_rank()}: {line}")
 
 
 # ---- curves.svg ----
@@ -631,8 +626,8 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
     run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
     """
-    progress = progress._replace(totals=add_up(progress.totals, run.ranks))
-    if run.ranks.rank:
+    progress = progress._replace(totals=add_up(progress.totals))
+    if own_rank():
         return
     folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
     state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
@@ -696,7 +691,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
+def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> dict[str, float]:
     """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first."""
     B, T = batch.feats.shape[:2]
     own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B, "tokens": step.tokens,
@@ -704,7 +699,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in step.sums.items()}
     common = {"seconds": seconds, "wait": wait, "steps": int(step.finite), "skipped_steps": int(not step.finite),
               "grad_norm": step.grad_norm}
-    return own | losses | ({} if rank else common)
+    return own | losses | ({} if own_rank() else common)
 
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
@@ -720,20 +715,20 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "peak_memory_mb": memory_mb, "seconds": seconds}
 
 
-def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
+def epoch_batches(system: System, epoch: int) -> list[list[int]]:
     """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
     lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
-    return [[index % len(lengths) for index in batch[ranks.rank::ranks.world]] for batch in batches]
+    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
 
 
-def dev_batches(system: System, ranks: Ranks = ALONE) -> Iterable[data.Batch]:
+def dev_batches(system: System) -> Iterable[data.Batch]:
     training = system.config.training
     lengths = system.dev_set.lengths[:training.overfit or None]
     batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
-    return data.loader(system.dev_set, batches[ranks.rank::ranks.world])
+    return data.loader(system.dev_set, batches[own_rank()::num_ranks()])
 
 
 def clock(seconds: float) -> str:
@@ -799,7 +794,7 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = system.config.training
     rate = learning_rate(number, total_steps, training)
-    step = train_step(system.model, system.optimizer, batch, rate, training, number, run.ranks)
+    step = train_step(system.model, system.optimizer, batch, rate, training, number)
     if system.average is not None and step.finite:
         share = newest_share(number, training.average_decay)
         for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
@@ -812,7 +807,7 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
 def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
-    training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
+    training, batches = system.config.training, epoch_batches(system, progress.epoch)
     first, epoch, began = progress.batch, progress.epoch, time.monotonic()
     shown = saved = started = began
     system.model.train()
@@ -821,7 +816,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        totals = add(progress.totals, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        totals = add(progress.totals, step_totals(step, batch, now - started, wait))
         bad_steps = 0 if step.finite else progress.bad_steps + 1
         progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
         if progress.bad_steps >= training.max_bad_steps:
@@ -829,7 +824,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
                             f"{' '.join(batch.keys)}")
         due = (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0
                or training.checkpoint_minutes and now - saved >= 60 * training.checkpoint_minutes)
-        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()})  # clocks and signals differ
         if wanted["stop"]:
             run.stop.set()
             break
@@ -837,7 +832,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
             save(run, system, progress, history)
             saved = time.monotonic()
         started = time.monotonic()
-        if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+        if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
             shown, speed = now, (progress.batch - first) / (now - began)
             show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                  f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
@@ -858,9 +853,9 @@ def report(row: dict, num_epochs: int) -> str:
 
 def validate(run: Run, system: System) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
-    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system, run.ranks))
+    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system))
     sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
-    sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
+    sums = add_up({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
 
@@ -914,13 +909,13 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
             raise Interrupted
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, dev, spent,
+        history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
         say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
-        if run.ranks.rank == 0:
+        if own_rank() == 0:
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
                 try:
@@ -961,15 +956,15 @@ def headline(folder: Path, system: System) -> str:
 
 def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
-    ranks = join_ranks(pick_device(config.training.device, "training.device"))
+    join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
-    made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
-    run = Run(Path(add_up(made, ranks)["folder"]), stop, ranks)
-    if ranks.rank == 0:
+    made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
+    run = Run(Path(add_up(made)["folder"]), stop)
+    if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
     say(run, headline(run.folder, system))
     save(run, system, Progress(), [])
-    if ranks.rank == 0:
+    if own_rank() == 0:
         point_latest(run.folder)
     return run, system
 
@@ -977,16 +972,16 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
-    ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
+    join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
     progress = Progress(**state["progress"])
-    if ranks.rank:
+    if own_rank():
         progress = progress._replace(totals={})  # rank 0 has those of all
     else:
         clean_up(folder, path, state)
         print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}",
               flush=True)
-    return Run(folder, stop, ranks), system, progress, state["history"]
+    return Run(folder, stop), system, progress, state["history"]
 
 
 # ---- the dry run ----
@@ -1177,14 +1172,14 @@ def go_on(run: Run) -> str:
 
 def finish(run: Run, system: System, history: list[dict]) -> int:
     best, overfit = best_row(history), system.config.training.overfit
-    if run.ranks.world > 1:
-        distributed.destroy_process_group()
     say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
-    if overfit and score(best) < (1.0, 1.0):
+    failed = bool(overfit) and score(best) < (1.0, 1.0)
+    if failed:
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
-        return 1
-    return 0
+    if num_ranks() > 1:
+        distributed.destroy_process_group()
+    return int(failed)
 
 
 def positive(text: str) -> int:
@@ -1234,7 +1229,7 @@ def main(argv: Sequence[str]) -> int:
             (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
         return finish(run, system, fit(run, system, progress, history))
     except Interrupted:
-        if run.ranks.rank == 0:
+        if own_rank() == 0:
             print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
     except RunFailed as error:
