@@ -58,8 +58,7 @@ import data
 from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
-from tokenizer import (Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy,
-                       word_errors)
+from tokenizer import PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
 # ---- decisions ----
 
@@ -109,10 +108,9 @@ def newest_share(step: int, decay: float) -> float:
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 where asked for, or by `auto` on a GPU that has it; a context that does nothing otherwise."""
-    bf16 = precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+def in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether a forward pass computes in bfloat16: where asked for, and by `auto` on a GPU that has it."""
+    return precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 # ---- several processes ----
@@ -277,7 +275,7 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
     device, sums = next(model.parameters()).device, {}
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
-        with autocast(options.precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(options.precision, device)):
             losses, tokens = model(*inputs(part, model), *order)
         losses["loss"].backward()
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
@@ -341,11 +339,10 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
     """Free-running greedy decoding against the references -> sums for `rates`, by alignment, none with the true length.
     """
-    token_counts = char_counts = word_counts = Counts()
-    right = same_length = total = skipped = 0
+    sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
-        skipped += len(batch.skipped)
+        sums = add(sums, {"skipped": len(batch.skipped)})
         if not batch.keys:
             continue
         found = model.greedy(*inputs(batch, model)[:2])
@@ -353,12 +350,10 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             ids = found.tokens[i, :found.lens[i]].tolist()
             hyp = [ids[u] for u in spoken_places(ids)]
-            token_counts += count_errors(ref, hyp)
-            char_counts += char_errors(text, decode(hyp))
-            word_counts += word_errors(text, decode(hyp))
-            right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
-    return {"tokens": token_counts, "chars": char_counts, "words": word_counts, "right": right,
-            "same_length": same_length, "total": total, "skipped": skipped}
+            sums = add(sums, {"tokens": count_errors(ref, hyp), "chars": char_errors(text, decode(hyp)),
+                              "words": word_errors(text, decode(hyp)), "right": ref == hyp,
+                              "same_length": len(ref) == len(hyp), "total": 1})
+    return sums
 
 
 def rates(sums: dict) -> dict[str, float]:
@@ -475,7 +470,6 @@ def curves_svg(history: Sequence[dict]) -> str:
 
 # ---- the system that is trained ----
 
-RESUME_KEYS = ("trained", "optimizer", "progress", "history", "log_bytes", "utterances")
 STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
@@ -607,35 +601,25 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
-def checkpoint_state(system: System, progress: Progress, history: list[dict], log_bytes: int) -> dict:
-    """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True).
-
-    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
-    log_bytes is how long train.log is by now.
-    """
-    return {"format": CHECKPOINT_FORMAT, "config": asdict(system.config),
-            "tokenizer": system.tokenizer.state(), "stats": system.stats,
-            "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
-            "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
-            "log_bytes": log_bytes, "utterances": len(system.train_set)}
-
-
 def save(run: Run, system: System, progress: Progress, history: list[dict]) -> None:
     """Write latest.pt, after what was so far became previous.pt. All ranks call it.
 
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
     run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
     """
-    progress = progress._replace(totals=add_up(progress.totals))
+    totals = add_up(progress.totals)
     if own_rank():
         return
     folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
-    state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
+    to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
+                 "stats": system.stats, "model": evaluated(system).state_dict(), "history": history}
+    state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
+             "progress": progress._replace(totals=totals)._asdict(), "utterances": len(system.train_set),
+             "log_bytes": (run.folder / "train.log").stat().st_size}
     if history and not progress.batch and best_row(history) is history[-1]:
         save_checkpoint(folder / "best.pt", state)
     if history and not progress.batch and keep:
-        kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
-        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", kept)
+        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
         for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
             old.unlink()
     save_checkpoint(folder / "next.pt", state)
@@ -657,9 +641,8 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
             raise
         path, state = previous, read_checkpoint(previous)
         print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
-    missing = [key for key in RESUME_KEYS if key not in state]
-    if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
-        got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
+    if state.get("format", 1) != CHECKPOINT_FORMAT or "trained" not in state:
+        got = f"format {state.get('format', 1)}" + ("" if "trained" in state else ", weights only")
         raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
                          f"run with its weights: --training.init_from={path}")
     config = configs.from_dict(state["config"], str(path))
@@ -733,10 +716,6 @@ def dev_batches(system: System) -> Iterable[data.Batch]:
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came, and the checkpoint is written."""
 
 
 MAX_DEATHS = 3  # of loader processes at the same batch
@@ -865,14 +844,12 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(system: System, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model = evaluated(system).eval()
-    like = next(model.parameters())
-    found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
-    frame_sec, s = data.frame_sec(system.config.data), system.config.model.encoder.subsampling
+    model, frame_sec = evaluated(system).eval(), data.frame_sec(system.config.data)
+    found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
-    rows = spoken_places(ids)
+    rows, subsampling = spoken_places(ids), system.config.model.encoder.subsampling
     tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    first, last = (in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), s) * frame_sec).tolist()
+    first, last = (in_feature_frames(edge, subsampling) * frame_sec for edge in (0, found.alpha.shape[1]))
     rest = tokens, len(item.feats) * frame_sec, (first, last)
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
@@ -891,11 +868,9 @@ def write_pictures(folder: Path, system: System, epoch: int) -> None:
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
-def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
-    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows.
-
-    Raises Interrupted, with a checkpoint written, when run.stop is set.
-    """
+def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict] | None:
+    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows;
+    None, with a checkpoint written, when run.stop is set."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     if not total_steps:
@@ -906,7 +881,7 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
         dev = validate(run, system)
         if dev is None:
             save(run, system, progress, history)
-            raise Interrupted
+            return None
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
@@ -1170,7 +1145,12 @@ def go_on(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
 
-def finish(run: Run, system: System, history: list[dict]) -> int:
+def finish(run: Run, system: System, history: list[dict] | None) -> int:
+    """What fit came to, and what to do with it -> the exit code."""
+    if history is None:
+        if own_rank() == 0:
+            print(f"\ninterrupted; {go_on(run)}", flush=True)
+        return 0
     best, overfit = best_row(history), system.config.training.overfit
     say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
@@ -1228,10 +1208,6 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
         return finish(run, system, fit(run, system, progress, history))
-    except Interrupted:
-        if own_rank() == 0:
-            print(f"\ninterrupted; {go_on(run)}", flush=True)
-        return 0
     except RunFailed as error:
         complain(error, run)
         return 1
