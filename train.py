@@ -103,8 +103,7 @@ def stop_reason(history: Sequence[dict], options) -> str:
 
 
 def newest_share(step: int, decay: float) -> float:
-    """What the weights behind step 0, 1, ... are of their moving average over 1 / (1 - decay) steps, or fewer while it
-    is young."""
+    """The share of step 0, 1, ... in the moving average of the weights, over 1 / (1 - decay) steps once grown."""
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
@@ -164,10 +163,8 @@ def add_up(sums: dict) -> dict:
 
 def share_gradients(model: nn.Module, tokens: float) -> float:
     """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
-    their mean -> the sum of tokens.
-
-    One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
-    train_step, and ranks may work through different numbers of parts.
+    their mean -> the sum of tokens. In place of DistributedDataParallel, so that ranks may work through different
+    numbers of parts.
     """
     if num_ranks() == 1:
         return tokens
@@ -198,8 +195,7 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 class AdamW:
     """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
 
-    It calls the kernel that torch's calls, whose class imports torch._dynamo, which takes 1.6 s. A parameter without
-    gradient is left alone, but all share one count of steps.
+    It calls torch's kernel: torch's class imports torch._dynamo, which takes 1.6 s. All share one count of steps.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float):
@@ -246,18 +242,15 @@ def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor,
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
     """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
-    each = [(batch.feat_lens[k::parts], batch.token_lens[k::parts]) for k in range(min(parts, len(batch.keys)))]
-    return [batch._replace(keys=batch.keys[k::parts], feat_lens=feat_lens, token_lens=token_lens,
-                           feats=batch.feats[k::parts, :int(feat_lens.max())],
-                           tokens=batch.tokens[k::parts, :int(token_lens.max())])
-            for k, (feat_lens, token_lens) in enumerate(each)]
+    dealt = [batch._replace(**{name: x[k::parts] for name, x in batch._asdict().items() if name != "skipped"})
+             for k in range(min(parts, len(batch.keys)))]
+    return [part._replace(feats=part.feats[:, :int(part.feat_lens.max())],
+                          tokens=part.tokens[:, :int(part.token_lens.max())]) for part in dealt]
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
-    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models.
-
-    A function of (seed, number, key) for each utterance, and so the same whatever it is batched with.
-    """
+    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models. It is
+    decided by (seed, number, key) for each utterance, whatever that is batched with."""
     if not isinstance(model, Paraformer):
         return []
     order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
@@ -310,8 +303,7 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    A loss or gradient that is not finite, or an utterance for which memory does not suffice, in any rank, updates
-    nothing.
+    What is not finite, and an utterance that does not fit into memory, in any rank, updates nothing.
     """
     statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]  # a forward pass changes them
 
@@ -629,10 +621,8 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
-    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config.
-
-    Raises ValueError if neither can be read, or it is from an older version or another run.
-    """
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config. Raises
+    ValueError if neither can be read, or it is from an older version or another run."""
     path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
     try:
         state = read_checkpoint(path)
@@ -699,11 +689,14 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 
 
 def epoch_batches(system: System, epoch: int) -> list[list[int]]:
-    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
+    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty. Raises ValueError if
+    there are no utterances."""
     training = system.config.training
     lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
+    if not batches:
+        raise ValueError("data.train: wanted utterances to learn from, got none")
     return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
 
 
@@ -724,8 +717,8 @@ MAX_DEATHS = 3  # of loader processes at the same batch
 def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
     """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
 
-    torch raises a death wherever this process is, in the middle of a step or of a file too: that is put off until the
-    batch under way is done. Raises OSError when MAX_DEATHS have died over the same batch.
+    torch raises a death wherever this process is: that is put off until the batch under way is done. Raises OSError
+    when MAX_DEATHS have died over the same batch.
     """
     deaths = 0
     while True:
@@ -873,8 +866,6 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
     None, with a checkpoint written, when run.stop is set."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
-    if not total_steps:
-        raise ValueError("data.train: wanted utterances to learn from, got none")
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
@@ -981,9 +972,7 @@ def shape_of(value: object) -> str:
 
 def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
-    and the MB kept for the backward pass.
-
-    The one place with hooks: the shapes are to be those that pass, and not a second account of them.
+    and the MB kept for the backward pass. With hooks: the shapes are to be those that pass.
     """
     shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
     parts = [(name, part, num_parameters(part)) for name, part in system.model.named_modules()
@@ -1008,8 +997,6 @@ def describe(config: configs.Config) -> Iterator[str]:
     system = make_system(config)
     like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
     by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
-    if not by_size:
-        raise ValueError("data.train: wanted utterances to learn from, got none")
     chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
     *typical, largest = data.loader(system.train_set, chosen)
     lines, activations = traced_step(system, largest)
@@ -1028,11 +1015,8 @@ def describe(config: configs.Config) -> Iterator[str]:
 
 
 class PlainModel(nn.Module):
-    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters.
-
-    Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it. It does less than ours: no
-    convolution, CIF or CTC, and frames are dropped to subsample.
-    """
+    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters. Its
+    decoder runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and frames are dropped to subsample."""
 
     def __init__(self, system: System):
         super().__init__()
@@ -1131,8 +1115,7 @@ def catch_signals() -> threading.Event:
 
 def complain(error: Exception, run: Run | None) -> None:
     """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    what = lines[-1] if "Traceback" in str(error) else str(error)
+    what = str(error).splitlines()[-1] if "Traceback" in str(error) else str(error)
     if is_out_of_memory(error):
         what = "out of memory: wanted a smaller training.batch_size or batch_frames"
     if run is not None:
