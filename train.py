@@ -107,11 +107,6 @@ def newest_share(step: int, decay: float) -> float:
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
-def in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether a forward pass computes in bfloat16: where asked for, and by `auto` on a GPU that has it."""
-    return precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
 # ---- several processes ----
 
 
@@ -266,37 +261,35 @@ def is_out_of_memory(error: Exception) -> bool:
 def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
     """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
     device, sums = next(model.parameters()).device, {}
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(options.precision, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             losses, tokens = model(*inputs(part, model), *order)
         losses["loss"].backward()
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
 
-def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int,
+def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int,
                   undo: Callable[[], None]) -> tuple[dict[str, float], float, int]:
-    """add_gradients in options.accumulate parts, and after undo() in twice as many as long as memory does not suffice
-    -> losses, tokens, parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit
-    alone (0 parts).
+    """add_gradients, and after undo() in twice as many parts as long as memory does not suffice -> losses, tokens,
+    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
     """
-    parts = options.accumulate
-    while True:
-        model.zero_grad()
-        try:
-            sums = add_gradients(model, batch, options, number, parts)
-            tokens = sums.pop("tokens", 0.0)
-            return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            model.zero_grad()
-        undo()
-        torch.cuda.empty_cache()
-        if parts >= len(batch.keys):
-            return {}, math.nan, 0
-        parts *= 2
+    try:
+        sums = add_gradients(model, batch, options, number, parts)
+        tokens = sums.pop("tokens", 0.0)
+        return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    model.zero_grad()
+    undo()
+    torch.cuda.empty_cache()
+    if parts >= len(batch.keys):
+        return {}, math.nan, 0
+    return fit_gradients(model, batch, options, number, 2 * parts, undo)
 
 
 def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options, number: int = 0) -> Step:
@@ -311,7 +304,8 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
         for buffer, before in statistics:
             buffer.copy_(before)
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
-    sums, own_tokens, parts = fit_gradients(model, batch, options, number, undo)
+    model.zero_grad()
+    sums, own_tokens, parts = fit_gradients(model, batch, options, number, options.accumulate, undo)
     tokens = share_gradients(model, own_tokens)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
@@ -470,7 +464,7 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
-    average: nn.Module | None  # the model with the moving average of the weights
+    average: nn.Module  # what is evaluated: the moving average of the weights, or the model where none is kept
     optimizer: AdamW
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
@@ -478,11 +472,6 @@ class System(NamedTuple):
 
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def evaluated(system: System) -> nn.Module:
-    """The model that is evaluated, and decoded with after the run."""
-    return system.model if system.average is None else system.average
 
 
 class Progress(NamedTuple):
@@ -583,10 +572,10 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
     optimizer = AdamW(model, training.weight_decay)
-    average = copy.deepcopy(model) if training.average_decay else None
+    average = copy.deepcopy(model) if training.average_decay else model
     if state is not None:
         load_weights(model, state["trained"], place)
-        if average is not None:
+        if average is not model:
             load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
@@ -604,7 +593,7 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
         return
     folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
     to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
-                 "stats": system.stats, "model": evaluated(system).state_dict(), "history": history}
+                 "stats": system.stats, "model": system.average.state_dict(), "history": history}
     state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
              "progress": progress._replace(totals=totals)._asdict(), "utterances": len(system.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
@@ -640,18 +629,6 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
         raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={path}")
     return path, state, config
-
-
-def clean_up(folder: Path, path: Path, state: dict) -> None:
-    """Bring the files of a run back to where its checkpoint at `path` stands, and remove what a kill left half done."""
-    if path.name == "previous.pt":
-        os.replace(path, path.with_name("latest.pt"))
-    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
-        left.unlink(missing_ok=True)
-    with open(folder / "train.log", "ab") as log:
-        log.truncate(min(log.tell(), state["log_bytes"]))
-    if state["history"]:
-        write_reports(folder, state["history"])
 
 
 # ---- the loop ----
@@ -767,7 +744,7 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     training = system.config.training
     rate = learning_rate(number, total_steps, training)
     step = train_step(system.model, system.optimizer, batch, rate, training, number)
-    if system.average is not None and step.finite:
+    if system.average is not system.model and step.finite:
         share = newest_share(number, training.average_decay)
         for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
@@ -780,11 +757,10 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
     training, batches = system.config.training, epoch_batches(system, progress.epoch)
-    first, epoch, began = progress.batch, progress.epoch, time.monotonic()
-    shown = saved = started = began
+    shown = saved = started = time.monotonic()
     system.model.train()
-    load = lambda start: data.loader(system.train_set, batches, epoch, system.config.data.num_workers, start)
-    for batch in named(run, reloading(run, load, first)):
+    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, progress.batch)):
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
@@ -805,11 +781,11 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
             saved = time.monotonic()
         started = time.monotonic()
         if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
-            shown, speed = now, (progress.batch - first) / (now - began)
+            shown, step_sec = now, totals["seconds"] / progress.batch
             show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                  f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
-                 f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
-                 f"left {clock(max(0, total_steps - progress.step) / speed)}", end="")
+                 f"{totals['frames'] / totals['seconds']:.0f} frames/s  "
+                 f"left {clock(max(0, total_steps - progress.step) * step_sec)}", end="")
     return progress
 
 
@@ -826,7 +802,7 @@ def report(row: dict, num_epochs: int) -> str:
 def validate(run: Run, system: System) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
     batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system))
-    sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
+    sums = evaluate(system.average, named(run, batches), system.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
@@ -837,7 +813,7 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(system: System, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model, frame_sec = evaluated(system).eval(), data.frame_sec(system.config.data)
+    model, frame_sec = system.average.eval(), data.frame_sec(system.config.data)
     found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
     rows, subsampling = spoken_places(ids), system.config.model.encoder.subsampling
@@ -936,18 +912,24 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 
 
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
-    """A run that stopped, its files brought back to where its last checkpoint stands."""
+    """A run that stopped, its files brought back to where its last checkpoint stands, without what a kill left half
+    done."""
     path, state, config = last_checkpoint(folder)
     join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
-    progress = Progress(**state["progress"])
+    progress, history = Progress(**state["progress"]), state["history"]
     if own_rank():
-        progress = progress._replace(totals={})  # rank 0 has those of all
-    else:
-        clean_up(folder, path, state)
-        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}",
-              flush=True)
-    return Run(folder, stop), system, progress, state["history"]
+        return Run(folder, stop), system, progress._replace(totals={}), history  # rank 0 has the totals of all
+    if path.name == "previous.pt":
+        os.replace(path, path.with_name("latest.pt"))
+    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
+        left.unlink(missing_ok=True)
+    with open(folder / "train.log", "ab") as log:
+        log.truncate(min(log.tell(), state["log_bytes"]))
+    if history:
+        write_reports(folder, history)
+    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return Run(folder, stop), system, progress, history
 
 
 # ---- the dry run ----
@@ -1002,7 +984,7 @@ def describe(config: configs.Config) -> Iterator[str]:
     lines, activations = traced_step(system, largest)
     yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
     yield from lines
-    copies, what = (4, "") if system.average is None else (5, " and the average")
+    copies, what = (4, "") if system.average is system.model else (5, " and the average")
     yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
            f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
     step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
