@@ -309,22 +309,20 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     tokens = share_gradients(model, own_tokens)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
-    finite = math.isfinite(tokens) and math.isfinite(grad_norm)
-    if finite:
-        clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-        torch._foreach_mul_(gradients, clip / max(1.0, tokens))
-        optimizer.step(rate)
-    else:
+    if not math.isfinite(tokens) or not math.isfinite(grad_norm):
         undo()
-    return Step(sums, int(own_tokens), grad_norm, True, parts) if finite else Step({}, 0, 0.0, False, parts)
+        return Step({}, 0, 0.0, False, parts)
+    clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
+    torch._foreach_mul_(gradients, clip / max(1.0, tokens))
+    optimizer.step(rate)
+    return Step(sums, int(own_tokens), grad_norm, True, parts)
 
 
 # ---- one evaluation ----
 
 
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references -> sums for `rates`, by alignment, none with the true length.
-    """
+    """Free-running greedy decoding against the references, by alignment -> sums for `rates`."""
     sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
@@ -398,8 +396,6 @@ def point_latest(folder: Path) -> None:
 
 
 class Run(NamedTuple):
-    """A run under way."""
-
     folder: Path
     stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
 
@@ -429,8 +425,8 @@ def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> 
     lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
                     if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
     levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
-    low, high = min(levels, default=0.0), max(levels, default=0.0)
-    low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
+    low = min(levels, default=0.0)
+    high = max([low + 0.1, *levels])
     y = lambda v: panel.top + panel.height * (high - v) / (high - low)
     for v in np.linspace(low, high, 5):
         yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
@@ -575,8 +571,7 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     average = copy.deepcopy(model) if training.average_decay else model
     if state is not None:
         load_weights(model, state["trained"], place)
-        if average is not model:
-            load_weights(average, state["model"], place)
+        load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
