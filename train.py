@@ -349,11 +349,6 @@ def rates(sums: dict) -> dict[str, float]:
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
 
-def figures(row: dict) -> str:
-    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
-            f"wer {row['wer']:.4f}")
-
-
 # ---- files of a run ----
 
 
@@ -868,21 +863,18 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
 
 
 def average_epochs(folder: Path, count: int) -> str:
-    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> how good it is."""
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> what to do with it."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
     if len(states) < count:
         raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
-    path, state, config = last_checkpoint(folder)
     mean = {name: torch.stack([each["model"][name].double() for each in best]).mean(0).to(first.dtype)
             for name, first in best[0]["model"].items()}
-    system = make_system(config, {**state, "model": mean, "trained": mean}, str(path))
-    row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
     save_checkpoint(target, {**best[0], "model": mean})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
-    return f"mean of epochs {epochs}: {figures(row)}\ndecode with: python decode.py --ckpt {target}"
+    return f"mean of epochs {epochs}; decode with: python decode.py --ckpt {target}"
 
 
 def headline(folder: Path, system: System) -> str:
@@ -1112,7 +1104,8 @@ def finish(run: Run, system: System, history: list[dict] | None) -> int:
             print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
     best, overfit = best_row(history), system.config.training.overfit
-    say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
+    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
+             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
     failed = bool(overfit) and score(best) < (1.0, 1.0)
     if failed:
@@ -1122,12 +1115,6 @@ def finish(run: Run, system: System, history: list[dict] | None) -> int:
     return int(failed)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
@@ -1135,16 +1122,18 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     what.add_argument("config", nargs="?", help="a YAML file of configs/")
     what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
-    parser.add_argument("--overfit", type=positive, metavar="N", help="learn the first N utterances by heart")
+    parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
     how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
-    how.add_argument("--average", type=positive, metavar="N", help="with --resume RUN: do not train, write the mean of "
+    how.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
                      "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
     if arguments.resume and (rest or arguments.overfit or arguments.dry_run or arguments.benchmark):
         parser.error(f"--resume goes on with the run's own config, alone or with --average, got {' '.join(argv)}")
+    if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
+        parser.error("--overfit and --average want 1 or more")
     if arguments.average and not arguments.resume:
         parser.error("--average wants --resume RUN")
     return arguments, rest
