@@ -197,28 +197,27 @@ class AdamW:
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.groups = ((weight_decay, [p for p in parameters if p.dim() > 1]),
                        (0.0, [p for p in parameters if p.dim() < 2]))
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, group in self.groups for p in group}
+        self.moments = {p: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                        for _, group in self.groups for p in group}
         self.steps = torch.zeros((), device=parameters[0].device)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         self.steps += 1
         for decay, group in self.groups:
-            if rows := [(p, p.grad, *self.moments[p]) for p in group if p.grad is not None]:
+            if rows := [(p, p.grad, *self.moments[p].values()) for p in group if p.grad is not None]:
                 torch._fused_adamw_(*map(list, zip(*rows)), [], [self.steps] * len(rows), lr=rate, beta1=0.9,
                                     beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
 
     def state_dict(self) -> dict:
         """As that of torch's class, which load_state_dict takes too."""
-        return {"state": {i: {"step": self.steps, "exp_avg": first, "exp_avg_sq": second}
-                          for i, (first, second) in enumerate(self.moments.values())}}
+        return {"state": {i: {"step": self.steps, **moments} for i, moments in enumerate(self.moments.values())}}
 
     def load_state_dict(self, state: dict) -> None:
-        moments = list(self.moments.values())
+        own = self.state_dict()["state"]
         for i, given in state["state"].items():
-            self.steps.copy_(given["step"])
-            moments[i][0].copy_(given["exp_avg"])
-            moments[i][1].copy_(given["exp_avg_sq"])
+            for name, value in own[i].items():
+                value.copy_(given[name])
 
 
 class Step(NamedTuple):
@@ -1001,15 +1000,14 @@ class PlainModel(nn.Module):
         count = max(1, round((num_parameters(system.model) - num_parameters(self)) / num_parameters(layer)))
         self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
-    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
         x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
         pads = torch.arange(x.shape[1]) >= lens[:, None]
         x = self.encoder(x, src_key_padding_mask=pads)
         decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
             guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
-        real = torch.arange(tokens.shape[1]) < token_lens[:, None]
-        return F.cross_entropy(decode(guess)[real], tokens[real])
+        return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
 
 
 def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
@@ -1019,7 +1017,7 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
     optimizer = torch.optim.AdamW(plain.parameters())
 
     def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
-        loss = plain(*inputs(batch, plain))
+        loss = plain(*inputs(batch, plain)[:3])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
