@@ -375,11 +375,10 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 def new_run(root: Path, name: str) -> Path:
     """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
     stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
-    for count in itertools.count(1):
-        run = root / (stem if count == 1 else f"{stem}_{count}")
+    for folder in itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            (run / "checkpoints").mkdir(parents=True)
-            return run
+            (root / folder / "checkpoints").mkdir(parents=True)
+            return root / folder
 
 
 def point_latest(folder: Path) -> None:
@@ -702,8 +701,7 @@ def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            deaths += 1
-            message = str(error).splitlines()[0]
+            deaths, message = deaths + 1, str(error).splitlines()[0]
         if deaths == MAX_DEATHS:
             raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
                           "little memory? data.num_workers=0 loads without one")
@@ -898,8 +896,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 
 
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
-    """A run that stopped, its files brought back to where its last checkpoint stands, without what a kill left half
-    done."""
+    """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
     join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
