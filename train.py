@@ -58,8 +58,7 @@ import data
 from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
-from tokenizer import (Counts, PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy,
-                       word_errors)
+from tokenizer import PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
 # ---- decisions ----
 
@@ -104,43 +103,34 @@ def stop_reason(history: Sequence[dict], options) -> str:
 
 
 def newest_share(step: int, decay: float) -> float:
-    """What the weights behind step 0, 1, ... are of their moving average over 1 / (1 - decay) steps, or fewer while it
-    is young."""
+    """The share of step 0, 1, ... in the moving average of the weights, over 1 / (1 - decay) steps once grown."""
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 where asked for, or by `auto` on a GPU that has it; a context that does nothing otherwise."""
-    bf16 = precision == "bfloat16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-
-
 # ---- several processes ----
-
-
-class Ranks(NamedTuple):
-    """The processes that torchrun starts: `world` of them, of which this one is number `rank`; number 0 writes."""
-
-    rank: int = 0
-    world: int = 1
-
-
-ALONE = Ranks()
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
 
 
-def join_ranks(device: torch.device) -> Ranks:
-    """Meet the processes that torchrun started (on one machine, a GPU each); ALONE where it started none."""
+def join_ranks(device: torch.device) -> None:
+    """Meet the processes that torchrun started, if it did (on one machine, a GPU each)."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return ALONE
+        return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with naming_lost_ranks():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Ranks(distributed.get_rank(), distributed.get_world_size())
+
+
+def own_rank() -> int:
+    """The number of this process among those of the run; number 0 writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def num_ranks() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 @contextlib.contextmanager
@@ -153,28 +143,25 @@ def naming_lost_ranks() -> Iterator[None]:
 
 def add(totals: dict, more: dict) -> dict:
     """The sums of both by name; one that has no such name counts as 0."""
-    both = {name: totals[name] + more[name] for name in totals if name in more}
-    return {**totals, **more, **both}
+    return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
 
 
-def add_up(sums: dict, ranks: Ranks) -> dict:
+def add_up(sums: dict) -> dict:
     """The sums of all ranks together."""
-    if ranks.world == 1:
+    if num_ranks() == 1:
         return sums
-    parts = [None] * ranks.world
+    parts = [None] * num_ranks()
     with naming_lost_ranks():
         distributed.all_gather_object(parts, sums)
     return functools.reduce(add, parts)
 
 
-def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
+def share_gradients(model: nn.Module, tokens: float) -> float:
     """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
-    their mean -> the sum of tokens.
-
-    One sum behind the whole backward pass in place of DistributedDataParallel: what is divided by what can be read in
-    train_step, and ranks may work through different numbers of parts.
+    their mean -> the sum of tokens. In place of DistributedDataParallel, so that ranks may work through different
+    numbers of parts.
     """
-    if ranks.world == 1:
+    if num_ranks() == 1:
         return tokens
     parameters, statistics = list(model.parameters()), batch_statistics(model)
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -187,7 +174,7 @@ def share_gradients(model: nn.Module, tokens: float, ranks: Ranks) -> float:
     for parameter, piece, is_used in zip(parameters, pieces, used.tolist()):
         parameter.grad = piece.view_as(parameter) if is_used else None
     for buffer, piece in zip(statistics, pieces[len(parameters):]):
-        buffer.copy_(piece.view_as(buffer) / ranks.world)
+        buffer.copy_(piece.view_as(buffer) / num_ranks())
     return used[-1].item()
 
 
@@ -203,36 +190,34 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 class AdamW:
     """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
 
-    It calls the kernel that torch's calls, whose class imports torch._dynamo, which takes 1.6 s. A parameter without
-    gradient is left alone, but all share one count of steps.
+    It calls torch's kernel: torch's class imports torch._dynamo, which takes 1.6 s. All share one count of steps.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float):
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.groups = ((weight_decay, [p for p in parameters if p.dim() > 1]),
                        (0.0, [p for p in parameters if p.dim() < 2]))
-        self.moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for _, group in self.groups for p in group}
+        self.moments = {p: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                        for _, group in self.groups for p in group}
         self.steps = torch.zeros((), device=parameters[0].device)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         self.steps += 1
         for decay, group in self.groups:
-            if rows := [(p, p.grad, *self.moments[p]) for p in group if p.grad is not None]:
+            if rows := [(p, p.grad, *self.moments[p].values()) for p in group if p.grad is not None]:
                 torch._fused_adamw_(*map(list, zip(*rows)), [], [self.steps] * len(rows), lr=rate, beta1=0.9,
                                     beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
 
     def state_dict(self) -> dict:
         """As that of torch's class, which load_state_dict takes too."""
-        return {"state": {i: {"step": self.steps, "exp_avg": first, "exp_avg_sq": second}
-                          for i, (first, second) in enumerate(self.moments.values())}}
+        return {"state": {i: {"step": self.steps, **moments} for i, moments in enumerate(self.moments.values())}}
 
     def load_state_dict(self, state: dict) -> None:
-        moments = list(self.moments.values())
+        own = self.state_dict()["state"]
         for i, given in state["state"].items():
-            self.steps.copy_(given["step"])
-            moments[i][0].copy_(given["exp_avg"])
-            moments[i][1].copy_(given["exp_avg_sq"])
+            for name, value in own[i].items():
+                value.copy_(given[name])
 
 
 class Step(NamedTuple):
@@ -251,18 +236,15 @@ def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor,
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
     """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
-    each = [(batch.feat_lens[k::parts], batch.token_lens[k::parts]) for k in range(min(parts, len(batch.keys)))]
-    return [batch._replace(keys=batch.keys[k::parts], feat_lens=feat_lens, token_lens=token_lens,
-                           feats=batch.feats[k::parts, :int(feat_lens.max())],
-                           tokens=batch.tokens[k::parts, :int(token_lens.max())])
-            for k, (feat_lens, token_lens) in enumerate(each)]
+    dealt = [batch._replace(**{name: x[k::parts] for name, x in batch._asdict().items() if name != "skipped"})
+             for k in range(min(parts, len(batch.keys)))]
+    return [part._replace(feats=part.feats[:, :int(part.feat_lens.max())],
+                          tokens=part.tokens[:, :int(part.token_lens.max())]) for part in dealt]
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
-    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models.
-
-    A function of (seed, number, key) for each utterance, and so the same whatever it is batched with.
-    """
+    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models. It is
+    decided by (seed, number, key) for each utterance, whatever that is batched with."""
     if not isinstance(model, Paraformer):
         return []
     order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
@@ -278,78 +260,72 @@ def is_out_of_memory(error: Exception) -> bool:
 def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
     """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
     device, sums = next(model.parameters()).device, {}
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
-        with autocast(options.precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             losses, tokens = model(*inputs(part, model), *order)
         losses["loss"].backward()
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
 
-def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int,
+def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int,
                   undo: Callable[[], None]) -> tuple[dict[str, float], float, int]:
-    """add_gradients in options.accumulate parts, and after undo() in twice as many as long as memory does not suffice
-    -> losses, tokens, parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit
-    alone (0 parts).
+    """add_gradients, and after undo() in twice as many parts as long as memory does not suffice -> losses, tokens,
+    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
     """
-    parts = options.accumulate
-    while True:
-        model.zero_grad()
-        try:
-            sums = add_gradients(model, batch, options, number, parts)
-            tokens = sums.pop("tokens", 0.0)
-            return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            model.zero_grad()
-        undo()
-        torch.cuda.empty_cache()
-        if parts >= len(batch.keys):
-            return {}, math.nan, 0
-        parts *= 2
+    try:
+        sums = add_gradients(model, batch, options, number, parts)
+        tokens = sums.pop("tokens", 0.0)
+        return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    model.zero_grad()
+    undo()
+    torch.cuda.empty_cache()
+    if parts >= len(batch.keys):
+        return {}, math.nan, 0
+    return fit_gradients(model, batch, options, number, 2 * parts, undo)
 
 
-def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options,
-               number: int = 0, ranks: Ranks = ALONE) -> Step:
+def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options, number: int = 0) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    A loss or gradient that is not finite, or an utterance for which memory does not suffice, in any rank, updates
-    nothing.
+    What is not finite, and an utterance that does not fit into memory, in any rank, updates nothing.
     """
     statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]  # a forward pass changes them
 
     def undo() -> None:
         for buffer, before in statistics:
             buffer.copy_(before)
-    torch.manual_seed(int(data.generator(options.seed, number, ranks.rank).integers(2 ** 63)))  # dropout
-    sums, own_tokens, parts = fit_gradients(model, batch, options, number, undo)
-    tokens = share_gradients(model, own_tokens, ranks)
+    torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
+    model.zero_grad()
+    sums, own_tokens, parts = fit_gradients(model, batch, options, number, options.accumulate, undo)
+    tokens = share_gradients(model, own_tokens)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
-    finite = math.isfinite(tokens) and math.isfinite(grad_norm)
-    if finite:
-        clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-        torch._foreach_mul_(gradients, clip / max(1.0, tokens))
-        optimizer.step(rate)
-    else:
+    if not math.isfinite(tokens) or not math.isfinite(grad_norm):
         undo()
-    return Step(sums, int(own_tokens), grad_norm, True, parts) if finite else Step({}, 0, 0.0, False, parts)
+        return Step({}, 0, 0.0, False, parts)
+    clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
+    torch._foreach_mul_(gradients, clip / max(1.0, tokens))
+    optimizer.step(rate)
+    return Step(sums, int(own_tokens), grad_norm, True, parts)
 
 
 # ---- one evaluation ----
 
 
 def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references -> sums for `rates`, by alignment, none with the true length.
-    """
-    token_counts = char_counts = word_counts = Counts()
-    right = same_length = total = skipped = 0
+    """Free-running greedy decoding against the references, by alignment -> sums for `rates`."""
+    sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
-        skipped += len(batch.skipped)
+        sums = add(sums, {"skipped": len(batch.skipped)})
         if not batch.keys:
             continue
         found = model.greedy(*inputs(batch, model)[:2])
@@ -357,12 +333,10 @@ def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> d
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             ids = found.tokens[i, :found.lens[i]].tolist()
             hyp = [ids[u] for u in spoken_places(ids)]
-            token_counts += count_errors(ref, hyp)
-            char_counts += char_errors(text, decode(hyp))
-            word_counts += word_errors(text, decode(hyp))
-            right, same_length, total = right + (ref == hyp), same_length + (len(ref) == len(hyp)), total + 1
-    return {"tokens": token_counts, "chars": char_counts, "words": word_counts, "right": right,
-            "same_length": same_length, "total": total, "skipped": skipped}
+            sums = add(sums, {"tokens": count_errors(ref, hyp), "chars": char_errors(text, decode(hyp)),
+                              "words": word_errors(text, decode(hyp)), "right": ref == hyp,
+                              "same_length": len(ref) == len(hyp), "total": 1})
+    return sums
 
 
 def rates(sums: dict) -> dict[str, float]:
@@ -372,11 +346,6 @@ def rates(sums: dict) -> dict[str, float]:
     return {"token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
             "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
-
-
-def figures(row: dict) -> str:
-    return (f"token accuracy {row['token_accuracy']:.4f}, sequence accuracy {row['sequence_accuracy']:.4f}, "
-            f"wer {row['wer']:.4f}")
 
 
 # ---- files of a run ----
@@ -406,11 +375,10 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 def new_run(root: Path, name: str) -> Path:
     """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
     stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
-    for count in itertools.count(1):
-        run = root / (stem if count == 1 else f"{stem}_{count}")
+    for folder in itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            (run / "checkpoints").mkdir(parents=True)
-            return run
+            (root / folder / "checkpoints").mkdir(parents=True)
+            return root / folder
 
 
 def point_latest(folder: Path) -> None:
@@ -421,11 +389,8 @@ def point_latest(folder: Path) -> None:
 
 
 class Run(NamedTuple):
-    """A run under way."""
-
     folder: Path
     stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
-    ranks: Ranks = ALONE
 
 
 def show(line: str, end: str = "\n") -> None:
@@ -435,12 +400,12 @@ def show(line: str, end: str = "\n") -> None:
 
 def say(run: Run, line: str, own: bool = False) -> None:
     """Print a line and append it to train.log; rank 0 only. own: of this rank's share, other ranks print it too."""
-    if run.ranks.rank == 0:
+    if own_rank() == 0:
         show(line)
         with open(run.folder / "train.log", "a", encoding="utf-8") as file:
             file.write(line + "\n")
     elif own:
-        show(f"rank {run.ranks.rank}: {line}")
+        show(f"rank {own_rank()}: {line}")
 
 
 # ---- curves.svg ----
@@ -453,8 +418,8 @@ def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> 
     lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
                     if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
     levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
-    low, high = min(levels, default=0.0), max(levels, default=0.0)
-    low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
+    low = min(levels, default=0.0)
+    high = max([low + 0.1, *levels])
     y = lambda v: panel.top + panel.height * (high - v) / (high - low)
     for v in np.linspace(low, high, 5):
         yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
@@ -480,7 +445,6 @@ def curves_svg(history: Sequence[dict]) -> str:
 
 # ---- the system that is trained ----
 
-RESUME_KEYS = ("trained", "optimizer", "progress", "history", "log_bytes", "utterances")
 STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
@@ -489,7 +453,7 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
-    average: nn.Module | None  # the model with the moving average of the weights
+    average: nn.Module  # what is evaluated: the moving average of the weights, or the model where none is kept
     optimizer: AdamW
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
@@ -497,11 +461,6 @@ class System(NamedTuple):
 
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def evaluated(system: System) -> nn.Module:
-    """The model that is evaluated, and decoded with after the run."""
-    return system.model if system.average is None else system.average
 
 
 class Progress(NamedTuple):
@@ -602,27 +561,13 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
     optimizer = AdamW(model, training.weight_decay)
-    average = copy.deepcopy(model) if training.average_decay else None
+    average = copy.deepcopy(model) if training.average_decay else model
     if state is not None:
         load_weights(model, state["trained"], place)
-        if average is not None:
-            load_weights(average, state["model"], place)
+        load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
-
-
-def checkpoint_state(system: System, progress: Progress, history: list[dict], log_bytes: int) -> dict:
-    """Everything that decoding and resuming need, as tensors and plain containers (it loads with weights_only=True).
-
-    `model` holds the weights to decode with (the average where there is one), `trained` those that training needs;
-    log_bytes is how long train.log is by now.
-    """
-    return {"format": CHECKPOINT_FORMAT, "config": asdict(system.config),
-            "tokenizer": system.tokenizer.state(), "stats": system.stats,
-            "model": evaluated(system).state_dict(), "trained": system.model.state_dict(),
-            "optimizer": system.optimizer.state_dict(), "progress": progress._asdict(), "history": history,
-            "log_bytes": log_bytes, "utterances": len(system.train_set)}
 
 
 def save(run: Run, system: System, progress: Progress, history: list[dict]) -> None:
@@ -631,16 +576,19 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
     run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
     """
-    progress = progress._replace(totals=add_up(progress.totals, run.ranks))
-    if run.ranks.rank:
+    totals = add_up(progress.totals)
+    if own_rank():
         return
     folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
-    state = checkpoint_state(system, progress, history, (run.folder / "train.log").stat().st_size)
+    to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
+                 "stats": system.stats, "model": system.average.state_dict(), "history": history}
+    state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
+             "progress": progress._replace(totals=totals)._asdict(), "utterances": len(system.train_set),
+             "log_bytes": (run.folder / "train.log").stat().st_size}
     if history and not progress.batch and best_row(history) is history[-1]:
         save_checkpoint(folder / "best.pt", state)
     if history and not progress.batch and keep:
-        kept = {name: state[name] for name in ("format", "config", "tokenizer", "stats", "model", "history")}
-        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", kept)
+        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
         for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
             old.unlink()
     save_checkpoint(folder / "next.pt", state)
@@ -650,10 +598,8 @@ def save(run: Run, system: System, progress: Progress, history: list[dict]) -> N
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
-    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config.
-
-    Raises ValueError if neither can be read, or it is from an older version or another run.
-    """
+    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config. Raises
+    ValueError if neither can be read, or it is from an older version or another run."""
     path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
     try:
         state = read_checkpoint(path)
@@ -662,9 +608,8 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
             raise
         path, state = previous, read_checkpoint(previous)
         print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
-    missing = [key for key in RESUME_KEYS if key not in state]
-    if state.get("format", 1) != CHECKPOINT_FORMAT or missing:
-        got = f"format {state.get('format', 1)}" + (f" without {', '.join(missing)}" if missing else "")
+    if state.get("format", 1) != CHECKPOINT_FORMAT or "trained" not in state:
+        got = f"format {state.get('format', 1)}" + ("" if "trained" in state else ", weights only")
         raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
                          f"run with its weights: --training.init_from={path}")
     config = configs.from_dict(state["config"], str(path))
@@ -672,18 +617,6 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
         raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={path}")
     return path, state, config
-
-
-def clean_up(folder: Path, path: Path, state: dict) -> None:
-    """Bring the files of a run back to where its checkpoint at `path` stands, and remove what a kill left half done."""
-    if path.name == "previous.pt":
-        os.replace(path, path.with_name("latest.pt"))
-    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
-        left.unlink(missing_ok=True)
-    with open(folder / "train.log", "ab") as log:
-        log.truncate(min(log.tell(), state["log_bytes"]))
-    if state["history"]:
-        write_reports(folder, state["history"])
 
 
 # ---- the loop ----
@@ -696,7 +629,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank: int = 0) -> dict[str, float]:
+def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> dict[str, float]:
     """What one step of this rank adds to the epoch's totals; what is the same in all ranks is added by the first."""
     B, T = batch.feats.shape[:2]
     own = {"frames": int(batch.feat_lens.sum()), "padded_frames": B * T, "utterances": B, "tokens": step.tokens,
@@ -704,7 +637,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float, rank
     losses = {name if name == "loss" else f"loss_{name}": value for name, value in step.sums.items()}
     common = {"seconds": seconds, "wait": wait, "steps": int(step.finite), "skipped_steps": int(not step.finite),
               "grad_norm": step.grad_norm}
-    return own | losses | ({} if rank else common)
+    return own | losses | ({} if own_rank() else common)
 
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
@@ -720,28 +653,27 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "peak_memory_mb": memory_mb, "seconds": seconds}
 
 
-def epoch_batches(system: System, epoch: int, ranks: Ranks = ALONE) -> list[list[int]]:
-    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
+def epoch_batches(system: System, epoch: int) -> list[list[int]]:
+    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty. Raises ValueError if
+    there are no utterances."""
     training = system.config.training
     lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
-    return [[index % len(lengths) for index in batch[ranks.rank::ranks.world]] for batch in batches]
+    if not batches:
+        raise ValueError("data.train: wanted utterances to learn from, got none")
+    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
 
 
-def dev_batches(system: System, ranks: Ranks = ALONE) -> Iterable[data.Batch]:
+def dev_batches(system: System) -> Iterable[data.Batch]:
     training = system.config.training
     lengths = system.dev_set.lengths[:training.overfit or None]
     batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
-    return data.loader(system.dev_set, batches[ranks.rank::ranks.world])
+    return data.loader(system.dev_set, batches[own_rank()::num_ranks()])
 
 
 def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C came, and the checkpoint is written."""
 
 
 MAX_DEATHS = 3  # of loader processes at the same batch
@@ -750,8 +682,8 @@ MAX_DEATHS = 3  # of loader processes at the same batch
 def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
     """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
 
-    torch raises a death wherever this process is, in the middle of a step or of a file too: that is put off until the
-    batch under way is done. Raises OSError when MAX_DEATHS have died over the same batch.
+    torch raises a death wherever this process is: that is put off until the batch under way is done. Raises OSError
+    when MAX_DEATHS have died over the same batch.
     """
     deaths = 0
     while True:
@@ -769,8 +701,7 @@ def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            deaths += 1
-            message = str(error).splitlines()[0]
+            deaths, message = deaths + 1, str(error).splitlines()[0]
         if deaths == MAX_DEATHS:
             raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
                           "little memory? data.num_workers=0 loads without one")
@@ -799,8 +730,8 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = system.config.training
     rate = learning_rate(number, total_steps, training)
-    step = train_step(system.model, system.optimizer, batch, rate, training, number, run.ranks)
-    if system.average is not None and step.finite:
+    step = train_step(system.model, system.optimizer, batch, rate, training, number)
+    if system.average is not system.model and step.finite:
         share = newest_share(number, training.average_decay)
         for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
@@ -812,16 +743,15 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
 def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
-    training, batches = system.config.training, epoch_batches(system, progress.epoch, run.ranks)
-    first, epoch, began = progress.batch, progress.epoch, time.monotonic()
-    shown = saved = started = began
+    training, batches = system.config.training, epoch_batches(system, progress.epoch)
+    shown = saved = started = time.monotonic()
     system.model.train()
-    load = lambda start: data.loader(system.train_set, batches, epoch, system.config.data.num_workers, start)
-    for batch in named(run, reloading(run, load, first)):
+    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
+    for batch in named(run, reloading(run, load, progress.batch)):
         wait = time.monotonic() - started
         step = take_step(run, system, batch, progress.step, total_steps)
         now = time.monotonic()
-        totals = add(progress.totals, step_totals(step, batch, now - started, wait, run.ranks.rank))
+        totals = add(progress.totals, step_totals(step, batch, now - started, wait))
         bad_steps = 0 if step.finite else progress.bad_steps + 1
         progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
         if progress.bad_steps >= training.max_bad_steps:
@@ -829,7 +759,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
                             f"{' '.join(batch.keys)}")
         due = (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0
                or training.checkpoint_minutes and now - saved >= 60 * training.checkpoint_minutes)
-        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()}, run.ranks)  # clocks and signals differ
+        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()})  # clocks and signals differ
         if wanted["stop"]:
             run.stop.set()
             break
@@ -837,12 +767,12 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
             save(run, system, progress, history)
             saved = time.monotonic()
         started = time.monotonic()
-        if run.ranks.rank == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
-            shown, speed = now, (progress.batch - first) / (now - began)
+        if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+            shown, step_sec = now, totals["seconds"] / progress.batch
             show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                  f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
-                 f"{progress.totals['frames'] / progress.totals['seconds']:.0f} frames/s  "
-                 f"left {clock(max(0, total_steps - progress.step) / speed)}", end="")
+                 f"{totals['frames'] / totals['seconds']:.0f} frames/s  "
+                 f"left {clock(max(0, total_steps - progress.step) * step_sec)}", end="")
     return progress
 
 
@@ -858,9 +788,9 @@ def report(row: dict, num_epochs: int) -> str:
 
 def validate(run: Run, system: System) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
-    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system, run.ranks))
-    sums = evaluate(evaluated(system), named(run, batches), system.tokenizer.decode)
-    sums = add_up({**sums, "stop": run.stop.is_set()}, run.ranks)
+    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system))
+    sums = evaluate(system.average, named(run, batches), system.tokenizer.decode)
+    sums = add_up({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
 
@@ -870,14 +800,12 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(system: System, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model = evaluated(system).eval()
-    like = next(model.parameters())
-    found = model.greedy(item.feats[None].to(like), torch.tensor([len(item.feats)], device=like.device), True)
-    frame_sec, s = data.frame_sec(system.config.data), system.config.model.encoder.subsampling
+    model, frame_sec = system.average.eval(), data.frame_sec(system.config.data)
+    found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
-    rows = spoken_places(ids)
+    rows, subsampling = spoken_places(ids), system.config.model.encoder.subsampling
     tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    first, last = (in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), s) * frame_sec).tolist()
+    first, last = (in_feature_frames(edge, subsampling) * frame_sec for edge in (0, found.alpha.shape[1]))
     rest = tokens, len(item.feats) * frame_sec, (first, last)
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
@@ -896,31 +824,27 @@ def write_pictures(folder: Path, system: System, epoch: int) -> None:
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
-def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict]:
-    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows.
-
-    Raises Interrupted, with a checkpoint written, when run.stop is set.
-    """
+def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict] | None:
+    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows;
+    None, with a checkpoint written, when run.stop is set."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
-    if not total_steps:
-        raise ValueError("data.train: wanted utterances to learn from, got none")
     while not (reason := stop_reason(history, training)):
         started = time.monotonic()
         progress = train_epoch(run, system, progress, history, total_steps)
         dev = validate(run, system)
         if dev is None:
             save(run, system, progress, history)
-            raise Interrupted
+            return None
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals, run.ranks), rate, dev, spent,
+        history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
         say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
-        if run.ranks.rank == 0:
+        if own_rank() == 0:
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
                 try:
@@ -936,21 +860,18 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
 
 
 def average_epochs(folder: Path, count: int) -> str:
-    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> how good it is."""
+    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> what to do with it."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
     if len(states) < count:
         raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
                          f"--training.keep_epochs={count} or more")
     best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
-    path, state, config = last_checkpoint(folder)
     mean = {name: torch.stack([each["model"][name].double() for each in best]).mean(0).to(first.dtype)
             for name, first in best[0]["model"].items()}
-    system = make_system(config, {**state, "model": mean, "trained": mean}, str(path))
-    row = rates(evaluate(system.model, dev_batches(system), system.tokenizer.decode))
     target = folder / "checkpoints/average.pt"
     save_checkpoint(target, {**best[0], "model": mean})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
-    return f"mean of epochs {epochs}: {figures(row)}\ndecode with: python decode.py --ckpt {target}"
+    return f"mean of epochs {epochs}; decode with: python decode.py --ckpt {target}"
 
 
 def headline(folder: Path, system: System) -> str:
@@ -961,15 +882,15 @@ def headline(folder: Path, system: System) -> str:
 
 def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
-    ranks = join_ranks(pick_device(config.training.device, "training.device"))
+    join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
-    made = {} if ranks.rank else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
-    run = Run(Path(add_up(made, ranks)["folder"]), stop, ranks)
-    if ranks.rank == 0:
+    made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
+    run = Run(Path(add_up(made)["folder"]), stop)
+    if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
     say(run, headline(run.folder, system))
     save(run, system, Progress(), [])
-    if ranks.rank == 0:
+    if own_rank() == 0:
         point_latest(run.folder)
     return run, system
 
@@ -977,16 +898,21 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
-    ranks = join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
+    join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
-    progress = Progress(**state["progress"])
-    if ranks.rank:
-        progress = progress._replace(totals={})  # rank 0 has those of all
-    else:
-        clean_up(folder, path, state)
-        print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}",
-              flush=True)
-    return Run(folder, stop, ranks), system, progress, state["history"]
+    progress, history = Progress(**state["progress"]), state["history"]
+    if own_rank():
+        return Run(folder, stop), system, progress._replace(totals={}), history  # rank 0 has the totals of all
+    if path.name == "previous.pt":
+        os.replace(path, path.with_name("latest.pt"))
+    for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
+        left.unlink(missing_ok=True)
+    with open(folder / "train.log", "ab") as log:
+        log.truncate(min(log.tell(), state["log_bytes"]))
+    if history:
+        write_reports(folder, history)
+    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return Run(folder, stop), system, progress, history
 
 
 # ---- the dry run ----
@@ -1011,9 +937,7 @@ def shape_of(value: object) -> str:
 
 def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
-    and the MB kept for the backward pass.
-
-    The one place with hooks: the shapes are to be those that pass, and not a second account of them.
+    and the MB kept for the backward pass. With hooks: the shapes are to be those that pass.
     """
     shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
     parts = [(name, part, num_parameters(part)) for name, part in system.model.named_modules()
@@ -1038,14 +962,12 @@ def describe(config: configs.Config) -> Iterator[str]:
     system = make_system(config)
     like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
     by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
-    if not by_size:
-        raise ValueError("data.train: wanted utterances to learn from, got none")
     chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
     *typical, largest = data.loader(system.train_set, chosen)
     lines, activations = traced_step(system, largest)
     yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
     yield from lines
-    copies, what = (4, "") if system.average is None else (5, " and the average")
+    copies, what = (4, "") if system.average is system.model else (5, " and the average")
     yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
            f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
     step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
@@ -1058,11 +980,8 @@ def describe(config: configs.Config) -> Iterator[str]:
 
 
 class PlainModel(nn.Module):
-    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters.
-
-    Its decoder runs twice, first without gradient, as the sampler of a Paraformer makes it. It does less than ours: no
-    convolution, CIF or CTC, and frames are dropped to subsample.
-    """
+    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters. Its
+    decoder runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and frames are dropped to subsample."""
 
     def __init__(self, system: System):
         super().__init__()
@@ -1078,15 +997,14 @@ class PlainModel(nn.Module):
         count = max(1, round((num_parameters(system.model) - num_parameters(self)) / num_parameters(layer)))
         self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
-    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
         x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
         pads = torch.arange(x.shape[1]) >= lens[:, None]
         x = self.encoder(x, src_key_padding_mask=pads)
         decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
             guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
-        real = torch.arange(tokens.shape[1]) < token_lens[:, None]
-        return F.cross_entropy(decode(guess)[real], tokens[real])
+        return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
 
 
 def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
@@ -1096,7 +1014,7 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
     optimizer = torch.optim.AdamW(plain.parameters())
 
     def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
-        loss = plain(*inputs(batch, plain))
+        loss = plain(*inputs(batch, plain)[:3])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
@@ -1161,8 +1079,7 @@ def catch_signals() -> threading.Event:
 
 def complain(error: Exception, run: Run | None) -> None:
     """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    what = lines[-1] if "Traceback" in str(error) else str(error)
+    what = str(error).splitlines()[-1] if "Traceback" in str(error) else str(error)
     if is_out_of_memory(error):
         what = "out of memory: wanted a smaller training.batch_size or batch_frames"
     if run is not None:
@@ -1175,22 +1092,22 @@ def go_on(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
 
-def finish(run: Run, system: System, history: list[dict]) -> int:
+def finish(run: Run, system: System, history: list[dict] | None) -> int:
+    """What fit came to, and what to do with it -> the exit code."""
+    if history is None:
+        if own_rank() == 0:
+            print(f"\ninterrupted; {go_on(run)}", flush=True)
+        return 0
     best, overfit = best_row(history), system.config.training.overfit
-    if run.ranks.world > 1:
-        distributed.destroy_process_group()
-    say(run, f"best epoch {best['epoch']}: {figures(best)}\n"
+    say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
+             f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
-    if overfit and score(best) < (1.0, 1.0):
+    failed = bool(overfit) and score(best) < (1.0, 1.0)
+    if failed:
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
-        return 1
-    return 0
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    if num_ranks() > 1:
+        distributed.destroy_process_group()
+    return int(failed)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -1200,16 +1117,18 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     what.add_argument("config", nargs="?", help="a YAML file of configs/")
     what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
-    parser.add_argument("--overfit", type=positive, metavar="N", help="learn the first N utterances by heart")
+    parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
     how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
-    how.add_argument("--average", type=positive, metavar="N", help="with --resume RUN: do not train, write the mean of "
+    how.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
                      "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
     if arguments.resume and (rest or arguments.overfit or arguments.dry_run or arguments.benchmark):
         parser.error(f"--resume goes on with the run's own config, alone or with --average, got {' '.join(argv)}")
+    if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
+        parser.error("--overfit and --average want 1 or more")
     if arguments.average and not arguments.resume:
         parser.error("--average wants --resume RUN")
     return arguments, rest
@@ -1233,10 +1152,6 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
         return finish(run, system, fit(run, system, progress, history))
-    except Interrupted:
-        if run.ranks.rank == 0:
-            print(f"\ninterrupted; {go_on(run)}", flush=True)
-        return 0
     except RunFailed as error:
         complain(error, run)
         return 1
