@@ -20,13 +20,13 @@ import argparse
 import contextlib
 import ctypes
 import hmac
+import http.client
 import io
 import json
 import math
 import os
 import queue
 import re
-import resource
 import select
 import signal
 import socket
@@ -1146,7 +1146,6 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 HISTOGRAMS = {"asr_request_duration_seconds": SECONDS, "asr_queue_seconds": SECONDS, "asr_inference_seconds": SECONDS,
               "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64)}
-COUNTERS = ("asr_requests_total", "asr_audio_seconds_total", "asr_tokens_total", "asr_rejected_total")
 HELP = {"asr_requests_total": "answers by route and status; 499: the client left",
         "asr_request_duration_seconds": "from the end of a request's header to its answer",
         "asr_queue_seconds": "from the queue to the model", "asr_inference_seconds": "of one forward pass",
@@ -1187,30 +1186,26 @@ class Metrics:
     def text(self, gauges: dict[str, float]) -> str:
         """Everything in Prometheus' text format 0.0.4."""
         with self.lock:
-            sums, histograms = dict(self.sums), {key: list(row) for key, row in self.histograms.items()}
+            sums = {**self.sums, **{(name, ""): value for name, value in gauges.items()}}
+            histograms = {key: list(row) for key, row in self.histograms.items()}
         lines = []
-        for name in COUNTERS:
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} counter"]
-            lines += [f"{name}{labels} {value:.10g}" for (key, labels), value in sorted(sums.items()) if key == name]
-        for name, bounds in HISTOGRAMS.items():
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} histogram"]
-            rows = {labels: row for (known, labels), row in sorted(histograms.items()) if known == name}
-            for labels, row in (rows or {"": [0] * (len(bounds) + 2)}).items():
-                comma, braces = "," if labels else "", f"{{{labels}}}" if labels else ""
-                totals = np.cumsum(row[:-1])
-                lines += [f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:.0f}'
-                          for bound, total in zip((*bounds, "+Inf"), totals)]
-                lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
-        for name, value in gauges.items():
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} gauge", f"{name} {value:.17g}"]
+        for name, meaning in HELP.items():
+            kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{labels} {value:.17g}" for (key, labels), value in sorted(sums.items()) if key == name]
+            for (key, label), row in sorted(histograms.items()):
+                if key == name:
+                    comma, braces, totals = "," if label else "", f"{{{label}}}" if label else "", np.cumsum(row[:-1])
+                    lines += [f'{name}_bucket{{{label}{comma}le="{bound}"}} {total:.0f}'
+                              for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
+                    lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
         return "\n".join(lines) + "\n"
 
 
 def resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:         # no /proc: the peak, which macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """0 where there is no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
 
 
 def metrics_text(service: Service) -> str:
@@ -1358,14 +1353,12 @@ def main(argv: Sequence[str]) -> int:
 def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """A server of its own process -> its port, and the seconds from its start until it listened."""
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
-               "--threads", str(options.threads)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device",
+                                options.device, "--threads", str(options.threads)], stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
-    match = re.search(r"http://[^:]+:(\d+)", line)
+    ready, match = time.perf_counter() - started, re.search(r"http://[^:]+:(\d+)", line)
     if not match:
         raise ValueError(f"the server did not start: {line.strip()}")
-    ready = time.perf_counter() - started
     threading.Thread(target=process.stderr.read, daemon=True).start()
     try:
         yield int(match[1]), ready
@@ -1374,40 +1367,28 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def exchange(connection: socket.socket, request: bytes) -> tuple[float, bytes]:
-    """-> milliseconds from the request's first byte to the answer's last, and its body. ValueError unless it is 200."""
-    started, got, end = time.perf_counter(), b"", math.inf
-    connection.sendall(request)
-    while len(got) < end and (piece := connection.recv(262144)):
-        got += piece
-        if end == math.inf and b"\r\n\r\n" in got:
-            end = got.index(b"\r\n\r\n") + 4 + int(re.search(rb"Content-Length: (\d+)", got)[1])
-    spent = (time.perf_counter() - started) * 1e3
-    if not got.startswith(b"HTTP/1.1 200"):
-        raise ValueError(f"wanted 200, got {got[:200]!r}")
-    return spent, got.partition(b"\r\n\r\n")[2]
-
-
-def time_clients(port: int, requests: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send requests from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
-    def work(mine: Sequence[bytes]) -> list[tuple[float, bytes]]:
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return [exchange(connection, request) for request in mine]
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
+        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
+        for body in mine:
+            started = time.perf_counter()
+            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
+            answered = connection.getresponse().read()
+            found.append(((time.perf_counter() - started) * 1e3, json.loads(answered)["timing"]))
+        connection.close()
+        return found
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        found = [one for each in pool.map(work, [requests[i::clients] for i in range(clients)]) for one in each]
-    return time.perf_counter() - started, [(spent, json.loads(body)["timing"]) for spent, body in found]
+        found = [one for each in pool.map(work, [bodies[i::clients] for i in range(clients)]) for one in each]
+    return time.perf_counter() - started, found
 
 
-def median_ms(call: Callable[[], Any], times: int) -> float:
-    spent = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        spent.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(spent)
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def benchmark(options: argparse.Namespace) -> int:
@@ -1415,31 +1396,25 @@ def benchmark(options: argparse.Namespace) -> int:
     system = decode.load_system(options.checkpoint, options.device)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
-    def request(frames: int) -> bytes:
+    def body(frames: int) -> bytes:
         feats = mean + rng.standard_normal((frames, len(mean)))
-        body = json.dumps({"features": feats.round(4).tolist()}).encode()
-        return (b"POST /transcribe HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        return json.dumps({"features": feats.round(4).tolist()}).encode()
 
-    mixed, equal = [request(n) for n in rng.integers(10, 261, 160)], [request(100) for _ in range(160)]
+    mixed, equal = [body(n) for n in rng.integers(10, 261, 160)], [body(100) for _ in range(160)]
     largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
-    importing = median_ms(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1) / 1e3
+    importing = seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True))
     with running(options) as (port, ready):
         time_clients(port, mixed[:32], 4)
         alone = [spent - timing["infer_ms"] for spent, timing in time_clients(port, equal, 1)[1]]
-        rates = {(name, n): len(requests) / time_clients(port, requests, n)[0]
-                 for name, requests in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
+        rates = [[len(bodies) / time_clients(port, bodies, n)[0] for n in (1, 16)] for bodies in (mixed, equal)]
         crowd = time_clients(port, mixed * 2, 16)[1]
-    latencies, sizes = sorted(spent for spent, _ in crowd), [timing["batch_size"] for _, timing in crowd]
-    full, p99 = median_ms(lambda: recognise(system, largest), 5), latencies[int(0.99 * len(latencies))]
+    p99 = sorted(spent for spent, _ in crowd)[int(0.99 * len(crowd))]
+    full = 1e3 * statistics.median(seconds_of(lambda: recognise(system, largest)) for _ in range(5))
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
-    for name, asked in (("mixed", 1.3), ("equal", 2.0)):
-        ratio = rates[name, 16] / rates[name, 1]
-        print(f"throughput, {name} lengths, 16 clients  {rates[name, 16]:8.1f} /s    {ratio:.2f} x one client "
-              f"({rates[name, 1]:.1f} /s; at least {asked})")
-    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch of 260 frames "
-          f"({full:.1f} ms; at most 3); {1 / statistics.fmean(1 / n for n in sizes):.1f} utterances in a batch")
+    for name, asked, (one, many) in zip(("mixed", "equal"), (1.3, 2.0), rates):
+        print(f"throughput, {name} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (>= {asked})")
+    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
     return 0
 
 
