@@ -1413,7 +1413,8 @@ def benchmark(options: argparse.Namespace) -> int:
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
     for name, asked, (one, many) in zip(("mixed", "equal"), (1.3, 2.0), rates):
-        print(f"throughput, {name} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (>= {asked})")
+        print(f"throughput, {name} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
+              f"{asked})")
     print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
     return 0
 
@@ -1474,8 +1475,7 @@ button:disabled { opacity: .5; cursor: not-allowed; }
   font-weight: 600; white-space: nowrap; }
 .file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 #record { display: inline-flex; align-items: center; gap: 9px; font-weight: 600; white-space: nowrap; }
-#record::before { content: ""; width: 11px; height: 11px; border-radius: 50%; background: var(--bad);
-  box-shadow: 0 0 0 calc(var(--level, 0) * 14px) color-mix(in oklab, var(--bad) 25%, transparent); }
+#record::before { content: ""; width: 11px; height: 11px; border-radius: 50%; background: var(--bad); }
 #record.on { border-color: var(--bad); }
 #record.on::before { border-radius: 3px; }
 .buttons { display: flex; gap: 10px; }
@@ -1566,6 +1566,7 @@ button:disabled { opacity: .5; cursor: not-allowed; }
 <script nonce="NONCE">
 "use strict";
 const $ = id => document.getElementById(id), RATE = 16000, audio = $("audio");
+const make = (kind, values) => Object.assign(document.createElement(kind), values);
 let run = 0, shown = null, recorder = null, retry = null;
 
 // ---- a recording: decoded by the browser, sent as WAV ----
@@ -1580,26 +1581,18 @@ async function decodeAudio(blob) {
   return (await mix.startRendering()).getChannelData(0);
 }
 function toWav(samples) {
-  const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
-  const text = (at, s) => [...s].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
-  text(0, "RIFF"); view.setUint32(4, 36 + 2 * samples.length, true); text(8, "WAVEfmt "); view.setUint32(16, 16,
-    true);
-  view.setUint16(20, 1, true); view.setUint16(22, 1, true); view.setUint32(24, RATE, true); view.setUint32(28,
-    2 * RATE, true);
-  view.setUint16(32, 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * samples.length,
-    true);
-  samples.forEach((x, i) => view.setInt16(44 + 2 * i, Math.round(Math.max(-1, Math.min(1, x)) * 32767), true));
-  return new Blob([view], { type: "audio/wav" });
+  const shorts = (...values) => Uint16Array.from(values), longs = (...values) => Uint32Array.from(values);
+  const wave = Int16Array.from(samples, x => Math.round(Math.max(-1, Math.min(1, x)) * 32767));
+  return new Blob(["RIFF", longs(36 + wave.byteLength), "WAVEfmt ", longs(16), shorts(1, 1), longs(RATE, 2 * RATE),
+    shorts(2, 16), "data", longs(wave.byteLength), wave], { type: "audio/wav" });
 }
-async function send(wav) {
-  const headers = { "Content-Type": "audio/wav" };
-  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  let reply, body;
-  try { reply = await fetch("/transcribe?alignment=true", { method: "POST", headers, body: wav });
-    body = await reply.json(); }
-  catch { throw new Error("The server did not answer."); }
-  if (!reply.ok) throw Object.assign(new Error(body.error.message), { status: reply.status });
-  return body;
+async function send(path, body) {
+  const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
+  const reply = await fetch(path, { method: "POST", headers, body }).catch(() => {
+    throw new Error("The server did not answer.");
+  });
+  if (!reply.ok) throw Object.assign(new Error((await reply.json()).error.message), { status: reply.status });
+  return reply;
 }
 async function recognise(blob, name) {
   const mine = ++run;
@@ -1607,11 +1600,11 @@ async function recognise(blob, name) {
   $("error").hidden = $("ask").hidden = $("detail").hidden = true;
   $("result").hidden = false;
   $("name").textContent = name;
-  $("transcript").replaceChildren(...[0, 1].map(() => Object.assign(document.createElement("div"), {
-    className: "busy" })));
+  $("transcript").replaceChildren(make("div", { className: "busy" }), make("div", { className: "busy" }));
   try {
-    const samples = await decodeAudio(blob), wav = toWav(samples), found = await send(wav);
-    if (mine === run) show({ ...found, samples, name }, wav);
+    const samples = await decodeAudio(blob), wav = toWav(samples);
+    const found = await (await send("/transcribe?alignment=true", wav)).json();
+    if (mine === run) show({ found, samples, name, wav });
   } catch (error) { if (mine === run) fail(error.message, error.status); }
 }
 function fail(message, status) {
@@ -1622,75 +1615,73 @@ function fail(message, status) {
 // ---- the result ----
 const seconds = t => t.toFixed(2) + " s", percent = p => Math.round(100 * p) + " %";
 function tokenElement(token, i) {
-  const element = document.createElement("span"), text = token.token.replaceAll("▁", " ");
-  element.className = "token"; element.tabIndex = 0; element.role = "button";
-  element.textContent = text === " " ? text : text.trim();
-  element.title = percent(token.confidence) + " sure, " + token.start.toFixed(2) + " to " + seconds(token.end);
+  const text = token.token.replaceAll("▁", " ");
+  const element = make("span", { className: "token", tabIndex: 0, role: "button",
+    textContent: text === " " ? text : text.trim(), onclick: () => playFrom(token.start),
+    title: `${percent(token.confidence)} sure, ${token.start.toFixed(2)} to ${seconds(token.end)}` });
+  element.onkeydown = event => { if (event.key === "Enter") playFrom(token.start); };
   Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
   element.style.setProperty("--sure", token.confidence);
-  element.onclick = () => playFrom(token.start);
-  element.onkeydown = event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
-    playFrom(token.start); } };
   return i && text !== " " && text.startsWith(" ") ? [" ", element] : [element];
 }
-function show(found, wav) {
-  shown = found;
-  URL.revokeObjectURL(audio.src); audio.src = URL.createObjectURL(wav);
-  const none = Object.assign(document.createElement("span"), { className: "none",
-    textContent: "No speech was recognised." });
+function show(result) {
+  const { found, wav } = shown = result;
+  URL.revokeObjectURL(audio.src);
+  audio.src = URL.createObjectURL(wav);
+  const none = make("span", { className: "none", textContent: "No speech was recognised." });
   $("transcript").replaceChildren(...(found.tokens.length ? found.tokens.flatMap(tokenElement) : [none]));
   $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
-    percent(found.confidence) + " sure",
-    found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
-  $("detail").hidden = false; $("scroll").scrollLeft = 0;
-  draw(); follow();
+    percent(found.confidence) + " sure", found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
+  $("detail").hidden = false;
+  draw();
+  follow();
 }
 
 // ---- waveform, token boundaries, firing weights ----
 function draw() {
   if (!shown) return;
-  const { samples, tokens, alignment, duration } = shown, style = getComputedStyle(document.documentElement);
-  const colour = name => style.getPropertyValue("--" + name).trim();
+  const { samples, found: { tokens, alignment, duration } } = shown, style = getComputedStyle(document.documentElement);
+  const colour = name => style.getPropertyValue("--" + name);
   $("strip").style.width = Math.max($("scroll").clientWidth, Math.min(duration * 56, 8000)) + "px";
-  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight,
-    ratio = Math.min(devicePixelRatio, 16000 / width);
-  canvas.width = width * ratio; canvas.height = height * ratio;
-  const pen = canvas.getContext("2d"), x = t => t / duration * width;
+  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight;
+  const pen = canvas.getContext("2d"), ratio = Math.min(devicePixelRatio, 16000 / width), x = t => t / duration * width;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
   pen.scale(ratio, ratio);
   const loudest = samples.reduce((most, s) => Math.max(most, Math.abs(s)), 1e-3), step = samples.length / width;
   pen.fillStyle = colour("wave");
   for (let i = 0; i < width; i += 3) {
-    let peak = 0;
-    for (let j = Math.floor(i * step); j < Math.min((i + 3) * step, samples.length); j++) peak = Math.max(peak,
-      Math.abs(samples[j]));
-    const size = Math.max(1, peak / loudest * 46);
-    pen.beginPath(); pen.roundRect(i, 50 - size, 2, 2 * size, 1); pen.fill();
+    const part = samples.subarray(i * step, (i + 3) * step);
+    const size = Math.max(1, part.reduce((most, s) => Math.max(most, Math.abs(s)), 0) / loudest * 46);
+    pen.fillRect(i, 50 - size, 2, 2 * size);
   }
   pen.font = "13px system-ui, sans-serif"; pen.textAlign = "center";
   tokens.forEach((token, i) => {
     const from = x(token.start), to = x(token.end), text = token.token.replaceAll("▁", " ").trim();
-    pen.fillStyle = colour(i % 2 ? "bg" : "card"); pen.globalAlpha = .75; pen.fillRect(from, 102, to - from, 24);
-      pen.globalAlpha = 1;
-    pen.strokeStyle = colour("line"); pen.lineWidth = 1;
-    for (const at of [from, to]) { pen.beginPath(); pen.moveTo(at, 4); pen.lineTo(at, 194); pen.stroke(); }
+    pen.fillStyle = colour(i % 2 ? "bg" : "card");
+    pen.fillRect(from, 102, to - from, 24);
+    pen.fillStyle = colour("line");
+    for (const at of [from, to]) pen.fillRect(at, 4, 1, 190);
     pen.fillStyle = colour("ink");
     if (pen.measureText(text).width < to - from) pen.fillText(text, (from + to) / 2, 119);
   });
   const top = Math.max(.5, ...alignment.weights), bar = x(alignment.step);
   pen.fillStyle = colour("fire");
-  alignment.weights.forEach((w, i) => { pen.globalAlpha = .35 + .65 * w / top; pen.fillRect(i * bar,
-    194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top); });
-  pen.globalAlpha = 1; pen.fillStyle = colour("soft"); pen.font = "11px system-ui, sans-serif";
-    pen.textAlign = "left";
+  alignment.weights.forEach((w, i) => pen.fillRect(i * bar, 194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top));
+  pen.fillStyle = colour("soft");
+  pen.font = "11px system-ui, sans-serif";
+  pen.textAlign = "left";
   const tick = [.1, .2, .5, 1, 2, 5, 10, 30].find(s => x(s) >= 56) || 60;
-  for (let k = 0; k * tick < duration; k++) { pen.fillRect(x(k * tick), 194, 1, 5);
-    if (x(k * tick) < width - 40) pen.fillText(+(k * tick).toFixed(1) + " s", x(k * tick) + 4, 208); }
+  for (let at = 0; at < duration; at += tick) {
+    pen.fillRect(x(at), 194, 1, 5);
+    if (x(at) < width - 40) pen.fillText(+at.toFixed(1) + " s", x(at) + 4, 208);
+  }
   pen.fillText("firing weights", 2, 141);
 }
 function follow() {
   if (!shown) return;
   const now = audio.currentTime;
-  $("head").style.left = 100 * Math.min(1, now / shown.duration) + "%";
+  $("head").style.left = 100 * Math.min(1, now / shown.found.duration) + "%";
   $("play").textContent = audio.paused ? "Play" : "Pause";
   document.querySelectorAll(".token").forEach(e => e.classList.toggle("now", !audio.paused
     && now >= +e.dataset.start && now < +e.dataset.end));
@@ -1700,33 +1691,22 @@ function playFrom(time) { audio.currentTime = time; audio.play().catch(() => {})
 audio.onplay = audio.onpause = audio.onseeked = audio.onended = follow;
 $("play").onclick = () => audio.paused ? audio.play().catch(() => {}) : audio.pause();
 $("strip").onclick = event => shown
-  && playFrom((event.clientX - $("strip").getBoundingClientRect().left) / $("strip").clientWidth * shown.duration);
+  && playFrom(event.offsetX / $("strip").clientWidth * shown.found.duration);
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
-// ---- export ----
-function cues(tokens) {
-  const found = [];
-  for (const token of tokens) {
-    const last = found.at(-1), fresh = /^[▁ \u3040-\u9fff]/.test(token.token);
-    if (!last || fresh && (token.end - last.start > 7 || last.text.length > 80)) found.push({ start: token.start,
-      end: token.end, text: token.token });
-    else { last.end = token.end; last.text += token.token; }
-  }
-  return found.map(cue => ({ ...cue, text: cue.text.replaceAll("▁", " ").trim() })).filter(cue => cue.text);
-}
-const stamp = t => new Date(Math.round(t * 1000)).toISOString().slice(11, 23).replace(".", ",");
-const writers = {
-  txt: () => shown.text.trim() + "\n",
-  srt: () => cues(shown.tokens).map((c,
-    i) => `${i + 1}\n${stamp(c.start)} --> ${stamp(c.end)}\n${c.text}\n\n`).join(""),
-  json: () => JSON.stringify({ ...shown, samples: undefined }, null, 1) + "\n",
-};
-for (const button of document.querySelectorAll("[data-export]")) button.onclick = () => {
-  const link = document.createElement("a"), url = URL.createObjectURL(new Blob([writers[button.dataset.export]()]));
-  link.href = url; link.download = (shown.name.replace(/\.[^.]*$/, "") || "transcript") + "." + button.dataset.export;
-    link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+// ---- export: subtitles and text as the server writes them ----
+for (const button of document.querySelectorAll("[data-export]")) button.onclick = async () => {
+  const kind = button.dataset.export, { found, wav, name } = shown, form = new FormData();
+  form.append("file", wav, "a.wav");
+  form.append("response_format", kind === "txt" ? "text" : kind);
+  try {
+    const content = kind === "json" ? JSON.stringify(found, null, 1)
+      : await (await send("/v1/audio/transcriptions", form)).text();
+    const url = URL.createObjectURL(new Blob([content]));
+    make("a", { href: url, download: name.replace(/\.[^.]*$/, "") + "." + kind }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  } catch (error) { fail(error.message, error.status); }
 };
 
 // ---- input ----
@@ -1742,25 +1722,22 @@ $("ask").onsubmit = event => { event.preventDefault(); if (retry) retry(); };
 
 async function record() {
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-  const pieces = [], context = new AudioContext(), meter = context.createAnalyser(),
-    wave = new Uint8Array(meter.fftSize), begun = Date.now();
-  context.createMediaStreamSource(stream).connect(meter);
+  const pieces = [], begun = new Date(), button = $("record");
+  const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
+  const timer = setInterval(tell, 250);
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = event => pieces.push(event.data);
   recorder.onstop = () => {
-    stream.getTracks().forEach(track => track.stop()); context.close();
-    recorder = null; $("record").classList.remove("on"); $("record").textContent = "Record";
-      $("record").style.removeProperty("--level");
-    recognise(new Blob(pieces), "recording " + new Date(begun).toLocaleTimeString());
+    stream.getTracks().forEach(track => track.stop());
+    clearInterval(timer);
+    recorder = null;
+    button.classList.remove("on");
+    button.textContent = "Record";
+    recognise(new Blob(pieces), "recording " + begun.toLocaleTimeString());
   };
-  recorder.start(); $("record").classList.add("on");
-  (function level() {
-    if (!recorder) return;
-    meter.getByteTimeDomainData(wave);
-    $("record").style.setProperty("--level", Math.min(1, Math.max(...wave.map(v => Math.abs(v - 128))) / 64));
-    $("record").textContent = "Stop " + ((Date.now() - begun) / 1000).toFixed(0) + " s";
-    requestAnimationFrame(level);
-  })();
+  recorder.start();
+  button.classList.add("on");
+  tell();
 }
 if (!navigator.mediaDevices || !window.MediaRecorder) { $("record").disabled = true;
   $("hint").textContent += " Recording needs https or localhost."; }
