@@ -175,7 +175,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.server.phases[self.request] = "idle"
         return bool(sent) and not close
 
-    def receive(self, deadline: float) -> bytes:
+    def read_some(self, deadline: float) -> bytes:
         """Some bytes; b"" when the client sends no more. Raises TimeoutError at the deadline."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
@@ -183,55 +183,46 @@ class Connection(socketserver.BaseRequestHandler):
         self.request.settimeout(remaining)
         return self.request.recv(262144)
 
+    def receive(self, deadline: float, what: str) -> bytes:
+        """Some bytes of a request. Raises Refusal where the client is late or sends no more."""
+        try:
+            piece = self.read_some(deadline)
+        except TimeoutError:
+            raise Refusal(408, "request_timeout", f"{what} did not come whole in time") from None
+        if not piece:
+            raise draining() if self.service.draining.is_set() else bad_framing(f"the connection ended within {what}")
+        return piece
+
     def read_head(self) -> bytes | None:
         """The request line and header without the empty line after them; None if the client sends nothing more."""
         options = self.service.options
-        deadline = time.monotonic() + (options.header_timeout if self.buffer else options.idle_timeout)
+        try:
+            self.buffer = self.buffer or self.read_some(time.monotonic() + options.idle_timeout)
+        except TimeoutError:
+            return None
+        if not self.buffer:
+            return None
+        self.server.phases[self.request], deadline = "reading", time.monotonic() + options.header_timeout
         while True:
             self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
             end = self.buffer.find(b"\r\n\r\n")
             check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
             if end >= 0:
-                self.server.phases[self.request] = "reading"
                 block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return block
-            try:
-                piece = self.receive(deadline)
-            except TimeoutError:
-                if not self.buffer:
-                    return None
-                message = f"the header was not complete within {options.header_timeout:g} s"
-                raise Refusal(408, "request_timeout", message) from None
-            if not piece and not self.buffer:
-                return None
-            if not piece:
-                raise self.cut_short("the connection ended within the header")
-            if not self.buffer:
-                deadline = time.monotonic() + options.header_timeout
-                self.server.phases[self.request] = "reading"
-            self.buffer += piece
+            self.buffer += self.receive(deadline, "the header")
 
     def read_body(self, head: Head, length: int) -> bytes:
         """The body, exactly as long as announced."""
-        timeout = self.service.options.body_timeout
-        deadline, pieces, self.buffer = time.monotonic() + timeout, [self.buffer[:length]], self.buffer[length:]
-        missing = length - len(pieces[0])
-        if missing and head.headers.get("expect", "").lower() == "100-continue":
+        deadline, pieces, got = time.monotonic() + self.service.options.body_timeout, [self.buffer], len(self.buffer)
+        if got < length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while missing:
-            try:
-                piece = self.receive(deadline)
-            except TimeoutError:
-                raise Refusal(408, "request_timeout", f"body: {length - missing} of {length} bytes came within "
-                              f"{timeout:g} s") from None
-            if not piece:
-                raise self.cut_short(f"body: the connection ended after {length - missing} of {length} bytes")
-            pieces.append(piece[:missing])
-            self.buffer, missing = piece[missing:], max(0, missing - len(piece))
-        return b"".join(pieces)
-
-    def cut_short(self, message: str) -> Refusal:
-        return draining() if self.service.draining.is_set() else Refusal(400, "bad_framing", message)
+        while got < length:
+            pieces.append(self.receive(deadline, f"the body of {length} bytes"))
+            got += len(pieces[-1])
+        whole = b"".join(pieces)
+        self.buffer = whole[length:]
+        return whole[:length]
 
     def write(self, head: Head | None, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
@@ -248,7 +239,7 @@ class Connection(socketserver.BaseRequestHandler):
         deadline, left = time.monotonic() + seconds, MAX_DRAIN
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
-            while left > 0 and (piece := self.receive(deadline)):
+            while left > 0 and (piece := self.read_some(deadline)):
                 left -= len(piece)
 
     def hung_up(self) -> bool:
