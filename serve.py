@@ -6,13 +6,11 @@
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
     python serve.py --benchmark            overhead, throughput and latency of this machine
 
-Read it in the order of a request's life: the connection (a thread each: read, admit, read the body, answer, write),
-the request's head, its body down to features, the queue and the one inference thread that owns the model, the answers,
-the routes, metrics; then the command line, draining, the benchmark, and the page. Transport, parsing and batching do
-not know each other: parsers are functions from bytes to values, the batching rule takes the time as an argument.
+Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features,
+the queue and the one inference thread that owns the model, the answers, the routes, metrics; then the command line,
+the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes the time as an argument.
+http.server lends its threading server only: its parser has no deadline and no limit for a header, and answers in HTML.
 
-http.server lends its threading server only. Its parser has no deadline for a whole request, no limit for a whole
-header, and answers in HTML; `Connection` and `parse_head` stand in its place.
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, decode.py, data.py, tokenizer.py, config.py.
 Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
 """
@@ -259,7 +257,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
 
     def __init__(self, service: "Service"):
-        self.service, self.phases, self.refused = service, {}, []
+        self.service, self.phases, self.refused = service, service.phases, []
         self.address_family = socket.AF_INET6 if ":" in service.options.host else socket.AF_INET
         super().__init__((service.options.host, service.options.port), Connection)
 
@@ -283,15 +281,10 @@ class Server(ThreadingHTTPServer):
             request.send(to_bytes(None, response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
-        if len(self.refused) > 256:
-            self.refused.pop(0)[1].close()
 
     def service_actions(self) -> None:
-        while self.refused and self.refused[0][0] < time.monotonic():
-            request = self.refused.pop(0)[1]
-            with contextlib.suppress(OSError):
-                request.recv(MIB)           # else closing resets
-            request.close()
+        while self.refused and (self.refused[0][0] < time.monotonic() or len(self.refused) > 256):
+            self.refused.pop(0)[1].close()
 
     def shutdown_request(self, request: socket.socket) -> None:
         self.phases.pop(request, None)
@@ -652,18 +645,15 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     return Utterance([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
-class Part(NamedTuple):
-    name: str
-    filename: str | None        # only whether there is one matters
-    content: bytes
-
-
 def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
 
-def parse_multipart(body: bytes, content_type: str) -> list[Part]:
-    """A form -> its parts. Cut at the boundaries on bytes; no file name is ever used as one. Source: RFC 2046, 7578."""
+def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """A form -> name, whether it is a file, and content of each part. Source: RFC 2046, 7578.
+
+    Cut at the boundaries on bytes; no file name is ever used as one.
+    """
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
@@ -681,20 +671,19 @@ def parse_multipart(body: bytes, content_type: str) -> list[Part]:
             raise bad_form(f"a part has no end, or its header is longer than {MAX_PART_HEAD} bytes")
         if len(parts) == MAX_PARTS:
             raise bad_form(f"more than {MAX_PARTS} parts")
-        parts.append(parse_part(body[line + 2:blank], body[blank + 4:end]))
+        parts.append(parse_part(body[line + 2:blank].decode("utf-8", "replace"), body[blank + 4:end]))
         at = end + 2
     return parts
 
 
-def parse_part(head: bytes, content: bytes) -> Part:
-    """The header lines of a part and its content."""
-    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head.decode("utf-8", "replace"),
-                      re.IGNORECASE | re.MULTILINE)
+def parse_part(head: str, content: bytes) -> tuple[str, bool, bytes]:
+    """The header lines of a part and its content -> name, whether it is a file, content."""
+    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head, re.IGNORECASE | re.MULTILINE)
     pairs = re.findall(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))', match[1]) if match else []
     values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
     if not values.get("name"):
         raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-    return Part(values["name"], values.get("filename", values.get("filename*")), content)
+    return values["name"], bool(values.keys() & {"filename", "filename*"}), content
 
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
@@ -703,20 +692,17 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
     Files of other names are left aside.
     """
     files, fields = [], {}
-    for part in parse_multipart(body, content_type):
-        if part.filename is not None:
-            files += [part.content] if part.name == "file" else []
+    for name, is_file, content in parse_multipart(body, content_type):
+        if is_file:
+            files += [content] if name == "file" else []
             continue
-        if part.name == "file":
+        if name == "file":
             raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
         try:
-            text = part.content.decode()
+            text = content.decode()
         except UnicodeDecodeError:
             raise bad_form("a field is not UTF-8") from None
-        if part.name.endswith("[]"):
-            fields.setdefault(part.name, []).append(text)
-        else:
-            fields[part.name] = text
+        fields[name] = [*fields.get(name, []), text] if name.endswith("[]") else text
     if len(files) != 1:
         raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
     return files[0], fields
@@ -1011,7 +997,7 @@ class Service(NamedTuple):
     key: str                    # "" = anybody may
     created: int                # seconds since 1970: of the checkpoint
     started: float              # monotonic
-    phases: Callable[[], Sequence[str]]     # of the open connections
+    phases: dict[socket.socket, str]    # of the open connections: idle, reading or busy
     parsing: threading.Lock     # one body at a time: its parser keeps the interpreter, and so would all others in turn
 
     @property
@@ -1200,7 +1186,7 @@ def resident_bytes() -> int:
 
 
 def metrics_text(service: Service) -> str:
-    phases, sums = service.phases(), service.metrics.sums
+    phases, sums = list(service.phases.values()), service.metrics.sums
     padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
     return service.metrics.text({
         "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
@@ -1261,17 +1247,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0) -> Service:
     """A service without a socket; its batcher's thread is not started."""
-    metrics = Metrics()
+    metrics, key = Metrics(), os.environ.get("ASR_API_KEY", "")
     batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
-    key = os.environ.get("ASR_API_KEY", "")
-    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple,
+    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), {},
                    threading.Lock())
 
 
 def start(service: Service) -> Server:
     """Start the inference thread and the server's -> the server, listening."""
     server = Server(service)        # fails before there are threads
-    server.service = service._replace(phases=lambda: list(server.phases.values()))
     threading.Thread(target=service.batcher.run, daemon=True, name="inference").start()
     threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True, name="accept").start()
     return server
