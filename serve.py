@@ -1415,89 +1415,58 @@ PAGE = r"""<!doctype html>
 <link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { --bg: #f4f2ed; --card: #fffefb; --ink: #201e1a; --soft: #6d685f; --line: #e2ded4; --accent: #3d52d5;
-  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f;
-    --shade: 0 1px 2px #0001, 0 12px 32px #0000000f; }
-@media (prefers-color-scheme: dark) { :root { --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f;
-  --line: #30333c;
-  --accent: #8b9bff; --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58;
-    --shade: 0 1px 2px #0006; } }
+  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f; }
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f; --line: #30333c; --accent: #8b9bff;
+  --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 40px 20px 64px; }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; margin-bottom: 22px; }
-h1 { font: 600 30px/1.15 Georgia, "Times New Roman", serif; letter-spacing: -.01em; margin: 0; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 940px; margin: 0 auto; padding: 32px 16px 48px; }
+header, .buttons, #ask, .top, .foot { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 12px; }
+h1 { font: 600 30px/1.15 Georgia, serif; margin: 0; }
 .soft { color: var(--soft); font-size: 14px; margin: 0; }
 #state { margin-left: auto; }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
-  background: var(--soft); margin-right: 7px; }
-#state.ok::before { background: var(--good); }
-#state.bad::before { background: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; box-shadow: var(--shade); }
-#drop { display: flex; align-items: center; gap: 22px; padding: 26px;
-  border: 1.5px dashed color-mix(in oklab, var(--soft) 45%, var(--line));
-  transition: border-color .15s, background .15s; }
+#state::before { content: "● "; }
+#state.ok::before { color: var(--good); }
+#state.bad::before { color: var(--bad); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; padding: 22px; margin-top: 18px;
+  box-shadow: 0 12px 32px #0000000f; }
+#drop { display: flex; flex-wrap: wrap; align-items: center; gap: 16px; border: 1.5px dashed var(--soft); }
 #drop.over { border-color: var(--accent); background: color-mix(in oklab, var(--accent) 9%, var(--card)); }
-#drop p { margin: 0; }
-#drop .lead { font-size: 18px; font-weight: 600; }
-#drop .ways { flex: 1; min-width: 0; }
-button, .file { font: inherit; font-size: 15px; color: inherit; background: none; border: 1px solid var(--line);
-  border-radius: 999px; padding: 8px 18px; cursor: pointer; }
+.ways { flex: 1 1 260px; }
+.lead { font-size: 18px; font-weight: 600; margin: 0; }
+button, .file, #key { font: inherit; font-size: 15px; color: inherit; background: none; cursor: pointer;
+  border: 1px solid var(--line); border-radius: 999px; padding: 7px 16px; }
 button:hover:enabled, .file:hover { border-color: var(--accent); }
 button:disabled { opacity: .5; cursor: not-allowed; }
 :focus-visible, .file:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
-.file { display: inline-block; background: var(--accent); border-color: var(--accent); color: var(--on-accent);
-  font-weight: 600; white-space: nowrap; }
+.file, #play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
 .file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-#record { display: inline-flex; align-items: center; gap: 9px; font-weight: 600; white-space: nowrap; }
-#record::before { content: ""; width: 11px; height: 11px; border-radius: 50%; background: var(--bad); }
+#record { font-weight: 600; }
+#record::before { content: "● "; color: var(--bad); }
 #record.on { border-color: var(--bad); }
-#record.on::before { border-radius: 3px; }
-.buttons { display: flex; gap: 10px; }
-#error { margin: 16px 0 0; padding: 13px 18px; border-radius: 12px;
-  border: 1px solid color-mix(in oklab, var(--bad) 45%, var(--line));
-  background: color-mix(in oklab, var(--bad) 9%, var(--card)); overflow-wrap: anywhere; }
-#ask { display: flex; gap: 10px; margin-top: 12px; }
-#ask input { flex: 1; min-width: 0; font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 999px; padding: 8px 16px; }
-#result { margin-top: 18px; padding: 24px 26px 20px; }
-.top { display: flex; justify-content: space-between; align-items: baseline; gap: 16px; }
-#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
-.legend { display: flex; align-items: center; gap: 8px; white-space: nowrap; }
-.legend i { width: 64px; height: 6px; border-radius: 3px;
+#record.on::before { content: "■ "; }
+#error { margin: 16px 0; padding: 13px 18px; border: 1px solid var(--bad); border-radius: 12px;
+  overflow-wrap: anywhere; }
+.top { flex-wrap: nowrap; justify-content: space-between; }
+#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.legend { white-space: nowrap; }
+.legend i { display: inline-block; width: 48px; height: 6px; margin: 2px 6px; border-radius: 3px;
   background: linear-gradient(90deg in oklab, var(--bad), var(--good)); }
-#transcript { font: 27px/1.6 Georgia, "Times New Roman", serif; margin: 14px 0 18px; min-height: 40px;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+#transcript { font: 26px/1.6 Georgia, serif; margin: 14px 0 18px; white-space: pre-wrap; overflow-wrap: anywhere; }
 #transcript .none { color: var(--soft); font-style: italic; }
 .token { --hue: color-mix(in oklab, var(--good) calc(var(--sure) * 100%), var(--bad)); cursor: pointer;
-  border-radius: 4px; padding: 2px 1px;
-  background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
-    box-shadow: inset 0 -2px var(--hue); }
-.token:hover { background: color-mix(in oklab, var(--hue) 32%, transparent); }
-.token.now { background: var(--accent); color: var(--on-accent); }
-#scroll { overflow-x: auto; border-radius: 10px; }
+  padding: 2px 1px; background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
+  border-radius: 4px;
+  box-shadow: inset 0 -2px var(--hue); }
+.token.now, .token:hover { background: var(--accent); color: var(--on-accent); }
+#scroll { overflow-x: auto; }
 #strip { position: relative; height: 218px; cursor: pointer; }
-#strip canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
-#head { position: absolute; top: 0; bottom: 22px; left: 0; width: 2px; margin-left: -1px; background: var(--accent);
-  pointer-events: none; }
-.foot { display: flex; flex-wrap: wrap; align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px;
-  border-top: 1px solid var(--line); }
-.foot #facts { flex: 1; min-width: 210px; font-variant-numeric: tabular-nums; }
-.foot button { padding: 5px 14px; font-size: 14px; }
-#play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); min-width: 76px;
-  font-weight: 600; }
-.busy {
-  --glow: color-mix(in oklab, var(--accent) 25%, var(--card)); animation: sweep 1.2s linear infinite;
-  background: linear-gradient(90deg, var(--line), var(--glow), var(--line)) 0 / 200% 100%;
-  border-radius: 8px; height: 22px; margin: 10px 0; }
-.busy + .busy { width: 62%; }
-@keyframes sweep { to { background-position: -200% 0; } }
-@media (prefers-reduced-motion: reduce) { .busy { animation: none; } }
-@media (max-width: 640px) { main { padding: 24px 14px 40px; } #state { margin-left: 0; flex-basis: 100%; } #drop {
-  flex-direction: column; align-items: stretch; gap: 16px; padding: 20px; text-align: center; }
-  .buttons > * { flex: 1; text-align: center; justify-content: center; } #result { padding: 18px 16px 16px;
-    } #transcript { font-size: 22px; } .legend span { display: none; } }
-[hidden] { display: none !important; }
+#strip canvas { position: absolute; width: 100%; height: 100%; }
+#head { position: absolute; top: 0; bottom: 22px; width: 2px; background: var(--accent); pointer-events: none; }
+.foot { align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px; border-top: 1px solid var(--line); }
+#facts { flex: 1 1 210px; }
 </style>
 </head>
 <body>
@@ -1518,21 +1487,27 @@ button:disabled { opacity: .5; cursor: not-allowed; }
     </div>
   </section>
   <p id="error" role="alert" hidden></p>
-  <form id="ask" hidden><input id="key" type="password" autocomplete="off" aria-label="API key"
-      placeholder="API key"><button>Use this key</button></form>
+  <form id="ask" hidden>
+    <input id="key" type="password" autocomplete="off" aria-label="API key" placeholder="API key">
+    <button>Use this key</button>
+  </form>
   <section class="card" id="result" aria-label="Result" hidden>
-    <div class="top"><p class="soft" id="name"></p><p
-        class="soft legend"><span>less sure</span><i></i><span>sure</span></p></div>
+    <div class="top">
+      <p class="soft" id="name"></p>
+      <p class="soft legend">less sure<i></i>sure</p>
+    </div>
     <div id="transcript" aria-live="polite"></div>
     <div id="detail">
-      <div id="scroll"><div id="strip"><canvas id="picture" role="img"
-          aria-label="Waveform with token boundaries, and firing weights under it"></canvas><div
-          id="head"></div></div></div>
+      <div id="scroll"><div id="strip">
+        <canvas id="picture" role="img" aria-label="Waveform, token boundaries and firing weights"></canvas>
+        <div id="head"></div>
+      </div></div>
       <div class="foot">
         <button type="button" id="play">Play</button>
         <span class="soft" id="facts"></span>
-        <button type="button" data-export="txt">txt</button><button type="button"
-            data-export="srt">srt</button><button type="button" data-export="json">json</button>
+        <button type="button" data-export="txt">txt</button>
+        <button type="button" data-export="srt">srt</button>
+        <button type="button" data-export="json">json</button>
       </div>
     </div>
   </section>
@@ -1575,12 +1550,15 @@ async function recognise(blob, name) {
   $("error").hidden = $("ask").hidden = $("detail").hidden = true;
   $("result").hidden = false;
   $("name").textContent = name;
-  $("transcript").replaceChildren(make("div", { className: "busy" }), make("div", { className: "busy" }));
+  say("Listening …");
   try {
     const samples = await decodeAudio(blob), wav = toWav(samples);
     const found = await (await send("/transcribe?alignment=true", wav)).json();
     if (mine === run) show({ found, samples, name, wav });
   } catch (error) { if (mine === run) fail(error.message, error.status); }
+}
+function say(textContent) {
+  $("transcript").replaceChildren(make("span", { className: "none", textContent }));
 }
 function fail(message, status) {
   $("transcript").replaceChildren(); $("result").hidden = true;
@@ -1603,8 +1581,8 @@ function show(result) {
   const { found, wav } = shown = result;
   URL.revokeObjectURL(audio.src);
   audio.src = URL.createObjectURL(wav);
-  const none = make("span", { className: "none", textContent: "No speech was recognised." });
-  $("transcript").replaceChildren(...(found.tokens.length ? found.tokens.flatMap(tokenElement) : [none]));
+  $("transcript").replaceChildren(...found.tokens.flatMap(tokenElement));
+  if (!found.tokens.length) say("No speech was recognised.");
   $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
     percent(found.confidence) + " sure", found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
   $("detail").hidden = false;
