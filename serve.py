@@ -6,13 +6,11 @@
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
     python serve.py --benchmark            overhead, throughput and latency of this machine
 
-Read it in the order of a request's life: the connection (a thread each: read, admit, read the body, answer, write),
-the request's head, its body down to features, the queue and the one inference thread that owns the model, the answers,
-the routes, metrics; then the command line, draining, the benchmark, and the page. Transport, parsing and batching do
-not know each other: parsers are functions from bytes to values, the batching rule takes the time as an argument.
+Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features,
+the queue and the one inference thread that owns the model, the answers, the routes, metrics; then the command line,
+the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes the time as an argument.
+http.server lends its threading server only: its parser has no deadline and no limit for a header, and answers in HTML.
 
-http.server lends its threading server only. Its parser has no deadline for a whole request, no limit for a whole
-header, and answers in HTML; `Connection` and `parse_head` stand in its place.
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, decode.py, data.py, tokenizer.py, config.py.
 Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
 """
@@ -20,13 +18,13 @@ import argparse
 import contextlib
 import ctypes
 import hmac
+import http.client
 import io
 import json
 import math
 import os
 import queue
 import re
-import resource
 import select
 import signal
 import socket
@@ -175,7 +173,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.server.phases[self.request] = "idle"
         return bool(sent) and not close
 
-    def receive(self, deadline: float) -> bytes:
+    def read_some(self, deadline: float) -> bytes:
         """Some bytes; b"" when the client sends no more. Raises TimeoutError at the deadline."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
@@ -183,55 +181,46 @@ class Connection(socketserver.BaseRequestHandler):
         self.request.settimeout(remaining)
         return self.request.recv(262144)
 
+    def receive(self, deadline: float, what: str) -> bytes:
+        """Some bytes of a request. Raises Refusal where the client is late or sends no more."""
+        try:
+            piece = self.read_some(deadline)
+        except TimeoutError:
+            raise Refusal(408, "request_timeout", f"{what} did not come whole in time") from None
+        if not piece:
+            raise draining() if self.service.draining.is_set() else bad_framing(f"the connection ended within {what}")
+        return piece
+
     def read_head(self) -> bytes | None:
         """The request line and header without the empty line after them; None if the client sends nothing more."""
         options = self.service.options
-        deadline = time.monotonic() + (options.header_timeout if self.buffer else options.idle_timeout)
+        try:
+            self.buffer = self.buffer or self.read_some(time.monotonic() + options.idle_timeout)
+        except TimeoutError:
+            return None
+        if not self.buffer:
+            return None
+        self.server.phases[self.request], deadline = "reading", time.monotonic() + options.header_timeout
         while True:
             self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
             end = self.buffer.find(b"\r\n\r\n")
             check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
             if end >= 0:
-                self.server.phases[self.request] = "reading"
                 block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
                 return block
-            try:
-                piece = self.receive(deadline)
-            except TimeoutError:
-                if not self.buffer:
-                    return None
-                message = f"the header was not complete within {options.header_timeout:g} s"
-                raise Refusal(408, "request_timeout", message) from None
-            if not piece and not self.buffer:
-                return None
-            if not piece:
-                raise self.cut_short("the connection ended within the header")
-            if not self.buffer:
-                deadline = time.monotonic() + options.header_timeout
-                self.server.phases[self.request] = "reading"
-            self.buffer += piece
+            self.buffer += self.receive(deadline, "the header")
 
     def read_body(self, head: Head, length: int) -> bytes:
         """The body, exactly as long as announced."""
-        timeout = self.service.options.body_timeout
-        deadline, pieces, self.buffer = time.monotonic() + timeout, [self.buffer[:length]], self.buffer[length:]
-        missing = length - len(pieces[0])
-        if missing and head.headers.get("expect", "").lower() == "100-continue":
+        deadline, pieces, got = time.monotonic() + self.service.options.body_timeout, [self.buffer], len(self.buffer)
+        if got < length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while missing:
-            try:
-                piece = self.receive(deadline)
-            except TimeoutError:
-                raise Refusal(408, "request_timeout", f"body: {length - missing} of {length} bytes came within "
-                              f"{timeout:g} s") from None
-            if not piece:
-                raise self.cut_short(f"body: the connection ended after {length - missing} of {length} bytes")
-            pieces.append(piece[:missing])
-            self.buffer, missing = piece[missing:], max(0, missing - len(piece))
-        return b"".join(pieces)
-
-    def cut_short(self, message: str) -> Refusal:
-        return draining() if self.service.draining.is_set() else Refusal(400, "bad_framing", message)
+        while got < length:
+            pieces.append(self.receive(deadline, f"the body of {length} bytes"))
+            got += len(pieces[-1])
+        whole = b"".join(pieces)
+        self.buffer = whole[length:]
+        return whole[:length]
 
     def write(self, head: Head | None, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
@@ -248,7 +237,7 @@ class Connection(socketserver.BaseRequestHandler):
         deadline, left = time.monotonic() + seconds, MAX_DRAIN
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
-            while left > 0 and (piece := self.receive(deadline)):
+            while left > 0 and (piece := self.read_some(deadline)):
                 left -= len(piece)
 
     def hung_up(self) -> bool:
@@ -268,7 +257,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
 
     def __init__(self, service: "Service"):
-        self.service, self.phases, self.refused = service, {}, []
+        self.service, self.phases, self.refused = service, service.phases, []
         self.address_family = socket.AF_INET6 if ":" in service.options.host else socket.AF_INET
         super().__init__((service.options.host, service.options.port), Connection)
 
@@ -292,15 +281,10 @@ class Server(ThreadingHTTPServer):
             request.send(to_bytes(None, response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
-        if len(self.refused) > 256:
-            self.refused.pop(0)[1].close()
 
     def service_actions(self) -> None:
-        while self.refused and self.refused[0][0] < time.monotonic():
-            request = self.refused.pop(0)[1]
-            with contextlib.suppress(OSError):
-                request.recv(MIB)           # else closing resets
-            request.close()
+        while self.refused and (self.refused[0][0] < time.monotonic() or len(self.refused) > 256):
+            self.refused.pop(0)[1].close()
 
     def shutdown_request(self, request: socket.socket) -> None:
         self.phases.pop(request, None)
@@ -661,18 +645,15 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     return Utterance([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
-class Part(NamedTuple):
-    name: str
-    filename: str | None        # only whether there is one matters
-    content: bytes
-
-
 def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
 
-def parse_multipart(body: bytes, content_type: str) -> list[Part]:
-    """A form -> its parts. Cut at the boundaries on bytes; no file name is ever used as one. Source: RFC 2046, 7578."""
+def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """A form -> name, whether it is a file, and content of each part. Source: RFC 2046, 7578.
+
+    Cut at the boundaries on bytes; no file name is ever used as one.
+    """
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
@@ -690,20 +671,19 @@ def parse_multipart(body: bytes, content_type: str) -> list[Part]:
             raise bad_form(f"a part has no end, or its header is longer than {MAX_PART_HEAD} bytes")
         if len(parts) == MAX_PARTS:
             raise bad_form(f"more than {MAX_PARTS} parts")
-        parts.append(parse_part(body[line + 2:blank], body[blank + 4:end]))
+        parts.append(parse_part(body[line + 2:blank].decode("utf-8", "replace"), body[blank + 4:end]))
         at = end + 2
     return parts
 
 
-def parse_part(head: bytes, content: bytes) -> Part:
-    """The header lines of a part and its content."""
-    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head.decode("utf-8", "replace"),
-                      re.IGNORECASE | re.MULTILINE)
+def parse_part(head: str, content: bytes) -> tuple[str, bool, bytes]:
+    """The header lines of a part and its content -> name, whether it is a file, content."""
+    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head, re.IGNORECASE | re.MULTILINE)
     pairs = re.findall(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))', match[1]) if match else []
     values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
     if not values.get("name"):
         raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-    return Part(values["name"], values.get("filename", values.get("filename*")), content)
+    return values["name"], bool(values.keys() & {"filename", "filename*"}), content
 
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
@@ -712,20 +692,17 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
     Files of other names are left aside.
     """
     files, fields = [], {}
-    for part in parse_multipart(body, content_type):
-        if part.filename is not None:
-            files += [part.content] if part.name == "file" else []
+    for name, is_file, content in parse_multipart(body, content_type):
+        if is_file:
+            files += [content] if name == "file" else []
             continue
-        if part.name == "file":
+        if name == "file":
             raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
         try:
-            text = part.content.decode()
+            text = content.decode()
         except UnicodeDecodeError:
             raise bad_form("a field is not UTF-8") from None
-        if part.name.endswith("[]"):
-            fields.setdefault(part.name, []).append(text)
-        else:
-            fields[part.name] = text
+        fields[name] = [*fields.get(name, []), text] if name.endswith("[]") else text
     if len(files) != 1:
         raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
     return files[0], fields
@@ -1014,7 +991,7 @@ class Service(NamedTuple):
     key: str                    # "" = anybody may
     created: int                # seconds since 1970: of the checkpoint
     started: float              # monotonic
-    phases: Callable[[], Sequence[str]]     # of the open connections
+    phases: dict[socket.socket, str]    # of the open connections: idle, reading or busy
     parsing: threading.Lock     # one body at a time: its parser keeps the interpreter, and so would all others in turn
 
     @property
@@ -1140,7 +1117,6 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 HISTOGRAMS = {"asr_request_duration_seconds": SECONDS, "asr_queue_seconds": SECONDS, "asr_inference_seconds": SECONDS,
               "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64)}
-COUNTERS = ("asr_requests_total", "asr_audio_seconds_total", "asr_tokens_total", "asr_rejected_total")
 HELP = {"asr_requests_total": "answers by route and status; 499: the client left",
         "asr_request_duration_seconds": "from the end of a request's header to its answer",
         "asr_queue_seconds": "from the queue to the model", "asr_inference_seconds": "of one forward pass",
@@ -1181,34 +1157,30 @@ class Metrics:
     def text(self, gauges: dict[str, float]) -> str:
         """Everything in Prometheus' text format 0.0.4."""
         with self.lock:
-            sums, histograms = dict(self.sums), {key: list(row) for key, row in self.histograms.items()}
+            sums = {**self.sums, **{(name, ""): value for name, value in gauges.items()}}
+            histograms = {key: list(row) for key, row in self.histograms.items()}
         lines = []
-        for name in COUNTERS:
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} counter"]
-            lines += [f"{name}{labels} {value:.10g}" for (key, labels), value in sorted(sums.items()) if key == name]
-        for name, bounds in HISTOGRAMS.items():
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} histogram"]
-            rows = {labels: row for (known, labels), row in sorted(histograms.items()) if known == name}
-            for labels, row in (rows or {"": [0] * (len(bounds) + 2)}).items():
-                comma, braces = "," if labels else "", f"{{{labels}}}" if labels else ""
-                totals = np.cumsum(row[:-1])
-                lines += [f'{name}_bucket{{{labels}{comma}le="{bound}"}} {total:.0f}'
-                          for bound, total in zip((*bounds, "+Inf"), totals)]
-                lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
-        for name, value in gauges.items():
-            lines += [f"# HELP {name} {HELP[name]}", f"# TYPE {name} gauge", f"{name} {value:.17g}"]
+        for name, meaning in HELP.items():
+            kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            lines += [f"{name}{labels} {value:.17g}" for (key, labels), value in sorted(sums.items()) if key == name]
+            for (key, label), row in sorted(histograms.items()):
+                if key == name:
+                    comma, braces, totals = "," if label else "", f"{{{label}}}" if label else "", np.cumsum(row[:-1])
+                    lines += [f'{name}_bucket{{{label}{comma}le="{bound}"}} {total:.0f}'
+                              for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
+                    lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
         return "\n".join(lines) + "\n"
 
 
 def resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:         # no /proc: the peak, which macOS counts in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """0 where there is no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
 
 
 def metrics_text(service: Service) -> str:
-    phases, sums = service.phases(), service.metrics.sums
+    phases, sums = list(service.phases.values()), service.metrics.sums
     padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
     return service.metrics.text({
         "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
@@ -1269,17 +1241,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0) -> Service:
     """A service without a socket; its batcher's thread is not started."""
-    metrics = Metrics()
+    metrics, key = Metrics(), os.environ.get("ASR_API_KEY", "")
     batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
-    key = os.environ.get("ASR_API_KEY", "")
-    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), tuple,
+    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), {},
                    threading.Lock())
 
 
 def start(service: Service) -> Server:
     """Start the inference thread and the server's -> the server, listening."""
     server = Server(service)        # fails before there are threads
-    server.service = service._replace(phases=lambda: list(server.phases.values()))
     threading.Thread(target=service.batcher.run, daemon=True, name="inference").start()
     threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True, name="accept").start()
     return server
@@ -1352,14 +1322,12 @@ def main(argv: Sequence[str]) -> int:
 def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """A server of its own process -> its port, and the seconds from its start until it listened."""
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
-               "--threads", str(options.threads)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device",
+                                options.device, "--threads", str(options.threads)], stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
-    match = re.search(r"http://[^:]+:(\d+)", line)
+    ready, match = time.perf_counter() - started, re.search(r"http://[^:]+:(\d+)", line)
     if not match:
         raise ValueError(f"the server did not start: {line.strip()}")
-    ready = time.perf_counter() - started
     threading.Thread(target=process.stderr.read, daemon=True).start()
     try:
         yield int(match[1]), ready
@@ -1368,40 +1336,28 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def exchange(connection: socket.socket, request: bytes) -> tuple[float, bytes]:
-    """-> milliseconds from the request's first byte to the answer's last, and its body. ValueError unless it is 200."""
-    started, got, end = time.perf_counter(), b"", math.inf
-    connection.sendall(request)
-    while len(got) < end and (piece := connection.recv(262144)):
-        got += piece
-        if end == math.inf and b"\r\n\r\n" in got:
-            end = got.index(b"\r\n\r\n") + 4 + int(re.search(rb"Content-Length: (\d+)", got)[1])
-    spent = (time.perf_counter() - started) * 1e3
-    if not got.startswith(b"HTTP/1.1 200"):
-        raise ValueError(f"wanted 200, got {got[:200]!r}")
-    return spent, got.partition(b"\r\n\r\n")[2]
-
-
-def time_clients(port: int, requests: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send requests from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
-    def work(mine: Sequence[bytes]) -> list[tuple[float, bytes]]:
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return [exchange(connection, request) for request in mine]
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
+        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
+        for body in mine:
+            started = time.perf_counter()
+            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
+            answered = connection.getresponse().read()
+            found.append(((time.perf_counter() - started) * 1e3, json.loads(answered)["timing"]))
+        connection.close()
+        return found
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        found = [one for each in pool.map(work, [requests[i::clients] for i in range(clients)]) for one in each]
-    return time.perf_counter() - started, [(spent, json.loads(body)["timing"]) for spent, body in found]
+        found = [one for each in pool.map(work, [bodies[i::clients] for i in range(clients)]) for one in each]
+    return time.perf_counter() - started, found
 
 
-def median_ms(call: Callable[[], Any], times: int) -> float:
-    spent = []
-    for _ in range(times):
-        started = time.perf_counter()
-        call()
-        spent.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(spent)
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
 
 
 def benchmark(options: argparse.Namespace) -> int:
@@ -1409,31 +1365,26 @@ def benchmark(options: argparse.Namespace) -> int:
     system = decode.load_system(options.checkpoint, options.device)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
-    def request(frames: int) -> bytes:
+    def body(frames: int) -> bytes:
         feats = mean + rng.standard_normal((frames, len(mean)))
-        body = json.dumps({"features": feats.round(4).tolist()}).encode()
-        return (b"POST /transcribe HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        return json.dumps({"features": feats.round(4).tolist()}).encode()
 
-    mixed, equal = [request(n) for n in rng.integers(10, 261, 160)], [request(100) for _ in range(160)]
+    mixed, equal = [body(n) for n in rng.integers(10, 261, 160)], [body(100) for _ in range(160)]
     largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
-    importing = median_ms(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), 1) / 1e3
+    importing = seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True))
     with running(options) as (port, ready):
         time_clients(port, mixed[:32], 4)
         alone = [spent - timing["infer_ms"] for spent, timing in time_clients(port, equal, 1)[1]]
-        rates = {(name, n): len(requests) / time_clients(port, requests, n)[0]
-                 for name, requests in (("mixed", mixed), ("equal", equal)) for n in (1, 16)}
+        rates = [[len(bodies) / time_clients(port, bodies, n)[0] for n in (1, 16)] for bodies in (mixed, equal)]
         crowd = time_clients(port, mixed * 2, 16)[1]
-    latencies, sizes = sorted(spent for spent, _ in crowd), [timing["batch_size"] for _, timing in crowd]
-    full, p99 = median_ms(lambda: recognise(system, largest), 5), latencies[int(0.99 * len(latencies))]
+    p99 = sorted(spent for spent, _ in crowd)[int(0.99 * len(crowd))]
+    full = 1e3 * statistics.median(seconds_of(lambda: recognise(system, largest)) for _ in range(5))
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {statistics.median(alone):8.2f} ms    (at most 3; 100 frames, JSON)")
-    for name, asked in (("mixed", 1.3), ("equal", 2.0)):
-        ratio = rates[name, 16] / rates[name, 1]
-        print(f"throughput, {name} lengths, 16 clients  {rates[name, 16]:8.1f} /s    {ratio:.2f} x one client "
-              f"({rates[name, 1]:.1f} /s; at least {asked})")
-    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch of 260 frames "
-          f"({full:.1f} ms; at most 3); {1 / statistics.fmean(1 / n for n in sizes):.1f} utterances in a batch")
+    for name, asked, (one, many) in zip(("mixed", "equal"), (1.3, 2.0), rates):
+        print(f"throughput, {name} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
+              f"{asked})")
+    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
     return 0
 
 
@@ -1458,90 +1409,58 @@ PAGE = r"""<!doctype html>
 <link rel="icon" href="data:,">
 <style nonce="NONCE">
 :root { --bg: #f4f2ed; --card: #fffefb; --ink: #201e1a; --soft: #6d685f; --line: #e2ded4; --accent: #3d52d5;
-  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f;
-    --shade: 0 1px 2px #0001, 0 12px 32px #0000000f; }
-@media (prefers-color-scheme: dark) { :root { --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f;
-  --line: #30333c;
-  --accent: #8b9bff; --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58;
-    --shade: 0 1px 2px #0006; } }
+  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f; }
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f; --line: #30333c; --accent: #8b9bff;
+  --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 40px 20px 64px; }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; margin-bottom: 22px; }
-h1 { font: 600 30px/1.15 Georgia, "Times New Roman", serif; letter-spacing: -.01em; margin: 0; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 940px; margin: 0 auto; padding: 32px 16px 48px; }
+header, .buttons, #ask, .top, .foot { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 12px; }
+h1 { font: 600 30px/1.15 Georgia, serif; margin: 0; }
 .soft { color: var(--soft); font-size: 14px; margin: 0; }
 #state { margin-left: auto; }
-#state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
-  background: var(--soft); margin-right: 7px; }
-#state.ok::before { background: var(--good); }
-#state.bad::before { background: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; box-shadow: var(--shade); }
-#drop { display: flex; align-items: center; gap: 22px; padding: 26px;
-  border: 1.5px dashed color-mix(in oklab, var(--soft) 45%, var(--line));
-  transition: border-color .15s, background .15s; }
+#state::before { content: "● "; }
+#state.ok::before { color: var(--good); }
+#state.bad::before { color: var(--bad); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; padding: 22px; margin-top: 18px;
+  box-shadow: 0 12px 32px #0000000f; }
+#drop { display: flex; flex-wrap: wrap; align-items: center; gap: 16px; border: 1.5px dashed var(--soft); }
 #drop.over { border-color: var(--accent); background: color-mix(in oklab, var(--accent) 9%, var(--card)); }
-#drop p { margin: 0; }
-#drop .lead { font-size: 18px; font-weight: 600; }
-#drop .ways { flex: 1; min-width: 0; }
-button, .file { font: inherit; font-size: 15px; color: inherit; background: none; border: 1px solid var(--line);
-  border-radius: 999px; padding: 8px 18px; cursor: pointer; }
+.ways { flex: 1 1 260px; }
+.lead { font-size: 18px; font-weight: 600; margin: 0; }
+button, .file, #key { font: inherit; font-size: 15px; color: inherit; background: none; cursor: pointer;
+  border: 1px solid var(--line); border-radius: 999px; padding: 7px 16px; }
 button:hover:enabled, .file:hover { border-color: var(--accent); }
 button:disabled { opacity: .5; cursor: not-allowed; }
 :focus-visible, .file:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
-.file { display: inline-block; background: var(--accent); border-color: var(--accent); color: var(--on-accent);
-  font-weight: 600; white-space: nowrap; }
+.file, #play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
 .file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-#record { display: inline-flex; align-items: center; gap: 9px; font-weight: 600; white-space: nowrap; }
-#record::before { content: ""; width: 11px; height: 11px; border-radius: 50%; background: var(--bad);
-  box-shadow: 0 0 0 calc(var(--level, 0) * 14px) color-mix(in oklab, var(--bad) 25%, transparent); }
+#record { font-weight: 600; }
+#record::before { content: "● "; color: var(--bad); }
 #record.on { border-color: var(--bad); }
-#record.on::before { border-radius: 3px; }
-.buttons { display: flex; gap: 10px; }
-#error { margin: 16px 0 0; padding: 13px 18px; border-radius: 12px;
-  border: 1px solid color-mix(in oklab, var(--bad) 45%, var(--line));
-  background: color-mix(in oklab, var(--bad) 9%, var(--card)); overflow-wrap: anywhere; }
-#ask { display: flex; gap: 10px; margin-top: 12px; }
-#ask input { flex: 1; min-width: 0; font: inherit; color: inherit; background: var(--card);
-  border: 1px solid var(--line); border-radius: 999px; padding: 8px 16px; }
-#result { margin-top: 18px; padding: 24px 26px 20px; }
-.top { display: flex; justify-content: space-between; align-items: baseline; gap: 16px; }
-#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
-.legend { display: flex; align-items: center; gap: 8px; white-space: nowrap; }
-.legend i { width: 64px; height: 6px; border-radius: 3px;
+#record.on::before { content: "■ "; }
+#error { margin: 16px 0; padding: 13px 18px; border: 1px solid var(--bad); border-radius: 12px;
+  overflow-wrap: anywhere; }
+.top { flex-wrap: nowrap; justify-content: space-between; }
+#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.legend { white-space: nowrap; }
+.legend i { display: inline-block; width: 48px; height: 6px; margin: 2px 6px; border-radius: 3px;
   background: linear-gradient(90deg in oklab, var(--bad), var(--good)); }
-#transcript { font: 27px/1.6 Georgia, "Times New Roman", serif; margin: 14px 0 18px; min-height: 40px;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+#transcript { font: 26px/1.6 Georgia, serif; margin: 14px 0 18px; white-space: pre-wrap; overflow-wrap: anywhere; }
 #transcript .none { color: var(--soft); font-style: italic; }
 .token { --hue: color-mix(in oklab, var(--good) calc(var(--sure) * 100%), var(--bad)); cursor: pointer;
-  border-radius: 4px; padding: 2px 1px;
-  background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
-    box-shadow: inset 0 -2px var(--hue); }
-.token:hover { background: color-mix(in oklab, var(--hue) 32%, transparent); }
-.token.now { background: var(--accent); color: var(--on-accent); }
-#scroll { overflow-x: auto; border-radius: 10px; }
+  padding: 2px 1px; background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
+  border-radius: 4px;
+  box-shadow: inset 0 -2px var(--hue); }
+.token.now, .token:hover { background: var(--accent); color: var(--on-accent); }
+#scroll { overflow-x: auto; }
 #strip { position: relative; height: 218px; cursor: pointer; }
-#strip canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
-#head { position: absolute; top: 0; bottom: 22px; left: 0; width: 2px; margin-left: -1px; background: var(--accent);
-  pointer-events: none; }
-.foot { display: flex; flex-wrap: wrap; align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px;
-  border-top: 1px solid var(--line); }
-.foot #facts { flex: 1; min-width: 210px; font-variant-numeric: tabular-nums; }
-.foot button { padding: 5px 14px; font-size: 14px; }
-#play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); min-width: 76px;
-  font-weight: 600; }
-.busy {
-  --glow: color-mix(in oklab, var(--accent) 25%, var(--card)); animation: sweep 1.2s linear infinite;
-  background: linear-gradient(90deg, var(--line), var(--glow), var(--line)) 0 / 200% 100%;
-  border-radius: 8px; height: 22px; margin: 10px 0; }
-.busy + .busy { width: 62%; }
-@keyframes sweep { to { background-position: -200% 0; } }
-@media (prefers-reduced-motion: reduce) { .busy { animation: none; } }
-@media (max-width: 640px) { main { padding: 24px 14px 40px; } #state { margin-left: 0; flex-basis: 100%; } #drop {
-  flex-direction: column; align-items: stretch; gap: 16px; padding: 20px; text-align: center; }
-  .buttons > * { flex: 1; text-align: center; justify-content: center; } #result { padding: 18px 16px 16px;
-    } #transcript { font-size: 22px; } .legend span { display: none; } }
-[hidden] { display: none !important; }
+#strip canvas { position: absolute; width: 100%; height: 100%; }
+#head { position: absolute; top: 0; bottom: 22px; width: 2px; background: var(--accent); pointer-events: none; }
+.foot { align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px; border-top: 1px solid var(--line); }
+#facts { flex: 1 1 210px; }
 </style>
 </head>
 <body>
@@ -1562,21 +1481,27 @@ button:disabled { opacity: .5; cursor: not-allowed; }
     </div>
   </section>
   <p id="error" role="alert" hidden></p>
-  <form id="ask" hidden><input id="key" type="password" autocomplete="off" aria-label="API key"
-      placeholder="API key"><button>Use this key</button></form>
+  <form id="ask" hidden>
+    <input id="key" type="password" autocomplete="off" aria-label="API key" placeholder="API key">
+    <button>Use this key</button>
+  </form>
   <section class="card" id="result" aria-label="Result" hidden>
-    <div class="top"><p class="soft" id="name"></p><p
-        class="soft legend"><span>less sure</span><i></i><span>sure</span></p></div>
+    <div class="top">
+      <p class="soft" id="name"></p>
+      <p class="soft legend">less sure<i></i>sure</p>
+    </div>
     <div id="transcript" aria-live="polite"></div>
     <div id="detail">
-      <div id="scroll"><div id="strip"><canvas id="picture" role="img"
-          aria-label="Waveform with token boundaries, and firing weights under it"></canvas><div
-          id="head"></div></div></div>
+      <div id="scroll"><div id="strip">
+        <canvas id="picture" role="img" aria-label="Waveform, token boundaries and firing weights"></canvas>
+        <div id="head"></div>
+      </div></div>
       <div class="foot">
         <button type="button" id="play">Play</button>
         <span class="soft" id="facts"></span>
-        <button type="button" data-export="txt">txt</button><button type="button"
-            data-export="srt">srt</button><button type="button" data-export="json">json</button>
+        <button type="button" data-export="txt">txt</button>
+        <button type="button" data-export="srt">srt</button>
+        <button type="button" data-export="json">json</button>
       </div>
     </div>
   </section>
@@ -1585,6 +1510,7 @@ button:disabled { opacity: .5; cursor: not-allowed; }
 <script nonce="NONCE">
 "use strict";
 const $ = id => document.getElementById(id), RATE = 16000, audio = $("audio");
+const make = (kind, values) => Object.assign(document.createElement(kind), values);
 let run = 0, shown = null, recorder = null, retry = null;
 
 // ---- a recording: decoded by the browser, sent as WAV ----
@@ -1599,26 +1525,18 @@ async function decodeAudio(blob) {
   return (await mix.startRendering()).getChannelData(0);
 }
 function toWav(samples) {
-  const view = new DataView(new ArrayBuffer(44 + 2 * samples.length));
-  const text = (at, s) => [...s].forEach((c, i) => view.setUint8(at + i, c.charCodeAt(0)));
-  text(0, "RIFF"); view.setUint32(4, 36 + 2 * samples.length, true); text(8, "WAVEfmt "); view.setUint32(16, 16,
-    true);
-  view.setUint16(20, 1, true); view.setUint16(22, 1, true); view.setUint32(24, RATE, true); view.setUint32(28,
-    2 * RATE, true);
-  view.setUint16(32, 2, true); view.setUint16(34, 16, true); text(36, "data"); view.setUint32(40, 2 * samples.length,
-    true);
-  samples.forEach((x, i) => view.setInt16(44 + 2 * i, Math.round(Math.max(-1, Math.min(1, x)) * 32767), true));
-  return new Blob([view], { type: "audio/wav" });
+  const shorts = (...values) => Uint16Array.from(values), longs = (...values) => Uint32Array.from(values);
+  const wave = Int16Array.from(samples, x => Math.round(Math.max(-1, Math.min(1, x)) * 32767));
+  return new Blob(["RIFF", longs(36 + wave.byteLength), "WAVEfmt ", longs(16), shorts(1, 1), longs(RATE, 2 * RATE),
+    shorts(2, 16), "data", longs(wave.byteLength), wave], { type: "audio/wav" });
 }
-async function send(wav) {
-  const headers = { "Content-Type": "audio/wav" };
-  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
-  let reply, body;
-  try { reply = await fetch("/transcribe?alignment=true", { method: "POST", headers, body: wav });
-    body = await reply.json(); }
-  catch { throw new Error("The server did not answer."); }
-  if (!reply.ok) throw Object.assign(new Error(body.error.message), { status: reply.status });
-  return body;
+async function send(path, body) {
+  const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
+  const reply = await fetch(path, { method: "POST", headers, body }).catch(() => {
+    throw new Error("The server did not answer.");
+  });
+  if (!reply.ok) throw Object.assign(new Error((await reply.json()).error.message), { status: reply.status });
+  return reply;
 }
 async function recognise(blob, name) {
   const mine = ++run;
@@ -1626,12 +1544,15 @@ async function recognise(blob, name) {
   $("error").hidden = $("ask").hidden = $("detail").hidden = true;
   $("result").hidden = false;
   $("name").textContent = name;
-  $("transcript").replaceChildren(...[0, 1].map(() => Object.assign(document.createElement("div"), {
-    className: "busy" })));
+  say("Listening …");
   try {
-    const samples = await decodeAudio(blob), wav = toWav(samples), found = await send(wav);
-    if (mine === run) show({ ...found, samples, name }, wav);
+    const samples = await decodeAudio(blob), wav = toWav(samples);
+    const found = await (await send("/transcribe?alignment=true", wav)).json();
+    if (mine === run) show({ found, samples, name, wav });
   } catch (error) { if (mine === run) fail(error.message, error.status); }
+}
+function say(textContent) {
+  $("transcript").replaceChildren(make("span", { className: "none", textContent }));
 }
 function fail(message, status) {
   $("transcript").replaceChildren(); $("result").hidden = true;
@@ -1641,75 +1562,73 @@ function fail(message, status) {
 // ---- the result ----
 const seconds = t => t.toFixed(2) + " s", percent = p => Math.round(100 * p) + " %";
 function tokenElement(token, i) {
-  const element = document.createElement("span"), text = token.token.replaceAll("▁", " ");
-  element.className = "token"; element.tabIndex = 0; element.role = "button";
-  element.textContent = text === " " ? text : text.trim();
-  element.title = percent(token.confidence) + " sure, " + token.start.toFixed(2) + " to " + seconds(token.end);
+  const text = token.token.replaceAll("▁", " ");
+  const element = make("span", { className: "token", tabIndex: 0, role: "button",
+    textContent: text === " " ? text : text.trim(), onclick: () => playFrom(token.start),
+    title: `${percent(token.confidence)} sure, ${token.start.toFixed(2)} to ${seconds(token.end)}` });
+  element.onkeydown = event => { if (event.key === "Enter") playFrom(token.start); };
   Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
   element.style.setProperty("--sure", token.confidence);
-  element.onclick = () => playFrom(token.start);
-  element.onkeydown = event => { if (event.key === "Enter" || event.key === " ") { event.preventDefault();
-    playFrom(token.start); } };
   return i && text !== " " && text.startsWith(" ") ? [" ", element] : [element];
 }
-function show(found, wav) {
-  shown = found;
-  URL.revokeObjectURL(audio.src); audio.src = URL.createObjectURL(wav);
-  const none = Object.assign(document.createElement("span"), { className: "none",
-    textContent: "No speech was recognised." });
-  $("transcript").replaceChildren(...(found.tokens.length ? found.tokens.flatMap(tokenElement) : [none]));
+function show(result) {
+  const { found, wav } = shown = result;
+  URL.revokeObjectURL(audio.src);
+  audio.src = URL.createObjectURL(wav);
+  $("transcript").replaceChildren(...found.tokens.flatMap(tokenElement));
+  if (!found.tokens.length) say("No speech was recognised.");
   $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
-    percent(found.confidence) + " sure",
-    found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
-  $("detail").hidden = false; $("scroll").scrollLeft = 0;
-  draw(); follow();
+    percent(found.confidence) + " sure", found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
+  $("detail").hidden = false;
+  draw();
+  follow();
 }
 
 // ---- waveform, token boundaries, firing weights ----
 function draw() {
   if (!shown) return;
-  const { samples, tokens, alignment, duration } = shown, style = getComputedStyle(document.documentElement);
-  const colour = name => style.getPropertyValue("--" + name).trim();
+  const { samples, found: { tokens, alignment, duration } } = shown, style = getComputedStyle(document.documentElement);
+  const colour = name => style.getPropertyValue("--" + name);
   $("strip").style.width = Math.max($("scroll").clientWidth, Math.min(duration * 56, 8000)) + "px";
-  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight,
-    ratio = Math.min(devicePixelRatio, 16000 / width);
-  canvas.width = width * ratio; canvas.height = height * ratio;
-  const pen = canvas.getContext("2d"), x = t => t / duration * width;
+  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight;
+  const pen = canvas.getContext("2d"), ratio = Math.min(devicePixelRatio, 16000 / width), x = t => t / duration * width;
+  canvas.width = width * ratio;
+  canvas.height = height * ratio;
   pen.scale(ratio, ratio);
   const loudest = samples.reduce((most, s) => Math.max(most, Math.abs(s)), 1e-3), step = samples.length / width;
   pen.fillStyle = colour("wave");
   for (let i = 0; i < width; i += 3) {
-    let peak = 0;
-    for (let j = Math.floor(i * step); j < Math.min((i + 3) * step, samples.length); j++) peak = Math.max(peak,
-      Math.abs(samples[j]));
-    const size = Math.max(1, peak / loudest * 46);
-    pen.beginPath(); pen.roundRect(i, 50 - size, 2, 2 * size, 1); pen.fill();
+    const part = samples.subarray(i * step, (i + 3) * step);
+    const size = Math.max(1, part.reduce((most, s) => Math.max(most, Math.abs(s)), 0) / loudest * 46);
+    pen.fillRect(i, 50 - size, 2, 2 * size);
   }
   pen.font = "13px system-ui, sans-serif"; pen.textAlign = "center";
   tokens.forEach((token, i) => {
     const from = x(token.start), to = x(token.end), text = token.token.replaceAll("▁", " ").trim();
-    pen.fillStyle = colour(i % 2 ? "bg" : "card"); pen.globalAlpha = .75; pen.fillRect(from, 102, to - from, 24);
-      pen.globalAlpha = 1;
-    pen.strokeStyle = colour("line"); pen.lineWidth = 1;
-    for (const at of [from, to]) { pen.beginPath(); pen.moveTo(at, 4); pen.lineTo(at, 194); pen.stroke(); }
+    pen.fillStyle = colour(i % 2 ? "bg" : "card");
+    pen.fillRect(from, 102, to - from, 24);
+    pen.fillStyle = colour("line");
+    for (const at of [from, to]) pen.fillRect(at, 4, 1, 190);
     pen.fillStyle = colour("ink");
     if (pen.measureText(text).width < to - from) pen.fillText(text, (from + to) / 2, 119);
   });
   const top = Math.max(.5, ...alignment.weights), bar = x(alignment.step);
   pen.fillStyle = colour("fire");
-  alignment.weights.forEach((w, i) => { pen.globalAlpha = .35 + .65 * w / top; pen.fillRect(i * bar,
-    194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top); });
-  pen.globalAlpha = 1; pen.fillStyle = colour("soft"); pen.font = "11px system-ui, sans-serif";
-    pen.textAlign = "left";
+  alignment.weights.forEach((w, i) => pen.fillRect(i * bar, 194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top));
+  pen.fillStyle = colour("soft");
+  pen.font = "11px system-ui, sans-serif";
+  pen.textAlign = "left";
   const tick = [.1, .2, .5, 1, 2, 5, 10, 30].find(s => x(s) >= 56) || 60;
-  for (let k = 0; k * tick < duration; k++) { pen.fillRect(x(k * tick), 194, 1, 5);
-    if (x(k * tick) < width - 40) pen.fillText(+(k * tick).toFixed(1) + " s", x(k * tick) + 4, 208); }
+  for (let at = 0; at < duration; at += tick) {
+    pen.fillRect(x(at), 194, 1, 5);
+    if (x(at) < width - 40) pen.fillText(+at.toFixed(1) + " s", x(at) + 4, 208);
+  }
   pen.fillText("firing weights", 2, 141);
 }
 function follow() {
   if (!shown) return;
   const now = audio.currentTime;
-  $("head").style.left = 100 * Math.min(1, now / shown.duration) + "%";
+  $("head").style.left = 100 * Math.min(1, now / shown.found.duration) + "%";
   $("play").textContent = audio.paused ? "Play" : "Pause";
   document.querySelectorAll(".token").forEach(e => e.classList.toggle("now", !audio.paused
     && now >= +e.dataset.start && now < +e.dataset.end));
@@ -1719,33 +1638,22 @@ function playFrom(time) { audio.currentTime = time; audio.play().catch(() => {})
 audio.onplay = audio.onpause = audio.onseeked = audio.onended = follow;
 $("play").onclick = () => audio.paused ? audio.play().catch(() => {}) : audio.pause();
 $("strip").onclick = event => shown
-  && playFrom((event.clientX - $("strip").getBoundingClientRect().left) / $("strip").clientWidth * shown.duration);
+  && playFrom(event.offsetX / $("strip").clientWidth * shown.found.duration);
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
-// ---- export ----
-function cues(tokens) {
-  const found = [];
-  for (const token of tokens) {
-    const last = found.at(-1), fresh = /^[▁ \u3040-\u9fff]/.test(token.token);
-    if (!last || fresh && (token.end - last.start > 7 || last.text.length > 80)) found.push({ start: token.start,
-      end: token.end, text: token.token });
-    else { last.end = token.end; last.text += token.token; }
-  }
-  return found.map(cue => ({ ...cue, text: cue.text.replaceAll("▁", " ").trim() })).filter(cue => cue.text);
-}
-const stamp = t => new Date(Math.round(t * 1000)).toISOString().slice(11, 23).replace(".", ",");
-const writers = {
-  txt: () => shown.text.trim() + "\n",
-  srt: () => cues(shown.tokens).map((c,
-    i) => `${i + 1}\n${stamp(c.start)} --> ${stamp(c.end)}\n${c.text}\n\n`).join(""),
-  json: () => JSON.stringify({ ...shown, samples: undefined }, null, 1) + "\n",
-};
-for (const button of document.querySelectorAll("[data-export]")) button.onclick = () => {
-  const link = document.createElement("a"), url = URL.createObjectURL(new Blob([writers[button.dataset.export]()]));
-  link.href = url; link.download = (shown.name.replace(/\.[^.]*$/, "") || "transcript") + "." + button.dataset.export;
-    link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
+// ---- export: subtitles and text as the server writes them ----
+for (const button of document.querySelectorAll("[data-export]")) button.onclick = async () => {
+  const kind = button.dataset.export, { found, wav, name } = shown, form = new FormData();
+  form.append("file", wav, "a.wav");
+  form.append("response_format", kind === "txt" ? "text" : kind);
+  try {
+    const content = kind === "json" ? JSON.stringify(found, null, 1)
+      : await (await send("/v1/audio/transcriptions", form)).text();
+    const url = URL.createObjectURL(new Blob([content]));
+    make("a", { href: url, download: name.replace(/\.[^.]*$/, "") + "." + kind }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  } catch (error) { fail(error.message, error.status); }
 };
 
 // ---- input ----
@@ -1761,25 +1669,22 @@ $("ask").onsubmit = event => { event.preventDefault(); if (retry) retry(); };
 
 async function record() {
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-  const pieces = [], context = new AudioContext(), meter = context.createAnalyser(),
-    wave = new Uint8Array(meter.fftSize), begun = Date.now();
-  context.createMediaStreamSource(stream).connect(meter);
+  const pieces = [], begun = new Date(), button = $("record");
+  const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
+  const timer = setInterval(tell, 250);
   recorder = new MediaRecorder(stream);
   recorder.ondataavailable = event => pieces.push(event.data);
   recorder.onstop = () => {
-    stream.getTracks().forEach(track => track.stop()); context.close();
-    recorder = null; $("record").classList.remove("on"); $("record").textContent = "Record";
-      $("record").style.removeProperty("--level");
-    recognise(new Blob(pieces), "recording " + new Date(begun).toLocaleTimeString());
+    stream.getTracks().forEach(track => track.stop());
+    clearInterval(timer);
+    recorder = null;
+    button.classList.remove("on");
+    button.textContent = "Record";
+    recognise(new Blob(pieces), "recording " + begun.toLocaleTimeString());
   };
-  recorder.start(); $("record").classList.add("on");
-  (function level() {
-    if (!recorder) return;
-    meter.getByteTimeDomainData(wave);
-    $("record").style.setProperty("--level", Math.min(1, Math.max(...wave.map(v => Math.abs(v - 128))) / 64));
-    $("record").textContent = "Stop " + ((Date.now() - begun) / 1000).toFixed(0) + " s";
-    requestAnimationFrame(level);
-  })();
+  recorder.start();
+  button.classList.add("on");
+  tell();
 }
 if (!navigator.mediaDevices || !window.MediaRecorder) { $("record").disabled = true;
   $("hint").textContent += " Recording needs https or localhost."; }
