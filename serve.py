@@ -1215,6 +1215,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--dtype", default="float32", choices=list(decode.PRECISIONS), help="of matrix products (default float32)")
+    add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
     add("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
     numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for more of them"),
                "max-batch-frames": (20000, "padded frames in a batch"),
@@ -1293,7 +1295,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
-    system = decode.load_system(options.checkpoint, options.device)
+    system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     recognise(system, [torch.zeros(50, system.stats.shape[1])])     # so that the first client does not wait for torch
     server = start(make_service(system, options, start_log(), int(Path(options.checkpoint).stat().st_mtime)))
     host, port = server.server_address[:2]
@@ -1322,8 +1324,9 @@ def main(argv: Sequence[str]) -> int:
 def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """A server of its own process -> its port, and the seconds from its start until it listened."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device",
-                                options.device, "--threads", str(options.threads)], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
+               "--threads", str(options.threads), "--dtype", options.dtype, *["--prepack"] * options.prepack]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
     ready, match = time.perf_counter() - started, re.search(r"http://[^:]+:(\d+)", line)
     if not match:
@@ -1362,7 +1365,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 def benchmark(options: argparse.Namespace) -> int:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = decode.load_system(options.checkpoint, options.device)
+    system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
     def body(frames: int) -> bytes:

@@ -1277,14 +1277,15 @@ def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
 
 # C94
 def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
-    (tmp_path / "wav.scp").write_text("".join(f"S0002W{i:06} /data/aishell/wav/S0002W{i:06}.wav\n" for i in range(2000)))
-    (tmp_path / "text").write_text("".join(f"S0002W{i:06} some words that are said {i}\n" for i in range(2000)))
+    names = [f"S0002W{i:06}" for i in range(20000)]
+    (tmp_path / "wav.scp").write_text("".join(f"{name} /data/aishell/wav/{name}.wav\n" for name in names))
+    (tmp_path / "text").write_text("".join(f"{name} some words that are said\n" for name in names))
     tracemalloc.start()
     rows = data.Manifest(tmp_path)
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert kept / 2000 < 200
-    assert rows[7] == data.Row("S0002W000007", "/data/aishell/wav/S0002W000007.wav", "some words that are said 7", None)
+    assert kept / 20000 < 200
+    assert rows[7] == data.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
 
 
 # C94
