@@ -1311,6 +1311,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
     if not 0 < arguments.batch_seconds < math.inf:
         parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
+    check_together(parser, arguments)
+    return arguments
+
+
+def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What options ask of each other; ends the program where they do not go together."""
     if not 0 < 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be above 0 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
@@ -1320,7 +1326,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
-    return arguments
 
 
 def batch_limits(arguments: argparse.Namespace, system: System,
