@@ -2506,7 +2506,7 @@ def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_e
             before = torch.tensor([[SOS, *text[:u]]])
             logits, _ = transformer.decoder(before, hidden[i:i + 1], lens[i:i + 1])
             wanted -= logits[0, -1].log_softmax(-1)[token].item()
-    assert float(transformer(feats, feat_lens, tokens, token_lens)[0]["ce"]) == pytest.approx(wanted, rel=1e-6)
+    assert transformer(feats, feat_lens, tokens, token_lens)[0]["ce"].item() == pytest.approx(wanted, rel=1e-6)
 
 
 # ---- model: all of it ----
