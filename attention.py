@@ -60,7 +60,7 @@ def padding_mask(lens: Tensor, T: int) -> Tensor:
 def key_mask(lens: Tensor, S: int) -> Tensor | None:
     """lens (B,) int64 -> (B,1,S) bool, True where the key is real, or None where all are, which spares every layer the
     masking. Looked for on the CPU only: for a GPU the program would have to wait. Raises as check_lens."""
-    if lens.device.type == "cpu" and lens.tolist() == [S] * lens.numel():
+    if S and lens.device.type == "cpu" and lens.tolist() == [S] * lens.numel():
         return None
     return padding_mask(lens, S)[:, None, :]
 

@@ -230,7 +230,9 @@ def _value_rules(config: Config) -> Iterator[Rule]:
     """Of every value alone."""
     for path, value in _walk(config):
         if path in CHOICES:
-            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path]))
+            near = get_close_matches(str(value), map(str, CHOICES[path]), 1)
+            hint = f" (did you mean '{near[0]}'?)" if near else ""
+            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path])) + hint
         numbers = value if isinstance(value, tuple) else (value,)
         for wanted, (test, names) in RANGES.items():
             if path.split(".")[-1] in names.split():

@@ -38,8 +38,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
+# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
+# busy neighbour delays every operator.
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -114,7 +116,8 @@ def runs_on(precision: str, device: torch.device) -> bool:
     """Whether the processor computes matrix products in this precision itself; what it emulates is slow."""
     if device.type != "cpu":
         return precision != "int8"
-    return {"float32": True, "int8": torch.cpu._is_avx2_supported(), "float16": torch.cpu._is_amx_fp16_supported(),
+    return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
+            "float16": torch.cpu._is_amx_fp16_supported(),
             "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]
 
 
@@ -129,8 +132,12 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     if not runs_on(precision, target):
         print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
         precision = "float32"
-    if target.type == "cpu" and (precision == "int8" or prepack and precision == "float32"):
-        linear = Int8Linear if precision == "int8" else PackedLinear
+    if prepack and (target.type != "cpu" or not torch.backends.mkldnn.is_available()):
+        print(f"warning: this {target.type} has no layout of its own for weights", file=sys.stderr)
+    elif prepack and precision == "float32":
+        linear = PackedLinear
+    if precision == "int8":
+        linear = Int8Linear
     system = load_directory(path, linear is None) if configs.is_published(path) else load_checkpoint(path)
     model = system.model.to(target).eval()
     if linear is not None:
@@ -687,9 +694,12 @@ def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
 
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Ctrl-C (KeyboardInterrupt) comes when the block has ended."""
-    pressed = []
-    usual = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    """Ctrl-C (KeyboardInterrupt) comes when the block has ended, or at once if it comes again."""
+    pressed, usual = [], signal.getsignal(signal.SIGINT)
+    if usual is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *about: usual(*about) if pressed else pressed.append(about))
     try:
         yield
     finally:
@@ -1106,8 +1116,9 @@ def benchmark(threads: int) -> int:
               "precision  weights   to load   to text        MB    peak", flush=True)
         layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
         for layout in layouts:
-            subprocess.run([sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())], cwd=here,
-                           check=True)
+            command = [sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())]
+            if subprocess.run(command, cwd=here).returncode:
+                raise ValueError(f"--benchmark: the process that measures {' '.join(layout)} has failed")
         systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
         time_loads(systems)
         time_batches(systems["float32", "laid out"])
@@ -1320,6 +1331,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if not 0 < 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be above 0 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
+    if arguments.prepack and arguments.dtype != "float32":
+        parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
         parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
     if arguments.format and not arguments.output:

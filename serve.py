@@ -45,8 +45,10 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
+# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
+# busy neighbour delays every operator.
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -194,15 +196,19 @@ class Connection(socketserver.BaseRequestHandler):
     def read_head(self) -> bytes | None:
         """The request line and header without the empty line after them; None if the client sends nothing more."""
         options = self.service.options
-        try:
-            self.buffer = self.buffer or self.read_some(time.monotonic() + options.idle_timeout)
-        except TimeoutError:
-            return None
-        if not self.buffer:
-            return None
+        deadline = time.monotonic() + options.idle_timeout
+        self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
+        while not self.buffer:
+            try:
+                piece = self.read_some(deadline)
+            except TimeoutError:
+                return None
+            if not piece:
+                return None
+            self.buffer = piece.removeprefix(b"\r\n")
         self.server.phases[self.request], deadline = "reading", time.monotonic() + options.header_timeout
         while True:
-            self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
+            self.buffer = self.buffer.removeprefix(b"\r\n")     # or one that came in two pieces
             end = self.buffer.find(b"\r\n\r\n")
             check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
             if end >= 0:
@@ -1327,12 +1333,16 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
                "--threads", str(options.threads), "--dtype", options.dtype, *["--prepack"] * options.prepack]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    line = process.stderr.readline()
-    ready, match = time.perf_counter() - started, re.search(r"http://[^:]+:(\d+)", line)
-    if not match:
-        raise ValueError(f"the server did not start: {line.strip()}")
-    threading.Thread(target=process.stderr.read, daemon=True).start()
     try:
+        said = []
+        for line in process.stderr:
+            said.append(line.strip())
+            if match := re.search(r"http://[^:]+:(\d+)", line):
+                break
+        else:
+            raise ValueError(f"the server did not start: {' '.join(said)}")
+        ready = time.perf_counter() - started
+        threading.Thread(target=process.stderr.read, daemon=True).start()
         yield int(match[1]), ready
     finally:
         process.terminate()
@@ -1346,8 +1356,11 @@ def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[floa
         for body in mine:
             started = time.perf_counter()
             connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-            answered = connection.getresponse().read()
-            found.append(((time.perf_counter() - started) * 1e3, json.loads(answered)["timing"]))
+            reply = connection.getresponse()
+            answered, spent = reply.read(), (time.perf_counter() - started) * 1e3
+            if reply.status != 200:
+                raise ValueError(f"wanted 200, got {reply.status} {answered[:200]!r}")
+            found.append((spent, json.loads(answered)["timing"]))
         connection.close()
         return found
 

@@ -1719,7 +1719,7 @@ def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride
 
 
 def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads():
-    assert key_mask(ints(4, 4), 4) is None
+    assert key_mask(ints(4, 4), 4) is None and key_mask(ints(0, 0), 0).shape == (2, 1, 0)
     assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
 
 
@@ -2674,6 +2674,15 @@ def test_a_non_finite_step_changes_nothing_and_says_so(tmp_path):
     assert not step.finite and not optimizer.steps
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
+
+
+# C19
+def test_a_step_whose_utterances_were_all_skipped_changes_nothing(tmp_path):
+    model = tiny_model(tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train.train_step(model, train.AdamW(model, 0.01), data.collate([data.Skip("a", "broken")]), 0.1,
+                     config.TrainingConfig())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # C24
@@ -3844,10 +3853,10 @@ def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(tmp_path, cap
     monkeypatch.setattr(decode, "WINDOW", 3)
     monkeypatch.setitem(decode.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
                         or decode.json_row(outcome))
-    usual = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before
     assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
     assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
-    assert signal.getsignal(signal.SIGINT) == usual
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # C121

@@ -44,8 +44,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # before torch is loaded: its idle threads spin for 10 us and then sleep. As long as they do
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # by default, a busy neighbour makes each operator wait for it
+# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
+# busy neighbour delays every operator.
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
@@ -126,11 +128,11 @@ def join_ranks(device: torch.device) -> None:
 
 def own_rank() -> int:
     """The number of this process among those of the run; number 0 writes."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def num_ranks() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @contextlib.contextmanager
@@ -210,7 +212,7 @@ class AdamW:
                                     beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
 
     def state_dict(self) -> dict:
-        """As that of torch's class, which load_state_dict takes too."""
+        """The entries `state` of torch's class, whose own state load_state_dict takes as well."""
         return {"state": {i: {"step": self.steps, **moments} for i, moments in enumerate(self.moments.values())}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -312,7 +314,8 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
         undo()
         return Step({}, 0, 0.0, False, parts)
     clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-    torch._foreach_mul_(gradients, clip / max(1.0, tokens))
+    if gradients:  # not where the whole batch was skipped
+        torch._foreach_mul_(gradients, clip / max(1.0, tokens))
     optimizer.step(rate)
     return Step(sums, int(own_tokens), grad_norm, True, parts)
 
@@ -732,7 +735,7 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     rate = learning_rate(number, total_steps, training)
     step = train_step(system.model, system.optimizer, batch, rate, training, number)
     if system.average is not system.model and step.finite:
-        share = newest_share(number, training.average_decay)
+        share = newest_share(system.optimizer.steps - 1, training.average_decay)  # skipped steps do not count
         for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
     if problem := trouble(step, training.accumulate):
