@@ -230,9 +230,7 @@ def _value_rules(config: Config) -> Iterator[Rule]:
     """Of every value alone."""
     for path, value in _walk(config):
         if path in CHOICES:
-            near = get_close_matches(str(value), map(str, CHOICES[path]), 1)
-            hint = f" (did you mean '{near[0]}'?)" if near else ""
-            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path])) + hint
+            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path]))
         numbers = value if isinstance(value, tuple) else (value,)
         for wanted, (test, names) in RANGES.items():
             if path.split(".")[-1] in names.split():
@@ -299,11 +297,19 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
                f"{longest} is {steps:.0f} encoder frames and the learnable table ends at {LEARNED_POSITIONS}")
 
 
+def _hint(path: str, value: Any) -> str:
+    """The choice that a value which is none of them was probably meant to be, in words."""
+    choices = list(map(str, CHOICES.get(path, ())))
+    near = get_close_matches(str(value), choices, 1) if str(value) not in choices else []
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
 def check(config: Config, place: str = "config") -> None:
     """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
     values = dict(_walk(config))
     rules = (*_value_rules(config), *_model_rules(config.model), *_data_rules(config.data), *_cross_rules(config))
-    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}" for path, right, wanted in rules if not right]
+    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}{_hint(path, values[path])}"
+              for path, right, wanted in rules if not right]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
 

@@ -340,9 +340,11 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_layers=-1": "model.encoder.num_layers: wanted 0 or more, got -1",
     "--model.encoder.subsampling=3": "model.encoder.subsampling: wanted 1 | 2 | 4, got 3",
     "--model.encoder.kind=conformr": "model.encoder.kind: wanted transformer | conformer | sanm | relative_conformer, "
-                                     "got 'conformr'",
+                                     "got 'conformr' "
+                                     "(did you mean 'conformer'?)",
     "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
-    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos'",
+    "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
+                               "(did you mean 'cosine'?)",
     "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
     "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
     "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
