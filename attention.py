@@ -270,6 +270,14 @@ class RelativeAttention(MultiHeadAttention):
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
 
+def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B,T,D) with zeros where mask (B,1,T) hides the step; with None nothing is hidden. Raises for other shapes."""
+    if mask is None:
+        return x
+    check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+    return x * mask.transpose(1, 2)
+
+
 def over_time(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
     """Convolution over the steps of x (B,T,C), which reaches so many steps, or zeros, back and ahead -> (B,T',D).
 
@@ -302,13 +310,10 @@ class SequenceMemory(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
         check_shape("x", x, "B", "T", self.weight.shape[0])
-        if mask is not None:
-            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+        x = hide_masked(x, mask)
         if x.shape[1] == 0:
             return x
-        x = x if mask is None else x * mask.transpose(1, 2)
-        x = self.dropout(x + over_time(x, self.weight, None, self.reach))
-        return x if mask is None else x * mask.transpose(1, 2)
+        return hide_masked(self.dropout(x + over_time(x, self.weight, None, self.reach)), mask)
 
 
 class SanmAttention(nn.Module):
@@ -424,10 +429,7 @@ class ConvolutionModule(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
         check_shape("x", x, "B", "T", self.gate.in_features)
-        if mask is not None:
-            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
-        x = F.glu(self.gate(x), dim=-1)
-        x = x if mask is None else x * mask.transpose(1, 2)
+        x = hide_masked(F.glu(self.gate(x), dim=-1), mask)
         x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
         return self.out(F.silu(self.norm(x)))
 
@@ -450,10 +452,7 @@ class BatchNormConvolution(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
         check_shape("x", x, "B", "T", self.gate.in_channels)
-        if mask is not None:
-            check_shape("mask", mask, x.shape[0], 1, x.shape[1])
-        x = F.glu(F.linear(x, self.gate.weight[:, :, 0], self.gate.bias), dim=-1)
-        x = x if mask is None else x * mask.transpose(1, 2)
+        x = hide_masked(F.glu(F.linear(x, self.gate.weight[:, :, 0], self.gate.bias), dim=-1), mask)
         x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
         if mask is None or not self.training:
             x = self.norm(x.transpose(1, 2)).transpose(1, 2)

@@ -1158,8 +1158,10 @@ KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # what reads feat
 def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> nn.Module:
     """The model itself with linear(it) for every nn.Linear that is in no part of KEPT, for evaluation only."""
     for name, child in model.named_children():
-        if isinstance(child, nn.Linear) and name not in KEPT:
+        if name in KEPT:
+            continue
+        if isinstance(child, nn.Linear):
             setattr(model, name, linear(child))  # one by one, so that no two layouts of the whole are held
-        elif name not in KEPT:
+        else:
             lay_out(child, linear)
     return model
