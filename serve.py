@@ -749,17 +749,19 @@ def parse_flag(name: str, value: Any) -> bool:
 RATIO = 1.5         # of lengths in a batch: beyond it, padding costs more than the batch saves
 
 
-def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list[int]:
+def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: int = 0) -> list[int]:
     """Whom to run next of those that wait, the oldest first in `lengths`: indices, the oldest among them.
 
-    The largest set around the oldest whose lengths lie within RATIO, of at most max_size utterances and max_frames
-    padded frames (one longer than that goes alone). Nobody starves, as everybody becomes the oldest.
+    The largest set around the oldest whose lengths lie within RATIO or within `slack` frames (pass_worth), of at most
+    max_size utterances and max_frames padded frames (one longer than that goes alone). Nobody starves, as everybody
+    becomes the oldest.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     oldest, best = order.index(0), [0]
     for low in range(max(0, oldest - max_size + 1), oldest + 1):
         shortest, high = lengths[order[low]], low
-        while (high < len(order) and high - low < max_size and lengths[order[high]] <= RATIO * shortest
+        most = max(RATIO * shortest, shortest + slack)
+        while (high < len(order) and high - low < max_size and lengths[order[high]] <= most
                and (high - low + 1) * lengths[order[high]] <= max_frames):
             high += 1
         if high > oldest and high - low > len(best):
@@ -788,8 +790,8 @@ class Batcher:
     """The queue, and the rule that makes batches of it. `run` is the one thread that owns the model."""
 
     def __init__(self, infer: "Callable[[list[Tensor]], list[Recognition]]", options: argparse.Namespace,
-                 metrics: "Metrics"):
-        self.infer, self.options, self.metrics = infer, options, metrics
+                 metrics: "Metrics", slack: int = 0):
+        self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
         self.changed = threading.Condition()
@@ -819,15 +821,15 @@ class Batcher:
     def poll(self, now: float) -> tuple[list[Job], float | None]:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
 
-        A batch waits for others only while it is not full, somebody is arriving, and its oldest has waited less than
-        max_wait_ms.
+        A batch waits for others only while somebody is arriving, the last who came did so less than max_wait_ms ago, and
+        fewer wait than a batch can hold.
         """
         if not self.waiting:
             return [], None
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
-                              self.options.max_batch_frames)
-        patience = self.waiting[0].queued + self.options.max_wait_ms / 1e3 - now
-        if self.arriving and len(chosen) < self.options.max_batch_size and patience > 0:
+                              self.options.max_batch_frames, self.slack)
+        patience = self.waiting[-1].queued + self.options.max_wait_ms / 1e3 - now
+        if self.arriving and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         batch = [self.waiting[i] for i in chosen]
         for i in sorted(chosen, reverse=True):
@@ -1224,7 +1226,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=list(decode.PRECISIONS), help="of matrix products (default float32)")
     add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
     add("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
-    numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for more of them"),
+    numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for one more of them"),
                "max-batch-frames": (20000, "padded frames in a batch"),
                "max-queue": (128, "utterances that may wait"),
                "request-timeout": (30.0, "s from a complete request to its answer"),
@@ -1247,10 +1249,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0) -> Service:
+def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
+                 slack: int = 0) -> Service:
     """A service without a socket; its batcher's thread is not started."""
     metrics, key = Metrics(), os.environ.get("ASR_API_KEY", "")
-    batcher = Batcher(lambda feats: recognise(system, feats), options, metrics)
+    batcher = Batcher(lambda feats: recognise(system, feats), options, metrics, slack)
     return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), {},
                    threading.Lock())
 
@@ -1283,6 +1286,22 @@ def drain(server: Server, timeout: float) -> None:
     server.server_close()
 
 
+def seconds_of(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def pass_worth(system: System) -> int:
+    """How many frames of padding cost as much as another pass through the model, measured: many for a small model."""
+    def seconds(frames: int) -> float:
+        feats = torch.zeros(frames, system.stats.shape[1])
+        return min(seconds_of(lambda: recognise(system, [feats])) for _ in range(3))
+
+    fixed, both = seconds(1), seconds(201)
+    return int(200 * fixed / max(both - fixed, 1e-6))
+
+
 def bound_memory() -> None:
     """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
 
@@ -1303,7 +1322,8 @@ def run(options: argparse.Namespace) -> int:
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     recognise(system, [torch.zeros(50, system.stats.shape[1])])     # so that the first client does not wait for torch
-    server = start(make_service(system, options, start_log(), int(Path(options.checkpoint).stat().st_mtime)))
+    created = int(Path(options.checkpoint).stat().st_mtime)
+    server = start(make_service(system, options, start_log(), created, pass_worth(system)))
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening on http://{shown}:{port} ({server.service.model}, {options.checkpoint}, {system.stats.device})",
@@ -1370,14 +1390,10 @@ def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[floa
     return time.perf_counter() - started, found
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
 def benchmark(options: argparse.Namespace) -> int:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 

@@ -5600,18 +5600,27 @@ def test_batch_request_answers_in_order(server):
 def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
     """Oracle: every subset, tried."""
     rng = np.random.default_rng(5)
-    for _ in range(60):
+    for slack in [0, 12] * 30:
         lengths = rng.integers(1, 40, rng.integers(1, 9)).tolist()
-        chosen = serve.choose_batch(lengths, 4, 90)
+        chosen = serve.choose_batch(lengths, 4, 90, slack)
 
         def allowed(group) -> bool:
             sizes = [lengths[i] for i in group]
-            return (0 in group and len(group) <= 4 and max(sizes) <= 1.5 * min(sizes)
+            return (0 in group and len(group) <= 4 and max(sizes) <= max(1.5 * min(sizes), min(sizes) + slack)
                     and (len(group) == 1 or max(sizes) * len(group) <= 90))
 
         groups = (group for n in range(1, 5) for group in itertools.combinations(range(len(lengths)), n))
         best = max(len(group) for group in groups if allowed(group))
         assert allowed(chosen) and len(chosen) == best == len(set(chosen))
+
+
+# C55
+def test_padding_is_weighed_against_another_pass(monkeypatch):
+    """A fake clock: a pass costs 6 ms and 0.02 ms for each frame, so 301 frames cost as much as a pass of one."""
+    clock = [0.0]
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(serve, "recognise", lambda system, feats: clock.__setitem__(0, clock[0] + 6 + 0.02 * len(feats[0])))
+    assert serve.pass_worth(argparse.Namespace(stats=torch.zeros(2, 8))) == pytest.approx(301, abs=1)
 
 
 # C131
@@ -5643,6 +5652,13 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
         assert batcher.poll(0.0051)[0] == [first]       # patience is over
         batcher.submit([first, second])
         assert batcher.poll(0.002)[0] == [first, second]        # full
+        batcher.submit([first, job(100, 0.0)])
+        assert batcher.poll(0.002)[0] == [first]        # as many wait as it could hold
+        batcher.waiting.clear()
+        batcher.options.max_batch_size = 3
+        batcher.submit([first, second])
+        assert batcher.poll(0.0055) == ([], pytest.approx(0.0005))      # counted from the last who came
+        batcher.waiting.clear()
         batcher.submit([first])
     assert batcher.poll(0.002)[0] == [first]            # nobody arrives
     batcher.submit([first, job(100, 0.0)])
