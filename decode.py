@@ -125,8 +125,9 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
                 prepack: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
 
-    Where the processor lacks the precision it is float32, with a warning. int8 and, on a CPU, prepack lay the weights
-    out for faster products; else those of a directory are read from the file when they are used, which starts sooner.
+    Where the processor lacks the precision, or the model is too small for it to pay, it is float32, with a warning.
+    int8 and, on a CPU, prepack lay the weights out for faster products; else those of a directory are read from the
+    file when they are used, which starts sooner.
     """
     target, linear = pick_device(device), None
     if not runs_on(precision, target):
@@ -141,7 +142,10 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     system = load_directory(path, linear is None) if configs.is_published(path) else load_checkpoint(path)
     model = system.model.to(target).eval()
     if linear is not None:
-        lay_out(model, linear)
+        if not lay_out(model, linear):
+            print("warning: this model has no matrix large enough for other products; going on in float32",
+                  file=sys.stderr)
+            precision = "float32"
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # glibc holds on to what is freed between blocks that stay
     return system._replace(stats=system.stats.to(target), model=model, precision=precision)

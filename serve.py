@@ -821,8 +821,8 @@ class Batcher:
     def poll(self, now: float) -> tuple[list[Job], float | None]:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
 
-        A batch waits for others only while somebody is arriving, the last who came did so less than max_wait_ms ago, and
-        fewer wait than a batch can hold.
+        A batch waits for others only while somebody is arriving, the last who came did so less than max_wait_ms ago,
+        and fewer wait than a batch can hold.
         """
         if not self.waiting:
             return [], None

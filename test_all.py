@@ -4951,9 +4951,10 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant):
+def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
-    8 bits for the weights alone 97% of all 262 tokens are kept."""
+    8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are too small to be laid out, but here."""
+    monkeypatch.setattr(model, "LARGE", 0)
     exact, packed = (decode.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
     small = decode.load_system(KIT / variant, "cpu", "int8")
     assert any(isinstance(layer, model.PackedLinear) for layer in packed.model.modules())
@@ -4970,6 +4971,20 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         sure = best[:, 0] - best[:, 1] > 0.1
         clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
     assert small.precision == "float32" or kept >= 0.86 * clear > 0
+
+
+# C140
+def test_only_large_matrices_are_laid_out_and_where_there_is_none_a_warning_says_so(tmp_path, capsys):
+    net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
+                         "c": nn.Sequential(nn.Linear(256, 1024))})
+    assert model.lay_out(net, lambda linear: nn.Identity()) == 2
+    assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
+        "Identity", "Linear", "Linear", "Identity"]
+    path = saved(tiny_system("manifest"), tmp_path / "a.pt")
+    for options in (("int8",), ("float32", True)):
+        if decode.runs_on(options[0], torch.device("cpu")):
+            assert decode.load_system(path, "cpu", *options).precision == "float32"
+            assert capsys.readouterr().err == "warning: this model has no matrix large enough for other products; going on in float32\n"
 
 
 # C141
