@@ -1598,7 +1598,9 @@ function tokenElement(token, i) {
   const element = make("span", { className: "token", tabIndex: 0, role: "button",
     textContent: text === " " ? text : text.trim(), onclick: () => playFrom(token.start),
     title: `${percent(token.confidence)} sure, ${token.start.toFixed(2)} to ${seconds(token.end)}` });
-  element.onkeydown = event => { if (event.key === "Enter") playFrom(token.start); };
+  element.onkeydown = event => {
+    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); playFrom(token.start); }
+  };
   Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
   element.style.setProperty("--sure", token.confidence);
   return i && text !== " " && text.startsWith(" ") ? [" ", element] : [element];
