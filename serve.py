@@ -1225,7 +1225,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", default="float32", choices=list(decode.PRECISIONS), help="of matrix products (default float32)")
     add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
-    add("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
+    add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice, one less for a small model")
     numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for one more of them"),
                "max-batch-frames": (20000, "padded frames in a batch"),
                "max-queue": (128, "utterances that may wait"),
@@ -1302,6 +1302,23 @@ def pass_worth(system: System) -> int:
     return int(200 * fixed / max(both - fixed, 1e-6))
 
 
+SMALL = 100     # a model of which a pass is worth so many frames, one second: parsing takes as long as it does
+
+
+def tune(system: System, options: argparse.Namespace) -> int:
+    """Set the threads of torch, with --threads 0 all but one for a small model, whose parsers need it -> pass_worth.
+
+    Runs the model, so that the first client does not wait for torch.
+    """
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recognise(system, [torch.zeros(50, system.stats.shape[1])])
+    slack = pass_worth(system)
+    if not options.threads and slack > SMALL:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    return slack
+
+
 def bound_memory() -> None:
     """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
 
@@ -1317,13 +1334,10 @@ def run(options: argparse.Namespace) -> int:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if options.threads:
-        torch.set_num_threads(options.threads)
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
-    recognise(system, [torch.zeros(50, system.stats.shape[1])])     # so that the first client does not wait for torch
-    created = int(Path(options.checkpoint).stat().st_mtime)
-    server = start(make_service(system, options, start_log(), created, pass_worth(system)))
+    slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
+    server = start(make_service(system, options, start_log(), created, slack))
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening on http://{shown}:{port} ({server.service.model}, {options.checkpoint}, {system.stats.device})",
@@ -1392,9 +1406,8 @@ def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[floa
 
 def benchmark(options: argparse.Namespace) -> int:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    tune(system, options)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
     def body(frames: int) -> bytes:

@@ -5638,6 +5638,18 @@ def test_padding_is_weighed_against_another_pass(monkeypatch):
     assert serve.pass_worth(argparse.Namespace(stats=torch.zeros(2, 8))) == pytest.approx(301, abs=1)
 
 
+# C55
+@pytest.mark.parametrize("asked, worth, threads", [(0, 20, [4, 4]), (0, 300, [4, 4, 3]), (2, 300, [4, 2, 2])])
+def test_a_small_model_leaves_a_core_to_the_parsers(monkeypatch, asked, worth, threads):
+    set_to = [4]
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: set_to[-1])
+    monkeypatch.setattr(serve, "recognise", lambda system, feats: None)
+    monkeypatch.setattr(serve, "pass_worth", lambda system: set_to.append(set_to[-1]) or worth)
+    assert serve.tune(argparse.Namespace(stats=torch.zeros(2, 8)), argparse.Namespace(threads=asked)) == worth
+    assert set_to == threads
+
+
 # C131
 def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
     """A fake clock: each client asks anew when answered; a batch costs 6 ms, and 0.017 ms for each padded frame."""
