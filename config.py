@@ -111,6 +111,7 @@ class ToyConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     speeds: tuple[float, ...] = (1.0,)   # speed factors above 0; one is drawn per utterance and epoch
+    snr_db: tuple[float, ...] = ()       # noise is added, so many dB below the speech, from and to; () = none
     channel_std: float = 0.0             # random smooth curve over the bins, in deviations of the features; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
     freq_width: int = 0                  # their largest width, bins, at most num_mels
@@ -269,12 +270,16 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
 def _data_rules(data: DataConfig) -> Iterator[Rule]:
     toy = data.toy
     for name, value, only in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
-                              ("augment.speeds", data.augment.speeds, (1.0,))):
+                              ("augment.speeds", data.augment.speeds, (1.0,)),
+                              ("augment.snr_db", data.augment.snr_db, ())):
         yield f"data.{name}", value == only or data.kind != "toy", f"{_show(only)} for kind toy"
     yield "data.toy.max_symbols", toy.max_symbols >= toy.min_symbols, f"at least min_symbols {toy.min_symbols}"
     yield "data.toy.max_frames", toy.max_frames >= 3 * toy.min_frames, f"at least 3 x min_frames {toy.min_frames}"
     yield "data.toy.blend_frames", toy.blend_frames <= toy.min_frames, f"at most min_frames {toy.min_frames}"
     yield "data.max_sec", data.max_sec >= data.min_sec, f"at least min_sec {data.min_sec}"
+    snr = data.augment.snr_db
+    yield ("data.augment.snr_db", not snr or len(snr) == 2 and -math.inf < snr[0] <= snr[1] < math.inf,
+           "[] or two numbers, the lower first")
     yield "data.augment.freq_width", data.augment.freq_width <= data.num_mels, f"at most num_mels {data.num_mels}"
 
 

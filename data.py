@@ -519,6 +519,15 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, index))
 
 
+def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Generator) -> Tensor:
+    """samples (N,) and noise, whose level is drawn between two signal-to-noise ratios in dB -> a copy. Its colour is
+    drawn as well, between white and what the mean of two neighbours leaves of that."""
+    white = rng.standard_normal(len(samples) + 1, dtype=np.float32)
+    noise = torch.from_numpy(white[1:] + np.float32(rng.uniform()) * white[:-1])
+    level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.square().mean().sqrt()
+    return samples + noise * (level / noise.square().mean().sqrt())
+
+
 def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
     """(size,) bool, True but for one random span of 0..widest."""
     width = rng.integers(min(widest, size) + 1)
@@ -870,8 +879,8 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
 
-    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, and SpecAugment,
-    both pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the encoder's
+    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, noise, and SpecAugment,
+    all pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the encoder's
     subsampling).
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
@@ -950,6 +959,8 @@ class ManifestDataset(Dataset):
             return loaded
         samples, rate_hz, seconds = loaded
         speed, rng = self._speed(epoch, index)
+        if self.augment and self.options.augment.snr_db:
+            samples = add_noise(samples, self.options.augment.snr_db, rng)
         feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
         if not feats.isfinite().all():
             return Skip(row.key, "features not finite: are the samples of a float WAV far beyond 1?")

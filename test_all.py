@@ -229,7 +229,7 @@ def random_config(rng, section):
         if is_dataclass(value):
             return random_config(rng, value)
         if isinstance(value, tuple):
-            return tuple(draw(rng.choice(value)) for _ in range(rng.randint(0, 3)))
+            return tuple(draw(rng.choice(value or (0.5,))) for _ in range(rng.randint(0, 3)))
         if isinstance(value, str):
             return "".join(rng.choices("ab1e \t\n\r\0'\"\\:#[]{},-é中\x85\u2028\ufeff\ud800😀", k=rng.randint(0, 8)))
         if isinstance(value, bool):
@@ -392,6 +392,9 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
 @pytest.mark.parametrize("overrides, line", [
     (["--data.augment.speeds=[0.9, 1]"], "data.augment.speeds: wanted [1.0] for kind toy, got [0.9, 1.0]"),
     (["--data.unit=word"], "data.unit: wanted 'char' for kind toy, got 'word'"),
+    (["--data.augment.snr_db=[5, 20]"], "data.augment.snr_db: wanted [] for kind toy, got [5.0, 20.0]"),
+    ([*MANIFESTS, "--data.augment.snr_db=[5]"], "data.augment.snr_db: wanted [] or two numbers, the lower first, got [5.0]"),
+    ([*MANIFESTS, "--data.augment.snr_db=[-5, 20]"], ""),
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
     (["--model.encoder.position=learnable"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
@@ -655,7 +658,7 @@ def letters(text: str) -> list[int]:
 def data_options(**changes) -> SimpleNamespace:
     toy = SimpleNamespace(num_train=20, num_dev=10, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6,
                           max_frames=20, blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5)
-    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), channel_std=0.0, freq_masks=2, freq_width=5, time_masks=2,
+    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), snr_db=(), channel_std=0.0, freq_masks=2, freq_width=5, time_masks=2,
                               time_width=4, time_share=0.2)
     return SimpleNamespace(**{**dict(kind="toy", sample_rate=8000, num_mels=20, lfr_m=2, lfr_n=2, min_sec=0.1,
                                      max_sec=2.0, toy=toy, augment=augment), **changes})
@@ -1032,6 +1035,20 @@ def test_wrong_shapes_are_named(call, words):
 
 # ---- data: augmentation ----
 
+def test_noise_is_as_loud_as_drawn_and_between_white_and_dull():
+    samples = torch.from_numpy(tone(1.0, 8000)).float()
+    ratios, colours = [], []
+    for index in range(60):
+        noisy = data.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index))
+        assert torch.equal(noisy, data.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index)))
+        noise = (noisy - samples).double()
+        ratios.append(10 * math.log10(samples.double().square().mean() / noise.square().mean()))
+        colours.append(float((noise[1:] * noise[:-1]).mean() / noise.square().mean()))
+    assert 5 <= min(ratios) < 7 and 23 < max(ratios) <= 25
+    assert -0.05 < min(colours) < 0.1 and 0.4 < max(colours) < 0.55        # of neighbours: 0 white, 0.5 their mean
+    assert torch.equal(data.add_noise(torch.zeros(50), (0.0, 0.0), data.generator(0, 0, 0)), torch.zeros(50))
+
+
 def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     """Ones in: what comes out 0 must be the union of whole frames and of bins repeated in both stacked blocks."""
     options, widest_bins, widest_frames = data_options(), 0, 0
@@ -1369,7 +1386,9 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
 # C16
 def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):
     path = recordings(tmp_path, 12)
-    make = lambda seed: data.ManifestDataset(path, data_options(), letters, seed=seed, augment=True)
+    options = data_options()
+    options.augment.snr_db = 5.0, 30.0
+    make = lambda seed: data.ManifestDataset(path, options, letters, seed=seed, augment=True)
     batches = data.make_batches(make(0).epoch_lengths(2), 4, 10**6, seed=0, epoch=2)
     random_state = torch.get_rng_state()
     runs = [list(data.loader(make(0), batches, 2, num_workers=n)) for n in (0, 2)]
