@@ -545,18 +545,31 @@ def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.nd
     return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
 
-def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
-    """Change the channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean -> a copy.
+def stretch_bins(feats: Tensor, num_mels: int, factor: float) -> Tensor:
+    """feats (T, a multiple of num_mels) with what stood at mel bin factor * m, between two bins, at bin m; where there
+    is no such bin, the last one. A vocal tract of another length does about this. Source: Jaitly & Hinton 2013 (VTLP).
+    """
+    place = np.clip((np.arange(num_mels) + 0.5) * factor - 0.5, 0, num_mels - 1)
+    low, share = place.astype(int), torch.from_numpy(place % 1).to(feats)
+    x = feats.unflatten(1, (-1, num_mels))
+    return (x[:, :, low] * (1 - share) + x[:, :, np.minimum(low + 1, num_mels - 1)] * share).flatten(1)
 
-    options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
-    0..time_width frames, each at most time_share of T. A band hits the same of the options.num_mels bins in each of the
-    frames that lfr stacked.
+
+def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
+    """Change speaker and channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean
+    -> a copy.
+
+    options.augment: stretch_bins by 1 - vtlp to 1 + vtlp; channel_std as in random_channel; freq_masks bands of
+    0..freq_width mel bins; time_masks spans of 0..time_width frames, each at most time_share of T. A band hits the same
+    of the options.num_mels bins in each of the frames that lfr stacked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
     mels, augment = options.num_mels, options.augment
     if feats.dim() != 2 or feats.shape[1] % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
     T, F = feats.shape
+    if augment.vtlp:
+        feats = stretch_bins(feats, mels, rng.uniform(1 - augment.vtlp, 1 + augment.vtlp))
     if augment.channel_std:
         feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
     bins, frames = np.ones(mels, bool), np.ones(T, bool)
@@ -879,9 +892,9 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
 
-    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, noise, and SpecAugment,
-    all pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the encoder's
-    subsampling).
+    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, noise, and
+    SpecAugment, all pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the
+    encoder's subsampling).
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
     any length is taken, and a recording below one window, or above whole_sec, has T == 0. Raises ValueError on a bad

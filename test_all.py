@@ -658,7 +658,7 @@ def letters(text: str) -> list[int]:
 def data_options(**changes) -> SimpleNamespace:
     toy = SimpleNamespace(num_train=20, num_dev=10, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6,
                           max_frames=20, blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5)
-    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), snr_db=(), channel_std=0.0, freq_masks=2, freq_width=5, time_masks=2,
+    augment = SimpleNamespace(speeds=(0.9, 1.0, 1.1), snr_db=(), vtlp=0.0, channel_std=0.0, freq_masks=2, freq_width=5, time_masks=2,
                               time_width=4, time_share=0.2)
     return SimpleNamespace(**{**dict(kind="toy", sample_rate=8000, num_mels=20, lfr_m=2, lfr_n=2, min_sec=0.1,
                                      max_sec=2.0, toy=toy, augment=augment), **changes})
@@ -1064,6 +1064,26 @@ def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     options.augment.time_share = 0.04                               # of 30 frames: one
     assert max(int((data.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
                for i in range(100)) == 2
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.23])
+def test_stretched_bins_of_a_straight_line_are_a_line_of_another_slope(factor):
+    """Interpolation is exact on straight lines: bin m, whose middle is m + 0.5, shows the line at factor (m + 0.5)."""
+    slope, start = torch.randn(2, 5, 2, 1, generator=torch.Generator().manual_seed(0))
+    middle = torch.arange(20) + 0.5
+    out = data.stretch_bins((slope * middle + start).flatten(1), 20, factor)
+    wanted = slope * (factor * middle).clamp(0.5, 19.5) + start
+    torch.testing.assert_close(out, wanted.flatten(1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(data.stretch_bins(slope[:, :, 0], 1, factor), slope[:, :, 0])
+
+
+def test_vtlp_stretches_by_a_factor_drawn_on_both_sides_of_one():
+    options = data_options()
+    options.augment.freq_masks = options.augment.time_masks = 0
+    options.augment.vtlp = 0.1
+    line = (torch.arange(20) + 0.5).repeat(3, 2)
+    factors = [float(data.spec_augment(line, options, data.generator(0, 1, i))[0, 9]) / 9.5 for i in range(200)]
+    assert 0.9 <= min(factors) < 0.91 and 1.09 < max(factors) <= 1.1
 
 
 def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
