@@ -174,7 +174,7 @@ class PieceTokenizer:
         """
         try:
             text = Path(tokens).read_text("utf-8-sig")
-            symbols = json.loads(text) if Path(tokens).suffix == ".json" else text.splitlines()
+            symbols = json.loads(text) if Path(tokens).suffix == ".json" else text.removesuffix("\n").split("\n")
             lines = Path(dictionary).read_text("utf-8-sig").splitlines() if dictionary else []
         except (OSError, ValueError) as error:
             raise ValueError(f"{tokens}: wanted a list of symbols and a dictionary beside it, got {error}") from None
