@@ -1028,19 +1028,25 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
     return len(batches) / np.min(seconds, 0).sum(0)
 
 
-def first_step_sec(path: str, runs: str) -> float:
-    """From the command to the checkpoint behind the first step."""
-    command = [sys.executable, __file__, path, "--runs", runs, "--training.checkpoint_steps=1"]
-    started = time.perf_counter()
+def first_step_sec(config: configs.Config, folder: Path) -> float:
+    """From the command to the checkpoint behind the first step. Raises ValueError if the run ends before it."""
+    folder.mkdir()
+    stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
+    data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
+    command = [sys.executable, __file__, str(folder / "config.yaml"), "--runs", str(folder)]
+    started, done = time.perf_counter(), False
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list(Path(runs).glob("2*/checkpoints/previous.pt")):
+        while not done and process.poll() is None:
             time.sleep(0.005)
+            done = any(folder.glob("2*/checkpoints/previous.pt"))
         spent = time.perf_counter() - started
         process.kill()
+    if not done:
+        raise ValueError("--benchmark: the run that was to take one step ended before it; its message is above")
     return spent
 
 
-def benchmark(path: str, config: configs.Config) -> Iterator[str]:
+def benchmark(config: configs.Config) -> Iterator[str]:
     """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
     config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
     form = "{:<64}{:>14}{:>12}".format
@@ -1060,7 +1066,7 @@ def benchmark(path: str, config: configs.Config) -> Iterator[str]:
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
                    "< 2%")
         torch_sec = min(seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"])) for _ in range(2))
-        first_sec = first_step_sec(path, f"{runs}/first")
+        first_sec = first_step_sec(config, Path(runs) / "first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
 
@@ -1150,7 +1156,7 @@ def main(argv: Sequence[str]) -> int:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
             if arguments.dry_run or arguments.benchmark:
-                for line in describe(config) if arguments.dry_run else benchmark(arguments.config, config):
+                for line in describe(config) if arguments.dry_run else benchmark(config):
                     print(line, flush=True)
                 return 0
             (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
