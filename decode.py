@@ -125,7 +125,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
                 prepack: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
 
-    Where the processor lacks the precision, or the model is too small for it to pay, it is float32, with a warning.
+    Where the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
     int8 and, on a CPU, prepack lay the weights out for faster products; else those of a directory are read from the
     file when they are used, which starts sooner.
     """
@@ -143,7 +143,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     model = system.model.to(target).eval()
     if linear is not None:
         if not lay_out(model, linear):
-            print("warning: this model has no matrix large enough for other products; going on in float32",
+            print("warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32",
                   file=sys.stderr)
             precision = "float32"
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
@@ -1339,6 +1339,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
         parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
+    if arguments.benchmark and (arguments.report or arguments.plot or arguments.export or arguments.output):
+        parser.error("--benchmark prints a table only; leave out --report, --plot, --export and --output")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
@@ -1482,7 +1484,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 

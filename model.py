@@ -566,7 +566,7 @@ def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor
     Raises ValueError naming the utterances whose features are not finite.
     """
     check_feats(feats, feat_lens, encoder.input_dim)
-    sums = feats.sum(2, dtype=torch.float64)    # finite where every value is, and cheaper to look at
+    sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
     bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
     if bad.any():
         raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
