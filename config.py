@@ -111,8 +111,7 @@ class ToyConfig:
 @dataclass(frozen=True)
 class AugmentConfig:
     speeds: tuple[float, ...] = (1.0,)   # speed factors above 0; one is drawn per utterance and epoch
-    snr_db: tuple[float, ...] = ()       # noise is added, so many dB below the speech, from and to; () = none
-    vtlp: float = 0.0                    # the bins are stretched by up to this share, as by another vocal tract
+    snr_db: tuple[float, ...] = ()       # noise is added, from and to so many dB below the mean power; () = none
     channel_std: float = 0.0             # random smooth curve over the bins, in deviations of the features; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
     freq_width: int = 0                  # their largest width, bins, at most num_mels
@@ -190,7 +189,7 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
-        attention_dropout tail vtlp"""),
+        attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
@@ -279,8 +278,8 @@ def _data_rules(data: DataConfig) -> Iterator[Rule]:
     yield "data.toy.blend_frames", toy.blend_frames <= toy.min_frames, f"at most min_frames {toy.min_frames}"
     yield "data.max_sec", data.max_sec >= data.min_sec, f"at least min_sec {data.min_sec}"
     snr = data.augment.snr_db
-    yield ("data.augment.snr_db", not snr or len(snr) == 2 and -math.inf < snr[0] <= snr[1] < math.inf,
-           "[] or two numbers, the lower first")
+    yield ("data.augment.snr_db", not snr or len(snr) == 2 and -100 <= snr[0] <= snr[1] <= 100,
+           "[] or two numbers from -100 to 100, the lower first")
     yield "data.augment.freq_width", data.augment.freq_width <= data.num_mels, f"at most num_mels {data.num_mels}"
 
 

@@ -520,11 +520,11 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """samples (N,) and noise, whose level is drawn between two signal-to-noise ratios in dB -> a copy. Its colour is
-    drawn as well, between white and what the mean of two neighbours leaves of that."""
+    """samples (N,) + noise -> (N,), at a signal-to-noise ratio drawn from snr_db, from and to, in dB. The noise is
+    w[t] + c w[t-1], w white and c drawn from 0 to 1. An offset of the samples is no signal."""
     white = rng.standard_normal(len(samples) + 1, dtype=np.float32)
     noise = torch.from_numpy(white[1:] + np.float32(rng.uniform()) * white[:-1])
-    level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.square().mean().sqrt()
+    level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.std(correction=0)
     return samples + noise * (level / noise.square().mean().sqrt())
 
 
@@ -545,31 +545,18 @@ def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.nd
     return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
 
-def stretch_bins(feats: Tensor, num_mels: int, factor: float) -> Tensor:
-    """feats (T, a multiple of num_mels) with what stood at mel bin factor * m, between two bins, at bin m; where there
-    is no such bin, the last one. A vocal tract of another length does about this. Source: Jaitly & Hinton 2013 (VTLP).
-    """
-    place = np.clip((np.arange(num_mels) + 0.5) * factor - 0.5, 0, num_mels - 1)
-    low, share = place.astype(int), torch.from_numpy(place % 1).to(feats)
-    x = feats.unflatten(1, (-1, num_mels))
-    return (x[:, :, low] * (1 - share) + x[:, :, np.minimum(low + 1, num_mels - 1)] * share).flatten(1)
-
-
 def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
-    """Change speaker and channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean
-    -> a copy.
+    """Change the channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean -> a copy.
 
-    options.augment: stretch_bins by 1 - vtlp to 1 + vtlp; channel_std as in random_channel; freq_masks bands of
-    0..freq_width mel bins; time_masks spans of 0..time_width frames, each at most time_share of T. A band hits the same
-    of the options.num_mels bins in each of the frames that lfr stacked.
+    options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
+    0..time_width frames, each at most time_share of T. A band hits the same of the options.num_mels bins in each of the
+    frames that lfr stacked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
     mels, augment = options.num_mels, options.augment
     if feats.dim() != 2 or feats.shape[1] % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
     T, F = feats.shape
-    if augment.vtlp:
-        feats = stretch_bins(feats, mels, rng.uniform(1 - augment.vtlp, 1 + augment.vtlp))
     if augment.channel_std:
         feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
     bins, frames = np.ones(mels, bool), np.ones(T, bool)
@@ -973,6 +960,7 @@ class ManifestDataset(Dataset):
         samples, rate_hz, seconds = loaded
         speed, rng = self._speed(epoch, index)
         if self.augment and self.options.augment.snr_db:
+            samples, rate_hz = resample(samples, rate_hz, self.options.sample_rate), self.options.sample_rate
             samples = add_noise(samples, self.options.augment.snr_db, rng)
         feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
         if not feats.isfinite().all():
