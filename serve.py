@@ -199,10 +199,9 @@ class Connection(socketserver.BaseRequestHandler):
         deadline = time.monotonic() + options.idle_timeout
         self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
         while not self.buffer:
-            try:
+            piece = b""
+            with contextlib.suppress(TimeoutError, ConnectionError):        # idle for too long, or gone: no request
                 piece = self.read_some(deadline)
-            except TimeoutError:
-                return None
             if not piece:
                 return None
             self.buffer = piece.removeprefix(b"\r\n")
@@ -746,7 +745,7 @@ def parse_flag(name: str, value: Any) -> bool:
 
 # ---- batching ----
 
-RATIO = 1.5         # of lengths in a batch: beyond it, padding costs more than the batch saves
+RATIO = 1.5         # of lengths in a batch: beyond it, a large model's padding costs more than the batch saves
 
 
 def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: int = 0) -> list[int]:
@@ -754,7 +753,8 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
 
     The largest set around the oldest whose lengths lie within RATIO or within `slack` frames (pass_worth), of at most
     max_size utterances and max_frames padded frames (one longer than that goes alone). Nobody starves, as everybody
-    becomes the oldest.
+    becomes the oldest. Where a pass costs more than the padding of one, few large batches answer the slowest sooner,
+    though more and smaller ones would do somewhat less work.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     oldest, best = order.index(0), [0]
@@ -811,9 +811,10 @@ class Batcher:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of them, or none: Refusal 429. The pieces of an utterance count as one."""
         with self.changed:
-            waiting = len({id(job.first) for job in self.waiting})
-            if waiting + len({id(job.first) for job in jobs}) > self.options.max_queue:
-                message = f"{waiting} utterances wait, at most {self.options.max_queue} may"
+            waiting, more = (len({job.first for job in row}) for row in (self.waiting, jobs))
+            if waiting + more > self.options.max_queue:
+                message = (f"{waiting} utterances wait and this request brings {more}, at most "
+                           f"{self.options.max_queue} may wait; send it again later")
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
             self.changed.notify()
@@ -821,19 +822,19 @@ class Batcher:
     def poll(self, now: float) -> tuple[list[Job], float | None]:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
 
-        A batch waits for others only while somebody is arriving, the last who came did so less than max_wait_ms ago,
-        and fewer wait than a batch can hold.
+        A batch waits for others only while somebody is arriving, fewer than max_batch_size wait, and the last who came
+        did so less than max_wait_ms ago, the first less than eight times that.
         """
         if not self.waiting:
             return [], None
-        chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
-                              self.options.max_batch_frames, self.slack)
-        patience = self.waiting[-1].queued + self.options.max_wait_ms / 1e3 - now
+        wait = self.options.max_wait_ms / 1e3
+        patience = min(self.waiting[-1].queued + wait, self.waiting[0].queued + 8 * wait) - now
         if self.arriving and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
+        chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
+                              self.options.max_batch_frames, self.slack)
         batch = [self.waiting[i] for i in chosen]
-        for i in sorted(chosen, reverse=True):
-            del self.waiting[i]
+        self.waiting = [job for i, job in enumerate(self.waiting) if i not in chosen]
         return batch, 0.0
 
     def run(self) -> None:
@@ -842,7 +843,11 @@ class Batcher:
                 batch, wait = self.poll(time.monotonic())
                 if not batch:
                     self.changed.wait(wait)
-            self.run_batch(batch)
+            try:
+                self.run_batch(batch)
+            except Exception as error:      # whatever it is, the one thread lives
+                for job in batch:
+                    job.finish(error)
             del batch           # or the last batch stays in memory until the next
 
     def run_batch(self, batch: Sequence[Job]) -> None:
@@ -1226,7 +1231,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=list(decode.PRECISIONS), help="of matrix products (default float32)")
     add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
     add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice, one less for a small model")
-    numbers = {"max-batch-size": (16, "utterances in a batch"), "max-wait-ms": (5.0, "ms to wait for one more of them"),
+    numbers = {"max-batch-size": (16, "utterances in a batch"),
+               "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
                "max-batch-frames": (20000, "padded frames in a batch"),
                "max-queue": (128, "utterances that may wait"),
                "request-timeout": (30.0, "s from a complete request to its answer"),
@@ -1242,6 +1248,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port must be 0 to 65535, got {arguments.port}")
+    if arguments.prepack and arguments.dtype != "float32":
+        parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     for name in ("threads", *numbers):
         least = 0 if name in ("threads", "max-wait-ms") else 1e-3
         if not least <= getattr(arguments, name.replace("-", "_")) < math.inf:
@@ -1293,16 +1301,19 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def pass_worth(system: System) -> int:
-    """How many frames of padding cost as much as another pass through the model, measured: many for a small model."""
+    """How many frames of padding cost as much as another pass through the model, measured: many for a small model.
+
+    Of silence: a transformer's also counts the steps of the tokens that it happens to hear there.
+    """
     def seconds(frames: int) -> float:
         feats = torch.zeros(frames, system.stats.shape[1])
         return min(seconds_of(lambda: recognise(system, [feats])) for _ in range(3))
 
-    fixed, both = seconds(1), seconds(201)
-    return int(200 * fixed / max(both - fixed, 1e-6))
+    fixed, both = seconds(1), seconds(101)
+    return min(1000, int(100 * fixed / max(both - fixed, 1e-6)))        # it was measured with seconds, not minutes
 
 
-SMALL = 100     # a model of which a pass is worth so many frames, one second: parsing takes as long as it does
+SMALL = 100     # frames: a model of which a pass is worth more takes no longer than parsing does
 
 
 def tune(system: System, options: argparse.Namespace) -> int:
@@ -1312,8 +1323,10 @@ def tune(system: System, options: argparse.Namespace) -> int:
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    recognise(system, [torch.zeros(50, system.stats.shape[1])])
-    slack = pass_worth(system)
+    short = torch.zeros(50, system.stats.shape[1])
+    recognise(system, [short])
+    slow = seconds_of(lambda: recognise(system, [short])) > 0.1     # a large model: like lengths only, and no delay
+    slack = 0 if slow else pass_worth(system)
     if not options.threads and slack > SMALL:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     return slack
@@ -1337,7 +1350,11 @@ def run(options: argparse.Namespace) -> int:
     sys.setswitchinterval(0.001)        # while handlers parse, the inference thread waits for the interpreter less long
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
-    server = start(make_service(system, options, start_log(), created, slack))
+    try:
+        server = start(make_service(system, options, start_log(), created, slack))
+    except OSError as error:
+        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror}; "
+                         "--port 0 takes a free port") from None
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"listening on http://{shown}:{port} ({server.service.model}, {options.checkpoint}, {system.stats.device})",
@@ -1364,9 +1381,10 @@ def main(argv: Sequence[str]) -> int:
 def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     """A server of its own process -> its port, and the seconds from its start until it listened."""
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--checkpoint", options.checkpoint, "--port", "0", "--device", options.device,
-               "--threads", str(options.threads), "--dtype", options.dtype, *["--prepack"] * options.prepack]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    command = [sys.executable, __file__, "--port=0", *given, *["--prepack"] * options.prepack]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
     try:
         said = []
         for line in process.stderr:
@@ -1715,8 +1733,10 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) addEventListe
 $("ask").onsubmit = event => { event.preventDefault(); if (retry) retry(); };
 
 async function record() {
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
-  const pieces = [], begun = new Date(), button = $("record");
+  const button = $("record");
+  button.disabled = true;
+  const stream = await navigator.mediaDevices.getUserMedia({ audio: true }).finally(() => { button.disabled = false; });
+  const pieces = [], begun = new Date();
   const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
   const timer = setInterval(tell, 250);
   recorder = new MediaRecorder(stream);
@@ -1741,7 +1761,7 @@ $("record").onclick = () => recorder ? recorder.stop() : record().catch(deaf);
 fetch("/health").then(async reply => {
   const about = await reply.json();
   $("state").textContent = `${about.model} on ${about.device}, ${about.sample_rate / 1000} kHz`;
-    $("state").classList.add(reply.ok ? "ok" : "bad");
+  $("state").classList.add(reply.ok ? "ok" : "bad");
 }).catch(() => { $("state").textContent = "the server does not answer"; $("state").classList.add("bad"); });
 </script>
 </body>
