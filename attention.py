@@ -270,6 +270,11 @@ class RelativeAttention(MultiHeadAttention):
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that already: half precision loses the low bits of long sums."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (B,T,D) with zeros where mask (B,1,T) hides the step; with None nothing is hidden. Raises for other shapes."""
     if mask is None:
@@ -332,7 +337,7 @@ class SanmAttention(nn.Module):
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shape("x", x, "B", "T", self.query_key_value.in_features)
         with full_precision(x, self.training):
-            q, k, v = self.query_key_value(x if self.training else x.float()).chunk(3, dim=-1)  # (B,T,dim) each
+            q, k, v = self.query_key_value(x if self.training else widened(x)).chunk(3, dim=-1)  # (B,T,dim) each
             heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
             out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
             return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
@@ -505,7 +510,7 @@ class RelativeConformerBlock(ConformerBlock):
         check_shape("extent", extent, x.shape[0])
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
-            x = x if self.training else x.float()
+            x = x if self.training else widened(x)
             out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
             x = x + self.dropout(out)
             x = x + self.dropout(self.convolution(self.norm_conv(x), key_mask(extent, x.shape[1])))

@@ -30,7 +30,8 @@ from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
                        SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
-                       halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids)
+                       halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids,
+                       widened)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -131,7 +132,7 @@ class SanmEncoder(nn.Module):
         mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, weights = self.first(x, mask, need_weights)
-        x, layers = x.float(), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
+        x, layers = widened(x), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
         for block in self.blocks:
             x, weights = block(x, mask, need_weights)
             layers.append(weights)
@@ -181,7 +182,7 @@ class RelativeConformerEncoder(nn.Module):
         with full_precision(feats, self.training):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
-        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x.device))
+        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
         mask, layers = key_mask(lens, x.shape[1]), []
         x = self.dropout(x * math.sqrt(self.dim))
         for block in self.blocks:
@@ -571,7 +572,7 @@ def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor
     if bad.any():
         raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
     hidden, hidden_lens, _ = encoder(feats, feat_lens)
-    return hidden if hidden.dtype == torch.float64 else hidden.float(), hidden_lens
+    return widened(hidden), hidden_lens
 
 
 def in_feature_frames(edges: Tensor, subsampling: int) -> Tensor:
@@ -1076,6 +1077,8 @@ def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tens
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted the weights of a model, got no such file") from None
+    except OSError:  # of the disk, not of what stands on it
+        raise
     except Exception as error:  # whatever unpickling or the zip reader raise
         raise ValueError(f"{path}: wanted weights, got what torch cannot load ({type(error).__name__})") from None
     for wrapper in ("state_dict", "model_state_dict", "model"):

@@ -4877,6 +4877,11 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
     found = net.eval().greedy(feats, lens)
     for i, n in enumerate(token_lens.tolist()):
         assert found.tokens[i, :found.lens[i]].tolist() == [*tokens[i, :n].tolist(), EOS]
+    order = torch.rand(4, 7)  # of the six tokens and the end
+    narrow = net.train()(feats, lens, tokens, token_lens, order)[0]
+    wide = net.double()(feats.double(), lens, tokens, token_lens, order)[0]
+    torch.testing.assert_close(wide["loss"].float(), narrow["loss"], rtol=1e-3, atol=1e-3)
+    assert torch.equal(net.eval().greedy(feats.double(), lens).tokens, found.tokens)
 
 
 # C47
