@@ -55,7 +55,7 @@ class PredictorConfig:
     upsampling: int = 0                  # dense: timing head, weights per encoder frame; 0 = none
     timing_smooth: float = 0.25          # timing head: weight = sigmoid x timing_smooth - timing_noise, not below 0
     timing_noise: float = 0.01           # timing head: likewise
-    dropout: float = 0.1                 # probability, [0, 1)
+    dropout: float = 0.1                 # probability, [0, 1); dense has none
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,24 @@ CHOICES = {
 }
 
 LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
-UNUSED = {  # what a model has no use for, and what must then have its default
-    "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
-        share_embedding place_embedding padding_leaks""",
-    "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
-        end_token share_embedding place_embedding padding_leaks""",
+TIMING = "timing_smooth timing_noise"
+UNUSED = {  # field of model -> its value -> what then has no effect, and must have its default
+    "name": {
+        "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
+            share_embedding place_embedding padding_leaks""",
+        "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
+            end_token share_embedding place_embedding padding_leaks"""},
+    "encoder.kind": {
+        "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
+        "sanm": "position context", "relative_conformer": "memory_shift position context"},
+    "predictor.kind": {
+        "stacked": f"left right smooth noise upsampling {TIMING}",
+        "dense": "hidden_dim num_layers kernel_size",
+        "depthwise": f"hidden_dim num_layers kernel_size upsampling {TIMING}"},
+    "predictor.upsampling": {0: TIMING},
+    "decoder.kind": {
+        "transformer": "attention_layers kernel_size memory_shift attention_dropout",
+        "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},
 }
 
 
@@ -242,8 +255,6 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     encoder, predictor, decoder = model.encoder, model.predictor, model.decoder
     subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
     yield "model.encoder.subsampling", encoder.subsampling == subsampling, f"{subsampling} for kind {encoder.kind}"
-    local = encoder.kind in ("transformer", "conformer")
-    yield "model.encoder.context", local or not encoder.context, f"0 for kind {encoder.kind}"
     bare = decoder.kind != "sanm" and model.name == "paraformer"      # then a linear layer alone will do
     for name, part in (("encoder", encoder), ("predictor", predictor), ("decoder", decoder)):
         yield f"model.{name}.num_layers", part.num_layers != 0 or name == "decoder" and bare, "1 or more"
@@ -252,19 +263,26 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
         yield f"model.{name}.memory_shift", fits, f"at most half of kernel_size {part.kernel_size}"
         divides = part.num_heads <= 0 or part.hidden_dim % part.num_heads == 0
         yield f"model.{name}.num_heads", divides, f"a divisor of hidden_dim {part.hidden_dim}"
-        sinusoidal = part.position == "sinusoidal" and part.kind in ("transformer", "conformer")
+        own = {"relative_conformer": "sinusoidal", "sanm": "none", "bare": "none"}      # on the model's width
+        sinusoidal = own.get(part.kind, part.position) == "sinusoidal" or name == "encoder" and model.place_embedding
         yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
     same = decoder.hidden_dim == encoder.hidden_dim
     yield ("model.decoder.hidden_dim", same or decoder.kind == "transformer",
            f"the encoder's {encoder.hidden_dim} for kind {decoder.kind}")
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
-    yield "model.predictor.upsampling", predictor.kind == "dense" or not predictor.upsampling, "0 unless kind is dense"
-    defaults, unused = dict(_walk(ModelConfig())), tuple(f"{name}." for name in UNUSED.get(model.name, "").split())
-    for path, value in _walk(model):
-        if not is_dataclass(value) and f"{path}.".startswith(unused):
-            yield (f"model.{path}", value == defaults[path],
-                   f"its default {_show(defaults[path])}, as name {model.name} has no use for it")
+    yield from _unused_rules(model)
+
+
+def _unused_rules(model: ModelConfig) -> Iterator[Rule]:
+    values, defaults = dict(_walk(model)), dict(_walk(ModelConfig()))
+    for path, choices in UNUSED.items():
+        section = path[:path.rfind(".") + 1]
+        unused = tuple(f"{section}{name}." for name in choices.get(values[path], "").split())
+        for other, value in values.items():
+            if not is_dataclass(value) and f"{other}.".startswith(unused):
+                yield (f"model.{other}", value == defaults[other],
+                       f"its default {_show(defaults[other])}, as {path} {values[path]} has no use for it")
 
 
 def _data_rules(data: DataConfig) -> Iterator[Rule]:
@@ -286,8 +304,10 @@ def _data_rules(data: DataConfig) -> Iterator[Rule]:
 def _cross_rules(config: Config) -> Iterator[Rule]:
     """Between the sections."""
     data, encoder = config.data, config.model.encoder
-    even = data.num_mels * data.lfr_m % 2 == 0
-    yield "data.num_mels", even or encoder.kind != "sanm", f"an even product with lfr_m {data.lfr_m} for kind sanm"
+    width = data.num_mels * data.lfr_m
+    right, wanted = {"sanm": (width % 2 == 0 and width >= 4, "even and 4 or more"),
+                     "relative_conformer": (width >= 7, "7 or more")}.get(encoder.kind, (True, ""))
+    yield "data.num_mels", right, f"a product with lfr_m {data.lfr_m} that is {wanted} for kind {encoder.kind}"
     for name in ("train", "dev"):
         tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
         given = data.kind != "manifest" or getattr(data, name) != "" or bool(tuned)

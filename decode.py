@@ -852,8 +852,8 @@ def scene(system: System, item: data.Utterance,
     frame of the encoder begins and the last one ends."""
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
-    s = system.config.model.encoder.subsampling
-    first, last = (in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), s) * frame_sec).tolist()
+    edges = in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), system.config.model.encoder)
+    first, last = (edges * frame_sec).tolist()
     return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, (first, last)
 
 

@@ -575,9 +575,11 @@ def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor
     return widened(hidden), hidden_lens
 
 
-def in_feature_frames(edges: Tensor, subsampling: int) -> Tensor:
-    """Boundaries in encoder frames -> in feature frames: encoder frame l is centred on frame subsampling * l."""
-    return edges * subsampling - (subsampling - 1) / 2
+def in_feature_frames(edges: Tensor, encoder) -> Tensor:
+    """Boundaries in encoder frames -> in feature frames. Encoder frame l is centred on frame subsampling * l; in a
+    relative_conformer, which subsamples without padding, on the third after it."""
+    shift = 3 if encoder.kind == "relative_conformer" else 0
+    return edges * encoder.subsampling - (encoder.subsampling - 1) / 2 + shift
 
 
 class Paraformer(nn.Module):
@@ -719,8 +721,7 @@ class Paraformer(nn.Module):
         log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)
         mask = padding_mask(counts, tokens.shape[1])
         rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
-        s = self.options.encoder.subsampling
-        edges = [in_feature_frames(boundaries(a[:L], n), s).clamp(0, T) for a, L, n, T in rows]
+        edges = [in_feature_frames(boundaries(a[:L], n), self.options.encoder).clamp(0, T) for a, L, n, T in rows]
         timing = []
         if self.timing is not None:
             fine = self.timing(hidden, hidden_lens, hidden_lens)
@@ -855,8 +856,7 @@ class Transformer(nn.Module):
         looks = layers[-1].float().mean(1) * mask[:, :, None]  # (B,U,L)
         centres = (looks.argmax(-1) + 0.5).cummax(1).values
         rows = zip(centres.cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
-        s = self.options.encoder.subsampling
-        edges = [in_feature_frames(halfway(c[:n], L), s).clamp(0, T) for c, L, n, T in rows]
+        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
         return Hypotheses(tokens, lens, log_p, edges, looks.sum(1), [], layers if need_weights else [])
 
 
@@ -935,8 +935,7 @@ class CTC(nn.Module):
         voice = log_p.transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, path.shape[1]))  # (B,U,L)
         best, place = voice.masked_fill(~of, -math.inf).max(-1)
         rows = zip((place + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
-        s = self.options.encoder.subsampling
-        edges = [in_feature_frames(halfway(c[:n], L), s).clamp(0, T) for c, L, n, T in rows]
+        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
         alpha = (1 - log_p[:, :, BLANK].exp()) * real
         attention = (voice.exp() * mask[:, :, None] * real[:, None, :])[:, None]
         return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [],

@@ -372,6 +372,32 @@ def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, n
         config.load(path, [f"--model.{used}"])
 
 
+# C68
+@pytest.mark.parametrize("choice, override", [
+    ("encoder.kind=transformer", "encoder.kernel_size=3"), ("encoder.kind=conformer", "encoder.memory_shift=1"),
+    ("encoder.kind=sanm", "encoder.position=none"), ("predictor.kind=stacked", "predictor.smooth=2"),
+    ("predictor.kind=dense", "predictor.num_layers=1"), ("predictor.kind=depthwise", "predictor.upsampling=3"),
+    ("predictor.kind=dense", "predictor.timing_smooth=1"), ("decoder.kind=transformer", "decoder.kernel_size=5"),
+    ("decoder.kind=bare", "decoder.position=none"), ("decoder.kind=sanm", "decoder.position=none")])
+def test_an_option_that_a_kind_does_not_use_must_have_its_default(choice, override):
+    with pytest.raises(ValueError) as caught:
+        config.load(str(HERE / "configs/toy.yaml"), [f"--model.{choice}", f"--model.{override}"])
+    assert f"  model.{override.split('=')[0]}: wanted its default " in str(caught.value)
+
+
+def test_widths_that_no_layer_can_be_built_of_are_named():
+    for overrides, wrong in (
+            (["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4", "--data.num_mels=6"],
+             "data.num_mels: wanted a product with lfr_m 1 that is 7 or more for kind relative_conformer, got 6"),
+            (["--model.encoder.kind=sanm", "--model.encoder.subsampling=1", "--data.num_mels=2"],
+             "data.num_mels: wanted a product with lfr_m 1 that is even and 4 or more for kind sanm, got 2"),
+            (["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4", "--model.encoder.num_heads=1",
+              "--model.encoder.hidden_dim=33"], "model.encoder.hidden_dim: wanted an even width for sinusoids, got 33")):
+        with pytest.raises(ValueError) as caught:
+            config.load(str(HERE / "configs/toy.yaml"), overrides)
+        assert wrong in str(caught.value).split("\n  ")
+
+
 # C27
 def test_check_lists_every_violation_in_one_error(tmp_path):
     path = written(tmp_path, ISSUE_FILE)
@@ -409,20 +435,21 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
      "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 0.7 is 2143 "
      "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
-    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.position=learnable"], ""),
+    ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.memory_shift=7"], ""),
     (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
-      "--data.augment.freq_width=80", "--model.encoder.memory_shift=7"], ""),
+      "--data.augment.freq_width=80"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_symbols=100"], ""),
-    (["--model.encoder.memory_shift=8"], "model.encoder.memory_shift: wanted at most half of kernel_size 15, got 8"),
+    (["--model.encoder.kind=sanm", "--model.encoder.memory_shift=8"], "model.encoder.memory_shift: wanted at most half of kernel_size 15, got 8"),
     (["--model.decoder.kind=bare", "--model.decoder.hidden_dim=256"],
      "model.decoder.hidden_dim: wanted the encoder's 512 for kind bare, got 256"),
     (["--model.encoder.hidden_dim=511", "--model.encoder.num_heads=1"],
      "model.encoder.hidden_dim: wanted an even width for sinusoids, got 511"),
     (["--model.encoder.kind=sanm", "--data.num_mels=79"],
-     "data.num_mels: wanted an even product with lfr_m 1 for kind sanm, got 79"),
+     "data.num_mels: wanted a product with lfr_m 1 that is even and 4 or more for kind sanm, got 79"),
     (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
-     "model.encoder.context: wanted 0 for kind sanm, got 3"),
-    (["--model.predictor.upsampling=3"], "model.predictor.upsampling: wanted 0 unless kind is dense, got 3")])
+     "model.encoder.context: wanted its default 0, as encoder.kind sanm has no use for it, got 3"),
+    (["--model.predictor.upsampling=3"],
+     "model.predictor.upsampling: wanted its default 0, as predictor.kind stacked has no use for it, got 3")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     path, table = written(tmp_path, ISSUE_FILE), inspect.signature(PositionalEncoding).parameters["max_len"].default
     assert config.LEARNED_POSITIONS == table
@@ -653,6 +680,25 @@ def test_a_list_of_symbols_ends_its_lines_with_newlines_only(tmp_path):
     symbols = ["<blank>", "<s>", "</s>", "a\x85", "\u2028", "\x0c", "<unk>"]
     (tmp_path / "tokens.txt").write_text("\n".join(symbols) + "\n", "utf-8")
     assert tokenizer.PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
+
+
+@pytest.mark.parametrize("name, content, error", [
+    ("tokens.json", b"[1, 2", r"tokens.json: wanted a list of symbols, got no JSON \(.*"),
+    ("tokens.json", b"\xff", "tokens.json: wanted a list of symbols, got 'utf-8' codec.*"),
+    ("tokens.json", b'["<blank>", "<s>", "</s>"]', "tokens.json: wanted a list of four symbols or more, got .*"),
+    ("seg_dict", b"\xff", "seg_dict: wanted a dictionary, got 'utf-8' codec.*"),
+    ("seg_dict", None, "seg_dict: wanted a dictionary, got .*No such file.*")])
+def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, content, error):
+    (tmp_path / "tokens.json").write_text(json.dumps(["<blank>", "<s>", "</s>", "ab@@", "\u2028", "<unk>"]))
+    (tmp_path / "seg_dict").write_text("ab\u2028 ab@@\nc ab@@ <unk>\n", "utf-8")
+    files = tmp_path / "tokens.json", tmp_path / "seg_dict"
+    whole = tokenizer.PieceTokenizer.load(*files)
+    assert whole.encode("c") == [3, 5] and set(whole.pieces) == {"ab", "c"}
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
+        tokenizer.PieceTokenizer.load(*files)
+    with pytest.raises(ValueError, match=r"x.pt: wanted pieces by word, got \[\['ab'\]\]"):
+        Tokenizer.from_state({**whole.state(), "pieces": [["ab"]]}, "x.pt")
 
 
 needs_kit = pytest.mark.skipif(not (SHARED / "funasr_kit").is_dir(), reason="../shared/funasr_kit is not here")
@@ -2033,6 +2079,22 @@ def test_boundaries_lie_half_way_between_the_peaks():
     for seed, n in itertools.product(range(5), range(2, 9)):
         alpha = normal(seed, 12).sigmoid()
         assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
+
+
+# C22
+@pytest.mark.parametrize("kind, factor", [("conformer", 1), ("conformer", 2), ("conformer", 4),
+                                          ("relative_conformer", 4)])
+def test_an_encoder_frame_stands_at_the_middle_of_the_features_that_it_sees(kind, factor):
+    feats = torch.rand(1, 60, 8, requires_grad=True)
+    if kind == "relative_conformer":
+        hidden, _ = model.ImageSubsampling(8, 4)(feats, ints(60), leak=False)
+    else:
+        hidden, _ = model.Subsampling(8, 4, factor)(feats, ints(60))
+    for place in range(2, 12):
+        seen = torch.autograd.grad(hidden[0, place].sum(), feats, retain_graph=True)[0][0].any(1).nonzero()[:, 0]
+        edges = torch.tensor([place, place + 1], dtype=torch.float64)
+        options = SimpleNamespace(kind=kind, subsampling=factor)
+        assert model.in_feature_frames(edges, options).mean() == (seen[0] + seen[-1] + 1) / 2
 
 
 def test_cif_is_differentiable_through_the_scaling():

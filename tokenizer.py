@@ -172,14 +172,15 @@ class PieceTokenizer:
 
         Raises ValueError that names the file.
         """
+        text, pieces = _read(tokens, "a list of symbols"), None
         try:
-            text = Path(tokens).read_text("utf-8-sig")
             symbols = json.loads(text) if Path(tokens).suffix == ".json" else text.removesuffix("\n").split("\n")
-            lines = Path(dictionary).read_text("utf-8-sig").splitlines() if dictionary else []
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{tokens}: wanted a list of symbols and a dictionary beside it, got {error}") from None
-        pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
-        return cls.from_state({"symbols": symbols, "pieces": pieces if dictionary else None}, str(tokens))
+        except ValueError as error:
+            raise ValueError(f"{tokens}: wanted a list of symbols, got no JSON ({error})") from None
+        if dictionary:
+            lines = _read(dictionary, "a dictionary").split("\n")  # by newlines only: U+2028 may be a symbol
+            pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
+        return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -219,10 +220,19 @@ class PieceTokenizer:
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
         """The inverse of state(). Raises ValueError that begins with where if state is not one."""
         symbols, pieces = state.get("symbols"), state.get("pieces")
-        if not (isinstance(symbols, list) and len(symbols) > EOS and all(isinstance(x, str) for x in symbols)):
+        if not (isinstance(symbols, list) and len(symbols) > UNK and all(isinstance(x, str) for x in symbols)):
             raise ValueError(f"{where}: wanted a list of four symbols or more, got {_short(symbols)}")
+        if pieces is not None and not isinstance(pieces, dict):
+            raise ValueError(f"{where}: wanted pieces by word, got {_short(pieces)}")
         pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
         return cls(tuple(symbols), pieces)
+
+
+def _read(path: str | os.PathLike, wanted: str) -> str:
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
 
 
 class SpelledWord(NamedTuple):

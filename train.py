@@ -806,9 +806,10 @@ def draw(system: System, item: data.Utterance) -> dict[str, str]:
     model, frame_sec = system.average.eval(), data.frame_sec(system.config.data)
     found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
-    rows, subsampling = spoken_places(ids), system.config.model.encoder.subsampling
+    rows = spoken_places(ids)
     tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    first, last = (in_feature_frames(edge, subsampling) * frame_sec for edge in (0, found.alpha.shape[1]))
+    encoder, L = system.config.model.encoder, found.alpha.shape[1]
+    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))
     rest = tokens, len(item.feats) * frame_sec, (first, last)
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
