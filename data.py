@@ -165,13 +165,13 @@ def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO
     WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
     """
     in_memory = isinstance(source, bytes)
-    place = "<bytes>" if in_memory else os.fspath(source)
+    place = "<bytes>" if in_memory else str(source)
     try:
         with io.BytesIO(source) if in_memory else open(source, "rb") as file:
             if header := read_header(file):
                 yield file, header
                 return
-        with ffmpeg_to_wav(source if in_memory else place) as file:
+        with ffmpeg_to_wav(source if in_memory else os.fspath(source)) as file:
             yield file, read_header(file)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
@@ -712,7 +712,7 @@ class ToySeq2SeqDataset(Dataset):
 
 class Row(NamedTuple):
     key: str
-    audio: str                      # path, "" = none given
+    audio: str | os.PathLike        # path, "" = none given
     text: str
     duration: float | None          # seconds
 
@@ -720,29 +720,36 @@ class Row(NamedTuple):
 AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "target")     # ours, NeMo's, FunASR's
 
 
+def read_line(raw: bytes, place: str) -> str:
+    """A line of a file without byte order mark and surrounding spaces. ValueError (place) if it is not UTF-8."""
+    try:
+        return raw.decode().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{place}: wanted UTF-8, got {raw[:40]!r}") from None
+
+
 def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
-    """(place as file:line, byte where it starts, line) of every line that is not blank, stripped. ValueError if it is
-    no UTF-8 file."""
+    """(place as file:line, byte where it starts, line) of every line that is not blank. ValueError if it is no UTF-8
+    file."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: wanted a text file, got none of that name")
+        found = "none of that name"
+        if os.path.exists(path):
+            found = "a folder" if os.path.isdir(path) else "a pipe or device, which is not read twice; make it a file"
+        raise ValueError(f"{path}: wanted a text file, got {found}")
     start = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode().removeprefix("\ufeff").strip()
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}:{number}: wanted UTF-8, got {raw[:40]!r}") from None
-            if line:
+            if line := read_line(raw, f"{path}:{number}"):
                 yield f"{path}:{number}", start, line
             start += len(raw)
 
 
 def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte, stripped. ValueError if none does, as the file has changed."""
+    """The line that starts at this byte. ValueError if none does, as the file has changed."""
     with open(path, "rb") as file:
         file.seek(max(0, start - 1))
         begins = start == 0 or file.read(1) == b"\n"
-        line = file.readline().decode().removeprefix("\ufeff").strip()
+        line = read_line(file.readline(), f"{path}, byte {start}")
     if not begins or not line:  # blank lines are no rows
         raise ValueError(f"{path}: wanted a line at byte {start}, as at the start")
     return line
@@ -763,8 +770,8 @@ def parse_row(line: str, folder: str, place: str) -> Row:
         raise ValueError(f"{place}: wanted a path under {' or '.join(AUDIO_NAMES)}, got {audio!r} in {line[:60]}")
     if not isinstance(text, str):
         raise ValueError(f"{place}: wanted a string under {' or '.join(TEXT_NAMES)}, got {text!r}")
-    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < math.inf):
-        raise ValueError(f"{place}: wanted seconds as duration, got {duration!r}")
+    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < 1e9):
+        raise ValueError(f"{place}: wanted seconds as duration, from 0 to 1e9, got {duration!r:.60}")
     if fields.get("offset"):
         raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
     key = os.path.splitext(os.path.basename(audio))[0] if key is None else str(key)     # os.path: Path is 8 x slower
@@ -784,6 +791,8 @@ def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
 
 def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
     """Rows of wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and `segments`."""
+    if not os.path.exists(f"{folder}/wav.scp"):
+        raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp and text, got a folder without")
     if os.path.exists(f"{folder}/segments"):
         raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
     audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
@@ -804,8 +813,14 @@ def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
 
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
-    """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas."""
-    names = [os.fspath(source)] if os.path.exists(source) else map(str.strip, os.fspath(source).split(","))
+    """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas.
+
+    Raises ValueError for an empty name.
+    """
+    text = os.fspath(source)
+    names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders with commas between, got an empty name")
     return [path for name in names
             for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
 
@@ -862,6 +877,19 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
     return rows
 
 
+class StandardInput(os.PathLike):
+    """The path of a copy of standard input, which messages call `-`."""
+
+    def __init__(self, copy: Path):
+        self.copy = copy
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.copy)
+
+    def __str__(self) -> str:
+        return "-"
+
+
 def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
     """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
     with open(copy, "wb") as file:
@@ -870,9 +898,10 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
         head = file.read(4096)
     if not head:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
+    source = StandardInput(copy)
     if b"\0" in head:       # every recording has some, no text has
-        return [Row("stdin", str(copy), "", None)]
-    return [row for place, _, line in scan_lines(copy)
+        return [Row("stdin", source, "", None)]
+    return [row for place, _, line in scan_lines(source)
             for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs([line]))]
 
 

@@ -1249,8 +1249,10 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
     ('{"audio": "a.wav"', "wanted a JSON object"), ("[1]", "wanted a JSON object"), ("[" * 9999, "a JSON object"),
     ('{"text": "a"}', "wanted a path under audio"), ('{"audio": 3, "text": "a"}', "wanted a path .* got 3"),
     ('{"audio": "a.wav", "text": ["a"]}', "wanted a string under text"),
-    ('{"audio": "a.wav", "duration": "1"}', "wanted seconds as duration, got '1'"),
-    ('{"audio": "a.wav", "duration": NaN}', "wanted seconds as duration, got nan"),
+    ('{"audio": "a.wav", "duration": "1"}', "wanted seconds as duration, .* got '1'"),
+    ('{"audio": "a.wav", "duration": NaN}', "wanted seconds as duration, from 0 to 1e9, got nan"),
+    ('{"audio": "a.wav", "duration": %s}' % ("9" * 400), "wanted seconds as duration, .* got 9{60}$"),
+    ('{"audio": "a.wav", "duration": 1e9}', "wanted seconds as duration, .* got 1000000000.0"),
     ('{"audio": "a.wav", "duration": 1, "offset": 2.5}', "whole recordings, got offset 2.5")])
 def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
@@ -1330,6 +1332,31 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
         paths[0].write_bytes(changed)
         with pytest.raises(ValueError, match=f"^{paths[0]}: wanted .* at byte .* at the start"):
             manifest[1]
+    paths[1].write_bytes(paths[1].read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
+    with pytest.raises(ValueError, match=f"^{paths[1]}, byte 0: wanted UTF-8, got b'"):
+        manifest[2]
+
+
+def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
+    """A name between commas that is empty, a folder, a pipe; and of standard input `-`, not the file it is copied to."""
+    monkeypatch.setenv("PATH", "")      # no ffmpeg
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "kaldi/text").mkdir(parents=True)
+    (tmp_path / "kaldi/wav.scp").write_text("u1 a.wav\n")
+    for source, words in (("", "'': wanted .* got an empty name"), ("a, ,b", "'a, ,b': wanted .* got an empty name"),
+                          ("gone", "gone: wanted a text file, got none"), (tmp_path / "pipe", "pipe: .* got a pipe"),
+                          (tmp_path / "plain", "plain: wanted a manifest, or a Kaldi folder with wav.scp"),
+                          (tmp_path / "kaldi", "kaldi/text: wanted a text file, got a folder")):
+        with pytest.raises(ValueError, match=words):
+            data.Manifest(source)
+    read = lambda content: data.read_stream(io.BytesIO(content), tmp_path / "copy")
+    for content, words in ((wav_bytes(b"ab", 1, 16, 0), "-: wanted one channel"), (b"ID3\0 an mp3", "-: .* ffmpeg")):
+        dataset = data.ManifestDataset(read(content), data_options(), letters, for_training=False)
+        assert re.match(f"unreadable: {words}", dataset[0].reason) and dataset[0].key == "stdin"
+    for content, words in ((b'a.wav\n{"text": "a"}', "-:2: wanted a path"), (b"a.wav\n\xff", "-:2: wanted UTF-8")):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            read(content)
 
 
 # C94
