@@ -34,6 +34,7 @@ import tempfile
 import time
 import wave
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
@@ -239,12 +240,6 @@ def check_samples(samples: Tensor) -> None:
         raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
 
 
-def ratio(rate_in: int, rate_out: int) -> tuple[int, int]:
-    """up, down: of so many inputs as `down` come so many outputs as `up`, in lowest terms."""
-    common = math.gcd(rate_in, rate_out)
-    return rate_out // common, rate_in // common
-
-
 def reach(up: int, down: int) -> int:
     """Inputs that an output sees on either side, at most."""
     return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
@@ -261,7 +256,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
         raise ValueError(f"rates must be positive Hz, got {rate_in} and {rate_out}")
     if rate_in == rate_out or len(samples) == 0:
         return samples
-    up, down = ratio(rate_in, rate_out)
+    up, down = Fraction(rate_out, rate_in).as_integer_ratio()
     num_out = -(-len(samples) * up // down)
     periods = -(-num_out // up)
     margin = reach(up, down)
@@ -278,17 +273,16 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
 
 def resample_chunks(chunks: Iterable[Tensor], rate_in: int, rate_out: int) -> Iterator[Tensor]:
     """What `resample` makes of the whole, in pieces: each is resampled together with the samples that it sees."""
-    up, down = ratio(rate_in, rate_out)
+    up, down = Fraction(rate_out, rate_in).as_integer_ratio()
     around = -(-reach(up, down) // down) * down         # whole periods
-    held, put_out = torch.zeros(0), 0                   # held begins at a period; so many of its samples are put out
+    held = torch.zeros(around)                          # ends of the recording see zeros; begins at a period
     for chunk in chunks:
         held = torch.cat([held, chunk])
         stop = (len(held) - around) // down * down
-        if stop > put_out:
-            yield resample(held[:stop + around], rate_in, rate_out)[put_out // down * up:stop // down * up]
-            first = max(0, stop - around)
-            held, put_out = held[first:], stop - first
-    yield resample(held, rate_in, rate_out)[put_out // down * up:]
+        if stop > around:
+            yield resample(held[:stop + around], rate_in, rate_out)[around // down * up:stop // down * up]
+            held = held[stop - around:]
+    yield resample(held, rate_in, rate_out)[around // down * up:]
 
 
 CHUNK_SEC = 10
