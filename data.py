@@ -819,10 +819,6 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
             for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
 
 
-def from_json(packed: bytes) -> Row:
-    return Row(*json.loads(packed))
-
-
 class Manifest:
     """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
 
@@ -836,11 +832,15 @@ class Manifest:
 
     def __init__(self, source: str | os.PathLike):
         self.paths = find_manifests(source)
-        self.folders = {path: [json.dumps(row).encode() for row in scan_kaldi(path)]
-                        for path in self.paths if os.path.isdir(path)}
-        places = ((number, start, row.duration) for number, path in enumerate(self.paths) for start, row in
-                  (enumerate(map(from_json, self.folders[path])) if path in self.folders else scan_rows(path)))
-        self.index = np.fromiter(places, self.PLACE)
+        self.folders: dict[str, list[bytes]] = {path: [] for path in self.paths if os.path.isdir(path)}
+        self.index = np.fromiter(self._places(), self.PLACE)
+
+    def _places(self) -> Iterator[tuple[int, int, float | None]]:
+        for number, path in enumerate(self.paths):
+            for start, row in scan_rows(path):
+                if path in self.folders:
+                    self.folders[path].append(json.dumps(row).encode())
+                yield number, start, row.duration
 
     def __len__(self) -> int:
         return len(self.index)
@@ -849,7 +849,7 @@ class Manifest:
         number, start, _ = self.index[index].item()
         path = self.paths[number]
         if path in self.folders:
-            return from_json(self.folders[path][start])
+            return Row(*json.loads(self.folders[path][start]))
         return parse_row(line_at(path, start), os.path.dirname(path), f"{path}, byte {start}")
 
 
@@ -1099,7 +1099,7 @@ def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
             **({} if seconds is None else {"duration": round(seconds, 4)})}
 
 
-def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> int:
+def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
     """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only."""
     splits: dict[str, list[dict]] = {}
     for split, row in rows:
@@ -1112,7 +1112,6 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> int:
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
         hours = sum(row.get("duration", 0.0) for row in kept) / 3600
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
-    return 0
 
 
 def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
@@ -1189,10 +1188,6 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
 
 
-CORPORA = {"fsdd": prepare_fsdd, "librispeech": prepare_librispeech, "aishell": prepare_aishell,
-           "folder": prepare_folder}
-
-
 TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
     num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
     blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
@@ -1225,7 +1220,7 @@ def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int
     return right / count
 
 
-def toy_report(benchmark: bool, seed: int) -> int:
+def toy_report(benchmark: bool, seed: int) -> None:
     letters = {toy_letter(symbol): symbol for symbol in range(TOY_TASK.toy.num_symbols)}
     dataset = ToySeq2SeqDataset(700, TOY_TASK, lambda text: [letters[c] for c in text], seed)
     for u in [dataset[i] for i in range(3)]:
@@ -1236,7 +1231,6 @@ def toy_report(benchmark: bool, seed: int) -> int:
         print(f"made in {(time.perf_counter() - started) / 700 * 1e3:.2f} ms an utterance")
         accuracy = linear_probe(items[:500], items[500:], len(letters))
         print(f"linear classifier on single frames, true boundaries given: symbol accuracy {accuracy:.3f}")
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1244,24 +1238,26 @@ def build_parser() -> argparse.ArgumentParser:
                                      "audio, text, speaker, key, duration), one for each split.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, about: str, folders: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, about: str, prepare: Callable | None = None) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
-        if folders:
+        if prepare:
+            command.set_defaults(prepare=prepare)
             command.add_argument("source", type=Path, help="the corpus's folder")
             command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
         command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
         return command
 
-    fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart")
+    fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart",
+               prepare_fsdd)
     fsdd.add_argument("--hold-out-speaker", default="", metavar="NAME", help="keep out whole, as unseen_speaker")
     fsdd.add_argument("--utterances", type=int, nargs=4, default=[3000, 200, 300, 300],
                       metavar=("TRAIN", "DEV", "TEST", "UNSEEN"), help="how many of each (default 3000 200 300 300)")
-    add("librispeech", "LibriSpeech folders <split>/<speaker>/<chapter> with .trans.txt and .flac")
-    add("aishell", "AISHELL-1: data_aishell with transcript/ and unpacked wav/<split>/<speaker>")
-    folder = add("folder", "any folder of name.wav beside name.txt, at any depth")
+    add("librispeech", "LibriSpeech folders <split>/<speaker>/<chapter> with .trans.txt and .flac", prepare_librispeech)
+    add("aishell", "AISHELL-1: data_aishell with transcript/ and unpacked wav/<split>/<speaker>", prepare_aishell)
+    folder = add("folder", "any folder of name.wav beside name.txt, at any depth", prepare_folder)
     folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
-    toy = add("toy", "the toy task: print three utterances", folders=False)
+    toy = add("toy", "the toy task: print three utterances")
     toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
     return parser
 
@@ -1270,10 +1266,12 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "toy":
-            return toy_report(args.benchmark, args.seed)
-        if not args.source.is_dir():
+            toy_report(args.benchmark, args.seed)
+        elif args.source.is_dir():
+            write_manifests(args.prepare(args), args.out)
+        else:
             raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
-        return write_manifests(CORPORA[args.command](args), args.out)
+        return 0
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
