@@ -786,6 +786,11 @@ class Job:
         self.done.set()
 
 
+def num_utterances(jobs: Sequence[Job]) -> int:
+    """The pieces of an utterance count as one."""
+    return len({job.first for job in jobs})
+
+
 class Batcher:
     """The queue, and the rule that makes batches of it. `run` is the one thread that owns the model."""
 
@@ -809,9 +814,9 @@ class Batcher:
                 self.changed.notify()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all of them, or none: Refusal 429. The pieces of an utterance count as one."""
+        """Queue all of them, or none: Refusal 429."""
         with self.changed:
-            waiting, more = (len({job.first for job in row}) for row in (self.waiting, jobs))
+            waiting, more = num_utterances(self.waiting), num_utterances(jobs)
             if waiting + more > self.options.max_queue:
                 message = (f"{waiting} utterances wait and this request brings {more}, at most "
                            f"{self.options.max_queue} may wait; send it again later")
@@ -1197,7 +1202,7 @@ def metrics_text(service: Service) -> str:
     padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
     return service.metrics.text({
         "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
-        "asr_queue_depth": len(service.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
+        "asr_queue_depth": num_utterances(service.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
         "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
         "process_start_time_seconds": time.time() - (time.monotonic() - service.started)})
 

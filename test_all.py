@@ -5858,6 +5858,15 @@ def test_queue_takes_all_of_a_request_or_none():
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
 
 
+# C60
+def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
+    service = serve.make_service(serving_system(), serve_options(), print)     # nobody takes from its queue
+    first = job(10, 0.0)
+    pieces = [first, *(serve.Job(torch.zeros(9, 40), 0.0, 1e9, first.gone, first) for _ in range(5))]
+    service.batcher.submit(pieces + [job(10, 0.0)])
+    assert "\nasr_queue_depth 2\n" in serve.metrics_text(service)
+
+
 # ---- serve.py: formats ----
 
 SPOKEN = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
