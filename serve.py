@@ -72,9 +72,9 @@ class Refusal(Exception):
     KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None,
-                 headers: Sequence[tuple[str, str]] = (), close: bool = False):
+                 headers: Sequence[tuple[str, str]] = ()):
         super().__init__(message)
-        self.status, self.code, self.param, self.headers, self.close = status, code, param, tuple(headers), close
+        self.status, self.code, self.param, self.headers = status, code, param, tuple(headers)
 
     def response(self, beside: dict[str, Any] | None = None) -> "Response":
         kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -87,12 +87,14 @@ class Gone(Exception):
 
 
 class Head(NamedTuple):
+    id: str                         # of the request: the client's, if it is harmless, else a new one
+    started: float                  # monotonic seconds at which the head had come
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]         # lower-case names
     length: int | None              # of the body, as announced
-    close: bool                     # the client wants the connection closed
+    close: bool                     # the connection is of no use after the answer
 
 
 class Response(NamedTuple):
@@ -108,16 +110,21 @@ def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, st
     return Response(status, "application/json", body, tuple(headers), note)
 
 
-def to_bytes(head: Head | None, response: Response, close: bool, more: Sequence[tuple[str, str]] = ()) -> bytes:
-    """The answer to `head` (None: to what could not be read) as it goes out; `more` are headers beside its own."""
-    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {request_id(head)}",
+def unread_head() -> Head:
+    """The head of a request that cannot be read, or is not: its answer has an id all the same."""
+    return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, True)
+
+
+def to_bytes(head: Head, response: Response, close: bool, more: Sequence[tuple[str, str]] = ()) -> bytes:
+    """The answer to `head` as it goes out; `more` are headers beside its own."""
+    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {head.id}",
              f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
              "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
     if response.status != 204:
         lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
     lines += [f"{name}: {value}" for name, value in (*response.headers, *more)]
     lines += ["Connection: close"] if close else []
-    body = b"" if head and head.method == "HEAD" else response.body
+    body = b"" if head.method == "HEAD" else response.body
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
@@ -139,41 +146,40 @@ class Connection(socketserver.BaseRequestHandler):
 
     def serve_one(self) -> bool:
         """Read a request, admit it, read its body, answer it -> whether the connection stays open for another."""
-        started, head, unread = time.monotonic(), None, True
+        head, body, unread = unread_head(), b"", True
         try:
             block = self.read_head()
             if block is None:
                 return False
-            started = time.monotonic()
             head = parse_head(block)
             unread = bool(head.length) or "transfer-encoding" in head.headers
-            length, body = admit(self.service, head), b""
+            admit(self.service, head)
             if head.method == "POST":
-                body, unread = self.read_body(head, length), False
+                body, unread = self.read_body(head), False
             self.server.phases[self.request] = "busy"
-            response, close = answer(self.service, head, body, started, self.hung_up), head.close or unread
+            response = answer(self.service, head, body, self.hung_up)
         except Refusal as refusal:
-            response, close = refusal.response(), refusal.close or unread or head.close
+            response = refusal.response()
         except (Gone, ConnectionError):
-            response, close = Response(499, "", b""), True
+            response = Response(499, "", b"")
         except Exception:
-            self.service.log(f"{request_id(head)} {traceback.format_exc()}")
+            self.service.log(f"{head.id} {traceback.format_exc()}")
             bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
-            response, close = bug.response(), True
-        return self.finish_one(head, response, close, unread, started)
+            response = bug.response()
+        return self.finish_one(head, response, unread)
 
-    def finish_one(self, head: Head | None, response: Response, close: bool, unread: bool, started: float) -> bool:
-        """Write, count and log the answer -> whether the connection stays open."""
-        close = close or self.service.draining.is_set()
+    def finish_one(self, head: Head, response: Response, unread: bool) -> bool:
+        """Write, count and log the answer -> whether the connection stays open: not behind a body that is unread."""
+        close = head.close or unread or self.service.draining.is_set()
         sent = response.status != 499 and self.write(head, response, close)
         route, status = route_of(head)[0], response.status if sent else 499
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - head.started
         self.service.metrics.count_request(route, status, seconds)
-        self.service.log(f"{request_id(head)} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
-        if sent and close and unread:
+        self.service.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
+        if sent and unread:
             self.read_away(DRAIN_SEC if status != 408 else 0.5)
         self.server.phases[self.request] = "idle"
-        return bool(sent) and not close
+        return sent and not close
 
     def read_some(self, deadline: float) -> bytes:
         """Some bytes; b"" when the client sends no more. Raises TimeoutError at the deadline."""
@@ -215,9 +221,10 @@ class Connection(socketserver.BaseRequestHandler):
                 return block
             self.buffer += self.receive(deadline, "the header")
 
-    def read_body(self, head: Head, length: int) -> bytes:
+    def read_body(self, head: Head) -> bytes:
         """The body, exactly as long as announced."""
-        deadline, pieces, got = time.monotonic() + self.service.options.body_timeout, [self.buffer], len(self.buffer)
+        deadline, length = time.monotonic() + self.service.options.body_timeout, head.length
+        pieces, got = [self.buffer], len(self.buffer)
         if got < length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while got < length:
@@ -227,7 +234,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.buffer = whole[length:]
         return whole[:length]
 
-    def write(self, head: Head | None, response: Response, close: bool) -> bool:
+    def write(self, head: Head, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
         options = self.service.options
         try:
@@ -283,7 +290,7 @@ class Server(ThreadingHTTPServer):
         self.service.metrics.add("asr_rejected_total", '{reason="overloaded"}')
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.send(to_bytes(None, response, close=True))
+            request.send(to_bytes(unread_head(), response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
 
@@ -313,16 +320,15 @@ HEADER_LINE = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([^\x00-\x08\x0a
 
 
 def bad_framing(message: str) -> Refusal:
-    return Refusal(400, "bad_framing", message, close=True)
+    return Refusal(400, "bad_framing", message)
 
 
 def check_head_size(block: bytes) -> None:
     """Refuse what is too large or has bare line feeds, as soon as that much of it has come."""
     if len(block[:MAX_LINE + 2].split(b"\r\n", 1)[0]) > MAX_LINE:
-        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes", close=True)
+        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes")
     if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
-        message = f"wanted a header of at most {MAX_HEAD} bytes and {MAX_HEADERS} lines"
-        raise Refusal(431, "headers_too_large", message, close=True)
+        raise Refusal(431, "headers_too_large", f"wanted at most {MAX_HEAD} bytes and {MAX_HEADERS} lines of header")
     if block.count(b"\n") != block.count(b"\r\n"):
         raise bad_framing("lines of the header must end in CR LF")
 
@@ -350,7 +356,9 @@ def parse_head(block: bytes) -> Head:
         raise bad_framing("HTTP/1.1 needs a Host header")
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
-    return Head(method, path, query, headers, parse_length(headers), close)
+    wish = headers.get("x-request-id", "")
+    id = wish if re.fullmatch("[A-Za-z0-9._-]{1,64}", wish) else uuid.uuid4().hex
+    return Head(id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
 
 
 def parse_length(headers: dict[str, str]) -> int | None:
@@ -375,16 +383,6 @@ def parse_target(target: str) -> tuple[str, dict[str, str]]:
         raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
 
 
-def request_id(head: Head | None) -> str:
-    """The client's, if it is harmless, else a new one (the same for the same head)."""
-    wish = head.headers.get("x-request-id", "") if head else ""
-    if not re.fullmatch("[A-Za-z0-9._-]{1,64}", wish):
-        wish = uuid.uuid4().hex
-        if head:
-            head.headers["x-request-id"] = wish
-    return wish
-
-
 ROUTES = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"), "/v1/models": ("GET", "HEAD"),
           "/v1/models/{id}": ("GET", "HEAD"), "/transcribe": ("POST",), "/v1/audio/transcriptions": ("POST",)}
 AUDIO_TYPES = ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave")
@@ -392,10 +390,9 @@ MEDIA_TYPES = {"/transcribe": ("application/json", *AUDIO_TYPES, "multipart/form
                "/v1/audio/transcriptions": ("multipart/form-data",)}
 
 
-def route_of(head: Head | None) -> tuple[str, tuple[str, ...]]:
+def route_of(head: Head) -> tuple[str, tuple[str, ...]]:
     """The route's name, as metrics and log call it, and its methods."""
-    path = head.path if head else ""
-    name = "/v1/models/{id}" if path.startswith("/v1/models/") else path
+    name = "/v1/models/{id}" if head.path.startswith("/v1/models/") else head.path
     return (name, ROUTES[name]) if name in ROUTES else ("other", ())
 
 
@@ -404,11 +401,11 @@ def media_type(head: Head) -> str:
 
 
 def draining() -> Refusal:
-    return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")], close=True)
+    return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
 
 
-def admit(service: "Service", head: Head) -> int:
-    """Refuse all that can be refused before the body is read -> its length."""
+def admit(service: "Service", head: Head) -> None:
+    """Refuse all that can be refused before the body is read."""
     route, methods = route_of(head)
     if not methods:
         raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
@@ -416,7 +413,7 @@ def admit(service: "Service", head: Head) -> int:
         allow = ", ".join((*methods, "OPTIONS"))
         raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
     if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
-        return 0
+        return
     wanted, given = f"Bearer {service.key}".encode(), head.headers.get("authorization", "").encode("latin-1")
     if service.key and not hmac.compare_digest(wanted, given):
         raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
@@ -424,7 +421,7 @@ def admit(service: "Service", head: Head) -> int:
     if service.draining.is_set():
         raise draining()
     if head.method != "POST":
-        return 0
+        return
     limit = int(service.options.max_body_mb * MIB)
     if head.length is None:
         raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
@@ -433,12 +430,11 @@ def admit(service: "Service", head: Head) -> int:
         raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
     if head.length > limit:
         raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
-    return head.length
 
 
-def cors_headers(options: argparse.Namespace, head: Head | None) -> tuple[tuple[str, str], ...]:
+def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, str], ...]:
     """For pages of the origins that --cors-origin names; none otherwise."""
-    origin = head.headers.get("origin") if head else None
+    origin = head.headers.get("origin")
     if not options.cors_origin:
         return ()
     if origin not in options.cors_origin:
@@ -1017,7 +1013,7 @@ class Service(NamedTuple):
         return self.system.config.model.name
 
 
-def answer(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+def answer(service: Service, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """A whole, admitted request -> its answer. Raises Refusal or Gone."""
     route, methods = route_of(head)
     if head.method == "OPTIONS":
@@ -1034,7 +1030,7 @@ def answer(service: Service, head: Head, body: bytes, started: float, gone: Call
         if head.path != f"/v1/models/{service.model}":
             raise Refusal(404, "not_found", f"the one model here is {service.model}", "model")
         return json_response(model_card(service))
-    return recognise_route(service, head, body, started, gone)
+    return recognise_route(service, head, body, gone)
 
 
 def health(service: Service) -> Response:
@@ -1091,7 +1087,7 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
     return Recognition(decode.within(system, joined, utterance.seconds), weights)
 
 
-def recognise_route(service: Service, head: Head, body: bytes, started: float, gone: Callable[[], bool]) -> Response:
+def recognise_route(service: Service, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     form, alignment = None, False
     in_turn = service.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
@@ -1108,9 +1104,9 @@ def recognise_route(service: Service, head: Head, body: bytes, started: float, g
     service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if form:
         return openai_response(form, found[0].result, seconds[0], note)
-    total_ms = (time.monotonic() - started) * 1e3
+    total_ms = (time.monotonic() - head.started) * 1e3
     results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
-    shared = {"id": request_id(head), "model": service.model}
+    shared = {"id": head.id, "model": service.model}
     return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
 
 

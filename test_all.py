@@ -5942,6 +5942,17 @@ def test_headers_ids_methods_and_keep_alive(server):
     assert exchange(server, get("GET /health HTTP/1.1", "X-Request-Id: a<b"))[1]["x-request-id"] != "a<b"
 
 
+def test_an_answer_and_its_line_in_the_log_have_one_id():
+    """Also where the head of the request cannot be read; a request behind one that was refused is not taken up."""
+    with serving() as server:
+        for raw, status in ((get(), 200), (b"GET /health\r\n\r\n" + get(), 400), (post_json(b"{"), 400)):
+            server.log.clear()
+            found, headers, _ = exchange(server, raw)
+            while not server.log:
+                time.sleep(0.01)
+            assert found == status and [line.split()[0] for line in server.log] == [headers["x-request-id"]]
+
+
 def test_pipelined_and_dribbled_requests_are_told_apart(server):
     one, two = post_json({"features": ROWS[:30]}), get("GET /health HTTP/1.1", "Connection: close")
     with socket.create_connection(server.server_address[:2], 5) as connection:
