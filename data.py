@@ -814,7 +814,7 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
     text = os.fspath(source)
     names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
     if "" in names:
-        raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders with commas between, got an empty name")
+        raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders between commas, got an empty name")
     return [path for name in names
             for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
 

@@ -105,9 +105,9 @@ class Response(NamedTuple):
     note: str = ""                  # for the log
 
 
-def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = (), note: str = "") -> Response:
+def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
     body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    return Response(status, "application/json", body, tuple(headers), note)
+    return Response(status, "application/json", body, tuple(headers))
 
 
 def unread_head() -> Head:
@@ -287,7 +287,7 @@ class Server(ThreadingHTTPServer):
         """503 without a thread. The socket is closed a second later, when the client has surely read it."""
         message = f"{self.service.options.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
-        self.service.metrics.add("asr_rejected_total", '{reason="overloaded"}')
+        self.service.metrics.add("asr_rejected_total", 'reason="overloaded"')
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(to_bytes(unread_head(), response, close=True))
@@ -962,7 +962,7 @@ def parse_openai_form(fields: dict[str, Any]) -> Form:
                 fields.get("language", ""))
 
 
-def openai_response(form: Form, result: Result, seconds: float, note: str) -> Response:
+def openai_response(form: Form, result: Result, seconds: float) -> Response:
     """The result in the format that was asked for."""
     text = result.text.strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
@@ -970,13 +970,13 @@ def openai_response(form: Form, result: Result, seconds: float, note: str) -> Re
         events = [{"type": "transcript.text.delta", "delta": text},
                   {"type": "transcript.text.done", "text": text, "usage": usage}]
         lines = "".join(f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events)
-        return Response(200, "text/event-stream; charset=utf-8", lines.encode(), note=note)
+        return Response(200, "text/event-stream; charset=utf-8", lines.encode())
     if form.format == "json":
         value = {"text": text, "usage": usage}
         if form.logprobs:
             value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()), "logprob": round(log_prob(t), 4)}
                                  for t in result.tokens]
-        return json_response(value, note=note)
+        return json_response(value)
     if form.format == "verbose_json":
         value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
                  "usage": usage}
@@ -984,11 +984,11 @@ def openai_response(form: Form, result: Result, seconds: float, note: str) -> Re
             value["segments"] = segments(result, form.temperature)
         if "word" in form.granularities:
             value["words"] = [word_entry(word) for word in result.words]
-        return json_response(value, note=note)
+        return json_response(value)
     formats = {"text": ("text/plain", lambda: text + "\n"), "srt": ("text/plain", lambda: subtitles(result.words, ",")),
                "vtt": ("text/vtt", lambda: "WEBVTT\n\n" + subtitles(result.words, "."))}
     kind, write = formats[form.format]
-    return Response(200, f"{kind}; charset=utf-8", write().encode(), note=note)
+    return Response(200, f"{kind}; charset=utf-8", write().encode())
 
 
 # ---- routes ----
@@ -1099,15 +1099,17 @@ def recognise_route(service: Service, head: Head, body: bytes, gone: Callable[[]
             form = parse_openai_form(ask.fields)
         jobs = submit(service, ask, gone)
     found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
-    seconds, note = [utterance.seconds for utterance in ask.utterances], f" batch {jobs[0][0].batch_size}"
+    seconds = [utterance.seconds for utterance in ask.utterances]
     service.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
     service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if form:
-        return openai_response(form, found[0].result, seconds[0], note)
-    total_ms = (time.monotonic() - head.started) * 1e3
-    results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
-    shared = {"id": head.id, "model": service.model}
-    return json_response({**shared, "results": results} if ask.many else {**shared, **results[0]}, note=note)
+        response = openai_response(form, found[0].result, seconds[0])
+    else:
+        total_ms = (time.monotonic() - head.started) * 1e3
+        results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
+        answered = {"results": results} if ask.many else results[0]
+        response = json_response({"id": head.id, "model": service.model, **answered})
+    return response._replace(note=f" batch {jobs[0][0].batch_size}")
 
 
 def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
@@ -1143,8 +1145,13 @@ HELP = {"asr_requests_total": "answers by route and status; 499: the client left
 REASONS = {429: "queue_full", 503: "draining", 504: "deadline_exceeded", 408: "request_timeout", 413: "too_large"}
 
 
+def sample(name: str, labels: str, value: str) -> str:
+    """A line of Prometheus' text format; labels: 'a="1",b="2"', or "" for none."""
+    return f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+
+
 class Metrics:
-    """Sums that grow, under a lock of their own that nobody holds for long."""
+    """Sums that grow, by name and labels, under a lock of their own that nobody holds for long."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -1163,10 +1170,10 @@ class Metrics:
             row[-1] += value
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
-        self.add("asr_requests_total", f'{{route="{route}",status="{status}"}}')
+        self.add("asr_requests_total", f'route="{route}",status="{status}"')
         self.observe("asr_request_duration_seconds", seconds, f'route="{route}"')
         if status in REASONS:
-            self.add("asr_rejected_total", f'{{reason="{REASONS[status]}"}}')
+            self.add("asr_rejected_total", f'reason="{REASONS[status]}"')
 
     def text(self, gauges: dict[str, float]) -> str:
         """Everything in Prometheus' text format 0.0.4."""
@@ -1177,13 +1184,15 @@ class Metrics:
         for name, meaning in HELP.items():
             kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [f"{name}{labels} {value:.17g}" for (key, labels), value in sorted(sums.items()) if key == name]
-            for (key, label), row in sorted(histograms.items()):
+            lines += [sample(name, labels, f"{value:.17g}")
+                      for (key, labels), value in sorted(sums.items()) if key == name]
+            for (key, labels), row in sorted(histograms.items()):
                 if key == name:
-                    comma, braces, totals = "," if label else "", f"{{{label}}}" if label else "", np.cumsum(row[:-1])
-                    lines += [f'{name}_bucket{{{label}{comma}le="{bound}"}} {total:.0f}'
+                    totals = np.cumsum(row[:-1])
+                    lines += [sample(f"{name}_bucket", labels + "," * bool(labels) + f'le="{bound}"', f"{total:.0f}")
                               for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
-                    lines += [f"{name}_sum{braces} {row[-1]:.10g}", f"{name}_count{braces} {totals[-1]:.0f}"]
+                    lines += [sample(f"{name}_sum", labels, f"{row[-1]:.10g}"),
+                              sample(f"{name}_count", labels, f"{totals[-1]:.0f}")]
         return "\n".join(lines) + "\n"
 
 

@@ -5879,7 +5879,7 @@ def test_openai_formats_by_hand():
     def body(**changes) -> str:
         choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
         result = decode.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
-        return serve.openai_response(choice, result, 62.0, "").body.decode()
+        return serve.openai_response(choice, result, 62.0).body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
     assert body(format="text") == "one two six\n"
@@ -5907,7 +5907,7 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     found, wanted = serve.recognise(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
     verbose = serve.Form("verbose_json", ["word"], 0.0, False, False, "")
-    body = json.loads(serve.openai_response(verbose, found, 9.0, "").body)
+    body = json.loads(serve.openai_response(verbose, found, 9.0).body)
     assert body["words"] == [decode.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
 
