@@ -138,7 +138,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.service, self.buffer = self.server.service, b""
+        self.buffer = b""           # what came behind the request that is being read
 
     def handle(self) -> None:
         while self.serve_one():
@@ -153,29 +153,29 @@ class Connection(socketserver.BaseRequestHandler):
                 return False
             head = parse_head(block)
             unread = bool(head.length) or "transfer-encoding" in head.headers
-            admit(self.service, head)
+            admit(self.server, head)
             if head.method == "POST":
                 body, unread = self.read_body(head), False
             self.server.phases[self.request] = "busy"
-            response = answer(self.service, head, body, self.hung_up)
+            response = answer(self.server, head, body, self.hung_up)
         except Refusal as refusal:
             response = refusal.response()
         except (Gone, ConnectionError):
             response = Response(499, "", b"")
         except Exception:
-            self.service.log(f"{head.id} {traceback.format_exc()}")
+            self.server.log(f"{head.id} {traceback.format_exc()}")
             bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
             response = bug.response()
         return self.finish_one(head, response, unread)
 
     def finish_one(self, head: Head, response: Response, unread: bool) -> bool:
         """Write, count and log the answer -> whether the connection stays open: not behind a body that is unread."""
-        close = head.close or unread or self.service.draining.is_set()
+        close = head.close or unread or self.server.draining.is_set()
         sent = response.status != 499 and self.write(head, response, close)
         route, status = route_of(head)[0], response.status if sent else 499
         seconds = time.monotonic() - head.started
-        self.service.metrics.count_request(route, status, seconds)
-        self.service.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
+        self.server.metrics.count_request(route, status, seconds)
+        self.server.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
         if sent and unread:
             self.read_away(DRAIN_SEC if status != 408 else 0.5)
         self.server.phases[self.request] = "idle"
@@ -196,12 +196,12 @@ class Connection(socketserver.BaseRequestHandler):
         except TimeoutError:
             raise Refusal(408, "request_timeout", f"{what} did not come whole in time") from None
         if not piece:
-            raise draining() if self.service.draining.is_set() else bad_framing(f"the connection ended within {what}")
+            raise draining() if self.server.draining.is_set() else bad_framing(f"the connection ended within {what}")
         return piece
 
     def read_head(self) -> bytes | None:
         """The request line and header without the empty line after them; None if the client sends nothing more."""
-        options = self.service.options
+        options = self.server.options
         deadline = time.monotonic() + options.idle_timeout
         self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
         while not self.buffer:
@@ -223,7 +223,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         """The body, exactly as long as announced."""
-        deadline, length = time.monotonic() + self.service.options.body_timeout, head.length
+        deadline, length = time.monotonic() + self.server.options.body_timeout, head.length
         pieces, got = [self.buffer], len(self.buffer)
         if got < length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -236,7 +236,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def write(self, head: Head, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
-        options = self.service.options
+        options = self.server.options
         try:
             self.request.settimeout(options.write_timeout)      # of the whole sendall
             self.request.sendall(to_bytes(head, response, close, cors_headers(options, head)))
@@ -263,21 +263,33 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Connections, at most options.max_connections at a time."""
+    """All that the routes need, and connections, at most options.max_connections at a time."""
 
     daemon_threads = True
     request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
 
-    def __init__(self, service: "Service"):
-        self.service, self.phases, self.refused = service, service.phases, []
-        self.address_family = socket.AF_INET6 if ":" in service.options.host else socket.AF_INET
-        super().__init__((service.options.host, service.options.port), Connection)
+    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
+                 slack: int = 0):
+        self.system, self.options, self.log = system, options, log
+        self.created, self.started = created, time.monotonic()      # the checkpoint, in seconds since 1970; the server
+        self.metrics, self.draining = Metrics(), threading.Event()
+        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
+        self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
+        self.parsing = threading.Lock()     # one body at a time: its parser keeps the interpreter, and so would others
+        self.phases: dict[socket.socket, str] = {}                  # of the open connections: idle, reading or busy
+        self.refused: list[tuple[float, socket.socket]] = []        # when to close them
+        self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        super().__init__((options.host, options.port), Connection)
+
+    @property
+    def model(self) -> str:
+        return self.system.config.model.name
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)    # http.server's looks up the host's name, which can take seconds
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        if len(self.phases) >= self.service.options.max_connections:
+        if len(self.phases) >= self.options.max_connections:
             self.refuse(request)
             return
         self.phases[request] = "idle"
@@ -285,9 +297,9 @@ class Server(ThreadingHTTPServer):
 
     def refuse(self, request: socket.socket) -> None:
         """503 without a thread. The socket is closed a second later, when the client has surely read it."""
-        message = f"{self.service.options.max_connections} connections are open, which is the most"
+        message = f"{self.options.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
-        self.service.metrics.add("asr_rejected_total", 'reason="overloaded"')
+        self.metrics.add("asr_rejected_total", 'reason="overloaded"')
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(to_bytes(unread_head(), response, close=True))
@@ -303,7 +315,7 @@ class Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        self.service.log(traceback.format_exc())
+        self.log(traceback.format_exc())
 
     def cut(self, phases: Sequence[str]) -> None:
         """End the connections that are in one of these phases: their next read returns nothing."""
@@ -404,7 +416,7 @@ def draining() -> Refusal:
     return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
 
 
-def admit(service: "Service", head: Head) -> None:
+def admit(server: Server, head: Head) -> None:
     """Refuse all that can be refused before the body is read."""
     route, methods = route_of(head)
     if not methods:
@@ -414,15 +426,15 @@ def admit(service: "Service", head: Head) -> None:
         raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
     if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
         return
-    wanted, given = f"Bearer {service.key}".encode(), head.headers.get("authorization", "").encode("latin-1")
-    if service.key and not hmac.compare_digest(wanted, given):
+    wanted, given = f"Bearer {server.key}".encode(), head.headers.get("authorization", "").encode("latin-1")
+    if server.key and not hmac.compare_digest(wanted, given):
         raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
                       headers=[("WWW-Authenticate", "Bearer")])
-    if service.draining.is_set():
+    if server.draining.is_set():
         raise draining()
     if head.method != "POST":
         return
-    limit = int(service.options.max_body_mb * MIB)
+    limit = int(server.options.max_body_mb * MIB)
     if head.length is None:
         raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
     if media_type(head) not in MEDIA_TYPES[route] or "content-encoding" in head.headers:
@@ -993,27 +1005,7 @@ def openai_response(form: Form, result: Result, seconds: float) -> Response:
 
 # ---- routes ----
 
-class Service(NamedTuple):
-    """What the routes need; one for the life of the process."""
-
-    system: System
-    options: argparse.Namespace
-    batcher: Batcher
-    metrics: "Metrics"
-    log: Callable[[str], None]
-    draining: threading.Event
-    key: str                    # "" = anybody may
-    created: int                # seconds since 1970: of the checkpoint
-    started: float              # monotonic
-    phases: dict[socket.socket, str]    # of the open connections: idle, reading or busy
-    parsing: threading.Lock     # one body at a time: its parser keeps the interpreter, and so would all others in turn
-
-    @property
-    def model(self) -> str:
-        return self.system.config.model.name
-
-
-def answer(service: Service, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """A whole, admitted request -> its answer. Raises Refusal or Gone."""
     route, methods = route_of(head)
     if head.method == "OPTIONS":
@@ -1021,29 +1013,29 @@ def answer(service: Service, head: Head, body: bytes, gone: Callable[[], bool]) 
     if route == "/":
         return page_response()
     if route == "/health":
-        return health(service)
+        return health(server)
     if route == "/metrics":
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(service).encode())
+        return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(server).encode())
     if route == "/v1/models":
-        return json_response({"object": "list", "data": [model_card(service)]})
+        return json_response({"object": "list", "data": [model_card(server)]})
     if route == "/v1/models/{id}":
-        if head.path != f"/v1/models/{service.model}":
-            raise Refusal(404, "not_found", f"the one model here is {service.model}", "model")
-        return json_response(model_card(service))
-    return recognise_route(service, head, body, gone)
+        if head.path != f"/v1/models/{server.model}":
+            raise Refusal(404, "not_found", f"the one model here is {server.model}", "model")
+        return json_response(model_card(server))
+    return recognise_route(server, head, body, gone)
 
 
-def health(service: Service) -> Response:
-    busy = service.draining.is_set()
-    system = service.system
-    status = {"status": "draining" if busy else "ok", "model": service.model, "feature_dim": system.stats.shape[1],
+def health(server: Server) -> Response:
+    busy = server.draining.is_set()
+    system = server.system
+    status = {"status": "draining" if busy else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
               "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
-              "uptime": round(time.monotonic() - service.started, 3)}
+              "uptime": round(time.monotonic() - server.started, 3)}
     return draining().response(beside=status) if busy else json_response(status)
 
 
-def model_card(service: Service) -> dict:
-    return {"id": service.model, "object": "model", "created": service.created, "owned_by": "local"}
+def model_card(server: Server) -> dict:
+    return {"id": server.model, "object": "model", "created": server.created, "owned_by": "local"}
 
 
 def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
@@ -1056,10 +1048,10 @@ def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
     return [job.outcome for job in jobs]
 
 
-def submit(service: Service, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]]:
+def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]]:
     """A job for each piece of each utterance; those without a frame are done already, with nothing said."""
     now = time.monotonic()
-    deadline = now + parse_timeout(ask.fields.get("timeout"), service.options.request_timeout)
+    deadline = now + parse_timeout(ask.fields.get("timeout"), server.options.request_timeout)
     jobs: list[list[Job]] = []
     for utterance in ask.utterances:
         jobs.append([])
@@ -1067,7 +1059,7 @@ def submit(service: Service, ask: Ask, gone: Callable[[], bool]) -> list[list[Jo
             jobs[-1].append(Job(feats, now, deadline, gone, jobs[-1][0] if jobs[-1] else None))
             if not len(feats):
                 jobs[-1][-1].finish(Recognition(Result("", 0.0, [], []), []))
-    service.batcher.submit([job for pieces in jobs for job in pieces if len(job.feats)])
+    server.batcher.submit([job for pieces in jobs for job in pieces if len(job.feats)])
     return jobs
 
 
@@ -1087,32 +1079,32 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
     return Recognition(decode.within(system, joined, utterance.seconds), weights)
 
 
-def recognise_route(service: Service, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     form, alignment = None, False
-    in_turn = service.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
-    with service.batcher.preparing(), in_turn:
-        ask = read_ask(head, body, service.system, service.options)
+    in_turn = server.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
+    with server.batcher.preparing(), in_turn:
+        ask = read_ask(head, body, server.system, server.options)
         if head.path == "/transcribe":
             alignment = parse_flag("alignment", ask.fields.get("alignment"))
         else:
             form = parse_openai_form(ask.fields)
-        jobs = submit(service, ask, gone)
-    found = [join_pieces(service.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
+        jobs = submit(server, ask, gone)
+    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
     seconds = [utterance.seconds for utterance in ask.utterances]
-    service.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
-    service.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+    server.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
+    server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if form:
         response = openai_response(form, found[0].result, seconds[0])
     else:
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(service, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
+        results = [entry(server.system, *each, total_ms, alignment) for each in zip(ask.utterances, jobs, found)]
         answered = {"results": results} if ask.many else results[0]
-        response = json_response({"id": head.id, "model": service.model, **answered})
+        response = json_response({"id": head.id, "model": server.model, **answered})
     return response._replace(note=f" batch {jobs[0][0].batch_size}")
 
 
-def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
+def entry(system: System, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
           alignment: bool) -> dict:
     """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
     queued, batches = jobs[0].queued, {job.taken: job.infer_sec for job in jobs}  # pieces may share a batch
@@ -1124,7 +1116,7 @@ def entry(service: Service, utterance: Utterance, jobs: Sequence[Job], found: Re
              "timing": timing}
     if alignment:
         weights = [round(weight, 4) for weight in found.weights]
-        value["alignment"] = {"step": round(frame_step(service.system), 4), "weights": weights}
+        value["alignment"] = {"step": round(frame_step(system), 4), "weights": weights}
     return value
 
 
@@ -1202,14 +1194,14 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
 
 
-def metrics_text(service: Service) -> str:
-    phases, sums = list(service.phases.values()), service.metrics.sums
+def metrics_text(server: Server) -> str:
+    phases, sums = list(server.phases.values()), server.metrics.sums
     padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
-    return service.metrics.text({
+    return server.metrics.text({
         "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
-        "asr_queue_depth": num_utterances(service.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
+        "asr_queue_depth": num_utterances(server.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
         "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
-        "process_start_time_seconds": time.time() - (time.monotonic() - service.started)})
+        "process_start_time_seconds": time.time() - (time.monotonic() - server.started)})
 
 
 def start_log() -> Callable[[str], None]:
@@ -1267,27 +1259,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def make_service(system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
-                 slack: int = 0) -> Service:
-    """A service without a socket; its batcher's thread is not started."""
-    metrics, key = Metrics(), os.environ.get("ASR_API_KEY", "")
-    batcher = Batcher(lambda feats: recognise(system, feats), options, metrics, slack)
-    return Service(system, options, batcher, metrics, log, threading.Event(), key, created, time.monotonic(), {},
-                   threading.Lock())
-
-
-def start(service: Service) -> Server:
-    """Start the inference thread and the server's -> the server, listening."""
-    server = Server(service)        # fails before there are threads
-    threading.Thread(target=service.batcher.run, daemon=True, name="inference").start()
+def start(server: Server) -> Server:
+    """Start the inference thread and the one that accepts connections."""
+    threading.Thread(target=server.batcher.run, daemon=True, name="inference").start()
     threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True, name="accept").start()
     return server
 
 
 def drain(server: Server, timeout: float) -> None:
     """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; back within `timeout`."""
-    service, started = server.service, time.monotonic()
-    service.draining.set()
+    started = time.monotonic()
+    server.draining.set()
     server.cut(["idle"])
     cut = False
     while server.phases and time.monotonic() < started + max(0.5 * timeout, timeout - 1.0):
@@ -1295,8 +1277,8 @@ def drain(server: Server, timeout: float) -> None:
             server.cut(["idle", "reading"])
             cut = True
         time.sleep(0.01)
-    with service.batcher.changed:
-        late, service.batcher.waiting = service.batcher.waiting, []
+    with server.batcher.changed:
+        late, server.batcher.waiting = server.batcher.waiting, []
     for job in late:
         job.finish(draining())
     time.sleep(0.2 if late else 0.0)        # for their answers
@@ -1361,13 +1343,13 @@ def run(options: argparse.Namespace) -> int:
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
     try:
-        server = start(make_service(system, options, start_log(), created, slack))
+        server = start(Server(system, options, start_log(), created, slack))
     except OSError as error:
         raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror}; "
                          "--port 0 takes a free port") from None
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"listening on http://{shown}:{port} ({server.service.model}, {options.checkpoint}, {system.stats.device})",
+    print(f"listening on http://{shown}:{port} ({server.model}, {options.checkpoint}, {system.stats.device})",
           file=sys.stderr, flush=True)
     stop.wait()
     drain(server, options.drain_timeout)

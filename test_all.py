@@ -5292,8 +5292,8 @@ def serve_options(**changes) -> argparse.Namespace:
 def serving(system: decode.System | None = None, **changes):
     """A server on a free port, in this process, that logs into a list."""
     log: list[str] = []
-    server = serve.start(serve.make_service(system or serving_system(), serve_options(**changes), log.append))
-    server.log = log
+    server = serve.start(serve.Server(system or serving_system(), serve_options(**changes), log.append))
+    server.lines = log
     try:
         yield server
     finally:
@@ -5860,11 +5860,12 @@ def test_queue_takes_all_of_a_request_or_none():
 
 # C60
 def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
-    service = serve.make_service(serving_system(), serve_options(), print)     # nobody takes from its queue
+    server = serve.Server(serving_system(), serve_options(), print)     # nobody takes from its queue
     first = job(10, 0.0)
     pieces = [first, *(serve.Job(torch.zeros(9, 40), 0.0, 1e9, first.gone, first) for _ in range(5))]
-    service.batcher.submit(pieces + [job(10, 0.0)])
-    assert "\nasr_queue_depth 2\n" in serve.metrics_text(service)
+    server.batcher.submit(pieces + [job(10, 0.0)])
+    server.server_close()
+    assert "\nasr_queue_depth 2\n" in serve.metrics_text(server)
 
 
 # ---- serve.py: formats ----
@@ -5946,11 +5947,11 @@ def test_an_answer_and_its_line_in_the_log_have_one_id():
     """Also where the head of the request cannot be read; a request behind one that was refused is not taken up."""
     with serving() as server:
         for raw, status in ((get(), 200), (b"GET /health\r\n\r\n" + get(), 400), (post_json(b"{"), 400)):
-            server.log.clear()
+            server.lines.clear()
             found, headers, _ = exchange(server, raw)
-            while not server.log:
+            while not server.lines:
                 time.sleep(0.01)
-            assert found == status and [line.split()[0] for line in server.log] == [headers["x-request-id"]]
+            assert found == status and [line.split()[0] for line in server.lines] == [headers["x-request-id"]]
 
 
 def test_pipelined_and_dribbled_requests_are_told_apart(server):
@@ -6037,7 +6038,7 @@ def test_clients_that_leave_are_dropped_before_the_model_runs():
                     time.sleep(0.02)
             assert first.result()[0] == 200
         time.sleep(0.2)
-        assert sum("499" in line for line in slow.log) == 5
+        assert sum("499" in line for line in slow.lines) == 5
         assert "asr_batch_size_count 1\n" in exchange(slow, get("GET /metrics HTTP/1.1"))[2].decode()
 
 
@@ -6073,7 +6074,7 @@ def test_key_is_wanted_where_it_is_set(monkeypatch):
             assert status == 401 and check_error(status, headers,
                                                  body)["code"] == "invalid_api_key" and b"secret" not in body
         assert exchange(locked, get("GET /v1/models HTTP/1.1", "Authorization: Bearer secret"))[0] == 200
-        assert healthy(locked) and not any("secret" in line for line in locked.log)
+        assert healthy(locked) and not any("secret" in line for line in locked.lines)
 
 
 # C58
@@ -6115,7 +6116,7 @@ def test_a_connection_that_is_reset_before_a_request_is_none():
         with socket.create_connection(server.server_address[:2]) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))      # close resets
         time.sleep(0.2)
-        assert healthy(server) and not any("499" in line for line in server.log)
+        assert healthy(server) and not any("499" in line for line in server.lines)
 
 
 def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
