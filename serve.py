@@ -6,10 +6,11 @@
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
     python serve.py --benchmark            overhead, throughput and latency of this machine
 
-Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features,
-the queue and the one inference thread that owns the model, the answers, the routes, metrics; then the command line,
-the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes the time as an argument.
-http.server lends its threading server only: its parser has no deadline and no limit for a header, and answers in HTML.
+Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features
+(on one parser thread), the queue and the one inference thread that owns the model, the answers, the routes, metrics;
+then the command line, the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes
+the time as an argument. http.server lends its threading server only: its parser has no deadline and no limit for a
+header, and answers in HTML.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, decode.py, data.py, tokenizer.py, config.py.
 Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
@@ -275,7 +276,8 @@ class Server(ThreadingHTTPServer):
         self.metrics, self.draining = Metrics(), threading.Event()
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
-        self.parsing = threading.Lock()     # one body at a time: its parser keeps the interpreter, and so would others
+        # One body at a time, as its parser keeps the interpreter; torch keeps helper threads for each that calls it.
+        self.parsers = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "parser of large bodies")
         self.phases: dict[socket.socket, str] = {}                  # of the open connections: idle, reading or busy
         self.refused: list[tuple[float, socket.socket]] = []        # when to close them
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -474,7 +476,7 @@ class Ask(NamedTuple):
     many: bool = False              # answered by a list
 
 
-INTERRUPTIBLE = MIB // 2    # bytes of a body
+INTERRUPTIBLE = MIB // 2    # bytes of a body; from there on it has a parser thread to itself and lets others have turns
 
 
 def interruptible(text: str) -> float:
@@ -1082,9 +1084,9 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
 def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     form, alignment = None, False
-    in_turn = server.parsing if len(body) < INTERRUPTIBLE else contextlib.nullcontext()
-    with server.batcher.preparing(), in_turn:
-        ask = read_ask(head, body, server.system, server.options)
+    parser = server.parsers[len(body) >= INTERRUPTIBLE]
+    with server.batcher.preparing():
+        ask = parser.submit(read_ask, head, body, server.system, server.options).result()
         if head.path == "/transcribe":
             alignment = parse_flag("alignment", ask.fields.get("alignment"))
         else:

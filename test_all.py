@@ -6178,6 +6178,27 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
     assert samples["asr_tokens_total"] > 0 and 0 <= samples["asr_batch_padding_ratio"] < 1
 
 
+def test_recordings_on_many_connections_are_parsed_by_one_thread():
+    """So that torch keeps its helper threads once, and not for each connection that has sent a recording."""
+    raw, threads = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 15))), torch.get_num_threads()
+    assert len(raw) < serve.INTERRUPTIBLE
+    helpers = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
+    torch.set_num_threads(3)
+    try:
+        with serving() as server, contextlib.ExitStack() as kept:
+            before, counts = helpers(), []
+            for _ in range(5):
+                connection = kept.enter_context(socket.create_connection(server.server_address[:2], 20))
+                connection.sendall(raw)
+                answered = http.client.HTTPResponse(connection)
+                answered.begin()
+                assert answered.status == 200 and answered.read()
+                counts.append(helpers() - before)
+            assert counts[-1] == counts[0] > 0, counts
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
     def some(i: int) -> None:
         kinds = (post_json({"features": ROWS[:60]}), get(), post_json(b"{"), oai(FILE),
