@@ -40,7 +40,7 @@ import urllib.parse
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -780,7 +780,7 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
 
 
 class Job:
-    """An utterance, or a piece of one, on its way through the queue. The inference thread fills it and sets `done`.
+    """An utterance, or a piece of one, on its way through the queue. `outcome` is what the inference thread says of it.
 
     first: the job of the utterance's first piece, if that is another one.
     """
@@ -788,12 +788,8 @@ class Job:
     def __init__(self, feats: Tensor, now: float, deadline: float, gone: Callable[[], bool],
                  first: "Job | None" = None):
         self.feats, self.queued, self.deadline, self.gone, self.first = feats, now, deadline, gone, first or self
-        self.done, self.taken, self.infer_sec, self.batch_size = threading.Event(), now, 0.0, 0
-        self.outcome: Recognition | Exception | None = None
-
-    def finish(self, outcome: "Recognition | Exception") -> None:
-        self.outcome = outcome
-        self.done.set()
+        self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
+        self.outcome: Future[Recognition] = Future()
 
 
 def num_utterances(jobs: Sequence[Job]) -> int:
@@ -862,7 +858,8 @@ class Batcher:
                 self.run_batch(batch)
             except Exception as error:      # whatever it is, the one thread lives
                 for job in batch:
-                    job.finish(error)
+                    if not job.outcome.done():
+                        job.outcome.set_exception(error)
             del batch           # or the last batch stays in memory until the next
 
     def run_batch(self, batch: Sequence[Job]) -> None:
@@ -871,7 +868,7 @@ class Batcher:
         for job in batch:
             stale = deadline_passed() if now >= job.deadline else Gone() if job.gone() else None
             if stale:
-                job.finish(stale)
+                job.outcome.set_exception(stale)
             else:
                 kept.append(job)
         if not kept:
@@ -880,7 +877,7 @@ class Batcher:
             found = self.infer([job.feats for job in kept])
         except Exception as error:
             if len(kept) == 1:
-                kept[0].finish(error)
+                kept[0].outcome.set_exception(error)
             else:
                 for job in kept:
                     self.run_batch([job])
@@ -889,7 +886,7 @@ class Batcher:
         self.measure(kept, now, seconds)
         for job, recognition in zip(kept, found):
             job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
-            job.finish(recognition)
+            job.outcome.set_result(recognition)
 
     def measure(self, jobs: Sequence[Job], now: float, seconds: float) -> None:
         lengths = [len(job.feats) for job in jobs]
@@ -1042,12 +1039,10 @@ def model_card(server: Server) -> dict:
 
 def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
     """The outcomes of jobs, or the failure of one of them."""
-    for job in jobs:
-        if not job.done.wait(max(0.0, job.deadline - time.monotonic())):
-            raise deadline_passed()
-        if isinstance(job.outcome, Exception):
-            raise job.outcome
-    return [job.outcome for job in jobs]
+    try:
+        return [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
+    except TimeoutError:
+        raise deadline_passed() from None
 
 
 def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]]:
@@ -1060,7 +1055,7 @@ def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]
         for _, feats in utterance.pieces:
             jobs[-1].append(Job(feats, now, deadline, gone, jobs[-1][0] if jobs[-1] else None))
             if not len(feats):
-                jobs[-1][-1].finish(Recognition(Result("", 0.0, [], []), []))
+                jobs[-1][-1].outcome.set_result(Recognition(Result("", 0.0, [], []), []))
     server.batcher.submit([job for pieces in jobs for job in pieces if len(job.feats)])
     return jobs
 
@@ -1282,7 +1277,7 @@ def drain(server: Server, timeout: float) -> None:
     with server.batcher.changed:
         late, server.batcher.waiting = server.batcher.waiting, []
     for job in late:
-        job.finish(draining())
+        job.outcome.set_exception(draining())
     time.sleep(0.2 if late else 0.0)        # for their answers
     server.shutdown()
     server.server_close()

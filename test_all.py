@@ -5825,8 +5825,9 @@ def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
     broken, sound = job(10, 0.0, gone=lambda: 1 / 0), job(10, 0.0)
     for one in (broken, sound):
         batcher.submit([one])
-        assert one.done.wait(10)
-    assert isinstance(broken.outcome, ZeroDivisionError) and sound.outcome is None and sound.batch_size == 1
+        concurrent.futures.wait([one.outcome], 10)
+    assert isinstance(broken.outcome.exception(0), ZeroDivisionError)
+    assert sound.outcome.result(0) is None and sound.batch_size == 1
 
 
 # C56
@@ -5844,9 +5845,10 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
     jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, gone=lambda: True), job(13, now), job(14, now)]
     batcher.run_batch(jobs)
     assert seen == [[10, 13, 14], [10], [13], [14]]
-    outcomes = [getattr(j.outcome, "status", None) or type(j.outcome).__name__ for j in jobs]
+    outcomes = [j.outcome.exception(0) or j.outcome.result(0) for j in jobs]
+    outcomes = [getattr(outcome, "status", None) or type(outcome).__name__ for outcome in outcomes]
     assert outcomes == ["Recognition", 504, "Gone", "RuntimeError", "Recognition"]
-    assert jobs[4].outcome.result.text == "14"
+    assert jobs[4].outcome.result().result.text == "14"
 
 
 # C56
