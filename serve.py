@@ -116,14 +116,14 @@ def unread_head() -> Head:
     return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, True)
 
 
-def to_bytes(head: Head, response: Response, close: bool, more: Sequence[tuple[str, str]] = ()) -> bytes:
-    """The answer to `head` as it goes out; `more` are headers beside its own."""
+def to_bytes(head: Head, response: Response, close: bool) -> bytes:
+    """The answer to `head` as it goes out."""
     lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {head.id}",
              f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
              "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
     if response.status != 204:
         lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
-    lines += [f"{name}: {value}" for name, value in (*response.headers, *more)]
+    lines += [f"{name}: {value}" for name, value in response.headers]
     lines += ["Connection: close"] if close else []
     body = b"" if head.method == "HEAD" else response.body
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
@@ -238,9 +238,10 @@ class Connection(socketserver.BaseRequestHandler):
     def write(self, head: Head, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
         options = self.server.options
+        response = response._replace(headers=response.headers + cors_headers(options, head))
         try:
             self.request.settimeout(options.write_timeout)      # of the whole sendall
-            self.request.sendall(to_bytes(head, response, close, cors_headers(options, head)))
+            self.request.sendall(to_bytes(head, response, close))
         except OSError:
             return False
         return True
@@ -747,10 +748,11 @@ def parse_timeout(value: Any, longest: float) -> float:
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    flags = {None: False, True: True, False: False, "true": True, "1": True, "false": False, "0": False, "": False}
-    if type(value) not in (type(None), bool, str) or value not in flags:
+    """true or false as JSON, or as text of a form or query; None, "not given", is false."""
+    text = "" if value is None else str(value).lower()
+    if text not in ("true", "1", "false", "0", ""):
         raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
-    return flags[value]
+    return text in ("true", "1")
 
 
 # ---- batching ----
@@ -892,8 +894,8 @@ class Batcher:
         lengths = [len(job.feats) for job in jobs]
         self.metrics.observe("asr_batch_size", len(jobs))
         self.metrics.observe("asr_inference_seconds", seconds)
-        self.metrics.add("real_frames", amount=sum(lengths))
         self.metrics.add("padded_frames", amount=max(lengths) * len(jobs))
+        self.metrics.add("padding_frames", amount=max(lengths) * len(jobs) - sum(lengths))
         for job in jobs:
             self.metrics.observe("asr_queue_seconds", now - job.queued)
 
@@ -1193,9 +1195,9 @@ def resident_bytes() -> int:
 
 def metrics_text(server: Server) -> str:
     phases, sums = list(server.phases.values()), server.metrics.sums
-    padding = 1 - sums.get(("real_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
+    padding = sums.get(("padding_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
     return server.metrics.text({
-        "asr_batch_padding_ratio": padding if ("real_frames", "") in sums else 0.0,
+        "asr_batch_padding_ratio": padding,
         "asr_queue_depth": num_utterances(server.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
         "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
         "process_start_time_seconds": time.time() - (time.monotonic() - server.started)})
