@@ -21,6 +21,7 @@ import ctypes
 import hmac
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -782,21 +783,17 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
 
 
 class Job:
-    """An utterance, or a piece of one, on its way through the queue. `outcome` is what the inference thread says of it.
+    """A piece of an utterance on its way through the queue. `outcome` is what the inference thread says of it."""
 
-    first: the job of the utterance's first piece, if that is another one.
-    """
-
-    def __init__(self, feats: Tensor, now: float, deadline: float, gone: Callable[[], bool],
-                 first: "Job | None" = None):
-        self.feats, self.queued, self.deadline, self.gone, self.first = feats, now, deadline, gone, first or self
+    def __init__(self, feats: Tensor, utterance: Utterance, now: float, deadline: float, gone: Callable[[], bool]):
+        self.feats, self.utterance, self.queued, self.deadline, self.gone = feats, utterance, now, deadline, gone
         self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
         self.outcome: Future[Recognition] = Future()
 
 
 def num_utterances(jobs: Sequence[Job]) -> int:
     """The pieces of an utterance count as one."""
-    return len({job.first for job in jobs})
+    return len({id(job.utterance) for job in jobs})
 
 
 class Batcher:
@@ -1051,14 +1048,12 @@ def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]
     """A job for each piece of each utterance; those without a frame are done already, with nothing said."""
     now = time.monotonic()
     deadline = now + parse_timeout(ask.fields.get("timeout"), server.options.request_timeout)
-    jobs: list[list[Job]] = []
-    for utterance in ask.utterances:
-        jobs.append([])
-        for _, feats in utterance.pieces:
-            jobs[-1].append(Job(feats, now, deadline, gone, jobs[-1][0] if jobs[-1] else None))
-            if not len(feats):
-                jobs[-1][-1].outcome.set_result(Recognition(Result("", 0.0, [], []), []))
-    server.batcher.submit([job for pieces in jobs for job in pieces if len(job.feats)])
+    jobs = [[Job(feats, utterance, now, deadline, gone) for _, feats in utterance.pieces]
+            for utterance in ask.utterances]
+    for job in itertools.chain(*jobs):
+        if not len(job.feats):
+            job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
+    server.batcher.submit([job for job in itertools.chain(*jobs) if len(job.feats)])
     return jobs
 
 

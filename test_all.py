@@ -5790,7 +5790,7 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches(slack):
 
 
 def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> serve.Job:
-    return serve.Job(torch.zeros(frames, 40), now, deadline, gone)
+    return serve.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, gone)
 
 
 # C55
@@ -5863,8 +5863,9 @@ def test_queue_takes_all_of_a_request_or_none():
 # C60
 def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
     server = serve.Server(serving_system(), serve_options(), print)     # nobody takes from its queue
-    first = job(10, 0.0)
-    pieces = [first, *(serve.Job(torch.zeros(9, 40), 0.0, 1e9, first.gone, first) for _ in range(5))]
+    pieces = [job(10, 0.0) for _ in range(6)]
+    for piece in pieces:
+        piece.utterance = pieces[0].utterance
     server.batcher.submit(pieces + [job(10, 0.0)])
     server.server_close()
     assert "\nasr_queue_depth 2\n" in serve.metrics_text(server)
