@@ -727,14 +727,14 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
 
 def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
     """The body of a POST, of whatever media type; on /transcribe the options of the query stand beside its own."""
-    query = head.query if head.path == "/transcribe" else {}
     if media_type(head) == "application/json":
         ask = parse_utterances(body, system, options)
-        return ask._replace(fields={**query, **ask.fields})
-    audio, fields = body, {}
-    if media_type(head) == "multipart/form-data":
+    elif media_type(head) == "multipart/form-data":
         audio, fields = parse_form(body, head.headers["content-type"])
-    return Ask([parse_wav(audio, system, options)], {**query, **fields})
+        ask = Ask([parse_wav(audio, system, options)], fields)
+    else:
+        ask = Ask([parse_wav(body, system, options)], {})
+    return ask._replace(fields={**head.query, **ask.fields}) if head.path == "/transcribe" else ask
 
 
 def parse_timeout(value: Any, longest: float) -> float:
@@ -1024,12 +1024,13 @@ def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) ->
 
 
 def health(server: Server) -> Response:
-    busy = server.draining.is_set()
     system = server.system
-    status = {"status": "draining" if busy else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
-              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
-              "uptime": round(time.monotonic() - server.started, 3)}
-    return draining().response(beside=status) if busy else json_response(status)
+    about = {"model": server.model, "feature_dim": system.stats.shape[1],
+             "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
+             "uptime": round(time.monotonic() - server.started, 3)}
+    if server.draining.is_set():
+        return draining().response(beside={"status": "draining", **about})
+    return json_response({"status": "ok", **about})
 
 
 def model_card(server: Server) -> dict:
