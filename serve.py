@@ -96,7 +96,7 @@ class Head(NamedTuple):
     query: dict[str, str]
     headers: dict[str, str]         # lower-case names
     length: int | None              # of the body, as announced
-    close: bool                     # the connection is of no use after the answer
+    close: bool                     # the client wants the connection closed, or nothing behind it can be read
 
 
 class Response(NamedTuple):
@@ -385,7 +385,7 @@ def parse_length(headers: dict[str, str]) -> int | None:
         raise bad_framing("Content-Length must be one number in digits")
     if "transfer-encoding" in headers:
         raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
-    return int(text[-19:]) if len(text.lstrip("0")) < 19 else 10 ** 18
+    return int(text.lstrip("0")[:19] or 0)      # more digits are too many bytes all the same
 
 
 def parse_target(target: str) -> tuple[str, dict[str, str]]:
