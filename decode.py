@@ -513,13 +513,12 @@ def read_result(system: System, found: Hypotheses, i: int) -> Result:
 def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative, ...]:
     """The search.nbest best hypotheses of utterance i that differ in text, which is spelled as that of a Result."""
     kept: dict[str, Alternative] = {}
-    rows = zip(found.tokens[i], found.lens[i].tolist(), found.log_probs[i].tolist(), found.scores[i].tolist())
-    for row, n, log_prob, score in rows:
-        ids = row[:n].tolist()
+    for rank in found.scores[i].isfinite().nonzero()[:, 0].tolist():
+        ids = found.tokens[i, rank, :found.lens[i, rank]].tolist()
         said = [Token(system.tokenizer.symbols[ids[u]], ids[u], 1.0, 0.0, 0.0) for u in spoken_places(ids)]
         text = text_of(system, said, words_of(system, said))
-        if math.isfinite(score):
-            kept.setdefault(text, Alternative(text, round(score, 4), round(math.exp(log_prob / n), 4) if n else 0.0))
+        confidence = math.exp(found.log_probs[i, rank].item() / len(ids)) if ids else 0.0
+        kept.setdefault(text, Alternative(text, round(found.scores[i, rank].item(), 4), round(confidence, 4)))
     return tuple(kept.values())[:system.search.nbest]
 
 
@@ -1253,12 +1252,12 @@ def compare(arguments: argparse.Namespace) -> int:
             if not items:
                 continue
             times = np.zeros((RUNS, len(systems)))
-            for run, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
+            for turn, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
                 feats = [data.normalise(item.feats, system.stats.cpu()) for item in items]
                 started = time.perf_counter()
                 found = decode_batch(system, feats)
-                times[run, s] = time.perf_counter() - started
-                for i, item in enumerate(items if run == 0 else ()):
+                times[turn, s] = time.perf_counter() - started
+                for i, item in enumerate(items if turn == 0 else ()):
                     outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
                     scores[s].append(score(system, outcome))
                     shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
@@ -1452,7 +1451,7 @@ def join_processes() -> tuple[int, int]:
     return rank, processes
 
 
-def start(arguments: argparse.Namespace) -> int:
+def load_and_run(arguments: argparse.Namespace) -> int:
     """Load, export if that is asked for, recognise -> exit code."""
     rank, processes = shard = join_processes()
     if processes > 1 and "-" in arguments.inputs:
@@ -1477,7 +1476,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.benchmark:
             return compare(arguments) if arguments.inputs else benchmark(arguments.threads)
-        return start(arguments)
+        return load_and_run(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
