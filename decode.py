@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -686,6 +687,11 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
         yield [[first + i for i in batch] for batch in batches]
 
 
+def batch_frames(arguments: argparse.Namespace, system: System) -> int:
+    """--batch-seconds in frames."""
+    return max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
+
+
 def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
     """Those of all processes in the first of them, none in the others, in the order of the inputs."""
     rank, processes = shard
@@ -1098,17 +1104,17 @@ print(f"{sys.argv[2]:9}{sys.argv[3]:11}{loaded - started:8.2f}{time.perf_counter
 """
 LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
 LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds of each
-TIMINGS = 9  # of everything that a benchmark times, of which it prints the median and the range
+TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
+RUNS = 3  # of what is compared batch by batch, of which the median is its time
 
 
-def benchmark(threads: int) -> int:
+def benchmark(arguments: argparse.Namespace) -> int:
     """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
     to recognise, beside the matrix products that it cannot do without, and for batches of mixed lengths."""
     here = Path(__file__).resolve().parent
     config = configs.load(str(here / "configs/paraformer_large.yaml"))
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
-    torch.set_num_threads(threads or 2)
     model = build(config.model, data.feature_dim(config.data), len(symbols))
     system = System(config, PieceTokenizer(symbols, None), torch.stack([torch.zeros(560), torch.ones(560) / 4]), model)
     with tempfile.TemporaryDirectory() as folder:
@@ -1124,19 +1130,15 @@ def benchmark(threads: int) -> int:
                 raise ValueError(f"--benchmark: the process that measures {' '.join(layout)} has failed")
         systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
         time_loads(systems)
-        time_batches(systems["float32", "laid out"])
+        time_batches(systems["float32", "laid out"], arguments)
         time_busy(systems["float32", "laid out"])
     return 0
 
 
-def time_turns(*calls: Callable[[], object], turns: int = TIMINGS) -> np.ndarray:
-    """Seconds that each of the calls took in each turn, (calls, turns), after one that is not counted."""
-    times = np.zeros((len(calls), turns + 1))
-    for turn, (c, call) in itertools.product(range(turns + 1), enumerate(calls)):
-        started = time.perf_counter()
-        call()
-        times[c, turn] = time.perf_counter() - started
-    return times[:, 1:]
+def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
+    """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
+    times = [[timeit.timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
+    return np.array(times[1:]).T
 
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
@@ -1164,7 +1166,7 @@ def time_loads(systems: dict[tuple[str, str], System]) -> None:
         sizes = B * len(feats[0]), found.tokens.numel()
         (plain, count), (laid_out, _) = products(system.model, *sizes), products(packed.model, *sizes)
         runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
-        ms = 1000 * time_turns(front, text, plain, laid_out, *runs)
+        ms = 1000 * time_turns(TIMINGS, front, text, plain, laid_out, *runs)
         front_ms, text_ms, plain_ms, laid_out_ms, *_ = np.median(ms, 1)
         limit = min(plain_ms, laid_out_ms)
         print(f"{B:5}{seconds:5} s  products of {count:.0f} GFLOP: {1000 * count / plain_ms:.0f} GFLOP/s mapped, "
@@ -1177,16 +1179,16 @@ def time_loads(systems: dict[tuple[str, str], System]) -> None:
 
 
 @torch.inference_mode()
-def time_batches(system: System) -> None:
+def time_batches(system: System, arguments: argparse.Namespace) -> None:
     """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
     print()
     for longest in (20, 4):
         feats = [torch.randn(int(seconds / data.frame_sec(system.config.data)), system.stats.shape[1])
                  for seconds in np.geomspace(1, longest, 48)]
         lengths = np.array([len(x) for x in feats])
-        batches = data.make_batches(lengths, 16, int(300 / data.frame_sec(system.config.data)), shuffle=False)
-        times = time_turns(lambda: [decode_batch(system, [x]) for x in feats],
-                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches], turns=3)
+        batches, = plan_batches(lengths, arguments.batch_size, batch_frames(arguments, system))
+        times = time_turns(RUNS, lambda: [decode_batch(system, [x]) for x in feats],
+                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches])
         single, together = np.median(times, 1)
         padded = sum(len(rows) * lengths[rows].max() for rows in batches)
         print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
@@ -1197,10 +1199,10 @@ def time_batches(system: System) -> None:
 def time_busy(system: System) -> None:
     """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
     feats = [torch.randn(167, system.stats.shape[1])]
-    idle = np.median(time_turns(lambda: decode_batch(system, feats)))
+    idle = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        beside = np.median(time_turns(lambda: decode_batch(system, feats)))
+        beside = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
     finally:
         busy.kill()
         busy.wait()
@@ -1208,7 +1210,6 @@ def time_busy(system: System) -> None:
 
 
 COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
-RUNS = 3  # of each batch of a comparison, of which the median is its time
 
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
@@ -1247,7 +1248,8 @@ def compare(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         others = [path for path in arguments.inputs if path not in paths]
         dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
-        for batch in itertools.chain.from_iterable(plan_batches(*batch_limits(arguments, first, dataset))):
+        lengths, frames = dataset.lengths[:arguments.limit or None], batch_frames(arguments, first)
+        for batch in itertools.chain.from_iterable(plan_batches(lengths, arguments.batch_size, frames)):
             items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
             if not items:
                 continue
@@ -1346,13 +1348,6 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
 
 
-def batch_limits(arguments: argparse.Namespace, system: System,
-                 dataset: torch.utils.data.Dataset) -> tuple[np.ndarray, int, int]:
-    """What plan_batches wants to know."""
-    frames = max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
-    return dataset.lengths[:arguments.limit or None], arguments.batch_size, frames
-
-
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
@@ -1406,10 +1401,11 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    lengths, *limits = batch_limits(arguments, system, dataset)
+    lengths = dataset.lengths[:arguments.limit or None]
     names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
     finish = batch_finisher(folder, form, names, len(lengths), shard)
-    outcomes = recognise_all(system, dataset, plan_batches(lengths, *limits), shard, finish)
+    windows = plan_batches(lengths, arguments.batch_size, batch_frames(arguments, system))
+    outcomes = recognise_all(system, dataset, windows, shard, finish)
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged) if merged and shard[0] == 0 else contextlib.nullcontext() as file:
         try:
@@ -1475,7 +1471,7 @@ def main(argv: Sequence[str]) -> int:
         torch.set_num_threads(arguments.threads)
     try:
         if arguments.benchmark:
-            return compare(arguments) if arguments.inputs else benchmark(arguments.threads)
+            return compare(arguments) if arguments.inputs else benchmark(arguments)
         return load_and_run(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)

@@ -5123,13 +5123,34 @@ def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(mon
     assert decode.load_system(path, "cpu", "bfloat16").precision == "bfloat16" and not capsys.readouterr().err
 
 
-@slow
-def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch, capfd):
+def shrink_benchmark(monkeypatch) -> None:
+    """configs/paraformer_large.yaml becomes small."""
     options = config.load(str(HERE / "configs/paraformer_large.yaml"))
     small = {"num_layers": 2, "hidden_dim": 64, "ffn_dim": 64}
     sizes = replace(options.model, encoder=replace(options.model.encoder, **small),
                     decoder=replace(options.model.decoder, **small))
     monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
+
+
+@pytest.mark.parametrize("option", ["--batch-size=1", "--batch-seconds=0.5"])  # of 48 utterances of 1 s or more
+def test_the_benchmark_has_the_threads_and_the_batches_that_are_asked_for(monkeypatch, capsys, option):
+    """Planted are torch's own choice, 3 threads, and a model that takes no time."""
+    commands = []
+    shrink_benchmark(monkeypatch)
+    monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command) or SimpleNamespace(returncode=0))
+    for name in ("time_loads", "time_busy", "decode_batch"):
+        monkeypatch.setattr(decode, name, lambda *_: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", None)  # nobody asks for a number
+    assert decode.main(["--benchmark", option]) == 0
+    out = capsys.readouterr().out
+    assert ", 3 threads\n" in out and {command[-1] for command in commands} == {"3"}
+    assert re.findall(r", in (\d+) batches .*, ([\d.]+)% padding$", out, re.M) == [("48", "0.0")] * 2
+
+
+@slow
+def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch, capfd):
+    shrink_benchmark(monkeypatch)
     monkeypatch.setattr(decode, "LOADS", ((1, 2), (2, 2)))
     monkeypatch.setattr(decode, "TIMINGS", 2)
     assert decode.main(["--benchmark", "--threads=1"]) == 0
