@@ -1344,6 +1344,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--benchmark prints a table only; leave out --report, --plot, --export and --output")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
+    if arguments.plot_layer and not arguments.plot:
+        parser.error("--plot-layer needs --plot")
     if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
 

@@ -2974,11 +2974,13 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
     (["--resume", "nowhere"], "no such file"), (["CONFIG", "--data.kind=manifest"], "data.train"),
     (["CONFIG", "--dry-run", "--data.batch_size=0"], "batch_size"),
     (["CONFIG", "--training.device=cuda"], "no GPU")])
-def test_bad_input_is_one_error_and_exit_code_2(tmp_path, capsys, arguments, words):
+def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
     if "cuda" in arguments[-1] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     path = tiny_yaml(tmp_path / "tiny.yaml")
-    assert train.main([path if a == "CONFIG" else a for a in arguments] + ["--runs", str(tmp_path / "runs")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert train.main([path if a == "CONFIG" else a for a in arguments]) == 2
+    assert os.listdir(tmp_path) == ["tiny.yaml"]
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
@@ -3792,7 +3794,7 @@ def misfit(path: pathlib.Path) -> None:
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
     ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"], ["--benchmark", "--report=x"],
-    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"]])
+    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
