@@ -888,7 +888,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
-    made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs), Path(arguments.config).stem))}
+    made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
     run = Run(Path(add_up(made)["folder"]), stop)
     if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
@@ -1126,7 +1126,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     what, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
     what.add_argument("config", nargs="?", help="a YAML file of configs/")
     what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made (default: runs)")
+    parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
     how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
@@ -1135,8 +1135,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if arguments.resume and (rest or arguments.overfit or arguments.dry_run or arguments.benchmark):
-        parser.error(f"--resume goes on with the run's own config, alone or with --average, got {' '.join(argv)}")
+    if arguments.resume and (rest or arguments.runs or arguments.overfit or arguments.dry_run or arguments.benchmark):
+        parser.error("--resume goes on with the run's own config in its own folder, alone or with --average, got "
+                     f"{' '.join(argv)}")
     if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
         parser.error("--overfit and --average want 1 or more")
     if arguments.average and not arguments.resume:
