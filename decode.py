@@ -32,11 +32,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from timeit import timeit
 from typing import NamedTuple, TextIO
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
@@ -1137,7 +1137,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
 
 def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
     """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
-    times = [[timeit.timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
+    times = [[timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
     return np.array(times[1:]).T
 
 

@@ -42,6 +42,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from timeit import repeat, timeit
 from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
@@ -922,12 +923,6 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, 
 # ---- the dry run ----
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def take_steps(system: System, batches: Iterable[data.Batch], rate: float) -> None:
     for batch in batches:
         train_step(system.model, system.optimizer, batch, rate, system.config.training)
@@ -974,7 +969,7 @@ def describe(config: configs.Config) -> Iterator[str]:
     copies, what = (4, "") if system.average is system.model else (5, " and the average")
     yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
            f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
-    step_sec = seconds_of(lambda: take_steps(system, typical, 0.0)) / len(typical)
+    step_sec = timeit(lambda: take_steps(system, typical, 0.0), number=1) / len(typical)
     steps = len(by_size) * system.config.training.num_epochs
     yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
            f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
@@ -1025,7 +1020,7 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
         optimizer.step()
         loss.item()
     ways = lambda batch: take_steps(system, [batch], 1e-4), plain_step
-    seconds = [[[seconds_of(lambda: way(batch)) for way in ways] for batch in batches] for _ in range(rounds)]
+    seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
     return len(batches) / np.min(seconds, 0).sum(0)
 
 
@@ -1061,12 +1056,12 @@ def benchmark(config: configs.Config) -> Iterator[str]:
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, make_system(config), Progress(), [])
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = seconds_of(lambda: save(run, system, Progress(1), history[:1]))
+        save_sec = timeit(lambda: save(run, system, Progress(1), history[:1]), number=1)
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
                    "< 2%")
-        torch_sec = min(seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"])) for _ in range(2))
+        torch_sec = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
         first_sec = first_step_sec(config, Path(runs) / "first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
