@@ -916,25 +916,24 @@ class Score(NamedTuple):
     chars: Counts
     words: Counts
     units: Counts  # of readable_units
-    exact: bool  # every token is that of the reference
 
 
 def score(system: System, outcome: Outcome) -> Score:
     text, reference = outcome.result.text, outcome.reference
-    ref, hyp = system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens]
+    tokens = count_errors(system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens])
     units = count_errors(readable_units(reference), readable_units(text))
-    return Score(outcome.index, outcome.key, reference, text, count_errors(ref, hyp), char_errors(reference, text),
-                 word_errors(reference, text), units, ref == hyp)
+    return Score(outcome.index, outcome.key, reference, text, tokens, char_errors(reference, text),
+                 word_errors(reference, text), units)
 
 
-def bootstrap_interval(counts: Sequence[Counts], draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the error rate: of `draws` sets as large, drawn from these utterances with replacement.
+def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
+    """The 95% interval of the error rate: of 1,000 sets as large, drawn from these utterances with replacement.
 
     Source: Bisani & Ney 2004, percentiles.
     """
     errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
-    rng = np.random.default_rng(seed)
-    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(draws))
+    rng = np.random.default_rng(0)
+    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
     rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
     return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
 
@@ -947,8 +946,8 @@ def error_figure(counts: Sequence[Counts]) -> str:
 
 def report_lines(scores: Sequence[Score]) -> list[str]:
     """The error rates of one or more utterances: sums, divided once."""
-    tokens, exact = sum((s.tokens for s in scores), Counts()), sum(s.exact for s in scores)
-    right = sum(s.chars.errors == 0 for s in scores)
+    tokens = sum((s.tokens for s in scores), Counts())
+    exact, right = sum(s.tokens.errors == 0 for s in scores), sum(s.chars.errors == 0 for s in scores)
     return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
             f"({len(scores)} utterances with a reference)",
             f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
@@ -960,11 +959,11 @@ def readable_units(text: str) -> list[str]:
     return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
 
 
-def confusions(scores: Sequence[Score], most: int = 10) -> list[tuple[str, str, int]]:
-    """The most frequent errors: (what was said, what was recognised, times), "" for nothing."""
+def confusions(scores: Sequence[Score]) -> list[tuple[str, str, int]]:
+    """The ten most frequent errors: (what was said, what was recognised, times), "" for nothing."""
     errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
         readable_units(s.reference), readable_units(s.text)) if op != "hit")
-    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:most]]
+    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:10]]
 
 
 def confusion_lines(scores: Sequence[Score]) -> list[str]:
