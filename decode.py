@@ -857,8 +857,8 @@ def scene(system: System, item: data.Utterance,
     frame of the encoder begins and the last one ends."""
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
-    edges = in_feature_frames(torch.tensor([0, found.alpha.shape[1]]).double(), system.config.model.encoder)
-    first, last = (edges * frame_sec).tolist()
+    subsampling = system.config.model.encoder.subsampling
+    first, last = (in_feature_frames(edge, subsampling) * frame_sec for edge in (0, found.alpha.shape[1]))
     return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, (first, last)
 
 
@@ -1354,15 +1354,15 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
 
     scratch: a folder for a copy of standard input, if that is among them.
     """
-    options, encode = system.config.data, system.tokenizer.encode
-    stats = system.stats.cpu()
-    if not inputs and options.kind == "manifest" and not (options.test or options.dev):
-        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
+    options, stats = system.config.data, system.stats.cpu()
     if options.kind == "toy" and not inputs:
-        return data.open_dataset(options, "test", encode, system.config.training.seed, stats)
+        return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
+    if not (inputs or options.test or options.dev):
+        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     rows = [row for path in inputs or data.find_manifests(options.test or options.dev) for row in (
         data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
-    return data.ManifestDataset(rows, options, encode, stats=stats, for_training=False, whole_sec=system.segment_sec[1])
+    return data.ManifestDataset(rows, options, system.tokenizer.encode, stats=stats, for_training=False,
+                                whole_sec=system.segment_sec[1])
 
 
 ERASE = "\r\x1b[K"  # a terminal's line
