@@ -475,6 +475,7 @@ class Progress(NamedTuple):
     step: int = 0  # batches done in all, skipped ones too
     bad_steps: int = 0  # skipped in a row
     totals: dict[str, float] = {}  # of the epoch under way
+    history: list[dict] = []  # an `epoch_row` of each epoch
 
 
 OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
@@ -574,20 +575,20 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
     return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
-def save(run: Run, system: System, progress: Progress, history: list[dict]) -> None:
+def save(run: Run, system: System, progress: Progress) -> None:
     """Write latest.pt, after what was so far became previous.pt. All ranks call it.
 
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
     run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
     """
-    totals = add_up(progress.totals)
+    place = progress._replace(totals=add_up(progress.totals))._asdict()
     if own_rank():
         return
-    folder, keep = run.folder / "checkpoints", system.config.training.keep_epochs
+    folder, keep, history = run.folder / "checkpoints", system.config.training.keep_epochs, place.pop("history")
     to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
                  "stats": system.stats, "model": system.average.state_dict(), "history": history}
     state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
-             "progress": progress._replace(totals=totals)._asdict(), "utterances": len(system.train_set),
+             "progress": place, "utterances": len(system.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
     if history and not progress.batch and best_row(history) is history[-1]:
         save_checkpoint(folder / "best.pt", state)
@@ -744,7 +745,7 @@ def take_step(run: Run, system: System, batch: data.Batch, number: int, total_st
     return step
 
 
-def train_epoch(run: Run, system: System, progress: Progress, history: list[dict], total_steps: int) -> Progress:
+def train_epoch(run: Run, system: System, progress: Progress, total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
     training, batches = system.config.training, epoch_batches(system, progress.epoch)
@@ -757,7 +758,8 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
         now = time.monotonic()
         totals = add(progress.totals, step_totals(step, batch, now - started, wait))
         bad_steps = 0 if step.finite else progress.bad_steps + 1
-        progress = Progress(progress.epoch, progress.batch + 1, progress.step + 1, bad_steps, totals)
+        progress = progress._replace(batch=progress.batch + 1, step=progress.step + 1, bad_steps=bad_steps,
+                                     totals=totals)
         if progress.bad_steps >= training.max_bad_steps:
             raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                             f"{' '.join(batch.keys)}")
@@ -768,7 +770,7 @@ def train_epoch(run: Run, system: System, progress: Progress, history: list[dict
             run.stop.set()
             break
         if wanted["save"]:
-            save(run, system, progress, history)
+            save(run, system, progress)
             saved = time.monotonic()
         started = time.monotonic()
         if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
@@ -829,23 +831,23 @@ def write_pictures(folder: Path, system: System, epoch: int) -> None:
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
-def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> list[dict] | None:
+def fit(run: Run, system: System, progress: Progress) -> list[dict] | None:
     """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows;
     None, with a checkpoint written, when run.stop is set."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
-    while not (reason := stop_reason(history, training)):
-        started = time.monotonic()
-        progress = train_epoch(run, system, progress, history, total_steps)
+    while not (reason := stop_reason(progress.history, training)):
+        started, history = time.monotonic(), progress.history
+        progress = train_epoch(run, system, progress, total_steps)
         dev = validate(run, system)
         if dev is None:
-            save(run, system, progress, history)
+            save(run, system, progress)
             return None
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
-        progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {})
+        progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {}, history)
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
         say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
@@ -856,9 +858,9 @@ def fit(run: Run, system: System, progress: Progress, history: list[dict]) -> li
                     write_pictures(run.folder, system, progress.epoch)
                 except Exception as error:  # they decorate: whatever they raise, the run goes on
                     say(run, f"no pictures of epoch {progress.epoch}: {error}")
-        save(run, system, progress, history)
+        save(run, system, progress)
     say(run, reason)
-    return history
+    return progress.history
 
 
 # ---- starting and going on ----
@@ -885,7 +887,7 @@ def headline(folder: Path, system: System) -> str:
             f"{next(system.model.parameters()).device}")
 
 
-def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System]:
+def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System, Progress]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     join_ranks(pick_device(config.training.device, "training.device"))
     system = make_system(config)
@@ -894,30 +896,30 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
     say(run, headline(run.folder, system))
-    save(run, system, Progress(), [])
+    save(run, system, Progress())
     if own_rank() == 0:
         point_latest(run.folder)
-    return run, system
+    return run, system, Progress()
 
 
-def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress, list[dict]]:
+def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
     join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
-    progress, history = Progress(**state["progress"]), state["history"]
+    progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
-        return Run(folder, stop), system, progress._replace(totals={}), history  # rank 0 has the totals of all
+        return Run(folder, stop), system, progress._replace(totals={})  # rank 0 has the totals of all
     if path.name == "previous.pt":
         os.replace(path, path.with_name("latest.pt"))
     for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
         left.unlink(missing_ok=True)
     with open(folder / "train.log", "ab") as log:
         log.truncate(min(log.tell(), state["log_bytes"]))
-    if history:
-        write_reports(folder, history)
+    if progress.history:
+        write_reports(folder, progress.history)
     print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
-    return Run(folder, stop), system, progress, history
+    return Run(folder, stop), system, progress
 
 
 # ---- the dry run ----
@@ -1054,9 +1056,9 @@ def benchmark(config: configs.Config) -> Iterator[str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
         run = Run(new_run(Path(runs), "benchmark"), threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
-            history = fit(run, make_system(config), Progress(), [])
+            history = fit(run, make_system(config), Progress())
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = timeit(lambda: save(run, system, Progress(1), history[:1]), number=1)
+        save_sec = timeit(lambda: save(run, system, Progress(1, history=history[:1])), number=1)
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
@@ -1148,7 +1150,7 @@ def main(argv: Sequence[str]) -> int:
             print(average_epochs(Path(arguments.resume).resolve(), arguments.average))
             return 0
         if arguments.resume:
-            run, system, progress, history = resume(Path(arguments.resume).resolve(), catch_signals())
+            run, system, progress = resume(Path(arguments.resume).resolve(), catch_signals())
         else:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
@@ -1156,8 +1158,8 @@ def main(argv: Sequence[str]) -> int:
                 for line in describe(config) if arguments.dry_run else benchmark(config):
                     print(line, flush=True)
                 return 0
-            (run, system), progress, history = begin(config, arguments, catch_signals()), Progress(), []
-        return finish(run, system, fit(run, system, progress, history))
+            run, system, progress = begin(config, arguments, catch_signals())
+        return finish(run, system, fit(run, system, progress))
     except RunFailed as error:
         complain(error, run)
         return 1
