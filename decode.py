@@ -1213,7 +1213,7 @@ COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc":
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
     """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
-    system = load_system(path, arguments.device, arguments.dtype, arguments.prepack)
+    system = greedy_system(arguments, path)
     search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
     return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
 
@@ -1349,6 +1349,13 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
 
 
+def greedy_system(arguments: argparse.Namespace, path: str) -> System:
+    """The system at path, as the arguments ask for it but for the search."""
+    system = load_system(path, arguments.device, arguments.dtype, arguments.prepack)
+    return system._replace(lossless=not arguments.funasr_text,
+                           segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
+
+
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
@@ -1453,14 +1460,12 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     rank, processes = shard = join_processes()
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
-    system = load_system(arguments.ckpt, arguments.device, arguments.dtype, arguments.prepack)
+    system = greedy_system(arguments, arguments.ckpt)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
-    system = system._replace(lossless=not arguments.funasr_text,
-                             segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
     system = with_search(system, arguments.search)
     with tempfile.TemporaryDirectory() as scratch:
         return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)

@@ -4473,8 +4473,9 @@ def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked
     assert decode.main(["--benchmark", ckpt, str(manifest), "--nbest=3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
-    assert decode.main(["--benchmark", ckpt, wav]) == 2
-    assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
+    for what in ([wav], [str(manifest), "--min-segment-sec=0.1", "--max-segment-sec=0.6"]):  # longer ones are cut
+        assert decode.main(["--benchmark", ckpt, *what]) == 2
+        assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
 
 
 # ---- decode: report.html ----
