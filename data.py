@@ -64,6 +64,13 @@ def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> 
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def save_atomic(path: str | os.PathLike, state: dict) -> None:
+    """torch.save, replacing the file whole. Raises OSError where torch.save has a RuntimeError: for a full disk."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
 # ---- wav ----
 
 class WavHeader(NamedTuple):

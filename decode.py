@@ -1061,8 +1061,7 @@ def export_directory(system: System, folder: Path) -> None:
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    with data.replacing(folder / "model.pt") as file:
-        torch.save(weights, file)
+    data.save_atomic(folder / "model.pt", weights)
 
 
 def export(system: System, path: str) -> str:
@@ -1081,8 +1080,7 @@ def export(system: System, path: str) -> str:
     place.parent.mkdir(parents=True, exist_ok=True)
     state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    with data.replacing(place) as file:
-        torch.save(state, file)
+    data.save_atomic(place, state)
     return f"{place}: a checkpoint{reason}"
 
 

@@ -22,6 +22,7 @@ import pathlib
 import pickle
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -2937,14 +2938,14 @@ def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(t
 # C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "latest.pt"
-    train.save_checkpoint(path, {"a": torch.ones(2)})
+    data.save_atomic(path, {"a": torch.ones(2)})
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
-        train.save_checkpoint(path, {"a": torch.zeros(2)})
+        data.save_atomic(path, {"a": torch.zeros(2)})
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
 
@@ -5268,6 +5269,20 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert "encoder.kind transformer: FunASR has no such layer" in decode.export(other, str(tmp_path / "x"))
     again = decode.load_system(tmp_path / "x", "cpu")
     assert again.tokenizer == words and torch.equal(again.model.embedding.weight, other.model.embedding.weight)
+
+
+@pytest.mark.parametrize("target", ["out", "out.pt"])
+def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys, target):
+    """Files that may have 9 kB play the disk; the weights have more."""
+    ckpt, usual = saved(tiny_system(), tmp_path / "tiny.pt"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, usual[1]))
+    try:
+        assert decode.main(["--ckpt", ckpt, "--export", str(tmp_path / target)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    error = capsys.readouterr().err
+    assert error.startswith("decode.py: ") and "File too large" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["tiny.pt"]
 
 
 # ---- train: from a published model (FunASR) ----

@@ -355,12 +355,6 @@ def rates(sums: dict) -> dict[str, float]:
 # ---- files of a run ----
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data.write_atomic(path, buffer.getbuffer())
-
-
 def column_names(history: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
 
@@ -591,12 +585,12 @@ def save(run: Run, system: System, progress: Progress) -> None:
              "progress": place, "utterances": len(system.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
     if history and not progress.batch and best_row(history) is history[-1]:
-        save_checkpoint(folder / "best.pt", state)
+        data.save_atomic(folder / "best.pt", state)
     if history and not progress.batch and keep:
-        save_checkpoint(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
+        data.save_atomic(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
         for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
             old.unlink()
-    save_checkpoint(folder / "next.pt", state)
+    data.save_atomic(folder / "next.pt", state)
     if (folder / "latest.pt").exists():
         os.replace(folder / "latest.pt", folder / "previous.pt")
     os.replace(folder / "next.pt", folder / "latest.pt")
@@ -876,7 +870,7 @@ def average_epochs(folder: Path, count: int) -> str:
     mean = {name: torch.stack([each["model"][name].double() for each in best]).mean(0).to(first.dtype)
             for name, first in best[0]["model"].items()}
     target = folder / "checkpoints/average.pt"
-    save_checkpoint(target, {**best[0], "model": mean})
+    data.save_atomic(target, {**best[0], "model": mean})
     epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
     return f"mean of epochs {epochs}; decode with: python decode.py --ckpt {target}"
 
