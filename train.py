@@ -825,9 +825,9 @@ def write_pictures(folder: Path, system: System, epoch: int) -> None:
             data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
-def fit(run: Run, system: System, progress: Progress) -> list[dict] | None:
-    """Train until stop_reason speaks; after each epoch evaluate, write the reports and the checkpoints -> all rows;
-    None, with a checkpoint written, when run.stop is set."""
+def fit(run: Run, system: System, progress: Progress) -> Progress:
+    """Train until stop_reason speaks or run.stop is set; after each epoch evaluate, write the reports and the
+    checkpoints -> where the run then stands, which the last checkpoint holds."""
     training = system.config.training
     total_steps = training.num_epochs * len(epoch_batches(system, 0))
     while not (reason := stop_reason(progress.history, training)):
@@ -836,7 +836,7 @@ def fit(run: Run, system: System, progress: Progress) -> list[dict] | None:
         dev = validate(run, system)
         if dev is None:
             save(run, system, progress)
-            return None
+            return progress
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
@@ -854,7 +854,7 @@ def fit(run: Run, system: System, progress: Progress) -> list[dict] | None:
                     say(run, f"no pictures of epoch {progress.epoch}: {error}")
         save(run, system, progress)
     say(run, reason)
-    return progress.history
+    return progress
 
 
 # ---- starting and going on ----
@@ -1050,7 +1050,7 @@ def benchmark(config: configs.Config) -> Iterator[str]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
         run = Run(new_run(Path(runs), "benchmark"), threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
-            history = fit(run, make_system(config), Progress())
+            history = fit(run, make_system(config), Progress()).history
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
         save_sec = timeit(lambda: save(run, system, Progress(1, history=history[:1])), number=1)
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
@@ -1093,13 +1093,13 @@ def go_on(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
 
-def finish(run: Run, system: System, history: list[dict] | None) -> int:
+def finish(run: Run, system: System, progress: Progress) -> int:
     """What fit came to, and what to do with it -> the exit code."""
-    if history is None:
+    if not stop_reason(progress.history, system.config.training):
         if own_rank() == 0:
             print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
-    best, overfit = best_row(history), system.config.training.overfit
+    best, overfit = best_row(progress.history), system.config.training.overfit
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
