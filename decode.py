@@ -347,9 +347,9 @@ def with_search(system: System, search: Search) -> System:
              "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
              "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
              "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
-    for field, usual in Search._field_defaults.items() if name != "transformer" else ():
-        if field.endswith("_penalty"):
-            rules[field] = (getattr(search, field) == usual, f"{usual}, as it has no effect on a {name}")
+    for field in ("length_penalty", "coverage_penalty") if name != "transformer" else ():
+        usual = Search._field_defaults[field]
+        rules[field] = (getattr(search, field) == usual, f"{usual}, as it has no effect on a {name}")
     if search.ctc_weight and getattr(system.model, "ctc", None) is None:
         rules["ctc_weight"] = (False, f"0, as this {name} has no CTC head beside its decoder")
     for field, (fits, wanted) in rules.items():
@@ -436,8 +436,8 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
 
 
-def log_prob(token: Token) -> float:
-    return math.log(max(token.confidence, 5e-5))  # confidences are rounded to 4 digits
+def log_prob(item: Token | Result) -> float:
+    return math.log(max(item.confidence, 5e-5))  # confidences are rounded to 4 digits
 
 
 def mean_confidence(tokens: Sequence[Token]) -> float:
@@ -623,7 +623,7 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
                 tokens.append(Token(" ", space, 1.0, tokens[-1].end, shifted[0].start))
         tokens += shifted
         words += said
-        log_sum += len(shifted) * math.log(max(result.confidence, 1e-5))
+        log_sum += len(shifted) * log_prob(result)
         count += len(shifted)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0
     return Result(text_of(system, tokens, words), confidence, tokens, words)
