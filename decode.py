@@ -1337,6 +1337,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
         parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
+    if arguments.export and not arguments.inputs and (arguments.output or arguments.report or arguments.plot):
+        parser.error("--export recognises nothing without INPUT; leave out --output, --report and --plot")
     if arguments.benchmark and (arguments.report or arguments.plot or arguments.export or arguments.output):
         parser.error("--benchmark prints a table only; leave out --report, --plot, --export and --output")
     if arguments.format and not arguments.output:

@@ -3796,7 +3796,8 @@ def misfit(path: pathlib.Path) -> None:
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
     ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"], ["--benchmark", "--report=x"],
-    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"]])
+    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
+    ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
