@@ -117,8 +117,9 @@ class RunFailed(RuntimeError):
     """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
 
 
-def join_ranks(device: torch.device) -> None:
+def join_ranks(training) -> None:
     """Meet the processes that torchrun started, if it did (on one machine, a GPU each)."""
+    device = pick_device(training.device, "training.device")
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
     if device.type == "cuda":
@@ -584,9 +585,10 @@ def save(run: Run, system: System, progress: Progress) -> None:
     state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
              "progress": place, "utterances": len(system.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
-    if history and not progress.batch and best_row(history) is history[-1]:
+    epoch_ends = bool(history) and not progress.batch
+    if epoch_ends and best_row(history) is history[-1]:
         data.save_atomic(folder / "best.pt", state)
-    if history and not progress.batch and keep:
+    if epoch_ends and keep:
         data.save_atomic(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
         for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
             old.unlink()
@@ -883,7 +885,7 @@ def headline(folder: Path, system: System) -> str:
 
 def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System, Progress]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
-    join_ranks(pick_device(config.training.device, "training.device"))
+    join_ranks(config.training)
     system = make_system(config)
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
     run = Run(Path(add_up(made)["folder"]), stop)
@@ -899,7 +901,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
-    join_ranks(pick_device(config.training.device, "training.device"))  # by now all have read the checkpoint
+    join_ranks(config.training)  # by now all have read the checkpoint
     system = make_system(config, state, str(path))
     progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
