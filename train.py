@@ -921,7 +921,8 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress]:
 # ---- the dry run ----
 
 
-def take_steps(system: System, batches: Iterable[data.Batch], rate: float) -> None:
+def rehearse(system: System, batches: Iterable[data.Batch], rate: float) -> None:
+    """Steps of no run: nothing is logged, averaged or counted."""
     for batch in batches:
         train_step(system.model, system.optimizer, batch, rate, system.config.training)
 
@@ -946,7 +947,7 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        take_steps(system, [batch], 0.0)
+        rehearse(system, [batch], 0.0)
     for hook in hooks:
         hook.remove()
     lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
@@ -967,7 +968,7 @@ def describe(config: configs.Config) -> Iterator[str]:
     copies, what = (4, "") if system.average is system.model else (5, " and the average")
     yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
            f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
-    step_sec = timeit(lambda: take_steps(system, typical, 0.0), number=1) / len(typical)
+    step_sec = timeit(lambda: rehearse(system, typical, 0.0), number=1) / len(typical)
     steps = len(by_size) * system.config.training.num_epochs
     yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
            f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
@@ -1017,7 +1018,7 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         loss.item()
-    ways = lambda batch: take_steps(system, [batch], 1e-4), plain_step
+    ways = lambda batch: rehearse(system, [batch], 1e-4), plain_step
     seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
     return len(batches) / np.min(seconds, 0).sum(0)
 
