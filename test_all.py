@@ -2695,6 +2695,7 @@ def test_best_is_the_highest_token_accuracy_then_sequence_accuracy_then_the_late
     (scores((0.95, 0.9)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, "target"),
     (scores((0.95, 0.8)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, ""),
     (scores((0.5, 0.5), (0.4, 0.5), (0.4, 0.5)), {"patience": 2}, "no improvement"),
+    (scores((0.5, 0.5), (0.5, 0.5), (0.5, 0.5)), {"patience": 2}, "no improvement"),
     (scores((0.5, 0.5), (0.6, 0.5), (0.4, 0.5)), {"patience": 2}, "")])
 def test_a_run_stops_at_its_target_without_improvement_or_at_its_end(history, changes, word):
     reason = train.stop_reason(history, config.TrainingConfig(num_epochs=5, **changes))

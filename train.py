@@ -99,7 +99,7 @@ def stop_reason(history: Sequence[dict], options) -> str:
     wanted = options.target_token_accuracy, options.target_sequence_accuracy
     if any(wanted) and token >= wanted[0] and sequence >= wanted[1]:
         return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
-    best = max(range(len(history)), key=lambda i: score(history[i]) + (-i,))  # of equals the first: no improvement
+    best = max(range(len(history)), key=lambda i: score(history[i]))  # of equals the first: no improvement
     if options.patience and len(history) - 1 - best >= options.patience:
         return f"no improvement in {options.patience} epochs"
     return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
