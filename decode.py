@@ -1460,13 +1460,12 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     rank, processes = shard = join_processes()
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
-    system = greedy_system(arguments, arguments.ckpt)
+    system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
-    system = with_search(system, arguments.search)
     with tempfile.TemporaryDirectory() as scratch:
         return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 

@@ -4261,9 +4261,11 @@ def test_a_beam_of_one_is_greedy():
     ("ctc", ["--ctc-weight=0.5"], "wanted 0, as this ctc has no CTC head beside its decoder, got 0.5"),
     ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
 def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
-    assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, "x.wav"]) == 2
-    error = capsys.readouterr().err
-    assert words in error and error.count("\n") == 1
+    for what in (["x.wav"], ["--export", str(tmp_path / "out.pt")]):  # before anything is written
+        assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, *what]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == ["x.pt"]
 
 
 # ---- decode: long recordings ----
