@@ -5141,6 +5141,7 @@ def shrink_benchmark(monkeypatch) -> None:
     monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
 
 
+# C110
 @pytest.mark.parametrize("option", ["--batch-size=1", "--batch-seconds=0.5"])  # of 48 utterances of 1 s or more
 def test_the_benchmark_has_the_threads_and_the_batches_that_are_asked_for(monkeypatch, capsys, option):
     """Planted are torch's own choice, 3 threads, and a model that takes no time."""
@@ -5275,6 +5276,7 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert again.tokenizer == words and torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
 
+# C34
 @pytest.mark.parametrize("target", ["out", "out.pt"])
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys, target):
     """Files that may have 9 kB play the disk; the weights have more."""
