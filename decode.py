@@ -857,8 +857,8 @@ def scene(system: System, item: data.Utterance,
     frame of the encoder begins and the last one ends."""
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
-    subsampling = system.config.model.encoder.subsampling
-    first, last = (in_feature_frames(edge, subsampling) * frame_sec for edge in (0, found.alpha.shape[1]))
+    encoder, L = system.config.model.encoder, found.alpha.shape[1]
+    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))
     return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, (first, last)
 
 
