@@ -88,6 +88,8 @@ class System(NamedTuple):
     precision: str = "float32"  # key of PRECISIONS, of the matrix products
     search: Search = Search()
     segment_sec: tuple[float, float] = SEGMENT_SEC
+    batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
+    batch_seconds: float = 300.0  # likewise, padding included; one that is longer goes alone
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
@@ -570,6 +572,11 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
 # ---- long recordings ----
 
 
+def batch_limits(system: System) -> tuple[int, int]:
+    """Utterances and padded frames in a batch at most."""
+    return system.batch_size, max(1, int(system.batch_seconds / data.frame_sec(system.config.data)))
+
+
 def read_pool(pieces: Iterator[data.Segment], rate_hz: int) -> list[data.Segment]:
     """The next segments, of POOL_SEC together or a little more."""
     pool, size = [], 0
@@ -579,20 +586,18 @@ def read_pool(pieces: Iterator[data.Segment], rate_hz: int) -> list[data.Segment
     return pool
 
 
-def transcribe_segments(system: System, pieces: Iterable[data.Segment],
-                        batch_size: int = 16) -> Iterator[tuple[float, Result]]:
+def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Iterator[tuple[float, Result]]:
     """Segments at the model's rate -> the start in seconds and the Result, with times from there, of each in order.
 
     Memory does not grow with their number. Raises ValueError if features are not finite.
     """
     options, stats, pieces = system.config.data, system.stats.cpu(), iter(pieces)
-    frames = int(POOL_SEC / data.frame_sec(options))  # of a padded batch
     while pool := read_pool(pieces, options.sample_rate):
         feats = [data.frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
         if not all(x.isfinite().all() for x in feats):
             raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
         results: dict[int, Result] = {}
-        for indices in data.make_batches([len(x) for x in feats], batch_size, frames, shuffle=False):
+        for indices in data.make_batches([len(x) for x in feats], *batch_limits(system), shuffle=False):
             results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
         yield from ((piece.start_sec, within(system, results[i], len(piece.samples) / options.sample_rate))
                     for i, piece in enumerate(pool))
@@ -685,11 +690,6 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
     for first in range(0, len(lengths), WINDOW):
         batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
         yield [[first + i for i in batch] for batch in batches]
-
-
-def batch_frames(arguments: argparse.Namespace, system: System) -> int:
-    """--batch-seconds in frames."""
-    return max(1, int(arguments.batch_seconds / data.frame_sec(system.config.data)))
 
 
 def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
@@ -1127,7 +1127,7 @@ def benchmark(arguments: argparse.Namespace) -> int:
                 raise ValueError(f"--benchmark: the process that measures {' '.join(layout)} has failed")
         systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
         time_loads(systems)
-        time_batches(systems["float32", "laid out"], arguments)
+        time_batches(systems["float32", "laid out"]._replace(**batch_options(arguments)))
         time_busy(systems["float32", "laid out"])
     return 0
 
@@ -1176,14 +1176,14 @@ def time_loads(systems: dict[tuple[str, str], System]) -> None:
 
 
 @torch.inference_mode()
-def time_batches(system: System, arguments: argparse.Namespace) -> None:
+def time_batches(system: System) -> None:
     """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
     print()
     for longest in (20, 4):
         feats = [torch.randn(int(seconds / data.frame_sec(system.config.data)), system.stats.shape[1])
                  for seconds in np.geomspace(1, longest, 48)]
         lengths = np.array([len(x) for x in feats])
-        batches, = plan_batches(lengths, arguments.batch_size, batch_frames(arguments, system))
+        batches, = plan_batches(lengths, *batch_limits(system))
         times = time_turns(RUNS, lambda: [decode_batch(system, [x]) for x in feats],
                            lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches])
         single, together = np.median(times, 1)
@@ -1245,8 +1245,8 @@ def compare(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         others = [path for path in arguments.inputs if path not in paths]
         dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
-        lengths, frames = dataset.lengths[:arguments.limit or None], batch_frames(arguments, first)
-        for batch in itertools.chain.from_iterable(plan_batches(lengths, arguments.batch_size, frames)):
+        lengths = dataset.lengths[:arguments.limit or None]
+        for batch in itertools.chain.from_iterable(plan_batches(lengths, *batch_limits(first))):
             items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
             if not items:
                 continue
@@ -1293,7 +1293,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
                         "the first; 0, and where there are fewer: the last")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
-    parser.add_argument("--batch-size", type=int, default=16, help="utterances in a batch (default 16)")
+    parser.add_argument("--batch-size", type=int, default=16, help="utterances, or segments of a long recording, in a "
+                        "batch (default 16)")
     parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
                         "included; one that is longer goes alone (default 300)")
     parser.add_argument("--min-segment-sec", type=float, default=SEGMENT_SEC[0], metavar="SEC",
@@ -1341,6 +1342,12 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--export recognises nothing without INPUT; leave out --output, --report and --plot")
     if arguments.benchmark and (arguments.report or arguments.plot or arguments.export or arguments.output):
         parser.error("--benchmark prints a table only; leave out --report, --plot, --export and --output")
+    if arguments.benchmark and not arguments.inputs:
+        idle = ("ckpt", "device", "dtype", "prepack", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
+                *Search._fields)
+        for name in (name for name in idle if getattr(arguments, name) != parser.get_default(name)):
+            parser.error("--benchmark without INPUT measures random weights in every --dtype; leave out "
+                         f"--{name.replace('_', '-')}")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.plot_layer and not arguments.plot:
@@ -1349,10 +1356,14 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
 
 
+def batch_options(arguments: argparse.Namespace) -> dict[str, float]:
+    return {"batch_size": arguments.batch_size, "batch_seconds": arguments.batch_seconds}
+
+
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     """The system at path, as the arguments ask for it but for the search."""
     system = load_system(path, arguments.device, arguments.dtype, arguments.prepack)
-    return system._replace(lossless=not arguments.funasr_text,
+    return system._replace(lossless=not arguments.funasr_text, **batch_options(arguments),
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 
 
@@ -1412,7 +1423,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     lengths = dataset.lengths[:arguments.limit or None]
     names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
     finish = batch_finisher(folder, form, names, len(lengths), shard)
-    windows = plan_batches(lengths, arguments.batch_size, batch_frames(arguments, system))
+    windows = plan_batches(lengths, *batch_limits(system))
     outcomes = recognise_all(system, dataset, windows, shard, finish)
     heard, failed, scores, code = [], 0, [], 0
     with growing_file(merged) if merged and shard[0] == 0 else contextlib.nullcontext() as file:

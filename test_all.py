@@ -2990,7 +2990,7 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, a
 @pytest.mark.parametrize("arguments", [
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
     ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"],
-    ["--resume", "a", "--runs", "runs"], ["--resume", "a", "--average", "2", "--runs", "b"]])
+    ["a.yaml", "--dry-run", "--runs", "b"], ["--resume", "a", "--runs", "runs"], ["--resume", "a", "--average", "2", "--runs", "b"]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
@@ -3585,7 +3585,7 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
     """With two planted times, as three processes that import torch would take longer than the rest."""
     monkeypatch.setattr(train, "first_step_sec", lambda options, folder: 7.0)
     monkeypatch.setattr(subprocess, "run", lambda command: time.sleep(0.1))
-    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--benchmark", "--runs", str(tmp_path / "runs")]) == 0
+    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--benchmark"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     rows = [re.match(r"(.*?)\s+([\d.]+) ?(x|%|s)\s+[<>][= ]+([\d.]+)", line).groups() for line in lines]
     assert head.split() == ["figure", "measured", "asked"]
@@ -3798,7 +3798,8 @@ def misfit(path: pathlib.Path) -> None:
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
     ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"], ["--benchmark", "--report=x"],
     ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
-    ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"]])
+    ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
+    ["--benchmark", "--dtype=int8"], ["--benchmark", "--ckpt=x"], ["--benchmark", "--beam=2"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -4278,12 +4279,21 @@ def long_wav(path: pathlib.Path, seconds: float = 12.0) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("limits, sizes", [({}, {1, 2}), ({"batch_size": 1}, {1}), ({"batch_seconds": 0.1}, {1})])
+def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
+    found, recognise, system = [], decode.transcribe, tiny_system()
+    pieces = list(data.segments(long_wav(tmp_path / "a.wav"), system.config.data, 0.5, 3.0))
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: found.append(len(feats)) or recognise(system, feats))
+    assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(found)
+    assert set(found) == sizes
+
+
 # C80
 def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
     system, path = tiny_system(), long_wav(tmp_path / "a.wav")
     pieces = list(data.segments(path, system.config.data, 0.5, 3.0))
     monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
-    parts = list(decode.transcribe_segments(system, pieces, batch_size=2))
+    parts = list(decode.transcribe_segments(system._replace(batch_size=2), pieces))
     assert [start for start, _ in parts] == [piece.start_sec for piece in pieces] and len(parts) > 5
     tokens, log_probs = [], []
     for piece, (_, part) in zip(pieces, parts):

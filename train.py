@@ -1132,6 +1132,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if arguments.resume and (rest or arguments.runs or arguments.overfit or arguments.dry_run or arguments.benchmark):
         parser.error("--resume goes on with the run's own config in its own folder, alone or with --average, got "
                      f"{' '.join(argv)}")
+    if arguments.runs and (arguments.dry_run or arguments.benchmark):
+        parser.error("--dry-run and --benchmark make no run folder; leave out --runs")
     if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
         parser.error("--overfit and --average want 1 or more")
     if arguments.average and not arguments.resume:
