@@ -19,7 +19,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,16 @@ def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     check_shape("lens", lens, hidden.shape[0])
     mask = None if leak else key_mask(lens, hidden.shape[1])
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
+
+
+def through(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
+            need_weights: bool) -> tuple[Tensor, list[Tensor]]:
+    """x (B,L,D) through one block after another, `rest` to each -> x, and the attention weights of each if needed."""
+    layers = []
+    for block in blocks:
+        x, weights = block(x, *rest, need_weights=need_weights)
+        layers.append(weights)
+    return x, layers if need_weights else []
 
 
 class Subsampling(nn.Module):
@@ -105,11 +115,8 @@ class Encoder(nn.Module):
         mask = key_mask(lens, x.shape[1])  # (B,1,L)
         if self.context:
             mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
-        x, layers = self.dropout(self.position(x)), []
-        for block in self.blocks:
-            x, weights = block(x, mask, need_weights=need_weights)
-            layers.append(weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
+        x, layers = through(self.blocks, self.dropout(self.position(x)), mask, need_weights=need_weights)
+        return hide_padding(self.norm(x), lens, leak), lens, layers
 
 
 class SanmEncoder(nn.Module):
@@ -131,12 +138,10 @@ class SanmEncoder(nn.Module):
         feats = hide_padding(feats, lens, leak)  # what pads may hold anything
         mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
-        x, weights = self.first(x, mask, need_weights)
-        x, layers = widened(x), [weights]  # float32: in half precision the sum over 50 blocks would lose its low bits
-        for block in self.blocks:
-            x, weights = block(x, mask, need_weights)
-            layers.append(weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
+        x, first = through([self.first], x, mask, need_weights=need_weights)
+        x = widened(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
+        x, layers = through(self.blocks, x, mask, need_weights=need_weights)
+        return hide_padding(self.norm(x), lens, leak), lens, first + layers
 
 
 class ImageSubsampling(nn.Module):
@@ -183,12 +188,9 @@ class RelativeConformerEncoder(nn.Module):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
         codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
-        mask, layers = key_mask(lens, x.shape[1]), []
-        x = self.dropout(x * math.sqrt(self.dim))
-        for block in self.blocks:
-            x, weights = block(x, mask, codes, extent, need_weights)
-            layers.append(weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers if need_weights else []
+        mask, x = key_mask(lens, x.shape[1]), self.dropout(x * math.sqrt(self.dim))
+        x, layers = through(self.blocks, x, mask, codes, extent, need_weights=need_weights)
+        return hide_padding(self.norm(x), lens, leak), lens, layers
 
 
 # ---- predictors: the weight of every frame ----
@@ -384,11 +386,8 @@ class Decoder(nn.Module):
         mask = key_mask(counts, embeds.shape[1])
         memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
-        layers = []
-        for block in self.blocks:
-            x, weights = block(x, mask, hidden, memory_mask, need_weights)
-            layers.append(weights)
-        return self.output(self.norm(x)), layers if need_weights else []
+        x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        return self.output(self.norm(x)), layers
 
 
 class LastFeedForward(nn.Module):
@@ -428,13 +427,9 @@ class SanmDecoder(nn.Module):
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
-        x, layers = embeds, []
-        for block in self.blocks:
-            x, weights = block(x, mask, hidden, hidden_mask, need_weights)
-            layers.append(weights)
-        for block in self.memory_blocks:
-            x, _ = block(x, mask, hidden, hidden_mask)
-        return self.output(self.norm(self.last(x))), layers if need_weights else []
+        x, layers = through(self.blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
+        x, _ = through(self.memory_blocks, x, mask, hidden, hidden_mask, need_weights=False)
+        return self.output(self.norm(self.last(x))), layers
 
 
 # ---- the glancing sampler ----
@@ -753,11 +748,9 @@ class CausalDecoder(nn.Module):
         each, and the cross-attention weights (B,H,U,L) of each layer where asked for."""
         mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
         memory_mask = key_mask(hidden_lens, hidden.shape[1])
-        x, layers = self.dropout(self.position(self.embedding(tokens))), []
-        for block in self.blocks:
-            x, weights = block(x, mask, hidden, memory_mask, need_weights)
-            layers.append(weights)
-        return self.output(self.norm(x)), layers if need_weights else []
+        x = self.dropout(self.position(self.embedding(tokens)))
+        x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        return self.output(self.norm(x)), layers
 
     def memory(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
         """hidden (B,L,Dm) -> the keys and values (B,H,L,K) of each layer's cross-attention, which no step changes."""
