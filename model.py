@@ -551,11 +551,6 @@ def pick(choices: dict[str, type], field: str, kind: str) -> type:
     return choices[kind]
 
 
-def set_norm_eps(model: nn.Module, eps: float) -> None:
-    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
-        norm.eps = eps
-
-
 def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
     """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its lens.
 
@@ -590,7 +585,6 @@ class Paraformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size, D)  # of the true tokens, for the sampler
         self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
         self.timing = TimingHead(D, options.predictor) if options.predictor.upsampling else None
-        set_norm_eps(self, options.norm_eps)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                 order: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -783,7 +777,6 @@ class Transformer(nn.Module):
         self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
         self.decoder = CausalDecoder(D, vocab_size, options.decoder)
         self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
-        set_norm_eps(self, options.norm_eps)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
                 token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -888,7 +881,6 @@ class CTC(nn.Module):
         self.options = options
         self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
         self.output = nn.Linear(options.encoder.hidden_dim, vocab_size)
-        set_norm_eps(self, options.norm_eps)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
                 token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -944,7 +936,10 @@ def build(options, input_dim: int, vocab_size: int) -> nn.Module:
     """The model that options.name asks for, with fresh weights. Raises ValueError if there is none of that name."""
     if options.name not in ARCHITECTURES:
         raise ValueError(f"model.name must be one of {sorted(ARCHITECTURES)}, got {options.name!r}")
-    return ARCHITECTURES[options.name](options, input_dim, vocab_size)
+    model = ARCHITECTURES[options.name](options, input_dim, vocab_size)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.eps = options.norm_eps
+    return model
 
 
 def pick_device(name: str, field: str = "device") -> torch.device:
