@@ -55,7 +55,7 @@ class PredictorConfig:
     upsampling: int = 0                  # dense: timing head, weights per encoder frame; 0 = none
     timing_smooth: float = 0.25          # timing head: weight = sigmoid x timing_smooth - timing_noise, not below 0
     timing_noise: float = 0.01           # timing head: likewise
-    dropout: float = 0.1                 # probability, [0, 1); dense has none
+    dropout: float = 0.1                 # probability, [0, 1); dense has none, though published configs name it
 
 
 @dataclass(frozen=True)
@@ -275,12 +275,13 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
 
 
 def _unused_rules(model: ModelConfig) -> Iterator[Rule]:
-    values, defaults = dict(_walk(model)), dict(_walk(ModelConfig()))
+    values, defaults, named = dict(_walk(model)), dict(_walk(ModelConfig())), set()
     for path, choices in UNUSED.items():
         section = path[:path.rfind(".") + 1]
         unused = tuple(f"{section}{name}." for name in choices.get(values[path], "").split())
         for other, value in values.items():
-            if not is_dataclass(value) and f"{other}.".startswith(unused):
+            if not is_dataclass(value) and f"{other}.".startswith(unused) and other not in named:
+                named.add(other)        # several choices may have no use for it
                 yield (f"model.{other}", value == defaults[other],
                        f"its default {_show(defaults[other])}, as {path} {values[path]} has no use for it")
 

@@ -65,10 +65,12 @@ def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> 
 
 
 def save_atomic(path: str | os.PathLike, state: dict) -> None:
-    """torch.save, replacing the file whole. Raises OSError where torch.save has a RuntimeError: for a full disk."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomic(path, buffer.getbuffer())
+    """torch.save, replacing the file whole. Raises OSError for a full disk, which torch hides behind a RuntimeError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 # ---- wav ----
@@ -772,7 +774,7 @@ def parse_row(line: str, folder: str, place: str) -> Row:
     if not isinstance(text, str):
         raise ValueError(f"{place}: wanted a string under {' or '.join(TEXT_NAMES)}, got {text!r}")
     if duration is not None and not (type(duration) in (int, float) and 0 <= duration < 1e9):
-        raise ValueError(f"{place}: wanted seconds as duration, from 0 to 1e9, got {duration!r:.60}")
+        raise ValueError(f"{place}: wanted seconds as duration, from 0 to below 1e9, got {duration!r:.60}")
     if fields.get("offset"):
         raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
     key = os.path.splitext(os.path.basename(audio))[0] if key is None else str(key)     # os.path: Path is 8 x slower

@@ -1338,16 +1338,18 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
         parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
-    if arguments.export and not arguments.inputs and (arguments.output or arguments.report or arguments.plot):
-        parser.error("--export recognises nothing without INPUT; leave out --output, --report and --plot")
-    if arguments.benchmark and (arguments.report or arguments.plot or arguments.export or arguments.output):
-        parser.error("--benchmark prints a table only; leave out --report, --plot, --export and --output")
-    if arguments.benchmark and not arguments.inputs:
-        idle = ("ckpt", "device", "dtype", "prepack", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
-                *Search._fields)
-        for name in (name for name in idle if getattr(arguments, name) != parser.get_default(name)):
-            parser.error("--benchmark without INPUT measures random weights in every --dtype; leave out "
-                         f"--{name.replace('_', '-')}")
+    recognising = ("limit", "funasr_text", "min_segment_sec", "max_segment_sec", *Search._fields)
+    for idle, why, names in (
+            (arguments.export and not arguments.inputs, "--export recognises nothing without INPUT",
+             ("output", "report", "plot", "batch_size", "batch_seconds", *recognising)),
+            (arguments.benchmark, "--benchmark prints a table only", ("output", "report", "plot", "export")),
+            (arguments.benchmark and not arguments.inputs, "--benchmark without INPUT has weights of its own",
+             ("ckpt", "device", "dtype", "prepack", *recognising)),
+            (arguments.benchmark and any(path.endswith(".pt") for path in arguments.inputs),
+             "--benchmark takes the checkpoints in INPUT", ("ckpt",))):
+        given = [name.replace("_", "-") for name in names if getattr(arguments, name) != parser.get_default(name)]
+        if idle and given:
+            parser.error(f"{why}; leave out --{', --'.join(given)}")
     if arguments.format and not arguments.output:
         parser.error("--format needs --output")
     if arguments.plot_layer and not arguments.plot:

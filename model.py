@@ -57,7 +57,7 @@ def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
 
 def through(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
             need_weights: bool) -> tuple[Tensor, list[Tensor]]:
-    """x (B,L,D) through one block after another, `rest` to each -> x, and the attention weights of each if needed."""
+    """x (B,T,D) through one block after another, `rest` to each -> x, and the attention weights of each if needed."""
     layers = []
     for block in blocks:
         x, weights = block(x, *rest, need_weights=need_weights)

@@ -7,7 +7,7 @@
     python serve.py --benchmark            overhead, throughput and latency of this machine
 
 Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features
-(on one parser thread), the queue and the one inference thread that owns the model, the answers, the routes, metrics;
+(on a parser's thread), the queue and the one inference thread that owns the model, the answers, the routes, metrics;
 then the command line, the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes
 the time as an argument. http.server lends its threading server only: its parser has no deadline and no limit for a
 header, and answers in HTML.
@@ -279,8 +279,8 @@ class Server(ThreadingHTTPServer):
         self.metrics, self.draining = Metrics(), threading.Event()
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
-        # One body at a time, as its parser keeps the interpreter; torch keeps helper threads for each that calls it.
-        self.parsers = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "parser of large bodies")
+        # A body at a time in each, as parsing keeps the interpreter; torch keeps helper threads for each that calls it.
+        self.parsers = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "parser of large JSON")
         self.phases: dict[socket.socket, str] = {}                  # of the open connections: idle, reading or busy
         self.refused: list[tuple[float, socket.socket]] = []        # when to close them
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -479,7 +479,7 @@ class Ask(NamedTuple):
     many: bool = False              # answered by a list
 
 
-INTERRUPTIBLE = MIB // 2    # bytes of a body; from there on it has a parser thread to itself and lets others have turns
+INTERRUPTIBLE = MIB // 2    # bytes of JSON; from there on another thread parses it, and lets all others have turns
 
 
 def interruptible(text: str) -> float:
@@ -750,7 +750,7 @@ def parse_timeout(value: Any, longest: float) -> float:
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    """true or false as JSON, or as text of a form or query; None, "not given", is false."""
+    """true or false as JSON, or as text of a form or query, in any case; None, "not given", is false."""
     text = "" if value is None else str(value).lower()
     if text not in ("true", "1", "false", "0", ""):
         raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
@@ -1046,10 +1046,13 @@ def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
         raise deadline_passed() from None
 
 
-def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]]:
-    """A job for each piece of each utterance; those without a frame are done already, with nothing said."""
+def submit(server: Server, ask: Ask, complete: float, gone: Callable[[], bool]) -> list[list[Job]]:
+    """A job for each piece of each utterance; those without a frame are done already, with nothing said.
+
+    complete: monotonic seconds at which the request had come, from which its deadline counts.
+    """
     now = time.monotonic()
-    deadline = now + parse_timeout(ask.fields.get("timeout"), server.options.request_timeout)
+    deadline = complete + parse_timeout(ask.fields.get("timeout"), server.options.request_timeout)
     jobs = [[Job(feats, utterance, now, deadline, gone) for _, feats in utterance.pieces]
             for utterance in ask.utterances]
     for job in itertools.chain(*jobs):
@@ -1059,13 +1062,16 @@ def submit(server: Server, ask: Ask, gone: Callable[[], bool]) -> list[list[Job]
     return jobs
 
 
-def enqueue(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list]:
+def enqueue(server: Server, head: Head, body: bytes, complete: float,
+            gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list[list[Job]]]:
     """What a parser's thread does -> what is asked for; the Form of the answer, or of /transcribe whether it brings the
-    alignment; the jobs, which are queued from here, so that no other thread need wake before the model runs."""
+    alignment; the jobs, which are queued by then. Raises Refusal, or Gone for a client that did not wait so long."""
+    if gone():
+        raise Gone
     ask = read_ask(head, body, server.system, server.options)
     fields = ask.fields
     form = parse_flag("alignment", fields.get("alignment")) if head.path == "/transcribe" else parse_openai_form(fields)
-    return ask, form, submit(server, ask, gone)
+    return ask, form, submit(server, ask, complete, gone)
 
 
 def frame_step(system: System) -> float:
@@ -1086,9 +1092,9 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
 
 def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
-    parser = server.parsers[len(body) >= INTERRUPTIBLE]
+    parser = server.parsers[len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"]
     with server.batcher.preparing():
-        ask, form, jobs = parser.submit(enqueue, server, head, body, gone).result()
+        ask, form, jobs = parser.submit(enqueue, server, head, body, time.monotonic(), gone).result()
     found = [join_pieces(server.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
     seconds = [utterance.seconds for utterance in ask.utterances]
     server.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
@@ -1449,7 +1455,7 @@ def benchmark(options: argparse.Namespace) -> int:
         asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
         while asker.poll() is None:
             time_clients(port, bodies["mixed"], 16)
-    health = sorted(map(float, asker.stdout.read().split()))
+    health = sorted(map(float, asker.stdout.read().split())) or [math.nan]      # nan: it failed, and has said why
     overhead = statistics.median(spent - timing["infer_ms"] for spent, timing in answers["equal", 1])
     crowd = sorted(spent for spent, _ in answers["mixed", 16])
     p99, full = crowd[int(0.99 * len(crowd))], 1e3 * statistics.median(batches)

@@ -222,8 +222,8 @@ class PieceTokenizer:
         symbols, pieces = state.get("symbols"), state.get("pieces")
         if not (isinstance(symbols, list) and len(symbols) > UNK and all(isinstance(x, str) for x in symbols)):
             raise ValueError(f"{where}: wanted a list of four symbols or more, got {_short(symbols)}")
-        if pieces is not None and not isinstance(pieces, dict):
-            raise ValueError(f"{where}: wanted pieces by word, got {_short(pieces)}")
+        if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
+            raise ValueError(f"{where}: wanted a list of pieces by word, got {_short(pieces)}")
         pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
         return cls(tuple(symbols), pieces)
 

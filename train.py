@@ -470,7 +470,7 @@ class Progress(NamedTuple):
     step: int = 0  # batches done in all, skipped ones too
     bad_steps: int = 0  # skipped in a row
     totals: dict[str, float] = {}  # of the epoch under way
-    history: list[dict] = []  # an `epoch_row` of each epoch
+    history: Sequence[dict] = ()  # an `epoch_row` of each epoch
 
 
 OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utterances: epochs, and passes in each
@@ -576,14 +576,14 @@ def save(run: Run, system: System, progress: Progress) -> None:
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
     run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
     """
-    place = progress._replace(totals=add_up(progress.totals))._asdict()
+    reached = progress._replace(totals=add_up(progress.totals))._asdict()
     if own_rank():
         return
-    folder, keep, history = run.folder / "checkpoints", system.config.training.keep_epochs, place.pop("history")
+    folder, keep, history = run.folder / "checkpoints", system.config.training.keep_epochs, reached.pop("history")
     to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
                  "stats": system.stats, "model": system.average.state_dict(), "history": history}
     state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
-             "progress": place, "utterances": len(system.train_set),
+             "progress": reached, "utterances": len(system.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
     epoch_ends = bool(history) and not progress.batch
     if epoch_ends and best_row(history) is history[-1]:
@@ -841,7 +841,7 @@ def fit(run: Run, system: System, progress: Progress) -> Progress:
             return progress
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = history + [epoch_row(progress, add_up(progress.totals), rate, dev, spent,
+        history = [*history, epoch_row(progress, add_up(progress.totals), rate, dev, spent,
                                        peak_memory_mb(next(system.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {}, history)
         if len(history) == 1:
