@@ -56,7 +56,8 @@ import serve
 import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
-                       TransformerBlock, attend, causal_mask, check_lens, check_shape, key_mask, over_time, padding_mask,
+                       TransformerBlock, attend, causal_mask, check_lens, check_shape, key_mask, over_time,
+                       padding_mask,
                        sinusoids)
 from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
@@ -394,7 +395,8 @@ def test_widths_that_no_layer_can_be_built_of_are_named():
             (["--model.encoder.kind=sanm", "--model.encoder.subsampling=1", "--data.num_mels=2"],
              "data.num_mels: wanted a product with lfr_m 1 that is even and 4 or more for kind sanm, got 2"),
             (["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4", "--model.encoder.num_heads=1",
-              "--model.encoder.hidden_dim=33"], "model.encoder.hidden_dim: wanted an even width for sinusoids, got 33")):
+              "--model.encoder.hidden_dim=33"],
+             "model.encoder.hidden_dim: wanted an even width for sinusoids, got 33")):
         with pytest.raises(ValueError) as caught:
             config.load(str(HERE / "configs/toy.yaml"), overrides)
         assert wrong in str(caught.value).split("\n  ")
@@ -1279,7 +1281,7 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
 
 
 def shards(folder: Path) -> list[Path]:
-    """Two shards, a Kaldi folder, and a manifest with a comma in its name: six rows, keys 0 to 5, some with durations."""
+    """Two shards, a Kaldi folder, and a manifest with a comma in its name: six rows, keys 0 to 5, some with seconds."""
     (folder / "kaldi").mkdir()
     (folder / "kaldi/wav.scp").write_bytes("3 gr\u00fcn.wav\n4   /b  c.wav \n".encode())
     (folder / "kaldi/text").write_bytes("5 \u4e94\n3  drei  mal\n".encode())
@@ -1343,7 +1345,7 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
 
 
 def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
-    """A name between commas that is empty, a folder, a pipe; and of standard input `-`, not the file it is copied to."""
+    """A name between commas that is empty, a folder, a pipe; and of standard input `-`, not the copy of it."""
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "plain").mkdir()
@@ -1833,7 +1835,7 @@ def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads()
 
 
 # C142
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read as Linux gives it")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read as Linux gives it")
 def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():
     q, mask = torch.randn(1, 1, 12_000, 16), key_mask(ints(11_999), 12_000)
     peak_kb = lambda: int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -2354,7 +2356,7 @@ def test_edit_distances_equal_the_alignments_of_the_tokenizer():
 
 # C69
 def test_minimum_word_error_rate_on_planted_candidates():
-    """The text is 1 2 of ids 0 1 2; the model prefers 2 to 1 at the first place, by p to q, and 2 to 0 at the second."""
+    """The text is 1 2 of ids 0 1 2; the model prefers 2 to 1 at the first place, p to q, and 2 to 0 at the second."""
     p, q, r, s = 0.6, 0.3, 0.8, 0.15
     logits = torch.tensor([[[1 - p - q, q, p], [s, 1 - r - s, r], [0.5, 0.3, 0.2]], [[0.9, 0.05, 0.05]] * 3]).log()
     logits.requires_grad_()
@@ -2483,7 +2485,8 @@ WRONG = {
     "hide hidden": (lambda m: model.hide_padding(ALPHA, LENS, False), "hidden must be (B,L,D), got (2, 4)"),
     "hide lens": (lambda m: model.hide_padding(HIDDEN, ints(4), True), "lens must be (2), got (1,)"),
     "image": (lambda m: model.ImageSubsampling(9, 8)(FEATS, LENS, False), "x must be (B,T,9), got (2, 6, 5)"),
-    "image lens": (lambda m: model.ImageSubsampling(8, 8)(HIDDEN.float(), ints(4), False), "lens must be (2), got (1,)"),
+    "image lens": (lambda m: model.ImageSubsampling(8, 8)(HIDDEN.float(), ints(4), False),
+                   "lens must be (2), got (1,)"),
     "frame predictor": (lambda m: FRAMES(FEATS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
     "frame predictor lens": (lambda m: FRAMES(HIDDEN, ints(4)), "lens must be (2), got (1,)"),
     "timing": (lambda m: TIMING(FEATS, LENS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
@@ -2788,7 +2791,8 @@ def test_the_moving_average_is_the_closed_form_once_grown():
 def test_dropout_is_drawn_by_the_number_of_the_step(tmp_path):
     model, batch = tiny_model(tmp_path).train(), tiny_batch()
     optimizer = train.AdamW(model, 0.0)
-    once, again, later = (train.train_step(model, optimizer, batch, 0.0, config.TrainingConfig(), number).sums["quantity"]
+    once, again, later = (train.train_step(model, optimizer, batch, 0.0, config.TrainingConfig(), number)
+                          .sums["quantity"]
                           for number in (3, 3, 4))
     assert once == again != later
 
@@ -3440,7 +3444,8 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
     """
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.precision=float64",
             "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0",
-            "--training.batch_size=5", "--training.num_epochs=4", "--data.toy.num_train=21", "--training.max_grad_norm=3"]
+            "--training.batch_size=5", "--training.num_epochs=4", "--data.toy.num_train=21",
+            "--training.max_grad_norm=3"]
     ways = {"one": (1, []), "two": (2, []), "parts": (1, ["--training.accumulate=2"])}
     runs = {}
     for name, (world, more) in ways.items():
@@ -3491,7 +3496,8 @@ def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=80)
     assert done.returncode == 0 and "3 epochs done" in done.stdout, done.stderr
-    done = subprocess.run([*command, "--data.kind=manifest"], capture_output=True, text=True, env=environment, timeout=80)
+    done = subprocess.run([*command, "--data.kind=manifest"], capture_output=True, text=True, env=environment,
+                          timeout=80)
     assert done.returncode and "data.train: wanted a manifest" in done.stderr
 
 
@@ -3628,7 +3634,7 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
     """Their title is the text that greedy decoding gives, and their boundaries stand where its tokens begin."""
     path = pathlib.Path(tiny_yaml(tmp_path / "tiny.yaml"))
     unused = {"paraformer": "never", "transformer": "predictor", "ctc": "decoder|predictor"}[architecture]
-    path.write_text(re.sub(rf"  ({unused}):\n(    .*\n)+", "", path.read_text()))  # a section without effect is an error
+    path.write_text(re.sub(rf"  ({unused}):\n(    .*\n)+", "", path.read_text()))  # one without effect is an error
     argv = [str(path), f"--model.name={architecture}", "--training.picture_epochs=2", "--training.num_epochs=4"]
     assert train.main([*argv, "--runs", str(tmp_path / "runs")]) == 0
     run = run_of(tmp_path / "runs")
@@ -3725,7 +3731,8 @@ def scored(*pairs: tuple[str, str]) -> list[decode.Score]:
     system, encode = tiny_system(), tiny_system().tokenizer.encode
     tokens = lambda text: [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))]
     result = lambda text: decode.Result(text, 1.0, tokens(text), [])
-    return [decode.score(system, decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp))) for i, (ref, hyp) in enumerate(pairs)]
+    return [decode.score(system, decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp)))
+            for i, (ref, hyp) in enumerate(pairs)]
 
 
 # C75
@@ -3735,14 +3742,15 @@ def test_the_report_adds_errors_and_divides_once():
         "token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
         "%WER 75.00 [ 3 / 4, 1 ins, 1 del, 1 sub ]", "%CER 85.71 [ 6 / 7, 2 ins, 3 del, 1 sub ]",
         "sentence accuracy 0.3333 (1 of 3 texts without an error)"]
-    assert decode.confusions(scores + scored(("b b", "d"))) == [("b", "d", 2), ("", "c", 1), ("b", "", 1), ("cd", "", 1)]
+    assert decode.confusions(scores + scored(("b b", "d"))) == [("b", "d", 2), ("", "c", 1), ("b", "", 1),
+                                                                       ("cd", "", 1)]
 
 
 # C75
 def test_word_and_character_errors_are_those_of_jiwer():
     """jiwer 4.0.0's process_words and process_characters: substitutions, insertions, deletions, items of the reference.
 
-    On 3,000 random texts every number of errors was equal; where several alignments have the fewest, ours has most hits.
+    On 3,000 random texts every number of errors was equal; where several have the fewest, ours has the most hits.
     """
     for ref, hyp, words, chars in [("the cat sat", "the cats at on", (2, 1, 0, 3), (0, 4, 1, 11)),
                                    ("你好 世界", "你 好世", (2, 0, 0, 2), (0, 1, 2, 5)),
@@ -3759,7 +3767,7 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(tmp_path, capsys
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, _, error = decoded(capsys, "--ckpt", ckpt, manifest, "--report", tmp_path / "report")
     n = len(text.split())
-    summary, alignments = (tmp_path / "report/summary.txt").read_text(), (tmp_path / "report/alignments.txt").read_text()
+    summary, alignments = ((tmp_path / f"report/{name}.txt").read_text() for name in ("summary", "alignments"))
     assert code == 0 and error.startswith(summary) and f"%WER {100 / (2 * n + 1):.2f} [ 1 / {2 * n + 1}, " in summary
     assert summary.endswith("     1  你 -> ***\n     1  好 -> ***\n") and "sentence accuracy 0.5000 (1 of 2 " in summary
     right, wrong, end = alignments.split("\n\n")
@@ -3805,7 +3813,8 @@ def misfit(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
-    ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"], ["--benchmark", "--report=x"],
+    ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"],
+    ["--benchmark", "--report=x"],
     ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
     ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
     ["--benchmark", "--dtype=int8"], ["--benchmark", "--ckpt=x"], ["--benchmark", "--beam=2"],
@@ -4085,7 +4094,7 @@ def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(tmp_path, capsys,
 
 
 def table_model(B, V, L, seed):
-    """A step function whose log probabilities and attention are drawn for each prefix, and the same of a prefix (b, ids)
+    """A step function whose log probabilities and attention are drawn for each prefix, and the same of one (b, ids)
     alone: the past is the prefixes themselves."""
     def told(b, prefix):
         rng = torch.Generator().manual_seed(seed + 31 * b + sum((i + 1) * 7 ** k for k, i in enumerate(prefix)))
@@ -4246,7 +4255,8 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, scores), 0)
     assert decode.read_result(system, found, 0).text == texts[0]
     assert [(a.text, a.score, a.confidence) for a in nbest] == [
-        (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4)) for text, score in zip(texts, (-0.5, -0.7))]
+        (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
+        for text, score in zip(texts, (-0.5, -0.7))]
 
 
 # C67
@@ -4293,7 +4303,8 @@ def long_wav(path: pathlib.Path, seconds: float = 12.0) -> str:
 def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
     found, recognise, system = [], decode.transcribe, tiny_system()
     pieces = list(data.segments(long_wav(tmp_path / "a.wav"), system.config.data, 0.5, 3.0))
-    monkeypatch.setattr(decode, "transcribe", lambda system, feats: found.append(len(feats)) or recognise(system, feats))
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: found.append(len(feats))
+                        or recognise(system, feats))
     assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(found)
     assert set(found) == sizes
 
@@ -4834,7 +4845,7 @@ def test_firing_equals_funasrs_two_rules_and_the_closed_form_where_no_weight_exc
 # C47
 @needs_kit
 def test_training_fires_what_funasr_fires_and_what_it_loses():
-    """Recorded: cif0 to cif3 of units.npz, weights scaled to whole sums; FunASR lost the last token of three utterances."""
+    """Recorded: cif0 to cif3 of units.npz, weights scaled to whole sums; FunASR lost the last token of three."""
     units, lost = np.load(KIT / "units/units.npz"), 0
     for case in range(4):
         hidden, alpha, wanted = (torch.from_numpy(units[f"cif{case}_{name}"])
@@ -4969,7 +4980,8 @@ def test_both_passes_of_the_decoder_equal_funasr(variant):
     close(net.decoder(mixed, counts, hidden, lens)[0][mask], wanted["logits"][mask], 5e-3)
 
 
-SMALL = {"encoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
+SMALL = {"encoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5,
+                     "dropout": 0.0},
         "decoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
         "predictor": {"dropout": 0.0}, "label_smoothing": 0.0}
 KINDS = [("sanm", 1, "dense", "sanm", 0), ("sanm", 1, "dense", "sanm", 3),
@@ -5080,7 +5092,7 @@ CAN_INT8 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this p
 @CAN_INT8
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_another(bias):
-    """By hand: inputs in 127 steps from their row's least, at most 0, to its most, at least 0; weights in 127 a side."""
+    """By hand: inputs in 127 steps from their row's least, at most 0, to its most, at least 0; weights in 127."""
     layer = fresh(0, lambda: nn.Linear(48, 40, bias=bias)).float()
     x = normal(1, 3, 7, 48).float() * torch.logspace(-3, 3, 7)[:, None]
     x[1] = F.relu(x[1])
@@ -5105,7 +5117,7 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
 @torch.no_grad()
 def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
-    8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are too small to be laid out, but here."""
+    8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are laid out here only."""
     monkeypatch.setattr(model, "LARGE", 0)
     exact, packed = (decode.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
     small = decode.load_system(KIT / variant, "cpu", "int8")
@@ -5143,7 +5155,8 @@ def test_only_large_matrices_are_laid_out_and_where_there_is_none_a_warning_says
 # C141
 def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(monkeypatch, tmp_path, capsys):
     path = saved(tiny_system("manifest"), tmp_path / "a.pt")
-    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported", "_is_avx2_supported"):
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported",
+                  "_is_avx2_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False)
     for precision in ("bfloat16", "float16", "int8"):
         assert decode.load_system(path, "cpu", precision).precision == "float32"
@@ -5167,7 +5180,8 @@ def test_the_benchmark_has_the_threads_and_the_batches_that_are_asked_for(monkey
     """Planted are torch's own choice, 3 threads, and a model that takes no time."""
     commands = []
     shrink_benchmark(monkeypatch)
-    monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command)
+                        or SimpleNamespace(returncode=0))
     for name in ("time_loads", "time_busy", "decode_batch"):
         monkeypatch.setattr(decode, name, lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
