@@ -5122,6 +5122,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
     exact, packed = (decode.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
     small = decode.load_system(KIT / variant, "cpu", "int8")
     assert any(isinstance(layer, model.PackedLinear) for layer in packed.model.modules())
+    assert packed.model.embedding.weight.is_meta and not exact.model.embedding.weight.is_meta  # the sampler's
     clear, kept = 0, 0
     for name in WAVS:
         wanted = recorded(variant, name)
