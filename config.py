@@ -207,7 +207,6 @@ CHOICES = {
 }
 
 LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
-TIMING = "timing_smooth timing_noise"
 UNUSED = {  # field of model -> its value -> what then has no effect, and must have its default
     "name": {
         "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
@@ -218,10 +217,9 @@ UNUSED = {  # field of model -> its value -> what then has no effect, and must h
         "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
         "sanm": "position context", "relative_conformer": "memory_shift position context"},
     "predictor.kind": {
-        "stacked": f"left right smooth noise upsampling {TIMING}",
-        "dense": "hidden_dim num_layers kernel_size",
-        "depthwise": f"hidden_dim num_layers kernel_size upsampling {TIMING}"},
-    "predictor.upsampling": {0: TIMING},
+        "stacked": "left right smooth noise upsampling", "dense": "hidden_dim num_layers kernel_size",
+        "depthwise": "hidden_dim num_layers kernel_size upsampling"},
+    "predictor.upsampling": {0: "timing_smooth timing_noise"},
     "decoder.kind": {
         "transformer": "attention_layers kernel_size memory_shift attention_dropout",
         "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},

@@ -52,8 +52,8 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, Int8Linear, PackedLinear, build, encode, funasr_names, in_feature_frames, lay_out,
-                   load_published, load_weights, padding_mask, pick_device, read_checkpoint)
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, encode, funasr_names, in_feature_frames,
+                   lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
                        token_accuracy, word_errors)
@@ -149,8 +149,8 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
             print("warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32",
                   file=sys.stderr)
             precision = "float32"
-        elif hasattr(model, "embedding"):
-            model.embedding.to("meta")  # a Paraformer's sampler alone reads it, in training: 17 MB of a large model
+        elif isinstance(model, Paraformer):
+            model.embedding.to("meta")  # the sampler alone reads it, in training: 17 MB of a large model
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # glibc holds on to what is freed between blocks that stay
     return system._replace(stats=system.stats.to(target), model=model, precision=precision)
