@@ -506,12 +506,11 @@ def parse_json(body: bytes) -> dict:
 
 
 FEATURES = re.compile(rb'\s*{\s*"features"\s*:\s*(?=\[\[)')
-POWERS = 10.0 ** np.arange(23)      # all exact
 
 
 def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
     """parse_json; where the body begins with plain features, these are an array already, in half the time."""
-    found, end = FEATURES.match(body), body.find(b"]]") + 2
+    found, end = FEATURES.match(body), body.rfind(b"]]") + 2
     if found and not re.search(rb"\\|features", body[end:]):      # a second "features" would be the one that counts
         feats = parse_decimals(body[found.end():end], dim, max_frames)
         if feats is not None:
@@ -520,34 +519,54 @@ def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
     return parse_json(body)
 
 
+POWERS = 10.0 ** np.arange(23)      # all exact
+DIGITS = np.array([0x0F0F0F0F0F0F0F0F & -1 << 8 * (8 - n) for n in range(9)], np.uint64)    # of the last n of 8 bytes
+PAIRS = ((10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF), (10000, 32, 0x00000000FFFFFFFF))
+
+
+def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The numbers that the last `sizes` digits, 0 to 8 (others are clipped), before `ends` spell.
+
+    words: the eight bytes from each place on. Neighbours are joined three times: 10 * a + b, 100 * ab + cd, ...
+    """
+    word = words[ends - 8] & DIGITS.take(sizes, mode="clip")
+    for factor, shift, keep in PAIRS:
+        word = word * np.uint64((factor << shift) + 1) >> np.uint64(shift) & np.uint64(keep)
+    return word
+
+
 def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
     """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
 
     None where it has other numbers than -?D+.D+ of at most 22 digits, other rows than 1 to max_frames of `dim`, or a
     number so near the middle of two float32 that the error of this sum (below 2^-48) could decide.
     """
-    rows, text = block.count(b"[") - 1, np.frombuffer(block, np.uint8)
-    row = b"[" + b",".join([b"."] * dim) + b"]"
-    if not 1 <= rows <= max_frames or block.translate(None, b"- 0123456789") != b"[" + b",".join([row] * rows) + b"]":
+    text = np.frombuffer(b" " * 8 + block, np.uint8)        # so that eight bytes stand before each number's end
+    marks = np.flatnonzero((text | 2 == ord(".")) | (text == ord("]")))     # "," differs from "." by that bit
+    rows, row = len(marks) // (2 * dim + 1), b".," * (dim - 1) + b".]"
+    if not 1 <= rows <= max_frames or text[marks].tobytes() != b",".join([row] * rows) + b"]":
         return None
-    stops = np.flatnonzero((text == ord(",")) | (text == ord("]"))).reshape(rows, dim + 1)[:, :dim]
-    starts = np.roll(stops, 1, axis=1) + 1
-    starts[:, 0] = np.flatnonzero(text == ord("["))[1:] + 1
-    starts, stops, dots = starts.ravel(), stops.ravel(), np.flatnonzero(text == ord("."))
+    marks, end = marks.reshape(rows, 2 * dim + 1), marks[-1] + 1
+    dots, stops = marks[:, :-1:2].ravel(), marks[:, 1::2].ravel()
+    opens = np.append(8, marks[:-1, -1]) + 1        # where each row has its "["
+    opens += text[opens] == ord(" ")
+    starts = np.append(0, stops[:-1]) + 1
+    starts[::dim] = opens + 1
     starts += text[starts] == ord(" ")
     minus = text[starts] == ord("-")
     starts += minus
     whole, after = dots - starts, stops - dots - 1
     size = whole + after
-    if not (whole.min() > 0 and after.min() > 0 and size.max() < 23 and minus.sum() == block.count(b"-")
-            and size.sum() == (text - ord("0") < 10).sum() and ((whole == 1) | (text[starts] != ord("0"))).all()):
+    if not ((text[opens] == ord("[")).all() and (marks[:, -1] == marks[:, -2] + 1).all() and end == len(text)
+            and whole.min() > 0 and after.min() > 0 and size.max() < 23
+            and size.sum() == np.count_nonzero(text - ord("0") < 10)        # each byte of a number is a digit
+            and ((whole == 1) | (text[starts] != ord("0"))).all()):
         return None
-    value = np.zeros(len(size))
-    for k in range(size.max()):         # the last digit of each number, the last but one, ...
-        digit = np.where(k < size, text.take(stops - 1 - k - (k >= after), mode="clip") - ord("0"), 0)
-        if digit.max() > 9:
-            return None
-        value += digit * POWERS[k]
+    words, value = np.ndarray(len(text) - 7, "<u8", text, strides=(1,)), np.zeros(len(size))
+    for k in range(0, after.max(), 8):
+        value += eight_digits(words, stops - k, after - k) * POWERS[k]
+    for k in range(0, whole.max(), 8):
+        value += eight_digits(words, dots - k, whole - k) * POWERS.take(after + k, mode="clip")
     value = np.where(minus, -value, value) / POWERS[after]
     low, high = ((value * scale).astype(np.float32) for scale in (1 - 2.0 ** -47, 1 + 2.0 ** -47))
     return low.reshape(rows, dim) if np.array_equal(low, high) else None

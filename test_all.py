@@ -5713,6 +5713,8 @@ def test_plain_decimals_are_read_as_json_reads_them_or_left_to_it():
     for number in ("16777217.0", "0.50000002980232238770"):        # exactly between two float32
         assert serve.parse_decimals(f"[[{number}]]".encode(), 1, 3) is None
     assert serve.parse_decimals(b"[[16777217.5, -0.1]]", 2, 3).tolist() == [[16777218.0, float(np.float32(-0.1))]]
+    sizes = serve.parse_decimals(b"[[123456789012345.5, 0.12345678901234567891]]", 2, 3)      # together above 22
+    assert sizes.tolist() == np.float32([[123456789012345.5, 0.12345678901234567891]]).tolist()
     for more in (b', "features": null', b', "\\u0066eatures": null'):      # the last of two is the one that counts
         assert serve.parse_body(b'{"features": [[1.0]]' + more + b"}", 1, 3)["features"] is None
 
