@@ -824,6 +824,7 @@ class Batcher:
         self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
+        self.back, self.answered = 0, -math.inf     # utterances of the last batch less those that came since; its end
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -836,7 +837,8 @@ class Batcher:
         finally:
             with self.changed:
                 self.arriving -= 1
-                self.changed.notify()
+                if self.waiting and not self.arriving:
+                    self.changed.notify()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of them, or none: Refusal 429."""
@@ -847,19 +849,23 @@ class Batcher:
                            f"{self.options.max_queue} may wait; send it again later")
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
-            self.changed.notify()
+            self.back -= more
+            if not waiting or waiting + more >= self.options.max_batch_size:    # a turn of `run` that cannot run a
+                self.changed.notify()                                           # batch costs the parsers theirs
 
     def poll(self, now: float) -> tuple[list[Job], float | None]:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
 
-        A batch waits for others only while somebody is arriving, fewer than max_batch_size wait, and the last who came
-        did so less than max_wait_ms ago, the first less than eight times that.
+        A batch waits for others only while somebody is arriving or not yet back (who was just answered often asks
+        again), fewer than max_batch_size wait, and the last came or was answered less than max_wait_ms ago, the first
+        came less than eight times that ago.
         """
         if not self.waiting:
             return [], None
         wait = self.options.max_wait_ms / 1e3
-        patience = min(self.waiting[-1].queued + wait, self.waiting[0].queued + 8 * wait) - now
-        if self.arriving and len(self.waiting) < self.options.max_batch_size and patience > 0:
+        last = max(self.waiting[-1].queued, self.answered)
+        patience = min(last + wait, self.waiting[0].queued + 8 * wait) - now
+        if (self.arriving or self.back > 0) and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
                               self.options.max_batch_frames, self.slack)
@@ -903,6 +909,8 @@ class Batcher:
             return
         seconds = time.monotonic() - now
         self.measure(kept, now, seconds)
+        with self.changed:
+            self.back, self.answered = num_utterances(kept), now + seconds
         for job, recognition in zip(kept, found):
             job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
             job.outcome.set_result(recognition)

@@ -5877,6 +5877,23 @@ def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> s
 
 
 # C55
+def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_alone():
+    batcher = serve.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), serve.Metrics())
+    batcher.run_batch([job(10, 0.0), job(10, 0.0)])
+    end = batcher.answered
+    batcher.submit([job(10, end - 0.1)])                    # who waited meanwhile does not go before one is back
+    assert batcher.poll(end + 0.01) == ([], pytest.approx(0.04))
+    batcher.submit([job(10, end + 0.02)])
+    assert len(batcher.poll(end + 0.02)[0]) == 2            # both are back, and nobody arrives
+    batcher.run_batch([job(10, 0.0)])
+    batcher.submit([job(10, batcher.answered)])
+    assert len(batcher.poll(batcher.answered)[0]) == 1      # one client, again and again
+    batcher.run_batch([job(10, 0.0), job(10, 0.0)])
+    batcher.submit([job(10, batcher.answered)])
+    assert len(batcher.poll(batcher.answered + 0.0501)[0]) == 1         # the other one has left
+
+
+# C55
 def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
     batcher = serve.Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), serve.Metrics())
     assert batcher.poll(0.0) == ([], None)
