@@ -824,7 +824,7 @@ class Batcher:
         self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
-        self.back, self.answered = 0, -math.inf     # utterances of the last batch less those that came since; its end
+        self.back, self.answered = 0, -math.inf     # utterances that the last batch answered less those since; its end
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -850,8 +850,8 @@ class Batcher:
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
             self.back -= more
-            if not waiting or waiting + more >= self.options.max_batch_size:    # a turn of `run` that cannot run a
-                self.changed.notify()                                           # batch costs the parsers theirs
+            if not waiting or len(self.waiting) >= self.options.max_batch_size:     # a turn of `run` that cannot run
+                self.changed.notify()                                               # a batch costs the parsers theirs
 
     def poll(self, now: float) -> tuple[list[Job], float | None]:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
@@ -910,7 +910,9 @@ class Batcher:
         seconds = time.monotonic() - now
         self.measure(kept, now, seconds)
         with self.changed:
-            self.back, self.answered = num_utterances(kept), now + seconds
+            unanswered = {job.gone for job in self.waiting}     # requests: nobody is back while a part of his waits
+            self.back = num_utterances([job for job in kept if job.gone not in unanswered])
+            self.answered = now + seconds
         for job, recognition in zip(kept, found):
             job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
             job.outcome.set_result(recognition)

@@ -5891,6 +5891,24 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
     batcher.submit([job(10, batcher.answered)])
     assert len(batcher.poll(batcher.answered + 0.0501)[0]) == 1         # the other one has left
+    batcher.submit([job(10, 0.0) for _ in range(2)] + [job(100, 0.0)])      # one request of two batches
+    batcher.run_batch(batcher.poll(0.0)[0])
+    assert len(batcher.poll(0.0)[0]) == 1                   # is not waited for by its own rest
+
+
+# C55
+def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_waits_for_nobody():
+    batcher = serve.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), serve.Metrics())
+    threading.Thread(target=batcher.run, daemon=True).start()
+    with batcher.preparing():       # somebody else arrives all the while
+        batcher.submit([job(10, time.monotonic())])
+        time.sleep(0.1)
+        pieces = [job(10, time.monotonic()) for _ in range(20)]
+        for piece in pieces:
+            piece.utterance = pieces[0].utterance
+        batcher.submit(pieces)
+        assert pieces[0].outcome.result(3) is None
+    assert pieces[-1].outcome.result(3) is None
 
 
 # C55
