@@ -6277,6 +6277,32 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
             connection.close()
 
 
+ENDLESS = """
+import sys, torch, serve
+passes, x = serve.recognise, torch.ones(300, 300)
+def recognise(system, feats):
+    while len(feats[0]) == 120: x @ x
+    return passes(system, feats)
+serve.recognise = recognise
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+# C59
+def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
+    system = serving_system()
+    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
+                "model": system.model.state_dict()}, tmp_path / "best.pt")
+    process = subprocess.Popen([sys.executable, "-c", ENDLESS, f"--ckpt={tmp_path / 'best.pt'}", "--port=0"],
+                               cwd=Path(serve.__file__).parent, stderr=subprocess.PIPE, text=True)
+    with process.stderr:
+        port = int(re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())[1])
+        address = argparse.Namespace(server_address=("127.0.0.1", port))
+        assert exchange(address, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
+        process.terminate()
+        assert process.wait(8) == 0         # and not -6: "terminate called without an active exception"
+
+
 # C60
 def test_metrics_are_prometheus_text_that_adds_up(server):
     before = exchange(server, post_json({"features": ROWS[:30]}))
