@@ -6147,6 +6147,19 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
         assert check_error(status, headers, body)["code"] == "deadline_exceeded"
 
 
+# C58
+def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypatch):
+    read, parsed = serve.read_ask, []
+    monkeypatch.setattr(serve, "read_ask", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
+    with serving(request_timeout=0.4) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        started = time.monotonic()
+        found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:30]})), range(4)))
+        assert [check_error(*one)["code"] for one in found] == ["deadline_exceeded"] * 4
+        assert time.monotonic() - started < 0.75
+        time.sleep(0.8)
+        assert len(parsed) == 1
+
+
 # C56
 def test_clients_that_leave_are_dropped_before_the_model_runs():
     with serving(slow_system(0.4), max_batch_size=1) as slow:
