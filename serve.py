@@ -371,6 +371,8 @@ def parse_head(block: bytes) -> Head:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if version == "HTTP/1.1" and "host" not in headers:
         raise bad_framing("HTTP/1.1 needs a Host header")
+    if version == "HTTP/1.0":
+        headers.pop("expect", None)     # must be ignored: this client does not know what 100 Continue is
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
     wish = headers.get("x-request-id", "")

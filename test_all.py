@@ -6096,6 +6096,11 @@ def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(s
         connection.sendall(body)
         assert connection.recv(20).startswith(b"HTTP/1.1 200")
     assert exchange(server, head.replace(b"Content-Length: ", b"Content-Length: 9999"))[0] == 413
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        connection.sendall(head.replace(b"HTTP/1.1", b"HTTP/1.0"))      # which does not know 100
+        time.sleep(0.1)
+        connection.sendall(body)
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
 
 
 def test_large_refused_upload_still_reads_its_413(server):
