@@ -433,8 +433,8 @@ def admit(server: Server, head: Head) -> None:
         raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
     if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
         return
-    wanted, given = f"Bearer {server.key}".encode(), head.headers.get("authorization", "").encode("latin-1")
-    if server.key and not hmac.compare_digest(wanted, given):
+    scheme, _, given = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
+    if server.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(server.key.encode(), given)):
         raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
                       headers=[("WWW-Authenticate", "Bearer")])
     if server.draining.is_set():

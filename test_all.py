@@ -6208,11 +6208,13 @@ def test_connections_above_the_cap_get_503_and_room_is_made_again():
 def test_key_is_wanted_where_it_is_set(monkeypatch):
     monkeypatch.setenv("ASR_API_KEY", "secret")
     with serving() as locked:
-        for header in ((), ("Authorization: Bearer wrong",), ("Authorization: secret",)):
+        for header in ((), ("Authorization: Bearer wrong",), ("Authorization: secret",),
+                       ("Authorization: Basic secret",), ("Authorization: Bearer",)):
             status, headers, body = exchange(locked, get("GET /v1/models HTTP/1.1", *header))
             assert status == 401 and check_error(status, headers,
                                                  body)["code"] == "invalid_api_key" and b"secret" not in body
-        assert exchange(locked, get("GET /v1/models HTTP/1.1", "Authorization: Bearer secret"))[0] == 200
+        for scheme in ("Bearer", "bearer"):
+            assert exchange(locked, get("GET /v1/models HTTP/1.1", f"Authorization: {scheme} secret"))[0] == 200
         assert healthy(locked) and not any("secret" in line for line in locked.lines)
 
 
