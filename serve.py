@@ -544,9 +544,12 @@ def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None
     number so near the middle of two float32 that the error of this sum (below 2^-48) could decide.
     """
     text = np.frombuffer(b" " * 8 + block, np.uint8)        # so that eight bytes stand before each number's end
-    marks = np.flatnonzero((text | 2 == ord(".")) | (text == ord("]")))     # "," differs from "." by that bit
-    rows, row = len(marks) // (2 * dim + 1), b".," * (dim - 1) + b".]"
-    if not 1 <= rows <= max_frames or text[marks].tobytes() != b",".join([row] * rows) + b"]":
+    found = (text | 2 == ord(".")) | (text == ord("]"))     # "," differs from "." by that bit
+    rows, row = np.count_nonzero(found) // (2 * dim + 1), b".," * (dim - 1) + b".]"
+    if not 1 <= rows <= max_frames:         # before each of them takes eight bytes
+        return None
+    marks = np.flatnonzero(found)
+    if text[marks].tobytes() != b",".join([row] * rows) + b"]":
         return None
     marks, end = marks.reshape(rows, 2 * dim + 1), marks[-1] + 1
     dots, stops = marks[:, :-1:2].ravel(), marks[:, 1::2].ravel()
