@@ -462,7 +462,7 @@ def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, st
              ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
     if head.method == "OPTIONS":
         found += [("Access-Control-Allow-Methods", ", ".join(route_of(head)[1])), ("Access-Control-Max-Age", "600"),
-                  ("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")]
+                  ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
 
 
@@ -862,15 +862,15 @@ class Batcher:
         """The batch to run now, or none and how many seconds to wait (None: until something changes).
 
         A batch waits for others only while somebody is arriving or not yet back (who was just answered often asks
-        again), fewer than max_batch_size wait, and the last came or was answered less than max_wait_ms ago, the first
-        came less than eight times that ago.
+        again at once), fewer than max_batch_size wait, and the last came or was answered less than max_wait_ms ago,
+        the first came less than eight times that ago.
         """
         if not self.waiting:
             return [], None
         wait = self.options.max_wait_ms / 1e3
-        last = max(self.waiting[-1].queued, self.answered)
-        patience = min(last + wait, self.waiting[0].queued + 8 * wait) - now
-        if (self.arriving or self.back > 0) and len(self.waiting) < self.options.max_batch_size and patience > 0:
+        first, last = self.waiting[0].queued, max(self.waiting[-1].queued, self.answered)
+        patience, returning = min(last + wait, first + 8 * wait) - now, self.back > 0 and first < self.answered + wait
+        if (self.arriving or returning) and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
                               self.options.max_batch_frames, self.slack)

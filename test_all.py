@@ -5891,6 +5891,9 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
     batcher.submit([job(10, batcher.answered)])
     assert len(batcher.poll(batcher.answered + 0.0501)[0]) == 1         # the other one has left
+    batcher.run_batch([job(10, 0.0), job(10, 0.0)])
+    batcher.submit([job(10, batcher.answered + 0.06)])
+    assert len(batcher.poll(batcher.answered + 0.06)[0]) == 1           # too late to belong to them
     batcher.submit([job(10, 0.0) for _ in range(2)] + [job(100, 0.0)])      # one request of two batches
     batcher.run_batch(batcher.poll(0.0)[0])
     assert len(batcher.poll(0.0)[0]) == 1                   # is not waited for by its own rest
@@ -6222,9 +6225,11 @@ def test_key_is_wanted_where_it_is_set(monkeypatch):
 def test_cors_is_for_named_origins_only():
     with serving(cors_origin=["https://a.example"]) as open_door:
         preflight = exchange(open_door, get("OPTIONS /transcribe HTTP/1.1", "Origin: https://a.example",
-                                            "Access-Control-Request-Method: POST"))
+                                            "Access-Control-Request-Method: POST",
+                                            "Access-Control-Request-Headers: x-stainless-os"))
         assert preflight[0] == 204 and preflight[1]["access-control-allow-origin"] == "https://a.example"
         assert preflight[1]["access-control-allow-methods"] == "POST" and preflight[1]["vary"] == "Origin"
+        assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
         assert "access-control-allow-origin" not in exchange(open_door,
                                                              get("GET /health HTTP/1.1",
                                                                  "Origin: https://b.example"))[1]
