@@ -1064,6 +1064,8 @@ def export_directory(system: System, folder: Path) -> None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
     data.save_atomic(folder / "model.pt", weights)
+    for name in ("checkpoint.pt", *["seg_dict"] * (pieces is None)):  # of another model, which would be loaded instead
+        (folder / name).unlink(missing_ok=True)
 
 
 def export(system: System, path: str) -> str:

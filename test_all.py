@@ -5311,6 +5311,21 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert again.tokenizer == words and torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
 
+# C50
+def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):
+    sections = {"encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
+                "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
+    options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
+    for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
+        decode.export(tiny_system(), str(tmp_path))  # checkpoint.pt
+        tokens = Tokenizer.build(["ab"], unit)
+        net = model.build(options.model, 20, len(tokens)).eval()
+        decode.export(decode.System(options, tokens, torch.rand(2, 20), net), str(tmp_path))
+        again = decode.load_system(tmp_path, "cpu")
+        assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
+        assert torch.equal(again.model.embedding.weight, net.embedding.weight)
+
+
 # C34
 @pytest.mark.parametrize("target", ["out", "out.pt"])
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(tmp_path, capsys, target):
