@@ -723,6 +723,11 @@ class Row(NamedTuple):
 AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "target")     # ours, NeMo's, FunASR's
 
 
+def printable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which no file takes: of a name that is no UTF-8, or \\ud800 in JSON."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 def read_line(raw: bytes, place: str) -> str:
     """A line of a file without byte order mark and surrounding spaces. ValueError (place) if it is not UTF-8."""
     try:
@@ -778,7 +783,7 @@ def parse_row(line: str, folder: str, place: str) -> Row:
     if fields.get("offset"):
         raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
     key = os.path.splitext(os.path.basename(audio))[0] if key is None else str(key)     # os.path: Path is 8 x slower
-    return Row(key, os.path.join(folder, audio), text, duration)
+    return Row(printable(key), os.path.join(folder, audio), printable(text), duration)
 
 
 def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
@@ -876,7 +881,7 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
-        rows += [Row(str(p), str(p), "", None) for p in found]
+        rows += [Row(printable(str(p)), str(p), "", None) for p in found]
     return rows
 
 
@@ -988,7 +993,7 @@ class ManifestDataset(Dataset):
         row = self.rows[index]
         loaded = self._load(row)
         if isinstance(loaded, Skip):
-            return loaded
+            return loaded._replace(reason=printable(loaded.reason))
         samples, rate_hz, seconds = loaded
         speed, rng = self._speed(epoch, index)
         if self.augment and self.options.augment.snr_db:
@@ -1118,7 +1123,8 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         path, kept = out / f"{split}.jsonl", [row for row in rows if row["text"]]
-        write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_atomic(path, lines.encode(errors="backslashreplace"))     # of a name that is no UTF-8: \udcff, as in JSON
         hours = sum(row.get("duration", 0.0) for row in kept) / 3600
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
 

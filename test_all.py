@@ -3933,6 +3933,27 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(tmp_path, c
         assert code == 2 and error.startswith("decode.py: ") and error.count("\n") == 1
 
 
+# C72
+def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(tmp_path, monkeypatch):
+    ckpt, folder = saved(tiny_system(), tmp_path / "tiny.pt"), tmp_path / "in"
+    folder.mkdir()
+    spoken(folder / "x\udcff.wav", 0.5)
+    (folder / "x\udcff.txt").write_text("ab")
+    assert data.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    rows = [{"audio": "in/x\udcff.wav", "text": "a\ud800"}, {"audio": "\ud800.wav"}, {"audio": "no\udcff.wav"}]
+    manifest = write_manifest(tmp_path / "in.jsonl", rows)
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "shown", "w", encoding="utf-8"))
+    for i, (code, source) in enumerate(((0, folder), (1, manifest), (0, tmp_path / "out/train.jsonl"))):
+        assert decode.main(["--ckpt", ckpt, "--device", "cpu", "--output", str(tmp_path / f"{i}.jsonl"),
+                            "--report", str(tmp_path / "report"), str(source)]) == code
+        (row,) = map(json.loads, (tmp_path / f"{i}.jsonl").read_text("utf-8").splitlines())
+        assert row["key"] == ("x\ufffd" if i else f"{folder}/x\ufffd.wav")
+        assert row.get("reference") == (None, "a\ufffd", "ab")[i]
+    reasons = [data.ManifestDataset(manifest, tiny_system().config.data, lambda text: [], for_training=False)[i].reason
+               for i in (1, 2)]
+    assert all(reason.encode() for reason in reasons)
+
+
 # C73
 @pytest.mark.parametrize("form", list(decode.FORMS))
 def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, form):
