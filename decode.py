@@ -808,17 +808,19 @@ FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utte
 def file_names(keys: Sequence[str]) -> list[str]:
     """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
 
-    Cut to 60 characters, which are at most 240 bytes.
+    Cut to 60 characters and 220 bytes: a system takes 255, with number, suffix and that of a temporary file.
     """
-    names, taken = [], set()
+    names, taken, numbers = [], set(), {}
     for key in keys:
         last = Path(key)
         stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
-        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
-        number = 1
+        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
+        stem = name = name.encode()[:220].decode(errors="ignore")
+        number = numbers.get(stem.lower(), 1)
         while name.lower() in taken:
             number += 1
             name = f"{stem}-{number}"
+        numbers[stem.lower()] = number  # all below are taken: thousands of recordings may be called audio.wav
         taken.add(name.lower())
         names.append(name)
     return names
