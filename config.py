@@ -511,6 +511,8 @@ def published_files(folder: str) -> dict[str, Path]:
             for key, part in FILE_KEYS.items():
                 section, _, name = key.rpartition(".")
                 names[part] = (metas.get(section, {}) if section else metas).get(name, names[part])
+                if not isinstance(names[part], str):
+                    raise ValueError(f"{key} {names[part]!r}")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{path}: wanted JSON with file_path_metas, got {error}") from None
     if not (folder / names["seg_dict"]).exists():

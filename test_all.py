@@ -4727,6 +4727,9 @@ def test_configuration_json_names_the_files(tmp_path):
     files = config.published_files(tmp_path)
     assert {part: path.name for part, path in files.items()} == {
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
+    (tmp_path / "configuration.json").write_text('{"file_path_metas": {"tokenizer_conf": {"seg_dict_file": null}}}')
+    with pytest.raises(ValueError, match="wanted JSON with file_path_metas, got tokenizer_conf.seg_dict_file None"):
+        config.published_files(tmp_path)
     (tmp_path / "configuration.json").unlink()
     (tmp_path / "tokens.txt").touch()
     assert config.published_files(tmp_path)["tokens"].name == "tokens.txt"
