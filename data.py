@@ -872,9 +872,13 @@ RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a fo
 
 def read_inputs(paths: Iterable[str]) -> list[Row]:
     """Rows of what a command line names: manifests (.jsonl), Kaldi folders (those with wav.scp), other folders (every
-    recording in them, at any depth, by path), and recordings (anything else). Raises ValueError for an empty folder."""
+    recording in them, at any depth, by path), and recordings (anything else). Raises ValueError for an empty folder
+    or name."""
     rows: list[Row] = []
-    for path in map(Path, paths):
+    for name in paths:
+        if not os.fspath(name):     # Path("") is here
+            raise ValueError("wanted recordings, folders or manifests, got an empty name")
+        path = Path(name)
         if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
             rows += [row for _, row in scan_rows(path)]
             continue

@@ -1385,6 +1385,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
     if not (inputs or options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
+    if "-" in inputs and sys.stdin is None:
+        raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
     rows = [row for path in inputs or data.find_manifests(options.test or options.dev) for row in (
         data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs([path]))]
     return data.ManifestDataset(rows, options, system.tokenizer.encode, stats=stats, for_training=False,

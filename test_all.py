@@ -3931,7 +3931,9 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(tmp_path, c
     lines = [files[2], json.dumps({"audio": files[0], "key": "k"}), str(folder / "sub"), ""]
     assert piped("\n".join(lines).encode())[1] == [wanted[2], ["k", wanted[0][1]], wanted[2]]
     (tmp_path / "empty").mkdir()
-    for code, _, error in (piped(b""), piped(b"\xff\xfe"), decoded(capsys, "--ckpt", ckpt, tmp_path / "empty")):
+    bad = [piped(b""), piped(b"\xff\xfe"), *(decoded(capsys, "--ckpt", ckpt, x) for x in (tmp_path / "empty", ""))]
+    monkeypatch.setattr(sys, "stdin", None)  # closed: <&-
+    for code, _, error in (*bad, decoded(capsys, "--ckpt", ckpt, "-")):
         assert code == 2 and error.startswith("decode.py: ") and error.count("\n") == 1
 
 
