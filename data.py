@@ -882,7 +882,8 @@ def read_inputs(paths: Iterable[str]) -> list[Row]:
         if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
             rows += [row for _, row in scan_rows(path)]
             continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS) if path.is_dir() else [path]
+        found = [path] if not path.is_dir() else sorted(
+            p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
         if not found:
             raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
         rows += [Row(printable(str(p)), str(p), "", None) for p in found]

@@ -3919,6 +3919,7 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(tmp_path, c
     (folder / "sub").mkdir(parents=True)
     files = [spoken(folder / name, seconds) for name, seconds in (("b.WAV", 0.4), ("c.wav", 0.9), ("sub/a.wav", 0.6))]
     (folder / "notes.txt").write_text("no recording")
+    (folder / "takes.wav").mkdir()
     code, wanted, _ = decoded(capsys, "--ckpt", ckpt, *files)
     assert code == 0 and [key for key, _ in wanted] == files and all(text for _, text in wanted)
 
