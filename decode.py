@@ -1427,6 +1427,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     started, form, merged = time.perf_counter(), arguments.format or "json", merged_file(arguments)
     folder = Path(arguments.output) if arguments.output and not merged else None
+    if merged and merged.is_dir():
+        raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)

@@ -3976,6 +3976,15 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, for
                        {f"a.{form}": parts[0], f"a-2.{form}": parts[1]})
 
 
+# C73
+def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_decoded(tmp_path, capsys):
+    ckpt, file = saved(tiny_system(), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.5)
+    for output, form in (("out.jsonl", "json"), ("out", "ctm")):
+        (tmp_path / ("out/results.ctm" if form == "ctm" else output)).mkdir(parents=True)
+        code, lines, error = decoded(capsys, "--ckpt", ckpt, file, "--output", tmp_path / output, "--format", form)
+        assert (code, lines, error.count("\n")) == (2, [], 1) and error.startswith("decode.py: --output: wanted a file")
+
+
 # C74
 def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_on(tmp_path, capsys, monkeypatch):
     ckpt, real = saved(tiny_system(), tmp_path / "tiny.pt"), decode.transcribe
