@@ -681,7 +681,7 @@ def recognised(system: System, dataset: torch.utils.data.Dataset, index: int, it
             result = transcribe_recording(system, dataset.rows[index].audio)
         except (RuntimeError, ValueError, OSError) as error:
             return Outcome(index, item.key, reason=f"unreadable: {error}")
-    return Outcome(index, item.key, item.seconds, item.text, within(system, result, item.seconds))
+    return Outcome(index, item.key, item.seconds, item.text.strip(), within(system, result, item.seconds))
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -794,7 +794,7 @@ def tsv(outcome: Outcome) -> str:
 
 def ctm(outcome: Outcome) -> str:
     """A line of key, channel, begin, duration (seconds), word and confidence per word: NIST's."""
-    key = "_".join(outcome.key.split())
+    key = "_".join(outcome.key.split()) or "_"
     return "".join(f"{key} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
                    for word in outcome.result.words)
 

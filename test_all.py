@@ -3747,6 +3747,13 @@ def test_the_report_adds_errors_and_divides_once():
 
 
 # C75
+def test_a_blank_text_is_no_reference(tmp_path):
+    system, rows = tiny_system(), [data.Row("a", spoken(tmp_path / "a.wav", 0.5), " \u3000", None)]
+    dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
+    assert decode.recognise(system, dataset, [0])[0].reference == ""
+
+
+# C75
 def test_word_and_character_errors_are_those_of_jiwer():
     """jiwer 4.0.0's process_words and process_characters: substitutions, insertions, deletions, items of the reference.
 
@@ -3894,6 +3901,7 @@ def test_every_form_is_written_as_its_readers_want_it():
         "vtt": "WEBVTT\n\n1\n00:00:00.100 --> 00:00:00.400\none\n\n"
                "2\n01:01:01.000 --> 01:01:01.500\n&lt;two&gt;\n\n",
         "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
+    assert decode.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
 
 
 # C73
