@@ -321,7 +321,8 @@ def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
     L, D = hidden.shape[1:]
     alpha = alpha.double()
     total = alpha.cumsum(1)  # (B,L)
-    done, step = total.floor(), torch.arange(L, device=alpha.device)
+    done = (total + 1e-9).floor()  # weights scaled to n sum to n, or to a bit less: that would fire a frame late
+    step = torch.arange(L, device=alpha.device)
     if rule == "delay":
         done = torch.minimum((done - step).cummin(1).values + step, step + 1)
     number = (done > F.pad(done, (1, 0))[:, :-1]).cumsum(1)  # (B,L) firings so far

@@ -4926,6 +4926,16 @@ def test_delay_and_merge_equal_a_sequential_loop_on_weights_above_1():
 
 
 # C45
+@pytest.mark.parametrize("rule", ["merge", "delay"])
+def test_weights_scaled_to_a_count_fire_in_the_frame_that_completes_it_whatever_the_rounding(rule):
+    """One frame for two tokens: where its weight came out as 2 - 2^-52, `merge` fired again in the tail."""
+    alpha = torch.rand(1000, 1, generator=torch.Generator().manual_seed(0)).double()
+    scaled = F.pad(model.scale_weights(alpha, torch.full((1000,), 2)), (0, 1), value=0.45)
+    fired = model.fire(torch.ones(1000, 2, 1), scaled, 2, rule)[:, :, 0]
+    close(fired, torch.tensor([[2.0, 0.0]] if rule == "merge" else [[1.0, 1.0]]).expand(1000, 2), 1e-5)
+
+
+# C45
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_batch_equals_its_utterances_one_by_one(variant):
