@@ -347,7 +347,8 @@ def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
 def with_search(system: System, search: Search) -> System:
     """The system, searching so. Raises ValueError for what is out of range or has no effect on the system's model."""
     name = system.config.model.name
-    rules = {"beam": (search.beam >= 1, "1 or more"), "nbest": (search.nbest >= 1, "1 or more"),
+    rules = {"beam": (1 <= search.beam < 2**31, "1 or more, below 2^31"),
+             "nbest": (1 <= search.nbest < 2**31, "1 or more, below 2^31"),
              "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
              "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
              "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
@@ -1327,10 +1328,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(arguments, name)}")
-    if not 0 < arguments.batch_seconds < math.inf:
-        parser.error(f"--batch-seconds must be above 0 and finite, got {arguments.batch_seconds}")
+        if not least <= getattr(arguments, name) < 2**31:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, below 2^31, got "
+                         f"{getattr(arguments, name)}")
+    if not 0 < arguments.batch_seconds < 1e9:
+        parser.error(f"--batch-seconds must be above 0 and below 1e9, got {arguments.batch_seconds}")
     check_together(parser, arguments)
     return arguments
 

@@ -3823,6 +3823,7 @@ def misfit(path: pathlib.Path) -> None:
     ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"],
     ["--benchmark", "--report=x"],
     ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
+    ["--threads=99999999999999999999"], ["--batch-seconds=1e308"],
     ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
     ["--benchmark", "--dtype=int8"], ["--benchmark", "--ckpt=x"], ["--benchmark", "--beam=2"],
     ["--benchmark", "x.pt", "--ckpt=y"], ["--export=x", "--nbest=3"], ["--export=x", "--batch-size=3"]])
@@ -4318,8 +4319,9 @@ def test_a_beam_of_one_is_greedy():
 
 # C68
 @pytest.mark.parametrize("name, flags, words", [
-    ("paraformer", ["--beam=0"], "--beam: wanted 1 or more, got 0"),
-    ("paraformer", ["--nbest=-1"], "--nbest: wanted 1 or more, got -1"),
+    ("paraformer", ["--beam=0"], "--beam: wanted 1 or more, below 2^31, got 0"),
+    ("paraformer", ["--beam=99999999999999999999"], "--beam: wanted 1 or more, below 2^31, got 99999999999999999999"),
+    ("paraformer", ["--nbest=-1"], "--nbest: wanted 1 or more, below 2^31, got -1"),
     ("paraformer", ["--ctc-weight=2"], "--ctc-weight: wanted between 0 and 1, got 2.0"),
     ("paraformer", ["--length-penalty=1"], "wanted 0.6, as it has no effect on a paraformer, got 1.0"),
     ("ctc", ["--ctc-weight=0.5"], "wanted 0, as this ctc has no CTC head beside its decoder, got 0.5"),
