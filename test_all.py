@@ -3002,7 +3002,7 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, a
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
     ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"],
     ["a.yaml", "--dry-run", "--runs", "b"], ["--resume", "a", "--runs", "runs"],
-    ["--resume", "a", "--average", "2", "--runs", "b"]])
+    ["--resume", "a", "--average", "2", "--runs", "b"], ["--resume="]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)

@@ -1136,6 +1136,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("--dry-run and --benchmark make no run folder; leave out --runs")
     if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
         parser.error("--overfit and --average want 1 or more")
+    if arguments.resume == "":
+        parser.error("--resume wants a run folder, got ''")
     if arguments.average and not arguments.resume:
         parser.error("--average wants --resume RUN")
     return arguments, rest
