@@ -439,6 +439,15 @@ class ConvolutionModule(nn.Module):
         return self.out(F.silu(self.norm(x)))
 
 
+class StepNorm(nn.BatchNorm1d):
+    """BatchNorm in which a single step, which has no variance, is normalised by the running statistics in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != self.num_features:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class BatchNormConvolution(nn.Module):
     """The convolution module of Gulati et al. 2020 as published: BatchNorm between depthwise and the last pointwise.
 
@@ -451,7 +460,7 @@ class BatchNormConvolution(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.gate = nn.Conv1d(dim, 2 * dim, 1)
         self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-        self.norm = nn.BatchNorm1d(dim)
+        self.norm = StepNorm(dim)
         self.out = nn.Conv1d(dim, dim, 1)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -4683,6 +4683,18 @@ def test_batch_norm_learns_from_real_steps_only():
     torch.testing.assert_close(other.norm.running_mean, module.norm.running_mean)
 
 
+# C25
+@pytest.mark.parametrize("lens", [[1], [1, 0]])
+def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothing(lens):
+    module, x = attention.BatchNormConvolution(4, 3), torch.randn(len(lens), 1, 4)
+    module(torch.randn(2, 6, 4), None)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    mask = attention.key_mask(torch.tensor(lens), 1)
+    found = module(x, mask)
+    torch.testing.assert_close(module.eval()(x, mask)[0], found[0])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 # ---- config: published directories (FunASR) ----
 
 # C36
