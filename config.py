@@ -243,6 +243,8 @@ def _value_rules(config: Config) -> Iterator[Rule]:
     for path, value in _walk(config):
         if path in CHOICES:
             yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path]))
+        if type(value) is int and path != "training.seed":
+            yield path, value < 2**31, "below 2^31"
         numbers = value if isinstance(value, tuple) else (value,)
         for wanted, (test, names) in RANGES.items():
             if path.split(".")[-1] in names.split():

@@ -349,6 +349,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--training.schedule=cos": "training.schedule: wanted cosine | inverse_sqrt | constant, got 'cos' "
                                "(did you mean 'cosine'?)",
     "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
+    "--model.encoder.ffn_dim=2147483648": "model.encoder.ffn_dim: wanted below 2^31, got 2147483648",
     "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
     "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
     "--data.toy.max_symbols=2": "data.toy.max_symbols: wanted at least min_symbols 3, got 2",
@@ -426,6 +427,7 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
     ([*MANIFESTS, "--data.augment.snr_db=[5]"],
      "data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got [5.0]"),
     ([*MANIFESTS, "--data.augment.snr_db=[-5, 20]"], ""),
+    (["--training.batch_frames=2147483647"], ""),
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
     (["--model.encoder.position=learnable"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
