@@ -110,7 +110,7 @@ class ToyConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    speeds: tuple[float, ...] = (1.0,)   # speed factors above 0; one is drawn per utterance and epoch
+    speeds: tuple[float, ...] = (1.0,)   # speed factors, 0.1 to 10; one is drawn per utterance and epoch
     snr_db: tuple[float, ...] = ()       # noise is added, from and to so many dB below the mean power; () = none
     channel_std: float = 0.0             # random smooth curve over the bins, in deviations of the features; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
@@ -187,11 +187,12 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
         noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
         warmup_steps weight_decay checkpoint_steps checkpoint_minutes keep_epochs picture_epochs overfit patience
         memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
-    "above 0": (lambda x: 0 < x < math.inf, "max_sec speeds learning_rate max_grad_norm norm_eps"),
+    "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
+    "from 0.1 to 10": (lambda x: 0.1 <= x <= 10, "speeds"),
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }

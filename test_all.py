@@ -356,7 +356,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.toy.max_frames=17": "data.toy.max_frames: wanted at least 3 x min_frames 6, got 17",
     "--data.toy.blend_frames=7": "data.toy.blend_frames: wanted at most min_frames 6, got 7",
     "--data.max_sec=0.05": "data.max_sec: wanted at least min_sec 0.1, got 0.05",
-    "--data.augment.speeds=[1, -1]": "data.augment.speeds: wanted above 0, got [1.0, -1.0]",
+    "--data.augment.speeds=[1, -1]": "data.augment.speeds: wanted from 0.1 to 10, got [1.0, -1.0]",
     "--data.augment.freq_width=81": "data.augment.freq_width: wanted at most num_mels 80, got 81",
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
 
@@ -427,7 +427,8 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
     ([*MANIFESTS, "--data.augment.snr_db=[5]"],
      "data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got [5.0]"),
     ([*MANIFESTS, "--data.augment.snr_db=[-5, 20]"], ""),
-    (["--training.batch_frames=2147483647"], ""),
+    (["--training.batch_frames=2147483647"], ""), ([*MANIFESTS, "--data.augment.speeds=[0.1, 10]"], ""),
+    ([*MANIFESTS, "--data.augment.speeds=[1e-9]"], "data.augment.speeds: wanted from 0.1 to 10, got [1e-09]"),
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
     (["--model.encoder.position=learnable"], ""),
     (["--model.encoder.position=learnable", "--data.toy.max_frames=167"],
