@@ -3001,6 +3001,15 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, a
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
 
+def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path, capsys):
+    wav, dev = spoken(tmp_path / "a.wav", 0.7), write_manifest(tmp_path / "dev.jsonl", [])
+    manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": wav, "text": "ab"}])
+    arguments = [tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--data.kind=manifest"]
+    assert train.main([*arguments, f"--data.train={manifest}", f"--data.dev={dev}"]) == 2
+    assert capsys.readouterr().err == f"train.py: data.dev: wanted utterances to evaluate on, got none in {dev}\n"
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("arguments", [
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
     ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"],

@@ -555,6 +555,8 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
                                                           config.model.encoder.subsampling, augment)
     train_set = open_split("train", not training.overfit)
     dev_set = train_set if training.overfit else open_split("dev", False)
+    if not len(dev_set):
+        raise ValueError(f"data.dev: wanted utterances to evaluate on, got none in {config.data.dev}")
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
