@@ -3523,6 +3523,22 @@ def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
 # ---- train: memory, averages ----
 
 # C90
+@pytest.mark.parametrize("parts", [1, 2])
+def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(tmp_path, parts):
+    kind = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4"]
+    options, found = config.load(tiny_yaml(tmp_path / "tiny.yaml"), kind).model, []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        tiny = build(options, 8, 8)
+        training = config.TrainingConfig(recompute_blocks=recompute, accumulate=parts)
+        train.save_memory_and_time(tiny, training)
+        train.train_step(tiny, train.AdamW(tiny, 0.0), tiny_batch(), 0.1, training)
+        found.append(train.batch_statistics(tiny))
+    assert found[0][2] == parts
+    torch.testing.assert_close(found[0], found[1])
+
+
+# C90
 @pytest.mark.parametrize("option", ["recompute_blocks", pytest.param("compile", marks=slow)])
 def test_saving_memory_or_time_changes_no_weight_beyond_rounding(tmp_path, monkeypatch, option):
     """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay.

@@ -188,6 +188,16 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
 
 
+def keep_statistics(model: nn.Module) -> Callable[[], None]:
+    """-> what puts the statistics of BatchNorms back to what they are now."""
+    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
+
+    def undo() -> None:
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    return undo
+
+
 # ---- one optimizer step ----
 
 
@@ -270,7 +280,9 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             losses, tokens = model(*inputs(part, model), *order)
+        undo = keep_statistics(model)
         losses["loss"].backward()
+        undo()  # blocks that are computed again learn them a second time
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
@@ -301,11 +313,7 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
     What is not finite, and an utterance that does not fit into memory, in any rank, updates nothing.
     """
-    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]  # a forward pass changes them
-
-    def undo() -> None:
-        for buffer, before in statistics:
-            buffer.copy_(before)
+    undo = keep_statistics(model)
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
     model.zero_grad()
     sums, own_tokens, parts = fit_gradients(model, batch, options, number, options.accumulate, undo)
