@@ -3781,7 +3781,6 @@ def test_the_report_adds_errors_and_divides_once():
                                                                        ("cd", "", 1)]
 
 
-# C75
 def test_a_blank_text_is_no_reference(tmp_path):
     system, rows = tiny_system(), [data.Row("a", spoken(tmp_path / "a.wav", 0.5), " \u3000", None)]
     dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
