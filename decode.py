@@ -1339,8 +1339,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """What options ask of each other; ends the program where they do not go together."""
-    if not 0 < 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
-        parser.error("--min-segment-sec must be above 0 and at most half of --max-segment-sec, got "
+    if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
+        parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
     if arguments.prepack and arguments.dtype != "float32":
         parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
@@ -1431,6 +1431,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     folder = Path(arguments.output) if arguments.output and not merged else None
     if merged and merged.is_dir():
         raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
+    if merged and merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
+        raise ValueError(f"--output: wanted another file than the inputs, got {merged}")
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)

@@ -3856,7 +3856,7 @@ def misfit(path: pathlib.Path) -> None:
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
     ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"],
     ["--benchmark", "--report=x"],
-    ["--max-segment-sec=1.9"], ["--min-segment-sec=0"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
+    ["--max-segment-sec=1.9"], ["--min-segment-sec=0.09"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
     ["--threads=99999999999999999999"], ["--batch-seconds=1e308"],
     ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
     ["--benchmark", "--dtype=int8"], ["--benchmark", "--ckpt=x"], ["--benchmark", "--beam=2"],
@@ -4026,6 +4026,9 @@ def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_
         (tmp_path / ("out/results.ctm" if form == "ctm" else output)).mkdir(parents=True)
         code, lines, error = decoded(capsys, "--ckpt", ckpt, file, "--output", tmp_path / output, "--format", form)
         assert (code, lines, error.count("\n")) == (2, [], 1) and error.startswith("decode.py: --output: wanted a file")
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(row := json.dumps({"audio": "a.wav", "text": "ab"}) + "\n")
+    assert decoded(capsys, "--ckpt", ckpt, manifest, "--output", manifest)[:2] == (2, []) and manifest.read_text() == row
 
 
 # C74
