@@ -1338,10 +1338,10 @@ def pass_worth(system: System) -> int:
     """
     def seconds(frames: int) -> float:
         feats = torch.zeros(frames, system.stats.shape[1])
-        return min(repeat(lambda: recognise(system, [feats]), number=1, repeat=3))
+        return min(repeat(lambda: recognise(system, [feats]), number=1, repeat=10))
 
-    fixed, both = seconds(1), seconds(101)
-    return min(1000, int(100 * fixed / max(both - fixed, 1e-6)))        # it was measured with seconds, not minutes
+    fixed, both = seconds(1), seconds(401)
+    return min(1000, int(400 * fixed / max(both - fixed, 1e-6)))        # it was measured with seconds, not minutes
 
 
 SMALL = 100     # frames: a model of which a pass is worth more takes no longer than parsing does
@@ -1360,6 +1360,7 @@ def tune(system: System, options: argparse.Namespace) -> int:
     slack = 0 if slow else pass_worth(system)
     if not options.threads and slack > SMALL:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+        slack = pass_worth(system)
     return slack
 
 

@@ -5968,7 +5968,7 @@ def test_padding_is_weighed_against_another_pass(monkeypatch):
 
 
 # C55
-@pytest.mark.parametrize("asked, worth, threads", [(0, 20, [4, 4]), (0, 300, [4, 4, 3]), (2, 300, [4, 2, 2])])
+@pytest.mark.parametrize("asked, worth, threads", [(0, 20, [4, 4]), (0, 300, [4, 4, 3, 3]), (2, 300, [4, 2, 2])])
 def test_a_small_model_leaves_a_core_to_the_parsers(monkeypatch, asked, worth, threads):
     set_to = [4]
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
