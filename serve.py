@@ -12,7 +12,7 @@ then the command line, the benchmark and the page. Parsers are functions from by
 the time as an argument. http.server lends its threading server only: its parser has no deadline and no limit for a
 header, and answers in HTML.
 
-Needs torch (2.10 or later; serve your own checkpoints only), numpy, decode.py, data.py, tokenizer.py, config.py.
+Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
 Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
 """
 import argparse
