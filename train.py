@@ -1,8 +1,8 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
 Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
-evaluation, files of a run (checkpoints, metrics, curves), the system that is trained, the loop, starting and going on,
-the dry run, the benchmark, main.
+evaluation, files of a run (metrics, curves), the system that is trained and its checkpoints, the loop, starting and
+going on, the dry run, the benchmark, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
@@ -1131,7 +1131,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
                                      "for example --training.batch_size=8 --model.encoder.dropout=0")
     what, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
-    what.add_argument("config", nargs="?", help="a YAML file of configs/")
+    what.add_argument("config", nargs="?", help="a YAML file like those of configs/")
     what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
