@@ -811,18 +811,16 @@ def file_names(keys: Sequence[str]) -> list[str]:
 
     Cut to 60 characters and 220 bytes: a system takes 255, with number, suffix and that of a temporary file.
     """
-    names, taken, numbers = [], set(), {}
+    names, numbers = [], {}  # numbers: of each name taken the last one behind it, as thousands may be called audio.wav
     for key in keys:
         last = Path(key)
         stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
         name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
         stem = name = name.encode()[:220].decode(errors="ignore")
-        number = numbers.get(stem.lower(), 1)
-        while name.lower() in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        numbers[stem.lower()] = number  # all below are taken: thousands of recordings may be called audio.wav
-        taken.add(name.lower())
+        while name.lower() in numbers:
+            numbers[stem.lower()] += 1
+            name = f"{stem}-{numbers[stem.lower()]}"
+        numbers[name.lower()] = 1
         names.append(name)
     return names
 
