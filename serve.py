@@ -1102,8 +1102,6 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
     alignment; the jobs, which are queued by then. Raises Refusal, or Gone for a client that did not wait so long."""
     if gone():
         raise Gone
-    if time.monotonic() >= complete + server.options.request_timeout:
-        raise deadline_passed()
     ask = read_ask(head, body, server.system, server.options)
     fields = ask.fields
     form = parse_flag("alignment", fields.get("alignment")) if head.path == "/transcribe" else parse_openai_form(fields)
@@ -1130,10 +1128,11 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     parser = server.parsers[len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"]
     with server.batcher.preparing():
-        asked = server, head, body, time.monotonic(), gone
+        parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
         try:
-            ask, form, jobs = parser.submit(enqueue, *asked).result(server.options.request_timeout)
+            ask, form, jobs = parsing.result(server.options.request_timeout)
         except TimeoutError:
+            parsing.cancel()        # unless it has begun
             raise deadline_passed() from None
     found = [join_pieces(server.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
     seconds = [utterance.seconds for utterance in ask.utterances]
