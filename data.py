@@ -870,24 +870,20 @@ class Manifest:
 RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
 
 
-def read_inputs(paths: Iterable[str]) -> list[Row]:
-    """Rows of what a command line names: manifests (.jsonl), Kaldi folders (those with wav.scp), other folders (every
-    recording in them, at any depth, by path), and recordings (anything else). Raises ValueError for an empty folder
-    or name."""
-    rows: list[Row] = []
-    for name in paths:
-        if not os.fspath(name):     # Path("") is here
-            raise ValueError("wanted recordings, folders or manifests, got an empty name")
-        path = Path(name)
-        if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-            rows += [row for _, row in scan_rows(path)]
-            continue
-        found = [path] if not path.is_dir() else sorted(
-            p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
-        if not found:
-            raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
-        rows += [Row(printable(str(p)), str(p), "", None) for p in found]
-    return rows
+def read_inputs(name: str | os.PathLike) -> list[Row]:
+    """Rows of what a command line names: a manifest (.jsonl), a Kaldi folder (one with wav.scp), another folder (every
+    recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty folder or
+    name."""
+    path = Path(name)
+    if not os.fspath(name):     # Path("") is here
+        raise ValueError("wanted recordings, folders or manifests, got an empty name")
+    if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
+        return [row for _, row in scan_rows(path)]
+    found = [path] if not path.is_dir() else sorted(
+        p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
+    if not found:
+        raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
+    return [Row(printable(str(p)), str(p), "", None) for p in found]
 
 
 class StandardInput(os.PathLike):
@@ -915,7 +911,7 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
     if b"\0" in head:       # every recording has some, no text has
         return [Row("stdin", source, "", None)]
     return [row for place, _, line in scan_lines(source)
-            for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs([line]))]
+            for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs(line))]
 
 
 class ManifestDataset(Dataset):

@@ -4010,7 +4010,7 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, for
     files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
     code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
     outcomes = [decode.recognise(tiny_system(), data.ManifestDataset(
-        data.read_inputs([file]), tiny_system().config.data, lambda text: [], stats=tiny_system().stats,
+        data.read_inputs(file), tiny_system().config.data, lambda text: [], stats=tiny_system().stats,
         for_training=False), [0])[0] for file in files]
     written = {path.name: path.read_text() for path in out.iterdir()}
     parts = [decode.FORMS[form](outcome) for outcome in outcomes]
