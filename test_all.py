@@ -1303,12 +1303,13 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     assert keys("s-*.jsonl") == keys("s-2.jsonl , s-1.jsonl")[1:] + ["2"] == ["0", "1", "2"]
     assert keys("s-?.jsonl,kaldi") == keys(tmp_path / "s-1.jsonl") + keys(f"s-2.jsonl,{paths[2]}") == list("012345")
     assert keys(str(comma)) == keys(comma) == ["6"] == keys(f"{tmp_path}/a?b.jsonl")
-    overrides = ["--data.train=s-*.jsonl", "--data.dev=s-1.jsonl,s-2.jsonl", "--data.test=kaldi"]
+    Path("list").write_bytes(Path("s-2.jsonl").read_bytes())    # of a config any name is a manifest's
+    overrides = ["--data.train=s-*.jsonl", "--data.dev=s-1.jsonl,s-2.jsonl", "--data.test=kaldi,list"]
     options = config.load(written(tmp_path, ISSUE_FILE), ["--data.kind=manifest", *overrides]).data
-    for split, wanted in (("train", 3), ("dev", 3), ("test", 3)):
+    for split, wanted in (("train", 3), ("dev", 3), ("test", 4)):
         assert len(data.open_dataset(options, split, letters)) == wanted
     assert list(data.training_texts(options)) == [f"text {i} \u00e9" for i in range(3)]
-    for inputs, wanted in (([], ["3", "4", "5"]), (["s-2.jsonl", "x,*.wav"], ["2", "x,*.wav"])):
+    for inputs, wanted in (([], ["3", "4", "5", "2"]), (["s-2.jsonl", "x,*.wav"], ["2", "x,*.wav"])):
         system = SimpleNamespace(config=SimpleNamespace(data=options), tokenizer=tokenizer.Tokenizer.build(["a"]),
                                  stats=torch.zeros(2, 80), segment_sec=(1.0, 30.0))
         assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
