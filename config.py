@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, the small part of YAML that fills them, and the rules that a config must keep.
 
 Read from top to bottom: the sections of a config; the range of every value (`RANGES`, `CHOICES`, `check`); from and to
-plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its dataclass with its unit,
-and its name in `RANGES` or `CHOICES`.
+plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its dataclass with its unit
+and, of a number, its name in `RANGES` or, of a choice, in `CHOICES`.
 
 The part of YAML: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What
