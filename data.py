@@ -358,8 +358,8 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
     """
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
-    size = int(rate_hz * LEVEL_SEC)
-    least, most = math.ceil(min_sec / LEVEL_SEC), int(max_sec / LEVEL_SEC)
+    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.3 / 0.01 is below 230
+    least, most = math.ceil(min_sec * rate_hz / size - 1e-6), whole // size
     chunks, held, start = iter(chunks), torch.zeros(0), 0
     while True:
         while len(held) < (least + most) * size and (chunk := next(chunks, None)) is not None:
@@ -367,7 +367,7 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
         if not len(held):
             return
         level = levels(held[:(least + most) * size], size)
-        end = len(held) if start == 0 and len(level) <= most else find_cut(level, least, most) * size
+        end = len(held) if start == 0 and len(held) <= whole else find_cut(level, least, most) * size
         yield Segment(start / rate_hz, held[:end].clone())
         start, held = start + end, held[end:]
 

@@ -958,6 +958,10 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
     for n in (1, 79, 81, 16000):                # up to max_sec: one piece as it is
         (piece,) = data.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
         assert piece.start_sec == 0 and torch.equal(piece.samples, samples[:n])
+    for rate_hz, max_sec in ((8000, 2.3), (16000, 0.29), (11025, 2.0), (22050, 4.35)):     # to the last sample
+        n = round(max_sec * rate_hz)
+        (piece,) = data.cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
+        assert len(piece.samples) == n
     assert list(data.cut_at_pauses([], 8000, 1.0, 2.0)) == []
     with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
         next(data.cut_at_pauses([samples], 8000, 2.0, 3.0))
