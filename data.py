@@ -1110,7 +1110,8 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
     """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will name it."""
     seconds = audio_seconds(audio)
-    return {"audio": os.path.relpath(audio, out), "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
+    path = os.path.relpath(audio.parent.resolve() / audio.name, out.resolve())      # `..` of a link is its target's
+    return {"audio": path, "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
             **({} if seconds is None else {"duration": round(seconds, 4)})}
 
 

@@ -1623,6 +1623,18 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
 
 
+def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
+    (tmp_path / "far/deep").mkdir(parents=True)
+    (tmp_path / "out").symlink_to("far/deep")
+    (tmp_path / "pairs").mkdir()
+    data.save_wav(tmp_path / "pairs/a.wav", tone(0.1, 8000), 8000)
+    (tmp_path / "pairs/a.txt").write_text("one")
+    assert data.main(["folder", str(tmp_path / "pairs"), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    for folder in (tmp_path / "out", tmp_path / "far/deep"):
+        (row,) = rows_of(folder / "train.jsonl")
+        assert (folder / row["audio"]).exists()
+
+
 # C34
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
