@@ -1171,7 +1171,8 @@ def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
             picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
             loaded = [load_wav(path) for path in picks]
             audio, rate_hz = out / "wav" / split / f"{split}_{i:04d}.wav", loaded[0][1]
-            save_wav(audio, join_digits([x.numpy() for x, _ in loaded], rate_hz, rng), rate_hz)
+            recordings = [resample(x, own_hz, rate_hz).numpy() for x, own_hz in loaded]
+            save_wav(audio, join_digits(recordings, rate_hz, rng), rate_hz)
             yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
 
 

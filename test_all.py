@@ -1568,8 +1568,9 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
     (tmp_path / "fsdd/recordings").mkdir(parents=True)
     for digit, speaker, index in itertools.product(range(10), ("ann", "bob"), (0, 4, 5, 9, 10, 49)):
         split = "test" if index < 5 else "dev" if index < 10 else "train"
-        samples = tone(0.1 + 0.02 * digit, 8000, pitch["unseen_speaker" if speaker == "bob" else split])
-        data.save_wav(tmp_path / f"fsdd/recordings/{digit}_{speaker}_{index}.wav", samples, 8000)
+        rate_hz = 16000 if digit == 3 else 8000
+        samples = tone(0.1 + 0.02 * digit, rate_hz, pitch["unseen_speaker" if speaker == "bob" else split])
+        data.save_wav(tmp_path / f"fsdd/recordings/{digit}_{speaker}_{index}.wav", samples, rate_hz)
     for out in ("a", "b"):
         assert data.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / out), "--hold-out-speaker", "bob",
                           "--utterances", "12", "6", "6", "6"]) == 0
