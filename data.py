@@ -1197,7 +1197,7 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     dev, test = options.dev_share, options.test_share
     if min(dev, test) < 0 or dev + test > 1:
         raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
-    recordings = sorted(options.source.rglob("*.wav"))
+    recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
     num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
     for rank, index in enumerate(generator(options.seed, 0, 0).permutation(len(recordings))):
         split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"

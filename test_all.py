@@ -1605,6 +1605,8 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
         data.save_wav(pairs / f"deep/n{i}.wav", tone(0.1, 8000), 8000)
         (pairs / f"deep/n{i}.txt").write_text(f"text\n{i}\n")
     data.save_wav(pairs / "alone.wav", tone(0.1, 8000), 8000)
+    (pairs / "a folder.wav").mkdir()
+    (pairs / "a folder.txt").write_text("no text of a recording")
     assert data.main(["librispeech", str(libri), str(tmp_path / "out")]) == 0
     assert data.main(["aishell", str(shell), str(tmp_path / "out")]) == 0
     assert "1 utterances, 0.00 h; left out 1 without text" in capsys.readouterr().out
