@@ -1105,6 +1105,7 @@ def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_worke
 # ---- corpora ----
 
 DIGITS = "zero one two three four five six seven eight nine".split()
+SPLITS = ("train", "dev", "test", "unseen_speaker")     # that share out one set of recordings, by seed and options
 
 
 def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
@@ -1116,7 +1117,10 @@ def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
 
 
 def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
-    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only."""
+    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only.
+
+    A manifest of another of SPLITS, as another seed or share has left it, stays and is named on standard error.
+    """
     splits: dict[str, list[dict]] = {}
     for split, row in rows:
         splits.setdefault(split, []).append(row)
@@ -1129,6 +1133,9 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
         write_atomic(path, lines.encode(errors="backslashreplace"))     # of a name that is no UTF-8: \udcff, as in JSON
         hours = sum(row.get("duration", 0.0) for row in kept) / 3600
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
+    for path in (out / f"{split}.jsonl" for split in SPLITS if split not in splits):
+        if path.exists():
+            print(f"data.py: {path}: not of this run, whose manifests may list the same recordings", file=sys.stderr)
 
 
 def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
@@ -1153,7 +1160,7 @@ def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """
     source, out, hold_out = options.source, options.out, options.hold_out_speaker
     folder = source / "recordings" if (source / "recordings").is_dir() else source
-    pools: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}, "unseen_speaker": {}}
+    pools: dict[str, dict[str, list[Path]]] = {split: {} for split in SPLITS}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
         name = re.fullmatch(r"\d_(.+)_(\d+)", path.stem)
         if not name:

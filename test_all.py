@@ -1624,6 +1624,10 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert sum(map(len, found.values())) == 10 and len(found["dev"]) <= 2 and len(found["test"]) <= 3
     assert all(row["text"][-1] == row["key"][-1] for rows in found.values() for row in rows)
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
+    assert capsys.readouterr().err == ""
+    assert data.main(["folder", str(pairs), str(tmp_path / "out")]) == 0       # no test set: its recordings go to train
+    assert capsys.readouterr().err == (f"data.py: {tmp_path / 'out/test.jsonl'}: not of this run, whose manifests may "
+                                       "list the same recordings\n")
 
 
 def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
