@@ -1620,9 +1620,11 @@ button:disabled { opacity: .5; cursor: not-allowed; }
       <div class="foot">
         <button type="button" id="play">Play</button>
         <span class="soft" id="facts"></span>
-        <button type="button" data-export="txt">txt</button>
-        <button type="button" data-export="srt">srt</button>
-        <button type="button" data-export="json">json</button>
+        <div class="buttons">
+          <button type="button" data-export="txt">txt</button>
+          <button type="button" data-export="srt">srt</button>
+          <button type="button" data-export="json">json</button>
+        </div>
       </div>
     </div>
   </section>
@@ -1746,7 +1748,7 @@ function draw() {
     pen.fillRect(x(at), 194, 1, 5);
     if (x(at) < width - 40) pen.fillText(+at.toFixed(1) + " s", x(at) + 4, 208);
   }
-  pen.fillText("firing weights", 2, 141);
+  pen.fillText("firing weights", 6, 141);
 }
 function follow() {
   if (!shown) return;

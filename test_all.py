@@ -6688,7 +6688,7 @@ DONE = "document.querySelectorAll('.token').length && !document.getElementById('
 
 def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     url = "http://%s:%d/" % server.server_address[:2]
-    browser.open(url, width=375, height=800, dark=True)
+    browser.open(url, width=360, height=800, dark=True)
     hostile = '<img src=x onerror="document.title=1">.wav'
     browser.drop(wav(NOISE), hostile)
     browser.wait(DONE)
@@ -6700,7 +6700,8 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     assert all(t["colour"] != "rgba(0, 0, 0, 0)" for t in tokens)
     assert browser.run("document.getElementById('name').textContent") == hostile
     assert browser.run("document.images.length") == 0
-    assert browser.run("document.documentElement.scrollWidth") <= 375
+    assert browser.run("document.documentElement.scrollWidth") <= 360
+    assert browser.run("new Set([...document.querySelectorAll('[data-export]')].map(b => b.offsetTop)).size") == 1
     painted = "new Set(document.getElementById('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
     assert browser.run(painted.format(20)) > 3 and browser.run(painted.format(134)) > 3         # the wave; the weights
     browser.run("document.querySelectorAll('.token')[2].click()")
