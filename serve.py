@@ -1684,23 +1684,34 @@ function fail(message, status) {
 
 // ---- the result ----
 const seconds = t => t.toFixed(2) + " s", percent = p => Math.round(100 * p) + " %";
-function tokenElement(token, i) {
+function spelled(token) {
   const text = token.token.replaceAll("▁", " ");
+  return text === " " ? text : text.trim().replace(/(.)@@$/, "$1");
+}
+function tokenElement(token) {
   const element = make("span", { className: "token", tabIndex: 0, role: "button",
-    textContent: text === " " ? text : text.trim(), onclick: () => playFrom(token.start),
+    textContent: spelled(token), onclick: () => playFrom(token.start),
     title: `${percent(token.confidence)} sure, ${token.start.toFixed(2)} to ${seconds(token.end)}` });
   element.onkeydown = event => {
     if (event.key === "Enter" || event.key === " ") { event.preventDefault(); playFrom(token.start); }
   };
   Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
   element.style.setProperty("--sure", token.confidence);
-  return i && text !== " " && text.startsWith(" ") ? [" ", element] : [element];
+  return element;
+}
+function transcript({ tokens, text: rest }) {     // spaces between published pieces (hel@@ lo) stand in the text only
+  return tokens.flatMap((token, i) => {
+    const text = spelled(token), spaced = rest.startsWith(" " + text) || token.token.startsWith("▁");
+    const gap = i && text !== " " && spaced ? " " : "";
+    if (rest.startsWith(gap + text)) rest = rest.slice((gap + text).length);
+    return [gap, tokenElement(token)];
+  });
 }
 function show(result) {
   const { found, wav } = shown = result;
   URL.revokeObjectURL(audio.src);
   audio.src = URL.createObjectURL(wav);
-  $("transcript").replaceChildren(...found.tokens.flatMap(tokenElement));
+  $("transcript").replaceChildren(...transcript(found));
   if (!found.tokens.length) say("No speech was recognised.");
   $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
     percent(found.confidence) + " sure", found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
@@ -1729,7 +1740,7 @@ function draw() {
   }
   pen.font = "13px system-ui, sans-serif"; pen.textAlign = "center";
   tokens.forEach((token, i) => {
-    const from = x(token.start), to = x(token.end), text = token.token.replaceAll("▁", " ").trim();
+    const from = x(token.start), to = x(token.end), text = spelled(token).trim();
     pen.fillStyle = colour(i % 2 ? "bg" : "card");
     pen.fillRect(from, 102, to - from, 24);
     pen.fillStyle = colour("line");

@@ -6711,6 +6711,12 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     time.sleep(1.2)
     browser.run("document.getElementById('record').click()")
     browser.wait(f"document.getElementById('name').textContent.startsWith('recording') && {DONE}")
+    for text, tokens in (("hello a 你好 b", ["hel@@", "lo", "a", "你", "<unk>", "好", "b"]), ("a b", ["a", " ", "b"]),
+                         ("one two", ["one", "▁two"]), ("an 要 a@@", ["an@@", "要", "a@@@@"])):
+        made = [{"token": token, "confidence": 1, "start": 0, "end": 1} for token in tokens]
+        answer = json.dumps({"text": text, "tokens": made})
+        shown = browser.run(f"transcript({answer}).map(e => e.textContent ?? e).join('')")
+        assert shown.replace("<unk>", "") == text
     browser.drop(b"not audio", "b.wav")
     browser.wait("!document.getElementById('error').hidden && !document.querySelector('.token')")
     assert not browser.complaints(), browser.complaints()
