@@ -1159,6 +1159,8 @@ def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
     """
     source, out, hold_out = options.source, options.out, options.hold_out_speaker
+    if min(options.utterances) < 0:
+        raise ValueError(f"--utterances: wanted 0 or more each, got {options.utterances}")
     folder = source / "recordings" if (source / "recordings").is_dir() else source
     pools: dict[str, dict[str, list[Path]]] = {split: {} for split in SPLITS}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
@@ -1202,7 +1204,7 @@ def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
     dev, test = options.dev_share, options.test_share
-    if min(dev, test) < 0 or dev + test > 1:
+    if not (min(dev, test) >= 0 and dev + test <= 1):       # NaN
         raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
     recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
     num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
@@ -1290,6 +1292,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
+        if args.seed < 0:
+            raise ValueError(f"--seed: wanted 0 or more, got {args.seed}")
         if args.command == "toy":
             toy_report(args.benchmark, args.seed)
         elif args.source.is_dir():

@@ -1649,7 +1649,10 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
-    (["folder", ".", "out", "--dev-share", "2"], "--dev-share, --test-share: wanted 0 or more")])
+    (["folder", ".", "out", "--dev-share", "2"], "--dev-share, --test-share: wanted 0 or more"),
+    (["folder", ".", "out", "--test-share", "nan"], "--dev-share, --test-share: wanted 0 or more"),
+    (["fsdd", ".", "out", "--utterances", "-1", "5", "5", "5"], "--utterances: wanted 0 or more each, got [-1, 5,"),
+    (["toy", "--seed", "-1"], "--seed: wanted 0 or more, got -1")])
 def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     assert data.main(arguments) == 2
