@@ -500,7 +500,7 @@ def frame_sec(options) -> float:
 
 def num_frames(seconds: np.ndarray, options) -> np.ndarray:
     """Frames that `frontend` makes of so many seconds (one more or less where a duration was rounded), both (n,)."""
-    samples = np.ceil(seconds * options.sample_rate - 1e-3).astype(np.int64)        # as resample makes them
+    samples = np.rint(seconds * options.sample_rate).astype(np.int64)
     window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
     return np.where(samples < window, 0, -(-(1 + (samples - window) // shift) // options.lfr_n))
 
