@@ -63,7 +63,7 @@ class DecoderConfig:
     kind: str = "transformer"            # transformer | bare (its input neither projected nor positioned) | sanm
     num_layers: int = 2                  # blocks; 0: a token is read off its acoustic embedding alone
     attention_layers: int = 0            # sanm: of those, the first so many have cross-attention; 0 = all
-    hidden_dim: int = 144                # D, a multiple of num_heads; bare and sanm: that of the encoder
+    hidden_dim: int = 144                # D, a multiple of num_heads; bare, sanm, share_embedding: the encoder's
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 11                # sanm: memory, tokens, odd
@@ -268,8 +268,8 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
         sinusoidal = own.get(part.kind, part.position) == "sinusoidal" or name == "encoder" and model.place_embedding
         yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
     same = decoder.hidden_dim == encoder.hidden_dim
-    yield ("model.decoder.hidden_dim", same or decoder.kind == "transformer",
-           f"the encoder's {encoder.hidden_dim} for kind {decoder.kind}")
+    bound = {"transformer": "share_embedding" if model.share_embedding else ""}.get(decoder.kind, f"kind {decoder.kind}")
+    yield "model.decoder.hidden_dim", same or not bound, f"the encoder's {encoder.hidden_dim} for {bound}"
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
     yield from _unused_rules(model)
