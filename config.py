@@ -268,7 +268,8 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
         sinusoidal = own.get(part.kind, part.position) == "sinusoidal" or name == "encoder" and model.place_embedding
         yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
     same = decoder.hidden_dim == encoder.hidden_dim
-    bound = {"transformer": "share_embedding" if model.share_embedding else ""}.get(decoder.kind, f"kind {decoder.kind}")
+    free = decoder.kind == "transformer"
+    bound = f"kind {decoder.kind}" if not free else "share_embedding" if model.share_embedding else ""
     yield "model.decoder.hidden_dim", same or not bound, f"the encoder's {encoder.hidden_dim} for {bound}"
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
@@ -314,14 +315,18 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
         tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
         given = data.kind != "manifest" or getattr(data, name) != "" or bool(tuned)
         yield f"data.{name}", given, "a manifest or a Kaldi folder, as data.kind is manifest"
-    if encoder.position == "learnable" and encoder.kind in ("transformer", "conformer"):
+    positioned = encoder.position if encoder.kind in ("transformer", "conformer") else ""
+    said = config.model.decoder.position if config.model.name == "transformer" else ""      # frames, and <eos>
+    for part, position, more, what in (("encoder", positioned, 0, "encoder frames"), ("decoder", said, 1, "tokens")):
+        if position != "learnable":
+            continue
         slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
         frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
         if data.kind == "toy":
             frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
-        steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling)
-        yield ("model.encoder.position", steps <= LEARNED_POSITIONS, "sinusoidal, or more subsampling, as "
-               f"{longest} is {steps:.0f} encoder frames and the learnable table ends at {LEARNED_POSITIONS}")
+        steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling) + more
+        yield (f"model.{part}.position", steps <= LEARNED_POSITIONS, "sinusoidal, or more subsampling, as "
+               f"{longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def _hint(path: str, value: Any) -> str:

@@ -417,6 +417,7 @@ def test_check_lists_every_violation_in_one_error(tmp_path):
 
 
 MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
+BASELINE = [*MANIFESTS, "--model.name=transformer", "--model.decoder.position=learnable"]
 
 
 # C27
@@ -442,6 +443,10 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
      "model.encoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 30.0 at speed 0.7 is 2143 "
      "encoder frames and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.position=learnable", "--model.encoder.subsampling=2"], ""),
+    ([*BASELINE, "--data.max_sec=19.99"], ""), ([*MANIFESTS, "--model.decoder.position=learnable"], ""),
+    ([*BASELINE, "--data.max_sec=20"],
+     "model.decoder.position: wanted sinusoidal, or more subsampling, as data.max_sec 20.0 at speed 1.0 is 2001 tokens "
+     "and the learnable table ends at 2000, got 'learnable'"),
     ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.memory_shift=7"], ""),
     (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
       "--data.augment.freq_width=80"], ""),
