@@ -194,7 +194,7 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
     A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
     longer ones that go on, and W = 1 is greedy. An utterance is settled when no open hypothesis, were the rest of it
-    certain, could enter the n-best. Source: Wu et al. 2016 "GNMT", 7.
+    certain, could be the best or, with alternatives, enter the beam. Source: Wu et al. 2016 "GNMT", 7.
     """
     B, W = len(frames), search.width
     norm = lambda length: ((5 + length) / 6) ** search.length_penalty
@@ -202,7 +202,7 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
     log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # one hypothesis, that says nothing yet
     covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L): padding is
-    wanted = W if search.ctc_weight else search.nbest  # that have to be settled
+    wanted = W if search.ctc_weight or search.nbest > 1 else 1  # that have to be settled: some may be of equal text
     for t in range(int(frames.max()) + 1):
         told, past, attention = step(last, past)
         end = certain(told.shape[2], EOS, told)

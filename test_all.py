@@ -4271,6 +4271,16 @@ def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
             assert found.scores[b, 0] > -math.inf and found.scores[b].tolist() == sorted(found.scores[b].tolist())[::-1]
 
 
+# C67
+def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes_longer():
+    for seed in range(10):  # of the best ones some may have one text: the rest of the beam is asked for too
+        (step, _), search = table_model(2, 4, 6, 1000 * seed), decode.Search(4, 2, 0.6)
+        past = torch.zeros(2, 4, 0, dtype=torch.long)
+        alone, both = (decode.beam_search(step, [past[:B]], ints(3, 6)[:B], search) for B in (1, 2))
+        texts = [[found.tokens[0, w, :found.lens[0, w]].tolist() for w in range(4)] for found in (alone, both)]
+        assert texts[0] == texts[1] and alone.scores[0].tolist() == pytest.approx(both.scores[0].tolist(), abs=1e-5)
+
+
 # C65
 def test_prefix_search_equals_the_sum_over_all_paths():
     log_p, lens = (2 * normal(0, 3, 5, 3)).log_softmax(-1), ints(5, 3, 1)
