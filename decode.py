@@ -166,6 +166,7 @@ class NBest(NamedTuple):
     lens: Tensor  # (B,N) int64
     log_probs: Tensor  # (B,N) of the whole hypothesis
     norms: Tensor  # (B,N) what a log probability is divided by in a score
+    extras: Tensor  # (B,N) what is added to that in a score
     scores: Tensor  # (B,N)
 
 
@@ -214,14 +215,14 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
         score, place = (total / norm(length)[:, :, None] + looked).flatten(1).topk(W)
         parent, last = place // told.shape[2], place % told.shape[2]
         log_prob = total.flatten(1).gather(1, place)
-        lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
+        lens, extra, covered, tokens, *past = (pick_rows(x, parent) for x in (length, looked, covered, tokens, *past))
         tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
         least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
         if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():
             break
     words, open_ = lens - 1, ~ended  # the end token is none
     real = torch.arange(tokens.shape[2], device=tokens.device) < words[:, :, None]
-    return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens),
+    return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens), extra[:, :, 0],
                         score.masked_fill(open_, -math.inf)))
 
 
@@ -265,7 +266,7 @@ def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
         spoken = torch.where(same, spoken.gather(1, parent), score)
         n = n + ~same
         tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
-    return ranked(NBest(tokens, n, score, torch.ones_like(score), score))
+    return ranked(NBest(tokens, n, score, torch.ones_like(score), torch.zeros_like(score), score))
 
 
 def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
@@ -301,8 +302,8 @@ def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest
     log_prob = log_prob.masked_fill((near < counts.clamp(max=1)[:, None])[:, :, None], -math.inf).flatten(1)
     lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
     norms = lens.clamp(min=1)
-    off = (alpha.double().sum(1, keepdim=True) - lens).abs().float()
-    return ranked(NBest(tokens, lens, log_prob, norms, log_prob / norms - COUNT_PRICE * off))
+    price = -COUNT_PRICE * (alpha.double().sum(1, keepdim=True) - lens).abs().float()
+    return ranked(NBest(tokens, lens, log_prob, norms, price, log_prob / norms + price))
 
 
 def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
@@ -333,14 +334,15 @@ SEARCHES = {"paraformer": search_paraformer,
 
 def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
     """What system.search finds behind the encoder: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
-    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob."""
+    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob; of equal ones, as are those
+    that CTC alone tells by their texts, that with the better score without it is first."""
     search, model = system.search, system.model
     found = SEARCHES[system.config.model.name](model, hidden, lens, search)
     if not search.ctc_weight:
         return found
     by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens, found.lens)
     by_ctc = by_ctc.clamp(min=-1e4)  # a text that does not fit the frames is the last one, but there is a text
-    joint = found.scores + search.ctc_weight * (by_ctc - found.log_probs) / found.norms
+    joint = ((1 - search.ctc_weight) * found.log_probs + search.ctc_weight * by_ctc) / found.norms + found.extras
     return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
 
 

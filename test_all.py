@@ -4371,6 +4371,21 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name)
     assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
 
 
+# C66
+@pytest.mark.parametrize("name", ["paraformer", "transformer"])
+def test_texts_that_ctc_alone_does_not_tell_apart_are_ranked_by_the_decoder(name):
+    system = decode.with_search(searching_system(name), decode.Search(40, ctc_weight=1.0))
+    hidden, lens = normal(2, 2, 5, 16).float(), ints(5, 3)
+    found, ties = decode.find_nbest(system, hidden, lens), collections.defaultdict(list)
+    for b, n in itertools.product(range(2), range(found.lens.shape[1])):
+        if found.scores[b, n] > -math.inf:
+            spoken = [i for i in found.tokens[b, n, :found.lens[b, n]].tolist() if i > EOS]
+            ties[b, int(found.lens[b, n]), *spoken].append((found.scores[b, n].item(), found.log_probs[b, n].item()))
+    assert max(map(len, ties.values())) > 2
+    for rows in ties.values():
+        assert len({score for score, _ in rows}) == 1 and [p for _, p in rows] == sorted((p for _, p in rows))[::-1]
+
+
 @pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = tiny_system()._replace(search=decode.Search(nbest=2))
@@ -4379,7 +4394,7 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
         system.config, model=replace(system.config.model, predictor=predictor)))
     tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
     found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
-    nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, scores), 0)
+    nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, 0 * scores, scores), 0)
     assert decode.read_result(system, found, 0).text == texts[0]
     assert [(a.text, a.score, a.confidence) for a in nbest] == [
         (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
