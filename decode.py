@@ -440,7 +440,8 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
     rate = data.frame_sec(system.config.data) * options.encoder.subsampling / options.predictor.upsampling
     spans = firing_spans(weights, running_sums(weights), len(spoken))
-    return [(int(a * rate * 1000) / 1000, int(b * rate * 1000) / 1000) for a, b in spans]  # whole ms, cut as in FunASR
+    whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # ms, cut as in FunASR, which goes below 0 as well
+    return [(whole(a), whole(b)) for a, b in spans]
 
 
 def log_prob(item: Token | Result) -> float:

@@ -5390,6 +5390,15 @@ def test_firing_spans_equal_funasrs_timestamps():
         assert [[int((t * 0.02 + offset) * 1000) for t in span] for span in spans] == case["timestamp"]
 
 
+def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
+    system = tiny_system()
+    section = replace(system.config.model, predictor=config.PredictorConfig(kind="dense", upsampling=2))
+    system = system._replace(config=replace(system.config, model=section))  # 10 ms a weight
+    timing = [torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])]  # fires in steps 0, 1 and 2, at -1.5, -0.5, 0.5
+    found = Hypotheses(ints(4, 5, 2)[None], ints(3), torch.zeros(1, 3), [], torch.zeros(1, 4), timing, [])
+    assert decode.token_times(system, found, 0, [0, 1]) == [(0.0, 0.0), (0.0, 0.042)]
+
+
 # C44
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
