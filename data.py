@@ -1271,7 +1271,6 @@ def build_parser() -> argparse.ArgumentParser:
             command.set_defaults(prepare=prepare)
             command.add_argument("source", type=Path, help="the corpus's folder")
             command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
-        command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
         return command
 
     fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart",
@@ -1286,13 +1285,15 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
     toy = add("toy", "the toy task: print three utterances")
     toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
+    for command in (fsdd, folder, toy):
+        command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
-        if args.seed < 0:
+        if "seed" in args and args.seed < 0:
             raise ValueError(f"--seed: wanted 0 or more, got {args.seed}")
         if args.command == "toy":
             toy_report(args.benchmark, args.seed)
