@@ -1068,8 +1068,9 @@ def export_directory(system: System, folder: Path) -> None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
     data.save_atomic(folder / "model.pt", weights)
-    for name in ("checkpoint.pt", *["seg_dict"] * (pieces is None)):  # of another model, which would be loaded instead
-        (folder / name).unlink(missing_ok=True)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
+    if pieces is None:
+        (folder / "seg_dict").unlink(missing_ok=True)
 
 
 def export(system: System, path: str) -> str:
