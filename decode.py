@@ -118,7 +118,7 @@ def load_checkpoint(path: str | os.PathLike) -> System:
 def runs_on(precision: str, device: torch.device) -> bool:
     """Whether the processor computes matrix products in this precision itself; what it emulates is slow."""
     if device.type != "cpu":
-        return precision != "int8"
+        return {"int8": False, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}.get(precision, True)
     return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
             "float16": torch.cpu._is_amx_fp16_supported(),
             "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]

@@ -5332,6 +5332,11 @@ def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(mon
         assert capsys.readouterr().err == f"warning: this cpu has no {precision} products; going on in float32\n"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert decode.load_system(path, "cpu", "bfloat16").precision == "bfloat16" and not capsys.readouterr().err
+    for able in (False, True):  # a GPU before Ampere emulates bfloat16
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or able)
+        assert [decode.runs_on(precision, torch.device("cuda")) for precision in decode.PRECISIONS] == [
+            True, able, True, False]
 
 
 def shrink_benchmark(monkeypatch) -> None:

@@ -274,7 +274,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
     """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
     device, sums = next(model.parameters()).device, {}
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
     for part in split(batch, parts):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
