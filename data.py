@@ -280,29 +280,20 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     return out.view(-1)[:num_out]
 
 
-def resample_chunks(chunks: Iterable[Tensor], rate_in: int, rate_out: int) -> Iterator[Tensor]:
-    """What `resample` makes of the whole, in pieces: each is resampled together with the samples that it sees."""
-    up, down = Fraction(rate_out, rate_in).as_integer_ratio()
-    around = -(-reach(up, down) // down) * down         # whole periods
-    held = torch.zeros(around)                          # ends of the recording see zeros; begins at a period
-    for chunk in chunks:
-        held = torch.cat([held, chunk])
-        stop = (len(held) - around) // down * down
-        if stop > around:
-            yield resample(held[:stop + around], rate_in, rate_out)[around // down * up:stop // down * up]
-            held = held[stop - around:]
-    yield resample(held, rate_in, rate_out)[around // down * up:]
-
-
 CHUNK_SEC = 10
 
 
 def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
     """A recording as load_wav and resample make it, in pieces: memory does not grow with it. Raises as load_wav."""
     with open_recording(source) as (file, header):
-        total, step = header.num_samples, CHUNK_SEC * header.rate_hz
-        chunks = (read_samples(file, header, at, min(total, at + step)) for at in range(0, total, step))
-        yield from resample_chunks(chunks, header.rate_hz, rate_hz)
+        up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
+        around = -(-reach(up, down) // down) * down         # whole periods, as is `step`
+        step = CHUNK_SEC * header.rate_hz
+        for start in range(0, header.num_samples, step):
+            first, stop = max(0, start - around), min(header.num_samples, start + step + around)
+            piece = resample(read_samples(file, header, first, stop), header.rate_hz, rate_hz)
+            skipped = (start - first) // down * up
+            yield piece[skipped:skipped + step // down * up]
 
 
 # ---- segments ----
