@@ -10,7 +10,6 @@ lfr_m, ...), and datasets take `encode`, any function from text to ids. Bad inpu
 a bad recording in a manifest is a `Skip`.
 
     python data.py --help                the sub-commands that turn public corpora into manifests
-    python data.py toy --benchmark       how hard the toy task is for a linear classifier, and how fast it is made
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances. Samples are float32 in [-1,1),
 energies natural logs. Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling),
@@ -31,12 +30,10 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import wave
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -702,6 +699,20 @@ class ToySeq2SeqDataset(Dataset):
                          boundaries, len(feats) * SHIFT_SEC)
 
 
+def linear_probe(train: list[Utterance], test: list[Utterance]) -> float:
+    """Token accuracy of a linear classifier (least squares) of single frames, which is given the true boundaries.
+
+    A token is read off the sum of what its frames say.
+    """
+    frames = lambda items: torch.cat([torch.nn.functional.pad(u.feats, (0, 1), value=1.0) for u in items])    # a bias
+    durations = lambda items: torch.cat([u.boundaries.diff() for u in items]).long()
+    tokens = lambda items: torch.cat([u.tokens for u in items])
+    labels = torch.nn.functional.one_hot(tokens(train).repeat_interleave(durations(train)))
+    weights = torch.linalg.lstsq(frames(train), labels.float()).solution
+    said = [part.sum(0).argmax() for part in (frames(test) @ weights).split(durations(test).tolist())]
+    return float((torch.stack(said) == tokens(test)).float().mean())
+
+
 # ---- manifests ----
 
 class Row(NamedTuple):
@@ -1206,62 +1217,16 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
 
 
-TOY_TASK = SimpleNamespace(num_mels=80, toy=SimpleNamespace(     # the config's defaults, which a test compares
-    num_train=2000, num_dev=1000, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6, max_frames=20,
-    blend_frames=2, noise=0.6, gain_std=0.5, tilt_std=0.5))
-
-
-def linear_probe(train: list[Utterance], test: list[Utterance], num_symbols: int) -> float:
-    """Symbol accuracy of a softmax regression on single frames that is given the true boundaries.
-
-    tokens are symbols 0..num_symbols-1. A symbol is read off the sum of its frames' log-probabilities.
-    """
-    frames = torch.cat([u.feats for u in train])
-    labels = torch.cat([u.tokens.repeat_interleave(u.boundaries.diff().long()) for u in train])
-    stats = compute_stats([frames])
-    frames = normalise(frames, stats)
-    weights = torch.zeros(frames.shape[1] + 1, num_symbols, requires_grad=True)        # the last row is the bias
-    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = torch.nn.functional.cross_entropy(frames @ weights[:-1] + weights[-1], labels)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    right = count = 0
-    for u in test:
-        logs = (normalise(u.feats, stats) @ weights[:-1] + weights[-1]).detach().log_softmax(-1)       # (T, symbols)
-        guesses = [part.sum(0).argmax() for part in logs.split(u.boundaries.diff().long().tolist())]
-        right, count = right + int((torch.stack(guesses) == u.tokens).sum()), count + len(u.tokens)
-    return right / count
-
-
-def toy_report(benchmark: bool, seed: int) -> None:
-    letters = {toy_letter(symbol): symbol for symbol in range(TOY_TASK.toy.num_symbols)}
-    dataset = ToySeq2SeqDataset(700, TOY_TASK, lambda text: [letters[c] for c in text], seed)
-    for u in [dataset[i] for i in range(3)]:
-        print(f"{u.key}: {u.text}, {len(u.feats)} frames, boundaries {' '.join(f'{b:.0f}' for b in u.boundaries)}")
-    if benchmark:
-        started = time.perf_counter()
-        items = [dataset[i] for i in range(700)]
-        print(f"made in {(time.perf_counter() - started) / 700 * 1e3:.2f} ms an utterance")
-        accuracy = linear_probe(items[:500], items[500:], len(letters))
-        print(f"linear classifier on single frames, true boundaries given: symbol accuracy {accuracy:.3f}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="data.py", description="Turn public corpora into manifests (JSON lines with "
                                      "audio, text, speaker, key, duration), one for each split.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    def add(name: str, about: str, prepare: Callable | None = None) -> argparse.ArgumentParser:
+    def add(name: str, about: str, prepare: Callable) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
-        if prepare:
-            command.set_defaults(prepare=prepare)
-            command.add_argument("source", type=Path, help="the corpus's folder")
-            command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
+        command.set_defaults(prepare=prepare)
+        command.add_argument("source", type=Path, help="the corpus's folder")
+        command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
         return command
 
     fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart",
@@ -1274,9 +1239,7 @@ def build_parser() -> argparse.ArgumentParser:
     folder = add("folder", "any folder of name.wav beside name.txt, at any depth", prepare_folder)
     folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
-    toy = add("toy", "the toy task: print three utterances")
-    toy.add_argument("--benchmark", action="store_true", help="also speed, and accuracy of a linear classifier")
-    for command in (fsdd, folder, toy):
+    for command in (fsdd, folder):
         command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
     return parser
 
@@ -1286,12 +1249,9 @@ def main(argv: list[str]) -> int:
     try:
         if "seed" in args and args.seed < 0:
             raise ValueError(f"--seed: wanted 0 or more, got {args.seed}")
-        if args.command == "toy":
-            toy_report(args.benchmark, args.seed)
-        elif args.source.is_dir():
-            write_manifests(args.prepare(args), args.out)
-        else:
+        if not args.source.is_dir():
             raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
+        write_manifests(args.prepare(args), args.out)
         return 0
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
