@@ -754,17 +754,6 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
             start += len(raw)
 
 
-def line_at(path: str, start: int) -> str:
-    """The line that starts at this byte. ValueError if none does, as the file has changed."""
-    with open(path, "rb") as file:
-        file.seek(max(0, start - 1))
-        begins = start == 0 or file.read(1) == b"\n"
-        line = read_line(file.readline(), f"{path}, byte {start}")
-    if not begins or not line:  # blank lines are no rows
-        raise ValueError(f"{path}: wanted a line at byte {start}, as at the start")
-    return line
-
-
 def parse_row(line: str, folder: str, place: str) -> Row:
     """One JSON line of a manifest; paths are relative to `folder`. Raises ValueError: place, wanted, got."""
     try:
@@ -840,7 +829,7 @@ class Manifest:
 
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
     Of JSON lines only `index` stays in memory, one array that worker processes share: places and seconds (NaN = not
-    given). A row is read from its file, which has to stay as it is: a line that has moved is a ValueError. Of a Kaldi
+    given). A row is read from its file, which has to stay as it is: what is no row there is a ValueError. Of a Kaldi
     folder, whose rows lie in two files, the rows stay in memory, as JSON: a Row takes five times as much.
     """
 
@@ -866,7 +855,10 @@ class Manifest:
         path = self.paths[number]
         if path in self.folders:
             return Row(*json.loads(self.folders[path][start]))
-        return parse_row(line_at(path, start), os.path.dirname(path), f"{path}, byte {start}")
+        place = f"{path}, byte {start} (has the file changed?)"
+        with open(path, "rb") as file:
+            file.seek(start)
+            return parse_row(read_line(file.readline(), place), os.path.dirname(path), place)
 
 
 RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
