@@ -717,7 +717,7 @@ def linear_probe(train: list[Utterance], test: list[Utterance]) -> float:
 
 class Row(NamedTuple):
     key: str
-    audio: str | os.PathLike        # path, "" = none given
+    audio: str                      # path, "" = none given
     text: str
     duration: float | None          # seconds
 
@@ -738,9 +738,9 @@ def read_line(raw: bytes, place: str) -> str:
         raise ValueError(f"{place}: wanted UTF-8, got {raw[:40]!r}") from None
 
 
-def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
+def scan_lines(path: str | os.PathLike, name: str = "") -> Iterator[tuple[str, int, str]]:
     """(place as file:line, byte where it starts, line) of every line that is not blank. ValueError if it is no UTF-8
-    file."""
+    file. name: of the file in places."""
     if not os.path.isfile(path):
         found = "none of that name"
         if os.path.exists(path):
@@ -749,8 +749,9 @@ def scan_lines(path: str | os.PathLike) -> Iterator[tuple[str, int, str]]:
     start = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
-            if line := read_line(raw, f"{path}:{number}"):
-                yield f"{path}:{number}", start, line
+            place = f"{name or path}:{number}"
+            if line := read_line(raw, place):
+                yield place, start, line
             start += len(raw)
 
 
@@ -880,19 +881,6 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
     return [Row(printable(str(p)), str(p), "", None) for p in found]
 
 
-class StandardInput(os.PathLike):
-    """The path of a copy of standard input, which messages call `-`."""
-
-    def __init__(self, copy: Path):
-        self.copy = copy
-
-    def __fspath__(self) -> str:
-        return os.fspath(self.copy)
-
-    def __str__(self) -> str:
-        return "-"
-
-
 def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
     """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
     with open(copy, "wb") as file:
@@ -901,10 +889,9 @@ def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
         head = file.read(4096)
     if not head:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
-    source = StandardInput(copy)
     if b"\0" in head:       # every recording has some, no text has
-        return [Row("stdin", source, "", None)]
-    return [row for place, _, line in scan_lines(source)
+        return [Row("stdin", str(copy), "", None)]
+    return [row for place, _, line in scan_lines(copy, "-")
             for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs(line))]
 
 
