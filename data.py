@@ -82,7 +82,9 @@ class WavHeader(NamedTuple):
 
 
 MAX_CHUNKS = 10000      # of a WAV file, before its samples: a file of empty chunks cannot keep a server busy
-SAMPLE_TYPES = {(1, 8): "u1", (1, 16): "<i2", (1, 24): "u1", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
+SAMPLE_TYPES = {    # (code, bits) -> type, zero, full scale; 24 bits are read as the upper ones of 32
+    (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
+    (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0)}
 
 
 def parse_fmt(fmt: bytes) -> tuple[int, int, int, int]:
@@ -131,14 +133,13 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
     size = header.channels * header.bits // 8
     stop = header.num_samples if stop is None else stop
     file.seek(header.start + start * size)
-    x = np.frombuffer(file.read((stop - start) * size), SAMPLE_TYPES[header.code, header.bits])
-    if header.bits == 24:                       # three bytes -> the upper three of an int32
-        x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0))).view("<i4")[:, 0]
-    if header.code == 1:
-        full_scale = 2.0 ** (31 if header.bits == 24 else header.bits - 1)
-        x = (x.astype(np.float64) - (128 if header.bits == 8 else 0)) / full_scale
+    x = np.frombuffer(file.read((stop - start) * size), np.uint8)
+    if header.bits == 24:
+        x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0)))
+    kind, zero, full_scale = SAMPLE_TYPES[header.code, header.bits]
+    x = (x.view(kind).astype(np.float64) - zero) / full_scale
     with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
-        x = x.reshape(-1, header.channels).mean(1, dtype=np.float64).astype(np.float32)
+        x = x.reshape(-1, header.channels).mean(1).astype(np.float32)
     if not np.isfinite(x).all():
         bad = int(np.argmin(np.isfinite(x)))
         raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
