@@ -74,16 +74,16 @@ class Tokenizer:
     def __post_init__(self):
         unit, symbols = self.unit, self.symbols
         if unit not in ("char", "word"):
-            raise ValueError(f"tokenizer unit must be char or word, got {_short(unit)}")
+            raise ValueError(f"tokenizer unit must be char or word, got {unit!r:.60}")
         if symbols[:len(SPECIALS)] != SPECIALS:
-            raise ValueError(f"symbols must begin with {SPECIALS}, got {_short(symbols[:len(SPECIALS)])}")
+            raise ValueError(f"symbols must begin with {SPECIALS}, got {symbols[:len(SPECIALS)]!r:.60}")
         ids = {symbol: i for i, symbol in enumerate(SPECIALS)}
         for i, symbol in enumerate(symbols[len(SPECIALS):], len(SPECIALS)):
             is_space = unit == "char" and symbol == " "  # normalise_text would strip it
             if not is_space and not (isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]):
-                raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {_short(symbol)}")
+                raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {symbol!r:.60}")
             if symbol in ids:
-                raise ValueError(f"symbols[{i}] repeats symbols[{ids[symbol]}], {_short(symbol)}")
+                raise ValueError(f"symbols[{i}] repeats symbols[{ids[symbol]}], {symbol!r:.60}")
             ids[symbol] = i
 
     @classmethod
@@ -120,7 +120,7 @@ class Tokenizer:
         if isinstance(state, dict) and state.get("unit") == "piece":
             return PieceTokenizer.from_state(state, where)
         if not (isinstance(state, dict) and set(state) == {"unit", "symbols"} and isinstance(state["symbols"], list)):
-            raise ValueError(f"{where}: wanted {{'unit': ..., 'symbols': [...]}}, got {_short(state)}")
+            raise ValueError(f"{where}: wanted {{'unit': ..., 'symbols': [...]}}, got {state!r:.60}")
         try:
             return cls(state["unit"], tuple(state["symbols"]))
         except ValueError as error:
@@ -141,12 +141,6 @@ class Tokenizer:
         except ValueError as error:  # not JSON, or not UTF-8
             raise ValueError(f"{path}: wanted a tokenizer written by Tokenizer.save, got no JSON ({error})") from None
         return cls.from_state(state, where=str(path))
-
-
-def _short(value: object) -> str:
-    """value on one line of at most 60 characters, for an error."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ---- published vocabularies ----
@@ -221,9 +215,9 @@ class PieceTokenizer:
         """The inverse of state(). Raises ValueError that begins with where if state is not one."""
         symbols, pieces = state.get("symbols"), state.get("pieces")
         if not (isinstance(symbols, list) and len(symbols) > UNK and all(isinstance(x, str) for x in symbols)):
-            raise ValueError(f"{where}: wanted a list of four symbols or more, got {_short(symbols)}")
+            raise ValueError(f"{where}: wanted a list of four symbols or more, got {symbols!r:.60}")
         if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
-            raise ValueError(f"{where}: wanted a list of pieces by word, got {_short(pieces)}")
+            raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
         pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
         return cls(tuple(symbols), pieces)
 
