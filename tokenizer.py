@@ -8,6 +8,7 @@ Glossary: a unit is what one id stands for (a character or a whole word); a symb
 ref is what was said, hyp is what was recognised.
 """
 
+import itertools
 import json
 import os
 import re
@@ -154,7 +155,7 @@ class PieceTokenizer:
     """
 
     symbols: tuple[str, ...]
-    pieces: dict[str, tuple[str, ...]] | None
+    pieces: dict[str, list[str]] | None
     unit: ClassVar[str] = "piece"
 
     @classmethod
@@ -190,7 +191,7 @@ class PieceTokenizer:
         for word in text.strip().lower().split(" "):
             spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
             for unit in [word] if word in self.pieces else spelled:
-                symbols += self.pieces.get(unit, (SPECIALS[UNK],))
+                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
         return symbols
 
     def encode(self, text: str) -> list[int]:
@@ -204,8 +205,7 @@ class PieceTokenizer:
 
     def state(self) -> dict:
         """Plain containers, as Tokenizer.state."""
-        pieces = None if self.pieces is None else {word: list(parts) for word, parts in self.pieces.items()}
-        return {"unit": "piece", "symbols": list(self.symbols), "pieces": pieces}
+        return {"unit": "piece", "symbols": list(self.symbols), "pieces": self.pieces}
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
@@ -215,7 +215,6 @@ class PieceTokenizer:
             raise ValueError(f"{where}: wanted a list of four symbols or more, got {symbols!r:.60}")
         if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
             raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
-        pieces = None if pieces is None else {word: tuple(parts) for word, parts in pieces.items()}
         return cls(tuple(symbols), pieces)
 
 
@@ -302,14 +301,12 @@ def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
 def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
     """Two or more words in a row that are one ASCII letter each become one in capitals: a b c -> ABC."""
     merged: list[SpelledWord] = []
-    open_run = False
-    for word in words:
-        single = word.kind == "word" and len(word.text) == 1 and word.text.isascii()
-        if single and open_run:
-            last = merged.pop()
-            word = SpelledWord(last.text.upper() + word.text.upper(), last.start, word.end, "word")
-        merged.append(word)
-        open_run = single
+    is_letter = lambda word: word.kind == "word" and len(word.text) == 1 and word.text.isascii()
+    for letters, run in itertools.groupby(words, is_letter):
+        run = list(run)
+        if letters and len(run) > 1:
+            run = [SpelledWord("".join(word.text for word in run).upper(), run[0].start, run[-1].end, "word")]
+        merged += run
     return merged
 
 
