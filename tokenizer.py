@@ -262,18 +262,15 @@ def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None 
 
 def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
     words: list[SpelledWord] = []
-    held = None  # the word that its pieces so far make
+    unfinished = False  # whether the last word is what its pieces so far make
     for symbol, kind, (start, end) in zip(symbols, kinds, times):
-        if held and kind in ("han", "other"):
-            words.append(held)
-            held = None
-        text, start = (held.text, held.start) if held else ("", start)
-        if kind == "piece":
-            held = SpelledWord(text + symbol.replace(PIECE, ""), start, end, "word")
-        else:
-            words.append(SpelledWord(text + symbol, start, end, kind))
-            held = None
-    return words + [held] if held else words
+        text = symbol.replace(PIECE, "") if kind == "piece" else symbol
+        if unfinished and kind in ("piece", "word"):
+            begun = words.pop()
+            text, start = begun.text + text, begun.start
+        words.append(SpelledWord(text, start, end, "word" if kind == "piece" else kind))
+        unfinished = kind == "piece"
+    return words
 
 
 def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
