@@ -960,15 +960,10 @@ class ManifestDataset(Dataset):
             return Skip(row.key, f"missing: {row.audio}")
         except (OSError, ValueError) as error:
             return Skip(row.key, f"unreadable: {error}")
-        shortest = max(self.options.min_sec, FRAME_SEC)
-        if not self.for_training:
-            return samples, header.rate_hz, seconds
-        if not seconds:
-            return Skip(row.key, "empty: no samples")
-        if seconds < shortest:
-            return Skip(row.key, f"too short: {seconds:.3f} s, {shortest} s wanted")
-        if seconds > self.options.max_sec:
-            return Skip(row.key, f"too long: {seconds:.1f} s, {self.options.max_sec} s allowed")
+        shortest, longest = max(self.options.min_sec, FRAME_SEC), self.options.max_sec
+        if self.for_training and not shortest <= seconds <= longest:
+            found = "too long" if seconds > longest else "too short" if seconds else "empty"
+            return Skip(row.key, f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
         return samples, header.rate_hz, seconds
 
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
@@ -1062,17 +1057,14 @@ def collate(items: list[Utterance | Skip]) -> Batch:
     """Utterances -> one padded Batch; Skips go to `skipped`. Of Skips alone comes a batch with B == 0."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
-    shapes = {(tuple(item.feats.shape[1:]), item.tokens.dim()) for item in kept}
-    if len(shapes) > 1 or any(len(width) != 1 or rank != 1 for width, rank in shapes):
+    feats, tokens = [u.feats for u in kept], [u.tokens for u in kept]
+    if len({x.shape[1:] for x in feats}) > 1 or any(x.dim() != 2 for x in feats) or any(x.dim() != 1 for x in tokens):
         raise ValueError("feats must be (T,F) of one width and tokens (U,), got "
-                         f"{[(tuple(item.feats.shape), tuple(item.tokens.shape)) for item in kept]}")
-    if not kept:
-        empty = torch.zeros(0, dtype=torch.int64)
-        return Batch([], torch.zeros(0, 0, 0), empty, torch.zeros(0, 0, dtype=torch.int64), empty, [], skipped)
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return Batch([u.key for u in kept], pad([u.feats for u in kept]), torch.tensor([len(u.feats) for u in kept]),
-                 pad([u.tokens for u in kept]), torch.tensor([len(u.tokens) for u in kept]), [u.text for u in kept],
-                 skipped)
+                         f"{[(tuple(x.shape), tuple(y.shape)) for x, y in zip(feats, tokens)]}")
+    pad = lambda rows, empty: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else empty
+    lens = lambda rows: torch.tensor([len(x) for x in rows], dtype=torch.int64)
+    return Batch([u.key for u in kept], pad(feats, torch.zeros(0, 0, 0)), lens(feats),
+                 pad(tokens, torch.zeros(0, 0, dtype=torch.int64)), lens(tokens), [u.text for u in kept], skipped)
 
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,

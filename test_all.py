@@ -1414,7 +1414,7 @@ def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
     (tmp_path / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
     (tmp_path / "inf.wav").write_bytes(wav_bytes(struct.pack("<f", math.inf), 3, 32, 1))
     (tmp_path / "folder.wav").mkdir()
-    reasons = {"short": "too short: 0.050 s", "long": "too long: 2.5 s", "empty": "empty", "broken": "unreadable",
+    reasons = {"short": "too short: 0.050 s", "long": "too long: 2.500 s", "empty": "empty", "broken": "unreadable",
                "inf": "unreadable", "folder": "unreadable", "gone": "missing", "nul\0": "unreadable"}
     rows = [{"audio": f"{name}.wav", "text": "ab"} for name in ["good", *reasons]]
     rows += [{"audio": "good.wav", "text": " ", "key": "blank"}, {"audio": "good.wav", "key": "none"},
