@@ -560,7 +560,7 @@ def test_planted_ids_counts_and_specials():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("{oops", "got no JSON"), (b"\xff\xfe", "got no JSON"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
+    ("{oops", "got no JSON"), (b"\xff\xfe", "got 'utf-8' codec"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
     ({"unit": "char"}, "wanted {'unit'"), ({"unit": "char", "symbols": "abc"}, "wanted {'unit'"),
     ({"unit": "bpe", "symbols": [*SPECIALS]}, "must be char or word, got 'bpe'"),
     ({"unit": "char", "symbols": ["<blank>", "a"]}, "must begin with .*'<unk>'.*got .'<blank>', 'a'"),

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,12 +133,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read what save wrote. Raises OSError or a one-line ValueError, both naming the file."""
-        try:
-            state = json.loads(Path(path).read_bytes())
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{path}: wanted a tokenizer written by Tokenizer.save, got no JSON ({error})") from None
-        return cls.from_state(state, where=str(path))
+        """Read what save wrote. Raises a one-line ValueError that names the file."""
+        return cls.from_state(_read(path, "a tokenizer written by Tokenizer.save", json.loads), str(path))
 
 
 # ---- published vocabularies ----
@@ -164,14 +160,12 @@ class PieceTokenizer:
 
         Raises ValueError that names the file.
         """
-        text, pieces = _read(tokens, "a list of symbols"), None
-        try:
-            symbols = json.loads(text) if Path(tokens).suffix == ".json" else text.removesuffix("\n").split("\n")
-        except ValueError as error:
-            raise ValueError(f"{tokens}: wanted a list of symbols, got no JSON ({error})") from None
+        lines = lambda text: text.removesuffix("\n").split("\n")  # by newlines only: U+2028 may be a symbol
+        symbols = _read(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
+        pieces = None
         if dictionary:
-            lines = _read(dictionary, "a dictionary").split("\n")  # by newlines only: U+2028 may be a symbol
-            pieces = {word: parts for word, *parts in (line.split() for line in lines if line.strip())}
+            rows = [line.split() for line in _read(dictionary, "a dictionary", lines)]
+            pieces = {row[0]: row[1:] for row in rows if row}
         return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
 
     def __len__(self) -> int:
@@ -218,9 +212,12 @@ class PieceTokenizer:
         return cls(tuple(symbols), pieces)
 
 
-def _read(path: str | os.PathLike, wanted: str) -> str:
+def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
+    """What parse makes of a UTF-8 file. Raises ValueError that names it."""
     try:
-        return Path(path).read_text("utf-8-sig")
+        return parse(Path(path).read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: wanted {wanted}, got no JSON ({error})") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
 
