@@ -792,11 +792,10 @@ def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
     if os.path.exists(f"{folder}/segments"):
         raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
     audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
-    for path, place in audio.values():
-        if path.endswith("|") or not path:
-            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
     for key in audio | texts:
-        (path, _), (text, _) = audio.get(key, ("", "")), texts.get(key, ("", ""))
+        (path, place), (text, _) = audio.get(key, ("", "")), texts.get(key, ("", ""))
+        if key in audio and (path.endswith("|") or not path):
+            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
         yield Row(key, path and os.path.join(folder, path), text, None)
 
 
