@@ -940,45 +940,37 @@ class ManifestDataset(Dataset):
         rng, speeds = generator(self.seed, epoch, index), self.options.augment.speeds
         return float(speeds[rng.integers(len(speeds))]) if self.augment else 1.0, rng
 
-    def _load(self, row: Row) -> tuple[Tensor, int, float] | Skip:
-        """-> samples, their rate in Hz, seconds of the recording."""
-        if self.for_training and not row.text.strip():
-            return Skip(row.key, "no text")
-        if not row.audio:
-            return Skip(row.key, "no audio: wav.scp has no line for it")
-        try:
-            with open_recording(row.audio) as (file, header):
-                seconds = header.num_samples / header.rate_hz
-                samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
-        except FileNotFoundError:
-            return Skip(row.key, f"missing: {row.audio}")
-        except (OSError, ValueError) as error:
-            return Skip(row.key, f"unreadable: {error}")
-        shortest, longest = max(self.options.min_sec, FRAME_SEC), self.options.max_sec
-        if self.for_training and not shortest <= seconds <= longest:
-            found = "too long" if seconds > longest else "too short" if seconds else "empty"
-            return Skip(row.key, f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
-        return samples, header.rate_hz, seconds
-
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
         epoch, index = address(item, len(self))
-        row = self.rows[index]
-        loaded = self._load(row)
-        if isinstance(loaded, Skip):
-            return loaded._replace(reason=printable(loaded.reason))
-        samples, rate_hz, seconds = loaded
+        row, options = self.rows[index], self.options
+        skip = lambda reason: Skip(row.key, printable(reason))
+        if self.for_training and not row.text.strip():
+            return skip("no text")
+        if not row.audio:
+            return skip("no audio: wav.scp has no line for it")
+        try:
+            with open_recording(row.audio) as (file, header):
+                rate_hz, seconds = header.rate_hz, header.num_samples / header.rate_hz
+                samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
+        except FileNotFoundError:
+            return skip(f"missing: {row.audio}")
+        except (OSError, ValueError) as error:
+            return skip(f"unreadable: {error}")
+        shortest, longest = max(options.min_sec, FRAME_SEC), options.max_sec
+        if self.for_training and not shortest <= seconds <= longest:
+            found = "too long" if seconds > longest else "too short" if seconds else "empty"
+            return skip(f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
         speed, rng = self._speed(epoch, index)
-        if self.augment and self.options.augment.snr_db:
-            samples, rate_hz = resample(samples, rate_hz, self.options.sample_rate), self.options.sample_rate
-            samples = add_noise(samples, self.options.augment.snr_db, rng)
-        feats = frontend(samples, round(rate_hz * speed), self.options, self.stats)     # a higher rate plays faster
+        if self.augment and options.augment.snr_db:
+            samples, rate_hz = resample(samples, rate_hz, options.sample_rate), options.sample_rate
+            samples = add_noise(samples, options.augment.snr_db, rng)
+        feats = frontend(samples, round(rate_hz * speed), options, self.stats)      # a higher rate plays faster
         if not feats.isfinite().all():
-            return Skip(row.key, "features not finite: are the samples of a float WAV far beyond 1?")
-        tokens = torch.tensor(self.encode(row.text), dtype=torch.int64)
-        if self.for_training and len(tokens) > len(feats) // self.frames_per_token:
-            return Skip(row.key, f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most "
-                                 f"{len(feats) // self.frames_per_token}")
-        feats = spec_augment(feats, self.options, rng) if self.augment else feats
+            return skip("features not finite: are the samples of a float WAV far beyond 1?")
+        tokens, room = torch.tensor(self.encode(row.text), dtype=torch.int64), len(feats) // self.frames_per_token
+        if self.for_training and len(tokens) > room:
+            return skip(f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most {room}")
+        feats = spec_augment(feats, options, rng) if self.augment else feats
         return Utterance(row.key, feats, tokens, row.text, None, seconds)
 
 
