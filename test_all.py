@@ -532,6 +532,7 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
     torch.save(tokenizer.state(), tmp_path / "tokens.pt")
     loaded = Tokenizer.load(tmp_path / "tokens.json")
     assert loaded == tokenizer == Tokenizer.from_state(torch.load(tmp_path / "tokens.pt", weights_only=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tokens.json", "tokens.pt"]  # nothing temporary is left
     lossless = 0
     for text in texts:
         ids = loaded.encode(text)
@@ -579,6 +580,19 @@ def test_a_bad_file_is_one_line_that_names_it(text, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         Tokenizer.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "tokens.json"
+    Tokenizer.build(["old"]).save(path)
+    before = path.read_bytes()
+
+    def fail(source, target):
+        raise OSError("disk")
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        Tokenizer.build(["newer"]).save(path)
+    assert path.read_bytes() == before
 
 
 # ---- tokenizer: alignment and error counts ----

@@ -128,8 +128,10 @@ class Tokenizer:
             raise ValueError(f"{where}: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write state() as UTF-8 JSON."""
-        Path(path).write_text(json.dumps(self.state(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        """Write state() as UTF-8 JSON; path holds the old file or the whole new one, never a part."""
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.state(), ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
