@@ -52,7 +52,7 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, encode, funasr_names, in_feature_frames,
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames,
                    lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
@@ -542,7 +542,7 @@ def search_batch(system: System, feats: Sequence[Tensor],
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if system.search == Search():
             return Hypotheses(*on_cpu(model.greedy(padded, lens, need_weights))), None
-        hidden, hidden_lens = encode(model.encoder, padded, lens)
+        hidden, hidden_lens = model.encode(padded, lens)
     best = find_nbest(system, hidden, hidden_lens)  # without autocast, as greedy does it behind the encoder
     found = model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
     return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))

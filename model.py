@@ -519,11 +519,6 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     return (log_prob.softmax(1) * (errors - errors.mean(1, keepdim=True))).sum()
 
 
-def divisor(token_lens: Tensor, unit: str) -> Tensor:
-    """What the sums are divided by, a scalar: the tokens of token_lens (B,), or by unit `utterance` B."""
-    return token_lens.sum() if unit == "token" else torch.tensor(len(token_lens), device=token_lens.device)
-
-
 # ---- the model ----
 
 
@@ -552,20 +547,6 @@ def pick(choices: dict[str, type], field: str, kind: str) -> type:
     return choices[kind]
 
 
-def encode(encoder: nn.Module, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its lens.
-
-    Raises ValueError naming the utterances whose features are not finite.
-    """
-    check_feats(feats, feat_lens, encoder.input_dim)
-    sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
-    bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
-    if bad.any():
-        raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
-    hidden, hidden_lens, _ = encoder(feats, feat_lens)
-    return widened(hidden), hidden_lens
-
-
 def in_feature_frames(edges: Tensor, encoder) -> Tensor:
     """Boundaries in encoder frames -> in feature frames. Encoder frame l is centred on frame subsampling * l; in a
     relative_conformer, which subsamples without padding, on the third after it."""
@@ -573,14 +554,54 @@ def in_feature_frames(edges: Tensor, encoder) -> Tensor:
     return edges * encoder.subsampling - (encoder.subsampling - 1) / 2 + shift
 
 
-class Paraformer(nn.Module):
+class Recogniser(nn.Module):
+    """What the architectures share: an encoder, how losses are added up and divided, and greedy decoding. A subclass
+    adds `forward` and `decode`, as Paraformer has them."""
+
+    def __init__(self, options, input_dim: int):
+        super().__init__()
+        self.options = options
+        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
+
+    def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its
+        lens. Raises ValueError naming the utterances whose features are not finite."""
+        check_feats(feats, feat_lens, self.encoder.input_dim)
+        sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
+        bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
+        if bad.any():
+            raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        return widened(hidden), hidden_lens
+
+    @torch.no_grad()
+    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
+        """Decode without a search: feats (B,T,F), feat_lens (B,) -> Hypotheses, see `decode`. Raises as `encode`."""
+        hidden, hidden_lens = self.encode(feats, feat_lens)
+        with full_precision(hidden, training=False):
+            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
+
+    def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses and before them `loss` = (1 - w) ce + w ctc + quantity_weight (quantity + timing / 2) +
+        mwer_weight mwer, of those that there are; w is ctc_weight."""
+        options = self.options
+        weights = {"ce": 1 - options.ctc_weight, "ctc": options.ctc_weight, "quantity": options.quantity_weight,
+                   "timing": options.quantity_weight / 2, "mwer": options.mwer_weight}
+        return {"loss": sum(weights[name] * value for name, value in sums.items()), **sums}
+
+    def divisor(self, token_lens: Tensor) -> Tensor:
+        """What the sums are divided by, a scalar: the tokens of token_lens (B,), or by loss_unit `utterance` B."""
+        if self.options.loss_unit == "token":
+            return token_lens.sum()
+        return torch.tensor(len(token_lens), device=token_lens.device)
+
+
+class Paraformer(Recogniser):
     """Parallel transformer with the number and place of the tokens from integrate-and-fire. Source: Gao et al. 2022."""
 
     def __init__(self, options, input_dim: int, vocab_size: int):
-        super().__init__()
+        super().__init__(options, input_dim)
         D = options.encoder.hidden_dim
-        self.options = options
-        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
         self.predictor = pick(PREDICTORS, "predictor.kind", options.predictor.kind)(D, options.predictor)
         self.decoder = pick(DECODERS, "decoder.kind", options.decoder.kind)(D, vocab_size, options.decoder)
         self.embedding = nn.Embedding(vocab_size, D)  # of the true tokens, for the sampler
@@ -617,7 +638,7 @@ class Paraformer(nn.Module):
         if self.timing is not None:
             extent = torch.full_like(hidden_lens, hidden.shape[1]) if self.options.padding_leaks else hidden_lens
             sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - token_lens).abs().sum()
-        return self.total(sums), divisor(token_lens, self.options.loss_unit)
+        return self.total(sums), self.divisor(token_lens)
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
@@ -636,15 +657,6 @@ class Paraformer(nn.Module):
         if not self.options.place_embedding:
             return x
         return x * math.sqrt(x.shape[-1]) + sinusoids(*x.shape[1:]).to(x)
-
-    def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Add `loss` = (1 - w) ce + quantity_weight (quantity + timing / 2) + w ctc + mwer_weight mwer, where w is
-        ctc_weight."""
-        w = self.options.ctc_weight
-        quantity = sums["quantity"] + 0.5 * sums.get("timing", 0.0)
-        loss = (1 - w) * sums["ce"] + self.options.quantity_weight * quantity + w * sums.get("ctc", 0.0)
-        loss = loss + self.options.mwer_weight * sums.get("mwer", 0.0)
-        return {"loss": loss, **sums}
 
     def count(self, alpha: Tensor) -> Tensor:
         """alpha (B,L) -> tokens (B,) int64: with a tail the whole part of sum + tail, else the rounded sum.
@@ -675,17 +687,6 @@ class Paraformer(nn.Module):
         tail = F.one_hot(hidden_lens, hidden.shape[1] + 1) * options.tail
         return counts, fire(F.pad(hidden, (0, 0, 0, 1)), F.pad(alpha, (0, 1)) + tail, U, options.firing)
 
-    @torch.no_grad()
-    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
-        """Decode in one pass: the sum of the weights is the token count (`integrate`), each token is its argmax.
-
-        feats (B,T,F), feat_lens (B,) -> Hypotheses. A count of zero gives an utterance without tokens.
-        Raises ValueError naming the utterances whose features are not finite.
-        """
-        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
-        with full_precision(hidden, training=False):
-            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
-
     def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
              need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """What every token may be: hidden (B,L,D), alpha (B,L), counts (B,) as in `integrate`
@@ -696,9 +697,10 @@ class Paraformer(nn.Module):
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """What greedy does behind the encoder: hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses.
+        """What greedy does behind the encoder, in one pass: `count` says how many tokens, each is its argmax.
 
-        tokens (B,U), lens (B,): a search has found these already, and what else there is to know of them is asked for.
+        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses. tokens (B,U), lens (B,): a search has found
+        these already, and what else there is to know of them is asked for.
         """
         check_shape("hidden", hidden, "B", "L", self.embedding.embedding_dim)
         check_lens("hidden_lens", hidden_lens, *hidden.shape[:2])
@@ -768,21 +770,19 @@ class CausalDecoder(nn.Module):
         return self.output(self.norm(x)), kept, weights.mean(1)
 
 
-class Transformer(nn.Module):
+class Transformer(Recogniser):
     """Autoregressive encoder-decoder, with a CTC head on the encoder. Source: Vaswani et al. 2017."""
 
     def __init__(self, options, input_dim: int, vocab_size: int):
-        super().__init__()
+        super().__init__(options, input_dim)
         D = options.encoder.hidden_dim
-        self.options = options
-        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
         self.decoder = CausalDecoder(D, vocab_size, options.decoder)
         self.ctc = nn.Linear(D, vocab_size) if options.ctc_weight else None
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
                 token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Training losses with the true tokens before each; arguments and result as Paraformer.forward. The end token
-        counts as a token. `loss` = (1 - ctc_weight) ce + ctc_weight ctc."""
+        counts as a token."""
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shape("tokens", tokens, feats.shape[0], "U")
         check_lens("token_lens", token_lens, *tokens.shape)
@@ -791,9 +791,7 @@ class Transformer(nn.Module):
         sums = {"ce": cross_entropy_sum(logits, wanted, token_lens + 1, self.options.label_smoothing)}
         if self.ctc is not None:
             sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
-        w = self.options.ctc_weight
-        loss = (1 - w) * sums["ce"] + w * sums.get("ctc", 0.0)
-        return {"loss": loss, **sums}, divisor(token_lens + 1, self.options.loss_unit)
+        return self.total(sums), self.divisor(token_lens + 1)
 
     def begin(self, hidden: Tensor, hidden_lens: Tensor, W: int) -> tuple[Callable, list[Tensor]]:
         """hidden (B,L,D), hidden_lens (B,) -> step, past of W hypotheses of each utterance.
@@ -809,33 +807,29 @@ class Transformer(nn.Module):
 
         return step, self.decoder.past(hidden, W)
 
-    @torch.no_grad()
-    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
-        """Decode token by token, each the argmax, to the end token or to as many tokens as there are encoder frames.
+    def greedy_tokens(self, hidden: Tensor, hidden_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one after the other, each the argmax, to the end
+        token or to as many tokens as there are encoder frames."""
+        step, past = self.begin(hidden, hidden_lens, 1)
+        last, said, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
+        while True:
+            log_p, past, _ = step(last, past)
+            last = log_p.argmax(-1)  # (B,1)
+            goes_on = (lens == len(said)) & (last[:, 0] != EOS) & (lens < hidden_lens)
+            if not goes_on.any():
+                break
+            said, lens = said + [last], lens + goes_on
+        return torch.cat(said, 1) if said else lens.new_zeros(len(lens), 0), lens
 
-        As Paraformer.greedy otherwise; see `decode` for what the fields of Hypotheses are here.
-        """
-        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
-        with full_precision(hidden, training=False):
-            step, past = self.begin(hidden, hidden_lens, 1)
-            last, said, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
-            while True:
-                log_p, past, _ = step(last, past)
-                last = log_p.argmax(-1)  # (B,1)
-                goes_on = (lens == len(said)) & (last[:, 0] != EOS) & (lens < hidden_lens)
-                if not goes_on.any():
-                    break
-                said, lens = said + [last], lens + goes_on
-            tokens = torch.cat(said, 1) if said else lens.new_zeros(len(lens), 0)
-            return self.decode(hidden, hidden_lens, feat_lens, need_weights, tokens, lens)
-
-    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool, tokens: Tensor,
-               lens: Tensor) -> Hypotheses:
-        """What there is to know of tokens (B,U), lens (B,) that were found: one pass over all of them -> Hypotheses.
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
+               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
+        """As Paraformer.decode: one pass over all tokens that were found.
 
         A token stands where the last layer's attention is strongest, but no earlier than the token before it. alpha is
         the attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
         """
+        if tokens is None:
+            tokens, lens = self.greedy_tokens(hidden, hidden_lens)
         mask = padding_mask(lens, tokens.shape[1])
         tokens = tokens * mask
         logits, layers = self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)
@@ -874,13 +868,11 @@ def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
     return torch.cat(path[::-1], 1)
 
 
-class CTC(nn.Module):
+class CTC(Recogniser):
     """The encoder and one linear layer: every frame says a token or nothing. Source: Graves et al. 2006."""
 
     def __init__(self, options, input_dim: int, vocab_size: int):
-        super().__init__()
-        self.options = options
-        self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
+        super().__init__(options, input_dim)
         self.output = nn.Linear(options.encoder.hidden_dim, vocab_size)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
@@ -888,22 +880,15 @@ class CTC(nn.Module):
         """The CTC loss; arguments and result as Paraformer.forward."""
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         loss = ctc_sum(self.output(hidden), hidden_lens, tokens, token_lens)
-        return {"loss": loss, "ctc": loss}, divisor(token_lens, self.options.loss_unit)
+        return {"loss": loss, "ctc": loss}, self.divisor(token_lens)
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """hidden (B,L,D) -> (B,L,V) float32."""
         return self.output(hidden).float().log_softmax(-1)
 
-    @torch.no_grad()
-    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
-        """Decode by the most probable path. As Paraformer.greedy otherwise; see `decode` for the fields."""
-        hidden, hidden_lens = encode(self.encoder, feats, feat_lens)
-        with full_precision(hidden, training=False):
-            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
-
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """The tokens of the best path, or of the best path of tokens (B,U), lens (B,) that were found -> Hypotheses.
+        """As Paraformer.decode: the tokens of the best path, or of the best path of those that were found.
 
         A token stands, with its probability, where the path says it loudest. alpha is the probability of not being
         blank, attention the one of each token at each frame, (B,1,U,L).

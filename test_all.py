@@ -2569,7 +2569,7 @@ def rival(name, seed=0, **options):
 # C61
 def test_step_by_step_decoding_equals_the_full_pass():
     transformer, (feats, feat_lens, _, _) = rival("transformer"), ragged(1)
-    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    hidden, lens = transformer.encode(feats, feat_lens)
     said = torch.randint(3, 7, (4, 3, 6), generator=torch.Generator().manual_seed(0))  # 3 hypotheses each
     step, past = transformer.begin(hidden, lens, 3)
     rows = [F.pad(said, (1, 0), value=SOS)[:, :, u] for u in range(7)]
@@ -2590,7 +2590,7 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
     found = transformer.greedy(feats, feat_lens, need_weights=True)
     ends = set()
     for i, T in enumerate(feat_lens.tolist()):
-        hidden, lens = model.encode(transformer.encoder, feats[i:i + 1, :T], feat_lens[i:i + 1])
+        hidden, lens = transformer.encode(feats[i:i + 1, :T], feat_lens[i:i + 1])
         tokens, log_probs = [SOS], []
         while len(tokens) <= int(lens):
             log_p = transformer.decoder(torch.tensor([tokens]), hidden, lens)[0][0, -1].log_softmax(-1)
@@ -2611,7 +2611,7 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
 def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
     ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
     found = ctc.greedy(feats, feat_lens, need_weights=True)
-    log_p = ctc.log_probs(model.encode(ctc.encoder, feats, feat_lens)[0]).detach()
+    log_p = ctc.log_probs(ctc.encode(feats, feat_lens)[0]).detach()
     for i, L in enumerate(((feat_lens + 1) // 2).tolist()):
         path = log_p[i, :L].argmax(-1).tolist()
         runs = [[(t, s) for t, s in run] for _, run in itertools.groupby(enumerate(path), lambda x: x[1])]
@@ -2655,7 +2655,7 @@ def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(na
 # C63
 def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():
     transformer, (feats, feat_lens, tokens, token_lens) = rival("transformer", label_smoothing=0.0), ragged(7)
-    hidden, lens = model.encode(transformer.encoder, feats, feat_lens)
+    hidden, lens = transformer.encode(feats, feat_lens)
     wanted = 0.0
     for i, n in enumerate(token_lens.tolist()):
         text = [*tokens[i, :n].tolist(), EOS]
@@ -5287,7 +5287,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         assert torch.equal(found.tokens[0], wanted["ids_raw"])
         count, both = found.lens, []
         for system in (exact, small):
-            hidden, lens = model.encode(system.model.encoder, wanted["feats"][None], ints(len(wanted["feats"])))
+            hidden, lens = system.model.encode(wanted["feats"][None], ints(len(wanted["feats"])))
             both.append(system.model.emit(hidden, lens, system.model.predictor(hidden, lens), count)[1][0])
         best = both[0].topk(2).values
         sure = best[:, 0] - best[:, 1] > 0.1
