@@ -940,21 +940,25 @@ CHECKPOINT_FORMAT = 2  # grows when train.py writes what an older one cannot rea
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The state that train.py saved, on the CPU, loaded with weights_only; of a directory, its checkpoint.pt.
+def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
+    """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
 
-    Raises ValueError if it is no such file, OSError if it cannot be read.
+    Raises ValueError with what was wanted if it is no such file, OSError if it cannot be read.
     """
-    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
-        raise ValueError(f"{path}: wanted a checkpoint, got no such file; train one: python train.py CONFIG") from None
+        raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
     except OSError:  # of the disk, not of what stands on it: a resumed run must not take an older checkpoint for that
         raise
     except Exception as error:  # whatever unpickling or the zip reader raise
-        kind = type(error).__name__
-        raise ValueError(f"{path}: wanted a checkpoint of train.py, got what torch cannot load ({kind})") from None
+        raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The state that train.py saved, as `read_file` reads it; of a directory, its checkpoint.pt."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    state = read_file(path, "a checkpoint, which python train.py CONFIG makes")
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
@@ -1041,19 +1045,11 @@ def funasr_names(name: str, options) -> list[str]:
 
 
 def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names; mapped: from the file, and not read until used.
+    """The tensors of a model.pt of FunASR by its names, read as `read_file` does.
 
-    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name; loaded with
-    weights_only. Raises ValueError if it is no such file.
+    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: wanted the weights of a model, got no such file") from None
-    except OSError:  # of the disk, not of what stands on it
-        raise
-    except Exception as error:  # whatever unpickling or the zip reader raise
-        raise ValueError(f"{path}: wanted weights, got what torch cannot load ({type(error).__name__})") from None
+    state = read_file(path, "the weights of a model", mapped)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):

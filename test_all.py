@@ -3309,10 +3309,10 @@ def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(fin
     run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
     before, real = (run / "checkpoints/latest.pt").read_bytes(), torch.load
 
-    def broken(path, map_location=None, weights_only=None):
+    def broken(path, **options):
         if pathlib.Path(path).name == "latest.pt":
             raise OSError(5, "Input/output error", str(path))
-        return real(path, map_location=map_location, weights_only=weights_only)
+        return real(path, **options)
 
     monkeypatch.setattr(torch, "load", broken)
     assert train.main(["--resume", str(run)]) == 2
