@@ -730,7 +730,6 @@ class CausalDecoder(nn.Module):
     def __init__(self, memory_dim: int, vocab_size: int, options):
         super().__init__()
         D = options.hidden_dim
-        self.num_heads = options.num_heads
         self.embedding = nn.Embedding(vocab_size, D)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
@@ -749,19 +748,11 @@ class CausalDecoder(nn.Module):
         x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
 
-    def memory(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """hidden (B,L,Dm) -> the keys and values (B,H,L,K) of each layer's cross-attention, which no step changes."""
-        return [block.cross_attention.keys_values(hidden) for block in self.blocks]
-
-    def past(self, hidden: Tensor, W: int) -> list[Tensor]:
-        """The past of W hypotheses of each utterance that have said nothing: (B,W,H,0,K) twice a layer."""
-        width = self.embedding.embedding_dim // self.num_heads
-        return [hidden.new_zeros(len(hidden), W, self.num_heads, 0, width)] * (2 * len(self.blocks))
-
     def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
              memory_mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One token on: tokens (B,W), the last of each hypothesis, past and memory from the methods above, memory_mask
-        (B,1,L) -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
+        """One token on: tokens (B,W), the last of each hypothesis, past: keys and values (B,W,H,t,K) of what it said, in
+        each layer in turn, memory: those (B,H,L,K) of each layer's cross-attention, memory_mask (B,1,L)
+        -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
         x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
         x, kept = self.dropout(x).view(*tokens.shape, x.shape[2]), []
         for block, keys, values, memory_kv in zip(self.blocks, past[::2], past[1::2], memory):
@@ -799,13 +790,15 @@ class Transformer(Recogniser):
         step(tokens (B,W), past) -> log probabilities (B,W,V) of the next token, past, attention (B,W,L). `past` is a
         list of tensors (B,W,...); whoever moves hypotheses from one w to another moves these.
         """
-        memory, mask = self.decoder.memory(hidden), key_mask(hidden_lens, hidden.shape[1])
+        memory = [block.cross_attention.keys_values(hidden) for block in self.decoder.blocks]  # which no step changes
+        B, H, _, K = memory[0][0].shape
+        mask = key_mask(hidden_lens, hidden.shape[1])
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             logits, past, weights = self.decoder.step(tokens, past, memory, mask)
             return logits.log_softmax(-1), past, weights
 
-        return step, self.decoder.past(hidden, W)
+        return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(memory))
 
     def greedy_tokens(self, hidden: Tensor, hidden_lens: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one after the other, each the argmax, to the end
