@@ -37,6 +37,13 @@ BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
 
 
+def pick(choices: dict, field: str, name):
+    """choices[name], or a ValueError that says which there are."""
+    if name not in choices:
+        raise ValueError(f"{field} must be one of {list(choices)}, got {name!r}")
+    return choices[name]
+
+
 # ---- encoders ----
 
 
@@ -68,15 +75,11 @@ def through(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
 class Subsampling(nn.Module):
     """Convolutions over 3 frames that bring F bins to D channels and keep every frame, every 2nd or every 4th."""
 
-    STRIDES = {1: (1,), 2: (2,), 4: (2, 2)}
-
     def __init__(self, input_dim: int, dim: int, factor: int):
         super().__init__()
-        if factor not in self.STRIDES:
-            raise ValueError(f"subsampling must be one of {list(self.STRIDES)}, got {factor}")
-        widths = [input_dim] + [dim] * len(self.STRIDES[factor])
-        self.convolutions = nn.ModuleList(nn.Conv1d(i, o, 3, stride=s, padding=1)
-                                          for i, o, s in zip(widths, widths[1:], self.STRIDES[factor]))
+        strides = pick({1: (1,), 2: (2,), 4: (2, 2)}, "subsampling", factor)
+        self.convolutions = nn.ModuleList(nn.Conv1d(dim if i else input_dim, dim, 3, stride=stride, padding=1)
+                                          for i, stride in enumerate(strides))
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
@@ -541,12 +544,6 @@ PREDICTORS = {"stacked": Predictor, "dense": FramePredictor, "depthwise": FrameP
 DECODERS = {"transformer": Decoder, "bare": Decoder, "sanm": SanmDecoder}
 
 
-def pick(choices: dict[str, type], field: str, kind: str) -> type:
-    if kind not in choices:
-        raise ValueError(f"{field} must be one of {list(choices)}, got {kind!r}")
-    return choices[kind]
-
-
 def in_feature_frames(edges: Tensor, encoder) -> Tensor:
     """Boundaries in encoder frames -> in feature frames. Encoder frame l is centred on frame subsampling * l; in a
     relative_conformer, which subsamples without padding, on the third after it."""
@@ -913,9 +910,7 @@ ARCHITECTURES = {"paraformer": Paraformer, "transformer": Transformer, "ctc": CT
 
 def build(options, input_dim: int, vocab_size: int) -> nn.Module:
     """The model that options.name asks for, with fresh weights. Raises ValueError if there is none of that name."""
-    if options.name not in ARCHITECTURES:
-        raise ValueError(f"model.name must be one of {sorted(ARCHITECTURES)}, got {options.name!r}")
-    model = ARCHITECTURES[options.name](options, input_dim, vocab_size)
+    model = pick(ARCHITECTURES, "model.name", options.name)(options, input_dim, vocab_size)
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
         norm.eps = options.norm_eps
     return model

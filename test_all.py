@@ -2536,7 +2536,7 @@ WRONG = {
     "kind": (lambda m: tiny("rnn"),
              "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
     "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7),
-             "must be one of ['ctc', 'paraformer', 'transformer'], got 'x'"),
+             "must be one of ['paraformer', 'transformer', 'ctc'], got 'x'"),
 }
 
 
