@@ -433,10 +433,13 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
-        check_shape("x", x, "B", "T", self.gate.in_features)
+        check_shape("x", x, "B", "T", self.depthwise.in_channels)
         x = hide_masked(F.glu(self.gate(x), dim=-1), mask)
         x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
-        return self.out(F.silu(self.norm(x)))
+        return self.out(F.silu(self.normalise(x, mask)))
+
+    def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.norm(x)
 
 
 class StepNorm(nn.BatchNorm1d):
@@ -448,31 +451,27 @@ class StepNorm(nn.BatchNorm1d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
-class BatchNormConvolution(nn.Module):
+class Pointwise(nn.Conv1d):
+    """An nn.Linear whose weight has the shape (out,in,1) of a convolution over single steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[:, :, 0], self.bias)
+
+
+class BatchNormConvolution(ConvolutionModule):
     """The convolution module of Gulati et al. 2020 as published: BatchNorm between depthwise and the last pointwise.
 
     In training its statistics are those of the real steps of the batch only.
     """
 
     def __init__(self, dim: int, kernel_size: int):
-        super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        self.gate = nn.Conv1d(dim, 2 * dim, 1)
-        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-        self.norm = StepNorm(dim)
-        self.out = nn.Conv1d(dim, dim, 1)
+        super().__init__(dim, kernel_size)
+        self.gate, self.norm, self.out = Pointwise(dim, 2 * dim, 1), StepNorm(dim), Pointwise(dim, dim, 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
-        check_shape("x", x, "B", "T", self.gate.in_channels)
-        x = hide_masked(F.glu(F.linear(x, self.gate.weight[:, :, 0], self.gate.bias), dim=-1), mask)
-        x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
+    def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or not self.training:
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        else:
-            x = x.masked_scatter(mask[:, 0, :, None], self.norm(x[mask[:, 0]]).to(x.dtype))
-        return F.linear(F.silu(x), self.out.weight[:, :, 0], self.out.bias)
+            return self.norm(x.transpose(1, 2)).transpose(1, 2)
+        return x.masked_scatter(mask[:, 0, :, None], self.norm(x[mask[:, 0]]).to(x.dtype))
 
 
 class ConformerBlock(nn.Module):
