@@ -84,13 +84,13 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
 # ---- positions ----
 
 
-def sinusoids(T: int, dim: int) -> Tensor:
-    """(T, dim) float32: sin at even and cos at odd columns of t * 10000^(-2i/dim). Source: Vaswani et al. 2017, 3.5."""
+def sinusoids(places: Tensor, dim: int) -> Tensor:
+    """places (...) -> (...,dim) float32: sin at even, cos at odd columns of place * 10000^(-2i/dim). Vaswani et al. 2017."""
     if dim % 2:
         raise ValueError(f"sinusoids: dim must be even, got {dim}")
-    rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
-    angle = torch.arange(T)[:, None] * rate  # (T, dim/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).reshape(T, dim)
+    rate = torch.exp(torch.arange(0, dim, 2, device=places.device) * (-math.log(10000.0) / dim))
+    angle = places[..., None] * rate  # (...,dim/2)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
 
 
 def halved_sinusoids(T: int, dim: int) -> Tensor:
@@ -115,10 +115,7 @@ def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
     the rows would code length-1-r.
     """
     check_shape("lens", lens, "B")
-    place = lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device)  # (B,T)
-    rate = torch.exp(torch.arange(0, dim, 2, device=lens.device) * (-math.log(10000.0) / dim))
-    angle = place[:, :, None] * rate  # (B,T,dim/2)
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(2)
+    return sinusoids(lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device), dim)
 
 
 class PositionalEncoding(nn.Module):
@@ -136,7 +133,7 @@ class PositionalEncoding(nn.Module):
         if kind == "learnable":
             self.table = nn.Parameter(torch.randn(max_len, dim) * 0.02)
         elif kind == "sinusoidal":
-            self.register_buffer("table", sinusoids(max_len, dim), persistent=False)
+            self.register_buffer("table", sinusoids(torch.arange(max_len), dim), persistent=False)
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         """x (B,T,D), whose first step has position `first` -> (B,T,D). Raises ValueError past a learnable table."""
@@ -148,7 +145,7 @@ class PositionalEncoding(nn.Module):
             return x + self.table[first:T]
         if self.kind == "learnable":
             raise ValueError(f"position: the learnable table ends at {self.max_len} steps, got {T}; use sinusoidal")
-        return x + sinusoids(T, self.dim)[first:].to(x)
+        return x + sinusoids(torch.arange(first, T), self.dim).to(x)
 
 
 # ---- attention ----

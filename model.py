@@ -653,7 +653,7 @@ class Paraformer(Recogniser):
         x = self.embedding(tokens)
         if not self.options.place_embedding:
             return x
-        return x * math.sqrt(x.shape[-1]) + sinusoids(*x.shape[1:]).to(x)
+        return x * math.sqrt(x.shape[-1]) + sinusoids(torch.arange(x.shape[1]), x.shape[2]).to(x)
 
     def count(self, alpha: Tensor) -> Tensor:
         """alpha (B,L) -> tokens (B,) int64: with a tail the whole part of sum + tail, else the rounded sum.

@@ -1696,17 +1696,17 @@ def test_masks_are_true_where_real():
 
 def test_sinusoids_equal_their_closed_form():
     wanted = [[(math.sin, math.cos)[d % 2](t / 10000 ** (2 * (d // 2) / 6)) for d in range(6)] for t in range(300)]
-    np.testing.assert_allclose(sinusoids(300, 6).numpy(), wanted, atol=3e-5)  # float32 angles up to 300
+    np.testing.assert_allclose(sinusoids(torch.arange(300), 6).numpy(), wanted, atol=3e-5)  # float32 angles up to 300
 
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "learnable"])
 def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
     encode, x = PositionalEncoding(4, kind, max_len=5), normal(0, 2, 5, 4, dtype=torch.float32)
-    table = sinusoids(5, 4) if kind == "sinusoidal" else encode.table
+    table = sinusoids(torch.arange(5), 4) if kind == "sinusoidal" else encode.table
     assert_same(encode(x[:, :3]) - x[:, :3], table[:3].expand(2, 3, 4), 1e-6)
     longer = x.repeat(1, 2, 1)
     if kind == "sinusoidal":
-        assert_same(encode(longer) - longer, sinusoids(10, 4).expand(2, 10, 4), 1e-6)
+        assert_same(encode(longer) - longer, sinusoids(torch.arange(10), 4).expand(2, 10, 4), 1e-6)
     else:
         with pytest.raises(ValueError, match="learnable table ends at 5 steps, got 10"):
             encode(longer)
@@ -1884,7 +1884,7 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: check_lens("n", ints(1, 2).int(), 2, 9), "n must be (2,) int64, got (2,) torch.int32"),
     (lambda: padding_mask(ints(1, 4), 3), "lens must lie in 0..3, got [1, 4]"),
     (lambda: padding_mask(ints(-1, 3), 3), "lens must lie in 0..3, got [-1, 3]"),
-    (lambda: sinusoids(3, 5), "dim must be even, got 5"),
+    (lambda: sinusoids(torch.arange(3), 5), "dim must be even, got 5"),
     (lambda: PositionalEncoding(4, "rotary"), "position must be sinusoidal, learnable or none, got 'rotary'"),
     (lambda: PositionalEncoding(4)(torch.zeros(2, 3, 5)), "x must be (B,T,4), got (2, 3, 5)"),
     (lambda: MultiHeadAttention(6, 4), "num_heads must divide dim, got 4 heads and dim 6"),
@@ -4729,7 +4729,7 @@ def test_positions_of_sanm_equal_funasr():
 
 def test_relative_codes_count_down_from_5000_or_the_length():
     codes = attention.relative_codes(torch.tensor([3, 5002]), 5002, 8)
-    table = attention.sinusoids(5002, 8)
+    table = attention.sinusoids(torch.arange(5002), 8)
     torch.testing.assert_close(codes[0, :3], table[[4999, 4998, 4997]], atol=1e-3, rtol=0)
     torch.testing.assert_close(codes[1], table.flip(0), atol=1e-3, rtol=0)
 
