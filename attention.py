@@ -85,7 +85,7 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
 
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
-    """places (...) -> (...,dim) float32: sin at even, cos at odd columns of place * 10000^(-2i/dim). Vaswani et al. 2017."""
+    """places (...) -> (...,dim) float32: sin at even, cos at odd columns of place * 10000^(-2i/dim). Vaswani et al."""
     if dim % 2:
         raise ValueError(f"sinusoids: dim must be even, got {dim}")
     rate = torch.exp(torch.arange(0, dim, 2, device=places.device) * (-math.log(10000.0) / dim))

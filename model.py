@@ -19,6 +19,7 @@ import math
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -64,12 +65,13 @@ def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
 
 def through(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
             need_weights: bool) -> tuple[Tensor, list[Tensor]]:
-    """x (B,T,D) through one block after another, `rest` to each -> x, and the attention weights of each if needed."""
+    """x (B,T,D) through one block after another, `rest` to each -> x, and the attention weights that they give."""
     layers = []
     for block in blocks:
         x, weights = block(x, *rest, need_weights=need_weights)
-        layers.append(weights)
-    return x, layers if need_weights else []
+        if weights is not None:
+            layers.append(weights)
+    return x, layers
 
 
 class Subsampling(nn.Module):
@@ -394,17 +396,6 @@ class Decoder(nn.Module):
         return self.output(self.norm(x)), layers
 
 
-class LastFeedForward(nn.Module):
-    """Norm and feed-forward without a residual: what a SAN-M decoder ends with."""
-
-    def __init__(self, dim: int, ffn_dim: int, dropout: float):
-        super().__init__()
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), NormedFeedForward(dim, ffn_dim, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.feed_forward(self.norm_ffn(x))  # (B,U,D) -> (B,U,D)
-
-
 class SanmDecoder(nn.Module):
     """Blocks in which tokens meet through a sequence memory only; the first attention_layers also see the encoder."""
 
@@ -418,7 +409,8 @@ class SanmDecoder(nn.Module):
                                     for _ in range(attention_layers))
         self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
                                            for _ in range(options.num_layers - attention_layers))  # never shifted
-        self.last = LastFeedForward(D, width, options.dropout)
+        feed_forward = NormedFeedForward(D, width, options.dropout)
+        self.last = nn.Sequential(OrderedDict(norm_ffn=nn.LayerNorm(D), feed_forward=feed_forward))  # no residual
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 
@@ -431,8 +423,8 @@ class SanmDecoder(nn.Module):
         check_shape("hidden_lens", hidden_lens, embeds.shape[0])
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
-        x, layers = through(self.blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
-        x, _ = through(self.memory_blocks, x, mask, hidden, hidden_mask, need_weights=False)
+        blocks = [*self.blocks, *self.memory_blocks]
+        x, layers = through(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
         return self.output(self.norm(self.last(x))), layers
 
 
@@ -747,8 +739,8 @@ class CausalDecoder(nn.Module):
 
     def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
              memory_mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One token on: tokens (B,W), the last of each hypothesis, past: keys and values (B,W,H,t,K) of what it said, in
-        each layer in turn, memory: those (B,H,L,K) of each layer's cross-attention, memory_mask (B,1,L)
+        """One token on: tokens (B,W), the last of each hypothesis, past: keys and values (B,W,H,t,K) of what it said,
+        layer by layer, memory: those (B,H,L,K) of each layer's cross-attention, memory_mask (B,1,L)
         -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
         x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
         x, kept = self.dropout(x).view(*tokens.shape, x.shape[2]), []
@@ -965,11 +957,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
     """
     own = model.state_dict()
     sources = {name: names(name) for name in own}
-    used = {source for parts in sources.values() for source in parts}
     wanted = {part: tuple(own[name].chunk(len(parts))[0].shape) if len(parts) > 1 else tuple(own[name].shape)
               for name, parts in sources.items() for part in parts}
     wrong = [f"missing {name}" for name in wanted if name not in weights]
-    wrong += [f"unused {name}" for name in weights if name not in used]
+    wrong += [f"unused {name}" for name in weights if name not in wanted]
     wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
               if name in weights and weights[name].shape != shape]
     if wrong:
