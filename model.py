@@ -57,8 +57,6 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
 
 def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
-    check_shape("hidden", hidden, "B", "L", "D")
-    check_shape("lens", lens, hidden.shape[0])
     mask = None if leak else key_mask(lens, hidden.shape[1])
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
 
@@ -85,8 +83,6 @@ class Subsampling(nn.Module):
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
-        check_shape("x", x, "B", "T", self.convolutions[0].in_channels)
-        check_shape("lens", lens, x.shape[0])
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
             x = F.gelu(over_time(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
@@ -156,14 +152,11 @@ class ImageSubsampling(nn.Module):
 
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
-        self.input_dim = input_dim
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
     def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
-        check_shape("x", x, "B", "T", self.input_dim)
-        check_shape("lens", lens, x.shape[0])
         x = F.pad(x, (0, 0, 0, max(0, self.MIN_FRAMES - x.shape[1])))[:, None]  # (B,1,T,F)
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
@@ -631,15 +624,12 @@ class Paraformer(Recogniser):
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
-        check_shape("tokens", tokens, "B", "U")
-        check_shape("token_lens", token_lens, tokens.shape[0])
         if not self.options.end_token:
             return tokens, token_lens
         return F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS), token_lens + 1
 
     def truth(self, tokens: Tensor) -> Tensor:
         """tokens (B,U) -> the embeddings (B,U,D) that the sampler mixes in."""
-        check_shape("tokens", tokens, "B", "U")
         if self.options.share_embedding:
             return F.embedding(tokens, self.decoder.output.weight)
         x = self.embedding(tokens)
