@@ -35,11 +35,17 @@ from torch import Tensor, nn
 # ---- checks and masks ----
 
 
-def check_shape(name: str, x: Tensor, *dims: str | int) -> None:
-    """Raise ValueError unless x has these dims: an int must match, a str is a free dim and only names it."""
-    shape = x.shape
-    if len(shape) != len(dims) or [d for d, n in zip(dims, shape) if d != n and isinstance(d, int)]:
-        raise ValueError(f"{name} must be ({','.join(map(str, dims))}), got {tuple(shape)}")
+def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
+    """Raise ValueError unless each name=(tensor, *dims) has these dims: an int must match, a str stands for a size, the
+    same wherever it is written."""
+    sizes: dict[str, int] = {}
+    for name, (x, *dims) in wanted.items():
+        known, fits = sizes.copy(), x.dim() == len(dims)
+        for dim, size in zip(dims, x.shape):
+            fits = fits and size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
+        if not fits:
+            dims = ",".join(str(known.get(dim, dim)) for dim in dims)
+            raise ValueError(f"{name} must be ({dims}), got {tuple(x.shape)}")
 
 
 def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
@@ -114,7 +120,7 @@ def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
     Source: the first relative attention of ESPnet, which published conformers were trained with; in Dai et al. 2019
     the rows would code length-1-r.
     """
-    check_shape("lens", lens, "B")
+    check_shapes(lens=(lens, "B"))
     return sinusoids(lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device), dim)
 
 
@@ -137,7 +143,7 @@ class PositionalEncoding(nn.Module):
 
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         """x (B,T,D), whose first step has position `first` -> (B,T,D). Raises ValueError past a learnable table."""
-        check_shape("x", x, "B", "T", self.dim)
+        check_shapes(x=(x, "B", "T", self.dim))
         T = first + x.shape[1]
         if self.kind == "none":
             return x
@@ -159,20 +165,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
     A query that sees no key gives 0: a softmax over nothing would be NaN, in the gradient too, so that row
     attends to everything and is then erased. `need_weights` takes the explicit path, equal to the fused one.
     """
-    check_shape("q", q, "B", "H", "T", "K")
-    B, H, T, K = q.shape
-    check_shape("k", k, B, H, "S", K)
-    check_shape("v", v, *k.shape)
+    check_shapes(q=(q, "B", "H", "T", "K"), k=(k, "B", "H", "S", "K"), v=(v, "B", "H", "S", "K"))
+    B, _, T, K = q.shape
+    S = k.shape[2]
     alive = None
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape not in ((B, 1, k.shape[2]), (B, T, k.shape[2])):
-            raise ValueError(f"mask must be ({B},1,{k.shape[2]}) or ({B},{T},{k.shape[2]}) bool, "
-                             f"got {tuple(mask.shape)} {mask.dtype}")
+        if mask.dtype != torch.bool or mask.shape not in ((B, 1, S), (B, T, S)):
+            raise ValueError(f"mask must be ({B},1,{S}) or ({B},{T},{S}) bool, got {tuple(mask.shape)} {mask.dtype}")
         mask = mask[:, None]  # (B,1 or T,S) -> (B,1,1 or T,S)
         alive = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
         mask = mask | ~alive
     if need_weights:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B,H,T,S)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(K)  # (B,H,T,S)
         scores = scores if bias is None else scores + bias
         weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
         weights = weights if alive is None else weights * alive
@@ -205,9 +209,8 @@ class MultiHeadAttention(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), memory (B,S,memory_dim) or None for self-attention, mask (B,1 or T,S) bool
         -> out (B,T,D), weights (B,H,T,S) where asked for, else None."""
-        check_shape("x", x, "B", "T", self.dim)
         memory = x if memory is None else memory
-        check_shape("memory", memory, x.shape[0], "S", self.memory_dim)
+        check_shapes(x=(x, "B", "T", self.dim), memory=(memory, "B", "S", self.memory_dim))
         return self.over(x, *self.keys_values(memory), mask, need_weights)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,10 +233,8 @@ def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
     sees key s <= t through code L-1-(t-s). Key t+1 gets 0, and later ones the scores of query t+1, as in ESPnet's first
     version, on which published weights rely.
     """
-    check_shape("scores", scores, "B", "H", "T", "T")
+    check_shapes(scores=(scores, "B", "H", "T", "T"), lens=(lens, "B"))
     B, H, T, _ = scores.shape
-    check_shape("scores", scores, B, H, T, T)
-    check_shape("lens", lens, B)
     step, length = torch.arange(T, device=lens.device), lens[:, None, None]
     flat = (step[:, None] + 1) * length + step  # (B,T,T): place in the (L,L+1) table
     row, column = flat // (length + 1), flat % (length + 1) - 1
@@ -256,8 +257,7 @@ class RelativeAttention(MultiHeadAttention):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), codes (B,T,D) from `relative_codes`, lens (B,) to count positions from, mask (B,1,T)
         -> out (B,T,D), weights (B,H,T,T) where asked for."""
-        check_shape("x", x, "B", "T", self.dim)
-        check_shape("codes", codes, *x.shape)
+        check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
         k, v = self.key_value(x).chunk(2, dim=-1)
         q, k, v = self.heads(self.query(x)), self.heads(k), self.heads(v)
         p = self.heads(self.position(codes))  # (B,H,T,K)
@@ -276,7 +276,7 @@ def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (B,T,D) with zeros where mask (B,1,T) hides the step; with None nothing is hidden. Raises for other shapes."""
     if mask is None:
         return x
-    check_shape("mask", mask, x.shape[0], 1, x.shape[1])
+    check_shapes(x=(x, "B", "T", "D"), mask=(mask, "B", 1, "T"))
     return x * mask.transpose(1, 2)
 
 
@@ -311,7 +311,7 @@ class SequenceMemory(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
-        check_shape("x", x, "B", "T", self.weight.shape[0])
+        check_shapes(x=(x, "B", "T", self.weight.shape[0]))
         x = hide_masked(x, mask)
         if x.shape[1] == 0:
             return x
@@ -332,7 +332,7 @@ class SanmAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
-        check_shape("x", x, "B", "T", self.query_key_value.in_features)
+        check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
         with full_precision(x, self.training):
             q, k, v = self.query_key_value(x if self.training else widened(x)).chunk(3, dim=-1)  # (B,T,dim) each
             heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
@@ -348,7 +348,7 @@ class FeedForward(nn.Module):
         self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape("x", x, "B", "T", self.layers[0].in_features)
+        check_shapes(x=(x, "B", "T", self.layers[0].in_features))
         return self.layers(x)
 
 
@@ -362,7 +362,7 @@ class NormedFeedForward(nn.Module):
         self.down = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape("x", x, "B", "T", self.up.in_features)
+        check_shapes(x=(x, "B", "T", self.up.in_features))
         return self.down(self.norm(self.dropout(F.relu(self.up(x)))))
 
 
@@ -385,7 +385,7 @@ class TransformerBlock(nn.Module):
                 memory_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1 or T,T), memory (B,S,memory_dim), memory_mask (B,1,S)
         -> (B,T,D) and, where asked for, the weights of the cross-attention (B,H,T,S), or else of the self-attention."""
-        check_shape("x", x, "B", "T", self.self_attention.dim)
+        check_shapes(x=(x, "B", "T", self.self_attention.dim))
         if (memory is None) != (self.cross_attention is None):
             raise ValueError(f"memory must be given if and only if memory_dim was, got {type(memory).__name__}")
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
@@ -430,7 +430,7 @@ class ConvolutionModule(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
-        check_shape("x", x, "B", "T", self.depthwise.in_channels)
+        check_shapes(x=(x, "B", "T", self.depthwise.in_channels))
         x = hide_masked(F.glu(self.gate(x), dim=-1), mask)
         x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
         return self.out(F.silu(self.normalise(x, mask)))
@@ -489,7 +489,7 @@ class ConformerBlock(nn.Module):
 
         The convolution sees every frame that any row of the mask may see.
         """
-        check_shape("x", x, "B", "T", self.self_attention.dim)
+        check_shapes(x=(x, "B", "T", self.self_attention.dim))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
         x = x + self.dropout(out)
@@ -511,8 +511,7 @@ class RelativeConformerBlock(ConformerBlock):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
         -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
-        check_shape("x", x, "B", "T", self.self_attention.dim)
-        check_shape("extent", extent, x.shape[0])
+        check_shapes(x=(x, "B", "T", self.self_attention.dim), extent=(extent, "B"))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
             x = x if self.training else widened(x)
@@ -537,7 +536,7 @@ class SanmBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
-        check_shape("x", x, "B", "T", self.self_attention.query_key_value.in_features)
+        check_shapes(x=(x, "B", "T", self.self_attention.query_key_value.in_features))
         out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
         x = x + self.dropout(out) if self.residual else self.dropout(out)
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
@@ -558,7 +557,7 @@ class SanmDecoderBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L) -> (B,U,D), weights (B,H,U,L) or None."""
-        check_shape("x", x, "B", "U", self.memory.weight.shape[0])
+        check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
         y = self.feed_forward(self.norm_ffn(x))
         x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # the residual goes round the feed-forward as well
         if self.cross_attention is None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
-                       SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shape, full_precision,
+                       SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shapes, full_precision,
                        halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids,
                        widened)
 
@@ -49,7 +49,7 @@ def pick(choices: dict, field: str, name):
 
 
 def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
-    check_shape("feats", feats, "B", "T", input_dim)
+    check_shapes(feats=(feats, "B", "T", input_dim))
     check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
     if feats.shape[1] == 0:
         raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
@@ -208,8 +208,7 @@ class Predictor(nn.Module):
 
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads."""
-        check_shape("hidden", hidden, "B", "L", self.dim)
-        check_shape("lens", lens, hidden.shape[0])
+        check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
@@ -231,8 +230,7 @@ class FramePredictor(nn.Module):
 
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
-        check_shape("hidden", hidden, "B", "L", self.dim)
-        check_shape("lens", lens, hidden.shape[0])
+        check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
         y = over_time(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
         y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
         weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
@@ -251,8 +249,7 @@ class TimingHead(nn.Module):
 
     def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,), extent (B,) frames that the LSTM runs over -> (B, upsampling * L) float32."""
-        check_shape("hidden", hidden, "B", "L", self.upsample.in_channels)
-        check_shape("lens", lens, hidden.shape[0])
+        check_shapes(hidden=(hidden, "B", "L", self.upsample.in_channels), lens=(lens, "B"))
         check_lens("extent", extent, *hidden.shape[:2])
         rate = self.options.upsampling
         x = self.upsample(hidden.transpose(1, 2)).transpose(1, 2)  # (B,rate*L,D)
@@ -272,8 +269,7 @@ def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
 
     float64: with float32 sums the last token of an utterance is lost at random, when its sum ends just below the count.
     """
-    check_shape("alpha", alpha, "B", "L")
-    check_shape("counts", counts, alpha.shape[0])
+    check_shapes(alpha=(alpha, "B", "L"), counts=(counts, "B"))
     alpha = alpha.double()
     return alpha * (counts / alpha.sum(1).clamp(min=1e-12))[:, None]
 
@@ -289,8 +285,7 @@ def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
     a frame that carries more than one unit gives to all of them, and units past the sum are zero.
     CIF_UNITS at a time, from the frames that they touch: time and memory grow with L + U, and not with L * U.
     """
-    check_shape("alpha", alpha, "B", "L")
-    check_shape("hidden", hidden, *alpha.shape, "D")
+    check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
     end = alpha.cumsum(1)[:, None, :]  # (B,1,L)
     start = end - alpha[:, None, :]
     tokens, low, high = [hidden[:, :0]], 0, alpha.shape[1]
@@ -312,8 +307,7 @@ def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
     Source: FunASR's cif_v1 (merge) and cif (delay), written without a loop: with n_t tokens fired up to t, delay is
     n_t = min(n_{t-1} + 1, floor(c_t)), a running minimum.
     """
-    check_shape("alpha", alpha, "B", "L")
-    check_shape("hidden", hidden, *alpha.shape, "D")
+    check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
     if rule not in ("merge", "delay"):
         raise ValueError(f"rule must be merge or delay, got {rule!r}")
     L, D = hidden.shape[1:]
@@ -338,7 +332,7 @@ def boundaries(alpha: Tensor, n: int) -> Tensor:
     neighbours meet half way between their centres and the outer edges mirror that. (The sum crosses whole numbers in
     the flat parts between peaks, where the place says little.) One token alone takes all frames.
     """
-    check_shape("alpha", alpha, "L")
+    check_shapes(alpha=(alpha, "L"))
     L = len(alpha)
     total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
     return halfway(np.interp(np.arange(n) + 0.5, total * (n / max(total[-1], 1e-12)), np.arange(L + 1)), L)
@@ -378,10 +372,8 @@ class Decoder(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """embeds (B,U,Dm), counts (B,), hidden (B,L,Dm), hidden_lens (B,)
         -> logits (B,U,V) and the cross-attention weights (B,H,U,L) of each layer where asked for."""
-        check_shape("embeds", embeds, "B", "U", self.memory_dim)
-        check_shape("counts", counts, embeds.shape[0])
-        check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
-        check_shape("hidden_lens", hidden_lens, embeds.shape[0])
+        check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
+                     hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
         mask = key_mask(counts, embeds.shape[1])
         memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
@@ -410,10 +402,8 @@ class SanmDecoder(nn.Module):
     def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """As Decoder.forward."""
-        check_shape("embeds", embeds, "B", "U", self.memory_dim)
-        check_shape("counts", counts, embeds.shape[0])
-        check_shape("hidden", hidden, embeds.shape[0], "L", self.memory_dim)
-        check_shape("hidden_lens", hidden_lens, embeds.shape[0])
+        check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
+                     hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         blocks = [*self.blocks, *self.memory_blocks]
@@ -430,11 +420,8 @@ def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: 
     embeds, truth (B,U,D), counts (B,) tokens, wrong (B,) errors of the first pass, order (B,U) float: the positions
     with the smallest values are replaced -> (B,U,D). Source: Gao et al. 2022, 3.3; the floor as in FunASR.
     """
-    check_shape("embeds", embeds, "B", "U", "D")
-    check_shape("truth", truth, *embeds.shape)
-    check_shape("counts", counts, embeds.shape[0])
-    check_shape("wrong", wrong, embeds.shape[0])
-    check_shape("order", order, *embeds.shape[:2])
+    check_shapes(embeds=(embeds, "B", "U", "D"), truth=(truth, "B", "U", "D"), counts=(counts, "B"), wrong=(wrong, "B"),
+                 order=(order, "B", "U"))
     order = order.masked_fill(~padding_mask(counts, embeds.shape[1]), torch.inf)
     rank = order.argsort(1).argsort(1)  # (B,U): 0 for the smallest
     picked = rank < (wrong * ratio).floor()[:, None]
@@ -449,9 +436,7 @@ def cross_entropy_sum(logits: Tensor, tokens: Tensor, lens: Tensor, smoothing: f
 
     logits (B,U,V), tokens (B,U) int64, lens (B,) -> scalar. The entropy of q is subtracted, so the minimum is 0.
     """
-    check_shape("logits", logits, "B", "U", "V")
-    check_shape("tokens", tokens, *logits.shape[:2])
-    check_shape("lens", lens, logits.shape[0])
+    check_shapes(logits=(logits, "B", "U", "V"), tokens=(tokens, "B", "U"), lens=(lens, "B"))
     V = logits.shape[-1]
     q = torch.tensor([1 - smoothing, smoothing / (V - 1)], dtype=torch.float64)
     entropy = -(q[0] * q[0].log() + (V - 1) * torch.special.xlogy(q[1], q[1])).item()
@@ -466,8 +451,7 @@ def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
 
     logits (B,L,V), lens (B,), tokens (B,U), token_lens (B,) -> scalar.
     """
-    check_shape("logits", logits, "B", "L", "V")
-    check_shape("tokens", tokens, logits.shape[0], "U")
+    check_shapes(logits=(logits, "B", "L", "V"), tokens=(tokens, "B", "U"))
     check_lens("lens", lens, *logits.shape[:2])
     check_lens("token_lens", token_lens, *tokens.shape)
     log_p = logits.float().log_softmax(-1).transpose(0, 1)  # (L,B,V)
@@ -497,7 +481,7 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     over the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
     """
     (B, N, _), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
-    check_shape("logits", logits, *tokens.shape, "V")
+    check_shapes(tokens=(tokens, "B", "U"), logits=(logits, "B", "U", "V"))
     two, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2)
     second = masked & (torch.arange(N, device=masked.device) > 0)[:, None]
     chosen = torch.where(second, ids[:, None, :, 1], ids[:, None, :, 0])  # (B,N,U)
@@ -599,7 +583,7 @@ class Paraformer(Recogniser):
         -> sums by name (`loss` is their weighted total) and the number of tokens to divide them by.
         """
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens, leak=self.options.padding_leaks)
-        check_shape("tokens", tokens, feats.shape[0], "U")
+        check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
         alpha, words = self.predictor(hidden, hidden_lens), (tokens, token_lens)
         tokens, token_lens = self.targets(tokens, token_lens)
@@ -642,7 +626,7 @@ class Paraformer(Recogniser):
 
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
-        check_shape("alpha", alpha, "B", "L")
+        check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
     def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
@@ -651,13 +635,11 @@ class Paraformer(Recogniser):
 
         The weights are scaled to the counts; where there is a tail, only to counts other than their own.
         """
-        check_shape("alpha", alpha, "B", "L")
-        check_shape("hidden", hidden, *alpha.shape, "D")
-        check_shape("hidden_lens", hidden_lens, alpha.shape[0])
+        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), hidden_lens=(hidden_lens, "B"))
         options, alpha = self.options.predictor, alpha.double()
         own = self.count(alpha)
         counts = own if counts is None else counts
-        check_shape("counts", counts, alpha.shape[0])
+        check_shapes(counts=(counts, len(alpha)))
         U = int(counts.max()) if len(counts) else 0
         as_they_are = (counts == own)[:, None] & (options.tail > 0)
         alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
@@ -681,11 +663,10 @@ class Paraformer(Recogniser):
         hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses. tokens (B,U), lens (B,): a search has found
         these already, and what else there is to know of them is asked for.
         """
-        check_shape("hidden", hidden, "B", "L", self.embedding.embedding_dim)
+        check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         check_lens("hidden_lens", hidden_lens, *hidden.shape[:2])
-        check_shape("feat_lens", feat_lens, hidden.shape[0])
         if tokens is not None:
-            check_shape("tokens", tokens, hidden.shape[0], "U")
+            check_shapes(tokens=(tokens, len(hidden), "U"))
         alpha = self.predictor(hidden, hidden_lens)
         counts, log_p, attention = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
         tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]
@@ -754,7 +735,7 @@ class Transformer(Recogniser):
         """Training losses with the true tokens before each; arguments and result as Paraformer.forward. The end token
         counts as a token."""
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
-        check_shape("tokens", tokens, feats.shape[0], "U")
+        check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
         wanted = F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS)
         logits, _ = self.decoder(F.pad(tokens, (1, 0), value=SOS), hidden, hidden_lens)

@@ -56,9 +56,8 @@ import serve
 import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
-                       TransformerBlock, attend, causal_mask, check_lens, check_shape, key_mask, over_time,
-                       padding_mask,
-                       sinusoids)
+                       TransformerBlock, attend, causal_mask, check_lens, check_shapes, key_mask, over_time,
+                       padding_mask, sinusoids)
 from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
@@ -1878,8 +1877,8 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
 
 # C7
 @pytest.mark.parametrize("call, message", [
-    (lambda: check_shape("feats", torch.zeros(4, 80, 560), "B", "T", 80), "feats must be (B,T,80), got (4, 80, 560)"),
-    (lambda: check_shape("x", torch.zeros(4), "B", "T"), "x must be (B,T), got (4,)"),
+    (lambda: check_shapes(feats=(torch.zeros(4, 80, 560), "B", "T", 80)), "feats must be (B,T,80), got (4, 80, 560)"),
+    (lambda: check_shapes(x=(torch.zeros(4), "B", "T")), "x must be (B,T), got (4,)"),
     (lambda: check_lens("n", ints(1, 2), 3, 9), "n must be (3,) int64, got (2,) torch.int64"),
     (lambda: check_lens("n", ints(1, 2).int(), 2, 9), "n must be (2,) int64, got (2,) torch.int32"),
     (lambda: padding_mask(ints(1, 4), 3), "lens must lie in 0..3, got [1, 4]"),
@@ -1908,7 +1907,7 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 2, 3)), "mask must be (2,1,3) or (2,3,3) bool, got (2, 2, 3)"),
     (lambda: attention.relative_codes(MASK, 3, 4), "lens must be (B), got (2, 1, 3)"),
     (lambda: attention.relative_shift(X, ints(3, 2)), "scores must be (B,H,T,T), got (2, 3, 4)"),
-    (lambda: attention.relative_shift(X[None], ints(3)), "scores must be (1,2,3,3), got (1, 2, 3, 4)"),
+    (lambda: attention.relative_shift(X[None], ints(3)), "scores must be (B,H,T,T), got (1, 2, 3, 4)"),
     (lambda: attention.relative_shift(X[None, :, :, :3], ints(3, 2)), "lens must be (1), got (2,)"),
     (lambda: attention.RelativeAttention(4, 2)(X, X[:1], ints(3, 2)), "codes must be (2,3,4), got (1, 3, 4)"),
     (lambda: attention.RelativeConformerBlock(6, 2, 8)(X, MASK, X, ints(3, 2)), "x must be (B,T,6), got (2, 3, 4)"),
