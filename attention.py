@@ -258,9 +258,8 @@ class RelativeAttention(MultiHeadAttention):
         """x (B,T,D), codes (B,T,D) from `relative_codes`, lens (B,) to count positions from, mask (B,1,T)
         -> out (B,T,D), weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
-        k, v = self.key_value(x).chunk(2, dim=-1)
-        q, k, v = self.heads(self.query(x)), self.heads(k), self.heads(v)
-        p = self.heads(self.position(codes))  # (B,H,T,K)
+        q, p = self.heads(self.query(x)), self.heads(self.position(codes))  # (B,H,T,K)
+        k, v = self.keys_values(x)
         scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])
         out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, relative_shift(scores, lens),
                               self.dropout if self.training else 0.0)
