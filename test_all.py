@@ -2168,8 +2168,9 @@ def last_mass(alpha, counts):
     return cif(torch.ones(*alpha.shape, 1, dtype=alpha.dtype), alpha, U)[..., 0].gather(1, counts[:, None] - 1)[:, 0]
 
 
-# C21
+# C21 C47
 def test_cif_keeps_the_last_token_in_10000_draws():
+    """Where FunASR loses 22 % (parallel) and 49 % (sequential): shared/FUNASR.md, 5.5."""
     generator = torch.Generator().manual_seed(0)
     lost = 0
     for _ in range(20):
@@ -5073,20 +5074,27 @@ def test_half_precision_keeps_the_ids(variant, precision):
 
 # ---- model: training (FunASR) ----
 
+def training_batch(variant, end_token):
+    """-> what is recorded in train.npz, and of it the arguments of forward, the order from FunASR's permutations."""
+    wanted = recorded(variant, "train")
+    feats = torch.nn.utils.rnn.pad_sequence([recorded(variant, name)["feats"] for name in WAVS], batch_first=True)
+    tokens = wanted["text"].clamp(min=0).long()
+    order = torch.full((4, tokens.shape[1] + end_token), 1e9)
+    for b in range(4):
+        order[b, wanted[f"perm{b}"].long()] = torch.arange(len(wanted[f"perm{b}"])).float()
+    return wanted, (feats, wanted["feats_lens"].long(), tokens, wanted["text_lens"].long(), order)
+
+
 # C46
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_every_gradient_norm_equal_funasr(variant):
     """Recorded: train.npz and _grad_norms, with FunASR's permutations handed to the sampler and its padding leaks."""
     options, net = published(variant, padding_leaks=True)
-    wanted, results = recorded(variant, "train"), json.loads((KIT / variant / "expected/results.json").read_text())
-    feats = torch.nn.utils.rnn.pad_sequence([recorded(variant, name)["feats"] for name in WAVS], batch_first=True)
-    tokens, lens = wanted["text"].clamp(min=0).long(), wanted["text_lens"].long()
-    order = torch.full((4, tokens.shape[1] + options.model.end_token), 1e9)
-    for b in range(4):
-        order[b, wanted[f"perm{b}"].long()] = torch.arange(len(wanted[f"perm{b}"])).float()
+    results = json.loads((KIT / variant / "expected/results.json").read_text())
+    wanted, batch = training_batch(variant, options.model.end_token)
     net.zero_grad()
-    sums, count = net(feats, wanted["feats_lens"].long(), tokens, lens, order)
+    sums, count = net(*batch)
     names = {"loss": "loss", "stat_loss_att": "ce", "stat_loss_pre": "quantity", "stat_loss_pre2": "timing",
              "stat_loss_ctc": "ctc"}
     assert {names[key] for key in wanted if key in names} == set(sums)
@@ -5107,20 +5115,16 @@ def test_losses_and_every_gradient_norm_equal_funasr(variant):
 @torch.no_grad()
 def test_both_passes_of_the_decoder_equal_funasr(variant):
     options, net = published(variant, padding_leaks=True)
-    wanted = recorded(variant, "train")
-    feats = torch.nn.utils.rnn.pad_sequence([recorded(variant, name)["feats"] for name in WAVS], batch_first=True)
-    hidden, lens, _ = net.encoder(feats, wanted["feats_lens"].long(), leak=True)
+    wanted, (feats, feat_lens, *texts, order) = training_batch(variant, options.model.end_token)
+    hidden, lens, _ = net.encoder(feats, feat_lens, leak=True)
     alpha = net.predictor(hidden, lens)
-    tokens, counts = net.targets(wanted["text"].clamp(min=0).long(), wanted["text_lens"].long())
+    tokens, counts = net.targets(*texts)
     embeds = model.cif(hidden, model.scale_weights(alpha, counts), tokens.shape[1])
     mask = attention.padding_mask(counts, tokens.shape[1])
     close(embeds[mask], wanted["pre_embeds"][mask], 5e-4)
     first, _ = net.decoder(embeds, counts, hidden, lens)
     close(first[mask], wanted["logits_1st"][mask], 5e-3)
     wrong = ((first.argmax(-1) != tokens) & mask).sum(1)
-    order = torch.full(tokens.shape, 1e9)
-    for b in range(4):
-        order[b, wanted[f"perm{b}"].long()] = torch.arange(len(wanted[f"perm{b}"])).float()
     mixed = model.glance(embeds, net.truth(tokens), counts, wrong, options.model.sampling_ratio, order)
     close(mixed[mask], wanted["sematic_embeds"][mask], 5e-4)
     close(net.decoder(mixed, counts, hidden, lens)[0][mask], wanted["logits"][mask], 5e-3)
@@ -5158,17 +5162,6 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
     wide = net.double()(feats.double(), lens, tokens, token_lens, order)[0]
     torch.testing.assert_close(wide["loss"].float(), narrow["loss"], rtol=1e-3, atol=1e-3)
     assert torch.equal(net.eval().greedy(feats.double(), lens).tokens, found.tokens)
-
-
-# C47
-def test_the_last_token_is_never_lost_in_training():
-    """Where FunASR loses 22 % (parallel) and 49 % (sequential): shared/FUNASR.md, 5.5."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(1000):
-        L, U = int(torch.randint(10, 120, (), generator=generator)), int(torch.randint(1, 10, (), generator=generator))
-        alpha = torch.rand(1, L, generator=generator)
-        weight = model.cif(torch.ones(1, L, 1), model.scale_weights(alpha, torch.tensor([U])), U)
-        torch.testing.assert_close(weight, torch.ones(1, U, 1), atol=1e-6, rtol=0)
 
 
 # ---- model: loading (FunASR) ----
