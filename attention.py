@@ -396,7 +396,8 @@ class TransformerBlock(nn.Module):
 
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
              memory_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """The next token of W hypotheses of each utterance: what forward gives in its last row under a causal mask.
+        """The next token of W hypotheses of each utterance: what forward gives in its last row under a causal mask, in
+        evaluation.
 
         x (B,W,D), past: keys and values (B,W,H,t,K) of the t tokens before, memory: keys and values (B,H,S,K) of the
         cross-attention, memory_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
@@ -406,10 +407,10 @@ class TransformerBlock(nn.Module):
         new = (z.unflatten(0, (B, W)) for z in self.self_attention.keys_values(y))  # (B*W,H,1,K) -> (B,W,H,1,K)
         keys, values = (torch.cat(pair, dim=3) for pair in zip(past, new))
         out, _ = self.self_attention.over(y, keys.flatten(0, 1), values.flatten(0, 1))
-        x = x + self.dropout(out.view(B, W, D))
+        x = x + out.view(B, W, D)
         out, weights = self.cross_attention.over(self.norm_cross(x), *memory, memory_mask, need_weights=True)
-        x = x + self.dropout(out)  # hypotheses stand where forward has steps: they share one memory
-        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), (keys, values), weights
+        x = x + out  # hypotheses stand where forward has steps: they share one memory
+        return x + self.feed_forward(self.norm_ffn(x)), (keys, values), weights
 
 
 class ConvolutionModule(nn.Module):

@@ -708,18 +708,6 @@ class CausalDecoder(nn.Module):
         x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
 
-    def step(self, tokens: Tensor, past: list[Tensor], memory: list[tuple[Tensor, Tensor]],
-             memory_mask: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One token on: tokens (B,W), the last of each hypothesis, past: keys and values (B,W,H,t,K) of what it said,
-        layer by layer, memory: those (B,H,L,K) of each layer's cross-attention, memory_mask (B,1,L)
-        -> logits (B,W,V), the past with these tokens, the last layer's weights (B,W,L), mean of the heads."""
-        x = self.position(self.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
-        x, kept = self.dropout(x).view(*tokens.shape, x.shape[2]), []
-        for block, keys, values, memory_kv in zip(self.blocks, past[::2], past[1::2], memory):
-            x, said, weights = block.step(x, (keys, values), memory_kv, memory_mask)
-            kept += said
-        return self.output(self.norm(x)), kept, weights.mean(1)
-
 
 class Transformer(Recogniser):
     """Autoregressive encoder-decoder, with a CTC head on the encoder. Source: Vaswani et al. 2017."""
@@ -747,16 +735,22 @@ class Transformer(Recogniser):
     def begin(self, hidden: Tensor, hidden_lens: Tensor, W: int) -> tuple[Callable, list[Tensor]]:
         """hidden (B,L,D), hidden_lens (B,) -> step, past of W hypotheses of each utterance.
 
-        step(tokens (B,W), past) -> log probabilities (B,W,V) of the next token, past, attention (B,W,L). `past` is a
-        list of tensors (B,W,...); whoever moves hypotheses from one w to another moves these.
+        step(tokens (B,W), the last of each, past) -> log probabilities (B,W,V) of the next token, past with these
+        tokens, attention (B,W,L) of the last layer, mean of the heads. `past` is keys and values (B,W,H,t,K) layer by
+        layer; whoever moves hypotheses from one w to another moves these.
         """
-        memory = [block.cross_attention.keys_values(hidden) for block in self.decoder.blocks]  # which no step changes
+        decoder = self.decoder
+        memory = [block.cross_attention.keys_values(hidden) for block in decoder.blocks]  # which no step changes
         B, H, _, K = memory[0][0].shape
         mask = key_mask(hidden_lens, hidden.shape[1])
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-            logits, past, weights = self.decoder.step(tokens, past, memory, mask)
-            return logits.log_softmax(-1), past, weights
+            x = decoder.position(decoder.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
+            x, kept = x.view(*tokens.shape, x.shape[2]), []
+            for block, keys, values, memory_kv in zip(decoder.blocks, past[::2], past[1::2], memory):
+                x, said, weights = block.step(x, (keys, values), memory_kv, mask)
+                kept += said
+            return decoder.output(decoder.norm(x)).log_softmax(-1), kept, weights.mean(1)
 
         return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(memory))
 
