@@ -396,8 +396,7 @@ class TransformerBlock(nn.Module):
 
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
              memory_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """The next token of W hypotheses of each utterance: what forward gives in its last row under a causal mask, in
-        evaluation.
+        """The next token of W hypotheses of each utterance: forward's last row under a causal mask, without dropout.
 
         x (B,W,D), past: keys and values (B,W,H,t,K) of the t tokens before, memory: keys and values (B,H,S,K) of the
         cross-attention, memory_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).

@@ -225,7 +225,7 @@ class FramePredictor(nn.Module):
         self.options, self.dim = options, dim
         groups = dim if options.kind == "depthwise" else 1
         self.convolution = nn.Conv1d(dim, dim, options.left + 1 + options.right, groups=groups)
-        self.dropout = nn.Dropout(options.dropout if options.kind == "depthwise" else 0.0)
+        self.dropout = nn.Dropout(options.dropout)
         self.firing = nn.Linear(dim, 1)
 
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
@@ -532,12 +532,11 @@ class Recogniser(nn.Module):
     def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its
         lens. Raises ValueError naming the utterances whose features are not finite."""
-        check_feats(feats, feat_lens, self.encoder.input_dim)
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
         bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         return widened(hidden), hidden_lens
 
     @torch.no_grad()
@@ -626,7 +625,6 @@ class Paraformer(Recogniser):
 
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
-        check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
     def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
@@ -639,7 +637,6 @@ class Paraformer(Recogniser):
         options, alpha = self.options.predictor, alpha.double()
         own = self.count(alpha)
         counts = own if counts is None else counts
-        check_shapes(counts=(counts, len(alpha)))
         U = int(counts.max()) if len(counts) else 0
         as_they_are = (counts == own)[:, None] & (options.tail > 0)
         alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
@@ -664,9 +661,6 @@ class Paraformer(Recogniser):
         these already, and what else there is to know of them is asked for.
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
-        check_lens("hidden_lens", hidden_lens, *hidden.shape[:2])
-        if tokens is not None:
-            check_shapes(tokens=(tokens, len(hidden), "U"))
         alpha = self.predictor(hidden, hidden_lens)
         counts, log_p, attention = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
         tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]

@@ -2520,7 +2520,7 @@ WRONG = {
     "integrate hidden": (lambda m: m.integrate(HIDDEN[:1], LENS, ALPHA), "hidden must be (2,4,D), got (1, 4, 8)"),
     "integrate lens": (lambda m: m.integrate(HIDDEN, ints(4), ALPHA), "hidden_lens must be (2), got (1,)"),
     "decode hidden": (lambda m: m.decode(FEATS, LENS, LENS, False), "hidden must be (B,L,8), got (2, 6, 5)"),
-    "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS, False), "hidden_lens must lie in 0..4, got [4, 5]"),
+    "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS, False), "lens must lie in 0..4, got [4, 5]"),
     "decode feat_lens": (lambda m: m.decode(HIDDEN, LENS, ints(4), False), "feat_lens must be (2), got (1,)"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"),
