@@ -4998,20 +4998,20 @@ def test_training_fires_what_funasr_fires_and_what_it_loses():
 
 
 # C43
-def test_delay_and_merge_equal_a_sequential_loop_on_weights_above_1():
+@pytest.mark.parametrize("rule", ["merge", "delay"])
+def test_delay_and_merge_equal_a_sequential_loop_on_weights_above_1(rule):
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         alpha = torch.rand(1, 20, generator=generator) * 2.5
         hidden = torch.randn(1, 20, 4, generator=generator)
         a, frame, tokens = 0.0, torch.zeros(4), []
         for weight, h in zip(alpha[0].double().tolist(), hidden[0]):
-            rest = 1 - a
-            a += weight
-            frame = frame + (rest if a >= 1 else weight) * h
+            a, frame = a + weight, frame + weight * h
             if a >= 1:
-                tokens.append(frame)
-                a, frame = a - 1, (weight - rest) * h
-        got = model.fire(hidden, alpha, len(tokens) + 1, "delay")[0]
+                a -= int(a) if rule == "merge" else 1
+                tokens.append(frame - a * h)
+                frame = a * h
+        got = model.fire(hidden, alpha, len(tokens) + 1, rule)[0]
         torch.testing.assert_close(got[:-1], torch.stack(tokens), atol=1e-4, rtol=0)
         assert not got[-1].any()
 
