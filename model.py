@@ -148,8 +148,6 @@ class SanmEncoder(nn.Module):
 class ImageSubsampling(nn.Module):
     """Two 3 x 3 convolutions of stride 2 over the (time, bins) image without padding, and a projection to D."""
 
-    MIN_FRAMES = 7  # below it no output frame sees a whole window
-
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
@@ -157,7 +155,7 @@ class ImageSubsampling(nn.Module):
 
     def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
-        x = F.pad(x, (0, 0, 0, max(0, self.MIN_FRAMES - x.shape[1])))[:, None]  # (B,1,T,F)
+        x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
             lens = ((lens + 1) // 2 if leak else (lens - 1).div(2, rounding_mode="floor")).clamp(0, x.shape[2])
