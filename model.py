@@ -57,6 +57,7 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
 
 def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
+    check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
     mask = None if leak else key_mask(lens, hidden.shape[1])
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
 
@@ -83,6 +84,7 @@ class Subsampling(nn.Module):
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
+        check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
             x = F.gelu(over_time(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
@@ -150,11 +152,13 @@ class ImageSubsampling(nn.Module):
 
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
+        self.input_dim = input_dim
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
     def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
+        check_shapes(x=(x, "B", "T", self.input_dim), lens=(lens, "B"))
         x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
@@ -605,12 +609,14 @@ class Paraformer(Recogniser):
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
+        check_shapes(tokens=(tokens, "B", "U"), token_lens=(token_lens, "B"))
         if not self.options.end_token:
             return tokens, token_lens
         return F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS), token_lens + 1
 
     def truth(self, tokens: Tensor) -> Tensor:
         """tokens (B,U) -> the embeddings (B,U,D) that the sampler mixes in."""
+        check_shapes(tokens=(tokens, "B", "U"))
         if self.options.share_embedding:
             return F.embedding(tokens, self.decoder.output.weight)
         x = self.embedding(tokens)
@@ -623,6 +629,7 @@ class Paraformer(Recogniser):
 
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
+        check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
     def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
