@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -379,16 +380,16 @@ def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
     return (beside(0.75) or elsewhere or beside(0))[0]
 
 
-def _merge(base: Any, values: dict, place: str, marks: dict[tuple, int], path: tuple[str, ...] = ()) -> Any:
-    """base with `values` put over it, of base's own type; marks gives the line of a key path, if it has one."""
+def _merge(base: Any, values: dict, place: str, path: tuple[str, ...] = ()) -> Any:
+    """base with `values` put over it, of base's own type; a key that does not know where it stands is at place."""
     kinds, new = get_type_hints(type(base)), {}
     for key, value in values.items():
         here = (*path, str(key))
-        where = f"{place}:{marks[here]}" if here in marks else place
+        where = key.where if isinstance(key, Key) else place
         if key not in kinds:
             raise ValueError(f"{where}: unknown key '{'.'.join(here)}' (did you mean '{_nearest(here, list(kinds))}'?)")
         if is_dataclass(kinds[key]) and isinstance(value, dict):
-            new[key] = _merge(getattr(base, key), value, place, marks, here)
+            new[key] = _merge(getattr(base, key), value, place, here)
             continue
         try:
             new[key] = _convert(kinds[key], value)
@@ -405,7 +406,7 @@ def from_dict(values: dict, place: str) -> Config:
     """
     if not isinstance(values, dict):
         raise ValueError(f"{place}: wanted a map of sections, got {_show(values)}")
-    return _merge(Config(), values, place, {})
+    return _merge(Config(), values, place)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -417,7 +418,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
-    config = _merge(Config(), *_parse(text, path))
+    config = _merge(Config(), parse_yaml(text, path), path)
     for override in overrides:
         match = re.fullmatch(r"--([^=]+)=(.*)", override)
         if not match:
@@ -425,7 +426,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         values = _value(match[2].strip(" "), override) if match[2].strip(" ") else ""
         for key in reversed(match[1].split(".")):
             values = {key: values}
-        config = _merge(config, values, override, {})
+        config = _merge(config, values, override)
     check(config, " ".join((str(path), *overrides)))
     return config
 
@@ -621,7 +622,7 @@ QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'(?!')"""
 START = r"""(?:[^-?:,\[\]{}#&*!|>'"%@` ]|-(?![ ,?\[\]{}]|$))"""                         # of bare text
 BARE = START + r"(?:[^ :]|:(?! |$)| +(?![ #]|$))*"
 BARE_INLINE = START + r"(?:[^ :,?\[\]{}]|:(?![ ,?\[\]{}]|$)| +(?![ #]|$))*"              # inside [ ]
-KEY = re.compile(rf"({QUOTED}|{BARE}) *:(?: +(.*))?")
+KEY = re.compile(rf"({QUOTED}|{BARE}) *:(?: +(?:#.*|(.*)))?")
 WORDS = {"~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
          "false": False, "False": False, "FALSE": False}
 INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,99})")
@@ -631,33 +632,31 @@ UNCLEAR = re.compile(r"yes|no|on|off|<<|=|[-+]?\.(?:inf|nan)|[-+]?\.?[0-9][0-9_.
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4})|(.))")
 ESCAPES = dict(zip('0abtnvfre "\\/N_LP', '\0\a\b\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
-Line = tuple[int, int, str]       # number from 1, column of the first character, text from there on
+Line = tuple[str, float, str]       # file:number, column (of a dash and a half), text from there on
 
 
-def parse_yaml(text: str, place: str = "<yaml>") -> dict:
+class Key(str):
+    """A key of a map, which knows where it stands, file:number."""
+    where: str
+
+
+def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
     """Nested dicts, lists and scalars of a YAML text whose top level is a map.
 
     Raises ValueError `place:line: ...` for whatever lies outside the part of YAML that this file's docstring describes.
     """
-    return _parse(text, place)[0]
-
-
-def _parse(text: str, place: str) -> tuple[dict, str, dict[tuple, int]]:
-    """-> values, place, {path of keys: line number}"""
     lines = list(_lines(text, place))
     if not lines:
         raise ValueError(f"{place}:1: wanted 'key: value' lines, got none")
     try:
-        values, marks, at = _map(lines, 0, place)
+        return _map(lines)
     except RecursionError:
         raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
-    if at < len(lines):
-        raise ValueError(f"{place}:{lines[at][0]}: wanted an indentation used above, got '{lines[at][2]}'")
-    return values, place, marks
 
 
 def _lines(text: str, place: str) -> Iterator[Line]:
-    """Lines without blank and comment lines. `- - a` comes as three, the dashes alone, each at its own column."""
+    """Lines without blank and comment lines. `- - a` comes as three, the dashes alone, each at its own column and a
+    half: so a list that stands in the column of its key is further to the right."""
     for number, line in enumerate(text.split("\n"), 1):
         where = f"{place}:{number}"
         line = line.removesuffix("\r")
@@ -666,10 +665,10 @@ def _lines(text: str, place: str) -> Iterator[Line]:
             raise ValueError(f"{where}: wanted one document, got a document mark '{line}'")
         rest = line.lstrip(" ")
         while rest == "-" or rest.startswith("- "):
-            yield number, len(line) - len(rest), "-"
+            yield where, len(line) - len(rest) + 0.5, "-"
             rest = rest[1:].lstrip(" ")
         if rest and rest[0] != "#":
-            yield number, len(line) - len(rest), rest
+            yield where, len(line) - len(rest), rest
 
 
 def _refuse_outside(text: str, where: str) -> None:
@@ -679,48 +678,47 @@ def _refuse_outside(text: str, where: str) -> None:
         raise ValueError(f"{where}: wanted printable text and spaces, got {name} (in double quotes write an escape)")
 
 
-def _block(lines: list[Line], at: int, place: str) -> tuple[Any, dict, int]:
-    """The list, map or scalar that starts at lines[at] -> value, {path of keys: line number}, index of the next line"""
-    number, _, text = lines[at]
+def _refuse(lines: list[Line]) -> None:
+    """Raises ValueError if there is a line: none may stand there."""
+    for where, _, text in lines:
+        raise ValueError(f"{where}: wanted an indentation used above, got '{text}'")
+
+
+def _entries(lines: list[Line]) -> Iterator[tuple[str, str, list[Line]]]:
+    """Of each line in the column of the first: where it stands, its text, the lines behind it further to the right."""
+    _refuse([line for line in lines if line[1] < lines[0][1]])
+    starts = [i for i, line in enumerate(lines) if line[1] == lines[0][1]]
+    for start, end in pairwise([*starts, len(lines)]):
+        where, _, text = lines[start]
+        yield where, text, lines[start + 1:end]
+
+
+def _block(lines: list[Line]) -> Any:
+    """The list, map or scalar that these lines are; null if there are none."""
+    if not lines:
+        return None
+    where, _, text = lines[0]
     if text == "-":
-        value, at = _list(lines, at, place)
-        return value, {}, at
-    if KEY.fullmatch(text):
-        return _map(lines, at, place)
-    return _value(text, f"{place}:{number}"), {}, at + 1
+        return [_block(below) for _, _, below in _entries(lines)]
+    if len(lines) == 1 and not KEY.fullmatch(text):
+        return _value(text, where)
+    return _map(lines)
 
 
-def _list(lines: list[Line], at: int, place: str) -> tuple[list, int]:
-    values, indent = [], lines[at][1]
-    while at < len(lines) and lines[at][1] == indent and lines[at][2] == "-":
-        at += 1
-        value = None
-        if at < len(lines) and lines[at][1] > indent:
-            value, _, at = _block(lines, at, place)
-        values.append(value)
-    return values, at
-
-
-def _map(lines: list[Line], at: int, place: str) -> tuple[dict, dict, int]:
-    values, marks, indent = {}, {}, lines[at][1]
-    while at < len(lines) and lines[at][1] == indent:
-        number, _, text = lines[at]
-        where = f"{place}:{number}"
+def _map(lines: list[Line]) -> dict[Key, Any]:
+    values: dict[Key, Any] = {}
+    for where, text, below in _entries(lines):
         match = KEY.fullmatch(text)
-        key = match and _value(match[1].rstrip(" "), where)
-        if type(key) is not str:
+        name = match and _value(match[1].rstrip(" "), where)
+        if type(name) is not str:
             raise ValueError(f"{where}: wanted 'key: value' with text for a key, got '{text}'")
-        if key in values:
-            raise ValueError(f"{where}: wanted every key once, got '{key}' again (first in line {marks[(key,)]})")
-        rest, inner, at = match[2] or "", {}, at + 1
-        if rest and rest[0] != "#":
-            values[key] = _value(rest, where)
-        elif at < len(lines) and (lines[at][1] > indent or lines[at][1] == indent and lines[at][2] == "-"):
-            values[key], inner, at = _block(lines, at, place)
-        else:
-            values[key] = None
-        marks |= {(key,): number} | {(key, *path): line for path, line in inner.items()}
-    return values, marks, at
+        if name in values:
+            raise ValueError(f"{where}: wanted every key once, got '{name}' again")
+        key = Key(name)
+        key.where = where
+        values[key] = _value(match[2], where) if match[2] else _block(below)
+        _refuse(below if match[2] else [])
+    return values
 
 
 def _value(text: str, where: str) -> Any:
