@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, the small part of YAML that fills them, and the rules that a config must keep.
 
-Read from top to bottom: the sections of a config; the range of every value (`RANGES`, `CHOICES`, `check`); from and to
-plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its dataclass with its unit
-and, of a number, its name in `RANGES` or, of a choice, in `CHOICES`.
+Read from top to bottom: the sections of a config; the range of every number (`RANGES`) and the rules between fields
+(`check`); from and to plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its
+dataclass with its unit and, of a number, its name in `RANGES`.
 
 The part of YAML: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What
@@ -20,22 +20,22 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 # ---- sections ----
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    kind: str = "transformer"            # transformer | conformer | sanm | relative_conformer
+    kind: Literal["transformer", "conformer", "sanm", "relative_conformer"] = "transformer"
     num_layers: int = 4                  # blocks
     hidden_dim: int = 144                # D, a multiple of num_heads
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 15                # conformer convolution or sanm memory, encoder frames, odd
     memory_shift: int = 0                # sanm: the memory reaches so many frames further back, and less far ahead
-    subsampling: int = 1                 # input frames per encoder frame: 1 | 2 | 4; 1 for sanm, 4 for relative_...
-    position: str = "sinusoidal"         # sinusoidal | learnable | none; sanm and relative_conformer have their own
+    subsampling: Literal[1, 2, 4] = 1    # input frames per encoder frame; 1 for sanm, 4 for relative_conformer
+    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # sanm, relative_conformer have their own
     context: int = 0                     # transformer, conformer: attention reaches so many encoder frames; 0 = all
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # on attention weights and memory, sanm and relative_conformer; [0, 1)
@@ -43,7 +43,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    kind: str = "stacked"                # stacked | dense (one convolution) | depthwise (one, added to its input)
+    kind: Literal["stacked", "dense", "depthwise"] = "stacked"      # dense: one convolution; depthwise: one, added to x
     hidden_dim: int = 256                # stacked: width of its convolutions
     num_layers: int = 2                  # stacked: convolutions in front of the firing weight
     kernel_size: int = 3                 # stacked: encoder frames, odd
@@ -52,7 +52,7 @@ class PredictorConfig:
     smooth: float = 1.0                  # dense, depthwise: weight = sigmoid x smooth - noise, not below 0
     noise: float = 0.0                   # dense, depthwise: likewise
     tail: float = 0.0                    # added to the sum of the weights, whose whole part is the count; 0 = rounded
-    firing: str = "split"                # a frame that completes several tokens: split | merge | delay (model.fire)
+    firing: Literal["split", "merge", "delay"] = "split"    # where a frame completes several tokens: model.fire
     upsampling: int = 0                  # dense: timing head, weights per encoder frame; 0 = none
     timing_smooth: float = 0.25          # timing head: weight = sigmoid x timing_smooth - timing_noise, not below 0
     timing_noise: float = 0.01           # timing head: likewise
@@ -61,7 +61,7 @@ class PredictorConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    kind: str = "transformer"            # transformer | bare (its input neither projected nor positioned) | sanm
+    kind: Literal["transformer", "bare", "sanm"] = "transformer"    # bare: input neither projected nor positioned
     num_layers: int = 2                  # blocks; 0: a token is read off its acoustic embedding alone
     attention_layers: int = 0            # sanm: of those, the first so many have cross-attention; 0 = all
     hidden_dim: int = 144                # D, a multiple of num_heads; bare, sanm, share_embedding: the encoder's
@@ -69,7 +69,7 @@ class DecoderConfig:
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 11                # sanm: memory, tokens, odd
     memory_shift: int = 0                # sanm: the memory reaches so many tokens further back, and less far ahead
-    position: str = "sinusoidal"         # sinusoidal | learnable | none
+    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # sanm: on the memory, [0, 1)
 
@@ -87,7 +87,7 @@ class ModelConfig:
     mwer_weight: float = 0.0             # weight of the expected number of token errors, 0 or more; 0 = not trained on
     mwer_samples: int = 4                # candidates that it is expected over: the best and random others, 2 or more
     end_token: bool = False              # every utterance ends with <eos>, which takes a firing of its own
-    loss_unit: str = "token"             # the losses are means over: token | utterance
+    loss_unit: Literal["token", "utterance"] = "token"      # what the losses are means over
     share_embedding: bool = False        # the sampler takes true embeddings from the decoder's output matrix
     place_embedding: bool = False        # the sampler scales true embeddings by sqrt(D) and adds positions
     norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
@@ -123,11 +123,11 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    kind: str = "toy"                    # toy | manifest
+    kind: Literal["toy", "manifest"] = "toy"
     train: str = ""                      # JSON lines or Kaldi folder: a path, a pattern, or several with commas between
     dev: str = ""                        # likewise
     test: str = ""                       # likewise; "" = none
-    unit: str = "char"                   # char | word
+    unit: Literal["char", "word"] = "char"
     sample_rate: int = 16000             # Hz; every recording is resampled to it
     num_mels: int = 80                   # filterbank bins
     lfr_m: int = 1                       # frames stacked into one
@@ -147,14 +147,14 @@ class TrainingConfig:
     num_epochs: int = 10                 # passes over the training set
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     warmup_steps: int = 100              # steps of linear warm-up; 0 = none
-    schedule: str = "cosine"             # after the warm-up: cosine | inverse_sqrt | constant
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"      # after the warm-up
     final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
     weight_decay: float = 0.01           # on matrices only, 0 or more
     average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
     seed: int = 0                        # at least 0 and below 2^64
-    device: str = "auto"                 # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
-    precision: str = "auto"              # auto (bfloat16 on a GPU that has it) | float32 | bfloat16 | float64
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"   # auto: bfloat16 on a GPU that has it
     accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
     recompute_blocks: bool = False       # encoder blocks keep no activations; the backward pass computes them again
     compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
@@ -197,16 +197,6 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
-CHOICES = {
-    "model.encoder.kind": ("transformer", "conformer", "sanm", "relative_conformer"),
-    "model.encoder.subsampling": (1, 2, 4), "model.encoder.position": ("sinusoidal", "learnable", "none"),
-    "model.predictor.kind": ("stacked", "dense", "depthwise"), "model.predictor.firing": ("split", "merge", "delay"),
-    "model.decoder.kind": ("transformer", "bare", "sanm"),
-    "model.decoder.position": ("sinusoidal", "learnable", "none"), "model.loss_unit": ("token", "utterance"),
-    "data.kind": ("toy", "manifest"), "data.unit": ("char", "word"),
-    "training.schedule": ("cosine", "inverse_sqrt", "constant"), "training.device": ("auto", "cpu", "cuda"),
-    "training.precision": ("auto", "float32", "bfloat16", "float64"),
-}
 
 LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
 UNUSED = {  # field of model -> its value -> what then has no effect, and must have its default
@@ -243,8 +233,6 @@ Rule = tuple[str, bool, str]      # dotted path, whether its value is right, wha
 def _value_rules(config: Config) -> Iterator[Rule]:
     """Of every value alone."""
     for path, value in _walk(config):
-        if path in CHOICES:
-            yield path, value in CHOICES[path], " | ".join(map(str, CHOICES[path]))
         if type(value) is int and path != "training.seed":
             yield path, value < 2**31, "below 2^31"
         numbers = value if isinstance(value, tuple) else (value,)
@@ -330,18 +318,11 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
                f"{longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
 
 
-def _hint(path: str, value: Any) -> str:
-    """The choice that a value which is none of them was probably meant to be, in words."""
-    choices = list(map(str, CHOICES.get(path, ())))
-    near = get_close_matches(str(value), choices, 1) if str(value) not in choices else []
-    return f" (did you mean '{near[0]}'?)" if near else ""
-
-
 def check(config: Config, place: str = "config") -> None:
     """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
     values = dict(_walk(config))
     rules = (*_value_rules(config), *_model_rules(config.model), *_data_rules(config.data), *_cross_rules(config))
-    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}{_hint(path, values[path])}"
+    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}"
               for path, right, wanted in rules if not right]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
@@ -358,11 +339,15 @@ def _show(value: Any) -> str:
 def _kind_name(kind: Any) -> str:
     if is_dataclass(kind):
         return "a section (key: value lines)"
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
     return f"a list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__
 
 
 def _convert(kind: Any, value: Any) -> Any:
     """value as the type `kind`: an int will do for a float, a list for a tuple. Raises TypeError."""
+    if get_origin(kind) is Literal and value in get_args(kind):
+        kind = type(get_args(kind)[0])
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(get_args(kind)[0], x) for x in value)
     if kind is float and type(value) is int:
