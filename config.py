@@ -199,22 +199,23 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
 }
 
 LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
-UNUSED = {  # field of model -> its value -> what then has no effect, and must have its default
-    "name": {
+UNUSED = {  # field -> its value -> what then has no effect beside it, and must have its default
+    "model.name": {
         "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
             share_embedding place_embedding padding_leaks""",
         "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
             end_token share_embedding place_embedding padding_leaks"""},
-    "encoder.kind": {
+    "model.encoder.kind": {
         "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
         "sanm": "position context", "relative_conformer": "memory_shift position context"},
-    "predictor.kind": {
+    "model.predictor.kind": {
         "stacked": "left right smooth noise upsampling", "dense": "hidden_dim num_layers kernel_size",
         "depthwise": "hidden_dim num_layers kernel_size upsampling"},
-    "predictor.upsampling": {0: "timing_smooth timing_noise"},
-    "decoder.kind": {
+    "model.predictor.upsampling": {0: "timing_smooth timing_noise"},
+    "model.decoder.kind": {
         "transformer": "attention_layers kernel_size memory_shift attention_dropout",
         "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},
+    "data.kind": {"toy": "unit lfr_m lfr_n augment.speeds augment.snr_db"},
 }
 
 
@@ -262,27 +263,21 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield "model.decoder.hidden_dim", same or not bound, f"the encoder's {encoder.hidden_dim} for {bound}"
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
-    yield from _unused_rules(model)
 
 
-def _unused_rules(model: ModelConfig) -> Iterator[Rule]:
-    values, defaults, named = dict(_walk(model)), dict(_walk(ModelConfig())), set()
+def _unused_rules(config: Config) -> Iterator[Rule]:
+    values, defaults = dict(_walk(config)), dict(_walk(Config()))
     for path, choices in UNUSED.items():
         section = path[:path.rfind(".") + 1]
         unused = tuple(f"{section}{name}." for name in choices.get(values[path], "").split())
         for other, value in values.items():
-            if not is_dataclass(value) and f"{other}.".startswith(unused) and other not in named:
-                named.add(other)        # several choices may have no use for it
-                yield (f"model.{other}", value == defaults[other],
+            if not is_dataclass(value) and f"{other}.".startswith(unused):
+                yield (other, value == defaults[other],
                        f"its default {_show(defaults[other])}, as {path} {values[path]} has no use for it")
 
 
 def _data_rules(data: DataConfig) -> Iterator[Rule]:
     toy = data.toy
-    for name, value, only in (("unit", data.unit, "char"), ("lfr_m", data.lfr_m, 1), ("lfr_n", data.lfr_n, 1),
-                              ("augment.speeds", data.augment.speeds, (1.0,)),
-                              ("augment.snr_db", data.augment.snr_db, ())):
-        yield f"data.{name}", value == only or data.kind != "toy", f"{_show(only)} for kind toy"
     yield "data.toy.max_symbols", toy.max_symbols >= toy.min_symbols, f"at least min_symbols {toy.min_symbols}"
     yield "data.toy.max_frames", toy.max_frames >= 3 * toy.min_frames, f"at least 3 x min_frames {toy.min_frames}"
     yield "data.toy.blend_frames", toy.blend_frames <= toy.min_frames, f"at most min_frames {toy.min_frames}"
@@ -321,9 +316,9 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
 def check(config: Config, place: str = "config") -> None:
     """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
     values = dict(_walk(config))
-    rules = (*_value_rules(config), *_model_rules(config.model), *_data_rules(config.data), *_cross_rules(config))
-    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}"
-              for path, right, wanted in rules if not right]
+    rules = (*_value_rules(config), *_unused_rules(config), *_model_rules(config.model), *_data_rules(config.data),
+             *_cross_rules(config))
+    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}" for path, right, wanted in rules if not right]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
 

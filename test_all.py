@@ -367,7 +367,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("ctc", "ctc_weight=0.5", "0.3"), ("transformer", "end_token=true", "false")])
 def test_an_option_that_the_model_does_not_use_must_have_its_default(tmp_path, name, override, default):
     path = written(tmp_path, f"model:\n  name: {name}\n")
-    wanted = f"model.{override.split('=')[0]}: wanted its default {default}, as name {name} has no use for it, got"
+    wanted = f"model.{override.split('=')[0]}: wanted its default {default}, as model.name {name} has no use for it, got"
     with pytest.raises(ValueError, match=wanted):
         config.load(path, [f"--model.{override}"])
     assert config.load(path).model.name == name
@@ -421,9 +421,11 @@ BASELINE = [*MANIFESTS, "--model.name=transformer", "--model.decoder.position=le
 
 # C27
 @pytest.mark.parametrize("overrides, line", [
-    (["--data.augment.speeds=[0.9, 1]"], "data.augment.speeds: wanted [1.0] for kind toy, got [0.9, 1.0]"),
-    (["--data.unit=word"], "data.unit: wanted 'char' for kind toy, got 'word'"),
-    (["--data.augment.snr_db=[5, 20]"], "data.augment.snr_db: wanted [] for kind toy, got [5.0, 20.0]"),
+    (["--data.augment.speeds=[0.9, 1]"],
+     "data.augment.speeds: wanted its default [1.0], as data.kind toy has no use for it, got [0.9, 1.0]"),
+    (["--data.unit=word"], "data.unit: wanted its default 'char', as data.kind toy has no use for it, got 'word'"),
+    (["--data.augment.snr_db=[5, 20]"],
+     "data.augment.snr_db: wanted its default [], as data.kind toy has no use for it, got [5.0, 20.0]"),
     ([*MANIFESTS, "--data.augment.snr_db=[5]"],
      "data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got [5.0]"),
     ([*MANIFESTS, "--data.augment.snr_db=[-5, 20]"], ""),
@@ -462,9 +464,9 @@ BASELINE = [*MANIFESTS, "--model.name=transformer", "--model.decoder.position=le
     (["--model.encoder.kind=sanm", "--data.num_mels=79"],
      "data.num_mels: wanted a product with lfr_m 1 that is even and 4 or more for kind sanm, got 79"),
     (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
-     "model.encoder.context: wanted its default 0, as encoder.kind sanm has no use for it, got 3"),
+     "model.encoder.context: wanted its default 0, as model.encoder.kind sanm has no use for it, got 3"),
     (["--model.predictor.upsampling=3"],
-     "model.predictor.upsampling: wanted its default 0, as predictor.kind stacked has no use for it, got 3")])
+     "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     path, table = written(tmp_path, ISSUE_FILE), inspect.signature(PositionalEncoding).parameters["max_len"].default
     assert config.LEARNED_POSITIONS == table
