@@ -713,28 +713,23 @@ def _value(text: str, where: str) -> Any:
 def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
     """The scalar or list that text starts with -> value, rest of the text; depth counts the brackets around it."""
     if text[:1] == "[" and depth < 20:
-        return _scan_list(text, where, depth + 1)
-    if empty := re.match(r"\{ *\}", text):
-        return {}, text[empty.end():]
-    match = re.match(QUOTED, text)
-    if match:
+        values, rest = [], text[1:].lstrip(" ")
+        while rest[:1] != "]":
+            value, rest = _scan(rest, where, depth + 1)
+            values.append(value)
+            rest = rest.lstrip(" ")
+            if rest[:1] not in ("]", ","):
+                raise ValueError(f"{where}: wanted ',' or ']' in the list on this line, got '{rest}'")
+            rest = rest.removeprefix(",").lstrip(" ")
+        return values, rest[1:]
+    if match := re.match(r"\{ *\}", text):
+        return {}, text[match.end():]
+    if match := re.match(QUOTED, text):
         return _unquote(match[0], where), text[match.end():]
     match = re.match(BARE_INLINE if depth else BARE, text)
     if not match:
         raise ValueError(f"{where}: wanted a value on this line, got '{text}' (put text that starts so into quotes)")
     return _scalar(match[0].rstrip(" "), where), text[match.end():]
-
-
-def _scan_list(text: str, where: str, depth: int) -> tuple[list, str]:
-    values, rest = [], text[1:].lstrip(" ")
-    while rest[:1] != "]":
-        value, rest = _scan(rest, where, depth)
-        values.append(value)
-        rest = rest.lstrip(" ")
-        if rest[:1] not in ("]", ","):
-            raise ValueError(f"{where}: wanted ',' or ']' in the list on this line, got '{rest}'")
-        rest = rest.removeprefix(",").lstrip(" ")
-    return values, rest[1:]
 
 
 def _unquote(text: str, where: str) -> str:
