@@ -380,11 +380,8 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists. Raises ValueError if runs/latest can
-    never point there."""
-    latest, stem = root / "latest", f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
-    if latest.is_dir() and not latest.is_symlink():
-        raise ValueError(f"{latest}: wanted a link to the newest run, got a folder; move it away")
+    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
+    stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
     for folder in itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             (root / folder / "checkpoints").mkdir(parents=True)
@@ -1132,31 +1129,28 @@ def finish(run: Run, system: System, progress: Progress) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description="Train a model.", epilog="--section.key=value overrides the config, "
-                                     "for example --training.batch_size=8 --model.encoder.dropout=0")
-    what, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
-    what.add_argument("config", nargs="?", help="a YAML file like those of configs/")
-    what.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser = argparse.ArgumentParser(
+        description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
+        usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run | --benchmark]\n"
+        "       train.py --resume RUN [--average N]")
+    parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
+    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
-    how.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
-    how.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
-    how.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
-                     "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
+    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
+    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
+                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if arguments.resume and (rest or arguments.runs or arguments.overfit or arguments.dry_run or arguments.benchmark):
-        parser.error("--resume goes on with the run's own config in its own folder, alone or with --average, got "
-                     f"{' '.join(argv)}")
-    if arguments.runs and (arguments.dry_run or arguments.benchmark):
-        parser.error("--dry-run and --benchmark make no run folder; leave out --runs")
     if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
         parser.error("--overfit and --average want 1 or more")
-    if arguments.resume == "":
-        parser.error("--resume wants a run folder, got ''")
-    if arguments.average and not arguments.resume:
-        parser.error("--average wants --resume RUN")
+    given = {name for name, value in {**vars(arguments), "overrides": rest}.items() if value}
+    fresh = {"config", "overrides", "overfit"}
+    ways = fresh | {"runs"}, fresh | {"dry_run"}, fresh | {"benchmark"}, {"resume", "average"}
+    if not given & {"config", "resume"} or not any(given <= way for way in ways):
+        parser.error(f"wanted one of these, got {' '.join(argv)}")
     return arguments, rest
 
 
