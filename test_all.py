@@ -3030,7 +3030,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
     manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": wav, "text": "ab"}])
     arguments = [tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--data.kind=manifest"]
     assert train.main([*arguments, f"--data.train={manifest}", f"--data.dev={dev}"]) == 2
-    assert capsys.readouterr().err == f"train.py: data.dev: wanted utterances to evaluate on, got none in {dev}\n"
+    assert capsys.readouterr().err == f"train.py: data.dev: wanted utterances, got none in {dev}\n"
     assert not (tmp_path / "runs").exists()
 
 

@@ -370,11 +370,9 @@ def column_names(history: Sequence[dict]) -> list[str]:
 
 def write_reports(run: Path, history: Sequence[dict]) -> None:
     """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
-    known = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # NaN is no JSON
-    rows = [{name: known(value) for name, value in row.items()} for row in history]
     names = column_names(history)
     table = [names, *([str(row.get(name, "")) for name in names] for row in history)]
-    data.write_atomic(run / "metrics.json", json.dumps(rows, indent=1) + "\n")
+    data.write_atomic(run / "metrics.json", json.dumps(history, indent=1) + "\n")
     data.write_atomic(run / "results.csv", "".join(",".join(cells) + "\n" for cells in table))
     data.write_atomic(run / "curves.svg", curves_svg(history))
 
@@ -563,8 +561,9 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
                                                           config.model.encoder.subsampling, augment)
     train_set = open_split("train", not training.overfit)
     dev_set = train_set if training.overfit else open_split("dev", False)
-    if not len(dev_set):
-        raise ValueError(f"data.dev: wanted utterances to evaluate on, got none in {config.data.dev}")
+    for split, dataset in (("train", train_set), ("dev", dev_set)):
+        if not len(dataset):
+            raise ValueError(f"data.{split}: wanted utterances, got none in {getattr(config.data, split)}")
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -655,8 +654,8 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
               memory_mb: float) -> dict:
     """One line of metrics.json: sums divided here and nowhere else."""
     losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
-    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, "loss": math.nan, **losses,
-            "grad_norm": totals["grad_norm"] / totals["steps"] if totals["steps"] else math.nan, **dev,
+    return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, **losses,
+            "grad_norm": totals["grad_norm"] / max(1, totals["steps"]), **dev,
             "frames_per_second": totals["frames"] / max(1e-9, totals["seconds"]),
             "padding": 1 - totals["frames"] / max(1.0, totals["padded_frames"]),
             "utterances": int(totals["utterances"]), "skipped_utterances": int(totals["skipped_utterances"]),
@@ -665,14 +664,11 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 
 
 def epoch_batches(system: System, epoch: int) -> list[list[int]]:
-    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty. Raises ValueError if
-    there are no utterances."""
+    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = system.config.training
     lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
-    if not batches:
-        raise ValueError("data.train: wanted utterances to learn from, got none")
     return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
 
 
