@@ -3415,7 +3415,7 @@ def test_a_loader_process_that_dies_is_named_and_its_batch_comes_again(tmp_path)
                 os.kill(os.getpid(), 9)
             return data.Skip(str(index), str(os.getpid()))
 
-    run = train.Run(tmp_path, threading.Event())
+    run = SimpleNamespace(folder=tmp_path)
     load = lambda start: data.loader(Deadly(), [[0], [1], [2], [3], [4], [5]], 0, 1, start)
     batches, keys = train.reloading(run, load, 1), []
     with pytest.raises(OSError, match="died 3 times over batch 6, the last time: DataLoader worker"):
@@ -3636,12 +3636,12 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     assert train.main([*argv, "--runs", str(tmp_path / "good")]) == 0
     best = train.best_row(json.loads((run_of(tmp_path / "good") / "metrics.json").read_text()))
     assert (best["token_accuracy"], best["sequence_accuracy"], best["dev_utterances"]) == (1.0, 1.0, 2)
-    system = train.make_system(config.load(str(run_of(tmp_path / "good") / "config.yaml")))
-    whole = data.open_dataset(system.config.data, "train", system.tokenizer.encode, 0, system.stats)
-    for item in (system.train_set[3, 1], system.dev_set[0, 1]):  # nothing but the first ones, as they are
+    run = train.make_run(config.load(str(run_of(tmp_path / "good") / "config.yaml")))
+    whole = data.open_dataset(run.config.data, "train", run.tokenizer.encode, 0, run.stats)
+    for item in (run.train_set[3, 1], run.dev_set[0, 1]):  # nothing but the first ones, as they are
         assert item.key == whole[1].key and torch.equal(item.feats, whole[1].feats)
-    assert collections.Counter(itertools.chain(*train.epoch_batches(system, 3))) == {0: 10, 1: 10}
-    assert sorted(key for batch in train.dev_batches(system) for key in batch.keys) == [whole[0].key, whole[1].key]
+    assert collections.Counter(itertools.chain(*train.epoch_batches(run, 3))) == {0: 10, 1: 10}
+    assert sorted(key for batch in train.dev_batches(run) for key in batch.keys) == [whole[0].key, whole[1].key]
     monkeypatch.setattr(train, "OVERFIT_EPOCHS", 1)
     assert train.main([*argv, "--runs", str(tmp_path / "bad")]) == 1
     assert "failed to learn 2 utterances by heart" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
 Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
-evaluation, files of a run (metrics, curves), the system that is trained and its checkpoints, the loop, starting and
+evaluation, a run and its files (metrics, curves), what is trained and its checkpoints, the loop, starting and
 going on, the dry run, the benchmark, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 
@@ -361,7 +361,7 @@ def rates(sums: dict) -> dict[str, float]:
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
 
-# ---- files of a run ----
+# ---- a run and its files ----
 
 
 def column_names(history: Sequence[dict]) -> list[str]:
@@ -394,8 +394,16 @@ def point_latest(folder: Path) -> None:
 
 
 class Run(NamedTuple):
-    folder: Path
-    stop: threading.Event  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
+    config: configs.Config
+    tokenizer: Tokenizer | PieceTokenizer
+    stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
+    model: nn.Module
+    average: nn.Module  # what is evaluated: the moving average of the weights, or the model where none is kept
+    optimizer: AdamW
+    train_set: torch.utils.data.Dataset
+    dev_set: torch.utils.data.Dataset
+    folder: Path = Path()  # what only rehearses has none
+    stop: threading.Event | None = None  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
 
 
 def show(line: str, end: str = "\n") -> None:
@@ -448,20 +456,9 @@ def curves_svg(history: Sequence[dict]) -> str:
     return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)
 
 
-# ---- the system that is trained ----
+# ---- what is trained, and its checkpoints ----
 
 STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
-
-
-class System(NamedTuple):
-    config: configs.Config
-    tokenizer: Tokenizer | PieceTokenizer
-    stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
-    model: nn.Module
-    average: nn.Module  # what is evaluated: the moving average of the weights, or the model where none is kept
-    optimizer: AdamW
-    train_set: torch.utils.data.Dataset
-    dev_set: torch.utils.data.Dataset
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -546,8 +543,8 @@ def save_memory_and_time(model: nn.Module, training) -> None:
         model.compile(dynamic=True)
 
 
-def make_system(config: configs.Config, state: dict | None = None, place: str = "") -> System:
-    """Data, tokenizer, normalisation, model and optimizer: fresh ones, or those of a checkpoint's state (at place)."""
+def make_run(config: configs.Config, state: dict | None = None, place: str = "") -> Run:
+    """A run without a folder: data, model and so on are fresh, or those of a checkpoint's state (at place)."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
@@ -576,10 +573,10 @@ def make_system(config: configs.Config, state: dict | None = None, place: str = 
         load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
-    return System(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
+    return Run(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
-def save(run: Run, system: System, progress: Progress) -> None:
+def save(run: Run, progress: Progress) -> None:
     """Write latest.pt, after what was so far became previous.pt. All ranks call it.
 
     At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
@@ -588,11 +585,11 @@ def save(run: Run, system: System, progress: Progress) -> None:
     reached = progress._replace(totals=add_up(progress.totals))._asdict()
     if own_rank():
         return
-    folder, keep, history = run.folder / "checkpoints", system.config.training.keep_epochs, reached.pop("history")
-    to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(system.config), "tokenizer": system.tokenizer.state(),
-                 "stats": system.stats, "model": system.average.state_dict(), "history": history}
-    state = {**to_decode, "trained": system.model.state_dict(), "optimizer": system.optimizer.state_dict(),
-             "progress": reached, "utterances": len(system.train_set),
+    folder, keep, history = run.folder / "checkpoints", run.config.training.keep_epochs, reached.pop("history")
+    to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(run.config), "tokenizer": run.tokenizer.state(),
+                 "stats": run.stats, "model": run.average.state_dict(), "history": history}
+    state = {**to_decode, "trained": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+             "progress": reached, "utterances": len(run.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
     epoch_ends = bool(history) and not progress.batch
     if epoch_ends and best_row(history) is history[-1]:
@@ -663,20 +660,20 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
             "peak_memory_mb": memory_mb, "seconds": seconds}
 
 
-def epoch_batches(system: System, epoch: int) -> list[list[int]]:
+def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
     """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
-    training = system.config.training
-    lengths = system.train_set.epoch_lengths(epoch)[:training.overfit or None]
+    training = run.config.training
+    lengths = run.train_set.epoch_lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
     return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
 
 
-def dev_batches(system: System) -> Iterable[data.Batch]:
-    training = system.config.training
-    lengths = system.dev_set.lengths[:training.overfit or None]
+def dev_batches(run: Run) -> Iterable[data.Batch]:
+    training = run.config.training
+    lengths = run.dev_set.lengths[:training.overfit or None]
     batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
-    return data.loader(system.dev_set, batches[own_rank()::num_ranks()])
+    return data.loader(run.dev_set, batches[own_rank()::num_ranks()])
 
 
 def clock(seconds: float) -> str:
@@ -733,30 +730,30 @@ def trouble(step: Step, accumulate: int) -> str:
     return f"out of memory, worked through in {step.parts} parts instead" if step.parts > accumulate else ""
 
 
-def take_step(run: Run, system: System, batch: data.Batch, number: int, total_steps: int) -> Step:
+def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Step:
     """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
-    training = system.config.training
+    training = run.config.training
     rate = learning_rate(number, total_steps, training)
-    step = train_step(system.model, system.optimizer, batch, rate, training, number)
-    if system.average is not system.model and step.finite:
-        share = newest_share(system.optimizer.steps - 1, training.average_decay)  # skipped steps do not count
-        for own, new in zip(system.average.state_dict().values(), system.model.state_dict().values()):
+    step = train_step(run.model, run.optimizer, batch, rate, training, number)
+    if run.average is not run.model and step.finite:
+        share = newest_share(run.optimizer.steps - 1, training.average_decay)  # skipped steps do not count
+        for own, new in zip(run.average.state_dict().values(), run.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
     if problem := trouble(step, training.accumulate):
         say(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}", own=True)
     return step
 
 
-def train_epoch(run: Run, system: System, progress: Progress, total_steps: int) -> Progress:
+def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
     """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
     the step in which run.stop was set in any rank, which sets it in all."""
-    training, batches = system.config.training, epoch_batches(system, progress.epoch)
+    training, batches = run.config.training, epoch_batches(run, progress.epoch)
     shown = saved = started = time.monotonic()
-    system.model.train()
-    load = lambda start: data.loader(system.train_set, batches, progress.epoch, system.config.data.num_workers, start)
+    run.model.train()
+    load = lambda start: data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, start)
     for batch in named(run, reloading(run, load, progress.batch)):
         wait = time.monotonic() - started
-        step = take_step(run, system, batch, progress.step, total_steps)
+        step = take_step(run, batch, progress.step, total_steps)
         now = time.monotonic()
         totals = add(progress.totals, step_totals(step, batch, now - started, wait))
         bad_steps = 0 if step.finite else progress.bad_steps + 1
@@ -772,7 +769,7 @@ def train_epoch(run: Run, system: System, progress: Progress, total_steps: int) 
             run.stop.set()
             break
         if wanted["save"]:
-            save(run, system, progress)
+            save(run, progress)
             saved = time.monotonic()
         started = time.monotonic()
         if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
@@ -794,10 +791,10 @@ def report(row: dict, num_epochs: int) -> str:
             f"skipped {row['skipped_utterances']}  {clock(row['seconds'])}")
 
 
-def validate(run: Run, system: System) -> dict | None:
+def validate(run: Run) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
-    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(system))
-    sums = evaluate(system.average, named(run, batches), system.tokenizer.decode)
+    batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(run))
+    sums = evaluate(run.average, named(run, batches), run.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
@@ -806,49 +803,50 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 
 
 @torch.no_grad()
-def draw(system: System, item: data.Utterance) -> dict[str, str]:
+def draw(run: Run, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model, frame_sec = system.average.eval(), data.frame_sec(system.config.data)
+    model, frame_sec = run.average.eval(), data.frame_sec(run.config.data)
     found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
     rows = spoken_places(ids)
-    tokens = [(system.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    encoder, L = system.config.model.encoder, found.alpha.shape[1]
+    tokens = [(run.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
+    encoder, L = run.config.model.encoder, found.alpha.shape[1]
     first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))
     rest = tokens, len(item.feats) * frame_sec, (first, last)
     truth = None if item.boundaries is None else item.boundaries * frame_sec
-    title = f"{item.key}: {item.text}, recognised as {system.tokenizer.decode(ids)}"
+    title = f"{item.key}: {item.text}, recognised as {run.tokenizer.decode(ids)}"
     pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), *rest, truth)}
     if found.attention and rows:
         pictures["cross"] = attention_svg(title, found.attention[-1][0, :, rows].float().cpu(), *rest, cross=True)
     return pictures
 
 
-def write_pictures(folder: Path, system: System, epoch: int) -> None:
+def write_pictures(run: Run, epoch: int) -> None:
     """pictures/<number of the utterance>_<kind>_<epoch>.svg of the first dev utterances: a column to flip through."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    for index in range(min(PICTURED, system.config.training.overfit or PICTURED, len(system.dev_set))):
-        item = system.dev_set[index]
-        for kind, svg in draw(system, item).items() if isinstance(item, data.Utterance) else ():
-            data.write_atomic(folder / f"pictures/{index + 1}_{kind}_{epoch:04d}.svg", svg)
+    folder = run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    for index in range(min(PICTURED, run.config.training.overfit or PICTURED, len(run.dev_set))):
+        item = run.dev_set[index]
+        for kind, svg in draw(run, item).items() if isinstance(item, data.Utterance) else ():
+            data.write_atomic(folder / f"{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
-def fit(run: Run, system: System, progress: Progress) -> Progress:
+def fit(run: Run, progress: Progress) -> Progress:
     """Train until stop_reason speaks or run.stop is set; after each epoch evaluate, write the reports and the
     checkpoints -> where the run then stands, which the last checkpoint holds."""
-    training = system.config.training
-    total_steps = training.num_epochs * len(epoch_batches(system, 0))
+    training = run.config.training
+    total_steps = training.num_epochs * len(epoch_batches(run, 0))
     while not (reason := stop_reason(progress.history, training)):
         started, history = time.monotonic(), progress.history
-        progress = train_epoch(run, system, progress, total_steps)
-        dev = validate(run, system)
+        progress = train_epoch(run, progress, total_steps)
+        dev = validate(run)
         if dev is None:
-            save(run, system, progress)
+            save(run, progress)
             return progress
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
         history = [*history, epoch_row(progress, add_up(progress.totals), rate, dev, spent,
-                                       peak_memory_mb(next(system.model.parameters()).device))]
+                                       peak_memory_mb(next(run.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {}, history)
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
@@ -857,10 +855,10 @@ def fit(run: Run, system: System, progress: Progress) -> Progress:
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
                 try:
-                    write_pictures(run.folder, system, progress.epoch)
+                    write_pictures(run, progress.epoch)
                 except Exception as error:  # they decorate: whatever they raise, the run goes on
                     say(run, f"no pictures of epoch {progress.epoch}: {error}")
-        save(run, system, progress)
+        save(run, progress)
     say(run, reason)
     return progress
 
@@ -883,35 +881,35 @@ def average_epochs(folder: Path, count: int) -> str:
     return f"mean of epochs {epochs}; decode with: python decode.py --ckpt {target}"
 
 
-def headline(folder: Path, system: System) -> str:
-    return (f"{folder}: {system.config.model.name}, {num_parameters(system.model) / 1e6:.2f} M parameters, "
-            f"{len(system.train_set)} utterances, {len(system.tokenizer)} symbols, on "
-            f"{next(system.model.parameters()).device}")
+def headline(run: Run) -> str:
+    return (f"{run.folder}: {run.config.model.name}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
+            f"{len(run.train_set)} utterances, {len(run.tokenizer)} symbols, on "
+            f"{next(run.model.parameters()).device}")
 
 
-def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, System, Progress]:
+def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, Progress]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     join_ranks(config.training)
-    system = make_system(config)
+    run = make_run(config)
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
-    run = Run(Path(add_up(made)["folder"]), stop)
+    run = run._replace(folder=Path(add_up(made)["folder"]), stop=stop)
     if own_rank() == 0:
-        data.write_atomic(run.folder / "config.yaml", configs.dump(system.config))
-    say(run, headline(run.folder, system))
-    save(run, system, Progress())
+        data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
+    say(run, headline(run))
+    save(run, Progress())
     if own_rank() == 0:
         point_latest(run.folder)
-    return run, system, Progress()
+    return run, Progress()
 
 
-def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress]:
+def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
     join_ranks(config.training)  # by now all have read the checkpoint
-    system = make_system(config, state, str(path))
+    run = make_run(config, state, str(path))._replace(folder=folder, stop=stop)
     progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
-        return Run(folder, stop), system, progress._replace(totals={})  # rank 0 has the totals of all
+        return run, progress._replace(totals={})  # rank 0 has the totals of all
     if path.name == "previous.pt":
         os.replace(path, path.with_name("latest.pt"))
     for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
@@ -920,17 +918,17 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, System, Progress]:
         log.truncate(min(log.tell(), state["log_bytes"]))
     if progress.history:
         write_reports(folder, progress.history)
-    print(f"{headline(folder, system)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
-    return Run(folder, stop), system, progress
+    print(f"{headline(run)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    return run, progress
 
 
 # ---- the dry run ----
 
 
-def rehearse(system: System, batches: Iterable[data.Batch], rate: float) -> None:
+def rehearse(run: Run, batches: Iterable[data.Batch], rate: float) -> None:
     """Steps of no run: nothing is logged, averaged or counted."""
     for batch in batches:
-        train_step(system.model, system.optimizer, batch, rate, system.config.training)
+        train_step(run.model, run.optimizer, batch, rate, run.config.training)
 
 
 def shape_of(value: object) -> str:
@@ -939,12 +937,12 @@ def shape_of(value: object) -> str:
     return " ".join(filter(None, map(shape_of, value))) if isinstance(value, (tuple, list)) else ""
 
 
-def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
+def traced_step(run: Run, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
     and the MB kept for the backward pass. With hooks: the shapes are to be those that pass.
     """
-    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in system.model.state_dict().values()}
-    parts = [(name, part, num_parameters(part)) for name, part in system.model.named_modules()
+    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}
+    parts = [(name, part, num_parameters(part)) for name, part in run.model.named_modules()
              if name.count(".") < 2 and num_parameters(part)]
     hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
                  {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part, _ in parts if name]
@@ -953,7 +951,7 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        rehearse(system, [batch], 0.0)
+        rehearse(run, [batch], 0.0)
     for hook in hooks:
         hook.remove()
     lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
@@ -963,19 +961,19 @@ def traced_step(system: System, batch: data.Batch) -> tuple[list[str], float]:
 
 def describe(config: configs.Config) -> Iterator[str]:
     """What a run will be: sizes by module, shapes, memory and time, from a few steps."""
-    system = make_system(config)
-    like, lengths = next(system.model.parameters()), system.train_set.epoch_lengths(0)
-    by_size = sorted(epoch_batches(system, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
+    run = make_run(config)
+    like, lengths = next(run.model.parameters()), run.train_set.epoch_lengths(0)
+    by_size = sorted(epoch_batches(run, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
     chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
-    *typical, largest = data.loader(system.train_set, chosen)
-    lines, activations = traced_step(system, largest)
+    *typical, largest = data.loader(run.train_set, chosen)
+    lines, activations = traced_step(run, largest)
     yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
     yield from lines
-    copies, what = (4, "") if system.average is system.model else (5, " and the average")
-    yield (f"\nmemory: {copies * num_parameters(system.model) * like.element_size() / 1e6:.0f} MB for weights, "
+    copies, what = (4, "") if run.average is run.model else (5, " and the average")
+    yield (f"\nmemory: {copies * num_parameters(run.model) * like.element_size() / 1e6:.0f} MB for weights, "
            f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
-    step_sec = timeit(lambda: rehearse(system, typical, 0.0), number=1) / len(typical)
-    steps = len(by_size) * system.config.training.num_epochs
+    step_sec = timeit(lambda: rehearse(run, typical, 0.0), number=1) / len(typical)
+    steps = len(by_size) * run.config.training.num_epochs
     yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
            f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
 
@@ -987,18 +985,18 @@ class PlainModel(nn.Module):
     """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters. Its
     decoder runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and frames are dropped to subsample."""
 
-    def __init__(self, system: System):
+    def __init__(self, run: Run):
         super().__init__()
-        encoder, decoder = system.config.model.encoder, system.config.model.decoder
+        encoder, decoder = run.config.model.encoder, run.config.model.decoder
         make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
                                        part.dropout, batch_first=True, norm_first=True)
         self.subsampling = encoder.subsampling
-        self.input = nn.Linear(system.stats.shape[1], encoder.hidden_dim)
-        self.embedding = nn.Embedding(len(system.tokenizer), decoder.hidden_dim)
+        self.input = nn.Linear(run.stats.shape[1], encoder.hidden_dim)
+        self.embedding = nn.Embedding(len(run.tokenizer), decoder.hidden_dim)
         self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
-        self.output = nn.Linear(decoder.hidden_dim, len(system.tokenizer))
+        self.output = nn.Linear(decoder.hidden_dim, len(run.tokenizer))
         layer = make(nn.TransformerEncoderLayer, encoder)
-        count = max(1, round((num_parameters(system.model) - num_parameters(self)) / num_parameters(layer)))
+        count = max(1, round((num_parameters(run.model) - num_parameters(self)) / num_parameters(layer)))
         self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
@@ -1011,10 +1009,10 @@ class PlainModel(nn.Module):
         return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
 
 
-def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
+def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
     """Steps a second of ours and of the plain loop, (2,): batch by batch in turns, each at its best of all rounds."""
-    batches = list(data.loader(system.train_set, epoch_batches(system, 0)[:num_batches]))
-    plain = PlainModel(system)
+    batches = list(data.loader(run.train_set, epoch_batches(run, 0)[:num_batches]))
+    plain = PlainModel(run)
     optimizer = torch.optim.AdamW(plain.parameters())
 
     def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
@@ -1024,7 +1022,7 @@ def speeds(system: System, num_batches: int = 20, rounds: int = 8) -> np.ndarray
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         loss.item()
-    ways = lambda batch: rehearse(system, [batch], 1e-4), plain_step
+    ways = lambda batch: rehearse(run, [batch], 1e-4), plain_step
     seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
     return len(batches) / np.min(seconds, 0).sum(0)
 
@@ -1052,16 +1050,16 @@ def benchmark(config: configs.Config) -> Iterator[str]:
     config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
     form = "{:<64}{:>14}{:>12}".format
     yield form("figure", "measured", "asked")
-    system = make_system(config)
-    ours, plain = speeds(system)
+    run = make_run(config)
+    ours, plain = speeds(run)
     yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
                ">= 1.0 x")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
-        run = Run(new_run(Path(runs), "benchmark"), threading.Event())
+        run = make_run(config)._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
-            history = fit(run, make_system(config), Progress()).history
+            history = fit(run, Progress()).history
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = timeit(lambda: save(run, system, Progress(1, history=history[:1])), number=1)
+        save_sec = timeit(lambda: save(run, Progress(1, history=history[:1])), number=1)
         yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
@@ -1106,13 +1104,13 @@ def go_on(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
 
-def finish(run: Run, system: System, progress: Progress) -> int:
+def finish(run: Run, progress: Progress) -> int:
     """What fit came to, and what to do with it -> the exit code."""
-    if not stop_reason(progress.history, system.config.training):
+    if not stop_reason(progress.history, run.config.training):
         if own_rank() == 0:
             print(f"\ninterrupted; {go_on(run)}", flush=True)
         return 0
-    best, overfit = best_row(progress.history), system.config.training.overfit
+    best, overfit = best_row(progress.history), run.config.training.overfit
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
@@ -1158,7 +1156,7 @@ def main(argv: Sequence[str]) -> int:
             print(average_epochs(Path(arguments.resume).resolve(), arguments.average))
             return 0
         if arguments.resume:
-            run, system, progress = resume(Path(arguments.resume).resolve(), catch_signals())
+            run, progress = resume(Path(arguments.resume).resolve(), catch_signals())
         else:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
@@ -1166,8 +1164,8 @@ def main(argv: Sequence[str]) -> int:
                 for line in describe(config) if arguments.dry_run else benchmark(config):
                     print(line, flush=True)
                 return 0
-            run, system, progress = begin(config, arguments, catch_signals())
-        return finish(run, system, fit(run, system, progress))
+            run, progress = begin(config, arguments, catch_signals())
+        return finish(run, fit(run, progress))
     except RunFailed as error:
         complain(error, run)
         return 1
