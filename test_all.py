@@ -2923,16 +2923,14 @@ class Killed(Exception):
 
 
 # C30
-@pytest.mark.parametrize("kill_at", [8])
-def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch,
-                                                                                           kill_at):
+def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
     path = tiny_yaml(tmp_path / "tiny.yaml")  # 20 utterances by 4: 5 steps an epoch, 3 epochs
     options = ["--training.checkpoint_steps=1", "--model.ctc_weight=0.3", "--training.average_decay=0.8", "--runs"]
     assert train.main([path, *options, str(tmp_path / "whole")]) == 0
     real_step, count = train.train_step, iter(range(1, 100))
 
     def dying_step(*arguments):
-        if next(count) > kill_at:
+        if next(count) > 8:
             raise Killed
         return real_step(*arguments)
 
@@ -3315,7 +3313,7 @@ def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(fin
 
 
 # C85
-@pytest.mark.parametrize("name", ["latest.pt", "next.pt", "metrics.json", "train.log"])
+@pytest.mark.parametrize("name", ["next.pt", "metrics.json", "train.log"])
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys, name):
     path, real, writes = tiny_yaml(tmp_path / "tiny.yaml"), data.replacing, collections.Counter()
 
@@ -3340,9 +3338,6 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp
     code = train.main([path, "--runs", str(tmp_path / "runs"), "--training.checkpoint_steps=4"])
     error = capsys.readouterr().err
     monkeypatch.undo()
-    if name == "latest.pt":  # it is renamed, not written
-        assert code == 0
-        return
     run = run_of(tmp_path / "runs")
     assert code == 2 and "No space left on device" in error and "free some space, then go on with: python" in error
     assert error.strip().count("\n") == 0 and "Traceback" not in error
