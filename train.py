@@ -504,11 +504,12 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
                          f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
 
 
-def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
-    """What a run starts from: fresh weights for the config's data, or the model that training.init_from names, a FunASR
-    directory or a checkpoint, whose model section and front end then stand in the config. -> config, tokenizer, stats,
-    model"""
-    options, place = config.data, config.training.init_from
+def origin(config: configs.Config, place: str,
+           state: dict | None) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
+    """What a run starts from: fresh weights for the config's data, or the model at place, a FunASR directory or a
+    checkpoint (of this state, if it was read), whose model section and front end then stand in the config. -> config,
+    tokenizer, stats, model"""
+    options = config.data
     if configs.is_published(place):
         files = configs.published_files(place)
         config = with_model(config, configs.load_published(files["config"]))
@@ -516,7 +517,7 @@ def origin(config: configs.Config) -> tuple[configs.Config, Tokenizer | PieceTok
         stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
         model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
     elif place:
-        state = read_checkpoint(place)
+        state = state or read_checkpoint(place)
         config = with_model(config, configs.from_dict(state["config"], place))
         tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
@@ -548,11 +549,7 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
-    if state is None:
-        config, tokenizer, stats, model = origin(config)
-    else:
-        tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
-        model = build(config.model, stats.shape[1], len(tokenizer))
+    config, tokenizer, stats, model = origin(config, place or config.training.init_from, state)
     training = config.training
     open_split = lambda split, augment: data.open_dataset(config.data, split, tokenizer.encode, training.seed, stats,
                                                           config.model.encoder.subsampling, augment)
@@ -570,7 +567,6 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     average = copy.deepcopy(model) if training.average_decay else model
     if state is not None:
         load_weights(model, state["trained"], place)
-        load_weights(average, state["model"], place)
         optimizer.load_state_dict(state["optimizer"])
     save_memory_and_time(model, training)
     return Run(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
