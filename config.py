@@ -625,13 +625,13 @@ def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
 
     Raises ValueError `place:line: ...` for whatever lies outside the part of YAML that this file's docstring describes.
     """
-    lines = list(_lines(text, place))
-    if not lines:
-        raise ValueError(f"{place}:1: wanted 'key: value' lines, got none")
     try:
-        return _map(lines)
+        values = _block(list(_lines(text, place)))
     except RecursionError:
         raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}:1: wanted 'key: value' lines, got {'none' if values is None else 'others'}")
+    return values
 
 
 def _lines(text: str, place: str) -> Iterator[Line]:
@@ -664,30 +664,21 @@ def _refuse(lines: list[Line]) -> None:
         raise ValueError(f"{where}: wanted an indentation used above, got '{text}'")
 
 
-def _entries(lines: list[Line]) -> Iterator[tuple[str, str, list[Line]]]:
-    """Of each line in the column of the first: where it stands, its text, the lines behind it further to the right."""
-    _refuse([line for line in lines if line[1] < lines[0][1]])
-    starts = [i for i, line in enumerate(lines) if line[1] == lines[0][1]]
-    for start, end in pairwise([*starts, len(lines)]):
-        where, _, text = lines[start]
-        yield where, text, lines[start + 1:end]
-
-
 def _block(lines: list[Line]) -> Any:
-    """The list, map or scalar that these lines are; null if there are none."""
+    """The list, map or scalar that these lines are; null if there are none. Each entry of a list or map is a line in
+    the column of the first, with the lines behind it further to the right."""
     if not lines:
         return None
-    where, _, text = lines[0]
-    if text == "-":
-        return [_block(below) for _, _, below in _entries(lines)]
-    if len(lines) == 1 and not KEY.fullmatch(text):
+    where, column, text = lines[0]
+    if len(lines) == 1 and text != "-" and not KEY.fullmatch(text):
         return _value(text, where)
-    return _map(lines)
-
-
-def _map(lines: list[Line]) -> dict[Key, Any]:
+    _refuse([line for line in lines if line[1] < column])
+    starts = [i for i, line in enumerate(lines) if line[1] == column]
+    entries = [(*lines[start], lines[start + 1:end]) for start, end in pairwise([*starts, len(lines)])]
+    if text == "-":
+        return [_block(below) for _, _, _, below in entries]
     values: dict[Key, Any] = {}
-    for where, text, below in _entries(lines):
+    for where, _, text, below in entries:
         match = KEY.fullmatch(text)
         name = match and _value(match[1].rstrip(" "), where)
         if type(name) is not str:
