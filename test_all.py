@@ -3164,14 +3164,14 @@ def whole_run(zygote, tmp_path_factory):
 
 
 # C83 C111
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=slow)])
-def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupted_one(kills, zygote, whole_run,
-                                                                                       tmp_path):
+@pytest.mark.parametrize("kills, workers", [(3, 0), (1, 1), pytest.param(20, 0, marks=slow)])
+def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupted_one(kills, workers, zygote,
+                                                                                       whole_run, tmp_path):
     """SIGKILL, writing included: each step writes a checkpoint, which takes longer than the step."""
     (argv, whole, seconds), rng, done, trials = whole_run, random.Random(kills), 0, itertools.count()
     while done < kills:
         runs = tmp_path / str(next(trials))
-        pid = zygote.start(tmp_path / "out", *argv, "--runs", str(runs))
+        pid = zygote.start(tmp_path / "out", *argv, f"--data.num_workers={workers}", "--runs", str(runs))
         while not (runs / "latest").exists():  # before it there is nothing to resume
             time.sleep(0.001)
         run = run_of(runs)
@@ -3185,20 +3185,6 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
         assert zygote.wait(pid) == 0
         assert_same_run(run, whole)
         assert not [path for path in run.rglob("*") if path.suffix == ".tmp" or path.name == "next.pt"]
-
-
-# C83
-def test_a_run_with_a_loader_process_that_is_killed_and_resumed_is_the_same(zygote, whole_run, tmp_path):
-    argv, whole, seconds = whole_run
-    argv = [*argv, "--data.num_workers=1", "--runs", str(tmp_path)]
-    pid = zygote.start(tmp_path / "out", *argv)
-    while not (tmp_path / "latest").exists():
-        time.sleep(0.001)
-    time.sleep(0.5 * seconds)
-    os.kill(pid, 9)
-    zygote.wait(pid)
-    zygote.run(tmp_path / "out", "--resume", str(run_of(tmp_path)))
-    assert_same_run(run_of(tmp_path), whole)
 
 
 # C84
