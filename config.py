@@ -295,22 +295,19 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     right, wanted = {"sanm": (width % 2 == 0 and width >= 4, "even and 4 or more"),
                      "relative_conformer": (width >= 7, "7 or more")}.get(encoder.kind, (True, ""))
     yield "data.num_mels", right, f"a product with lfr_m {data.lfr_m} that is {wanted} for kind {encoder.kind}"
-    for name in ("train", "dev"):
-        tuned = config.training.init_from and name == "dev"      # then the training manifest serves as dev as well
-        given = data.kind != "manifest" or getattr(data, name) != "" or bool(tuned)
-        yield f"data.{name}", given, "a manifest or a Kaldi folder, as data.kind is manifest"
-    positioned = encoder.position if encoder.kind in ("transformer", "conformer") else ""
+    needed = ("train",) if config.training.init_from else ("train", "dev")      # tuning evaluates on train without dev
+    for name in needed if data.kind == "manifest" else ():
+        yield f"data.{name}", getattr(data, name) != "", "a manifest or a Kaldi folder, as data.kind is manifest"
+    slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
+    frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
+    if data.kind == "toy":
+        frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
+    steps = frames / max(1, data.lfr_n) / encoder.subsampling
     said = config.model.decoder.position if config.model.name == "transformer" else ""      # frames, and <eos>
-    for part, position, more, what in (("encoder", positioned, 0, "encoder frames"), ("decoder", said, 1, "tokens")):
-        if position != "learnable":
-            continue
-        slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
-        frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
-        if data.kind == "toy":
-            frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
-        steps = frames / max(1, data.lfr_n) / max(1, encoder.subsampling) + more
-        yield (f"model.{part}.position", steps <= LEARNED_POSITIONS, "sinusoidal, or more subsampling, as "
-               f"{longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
+    for part, position, steps, what in (("encoder", encoder.position, steps, "encoder frames"),
+                                        ("decoder", said, steps + 1, "tokens")):
+        yield (f"model.{part}.position", position != "learnable" or steps <= LEARNED_POSITIONS, "sinusoidal, or more "
+               f"subsampling, as {longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def check(config: Config, place: str = "config") -> None:
