@@ -1051,7 +1051,7 @@ def benchmark(config: configs.Config) -> Iterator[str]:
     yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
                ">= 1.0 x")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
-        run = make_run(config)._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
+        run = run._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, Progress()).history
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
