@@ -2959,6 +2959,13 @@ def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_seco
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
 
 
+def test_a_folder_in_the_place_of_latest_is_refused_and_nothing_is_left_beside_it(tmp_path, capsys):
+    (tmp_path / "runs/latest").mkdir(parents=True)
+    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err.startswith(f"train.py: {tmp_path / 'runs/latest'}: wanted a link")
+    assert os.listdir(tmp_path / "runs") == ["latest"]
+
+
 # C19
 def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):
     manifest = recordings(tmp_path, 6)

@@ -378,8 +378,11 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists."""
-    stem = f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists. Raises ValueError if runs/latest can
+    never point there."""
+    latest, stem = root / "latest", f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
+    if latest.is_dir() and not latest.is_symlink():
+        raise ValueError(f"{latest}: wanted a link to the newest run, got a folder; move it away")
     for folder in itertools.chain([stem], (f"{stem}_{count}" for count in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             (root / folder / "checkpoints").mkdir(parents=True)
