@@ -1068,7 +1068,7 @@ def benchmark(config: configs.Config) -> Iterator[str]:
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
     if config.data.kind == "toy":
-        items = list(system.dev_set)
+        items = list(run.dev_set)
         accuracy = data.linear_probe(items[::2], items[1::2])
         yield form("toy: tokens right by a linear classifier of single frames", f"{accuracy:.1%}", "< 60%")
 
