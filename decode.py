@@ -306,18 +306,14 @@ def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest
     return ranked(NBest(tokens, lens, log_prob, norms, price, log_prob / norms + price))
 
 
-def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
-    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U), token_lens (B,N) -> (B,N), -inf if they do not
-    fit the frames."""
-    (B, N, U), L = tokens.shape, log_p.shape[1]
-    tokens = F.pad(tokens, (0, 1)).view(B * N, U + 1)
-    special = (tokens == BLANK) | (tokens == SOS) | (tokens == EOS) | ~padding_mask(token_lens.flatten(), U + 1)
-    tokens = tokens.gather(1, special.long().argsort(dim=1, stable=True))  # what CTC does not say comes last
-    names = (tokens[:, :, None] == tokens[:, None, :]).long().argmax(2) + 1  # where a token is first said, from 1
-    columns = F.pad(tokens, (1, 0), value=BLANK)[:, None].expand(-1, L, -1)  # the part of V that this text needs
-    own = log_p.repeat_interleave(N, 0).gather(2, columns)  # (B*N,L,U+2)
-    loss = F.ctc_loss(own.transpose(0, 1), names, lens.repeat_interleave(N), (~special).sum(1), reduction="none")
-    return -loss.view(B, N)
+def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor) -> Tensor:
+    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U) as in NBest -> (B,N), -inf if they do not fit the
+    frames."""
+    said = tokens > EOS  # CTC says no special, and BLANK pads
+    tokens = tokens.gather(2, (~said).long().argsort(dim=2, stable=True))  # what it does not say comes last
+    losses = [F.ctc_loss(log_p.transpose(0, 1), text, lens, n, reduction="none")
+              for text, n in zip(tokens.unbind(1), said.sum(2).unbind(1))]
+    return -torch.stack(losses, 1)
 
 
 def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
@@ -340,7 +336,7 @@ def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
     found = SEARCHES[system.config.model.name](model, hidden, lens, search)
     if not search.ctc_weight:
         return found
-    by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens, found.lens)
+    by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens)
     by_ctc = by_ctc.clamp(min=-1e4)  # a text that does not fit the frames is the last one, but there is a text
     joint = ((1 - search.ctc_weight) * found.log_probs + search.ctc_weight * by_ctc) / found.norms + found.extras
     return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
