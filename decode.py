@@ -458,14 +458,13 @@ def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
     groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
     space = True
     for token in tokens:
-        if unit == "char" and token.token == " ":
+        if token.token == " ":
             space = True
             continue
-        apart = unit == "word" or is_ideograph(token.token) or groups and is_ideograph(groups[-1][1][-1].token)
-        if space or apart:
-            groups.append((space or unit == "word", []))
+        if space or is_ideograph(token.token) or is_ideograph(groups[-1][1][-1].token):
+            groups.append((space, []))
         groups[-1][1].append(token)
-        space = False
+        space = unit == "word"
     return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
             for spaced, group in groups]
 
@@ -499,9 +498,7 @@ def words_of(system: System, tokens: Sequence[Token]) -> list[Word]:
 
 
 def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> str:
-    if isinstance(system.tokenizer, PieceTokenizer):
-        return join_words(words)
-    return system.tokenizer.decode([token.id for token in tokens])
+    return "".join(token.token for token in tokens) if system.tokenizer.unit == "char" else join_words(words)
 
 
 def read_result(system: System, found: Hypotheses, i: int) -> Result:
