@@ -51,8 +51,8 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from attention import Span, alignment_svg, attention_svg, escape
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames,
+from attention import alignment_svg, attention_svg, escape
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, encode, funasr_names, in_feature_frames,
                    lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
@@ -850,35 +850,27 @@ def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
     return f"layer {number} of {len(layers)}", layers[number - 1]
 
 
-def scene(system: System, item: data.Utterance,
-          found: Hypotheses) -> tuple[str, list[Span], float, tuple[float, float]]:
-    """What the pictures of an utterance share: its title, its tokens, its seconds, and the seconds at which the first
-    frame of the encoder begins and the last one ends."""
-    result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
-    tokens = [(token.token, token.start, token.end) for token in result.tokens]
-    encoder, L = system.config.model.encoder, found.alpha.shape[1]
-    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))
-    return f"{item.key}: {result.text}", tokens, len(item.feats) * frame_sec, (first, last)
-
-
-def alignment_picture(system: System, item: data.Utterance, found: Hypotheses) -> str:
-    """The SVG of an utterance that has frames and was `found` alone: features, tokens, firing."""
-    title, *rest = scene(system, item, found)
-    truth = None if item.boundaries is None else item.boundaries * data.frame_sec(system.config.data)
-    return alignment_svg(title, item.feats, found.alpha[0], *rest, truth)
-
-
 @torch.inference_mode()
-def attention_pictures(system: System, item: data.Utterance, found: Hypotheses, layer: int) -> dict[str, str]:
-    """SVGs of the heads of an attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
-    title, *rest = scene(system, item, found)
+def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict[str, str]:
+    """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, where a
+    layer is given, the heads of that `layer_of` the encoder and, as cross, of a decoder with layers."""
+    found = decode_batch(system, [item.feats], need_weights=layer is not None)
+    result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
+    title, tokens = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
+    encoder, L = system.config.model.encoder, found.alpha.shape[1]
+    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))  # where the encoder's frames lie
+    rest = tokens, len(item.feats) * frame_sec, (first, last)
+    truth = None if item.boundaries is None else item.boundaries * frame_sec
+    pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0], *rest, truth)}
+    if layer is None:
+        return pictures
     feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
-    of_encoder, encoder = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
-    pictures = {"encoder": attention_svg(f"encoder, {of_encoder}, {title}", encoder[0].cpu(), *rest, cross=False)}
+    name, heads = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
+    pictures["encoder"] = attention_svg(f"encoder, {name}, {title}", heads[0].cpu(), *rest, cross=False)
     if found.attention:
-        of_decoder, cross = layer_of(found.attention, layer)
+        name, heads = layer_of(found.attention, layer)
         rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
-        pictures["cross"] = attention_svg(f"cross, {of_decoder}, {title}", cross[0, :, rows], *rest, cross=True)
+        pictures["cross"] = attention_svg(f"cross, {name}, {title}", heads[0, :, rows], *rest, cross=True)
     return pictures
 
 
@@ -889,12 +881,8 @@ def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Datas
     without = 0
     for index, name in named:
         item = drawable(dataset, index)
-        if item is None:
-            without += 1
-            continue
-        found = decode_batch(system, [item.feats], need_weights=True)
-        pictures = attention_pictures(system, item, found, layer)
-        for kind, svg in {"alignment": alignment_picture(system, item, found), **pictures}.items():
+        without += item is None
+        for kind, svg in draw(system, item, layer).items() if item else ():
             data.write_atomic(folder / f"{name}.{kind}.svg", svg)
     if without:
         print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
@@ -1034,7 +1022,7 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
     cases = []
     for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
         item = drawable(dataset, s.index)
-        cases.append((s, alignment_picture(system, item, decode_batch(system, [item.feats])) if item else ""))
+        cases.append((s, draw(system, item)["alignment"] if item else ""))
     page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
     data.write_atomic(folder / "report.html", page)
 

@@ -4542,7 +4542,7 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
     spoken = found.tokens[0] > EOS
     for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
         calls.clear()
-        decode.attention_pictures(system, item, found, layer)
+        decode.draw(system, item, layer)
         (ours, cross), (theirs, also) = calls
         assert (cross, also) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
