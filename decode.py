@@ -852,8 +852,8 @@ def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
 
 @torch.inference_mode()
 def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict[str, str]:
-    """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, where a
-    layer is given, the heads of that `layer_of` the encoder and, as cross, of a decoder with layers."""
+    """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, with
+    a layer, the heads of that attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
     found = decode_batch(system, [item.feats], need_weights=layer is not None)
     result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
     title, tokens = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
@@ -904,6 +904,16 @@ class Score(NamedTuple):
     words: Counts
     units: Counts  # of readable_units
 
+    @property
+    def steps(self) -> list[tuple[str, str | None, str | None]]:
+        """The alignment for a reader: (op, reference's unit, recognised one), as `align` gives it."""
+        return align(readable_units(self.reference), readable_units(self.text))
+
+
+def readable_units(text: str) -> list[str]:
+    """The words of a text, an ideograph being a word: what is aligned for a reader."""
+    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
+
 
 def score(system: System, outcome: Outcome) -> Score:
     text, reference = outcome.result.text, outcome.reference
@@ -932,30 +942,17 @@ def error_figure(counts: Sequence[Counts]) -> str:
 
 
 def report_lines(scores: Sequence[Score]) -> list[str]:
-    """The error rates of one or more utterances: sums, divided once."""
+    """The error rates of one or more utterances, sums divided once, and their ten most frequent errors."""
     tokens = sum((s.tokens for s in scores), Counts())
     exact, right = sum(s.tokens.errors == 0 for s in scores), sum(s.chars.errors == 0 for s in scores)
+    confused = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in s.steps if op != "hit")
+    worst = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:10]
     return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
             f"({len(scores)} utterances with a reference)",
             f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
-            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
-
-
-def readable_units(text: str) -> list[str]:
-    """The words of a text, an ideograph being a word: what is aligned for a reader."""
-    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
-
-
-def confusions(scores: Sequence[Score]) -> list[tuple[str, str, int]]:
-    """The ten most frequent errors: (what was said, what was recognised, times), "" for nothing."""
-    errors = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in align(
-        readable_units(s.reference), readable_units(s.text)) if op != "hit")
-    return [(*pair, times) for pair, times in sorted(errors.items(), key=lambda item: (-item[1], item[0]))[:10]]
-
-
-def confusion_lines(scores: Sequence[Score]) -> list[str]:
-    rows = [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for ref, hyp, times in confusions(scores)]
-    return ["most frequent confusions (*** is nothing):", *rows] if rows else []
+            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)",
+            *["most frequent confusions (*** is nothing):"] * bool(worst),
+            *(f"{times:6}  {ref or '***'} -> {hyp or '***'}" for (ref, hyp), times in worst)]
 
 
 # ---- report.html ----
@@ -969,10 +966,10 @@ body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);
 font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
 h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
 small,summary{color:var(--faint);font-size:.85rem}
-article{border-top:1px solid var(--line);padding:.7rem 0} table{border-collapse:collapse} summary{cursor:pointer}
-td,th{text-align:left;padding:.1rem 1.2rem .1rem 0;border-bottom:1px solid var(--line)} details div{overflow-x:auto}
+article{border-top:1px solid var(--line);padding:.7rem 0} summary{cursor:pointer} details div{overflow-x:auto}
+pre{white-space:pre-wrap}
 del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
-span del,span ins{background:var(--sub)} h3,td,del,ins,bdi{unicode-bidi:isolate}
+span del,span ins{background:var(--sub)} h3,pre,del,ins,bdi{unicode-bidi:isolate}
 """
 
 
@@ -985,28 +982,23 @@ def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
 
 def case_html(s: Score, svg: str) -> str:
     """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
-    steps, n = align(readable_units(s.reference), readable_units(s.text)), s.units
+    n = s.units
     texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
                     for name, text in (("reference", s.reference), ("recognised", s.text)))
     return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
-            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in steps)}</p>"
+            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in s.steps)}</p>"
             f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
             "</article>\n")
 
 
-def report_html(title: str, lines: Sequence[str], confused: Sequence[tuple[str, str, int]],
-                cases: Sequence[tuple[Score, str]]) -> str:
-    """A page that needs no other file: the lines of the summary, the confusions, the utterances with their pictures."""
-    summary = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    rows = "".join(f"<tr><td>{escape(ref) or '–'}</td><td>{escape(hyp) or '–'}</td><td>{times}</td></tr>"
-                   for ref, hyp, times in confused)
-    head = "<tr><th>reference</th><th>recognised</th><th>times</th></tr>" if rows else "<tr><td>none</td></tr>"
+def report_html(title: str, lines: Sequence[str], cases: Sequence[tuple[Score, str]]) -> str:
+    """A page that needs no other file: the lines of the summary, the utterances with their pictures."""
+    summary = escape("\n".join(lines))
     safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
             f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{summary}\n"
-            f"<h2>Most frequent confusions</h2><table>{head}{rows}</table>\n"
+            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><pre>{summary}</pre>\n"
             f"<h2>The worst first: {len(cases)}</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
             "<del>missing</del> <ins>too many</ins></small></p>\n"
             f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
@@ -1018,12 +1010,12 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
     data.write_atomic(folder / "alignments.txt", "".join(
         f"{s.key}: {s.units.errors} of {s.units.ref} ({s.units.sub} sub, {s.units.ins} ins, {s.units.del_} del)\n"
         f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n" for s in scores))
-    data.write_atomic(folder / "summary.txt", "\n".join([*lines, *confusion_lines(scores), ""]))
+    data.write_atomic(folder / "summary.txt", "\n".join([*lines, ""]))
     cases = []
     for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
         item = drawable(dataset, s.index)
         cases.append((s, draw(system, item)["alignment"] if item else ""))
-    page = report_html(f"{len(scores)} utterances and their references", lines, confusions(scores), cases)
+    page = report_html(f"{len(scores)} utterances and their references", lines, cases)
     data.write_atomic(folder / "report.html", page)
 
 
@@ -1449,7 +1441,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     lines = report_lines(scores) if scores else []
     if arguments.report:
         write_report(Path(arguments.report), system, dataset, scores, lines)
-    print(*lines, *confusion_lines(scores), f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
+    print(*lines, f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
           f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
           file=sys.stderr)
     return code or (1 if failed else 0)
