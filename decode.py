@@ -691,15 +691,6 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
         yield [[first + i for i in batch] for batch in batches]
 
 
-def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
-    """Those of all processes in the first of them, none in the others, in the order of the inputs."""
-    rank, processes = shard
-    parts = [outcomes] * processes if rank == 0 else None
-    if processes > 1:
-        torch.distributed.gather_object(outcomes, parts)
-    return sorted(outcome for part in parts or () for outcome in part)
-
-
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
     """Ctrl-C (KeyboardInterrupt) comes when the block has ended, or at once if it comes again."""
@@ -731,12 +722,15 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
                 done = recognise(system, dataset, batch)
                 outcomes += done
                 finish(done)
-            outcomes = gather(outcomes, shard)
+            parts = [outcomes] * processes if rank == 0 else None
+            if processes > 1:
+                torch.distributed.gather_object(outcomes, parts)
+            outcomes = [outcome for part in parts or () for outcome in part]
         except KeyboardInterrupt:
             yield from sorted(outcomes) if rank == 0 else ()
             raise
         with interrupted_later():
-            yield from outcomes
+            yield from sorted(outcomes)
 
 
 # ---- forms ----
