@@ -1252,56 +1252,46 @@ def compare(arguments: argparse.Namespace) -> int:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
                                      "data, or the test (else dev) manifest of its config.")
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in "
-                        "them), manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a "
-                        "line of a manifest")
-    parser.add_argument("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
-                        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
-    parser.add_argument("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: "
-                        "FILE.pt as a checkpoint, any other path as a directory, FunASR's if it knows the model")
-    parser.add_argument("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
-    parser.add_argument("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is "
-                        "done (ctm: results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
-    parser.add_argument("--format", choices=list(FORMS), help="of the files in --output (default json)")
-    parser.add_argument("--report", metavar="DIR", help="write the error report of the inputs that have a reference: "
-                        "summary.txt, alignments.txt and report.html")
-    parser.add_argument("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
-    parser.add_argument("--plot-layer", type=int, default=0, metavar="N", help="attention layer of the pictures, 1 = "
-                        "the first; 0, and where there are fewer: the last")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N utterances; 0 = all")
-    parser.add_argument("--batch-size", type=int, default=16, help="utterances, or segments of a long recording, in a "
-                        "batch (default 16)")
-    parser.add_argument("--batch-seconds", type=float, default=300.0, help="audio in a batch at most, padding "
-                        "included; one that is longer goes alone (default 300)")
-    parser.add_argument("--min-segment-sec", type=float, default=SEGMENT_SEC[0], metavar="SEC",
-                        help=f"shortest segment of a long recording (default {SEGMENT_SEC[0]:g})")
-    parser.add_argument("--max-segment-sec", type=float, default=SEGMENT_SEC[1], metavar="SEC", help="longest segment; "
-                        f"a longer recording is cut into segments at its pauses (default {SEGMENT_SEC[1]:g})")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    parser.add_argument("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
-                        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
-    parser.add_argument("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some "
-                        "seconds at the start of a large model, for about a tenth of the time from then on")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch; 0 = torch's own choice")
-    parser.add_argument("--beam", type=int, default=Search().beam, help="hypotheses kept at a time (default 1: greedy)")
-    parser.add_argument("--nbest", type=int, default=Search().nbest, help="alternatives of each utterance (default 1)")
-    parser.add_argument("--length-penalty", type=float, default=Search().length_penalty,
-                        help="of a transformer's beam: 0 favours short texts (default 0.6)")
-    parser.add_argument("--coverage-penalty", type=float, default=Search().coverage_penalty,
-                        help="of a transformer's beam: for frames that got little attention (default 0)")
-    parser.add_argument("--ctc-weight", type=float, default=Search().ctc_weight,
-                        help="share of the CTC head, if the model has one, in the score (default 0)")
-    parser.add_argument("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in "
-                        "INPUT, searching greedily and by beam, on the rest of INPUT or the first one's own data; "
-                        "without INPUT, how one of configs/paraformer_large.yaml with random weights loads and runs")
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in them), "
+        "manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a line of a manifest")
+    add("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
+        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
+    add("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
+        "checkpoint, any other path as a directory, FunASR's if it knows the model")
+    add("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
+    add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
+        "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
+    add("--format", choices=list(FORMS), help="of the files in --output (default json)")
+    add("--report", metavar="DIR", help="write the error report of the inputs that have a reference: summary.txt, "
+        "alignments.txt and report.html")
+    add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
+        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
+    add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some seconds at the "
+        "start of a large model, for about a tenth of the time from then on")
+    add("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in INPUT, searching "
+        "greedily and by beam, on the rest of INPUT or the first one's own data; without INPUT, how one of "
+        "configs/paraformer_large.yaml with random weights loads and runs")
+    numbers = {"limit": (0, "only so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
+               "plot-layer": (0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last"),
+               "batch-size": (16, "utterances, or segments of a long recording, in a batch"),
+               "batch-seconds": (300.0, "audio in a batch, padding included; one that is longer goes alone"),
+               "min-segment-sec": (SEGMENT_SEC[0], "shortest segment of a long recording"),
+               "max-segment-sec": (SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses"),
+               "beam": (1, "hypotheses kept at a time; 1: greedy"), "nbest": (1, "alternatives of each utterance"),
+               "length-penalty": (0.6, "of a transformer's beam: 0 favours short texts"),
+               "coverage-penalty": (0.0, "of a transformer's beam: for frames that got little attention"),
+               "ctc-weight": (0.0, "share of the CTC head, if the model has one, in the score")}
+    for name, (default, meaning) in numbers.items():
+        add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
     arguments = parser.parse_args(argv)
     arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0)):
-        if not least <= getattr(arguments, name) < 2**31:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, below 2^31, got "
+    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0), ("batch_seconds", 1e-3)):
+        if not least <= getattr(arguments, name) < 1e9:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, below 1e9, got "
                          f"{getattr(arguments, name)}")
-    if not 0 < arguments.batch_seconds < 1e9:
-        parser.error(f"--batch-seconds must be above 0 and below 1e9, got {arguments.batch_seconds}")
     check_together(parser, arguments)
     return arguments
 
