@@ -1301,12 +1301,15 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
-    if arguments.prepack and arguments.dtype != "float32":
-        parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
-    if arguments.export and (arguments.prepack or arguments.dtype == "int8"):
-        parser.error("--export writes the weights as they are; leave out --prepack and --dtype int8")
     recognising = ("limit", "funasr_text", "min_segment_sec", "max_segment_sec", *Search._fields)
     for idle, why, names in (
+            (not arguments.output, "--format needs --output", ("format",)),
+            ((arguments.output or "").endswith(".jsonl") and arguments.format != "json",
+             "--output FILE.jsonl is for --format json", ("format",)),
+            (not arguments.plot, "--plot-layer needs --plot", ("plot_layer",)),
+            (arguments.prepack, "--prepack is for --dtype float32", ("dtype",)),
+            (arguments.export, "--export writes the weights as they are", ("prepack",)),
+            (arguments.export and arguments.dtype == "int8", "--export writes the weights as they are", ("dtype",)),
             (arguments.export and not arguments.inputs, "--export recognises nothing without INPUT",
              ("output", "report", "plot", "batch_size", "batch_seconds", *recognising)),
             (arguments.benchmark, "--benchmark prints a table only", ("output", "report", "plot", "export")),
@@ -1317,12 +1320,6 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         given = [name.replace("_", "-") for name in names if getattr(arguments, name) != parser.get_default(name)]
         if idle and given:
             parser.error(f"{why}; leave out --{', --'.join(given)}")
-    if arguments.format and not arguments.output:
-        parser.error("--format needs --output")
-    if arguments.plot_layer and not arguments.plot:
-        parser.error("--plot-layer needs --plot")
-    if arguments.format not in (None, "json") and arguments.output.endswith(".jsonl"):
-        parser.error(f"--output {arguments.output} is for --format json, got {arguments.format}")
 
 
 def batch_options(arguments: argparse.Namespace) -> dict[str, float]:
