@@ -576,22 +576,14 @@ def batch_limits(system: System) -> tuple[int, int]:
     return system.batch_size, max(1, int(system.batch_seconds / data.frame_sec(system.config.data)))
 
 
-def read_pool(pieces: Iterator[data.Segment], rate_hz: int) -> list[data.Segment]:
-    """The next segments, of POOL_SEC together or a little more."""
-    pool, size = [], 0
-    while size < POOL_SEC * rate_hz and (piece := next(pieces, None)) is not None:
-        pool.append(piece)
-        size += len(piece.samples)
-    return pool
-
-
 def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Iterator[tuple[float, Result]]:
     """Segments at the model's rate -> the start in seconds and the Result, with times from there, of each in order.
 
     Memory does not grow with their number. Raises ValueError if features are not finite.
     """
-    options, stats, pieces = system.config.data, system.stats.cpu(), iter(pieces)
-    while pool := read_pool(pieces, options.sample_rate):
+    options, stats = system.config.data, system.stats.cpu()
+    for _, group in itertools.groupby(pieces, lambda piece: piece.start_sec // POOL_SEC):
+        pool = list(group)
         feats = [data.frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
         if not all(x.isfinite().all() for x in feats):
             raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
