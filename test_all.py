@@ -3696,22 +3696,23 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
 
 # ---- decode: recognition ----
 
-def tiny_system(kind: str = "manifest") -> decode.System:
+def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict = {}, decoder: dict = {},
+                **options) -> decode.System:
     """A model with random weights that fires about every fourth frame; the same at every call."""
     sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
-    model = config.ModelConfig(encoder=config.EncoderConfig(subsampling=2, **sizes),
-                               decoder=config.DecoderConfig(**sizes), predictor=config.PredictorConfig(hidden_dim=16))
-    options = config.DataConfig(kind=kind, train="x", dev="x", num_mels=8, sample_rate=8000)
+    section = config.ModelConfig(name=name, encoder=config.EncoderConfig(**{"subsampling": 2, **sizes, **encoder}),
+                                 decoder=config.DecoderConfig(**{**sizes, **decoder}),
+                                 predictor=config.PredictorConfig(hidden_dim=16))
+    options = config.DataConfig(kind=kind, train="x", dev="x", num_mels=8, sample_rate=8000, **options)
     tokenizer = Tokenizer.build(["abcd efgh"])
     torch.manual_seed(3)
-    network = build(model, 8, len(tokenizer)).eval()
+    network = build(section, 8, len(tokenizer)).eval()
     stats = torch.tensor([[0.0] * 8, [1.0] * 8])
-    return decode.System(config.Config(model=model, data=options), tokenizer, stats, network)
+    return decode.System(config.Config(model=section, data=options), tokenizer, stats, network)
 
 
 def saved(system: decode.System, path: pathlib.Path) -> str:
-    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-                "model": system.model.state_dict()}, path)
+    decode.export(system, str(path))
     return str(path)
 
 
@@ -3789,10 +3790,14 @@ def test_the_report_adds_errors_and_divides_once():
     assert len(decode.report_lines(scores[1:2])) == 4
 
 
+def recognised(system: decode.System, path: str | os.PathLike) -> list[decode.Outcome]:
+    return decode.recognise(system, decode.open_inputs(system, [path], None), [0])
+
+
 def test_a_blank_text_is_no_reference(tmp_path):
-    system, rows = tiny_system(), [data.Row("a", spoken(tmp_path / "a.wav", 0.5), " \u3000", None)]
-    dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
-    assert decode.recognise(system, dataset, [0])[0].reference == ""
+    row = {"audio": spoken(tmp_path / "a.wav", 0.5), "text": " \u3000"}
+    [outcome] = recognised(tiny_system(), write_manifest(tmp_path / "m.jsonl", [row]))
+    assert outcome.result and outcome.reference == ""
 
 
 # C75
@@ -4017,9 +4022,7 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(tmp_path, capsys, for
     (tmp_path / "sub").mkdir()
     files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
     code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
-    outcomes = [decode.recognise(tiny_system(), data.ManifestDataset(
-        data.read_inputs(file), tiny_system().config.data, lambda text: [], stats=tiny_system().stats,
-        for_training=False), [0])[0] for file in files]
+    outcomes = [outcome for file in files for outcome in recognised(tiny_system(), file)]
     written = {path.name: path.read_text() for path in out.iterdir()}
     parts = [decode.FORMS[form](outcome) for outcome in outcomes]
     assert code == 0 and [text for _, text in texts] == [outcome.result.text for outcome in outcomes]
@@ -4098,14 +4101,11 @@ def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(tmp_path, cap
 # C121
 def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
     """6 frames are one, and what is missing of the last one is up to 50 ms behind the end of the samples."""
-    system, beyond = tiny_system(), 0
-    system = system._replace(config=replace(system.config, data=replace(system.config.data, lfr_n=6)))
-    for i in range(12):
-        path, seconds = spoken(tmp_path / f"{i}.wav", 0.4 + 0.03 * i), 0.4 + 0.03 * i
+    system, beyond = tiny_system(lfr_n=6), 0
+    for seconds in 0.4 + 0.03 * np.arange(12):
+        path = spoken(tmp_path / "a.wav", seconds)
         feats = data.frontend(*data.load_wav(path), system.config.data, system.stats)
-        dataset = data.ManifestDataset([data.Row("k", path, "", None)], system.config.data, lambda text: [],
-                                       stats=system.stats, for_training=False)
-        free, [bound] = decode.transcribe(system, [feats])[0], decode.recognise(system, dataset, [0])
+        free, [bound] = decode.transcribe(system, [feats])[0], recognised(system, path)
         beyond += free.tokens[-1].end > seconds
         for result in (bound.result, decode.transcribe_recording(system, path)):
             for was, now in zip(free.tokens + free.words, result.tokens + result.words, strict=True):
@@ -4129,8 +4129,8 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(tmp_path, 
 def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
     """gather_object is played by a list: the second process fills it, the first takes from it."""
     system, sent = tiny_system(), []
-    rows = [data.Row(str(i), spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "", None) for i in range(11)]
-    dataset = data.ManifestDataset(rows, system.config.data, lambda text: [], stats=system.stats, for_training=False)
+    paths = [spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1) for i in range(11)]
+    dataset = decode.open_inputs(system, paths, tmp_path)
     monkeypatch.setattr(decode, "WINDOW", 7)
 
     def shared(mine, parts):
@@ -4312,16 +4312,11 @@ def test_ctc_scores_equal_the_loss_of_each_text_alone():
     assert got[1, 0] == got[1, 1] == -math.inf  # equal neighbours want a blank between them: 5 frames
 
 
-def searching_system(name: str) -> decode.System:
-    sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
-    section = config.ModelConfig(name=name, encoder=config.EncoderConfig(subsampling=2, **sizes),
-                                 decoder=config.DecoderConfig(**sizes), predictor=config.PredictorConfig(hidden_dim=16))
-    system = tiny_system()
-    torch.manual_seed(3)
-    network = build(section, 8, len(system.tokenizer)).eval()
-    for p in network.parameters():
+def searching_system(name: str, kind: str = "manifest", **options) -> decode.System:
+    system = tiny_system(kind, name, **options)
+    for p in system.model.parameters():
         p.data += 0.2 * torch.randn(p.shape)
-    return system._replace(config=replace(system.config, model=section), model=network)
+    return system
 
 
 SEARCHES_TRIED = {"paraformer": decode.Search(4, 3, ctc_weight=0.3), "transformer": decode.Search(4, 3, 0.6, 0.1, 0.2),
@@ -4528,13 +4523,7 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
 # C97
 def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
     """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
-    sizes = dict(hidden_dim=16, num_heads=2)
-    model = config.ModelConfig(encoder=config.EncoderConfig(subsampling=2, num_layers=3, **sizes),
-                               decoder=config.DecoderConfig(num_layers=2, **sizes),
-                               predictor=config.PredictorConfig(hidden_dim=16))
-    system, [feats] = tiny_system(), ragged_feats([31])
-    system = system._replace(config=replace(system.config, model=model),
-                             model=build(model, 8, len(system.tokenizer)).eval())
+    system, [feats] = tiny_system(encoder={"num_layers": 3}, decoder={"num_layers": 2}), ragged_feats([31])
     calls = []
     monkeypatch.setattr(decode, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
     item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
@@ -4552,11 +4541,7 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
     """And is decoded, searched and reported as any other."""
-    system = tiny_system()
-    model = replace(system.config.model, decoder=replace(system.config.model.decoder, num_layers=0))
-    system = system._replace(config=replace(system.config, model=model),
-                             model=build(model, 8, len(system.tokenizer)).eval())
-    ckpt, wav = saved(system, tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 1.0)
+    ckpt, wav = saved(tiny_system(decoder={"num_layers": 0}), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 1.0)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}])
     for flags in ([], ["--nbest=3"]):
         arguments = [*flags, "--plot", tmp_path / "plots", "--report", tmp_path / "report", "--plot-layer=1"]
@@ -4564,12 +4549,12 @@ def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, cap
     assert sorted(f.name for f in (tmp_path / "plots").iterdir()) == ["a.alignment.svg", "a.encoder.svg"]
 
 
+NINE_TOYS = config.ToyConfig(num_dev=9, num_symbols=8)  # utterances of the letters a to h
+
+
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
-    system = tiny_system("toy")
-    system = system._replace(config=config.from_dict({**asdict(system.config), "data": {
-        **asdict(system.config.data), "toy": {"num_dev": 9, "num_symbols": 8}}}, "test"))
-    ckpt = saved(system, tmp_path / "tiny.pt")
-    assert decode.main(["--ckpt", ckpt, "--batch-size", "2"]) == 0
+    system = tiny_system("toy", toy=NINE_TOYS)
+    assert decode.main(["--ckpt", saved(system, tmp_path / "tiny.pt"), "--batch-size", "2"]) == 0
     out, err = capsys.readouterr()
     dataset = data.open_dataset(system.config.data, "test", system.tokenizer.encode, 0, system.stats)
     batch = data.collate([dataset[i] for i in range(9)])
@@ -4578,18 +4563,12 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
 
-def toy_systems(*names: str) -> list[decode.System]:
-    """Random models for 9 toy utterances of the letters a to h."""
-    options = replace(tiny_system("toy").config.data, toy=config.ToyConfig(num_dev=9, num_symbols=8))
-    systems = map(searching_system, names)
-    return [system._replace(config=replace(system.config, data=options)) for system in systems]
-
-
 # C110
 def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(tmp_path, capsys, monkeypatch):
     """Planted: all is right, but a transformer leaves out the last token, and boundaries are 3 frames late. The clock
     moves by what a search costs, and jumps in every third run."""
-    systems, clock, calls = toy_systems("paraformer", "transformer"), [0.0], collections.Counter()
+    systems = [searching_system(name, "toy", toy=NINE_TOYS) for name in ("paraformer", "transformer")]
+    clock, calls = [0.0], collections.Counter()
     costs = {("paraformer", 1): 1.0, ("paraformer", 5): 2.5, ("transformer", 1): 4.0, ("transformer", 10): 12.0}
     dataset = data.open_dataset(systems[0].config.data, "test", systems[0].tokenizer.encode, 0, systems[0].stats)
     known = {item.feats.sum().item(): item for item in map(dataset.__getitem__, range(9))}
@@ -5436,41 +5415,40 @@ def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(varian
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"config", "tokenizer", "stats", "model"}
 
 
+def sanm_system(unit: str) -> decode.System:
+    """In the layout that FunASR knows."""
+    sections = {"encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
+                "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
+    options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
+    tokens = Tokenizer.build(["a b"], unit)
+    return decode.System(options, tokens, torch.rand(2, 20), model.build(options.model, 20, len(tokens)).eval())
+
+
 # C50
 def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
-    values = {**SMALL, "encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
-              "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
-    options = config.from_dict({"model": values, "data": {"num_mels": 20}}, "test")
-    words = Tokenizer.build(["ab"])
-    net = model.build(options.model, 20, len(words)).eval()
-    system = decode.System(options, words, torch.rand(2, 20), net)
+    system, other = sanm_system("word"), tiny_system()
     decode.export(system, str(tmp_path / "dir"))
     again = decode.load_system(tmp_path / "dir", "cpu")
     assert again.tokenizer.symbols == ("<blank>", "<s>", "</s>", "<unk>", "a", "b")
     feats = torch.randn(1, 40, 20)
-    ours, theirs = net.greedy(feats, torch.tensor([40])), again.model.greedy(feats, torch.tensor([40]))
+    ours, theirs = (net.greedy(feats, torch.tensor([40])) for net in (system.model, again.model))
     assert torch.equal(ours.tokens, theirs.tokens)
     close(ours.log_probs, theirs.log_probs, 1e-5)
-    plain = config.Config()
-    other = decode.System(plain, words, torch.rand(2, 80), model.build(plain.model, 80, 6).eval())
     assert "encoder.kind transformer: FunASR has no such layer" in decode.export(other, str(tmp_path / "x"))
     again = decode.load_system(tmp_path / "x", "cpu")
-    assert again.tokenizer == words and torch.equal(again.model.embedding.weight, other.model.embedding.weight)
+    assert again.tokenizer == other.tokenizer
+    assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
 
 # C50
 def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):
-    sections = {"encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
-                "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
-    options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
     for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
+        system = sanm_system(unit)
         decode.export(tiny_system(), str(tmp_path))  # checkpoint.pt
-        tokens = Tokenizer.build(["ab"], unit)
-        net = model.build(options.model, 20, len(tokens)).eval()
-        decode.export(decode.System(options, tokens, torch.rand(2, 20), net), str(tmp_path))
+        decode.export(system, str(tmp_path))
         again = decode.load_system(tmp_path, "cpu")
         assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
-        assert torch.equal(again.model.embedding.weight, net.embedding.weight)
+        assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
 
 
 # C34
