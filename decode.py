@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from timeit import timeit
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -791,34 +791,19 @@ FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utte
 def file_names(keys: Sequence[str]) -> list[str]:
     """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
 
-    Cut to 60 characters and 220 bytes: a system takes 255, with number, suffix and that of a temporary file.
+    Cut to 55 characters, of 220 bytes at most: a system takes 255, with number, suffix and that of a temporary file.
     """
     names, numbers = [], {}  # numbers: of each name taken the last one behind it, as thousands may be called audio.wav
     for key in keys:
         last = Path(key)
         stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
-        name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:60] or "_"
-        stem = name = name.encode()[:220].decode(errors="ignore")
+        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:55] or "_"
         while name.lower() in numbers:
             numbers[stem.lower()] += 1
             name = f"{stem}-{numbers[stem.lower()]}"
         numbers[name.lower()] = 1
         names.append(name)
     return names
-
-
-def merged_file(arguments: argparse.Namespace) -> Path | None:
-    """The one file of --output for all results; None where each has its own, or none is written."""
-    if arguments.output and arguments.format == "ctm":
-        return Path(arguments.output) / "results.ctm"
-    return Path(arguments.output) if arguments.output and arguments.output.endswith(".jsonl") else None
-
-
-@contextlib.contextmanager
-def growing_file(path: Path) -> Iterator[TextIO]:
-    """A text to append to, which gets the name `path` when the block ends without an error."""
-    with data.replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        yield file
 
 
 # ---- pictures ----
@@ -1296,7 +1281,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     recognising = ("limit", "funasr_text", "min_segment_sec", "max_segment_sec", *Search._fields)
     for idle, why, names in (
             (not arguments.output, "--format needs --output", ("format",)),
-            ((arguments.output or "").endswith(".jsonl") and arguments.format != "json",
+            (Path(arguments.output or "").suffix == ".jsonl" and arguments.format != "json",
              "--output FILE.jsonl is for --format json", ("format",)),
             (not arguments.plot, "--plot-layer needs --plot", ("plot_layer",)),
             (arguments.prepack, "--prepack is for --dtype float32", ("dtype",)),
@@ -1375,8 +1360,10 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
 def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
         shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
-    started, form, merged = time.perf_counter(), arguments.format or "json", merged_file(arguments)
-    folder = Path(arguments.output) if arguments.output and not merged else None
+    started, rank, form = time.perf_counter(), shard[0], arguments.format or "json"
+    output = Path(arguments.output) if arguments.output else None
+    merged = output / "results.ctm" if form == "ctm" else output if output and output.suffix == ".jsonl" else None
+    folder = None if merged else output
     if merged and merged.is_dir():
         raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
     if merged and merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
@@ -1390,7 +1377,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     windows = plan_batches(lengths, *batch_limits(system))
     outcomes = recognise_all(system, dataset, windows, shard, finish)
     heard, failed, scores, code = [], 0, [], 0
-    with growing_file(merged) if merged and shard[0] == 0 else contextlib.nullcontext() as file:
+    growing = data.replacing(merged) if merged and rank == 0 else contextlib.nullcontext(os.devnull)
+    with growing as path, open(path, "w", encoding="utf-8", newline="\n") as file:
         try:
             for outcome in outcomes:
                 print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
@@ -1406,7 +1394,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
                     scores.append(score(system, outcome))
         except KeyboardInterrupt:
             code = 130
-    if shard[0]:
+    if rank:
         return code
     spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
     if arguments.plot:

@@ -3955,7 +3955,7 @@ def test_every_form_is_written_as_its_readers_want_it():
 # C73
 def test_file_names_are_safe_and_never_the_same():
     keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
-    assert decode.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 60, "a-2-2"]
+    assert decode.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 55, "a-2-2"]
     assert decode.file_names(["\U00020000" * 60, "\U00020000" * 61]) == ["\U00020000" * 55, "\U00020000" * 55 + "-2"]
     assert decode.file_names([f"{i}/audio.wav" for i in range(50000)])[-1] == "audio-50000"  # not quadratic: 0.4 s
 
