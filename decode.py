@@ -1331,16 +1331,10 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
 ERASE = "\r\x1b[K"  # a terminal's line
 
 
-def progress_bar(done: int, total: int, seconds: float, spent: float) -> str:
-    """A line for a terminal: inputs done, and the time spent on each second of audio."""
-    full = 30 * done // max(total, 1)
-    return f"[{'#' * full:30}] {done}/{total}  real-time factor {spent / max(seconds, 1e-9):.4f}"
-
-
 def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int,
                    shard: tuple[int, int]) -> Callable:
-    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar,
-    as if the other processes had done as many."""
+    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar
+    (inputs done, and the time spent on a second of audio), as if the other processes had done as many."""
     started, done, seconds, (rank, processes) = time.perf_counter(), 0, 0.0, shard
 
     def finish(outcomes: list[Outcome]) -> None:
@@ -1351,8 +1345,9 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
         done = min(total, done + processes * len(outcomes))
         seconds += processes * sum(outcome.seconds for outcome in outcomes)
         if rank == 0 and sys.stderr.isatty():
-            bar = progress_bar(done, total, seconds, time.perf_counter() - started)
-            print(f"{ERASE}{bar}", end="", file=sys.stderr, flush=True)
+            factor = (time.perf_counter() - started) / max(seconds, 1e-9)
+            print(f"{ERASE}[{'#' * (30 * done // total):30}] {done}/{total}  real-time factor {factor:.4f}", end="",
+                  file=sys.stderr, flush=True)
 
     return finish
 
