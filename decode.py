@@ -501,15 +501,16 @@ def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> s
     return "".join(token.token for token in tokens) if system.tokenizer.unit == "char" else join_words(words)
 
 
-def read_result(system: System, found: Hypotheses, i: int) -> Result:
-    """Utterance i of a decoded batch in words and seconds."""
+def read_result(system: System, found: Hypotheses, i: int, best: NBest | None = None) -> Result:
+    """Utterance i of a decoded batch in words and seconds, with alternatives where they are asked for and found."""
     ids = found.tokens[i, :found.lens[i]].tolist()
     spoken = spoken_places(ids)
     times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     words, confidence = words_of(system, tokens), round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    return Result(text_of(system, tokens, words), confidence, tokens, words)
+    nbest = read_alternatives(system, best, i) if best and system.search.nbest > 1 else ()
+    return Result(text_of(system, tokens, words), confidence, tokens, words, nbest)
 
 
 def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative, ...]:
@@ -562,9 +563,7 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     if spoken:
         found, best = search_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
-            results[i] = read_result(system, found, row)
-            if best is not None and system.search.nbest > 1:
-                results[i] = results[i]._replace(nbest=read_alternatives(system, best, row))
+            results[i] = read_result(system, found, row, best)
     return results
 
 
