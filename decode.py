@@ -399,24 +399,26 @@ FIRE_SHIFT = -1.5  # the timing head fires so many of its frames late
 LONGEST, EDGE = 12, 5  # of its frames: a longer token is cut, and a shorter silence at the end belongs to the token
 
 
-def running_sums(weights: np.ndarray) -> np.ndarray:
-    """weights (n,) float32 -> their sum at every step, (n,) float32; where it reaches FIRED that is taken off."""
-    sums, total = np.empty_like(weights), np.float32(0)
+def firings(weights: np.ndarray) -> np.ndarray:
+    """When the running sum of weights (n,) float32 reaches FIRED, which is then taken off it -> (m,), in frames."""
+    places, total = [], np.float32(0)
     for t, weight in enumerate(weights):
-        sums[t] = total = total + weight
-        total = total - FIRED if total >= FIRED else total
-    return sums
+        total = total + weight
+        if total >= FIRED:
+            total = total - FIRED
+            places.append(t + FIRE_SHIFT)
+    return np.array(places)
 
 
-def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[float, float]]:
-    """Begin and end of n tokens, in frames of the timing head, from its weights and their running sums (both float32).
+def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
+    """Begin and end of n tokens, in frames of the timing head, from its weights, float32.
 
     A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
     """
-    fired = np.flatnonzero(sums >= FIRED) + FIRE_SHIFT
+    fired = firings(weights)
     if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
         weights = weights if weights.any() else np.ones_like(weights)
-        fired = np.flatnonzero(running_sums(weights / (weights.sum() / np.float32(n + 1))) >= FIRED) + FIRE_SHIFT
+        fired = firings(weights / (weights.sum() / np.float32(n + 1)))
     missing = max(0, n + 1 - len(fired))  # after scaling too: those times are the end
     fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
     spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
@@ -428,14 +430,14 @@ def firing_spans(weights: np.ndarray, sums: np.ndarray, n: int) -> list[tuple[fl
 
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
-    options = system.config.model
+    options, frame_sec = system.config.model, data.frame_sec(system.config.data)
     if not found.timing:
-        edges = (found.boundaries[i] * data.frame_sec(system.config.data)).tolist()
+        edges = (found.boundaries[i] * frame_sec).tolist()
         return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
     weights = found.timing[i].float()
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
-    rate = data.frame_sec(system.config.data) * options.encoder.subsampling / options.predictor.upsampling
-    spans = firing_spans(weights, running_sums(weights), len(spoken))
+    rate = frame_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
+    spans = firing_spans(weights, len(spoken))
     whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # ms, cut as in FunASR, which goes below 0 as well
     return [(whole(a), whole(b)) for a, b in spans]
 
