@@ -52,7 +52,7 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import alignment_svg, attention_svg, escape
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, encode, funasr_names, in_feature_frames,
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames,
                    lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
