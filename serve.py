@@ -141,7 +141,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer = b""           # what came behind the request that is being read
+        self.buffer = bytearray()       # what has come and is not read yet
 
     def handle(self) -> None:
         while self.serve_one():
@@ -204,38 +204,35 @@ class Connection(socketserver.BaseRequestHandler):
 
     def read_head(self) -> bytes | None:
         """The request line and header without the empty line after them; None if the client sends nothing more."""
-        options = self.server.options
-        deadline = time.monotonic() + options.idle_timeout
-        self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
-        while not self.buffer:
-            piece = b""
-            with contextlib.suppress(TimeoutError, ConnectionError):        # idle for too long, or gone: no request
-                piece = self.read_some(deadline)
-            if not piece:
-                return None
-            self.buffer = piece.removeprefix(b"\r\n")
-        self.server.phases[self.request], deadline = "reading", time.monotonic() + options.header_timeout
+        begun, deadline = False, time.monotonic() + self.server.options.idle_timeout
         while True:
-            self.buffer = self.buffer.removeprefix(b"\r\n")     # or one that came in two pieces
+            self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
+            if self.buffer and not begun:
+                begun, deadline = True, time.monotonic() + self.server.options.header_timeout
+                self.server.phases[self.request] = "reading"
             end = self.buffer.find(b"\r\n\r\n")
             check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
             if end >= 0:
-                block, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+                block = bytes(self.buffer[:end])
+                del self.buffer[:end + 4]
                 return block
-            self.buffer += self.receive(deadline, "the header")
+            try:
+                self.buffer += self.receive(deadline, "the header")
+            except (Refusal, ConnectionError):
+                if begun:
+                    raise
+                return None         # idle for too long, or gone: no request
 
     def read_body(self, head: Head) -> bytes:
         """The body, exactly as long as announced."""
-        deadline, length = time.monotonic() + self.server.options.body_timeout, head.length
-        pieces, got = [self.buffer], len(self.buffer)
-        if got < length and head.headers.get("expect", "").lower() == "100-continue":
+        deadline = time.monotonic() + self.server.options.body_timeout
+        if len(self.buffer) < head.length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while got < length:
-            pieces.append(self.receive(deadline, f"the body of {length} bytes"))
-            got += len(pieces[-1])
-        whole = b"".join(pieces)
-        self.buffer = whole[length:]
-        return whole[:length]
+        while len(self.buffer) < head.length:
+            self.buffer += self.receive(deadline, f"the body of {head.length} bytes")
+        body = bytes(memoryview(self.buffer)[:head.length])
+        del self.buffer[:head.length]
+        return body
 
     def write(self, head: Head, response: Response, close: bool) -> bool:
         """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
