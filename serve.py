@@ -481,24 +481,16 @@ class Ask(NamedTuple):
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; from there on another thread parses it, and lets all others have turns
 
 
-def interruptible(text: str) -> float:
-    return float(text)
-
-
 def parse_json(body: bytes) -> dict:
     """A JSON object, all of its numbers as float; what overflows is infinite, to be refused where it stands.
 
     Numbers of a large body go through a Python function, so that other threads get their turn while it is parsed.
     """
-    number = float if len(body) < INTERRUPTIBLE else interruptible
+    number = float if len(body) < INTERRUPTIBLE else lambda text: float(text)
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
-    except UnicodeDecodeError:
-        raise Refusal(400, "invalid_json", "the body is not UTF-8") from None
-    except RecursionError:
-        raise Refusal(400, "invalid_json", "the body is nested too deep") from None
-    except ValueError as error:
-        raise Refusal(400, "invalid_json", f"the body is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
+        raise Refusal(400, "invalid_json", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise Refusal(400, "invalid_json", 'the body must be a JSON object like {"features": [[...], ...]}')
     return value
