@@ -688,23 +688,17 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
-    mark, parts = b"--" + (match[1] or match[2]).encode("latin-1"), []
-    at = 0 if body.startswith(mark) else body.find(b"\r\n" + mark) + 2      # what stands before the first is ignored
-    if at == 1:
-        raise bad_form("the boundary of Content-Type is not in the body")
-    while not body.startswith(b"--", at + len(mark)):
-        line = body.find(b"\r\n", at + len(mark), at + len(mark) + 1024)
-        if line < 0 or body[at + len(mark):line].strip(b" \t"):
-            raise bad_form("a boundary line is broken, or the closing one is missing")
-        blank = body.find(b"\r\n\r\n", line, line + MAX_PART_HEAD)
-        end = body.find(b"\r\n" + mark, blank + 2)
-        if blank < 0 or end < 0:
-            raise bad_form(f"a part has no end, or its header is longer than {MAX_PART_HEAD} bytes")
-        if len(parts) == MAX_PARTS:
-            raise bad_form(f"more than {MAX_PARTS} parts")
-        parts.append(parse_part(body[line + 2:blank].decode("utf-8", "replace"), body[blank + 4:end]))
-        at = end + 2
-    return parts
+    mark, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
+    _, *pieces = (b"\r\n" + body).split(mark, MAX_PARTS + 1)        # what stands before the first is ignored
+    for piece in pieces:
+        if piece.startswith(b"--"):
+            return parts
+        head, blank, content = piece.partition(b"\r\n\r\n")
+        line, _, head = head.partition(b"\r\n")
+        if line.strip(b" \t") or not blank or len(head) > MAX_PART_HEAD:
+            raise bad_form(f"a boundary line is broken, or a part's header is longer than {MAX_PART_HEAD} bytes")
+        parts.append(parse_part(head.decode("utf-8", "replace"), content))
+    raise bad_form(f"wanted the boundary of Content-Type, at most {MAX_PARTS} parts and the closing boundary")
 
 
 def parse_part(head: str, content: bytes) -> tuple[str, bool, bytes]:
