@@ -1297,13 +1297,11 @@ def drain(server: Server, timeout: float) -> None:
     """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; back within `timeout`."""
     started = time.monotonic()
     server.draining.set()
-    server.cut(["idle"])
-    cut = False
-    while server.phases and time.monotonic() < started + max(0.5 * timeout, timeout - 1.0):
-        if not cut and time.monotonic() > started + min(CUT_SEC, 0.3 * timeout):
-            server.cut(["idle", "reading"])
-            cut = True
-        time.sleep(0.01)
+    for phases, until in ((["idle"], min(CUT_SEC, 0.3 * timeout)),
+                          (["idle", "reading"], max(0.5 * timeout, timeout - 1.0))):
+        server.cut(phases)
+        while server.phases and time.monotonic() < started + until:
+            time.sleep(0.01)
     with server.batcher.changed:
         late, server.batcher.waiting = server.batcher.waiting, []
     for job in late:
