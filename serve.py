@@ -175,7 +175,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Write, count and log the answer -> whether the connection stays open: not behind a body that is unread."""
         close = head.close or unread or self.server.draining.is_set()
         sent = response.status != 499 and self.write(head, response, close)
-        route, status = route_of(head)[0], response.status if sent else 499
+        route, status = route_of(head), response.status if sent else 499
         seconds = time.monotonic() - head.started
         self.server.metrics.count_request(route, status, seconds)
         self.server.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
@@ -399,17 +399,18 @@ def parse_target(target: str) -> tuple[str, dict[str, str]]:
         raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
 
 
-ROUTES = {"/": ("GET", "HEAD"), "/health": ("GET", "HEAD"), "/metrics": ("GET", "HEAD"), "/v1/models": ("GET", "HEAD"),
-          "/v1/models/{id}": ("GET", "HEAD"), "/transcribe": ("POST",), "/v1/audio/transcriptions": ("POST",)}
+GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # as the header Allow says it
+ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
+          "/transcribe": POST, "/v1/audio/transcriptions": POST}
 AUDIO_TYPES = ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave")
 MEDIA_TYPES = {"/transcribe": ("application/json", *AUDIO_TYPES, "multipart/form-data"),
                "/v1/audio/transcriptions": ("multipart/form-data",)}
 
 
-def route_of(head: Head) -> tuple[str, tuple[str, ...]]:
-    """The route's name, as metrics and log call it, and its methods."""
+def route_of(head: Head) -> str:
+    """The route's name, as metrics and log call it."""
     name = "/v1/models/{id}" if head.path.startswith("/v1/models/") else head.path
-    return (name, ROUTES[name]) if name in ROUTES else ("other", ())
+    return name if name in ROUTES else "other"
 
 
 def media_type(head: Head) -> str:
@@ -422,11 +423,11 @@ def draining() -> Refusal:
 
 def admit(server: Server, head: Head) -> None:
     """Refuse all that can be refused before the body is read."""
-    route, methods = route_of(head)
-    if not methods:
+    route = route_of(head)
+    allow = ROUTES.get(route)
+    if not allow:
         raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
-    if head.method not in (*methods, "OPTIONS"):
-        allow = ", ".join((*methods, "OPTIONS"))
+    if head.method not in allow.split(", "):
         raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
     if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
         return
@@ -458,7 +459,7 @@ def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, st
     found = [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
              ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
     if head.method == "OPTIONS":
-        found += [("Access-Control-Allow-Methods", ", ".join(route_of(head)[1])), ("Access-Control-Max-Age", "600"),
+        found += [("Access-Control-Allow-Methods", ROUTES.get(route_of(head), "")), ("Access-Control-Max-Age", "600"),
                   ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
 
@@ -1023,9 +1024,9 @@ def openai_response(form: Form, result: Result, seconds: float) -> Response:
 
 def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """A whole, admitted request -> its answer. Raises Refusal or Gone."""
-    route, methods = route_of(head)
+    route = route_of(head)
     if head.method == "OPTIONS":
-        return Response(204, "", b"", (("Allow", ", ".join((*methods, "OPTIONS"))),))
+        return Response(204, "", b"", (("Allow", ROUTES[route]),))
     if route == "/":
         return page_response()
     if route == "/health":

@@ -6199,9 +6199,9 @@ def test_headers_ids_methods_and_keep_alive(server):
                 assert answered.status == 200 and bool(body) == (method == "GET")
                 assert answered.headers["X-Request-Id"] == "my-id.1"
                 assert answered.headers["Content-Type"] == kind and answered.headers["Cache-Control"] == "no-store"
-    for path, methods in serve.ROUTES.items():
+    for path, allow in serve.ROUTES.items():
         status, headers, _ = exchange(server, get(f"OPTIONS {path.replace('{id}', 'x')} HTTP/1.1"))
-        assert status == 204 and headers["allow"] == ", ".join((*methods, "OPTIONS"))
+        assert status == 204 and headers["allow"] == allow
         assert "access-control-allow-origin" not in headers
     assert exchange(server, get("GET /health HTTP/1.1", "X-Request-Id: a<b"))[1]["x-request-id"] != "a<b"
 
@@ -6367,7 +6367,7 @@ def test_cors_is_for_named_origins_only():
                                             "Access-Control-Request-Method: POST",
                                             "Access-Control-Request-Headers: x-stainless-os"))
         assert preflight[0] == 204 and preflight[1]["access-control-allow-origin"] == "https://a.example"
-        assert preflight[1]["access-control-allow-methods"] == "POST" and preflight[1]["vary"] == "Origin"
+        assert preflight[1]["access-control-allow-methods"] == "POST, OPTIONS" and preflight[1]["vary"] == "Origin"
         assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
         assert "access-control-allow-origin" not in exchange(open_door,
                                                              get("GET /health HTTP/1.1",
