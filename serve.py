@@ -1064,8 +1064,10 @@ def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
         raise deadline_passed() from None
 
 
-def submit(server: Server, ask: Ask, complete: float, gone: Callable[[], bool]) -> list[list[Job]]:
-    """A job for each piece of each utterance; those without a frame are done already, with nothing said.
+def enqueue(server: Server, head: Head, body: bytes, complete: float,
+            gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list[list[Job]]]:
+    """What a parser's thread does -> what is asked for; the Form of the answer, or of /transcribe whether it brings the
+    alignment; a queued job for each piece of each utterance, done already where it has no frame.
 
     complete: monotonic seconds at which the request had come, from which its deadline counts.
     """
@@ -1397,13 +1399,12 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     command = [sys.executable, __file__, "--port=0", *given, *["--prepack"] * options.prepack]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
     try:
-        said = []
-        for line in process.stderr:
-            said.append(line.strip())
-            if match := re.search(r"http://[^:]+:(\d+)", line):
-                break
-        else:
-            raise ValueError(f"the server did not start: {' '.join(said)}")
+        said = ""
+        while not (match := re.search(r"http://[^:]+:(\d+)", said)):
+            line = process.stderr.readline()
+            if not line:
+                raise ValueError(f"the server did not start: {said.strip()}")
+            said += line
         ready = time.perf_counter() - started
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield int(match[1]), ready
@@ -1460,31 +1461,28 @@ def benchmark(options: argparse.Namespace) -> int:
     bodies = {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
     largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
     importing = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=3))
-    rates: dict[tuple[str, int], list[float]] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
-    answers: dict[tuple[str, int], list[tuple[float, dict]]] = {key: [] for key in rates}
+    rounds: dict[tuple[str, int], list] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
     batches: list[float] = []
     with running(options) as (port, ready):
         time_clients(port, bodies["mixed"][:32], 4)
         until = time.monotonic() + ROUNDS_SEC
         while not batches or time.monotonic() < until:      # all in turn, as the machine's speed may change
             batches.append(timeit(lambda: recognise(system, largest), number=1))
-            for kind, clients in rates:
-                seconds, found = time_clients(port, bodies[kind], clients)
-                rates[kind, clients].append(len(bodies[kind]) / seconds)
-                answers[kind, clients] += found
+            for (kind, clients), found in rounds.items():
+                found.append(time_clients(port, bodies[kind], clients))
         asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
         while asker.poll() is None:
             time_clients(port, bodies["mixed"], 16)
     health = sorted(map(float, asker.stdout.read().split())) or [math.nan]      # nan: it failed, and has said why
-    overhead = statistics.median(spent - timing["infer_ms"] for spent, timing in answers["equal", 1])
-    crowd = sorted(spent for spent, _ in answers["mixed", 16])
+    overhead = statistics.median(ms - timing["infer_ms"] for _, found in rounds["equal", 1] for ms, timing in found)
+    crowd = sorted(ms for _, found in rounds["mixed", 16] for ms, _ in found)
     p99, full = crowd[int(0.99 * len(crowd))], 1e3 * statistics.median(batches)
     print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
     print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 3; 100 frames, JSON)")
     for kind, asked in (("mixed", 1.3), ("equal", 2.0)):
-        one, many = (statistics.median(rates[kind, clients]) for clients in (1, 16))
+        one, many = (160 / statistics.median(seconds for seconds, _ in rounds[kind, clients]) for clients in (1, 16))
         print(f"throughput, {kind} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
-              f"{asked}; medians of {len(rates[kind, 1])} rounds)")
+              f"{asked}; medians of {len(batches)} rounds)")
     print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
     print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
           f"median (at most 50; {len(health)} asked)")
