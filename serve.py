@@ -970,17 +970,15 @@ class Form(NamedTuple):
 
 def parse_openai_form(fields: dict[str, Any]) -> Form:
     """The fields of the form. Those that are not known are accepted and not used, as drop-in clients send many."""
-    def choice(name: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    kind = fields.get("response_format", "json")
+    granularities = fields.get("timestamp_granularities[]", ["segment"])
+    include = fields.get("include[]", [])
+    for name, values, allowed in (("response_format", [kind], ("json", "text", "srt", "vtt", "verbose_json")),
+                                  ("timestamp_granularities[]", granularities, ("segment", "word")),
+                                  ("include[]", include, ("logprobs",))):
         for value in values:
             if value not in allowed:
                 raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
-
-    kind = fields.get("response_format", "json")
-    choice("response_format", [kind], ("json", "text", "srt", "vtt", "verbose_json"))
-    granularities = fields.get("timestamp_granularities[]", ["segment"])
-    choice("timestamp_granularities[]", granularities, ("segment", "word"))
-    include = fields.get("include[]", [])
-    choice("include[]", include, ("logprobs",))
     try:
         temperature = float(fields.get("temperature", "0"))
     except ValueError:
