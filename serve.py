@@ -1068,28 +1068,21 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
     alignment; a queued job for each piece of each utterance, done already where it has no frame.
 
     complete: monotonic seconds at which the request had come, from which its deadline counts.
+    Raises Refusal, or Gone for a client that did not wait so long.
     """
-    now = time.monotonic()
-    deadline = complete + parse_timeout(ask.fields.get("timeout"), server.options.request_timeout)
+    if gone():
+        raise Gone
+    ask = read_ask(head, body, server.system, server.options)
+    fields, now = ask.fields, time.monotonic()
+    form = parse_flag("alignment", fields.get("alignment")) if head.path == "/transcribe" else parse_openai_form(fields)
+    deadline = complete + parse_timeout(fields.get("timeout"), server.options.request_timeout)
     jobs = [[Job(feats, utterance, now, deadline, gone) for _, feats in utterance.pieces]
             for utterance in ask.utterances]
     for job in itertools.chain(*jobs):
         if not len(job.feats):
             job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
     server.batcher.submit([job for job in itertools.chain(*jobs) if len(job.feats)])
-    return jobs
-
-
-def enqueue(server: Server, head: Head, body: bytes, complete: float,
-            gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list[list[Job]]]:
-    """What a parser's thread does -> what is asked for; the Form of the answer, or of /transcribe whether it brings the
-    alignment; the jobs, which are queued by then. Raises Refusal, or Gone for a client that did not wait so long."""
-    if gone():
-        raise Gone
-    ask = read_ask(head, body, server.system, server.options)
-    fields = ask.fields
-    form = parse_flag("alignment", fields.get("alignment")) if head.path == "/transcribe" else parse_openai_form(fields)
-    return ask, form, submit(server, ask, complete, gone)
+    return ask, form, jobs
 
 
 def frame_step(system: System) -> float:
