@@ -5566,10 +5566,6 @@ def form(*parts: tuple, closing: str = "--B--\r\n") -> bytes:
     return b"".join(pieces) + closing.encode()
 
 
-def post_form(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
-    return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
-
-
 def wav(samples: np.ndarray | bytes = b"", code: int = 1, bits: int = 16, channels: int = 1, rate: int = 8000,
         size: int | None = None, before: bytes = b"") -> bytes:
     content = samples if isinstance(samples, bytes) else samples.tobytes()
@@ -5600,184 +5596,147 @@ def get(line: str = "GET /health HTTP/1.1", *headers: str) -> bytes:
     return "\r\n".join([line, "Host: x", *headers, "", ""]).encode("latin-1")
 
 
-def oai(*parts: tuple, **more) -> bytes:
-    return post_form(*parts, **more)
+def oai(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
+    return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
 
 
 Z = [0.0] * 40
-BAD_FRAMING = {  # what is sent: status and code
-    "no version": (b"GET /health\r\n\r\n", 400, "bad_framing"),
-    "two spaces": (get("GET  /health HTTP/1.1"), 400, "bad_framing"),
-    "http 2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "bad_framing"),
-    "http 0.9": (get("GET /health HTTP/0.9"), 400, "bad_framing"),
-    "http 1.10": (get("GET /health HTTP/1.10"), 400, "bad_framing"),
-    "lower-case version": (get("GET /health http/1.1"), 400, "bad_framing"),
-    "no path": (get("GET HTTP/1.1"), 400, "bad_framing"),
-    "tab in the line": (get("GET\t/health\tHTTP/1.1"), 400, "bad_framing"),
-    "binary": (bytes(range(128, 256)) + b"\r\n\r\n", 400, "bad_framing"),
-    "tls hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", 400, "bad_framing"),
-    "bare line feeds": (b"GET /health HTTP/1.1\nHost: x\n\n", 400, "bad_framing"),
-    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400, "bad_framing"),
-    "two hosts": (get("GET /health HTTP/1.1", "Host: y"), 400, "bad_framing"),
-    "space before colon": (get("GET /health HTTP/1.1", "A : b"), 400, "bad_framing"),
-    "no colon": (get("GET /health HTTP/1.1", "nonsense"), 400, "bad_framing"),
-    "empty name": (get("GET /health HTTP/1.1", ": b"), 400, "bad_framing"),
-    "folded line": (get("GET /health HTTP/1.1", "A: b", " c"), 400, "bad_framing"),
-    "NUL in a value": (get("GET /health HTTP/1.1", "A: b\0c"), 400, "bad_framing"),
-    "carriage return in a value": (get("GET /health HTTP/1.1", "A: b\rc"), 400, "bad_framing"),
-    "length negative": (get("POST /transcribe HTTP/1.1", "Content-Length: -1"), 400, "bad_framing"),
-    "length plus": (get("POST /transcribe HTTP/1.1", "Content-Length: +5"), 400, "bad_framing"),
-    "length hex": (get("POST /transcribe HTTP/1.1", "Content-Length: 0x5"), 400, "bad_framing"),
-    "length list": (get("POST /transcribe HTTP/1.1", "Content-Length: 5, 5"), 400, "bad_framing"),
-    "length twice": (get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Content-Length: 6"), 400, "bad_framing"),
-    "length empty": (get("POST /transcribe HTTP/1.1", "Content-Length:"), 400, "bad_framing"),
-    "length in other digits": (get("POST /transcribe HTTP/1.1", "Content-Length: \xb2"), 400, "bad_framing"),
-    "length and encoding": (get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"), 400,
-                            "bad_framing"),
-    "body too short": (post_json(b"{}")[:-1], 400, "bad_framing"),
-    "bad percent in the path": (get("GET /health%ff HTTP/1.1"), 400, "bad_framing"),
-    "no length": (get("POST /transcribe HTTP/1.1"), 411, "length_required"),
-    "chunked": (get("POST /transcribe HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411, "length_required"),
-    "length huge": (get("POST /transcribe HTTP/1.1", "Content-Type: application/json",
-                        "Content-Length: " + "9" * 5000), 413, "body_too_large"),
-    "length over": (get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577"), 413,
-                    "body_too_large"),
-    "long uri": (get(f"GET /{'a' * 4100} HTTP/1.1"), 414, "uri_too_long"),
-    "endless line": (b"GET /" + b"a" * 9000, 414, "uri_too_long"),
-    "many headers": (get("GET /health HTTP/1.1", *("A: b" for _ in range(101))), 431, "headers_too_large"),
-    "large header": (get("GET /health HTTP/1.1", "A: " + "b" * 66000), 431, "headers_too_large"),
-    "unknown path": (get("GET /nothing HTTP/1.1"), 404, "not_found"),
-    "path upwards": (get("GET /../../etc/passwd HTTP/1.1"), 404, "not_found"),
-    "markup in the path": (get("GET /<script>alert(1)</script> HTTP/1.1"), 404, "not_found"),
-    "unknown model": (get("GET /v1/models/other HTTP/1.1"), 404, "not_found"),
-    "get on post": (get("GET /transcribe HTTP/1.1"), 405, "method_not_allowed"),
-    "post on get": (post("/health", "text/plain", b"x"), 405, "method_not_allowed"),
-    "delete": (get("DELETE /v1/models HTTP/1.1"), 405, "method_not_allowed"),
-    "own method": (get("BREW /transcribe HTTP/1.1"), 405, "method_not_allowed"),
-    "lower-case method": (get("get /health HTTP/1.1"), 405, "method_not_allowed"),
-    "no media type": (b"POST /transcribe HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", 415,
-                      "unsupported_media_type"),
-    "text": (post("/transcribe", "text/plain", b"{}"), 415, "unsupported_media_type"),
-    "url-encoded": (post("/transcribe", "application/x-www-form-urlencoded", b"a=b"), 415, "unsupported_media_type"),
-    "compressed": (post("/transcribe", "application/json", b"{}", "Content-Encoding: gzip\r\n"), 415,
-                   "unsupported_media_type"),
-    "json on openai's": (post("/v1/audio/transcriptions", "application/json", b"{}"), 415, "unsupported_media_type"),
-    "mp3 as media type": (post("/transcribe", "audio/mpeg", b"ID3"), 415, "unsupported_media_type"),
-}
+BAD_FRAMING = {  # by status and code: what is sent
+    (400, "bad_framing"): {
+        "no version": b"GET /health\r\n\r\n", "two spaces": get("GET  /health HTTP/1.1"),
+        "http 2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "http 0.9": get("GET /health HTTP/0.9"),
+        "http 1.10": get("GET /health HTTP/1.10"), "lower-case version": get("GET /health http/1.1"),
+        "no path": get("GET HTTP/1.1"), "tab in the line": get("GET\t/health\tHTTP/1.1"),
+        "binary": bytes(range(128, 256)) + b"\r\n\r\n",
+        "tls hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n",
+        "bare line feeds": b"GET /health HTTP/1.1\nHost: x\n\n", "no host": b"GET /health HTTP/1.1\r\n\r\n",
+        "two hosts": get("GET /health HTTP/1.1", "Host: y"), "space before colon": get("GET /health HTTP/1.1", "A : b"),
+        "no colon": get("GET /health HTTP/1.1", "nonsense"), "empty name": get("GET /health HTTP/1.1", ": b"),
+        "folded line": get("GET /health HTTP/1.1", "A: b", " c"),
+        "NUL in a value": get("GET /health HTTP/1.1", "A: b\0c"),
+        "carriage return in a value": get("GET /health HTTP/1.1", "A: b\rc"),
+        "length negative": get("POST /transcribe HTTP/1.1", "Content-Length: -1"),
+        "length plus": get("POST /transcribe HTTP/1.1", "Content-Length: +5"),
+        "length hex": get("POST /transcribe HTTP/1.1", "Content-Length: 0x5"),
+        "length list": get("POST /transcribe HTTP/1.1", "Content-Length: 5, 5"),
+        "length twice": get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Content-Length: 6"),
+        "length empty": get("POST /transcribe HTTP/1.1", "Content-Length:"),
+        "length in other digits": get("POST /transcribe HTTP/1.1", "Content-Length: \xb2"),
+        "length and encoding": get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
+        "body too short": post_json(b"{}")[:-1], "bad percent in the path": get("GET /health%ff HTTP/1.1")},
+    (411, "length_required"): {
+        "no length": get("POST /transcribe HTTP/1.1"),
+        "chunked": get("POST /transcribe HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n"},
+    (413, "body_too_large"): {
+        "length huge": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: " + "9" * 5000),
+        "length over": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577")},
+    (414, "uri_too_long"): {
+        "long uri": get(f"GET /{'a' * 4100} HTTP/1.1"), "endless line": b"GET /" + b"a" * 9000},
+    (431, "headers_too_large"): {
+        "many headers": get("GET /health HTTP/1.1", *("A: b" for _ in range(101))),
+        "large header": get("GET /health HTTP/1.1", "A: " + "b" * 66000)},
+    (404, "not_found"): {
+        "unknown path": get("GET /nothing HTTP/1.1"), "path upwards": get("GET /../../etc/passwd HTTP/1.1"),
+        "markup in the path": get("GET /<script>alert(1)</script> HTTP/1.1"),
+        "unknown model": get("GET /v1/models/other HTTP/1.1")},
+    (405, "method_not_allowed"): {
+        "get on post": get("GET /transcribe HTTP/1.1"), "post on get": post("/health", "text/plain", b"x"),
+        "delete": get("DELETE /v1/models HTTP/1.1"), "own method": get("BREW /transcribe HTTP/1.1"),
+        "lower-case method": get("get /health HTTP/1.1")},
+    (415, "unsupported_media_type"): {
+        "no media type": b"POST /transcribe HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
+        "text": post("/transcribe", "text/plain", b"{}"),
+        "url-encoded": post("/transcribe", "application/x-www-form-urlencoded", b"a=b"),
+        "compressed": post("/transcribe", "application/json", b"{}", "Content-Encoding: gzip\r\n"),
+        "json on openai's": post("/v1/audio/transcriptions", "application/json", b"{}"),
+        "mp3 as media type": post("/transcribe", "audio/mpeg", b"ID3")}}
 BAD_JSON = {
-    "empty": (b"", 400, "invalid_json"), "space": (b"  ", 400, "invalid_json"),
-    "half": (b'{"features": [', 400, "invalid_json"),
-    "not utf-8": (b'{"features": "\xff"}', 400, "invalid_json"),
-    "byte order mark": (b"\xef\xbb\xbf{}", 400, "invalid_json"),
-    "utf-16": ('{"features": []}'.encode("utf-16"), 400, "invalid_json"), "trailing": (b"{} x", 400, "invalid_json"),
-    "array": (b"[]", 400, "invalid_json"), "null": (b"null", 400, "invalid_json"),
-    "number": (b"1", 400, "invalid_json"),
-    "string": (b'"a"', 400, "invalid_json"), "single quotes": (b"{'features': []}", 400, "invalid_json"),
-    "comma": (b'{"features": [1,]}', 400, "invalid_json"), "deep": (b"[" * 100000, 400, "invalid_json"),
-    "deep object": (b'{"features":' + b"[" * 20000 + b"]" * 20000 + b"}", 400, "invalid_json"),
-    "nothing asked": ({}, 400, "missing_field"), "misspelt": ({"feature": [Z]}, 400, "missing_field"),
-    "features null": ({"features": None}, 400, "invalid_type"),
-    "features text": ({"features": "a"}, 400, "invalid_type"),
-    "features object": ({"features": {"0": Z}}, 400, "invalid_type"),
-    "features number": ({"features": 1}, 400, "invalid_type"),
-    "features true": ({"features": True}, 400, "invalid_type"), "no rows": ({"features": []}, 422, "empty_features"),
-    "flat": ({"features": Z}, 422, "invalid_type"), "row null": ({"features": [Z, None]}, 422, "invalid_type"),
-    "row text": ({"features": ["0" * 40]}, 422, "invalid_type"), "row empty": ({"features": [[]]}, 422, "wrong_dim"),
-    "narrow": ({"features": [Z[:39]]}, 422, "wrong_dim"), "wide": ({"features": [Z + [0]]}, 422, "wrong_dim"),
-    "ragged": ({"features": [Z, Z[:20], Z]}, 422, "wrong_dim"),
-    "three deep": ({"features": [[Z] * 40]}, 422, "invalid_type"),
-    "value null": (rows(1, 2, "null"), 422, "invalid_type"), "value true": (rows(1, 2, "true"), 422, "invalid_type"),
-    "value text": (rows(1, 2, '"1.0"'), 422, "invalid_type"), "value array": (rows(1, 2, "[0]"), 422, "invalid_type"),
-    "value object": (rows(1, 2, "{}"), 422, "invalid_type"), "NaN": (rows(0, 0, "NaN"), 422, "not_finite"),
-    "Infinity": (rows(2, 39, "Infinity"), 422, "not_finite"),
-    "-Infinity": (rows(2, 39, "-Infinity"), 422, "not_finite"),
-    "1e999": (rows(0, 1, "1e999"), 422, "not_finite"), "1e39": (rows(0, 1, "1e39"), 422, "not_finite"),
-    "-1e39": (rows(0, 1, "-1e39"), 422, "not_finite"), "5000 digits": (rows(0, 1, "9" * 5000), 422, "not_finite"),
-    "leading zero": (rows(0, 1, "01"), 400, "invalid_json"), "hex": (rows(0, 1, "0x1"), 400, "invalid_json"),
-    "many frames": ({"features": [[0] * 40] * 501}, 413, "too_many_frames"),
-    "many empty frames": ({"features": [[]] * 100000}, 413, "too_many_frames"),
-    "batch empty": ({"batch": []}, 422, "invalid_value"), "batch null": ({"batch": None}, 422, "invalid_value"),
-    "batch of 65": ({"batch": [{"features": [Z]}] * 65}, 422, "invalid_value"),
-    "batch of arrays": ({"batch": [[Z]]}, 422, "invalid_type"),
-    "batch item bare": ({"batch": [{"features": [Z]}, {}]}, 400, "missing_field"),
-    "batch item bad": ({"batch": [{"features": [Z]}, {"features": [Z[1:]]}]}, 422, "wrong_dim"),
-    "batch and features": ({"batch": [{"features": [Z]}], "features": [Z]}, 422, "invalid_value"),
-    "timeout 0": ({"features": [Z], "timeout": 0}, 422, "invalid_value"),
-    "timeout -1": ({"features": [Z], "timeout": -1}, 422, "invalid_value"),
-    "timeout text": ({"features": [Z], "timeout": "soon"}, 422, "invalid_value"),
-    "timeout true": ({"features": [Z], "timeout": True}, 422, "invalid_value"),
-    "timeout list": ({"features": [Z], "timeout": [1]}, 422, "invalid_value"),
-    "timeout 1e999": (b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}', 422, "invalid_value"),
-    "alignment 2": ({"features": [Z], "alignment": 2}, 400, "invalid_value"),
-    "alignment list": ({"features": [Z], "alignment": []}, 400, "invalid_value"),
-}
+    (400, "invalid_json"): {
+        "empty": b"", "space": b"  ", "half": b'{"features": [', "not utf-8": b'{"features": "\xff"}',
+        "byte order mark": b"\xef\xbb\xbf{}", "utf-16": '{"features": []}'.encode("utf-16"), "trailing": b"{} x",
+        "array": b"[]", "null": b"null", "number": b"1", "string": b'"a"', "single quotes": b"{'features': []}",
+        "comma": b'{"features": [1,]}', "deep": b"[" * 100000,
+        "deep object": b'{"features":' + b"[" * 20000 + b"]" * 20000 + b"}", "leading zero": rows(0, 1, "01"),
+        "hex": rows(0, 1, "0x1")},
+    (400, "missing_field"): {
+        "nothing asked": {}, "misspelt": {"feature": [Z]}, "batch item bare": {"batch": [{"features": [Z]}, {}]}},
+    (400, "invalid_type"): {
+        "features null": {"features": None}, "features text": {"features": "a"},
+        "features object": {"features": {"0": Z}}, "features number": {"features": 1},
+        "features true": {"features": True}},
+    (422, "empty_features"): {"no rows": {"features": []}},
+    (422, "invalid_type"): {
+        "flat": {"features": Z}, "row null": {"features": [Z, None]}, "row text": {"features": ["0" * 40]},
+        "three deep": {"features": [[Z] * 40]}, "value null": rows(1, 2, "null"), "value true": rows(1, 2, "true"),
+        "value text": rows(1, 2, '"1.0"'), "value array": rows(1, 2, "[0]"), "value object": rows(1, 2, "{}"),
+        "batch of arrays": {"batch": [[Z]]}},
+    (422, "wrong_dim"): {
+        "row empty": {"features": [[]]}, "narrow": {"features": [Z[:39]]}, "wide": {"features": [Z + [0]]},
+        "ragged": {"features": [Z, Z[:20], Z]},
+        "batch item bad": {"batch": [{"features": [Z]}, {"features": [Z[1:]]}]}},
+    (422, "not_finite"): {
+        "NaN": rows(0, 0, "NaN"), "Infinity": rows(2, 39, "Infinity"), "-Infinity": rows(2, 39, "-Infinity"),
+        "1e999": rows(0, 1, "1e999"), "1e39": rows(0, 1, "1e39"), "-1e39": rows(0, 1, "-1e39"),
+        "5000 digits": rows(0, 1, "9" * 5000)},
+    (413, "too_many_frames"): {
+        "many frames": {"features": [[0] * 40] * 501}, "many empty frames": {"features": [[]] * 100000}},
+    (422, "invalid_value"): {
+        "batch empty": {"batch": []}, "batch null": {"batch": None}, "batch of 65": {"batch": [{"features": [Z]}] * 65},
+        "batch and features": {"batch": [{"features": [Z]}], "features": [Z]},
+        "timeout 0": {"features": [Z], "timeout": 0}, "timeout -1": {"features": [Z], "timeout": -1},
+        "timeout text": {"features": [Z], "timeout": "soon"}, "timeout true": {"features": [Z], "timeout": True},
+        "timeout list": {"features": [Z], "timeout": [1]},
+        "timeout 1e999": b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}'},
+    (400, "invalid_value"): {
+        "alignment 2": {"features": [Z], "alignment": 2}, "alignment list": {"features": [Z], "alignment": []}}}
 BAD_FORMS = {
-    "no boundary": (oai(FILE, boundary=""), 400, "invalid_multipart"),
-    "empty boundary": (oai(FILE, boundary="; boundary="), 400, "invalid_multipart"),
-    "long boundary": (oai(FILE, boundary="; boundary=" + "B" * 71), 400, "invalid_multipart"),
-    "other boundary": (oai(FILE, boundary="; boundary=C"), 400, "invalid_multipart"),
-    "no closing": (oai(FILE, closing=""), 400, "invalid_multipart"),
-    "half closing": (oai(FILE, closing="--B-"), 400, "invalid_multipart"),
-    "no body": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b""), 400, "invalid_multipart"),
-    "json inside": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b"{}"), 400,
-                    "invalid_multipart"),
-    "no name": (oai(FILE, ('filename="b"', b"")), 400, "invalid_multipart"),
-    "empty name": (oai(FILE, ('name=""', b"")), 400, "invalid_multipart"),
-    "no blank line": (post("/v1/audio/transcriptions", "multipart/form-data; boundary=B",
-                           b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'), 400,
-                      "invalid_multipart"),
-    "long part header": (oai(('name="file"; filename="' + "a" * 9000 + '"', wav(NOISE))), 400, "invalid_multipart"),
-    "129 parts": (oai(FILE, *(field(f"x{i}", "") for i in range(128))), 400, "invalid_multipart"),
-    "field not utf-8": (oai(FILE, ('name="language"', b"\xff")), 400, "invalid_multipart"),
-    "only the end": (oai(), 400, "missing_file"), "no file": (oai(field("model", "x")), 400, "missing_file"),
-    "file as text": (oai(field("file", "a.wav")), 400, "missing_file"),
-    "two files": (oai(FILE, FILE), 400, "missing_file"),
-    "other name": (oai(('name="audio"; filename="a.wav"', wav(NOISE))), 400, "missing_file"),
-    "format xml": (oai(FILE, field("response_format", "xml")), 400, "invalid_value"),
-    "format empty": (oai(FILE, field("response_format", "")), 400, "invalid_value"),
-    "granularity": (oai(FILE, field("timestamp_granularities[]", "char")), 400, "invalid_value"),
-    "temperature 2": (oai(FILE, field("temperature", "2")), 400, "invalid_value"),
-    "temperature hot": (oai(FILE, field("temperature", "hot")), 400, "invalid_value"),
-    "temperature nan": (oai(FILE, field("temperature", "nan")), 400, "invalid_value"),
-    "include": (oai(FILE, field("include[]", "all")), 400, "invalid_value"),
-    "stream maybe": (oai(FILE, field("stream", "maybe")), 400, "invalid_value"),
-}
-EXTENSIBLE = b"\xfe\xff"
+    (400, "invalid_multipart"): {
+        "no boundary": oai(FILE, boundary=""), "empty boundary": oai(FILE, boundary="; boundary="),
+        "long boundary": oai(FILE, boundary="; boundary=" + "B" * 71),
+        "other boundary": oai(FILE, boundary="; boundary=C"), "no closing": oai(FILE, closing=""),
+        "half closing": oai(FILE, closing="--B-"),
+        "no body": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b""),
+        "json inside": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b"{}"),
+        "no name": oai(FILE, ('filename="b"', b"")), "empty name": oai(FILE, ('name=""', b"")),
+        "no blank line": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", 
+                              b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'),
+        "long part header": oai(('name="file"; filename="' + "a" * 9000 + '"', wav(NOISE))),
+        "129 parts": oai(FILE, *(field(f"x{i}", "") for i in range(128))),
+        "field not utf-8": oai(FILE, ('name="language"', b"\xff"))},
+    (400, "missing_file"): {
+        "only the end": oai(), "no file": oai(field("model", "x")), "file as text": oai(field("file", "a.wav")),
+        "two files": oai(FILE, FILE), "other name": oai(('name="audio"; filename="a.wav"', wav(NOISE)))},
+    (400, "invalid_value"): {
+        "format xml": oai(FILE, field("response_format", "xml")),
+        "format empty": oai(FILE, field("response_format", "")),
+        "granularity": oai(FILE, field("timestamp_granularities[]", "char")),
+        "temperature 2": oai(FILE, field("temperature", "2")),
+        "temperature hot": oai(FILE, field("temperature", "hot")),
+        "temperature nan": oai(FILE, field("temperature", "nan")), "include": oai(FILE, field("include[]", "all")),
+        "stream maybe": oai(FILE, field("stream", "maybe"))}}
 BAD_WAVS = {
-    "empty": (b"", 400, "empty_audio"), "no samples": (wav(b""), 400, "empty_audio"),
-    "junk": (b"x" * 100, 400, "unsupported_format"),
-    "magic only": (b"RIFF\0\0\0\0WAVE", 400, "unsupported_format"),
-    "half a magic": (b"RIFF", 400, "unsupported_format"),
-    "mp3": (b"ID3\x04" + bytes(99), 400, "unsupported_format"), "ogg": (b"OggS" + bytes(99), 400, "unsupported_format"),
-    "flac": (b"fLaC" + bytes(99), 400, "unsupported_format"),
-    "webm": (b"\x1aE\xdf\xa3" + bytes(99), 400, "unsupported_format"),
-    "m4a": (b"\0\0\0\x20ftypM4A " + bytes(99), 400, "unsupported_format"),
-    "rf64": (b"RF64" + wav(NOISE)[4:], 400, "unsupported_format"),
-    "no data chunk": (wav(NOISE)[:36], 400, "unsupported_format"),
-    "data before fmt": (b"RIFF\0\0\0\0WAVEdata\4\0\0\0\0\0\0\0", 400, "unsupported_format"),
-    "a-law": (wav(bytes(99), 6, 8), 400, "unsupported_format"),
-    "12 bits": (wav(bytes(99), 1, 12), 400, "unsupported_format"),
-    "float 16": (wav(bytes(99), 3, 16), 400, "unsupported_format"),
-    "0 bits": (wav(bytes(99), 1, 0), 400, "unsupported_format"),
-    "0 channels": (wav(bytes(99), channels=0), 400, "unsupported_format"),
-    "9 channels": (wav(bytes(180), channels=9), 400, "unsupported_format"),
-    "rate 0": (wav(NOISE, rate=0), 400, "unsupported_format"),
-    "rate 3999": (wav(NOISE, rate=3999), 400, "unsupported_format"),
-    "rate 384001": (wav(NOISE, rate=384001), 400, "unsupported_format"),
-    "rate 2^32-1": (wav(NOISE, rate=2**32 - 1), 400, "unsupported_format"),
-    "100,000 empty chunks": (wav(NOISE, before=b"LIST\0\0\0\0" * 100000), 400, "unsupported_format"),
-    "chunk beyond the end": (wav(NOISE, before=b"LIST\xff\xff\xff\x7f"), 400, "unsupported_format"),
-    "NaN": (wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), 422, "not_finite"),
-    "infinity": (wav(np.array([0, np.inf] * 900, "<f8"), 3, 64), 422, "not_finite"),
-    "too long": (wav(bytes(21 * 8000), bits=8), 413, "audio_too_long"),
-}
-TABLE = {**{f"http: {k}": v for k, v in BAD_FRAMING.items()},
-         **{f"json: {k}": (post_json(body), status, code) for k, (body, status, code) in BAD_JSON.items()},
-         **{f"form: {k}": v for k, v in BAD_FORMS.items()},
-         **{f"wav: {k}": (post("/transcribe", "audio/wav", body), status, code) for k,
-            (body, status, code) in BAD_WAVS.items()},
-         **{f"wav in a form: {k}": (oai((FILE[0], body)), status, code) for k,
-            (body, status, code) in BAD_WAVS.items()}}
+    (400, "empty_audio"): {
+        "empty": b"", "no samples": wav(b"")},
+    (400, "unsupported_format"): {
+        "junk": b"x" * 100, "magic only": b"RIFF\0\0\0\0WAVE", "half a magic": b"RIFF", "mp3": b"ID3\x04" + bytes(99),
+        "ogg": b"OggS" + bytes(99), "flac": b"fLaC" + bytes(99), "webm": b"\x1aE\xdf\xa3" + bytes(99),
+        "m4a": b"\0\0\0\x20ftypM4A " + bytes(99), "rf64": b"RF64" + wav(NOISE)[4:], "no data chunk": wav(NOISE)[:36],
+        "data before fmt": b"RIFF\0\0\0\0WAVEdata\4\0\0\0\0\0\0\0", "a-law": wav(bytes(99), 6, 8),
+        "12 bits": wav(bytes(99), 1, 12), "float 16": wav(bytes(99), 3, 16), "0 bits": wav(bytes(99), 1, 0),
+        "0 channels": wav(bytes(99), channels=0), "9 channels": wav(bytes(180), channels=9),
+        "rate 0": wav(NOISE, rate=0), "rate 3999": wav(NOISE, rate=3999), "rate 384001": wav(NOISE, rate=384001),
+        "rate 2^32-1": wav(NOISE, rate=2**32 - 1), "100,000 empty chunks": wav(NOISE, before=b"LIST\0\0\0\0" * 100000),
+        "chunk beyond the end": wav(NOISE, before=b"LIST\xff\xff\xff\x7f")},
+    (422, "not_finite"): {
+        "NaN": wav(np.array([0, np.nan] * 900, "<f4"), 3, 32),
+        "infinity": wav(np.array([0, np.inf] * 900, "<f8"), 3, 64)},
+    (413, "audio_too_long"): {"too long": wav(bytes(21 * 8000), bits=8)}}
+TABLE = {f"{kind}: {name}": (make(case), status, code)
+         for kind, groups, make in (("http", BAD_FRAMING, bytes), ("json", BAD_JSON, post_json),
+                                    ("form", BAD_FORMS, bytes),
+                                    ("wav", BAD_WAVS, lambda body: post("/transcribe", "audio/wav", body)),
+                                    ("wav in a form", BAD_WAVS, lambda body: oai((FILE[0], body))))
+         for (status, code), cases in groups.items() for name, case in cases.items()}
 
 
 def healthy(server) -> bool:
@@ -5887,7 +5846,7 @@ def test_answer_spells_its_text_with_times_inside_and_weights_on_demand(server):
 def test_every_way_in_gives_the_same_transcript(server):
     raw = wav(NOISE)
     texts = [json.loads(exchange(server, request)[2])["text"] for request in (
-        post("/transcribe", "audio/x-wav", raw), post_form(FILE, path="/transcribe"), oai(FILE),
+        post("/transcribe", "audio/x-wav", raw), oai(FILE, path="/transcribe"), oai(FILE),
         post_json({"features": data.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
                                              serving_system().config.data).tolist()}))]
     assert texts[0] and texts == texts[:1] * 4
