@@ -6370,34 +6370,32 @@ def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
     assert set(found) <= {200, 429} and found.count(200) >= 100 and healthy(server)
 
 
+@contextlib.contextmanager
+def own_process(tmp_path, *program: str):
+    """A server in a process of its own, once it listens, and what `exchange` takes for a server."""
+    command = [sys.executable, *program, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0",
+               "--drain-timeout=6"]
+    with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            port = int(re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())[1])
+            yield process, argparse.Namespace(server_address=("127.0.0.1", port))
+        finally:
+            process.kill()
+
+
 def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
-    """A process of its own, with a stuck client and nobody who reads its log."""
-    system = serving_system()
-    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-                "model": system.model.state_dict()}, tmp_path / "best.pt")
-    command = [sys.executable, serve.__file__, "--ckpt", str(tmp_path / "best.pt"), "--port", "0", "--drain-timeout",
-               "6"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stderr.readline()
-        address = argparse.Namespace(server_address=("127.0.0.1", int(re.search(r"listening on http://127.0.0.1:(\d+)",
-                                                                                line)[1])))
-        stuck = [socket.create_connection(address.server_address) for _ in range(3)]
-        for connection in stuck[1:]:
-            connection.sendall(post_json({"features": ROWS})[:-9])
-        with concurrent.futures.ThreadPoolExecutor(24) as pool:
-            sent = [pool.submit(exchange, address, post_json({"features": ROWS})) for _ in range(24)]
-            time.sleep(0.1)
-            process.terminate()
-            started = time.monotonic()
-            assert process.wait(8) == 0 and time.monotonic() - started < 6
-            counts = collections.Counter(one.result()[0] for one in sent)
+    """With stuck clients and nobody who reads its log."""
+    with (own_process(tmp_path, serve.__file__) as (process, server), contextlib.ExitStack() as kept,
+          concurrent.futures.ThreadPoolExecutor(24) as pool):
+        for sent in (b"", post_json({"features": ROWS})[:-9], post_json({"features": ROWS})[:-9]):
+            kept.enter_context(socket.create_connection(server.server_address)).sendall(sent)
+        accepted = [pool.submit(exchange, server, post_json({"features": ROWS})) for _ in range(24)]
+        time.sleep(0.1)
+        process.terminate()
+        started = time.monotonic()
+        assert process.wait(8) == 0 and time.monotonic() - started < 6
+        counts = collections.Counter(one.result()[0] for one in accepted)
         assert set(counts) <= {200, 503} and counts[200] > 0
-    finally:
-        process.kill()
-        process.stderr.close()
-        for connection in stuck:
-            connection.close()
 
 
 ENDLESS = """
@@ -6413,15 +6411,8 @@ sys.exit(serve.main(sys.argv[1:]))
 
 # C59
 def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
-    system = serving_system()
-    torch.save({"config": asdict(system.config), "tokenizer": system.tokenizer.state(), "stats": system.stats,
-                "model": system.model.state_dict()}, tmp_path / "best.pt")
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS, f"--ckpt={tmp_path / 'best.pt'}", "--port=0"],
-                               cwd=Path(serve.__file__).parent, stderr=subprocess.PIPE, text=True)
-    with process.stderr:
-        port = int(re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())[1])
-        address = argparse.Namespace(server_address=("127.0.0.1", port))
-        assert exchange(address, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
+    with own_process(tmp_path, "-c", ENDLESS) as (process, server):
+        assert exchange(server, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
         process.terminate()
         assert process.wait(8) == 0         # and not -6: "terminate called without an active exception"
 
