@@ -5743,25 +5743,25 @@ def healthy(server) -> bool:
     return exchange(server, get())[0] == 200
 
 
-def check_error(status: int, headers: dict, body: bytes) -> dict:
-    """The error object, checked against the contract's form."""
+def check_error(status: int, headers: dict, body: bytes) -> tuple[int, str]:
+    """The error object, checked against the contract's form -> status and code."""
     assert headers["content-type"] == "application/json" and headers["x-content-type-options"] == "nosniff"
     assert re.fullmatch("[A-Za-z0-9._-]{1,64}", headers["x-request-id"]) and len(body) < 8192
     error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param",
-                          "code"} and error["message"] and "Traceback" not in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and "Traceback" not in error["message"]
     usual = "server_error" if status >= 500 else "invalid_request_error"
     assert error["type"] == {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
-    return error
+    return status, error["code"]
 
 
 # C52
 @pytest.mark.parametrize("name", TABLE)
 def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
     raw, status, code = TABLE[name]
-    found, headers, body = exchange(server, raw, end=name in ("http: body too short", "http: endless line"))
-    assert (found, check_error(found, headers, body)["code"]) == (status, code)
-    assert ("allow" in headers) == (status == 405)
+    found = exchange(server, raw, end=name in ("http: body too short", "http: endless line"))
+    assert check_error(*found) == (status, code)
+    assert ("allow" in found[1]) == (status == 405)
     assert healthy(server)
 
 
@@ -6116,11 +6116,11 @@ def test_openai_formats_by_hand():
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
     assert "segments" not in json.loads(body(format="verbose_json", granularities=["word"]))
-    assert json.loads(body(logprobs=True))["logprobs"][0] == {"token": "▁one", "bytes": list("▁one".encode()),
-                                                              "logprob": -0.6931}
+    logprobs = json.loads(body(logprobs=True))["logprobs"]
+    assert logprobs[0] == {"token": "▁one", "bytes": list("▁one".encode()), "logprob": -0.6931}
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
-    assert [d["type"] for d in deltas] == ["transcript.text.delta",
-                                           "transcript.text.done"] and deltas[1]["text"] == "one two six"
+    assert [d["type"] for d in deltas] == ["transcript.text.delta", "transcript.text.done"]
+    assert deltas[1]["text"] == "one two six"
 
 
 @needs_kit
@@ -6147,8 +6147,7 @@ def test_word_tokens_are_marked_so_that_they_spell_the_text():
 def test_headers_ids_methods_and_keep_alive(server):
     with socket.create_connection(server.server_address[:2], 5) as connection:
         for path, kind in (("/", "text/html; charset=utf-8"), ("/health", "application/json"),
-                           ("/v1/models", "application/json"),
-                           ("/v1/models/paraformer", "application/json"),
+                           ("/v1/models", "application/json"), ("/v1/models/paraformer", "application/json"),
                            ("/metrics", "text/plain; version=0.0.4; charset=utf-8")):
             for method in ("GET", "HEAD"):          # a body after HEAD would break the next answer
                 connection.sendall(get(f"{method} {path} HTTP/1.1", "X-Request-Id: my-id.1"))
@@ -6205,8 +6204,8 @@ def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(s
 
 
 def test_large_refused_upload_still_reads_its_413(server):
-    status, headers, body = exchange(server, post("/transcribe", "audio/wav", bytes(8 * 2**20)))
-    assert status == 413 and check_error(status, headers, body)["code"] == "body_too_large"
+    found = exchange(server, post("/transcribe", "audio/wav", bytes(8 * 2**20)))
+    assert check_error(*found) == (413, "body_too_large")
 
 
 # C58
@@ -6247,10 +6246,9 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
         counts = collections.Counter(status for status, _, _ in found)
         assert set(counts) == {200, 429} and 2 <= counts[200] <= 4
         refused = next(one for one in found if one[0] == 429)
-        assert refused[1]["retry-after"] == "1" and check_error(*refused)["code"] == "queue_full"
-        status, headers, body = exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}))
-        assert (status, headers["x-should-retry"]) == (504, "false")
-        assert check_error(status, headers, body)["code"] == "deadline_exceeded"
+        assert refused[1]["retry-after"] == "1" and check_error(*refused) == (429, "queue_full")
+        late = exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}))
+        assert late[1]["x-should-retry"] == "false" and check_error(*late) == (504, "deadline_exceeded")
 
 
 # C58
@@ -6260,7 +6258,7 @@ def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypat
     with serving(request_timeout=0.4) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         started = time.monotonic()
         found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:30]})), range(4)))
-        assert [check_error(*one)["code"] for one in found] == ["deadline_exceeded"] * 4
+        assert [check_error(*one) for one in found] == [(504, "deadline_exceeded")] * 4
         assert time.monotonic() - started < 0.75
         time.sleep(0.8)
         assert len(parsed) == 1
@@ -6296,9 +6294,8 @@ def test_connections_above_the_cap_get_503_and_room_is_made_again():
     with serving(max_connections=3) as small:
         held = [socket.create_connection(small.server_address[:2]) for _ in range(3)]
         time.sleep(0.1)
-        status, headers, body = exchange(small, get())
-        assert status == 503 and check_error(status, headers,
-                                             body)["code"] == "overloaded" and headers["retry-after"] == "1"
+        found = exchange(small, get())
+        assert check_error(*found) == (503, "overloaded") and found[1]["retry-after"] == "1"
         for connection in held:
             connection.close()
         time.sleep(0.2)
@@ -6311,9 +6308,8 @@ def test_key_is_wanted_where_it_is_set(monkeypatch):
     with serving() as locked:
         for header in ((), ("Authorization: Bearer wrong",), ("Authorization: secret",),
                        ("Authorization: Basic secret",), ("Authorization: Bearer",)):
-            status, headers, body = exchange(locked, get("GET /v1/models HTTP/1.1", *header))
-            assert status == 401 and check_error(status, headers,
-                                                 body)["code"] == "invalid_api_key" and b"secret" not in body
+            found = exchange(locked, get("GET /v1/models HTTP/1.1", *header))
+            assert check_error(*found) == (401, "invalid_api_key") and b"secret" not in found[2]
         for scheme in ("Bearer", "bearer"):
             assert exchange(locked, get("GET /v1/models HTTP/1.1", f"Authorization: {scheme} secret"))[0] == 200
         assert healthy(locked) and not any("secret" in line for line in locked.lines)
@@ -6328,9 +6324,8 @@ def test_cors_is_for_named_origins_only():
         assert preflight[0] == 204 and preflight[1]["access-control-allow-origin"] == "https://a.example"
         assert preflight[1]["access-control-allow-methods"] == "POST, OPTIONS" and preflight[1]["vary"] == "Origin"
         assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
-        assert "access-control-allow-origin" not in exchange(open_door,
-                                                             get("GET /health HTTP/1.1",
-                                                                 "Origin: https://b.example"))[1]
+        other = exchange(open_door, get("GET /health HTTP/1.1", "Origin: https://b.example"))
+        assert "access-control-allow-origin" not in other[1]
 
 
 # C59
@@ -6419,9 +6414,8 @@ def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
 
 # C60
 def test_metrics_are_prometheus_text_that_adds_up(server):
-    before = exchange(server, post_json({"features": ROWS[:30]}))
-    assert before[0] == 200
-    exchange(server, get("GET /" + "secret HTTP/1.1"))
+    assert exchange(server, post_json({"features": ROWS[:30]}))[0] == 200
+    exchange(server, get("GET /secret HTTP/1.1"))
     text = exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()
     assert text.endswith("\n") and "/secret" not in text
     kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
@@ -6429,9 +6423,9 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
     samples = {}
     for line in text.splitlines():
         if not line.startswith("#"):
-            name, value = re.fullmatch(r'([a-z_]+(?:\{[a-z]+="[^"]*"(?:,[a-z]+="[^"]*")*\})?) ([0-9.e+-]+)',
-                                       line).groups()
-            samples[name] = float(value)
+            label = r'[a-z]+="[^"]*"'
+            match = re.fullmatch(rf"([a-z_]+(?:\{{{label}(?:,{label})*\}})?) ([0-9.e+-]+)", line)
+            samples[match[1]] = float(match[2])
     for name in (n for n, kind in kinds.items() if kind == "histogram"):
         rows_of = [v for n, v in samples.items() if re.match(name + r"_bucket\{(route=\"/transcribe\",)?le", n)]
         count = samples.get(f"{name}_count", samples.get(f'{name}_count{{route="/transcribe"}}'))
@@ -6475,8 +6469,8 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
             held.set()
         assert waits.result()[0] == 200
         server.parsers[0].submit(time.sleep, 0.6)
-        status, _, body = exchange(server, late)  # its deadline counts from the request, not from its parsing
-        assert (status, json.loads(body)["error"]["code"]) == (504, "deadline_exceeded")
+        found = exchange(server, late)  # its deadline counts from the request, not from its parsing
+        assert check_error(*found) == (504, "deadline_exceeded")
         with pytest.raises(serve.Gone):  # and what nobody waits for is not even parsed
             serve.enqueue(server, serve.unread_head(), b"{", time.monotonic(), lambda: True)
 
@@ -6533,8 +6527,7 @@ class Browser:
         to_read, self.to = os.pipe()
         self.source, from_write = os.pipe()
         command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                   "--no-first-run",
-                   f"--user-data-dir={folder}", "--autoplay-policy=no-user-gesture-required", *flags]
+                   "--no-first-run", f"--user-data-dir={folder}", "--autoplay-policy=no-user-gesture-required", *flags]
         script = f'exec 3<&{to_read} 4>&{from_write}; exec "$@"'
         self.process = subprocess.Popen(["bash", "-c", script, "bash", *command], pass_fds=(to_read, from_write),
                                         stderr=subprocess.DEVNULL)
