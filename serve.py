@@ -1544,8 +1544,7 @@ button:disabled { opacity: .5; cursor: not-allowed; }
 #transcript .none { color: var(--soft); font-style: italic; }
 .token { --hue: color-mix(in oklab, var(--good) calc(var(--sure) * 100%), var(--bad)); cursor: pointer;
   padding: 2px 1px; background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
-  border-radius: 4px;
-  box-shadow: inset 0 -2px var(--hue); }
+  border-radius: 4px; box-shadow: inset 0 -2px var(--hue); }
 .token.now, .token:hover { background: var(--accent); color: var(--on-accent); }
 #scroll { overflow-x: auto; }
 #strip { position: relative; height: 218px; cursor: pointer; }
@@ -1609,11 +1608,9 @@ let run = 0, shown = null, recorder = null, retry = null;
 
 // ---- a recording: decoded by the browser, sent as WAV ----
 async function decodeAudio(blob) {
-  const data = await blob.arrayBuffer();
-  if (!data.byteLength) throw new Error("The file is empty.");
-  let source;
-  try { source = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(data); }
-  catch { throw new Error("This browser cannot decode the file as audio."); }
+  const source = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer()).catch(() => {
+    throw new Error("This browser cannot decode the file as audio.");
+  });
   const mix = new OfflineAudioContext(1, source.length, RATE), node = mix.createBufferSource();
   node.buffer = source; node.connect(mix.destination); node.start();
   return (await mix.startRendering()).getChannelData(0);
@@ -1744,8 +1741,7 @@ function follow() {
 function playFrom(time) { audio.currentTime = time; audio.play().catch(() => {}); }
 audio.onplay = audio.onpause = audio.onseeked = audio.onended = follow;
 $("play").onclick = () => audio.paused ? audio.play().catch(() => {}) : audio.pause();
-$("strip").onclick = event => shown
-  && playFrom(event.offsetX / $("strip").clientWidth * shown.found.duration);
+$("strip").onclick = event => playFrom(event.offsetX / $("strip").clientWidth * shown.found.duration);
 addEventListener("resize", draw);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 
@@ -1772,7 +1768,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) addEventListe
   const file = kind === "drop" && event.dataTransfer.files[0];
   if (file) recognise(file, file.name);
 });
-$("ask").onsubmit = event => { event.preventDefault(); if (retry) retry(); };
+$("ask").onsubmit = event => { event.preventDefault(); retry(); };
 
 async function record() {
   const button = $("record");
