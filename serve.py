@@ -1054,14 +1054,6 @@ def model_card(server: Server) -> dict:
     return {"id": server.model, "object": "model", "created": server.created, "owned_by": "local"}
 
 
-def wait_for(jobs: Sequence[Job]) -> list[Recognition]:
-    """The outcomes of jobs, or the failure of one of them."""
-    try:
-        return [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
-    except TimeoutError:
-        raise deadline_passed() from None
-
-
 def enqueue(server: Server, head: Head, body: bytes, complete: float,
             gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list[list[Job]]]:
     """What a parser's thread does -> what is asked for; the Form of the answer, or of /transcribe whether it brings the
@@ -1104,14 +1096,15 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
 def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     parser = server.parsers[len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"]
-    with server.batcher.preparing():
-        parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
-        try:
+    try:
+        with server.batcher.preparing():
+            parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
             ask, form, jobs = parsing.result(server.options.request_timeout)
-        except TimeoutError:
-            parsing.cancel()        # unless it has begun
-            raise deadline_passed() from None
-    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, map(wait_for, jobs))]
+        pieces = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
+    except TimeoutError:
+        parsing.cancel()        # unless it has begun
+        raise deadline_passed() from None
+    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, pieces)]
     seconds = [utterance.seconds for utterance in ask.utterances]
     server.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
