@@ -638,13 +638,9 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
     return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], others, True)
 
 
-MAGIC = ((b"ID3", "MP3"), (b"\xff\xfb", "MP3"), (b"OggS", "Ogg"), (b"fLaC", "FLAC"), (b"\x1aE\xdf\xa3", "WebM"),
-         (b"RIFX", "big-endian WAV"), (b"RF64", "RF64"), (b"FORM", "AIFF"), (b"RIFF", "WAV with another sample format"))
-
-
-def sniff(body: bytes) -> str:
-    known = next((name for start, name in MAGIC if body.startswith(start)), "something else")
-    return "MP4" if body[4:8] == b"ftyp" else known
+MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
+         (rb"....ftyp", "MP4"), (rb"RIFX", "big-endian WAV"), (rb"RF64", "RF64"), (rb"FORM", "AIFF"),
+         (rb"RIFF", "WAV with another sample format"), (rb"", "something else"))
 
 
 def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utterance:
@@ -659,7 +655,8 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     except ValueError as error:
         raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
-        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else sniff(body)
+        known = next(name for start, name in MAGIC if re.match(start, body, re.DOTALL))
+        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else known
         raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
                       f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
     seconds, config = header.num_samples / header.rate_hz, system.config.data
