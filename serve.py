@@ -674,6 +674,10 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     return Utterance([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
+DISPOSITION = re.compile(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", re.IGNORECASE | re.MULTILINE)
+PARAMETER = re.compile(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')        # name, quoted or bare value
+
+
 def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
@@ -695,18 +699,13 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
         line, _, head = head.partition(b"\r\n")
         if line.strip(b" \t") or not blank or len(head) > MAX_PART_HEAD:
             raise bad_form(f"a boundary line is broken, or a part's header is longer than {MAX_PART_HEAD} bytes")
-        parts.append(parse_part(head.decode("utf-8", "replace"), content))
+        match = DISPOSITION.search(head.decode("utf-8", "replace"))
+        pairs = PARAMETER.findall(match[1]) if match else []
+        values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
+        if not values.get("name"):
+            raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
+        parts.append((values["name"], bool(values.keys() & {"filename", "filename*"}), content))
     raise bad_form(f"wanted the boundary of Content-Type, at most {MAX_PARTS} parts and the closing boundary")
-
-
-def parse_part(head: str, content: bytes) -> tuple[str, bool, bytes]:
-    """The header lines of a part and its content -> name, whether it is a file, content."""
-    match = re.search(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", head, re.IGNORECASE | re.MULTILINE)
-    pairs = re.findall(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))', match[1]) if match else []
-    values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
-    if not values.get("name"):
-        raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-    return values["name"], bool(values.keys() & {"filename", "filename*"}), content
 
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
