@@ -1038,12 +1038,11 @@ def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) ->
 
 def health(server: Server) -> Response:
     system = server.system
-    about = {"model": server.model, "feature_dim": system.stats.shape[1],
+    ending = server.draining.is_set()
+    about = {"status": "draining" if ending else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
              "uptime": round(time.monotonic() - server.started, 3)}
-    if server.draining.is_set():
-        return draining().response(beside={"status": "draining", **about})
-    return json_response({"status": "ok", **about})
+    return draining().response(beside=about) if ending else json_response(about)
 
 
 def model_card(server: Server) -> dict:
