@@ -266,7 +266,6 @@ class Connection(socketserver.BaseRequestHandler):
 class Server(ThreadingHTTPServer):
     """All that the routes need, and connections, at most options.max_connections at a time."""
 
-    daemon_threads = True
     request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
 
     def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
@@ -953,23 +952,15 @@ def segments(result: Result, temperature: float) -> list[dict]:
     return rows
 
 
-class Form(NamedTuple):
-    """The options of /v1/audio/transcriptions, checked."""
+def parse_openai_form(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the form -> what openai_response takes beside the result.
 
-    format: str
-    granularities: list[str]
-    temperature: float
-    logprobs: bool
-    stream: bool
-    language: str
-
-
-def parse_openai_form(fields: dict[str, Any]) -> Form:
-    """The fields of the form. Those that are not known are accepted and not used, as drop-in clients send many."""
-    kind = fields.get("response_format", "json")
+    Those that are not known are accepted and not used, as drop-in clients send many.
+    """
+    form = fields.get("response_format", "json")
     granularities = fields.get("timestamp_granularities[]", ["segment"])
     include = fields.get("include[]", [])
-    for name, values, allowed in (("response_format", [kind], ("json", "text", "srt", "vtt", "verbose_json")),
+    for name, values, allowed in (("response_format", [form], ("json", "text", "srt", "vtt", "verbose_json")),
                                   ("timestamp_granularities[]", granularities, ("segment", "word")),
                                   ("include[]", include, ("logprobs",))):
         for value in values:
@@ -981,37 +972,37 @@ def parse_openai_form(fields: dict[str, Any]) -> Form:
         temperature = math.nan
     if not 0 <= temperature <= 1:
         raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
-    return Form(kind, granularities, temperature, bool(include), parse_flag("stream", fields.get("stream")),
-                fields.get("language", ""))
+    return {"form": form, "granularities": granularities, "temperature": temperature, "logprobs": bool(include),
+            "stream": parse_flag("stream", fields.get("stream")), "language": fields.get("language", "")}
 
 
-def openai_response(form: Form, result: Result, seconds: float) -> Response:
-    """The result in the format that was asked for."""
+def openai_response(result: Result, seconds: float, form: str, granularities: Sequence[str], temperature: float,
+                    logprobs: bool, stream: bool, language: str) -> Response:
+    """The result in the form that was asked for."""
     text = result.text.strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
-    if form.stream:
+    if stream:
         events = [{"type": "transcript.text.delta", "delta": text},
                   {"type": "transcript.text.done", "text": text, "usage": usage}]
         lines = "".join(f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events)
         return Response(200, "text/event-stream; charset=utf-8", lines.encode())
-    if form.format == "json":
+    if form == "json":
         value = {"text": text, "usage": usage}
-        if form.logprobs:
+        if logprobs:
             value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()), "logprob": round(log_prob(t), 4)}
                                  for t in result.tokens]
         return json_response(value)
-    if form.format == "verbose_json":
-        value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
+    if form == "verbose_json":
+        value = {"task": "transcribe", "language": language, "duration": round(seconds, 3), "text": text,
                  "usage": usage}
-        if "segment" in form.granularities:
-            value["segments"] = segments(result, form.temperature)
-        if "word" in form.granularities:
+        if "segment" in granularities:
+            value["segments"] = segments(result, temperature)
+        if "word" in granularities:
             value["words"] = [word_entry(word) for word in result.words]
         return json_response(value)
-    formats = {"text": ("text/plain", lambda: text + "\n"), "srt": ("text/plain", lambda: subtitles(result.words, ",")),
-               "vtt": ("text/vtt", lambda: "WEBVTT\n\n" + subtitles(result.words, "."))}
-    kind, write = formats[form.format]
-    return Response(200, f"{kind}; charset=utf-8", write().encode())
+    texts = {"text": text + "\n", "srt": subtitles(result.words, ","),
+             "vtt": "WEBVTT\n\n" + subtitles(result.words, ".")}
+    return Response(200, f"text/{'vtt' if form == 'vtt' else 'plain'}; charset=utf-8", texts[form].encode())
 
 
 # ---- routes ----
@@ -1050,9 +1041,9 @@ def model_card(server: Server) -> dict:
 
 
 def enqueue(server: Server, head: Head, body: bytes, complete: float,
-            gone: Callable[[], bool]) -> tuple[Ask, Form | bool, list[list[Job]]]:
-    """What a parser's thread does -> what is asked for; the Form of the answer, or of /transcribe whether it brings the
-    alignment; a queued job for each piece of each utterance, done already where it has no frame.
+            gone: Callable[[], bool]) -> tuple[Ask, dict[str, Any], list[list[Job]]]:
+    """What a parser's thread does -> what is asked for; what `entry` or openai_response takes beside the result; a
+    queued job for each piece of each utterance, done already where it has no frame.
 
     complete: monotonic seconds at which the request had come, from which its deadline counts.
     Raises Refusal, or Gone for a client that did not wait so long.
@@ -1061,7 +1052,10 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
         raise Gone
     ask = read_ask(head, body, server.system, server.options)
     fields, now = ask.fields, time.monotonic()
-    form = parse_flag("alignment", fields.get("alignment")) if head.path == "/transcribe" else parse_openai_form(fields)
+    if head.path == "/transcribe":
+        chosen = {"alignment": parse_flag("alignment", fields.get("alignment"))}
+    else:
+        chosen = parse_openai_form(fields)
     deadline = complete + parse_timeout(fields.get("timeout"), server.options.request_timeout)
     jobs = [[Job(feats, utterance, now, deadline, gone) for _, feats in utterance.pieces]
             for utterance in ask.utterances]
@@ -1069,7 +1063,7 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
         if not len(job.feats):
             job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
     server.batcher.submit([job for job in itertools.chain(*jobs) if len(job.feats)])
-    return ask, form, jobs
+    return ask, chosen, jobs
 
 
 def frame_step(system: System) -> float:
@@ -1094,7 +1088,7 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
     try:
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
-            ask, form, jobs = parsing.result(server.options.request_timeout)
+            ask, chosen, jobs = parsing.result(server.options.request_timeout)
         pieces = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
     except TimeoutError:
         parsing.cancel()        # unless it has begun
@@ -1103,13 +1097,13 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
     seconds = [utterance.seconds for utterance in ask.utterances]
     server.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-    if isinstance(form, Form):
-        response = openai_response(form, found[0].result, seconds[0])
-    else:
+    if head.path == "/transcribe":
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, *each, total_ms, form) for each in zip(ask.utterances, jobs, found)]
+        results = [entry(server.system, *each, total_ms, **chosen) for each in zip(ask.utterances, jobs, found)]
         answered = {"results": results} if ask.many else results[0]
         response = json_response({"id": head.id, "model": server.model, **answered})
+    else:
+        response = openai_response(found[0].result, seconds[0], **chosen)
     return response._replace(note=f" batch {jobs[0][0].batch_size}")
 
 

@@ -6100,22 +6100,22 @@ SPOKEN_WORDS = [decode.Word(t.token[1:], t.start, t.end, t.confidence) for t in 
 # C57
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
-        choice = serve.Form("json", ["segment"], 0.0, False, False, "en")._replace(**changes)
         result = decode.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
-        return serve.openai_response(choice, result, 62.0).body.decode()
+        chosen = serve.parse_openai_form({"language": "en"}) | changes
+        return serve.openai_response(result, 62.0, **chosen).body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
-    assert body(format="text") == "one two six\n"
-    assert body(format="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
+    assert body(form="text") == "one two six\n"
+    assert body(form="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
                                   "2\n00:01:01,000 --> 00:01:01,500\nsix\n\n")
-    assert body(format="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
-    verbose = json.loads(body(format="verbose_json", granularities=["segment", "word"]))
+    assert body(form="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
+    verbose = json.loads(body(form="verbose_json", granularities=["segment", "word"]))
     assert verbose["words"][1] == {"word": "two", "start": 0.4, "end": 1.2, "confidence": 0.8}
     assert verbose["segments"][0] == {
         "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.0,
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
-    assert "segments" not in json.loads(body(format="verbose_json", granularities=["word"]))
+    assert "segments" not in json.loads(body(form="verbose_json", granularities=["word"]))
     logprobs = json.loads(body(logprobs=True))["logprobs"]
     assert logprobs[0] == {"token": "▁one", "bytes": list("▁one".encode()), "logprob": -0.6931}
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
@@ -6129,8 +6129,8 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     feats = recorded("sanm", WAVS[0])["feats"]
     found, wanted = serve.recognise(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
-    verbose = serve.Form("verbose_json", ["word"], 0.0, False, False, "")
-    body = json.loads(serve.openai_response(verbose, found, 9.0).body)
+    verbose = serve.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
+    body = json.loads(serve.openai_response(found, 9.0, **verbose).body)
     assert body["words"] == [decode.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
 
