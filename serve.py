@@ -451,15 +451,14 @@ def admit(server: Server, head: Head) -> None:
 def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, str], ...]:
     """For pages of the origins that --cors-origin names; none otherwise."""
     origin = head.headers.get("origin")
-    if not options.cors_origin:
-        return ()
-    if origin not in options.cors_origin:
-        return (("Vary", "Origin"),)
-    found = [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
-             ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
-    if head.method == "OPTIONS":
-        found += [("Access-Control-Allow-Methods", ROUTES.get(route_of(head), "")), ("Access-Control-Max-Age", "600"),
-                  ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
+    found = [("Vary", "Origin")] if options.cors_origin else []
+    if origin in options.cors_origin:
+        found += [("Access-Control-Allow-Origin", origin),
+                  ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
+        if head.method == "OPTIONS":
+            found += [("Access-Control-Allow-Methods", ROUTES.get(route_of(head), "")),
+                      ("Access-Control-Max-Age", "600"),
+                      ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
 
 
