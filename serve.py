@@ -1759,14 +1759,13 @@ async function record() {
   const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
   const timer = setInterval(tell, 250);
   recorder = new MediaRecorder(stream);
-  recorder.ondataavailable = event => pieces.push(event.data);
-  recorder.onstop = () => {
+  recorder.ondataavailable = event => {       // all of it, as it stops
     stream.getTracks().forEach(track => track.stop());
     clearInterval(timer);
     recorder = null;
     button.classList.remove("on");
     button.textContent = "Record";
-    recognise(new Blob(pieces), "recording " + begun.toLocaleTimeString());
+    recognise(event.data, "recording " + begun.toLocaleTimeString());
   };
   recorder.start();
   button.classList.add("on");
