@@ -1027,8 +1027,7 @@ def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) ->
 
 
 def health(server: Server) -> Response:
-    system = server.system
-    ending = server.draining.is_set()
+    system, ending = server.system, server.draining.is_set()
     about = {"status": "draining" if ending else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
              "uptime": round(time.monotonic() - server.started, 3)}
@@ -1093,8 +1092,7 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
         parsing.cancel()        # unless it has begun
         raise deadline_passed() from None
     found = [join_pieces(server.system, *each) for each in zip(ask.utterances, pieces)]
-    seconds = [utterance.seconds for utterance in ask.utterances]
-    server.metrics.add("asr_audio_seconds_total", amount=sum(seconds))
+    server.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if head.path == "/transcribe":
         total_ms = (time.monotonic() - head.started) * 1e3
@@ -1102,7 +1100,7 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
         answered = {"results": results} if ask.many else results[0]
         response = json_response({"id": head.id, "model": server.model, **answered})
     else:
-        response = openai_response(found[0].result, seconds[0], **chosen)
+        response = openai_response(found[0].result, ask.utterances[0].seconds, **chosen)
     return response._replace(note=f" batch {jobs[0][0].batch_size}")
 
 
@@ -1755,7 +1753,7 @@ async function record() {
   const button = $("record");
   button.disabled = true;
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true }).finally(() => { button.disabled = false; });
-  const pieces = [], begun = new Date();
+  const begun = new Date();
   const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
   const timer = setInterval(tell, 250);
   recorder = new MediaRecorder(stream);
