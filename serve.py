@@ -808,6 +808,7 @@ class Batcher:
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
         self.back, self.answered = 0, -math.inf     # utterances that the last batch answered less those since; its end
+        self.padded = self.padding = 0      # frames run so far, and those of them that held nothing
         self.changed = threading.Condition()
 
     @contextlib.contextmanager
@@ -904,8 +905,8 @@ class Batcher:
         lengths = [len(job.feats) for job in jobs]
         self.metrics.observe("asr_batch_size", len(jobs))
         self.metrics.observe("asr_inference_seconds", seconds)
-        self.metrics.add("padded_frames", amount=max(lengths) * len(jobs))
-        self.metrics.add("padding_frames", amount=max(lengths) * len(jobs) - sum(lengths))
+        self.padded += max(lengths) * len(jobs)
+        self.padding += max(lengths) * len(jobs) - sum(lengths)
         for job in jobs:
             self.metrics.observe("asr_queue_seconds", now - job.queued)
 
@@ -1147,17 +1148,19 @@ class Metrics:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.sums: dict[tuple[str, str], float] = {("asr_audio_seconds_total", ""): 0, ("asr_tokens_total", ""): 0}
-        self.histograms: dict[tuple[str, str], list[float]] = {}    # counts by bucket, the rest, and the sum of values
+        self.sums: dict[str, dict[str, float]] = {name: {} for name in HELP}
+        self.sums["asr_audio_seconds_total"][""] = self.sums["asr_tokens_total"][""] = 0
+        # counts by bucket, the rest, and the sum of values
+        self.histograms: dict[str, dict[str, list[float]]] = {name: {} for name in HISTOGRAMS}
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
         with self.lock:
-            self.sums[name, labels] = self.sums.get((name, labels), 0) + amount
+            self.sums[name][labels] = self.sums[name].get(labels, 0) + amount
 
     def observe(self, name: str, value: float, labels: str = "") -> None:
         bounds = HISTOGRAMS[name]
         with self.lock:
-            row = self.histograms.setdefault((name, labels), [0] * (len(bounds) + 2))
+            row = self.histograms[name].setdefault(labels, [0] * (len(bounds) + 2))
             row[sum(bound < value for bound in bounds)] += 1
             row[-1] += value
 
@@ -1169,17 +1172,14 @@ class Metrics:
 
     def text(self, gauges: dict[str, float]) -> str:
         """Everything in Prometheus' text format 0.0.4."""
-        with self.lock:
-            sums = {**self.sums, **{(name, ""): value for name, value in gauges.items()}}
-            histograms = {key: list(row) for key, row in self.histograms.items()}
         lines = []
-        for name, meaning in HELP.items():
-            kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            lines += [sample(name, labels, f"{value:.17g}")
-                      for (key, labels), value in sorted(sums.items()) if key == name]
-            for (key, labels), row in sorted(histograms.items()):
-                if key == name:
+        with self.lock:
+            for name, meaning in HELP.items():
+                kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
+                lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+                sums = {"": gauges[name]} if name in gauges else self.sums[name]
+                lines += [sample(name, labels, f"{value:.17g}") for labels, value in sums.items()]
+                for labels, row in self.histograms.get(name, {}).items():
                     totals = np.cumsum(row[:-1])
                     lines += [sample(f"{name}_bucket", labels + "," * bool(labels) + f'le="{bound}"', f"{total:.0f}")
                               for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
@@ -1195,11 +1195,10 @@ def resident_bytes() -> int:
 
 
 def metrics_text(server: Server) -> str:
-    phases, sums = list(server.phases.values()), server.metrics.sums
-    padding = sums.get(("padding_frames", ""), 0) / max(1, sums.get(("padded_frames", ""), 0))
+    phases, batcher = list(server.phases.values()), server.batcher
     return server.metrics.text({
-        "asr_batch_padding_ratio": padding,
-        "asr_queue_depth": num_utterances(server.batcher.waiting), "asr_inflight_requests": phases.count("busy"),
+        "asr_batch_padding_ratio": batcher.padding / max(1, batcher.padded),
+        "asr_queue_depth": num_utterances(batcher.waiting), "asr_inflight_requests": phases.count("busy"),
         "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
         "process_start_time_seconds": time.time() - (time.monotonic() - server.started)})
 
