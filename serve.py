@@ -270,7 +270,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
                  slack: int = 0):
-        self.system, self.options, self.log = system, options, log
+        self.system, self.options, self.log, self.model = system, options, log, system.config.model.name
         self.created, self.started = created, time.monotonic()      # the checkpoint, in seconds since 1970; the server
         self.metrics, self.draining = Metrics(), threading.Event()
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
@@ -281,10 +281,6 @@ class Server(ThreadingHTTPServer):
         self.refused: list[tuple[float, socket.socket]] = []        # when to close them
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         super().__init__((options.host, options.port), Connection)
-
-    @property
-    def model(self) -> str:
-        return self.system.config.model.name
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)    # http.server's looks up the host's name, which can take seconds
