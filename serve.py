@@ -397,8 +397,8 @@ def parse_target(target: str) -> tuple[str, dict[str, str]]:
 GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # as the header Allow says it
 ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
           "/transcribe": POST, "/v1/audio/transcriptions": POST}
-AUDIO_TYPES = ("audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave")
-MEDIA_TYPES = {"/transcribe": ("application/json", *AUDIO_TYPES, "multipart/form-data"),
+MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
+                               "multipart/form-data"),
                "/v1/audio/transcriptions": ("multipart/form-data",)}
 
 
@@ -491,12 +491,9 @@ def parse_json(body: bytes) -> dict:
     return value
 
 
-FEATURES = re.compile(rb'\s*{\s*"features"\s*:\s*(?=\[\[)')
-
-
 def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
     """parse_json; where the body begins with plain features, these are an array already, in a third of the time."""
-    found, end = FEATURES.match(body), body.rfind(b"]]") + 2
+    found, end = re.match(rb'\s*{\s*"features"\s*:\s*(?=\[\[)', body), body.rfind(b"]]") + 2
     if found and not re.search(rb"\\|features", body[end:]):      # a second "features" would be the one that counts
         feats = parse_decimals(body[found.end():end], dim, max_frames)
         if feats is not None:
@@ -596,15 +593,12 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
     return feats
 
 
-LIMIT = 1e3     # normalised features reach 10 or so; without it 1e30 overflows inside the model
-
-
 def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     """Raw features (T,F) -> what the model takes."""
     feats = data.normalise(feats, system.stats.cpu())
     if feats.isnan().any():
         raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
-    return feats.clamp(-LIMIT, LIMIT)
+    return feats.clamp(-1e3, 1e3)       # they reach 10 or so; 1e30 would overflow inside the model
 
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
@@ -1292,9 +1286,6 @@ def pass_worth(system: System) -> int:
     return min(1000, int(400 * fixed / max(both - fixed, 1e-6)))        # it was measured with seconds, not minutes
 
 
-SMALL = 100     # frames: a model of which a pass is worth more takes no longer than parsing does
-
-
 def tune(system: System, options: argparse.Namespace) -> int:
     """Set the threads of torch, with --threads 0 all but one for a small model, whose parsers need it -> pass_worth.
 
@@ -1306,7 +1297,7 @@ def tune(system: System, options: argparse.Namespace) -> int:
     recognise(system, [short])
     slow = timeit(lambda: recognise(system, [short]), number=1) > 0.1       # a large model: like lengths, no delay
     slack = 0 if slow else pass_worth(system)
-    if not options.threads and slack > SMALL:
+    if not options.threads and slack > 100:         # frames: then a pass takes no longer than parsing does
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
         slack = pass_worth(system)
     return slack
