@@ -174,7 +174,14 @@ class Connection(socketserver.BaseRequestHandler):
     def finish_one(self, head: Head, response: Response, unread: bool) -> bool:
         """Write, count and log the answer -> whether the connection stays open: not behind a body that is unread."""
         close = head.close or unread or self.server.draining.is_set()
-        sent = response.status != 499 and self.write(head, response, close)
+        sent = False
+        if response.status != 499:
+            response = response._replace(headers=response.headers + cors_headers(self.server.options, head))
+            with contextlib.suppress(OSError):
+                self.request.settimeout(self.server.options.write_timeout)      # of the whole sendall
+                # in one piece: a second one would meet the client's delayed acknowledgement
+                self.request.sendall(to_bytes(head, response, close))
+                sent = True
         route, status = route_of(head), response.status if sent else 499
         seconds = time.monotonic() - head.started
         self.server.metrics.count_request(route, status, seconds)
@@ -233,17 +240,6 @@ class Connection(socketserver.BaseRequestHandler):
         body = bytes(memoryview(self.buffer)[:head.length])
         del self.buffer[:head.length]
         return body
-
-    def write(self, head: Head, response: Response, close: bool) -> bool:
-        """Send the answer in one piece (two would meet the client's delayed acknowledgement) -> whether it went out."""
-        options = self.server.options
-        response = response._replace(headers=response.headers + cors_headers(options, head))
-        try:
-            self.request.settimeout(options.write_timeout)      # of the whole sendall
-            self.request.sendall(to_bytes(head, response, close))
-        except OSError:
-            return False
-        return True
 
     def read_away(self, seconds: float) -> None:
         """Take what the client is still sending, within bounds: closing on unread bytes would reset our answer away."""
