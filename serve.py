@@ -681,15 +681,17 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
             return parts
         head, blank, content = piece.partition(b"\r\n\r\n")
         line, _, head = head.partition(b"\r\n")
-        if line.strip(b" \t") or not blank or len(head) > MAX_PART_HEAD:
-            raise bad_form(f"a boundary line is broken, or a part's header is longer than {MAX_PART_HEAD} bytes")
+        complete = blank or head.endswith(b"\r\n")     # an empty part may share its last CR LF with the boundary
+        if line.strip(b" \t") or not complete or len(head) > MAX_PART_HEAD:
+            raise bad_form(f"a boundary line is broken, or a part's header does not end within {MAX_PART_HEAD} bytes")
         match = DISPOSITION.search(head.decode("utf-8", "replace"))
         pairs = PARAMETER.findall(match[1]) if match else []
         values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
         if not values.get("name"):
             raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
         parts.append((values["name"], bool(values.keys() & {"filename", "filename*"}), content))
-    raise bad_form(f"wanted the boundary of Content-Type, at most {MAX_PARTS} parts and the closing boundary")
+    raise bad_form(f"wanted at most {MAX_PARTS} parts and the closing boundary, as in Content-Type, got {len(parts)} "
+                   "parts and no closing one")
 
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:

@@ -5698,7 +5698,7 @@ BAD_FORMS = {
         "no body": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b""),
         "json inside": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", b"{}"),
         "no name": oai(FILE, ('filename="b"', b"")), "empty name": oai(FILE, ('name=""', b"")),
-        "no blank line": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B", 
+        "no blank line": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B",
                               b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'),
         "long part header": oai(('name="file"; filename="' + "a" * 9000 + '"', wav(NOISE))),
         "129 parts": oai(FILE, *(field(f"x{i}", "") for i in range(128))),
@@ -5847,9 +5847,11 @@ def test_every_way_in_gives_the_same_transcript(server):
     raw = wav(NOISE)
     texts = [json.loads(exchange(server, request)[2])["text"] for request in (
         post("/transcribe", "audio/x-wav", raw), oai(FILE, path="/transcribe"), oai(FILE),
+        post("/transcribe", "multipart/form-data; boundary=B",       # a part of a header alone: RFC 2046, 5.1.1
+             b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + form(FILE)),
         post_json({"features": data.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
                                              serving_system().config.data).tolist()}))]
-    assert texts[0] and texts == texts[:1] * 4
+    assert texts[0] and texts == texts[:1] * 5
 
 
 # C57
