@@ -1257,16 +1257,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in INPUT, searching "
         "greedily and by beam, on the rest of INPUT or the first one's own data; without INPUT, how one of "
         "configs/paraformer_large.yaml with random weights loads and runs")
-    numbers = {"limit": (0, "only so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
+    numbers = {"limit": (0, "only the first so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
                "plot-layer": (0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last"),
                "batch-size": (16, "utterances, or segments of a long recording, in a batch"),
                "batch-seconds": (300.0, "audio in a batch, padding included; one that is longer goes alone"),
                "min-segment-sec": (SEGMENT_SEC[0], "shortest segment of a long recording"),
                "max-segment-sec": (SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses"),
-               "beam": (1, "hypotheses kept at a time; 1: greedy"), "nbest": (1, "alternatives of each utterance"),
-               "length-penalty": (0.6, "of a transformer's beam: 0 favours short texts"),
-               "coverage-penalty": (0.0, "of a transformer's beam: for frames that got little attention"),
-               "ctc-weight": (0.0, "share of the CTC head, if the model has one, in the score")}
+               "beam": (Search().beam, "hypotheses kept at a time; 1: greedy"),
+               "nbest": (Search().nbest, "alternatives of each utterance"),
+               "length-penalty": (Search().length_penalty, "of a transformer's beam: 0 favours short texts"),
+               "coverage-penalty": (Search().coverage_penalty, "of a transformer's beam: for frames little attended"),
+               "ctc-weight": (Search().ctc_weight, "share of the CTC head, if the model has one, in the score")}
     for name, (default, meaning) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
     arguments = parser.parse_args(argv)
