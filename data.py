@@ -664,12 +664,12 @@ class ToySeq2SeqDataset(Dataset):
         return [f"toy_{self.seed}_{index}" for index in range(len(self))]
 
     @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """Frames of every utterance, without making them."""
+    def _lengths(self) -> np.ndarray:
         return np.array([self._plan(index)[1].sum() for index in range(len(self))], np.int64)
 
-    def epoch_lengths(self, epoch: int) -> np.ndarray:
-        return self.lengths
+    def lengths(self, epoch: int = 0) -> np.ndarray:
+        """Frames of every utterance, without making them."""
+        return self._lengths
 
     def _plan(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
         """-> symbols (U,), durations (U,) in frames, and the generator that goes on to draw the rest."""
@@ -926,13 +926,10 @@ class ManifestDataset(Dataset):
             seconds[index] = audio_seconds(self.rows[index].audio) or 0.0
         return seconds
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Frames of every utterance at its own speed, estimated from `durations`."""
-        return num_frames(self.durations, self.options)
-
-    def epoch_lengths(self, epoch: int) -> np.ndarray:
-        """Frames of every utterance at the speeds of that epoch."""
+    def lengths(self, epoch: int = 0) -> np.ndarray:
+        """Frames of every utterance, estimated from `durations`; with `augment`, at the speeds of that epoch."""
+        if not self.augment:
+            return num_frames(self.durations, self.options)
         speeds = np.fromiter((self._speed(epoch, index)[0] for index in range(len(self))), np.float64)
         return num_frames(self.durations / speeds, self.options)
 

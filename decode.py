@@ -1204,7 +1204,7 @@ def compare(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         others = [path for path in arguments.inputs if path not in paths]
         dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
-        lengths = dataset.lengths[:arguments.limit or None]
+        lengths = dataset.lengths()[:arguments.limit or None]
         for batch in itertools.chain.from_iterable(plan_batches(lengths, *batch_limits(first))):
             items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
             if not items:
@@ -1373,7 +1373,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
     for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    lengths = dataset.lengths[:arguments.limit or None]
+    lengths = dataset.lengths()[:arguments.limit or None]
     names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
     finish = batch_finisher(folder, form, names, len(lengths), shard)
     windows = plan_batches(lengths, *batch_limits(system))

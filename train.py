@@ -662,7 +662,7 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
     """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
     training = run.config.training
-    lengths = run.train_set.epoch_lengths(epoch)[:training.overfit or None]
+    lengths = run.train_set.lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
     return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
@@ -670,7 +670,7 @@ def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
 
 def dev_batches(run: Run) -> Iterable[data.Batch]:
     training = run.config.training
-    lengths = run.dev_set.lengths[:training.overfit or None]
+    lengths = run.dev_set.lengths()[:training.overfit or None]
     batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
     return data.loader(run.dev_set, batches[own_rank()::num_ranks()])
 
@@ -961,7 +961,7 @@ def traced_step(run: Run, batch: data.Batch) -> tuple[list[str], float]:
 def describe(config: configs.Config) -> Iterator[str]:
     """What a run will be: sizes by module, shapes, memory and time, from a few steps."""
     run = make_run(config)
-    like, lengths = next(run.model.parameters()), run.train_set.epoch_lengths(0)
+    like, lengths = next(run.model.parameters()), run.train_set.lengths(0)
     by_size = sorted(epoch_batches(run, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
     chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
     *typical, largest = data.loader(run.train_set, chosen)
