@@ -340,10 +340,11 @@ class SanmAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them: (B,T,D) -> (B,T,D)."""
+    """Two linear layers with an activation between them: (B,T,D) -> (B,T,D). ffn_dim 0 is 4 * dim."""
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
+        ffn_dim = ffn_dim or 4 * dim
         self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,10 +353,12 @@ class FeedForward(nn.Module):
 
 
 class NormedFeedForward(nn.Module):
-    """Linear, ReLU, LayerNorm inside, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders."""
+    """Linear, ReLU, LayerNorm inside, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders.
+    ffn_dim 0 is 4 * dim."""
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
         super().__init__()
+        ffn_dim = ffn_dim or 4 * dim
         self.up, self.norm = nn.Linear(dim, ffn_dim), nn.LayerNorm(ffn_dim)
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(ffn_dim, dim, bias=False)

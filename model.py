@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         self.subsampling = Subsampling(input_dim, D, options.subsampling)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        sizes = dict(dim=D, num_heads=options.num_heads, ffn_dim=options.ffn_dim or 4 * D, dropout=options.dropout)
+        sizes = dict(dim=D, num_heads=options.num_heads, ffn_dim=options.ffn_dim, dropout=options.dropout)
         make = {"transformer": lambda: TransformerBlock(**sizes),
                 "conformer": lambda: ConformerBlock(**sizes, kernel_size=options.kernel_size)}
         self.blocks = nn.ModuleList(make[options.kind]() for _ in range(options.num_layers))
@@ -128,7 +128,7 @@ class SanmEncoder(nn.Module):
     def __init__(self, input_dim: int, options):
         super().__init__()
         self.input_dim, self.dim = input_dim, options.hidden_dim
-        sizes = (self.dim, options.num_heads, options.ffn_dim or 4 * self.dim, options.kernel_size,
+        sizes = (self.dim, options.num_heads, options.ffn_dim, options.kernel_size,
                  options.memory_shift, options.dropout, options.attention_dropout)
         self.first = SanmBlock(input_dim, *sizes)  # to the model's width
         self.blocks = nn.ModuleList(SanmBlock(self.dim, *sizes) for _ in range(options.num_layers - 1))
@@ -175,7 +175,7 @@ class RelativeConformerEncoder(nn.Module):
         self.subsampling = ImageSubsampling(input_dim, self.dim)
         self.dropout = nn.Dropout(options.dropout)
         self.blocks = nn.ModuleList(
-            RelativeConformerBlock(self.dim, options.num_heads, options.ffn_dim or 4 * self.dim, options.dropout,
+            RelativeConformerBlock(self.dim, options.num_heads, options.ffn_dim, options.dropout,
                                    options.kernel_size, options.attention_dropout) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(self.dim)
 
@@ -365,8 +365,8 @@ class Decoder(nn.Module):
         self.input = None if bare else nn.Linear(memory_dim, D)
         self.position = None if bare else PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim or 4 * D, options.dropout,
-                                                     memory_dim) for _ in range(options.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, memory_dim)
+                                    for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 
@@ -388,7 +388,7 @@ class SanmDecoder(nn.Module):
 
     def __init__(self, memory_dim: int, vocab_size: int, options):
         super().__init__()
-        D, width, heads = options.hidden_dim, options.ffn_dim or 4 * options.hidden_dim, options.num_heads
+        D, width, heads = options.hidden_dim, options.ffn_dim, options.num_heads
         attention_layers = options.attention_layers or options.num_layers
         rest = options.dropout, options.attention_dropout
         self.memory_dim = memory_dim
@@ -692,8 +692,8 @@ class CausalDecoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, D)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim or 4 * D, options.dropout,
-                                                     memory_dim) for _ in range(options.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, memory_dim)
+                                    for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 
