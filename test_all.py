@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import pickle
 import random
 import re
@@ -38,7 +37,7 @@ import wave
 import xml.etree.ElementTree as ElementTree
 import zlib
 from dataclasses import asdict, fields, is_dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
@@ -63,7 +62,7 @@ from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
 
-HERE = pathlib.Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
@@ -273,7 +272,7 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     path = written(tmp_path, config.dump(odd))
     assert config.load(path) == odd
     yaml = pytest.importorskip("yaml")
-    assert config.from_dict(yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")), "x") == odd
+    assert config.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")), "x") == odd
 
 
 # C27
@@ -2763,7 +2762,7 @@ data:
 """
 
 
-def tiny_yaml(path: pathlib.Path) -> str:
+def tiny_yaml(path: Path) -> str:
     sizes = "\n".join(f"    {key}: {value}" for key, value in
                       dict(num_layers=1, hidden_dim=16, num_heads=2, ffn_dim=16).items())
     encoder = f"  encoder:\n{sizes}\n    subsampling: 2\n  decoder:\n{sizes}\n  predictor:\n    hidden_dim: 16"
@@ -2777,7 +2776,7 @@ def tiny_batch(count: int = 3) -> data.Batch:
     return data.collate([dataset[i] for i in range(count)])
 
 
-def tiny_model(tmp_path: pathlib.Path) -> torch.nn.Module:
+def tiny_model(tmp_path: Path) -> torch.nn.Module:
     torch.manual_seed(0)
     return build(config.load(tiny_yaml(tmp_path / "tiny.yaml")).model, 8, 8)
 
@@ -2893,7 +2892,7 @@ def without_times(history):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
 
 
-def run_of(folder: pathlib.Path) -> pathlib.Path:
+def run_of(folder: Path) -> Path:
     return (folder / "latest").resolve()
 
 
@@ -3112,13 +3111,13 @@ class Zygote:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, out: pathlib.Path, *argv: str, **env: str) -> int:
+    def start(self, out: Path, *argv: str, **env: str) -> int:
         return self.ask({"argv": argv, "out": str(out), "env": env})
 
     def wait(self, pid: int) -> int:
         return self.ask({"wait": pid})
 
-    def run(self, out: pathlib.Path, *argv: str) -> str:
+    def run(self, out: Path, *argv: str) -> str:
         """The output of a run that must succeed."""
         assert self.wait(self.start(out, *argv)) == 0, out.read_text()
         return out.read_text()
@@ -3131,13 +3130,13 @@ def zygote():
     zygote.process.communicate(timeout=20)
 
 
-def logged(run: pathlib.Path) -> str:
+def logged(run: Path) -> str:
     """train.log without times and speeds, and without the name of the run."""
     text = re.sub(r"\S*/(\d{8}_\d{6}_tiny\w*|run)(?=[/:])", "RUN", (run / "train.log").read_text())
     return re.sub(r"\d+:\d\d:\d\d|\d+ frames/s|wait +[\d.]+%", "#", text)
 
 
-def assert_not_torn(run: pathlib.Path) -> None:
+def assert_not_torn(run: Path) -> None:
     """Every file of a run that is there is whole."""
     assert run.exists() and (run / "checkpoints/latest.pt").exists() or (run / "checkpoints/previous.pt").exists()
     for path in run.rglob("*.pt"):
@@ -3147,7 +3146,7 @@ def assert_not_torn(run: pathlib.Path) -> None:
         assert not (run / name).exists() or reader((run / name).read_text())
 
 
-def assert_same_run(parts: pathlib.Path, whole: pathlib.Path) -> None:
+def assert_same_run(parts: Path, whole: Path) -> None:
     """Weights, optimizer, metrics.json, results.csv and train.log are equal, up to times, speeds and memory."""
     ours, theirs = (read_checkpoint(run / "checkpoints/latest.pt") for run in (parts, whole))
     for weights in ("model", "trained"):
@@ -3237,22 +3236,22 @@ def finished(tmp_path_factory):
     return run_of(folder / "runs")
 
 
-def change_latest(run: pathlib.Path, **changes) -> None:
+def change_latest(run: Path, **changes) -> None:
     state = read_checkpoint(run / "checkpoints/latest.pt")
     torch.save({**state, **changes}, run / "checkpoints/latest.pt")
 
 
-def other_config(run: pathlib.Path, **changes) -> dict:
+def other_config(run: Path, **changes) -> dict:
     """The config of a run's checkpoint with another encoder."""
     values = read_checkpoint(run / "checkpoints/latest.pt")["config"]
     return {**values, "model": {**values["model"], "encoder": {**values["model"]["encoder"], **changes}}}
 
 
-def another_vocabulary(run: pathlib.Path) -> None:
+def another_vocabulary(run: Path) -> None:
     change_latest(run, tokenizer=Tokenizer.build(["abcdefg"]).state())
 
 
-def older(run: pathlib.Path) -> None:
+def older(run: Path) -> None:
     state = read_checkpoint(run / "checkpoints/latest.pt")
     torch.save({name: value for name, value in state.items() if name != "format"}, run / "checkpoints/latest.pt")
 
@@ -3267,7 +3266,7 @@ def older(run: pathlib.Path) -> None:
     (lambda run: [path.write_bytes(b"PK") for path in (run / "checkpoints").glob("*.pt")], "cannot load"),
     (lambda run: (run / "train.log").unlink() or (run / "train.log").mkdir(), "Is a directory")])
 def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(finished, tmp_path, capsys, spoil, words):
-    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     if "newer" in words:
         (run / "checkpoints/previous.pt").unlink()
     spoil(run)
@@ -3281,7 +3280,7 @@ def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(fini
 # C85
 @pytest.mark.parametrize("size", [0, 100, None])
 def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, tmp_path, capsys, size):
-    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     latest = run / "checkpoints/latest.pt"
     latest.unlink() if size is None else os.truncate(latest, size)
     assert read_checkpoint(run / "checkpoints/previous.pt")["progress"]["epoch"] == 1
@@ -3293,11 +3292,11 @@ def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, 
 
 # C85
 def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(finished, tmp_path, monkeypatch, capsys):
-    run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
     before, real = (run / "checkpoints/latest.pt").read_bytes(), torch.load
 
     def broken(path, **options):
-        if pathlib.Path(path).name == "latest.pt":
+        if Path(path).name == "latest.pt":
             raise OSError(5, "Input/output error", str(path))
         return real(path, **options)
 
@@ -3454,7 +3453,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def start_ranks(zygote: Zygote, out: pathlib.Path, world: int, *argv: str) -> list[int]:
+def start_ranks(zygote: Zygote, out: Path, world: int, *argv: str) -> list[int]:
     """What torchrun does: `world` processes that know their number and where to meet. -> their pids"""
     meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [zygote.start(out.with_name(f"{out.name}{rank}"), *argv, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
@@ -3479,10 +3478,10 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
         assert [zygote.wait(pid) for pid in pids] == [0] * world, (tmp_path / f"{name}0").read_text()
         runs[name] = run_of(tmp_path / f"runs_{name}")
     assert len(list((tmp_path / "runs_two").iterdir())) == 2  # rank 0 alone makes a folder, and points latest at it
-    moved = pathlib.Path(shutil.copytree(runs["two"], tmp_path / "moved"))
+    moved = Path(shutil.copytree(runs["two"], tmp_path / "moved"))
     os.replace(moved / "checkpoints/previous.pt", moved / "checkpoints/latest.pt")  # after three epochs
     zygote.run(tmp_path / "out", "--resume", str(moved))
-    back = pathlib.Path(shutil.copytree(runs["one"], tmp_path / "back"))
+    back = Path(shutil.copytree(runs["one"], tmp_path / "back"))
     os.replace(back / "checkpoints/previous.pt", back / "checkpoints/latest.pt")
     assert [zygote.wait(pid) for pid in start_ranks(zygote, tmp_path / "b", 2, "--resume", str(back))] == [0, 0]
     wanted = read_checkpoint(runs["one"] / "checkpoints/latest.pt")
@@ -3675,7 +3674,7 @@ def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatc
 @pytest.mark.parametrize("architecture", ["paraformer", "transformer", "ctc"])
 def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architecture):
     """Their title is the text that greedy decoding gives, and their boundaries stand where its tokens begin."""
-    path = pathlib.Path(tiny_yaml(tmp_path / "tiny.yaml"))
+    path = Path(tiny_yaml(tmp_path / "tiny.yaml"))
     unused = {"paraformer": "never", "transformer": "predictor", "ctc": "decoder|predictor"}[architecture]
     path.write_text(re.sub(rf"  ({unused}):\n(    .*\n)+", "", path.read_text()))  # one without effect is an error
     argv = [str(path), f"--model.name={architecture}", "--training.picture_epochs=2", "--training.num_epochs=4"]
@@ -3713,7 +3712,7 @@ def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict 
     return decode.System(config.Config(model=section, data=options), tokenizer, stats, network)
 
 
-def saved(system: decode.System, path: pathlib.Path) -> str:
+def saved(system: decode.System, path: Path) -> str:
     decode.export(system, str(path))
     return str(path)
 
@@ -3747,7 +3746,7 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
     assert decode.read_result(tiny_system(), found, 1).tokens == [("b", 6, 0.9, 0.0, 0.08)]
 
 
-def spoken(path: pathlib.Path, seconds: float) -> str:
+def spoken(path: Path, seconds: float) -> str:
     data.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
     return str(path)
 
@@ -3849,7 +3848,7 @@ def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, r
     (lambda path: None, "no such file"),
     (lambda path: path.write_bytes(b"junk"), "cannot load"),
     (lambda path: torch.save({"model": {}}, path), "without config, tokenizer, stats"),
-    (lambda path: torch.save(pathlib.PurePosixPath("x"), path), "cannot load"),
+    (lambda path: torch.save(PurePosixPath("x"), path), "cannot load"),
     (lambda path: misfit(path), "missing decoder.norm.weight; unused extra; decoder.norm.bias (3,), wanted (16,)")])
 def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):
     path = tmp_path / "x.pt"
@@ -3859,7 +3858,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, caps
     assert error.startswith(f"decode.py: {path}: ") and words in error and error.count("\n") == 1
 
 
-def misfit(path: pathlib.Path) -> None:
+def misfit(path: Path) -> None:
     state = torch.load(saved(tiny_system(), path), weights_only=True)
     weights = {**state["model"], "extra": torch.zeros(1), "decoder.norm.bias": torch.zeros(3)}
     del weights["decoder.norm.weight"]
@@ -4404,7 +4403,7 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
 
 # ---- decode: long recordings ----
 
-def long_wav(path: pathlib.Path, seconds: float = 12.0) -> str:
+def long_wav(path: Path, seconds: float = 12.0) -> str:
     """Noise that comes and goes, for tiny_system."""
     rng = np.random.default_rng(4)
     plan = [(float(sound), 0.45) for sound in rng.uniform(0.3, 2.0, int(seconds))]
@@ -6678,7 +6677,7 @@ LADDER = {"config": set(), "tokenizer": set(), "data": set(), "attention": set()
 FILES = [name for name in LADDER if (HERE / f"{name}.py").exists()]
 
 
-def imported(path: pathlib.Path) -> set[str]:
+def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return {name.split(".")[0] for name in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
@@ -6725,7 +6724,7 @@ def test_readme_counts_the_lines_of_each_file():
 
 
 def test_every_contract_names_tests_that_exist_and_carry_its_id():
-    source = pathlib.Path(__file__).read_text()
+    source = Path(__file__).read_text()
     clauses = re.findall(r"^\| (C\d+) \|.*\| ([^|]*) \|$", (HERE / "CONTRACTS.md").read_text(), re.MULTILINE)
     assert len({id for id, _ in clauses}) == len(clauses) > 30
     for id, tests in clauses:
