@@ -64,6 +64,9 @@ from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align,
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
+KIT = SHARED / "funasr_kit"
+needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason="../shared/funasr_kit is not here")
+needs_digits = pytest.mark.skipif(not (SHARED / "speech/digits").is_dir(), reason="../shared/speech/digits is not here")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
 
@@ -164,11 +167,10 @@ def test_yaml_reads_planted_values_as_pyyaml_does():
         assert same_value(planted, yaml.safe_load(text)), text
 
 
+@needs_kit
 def test_yaml_reads_funasrs_configs_as_pyyaml_does():
-    yaml, paths = pytest.importorskip("yaml"), sorted(SHARED.glob("funasr_kit/*/config.yaml"))
-    if not paths:
-        pytest.skip(f"no FunASR configs under {SHARED}")
-    for path in paths:
+    yaml = pytest.importorskip("yaml")
+    for path in KIT.glob("*/config.yaml"):
         assert same_value(config.parse_yaml(path.read_text(), path.name), yaml.safe_load(path.read_text())), path
 
 
@@ -721,10 +723,6 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
         Tokenizer.from_state({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
 
 
-needs_kit = pytest.mark.skipif(not (SHARED / "funasr_kit").is_dir(), reason="../shared/funasr_kit is not here")
-needs_digits = pytest.mark.skipif(not (SHARED / "speech/digits").is_dir(), reason="../shared/speech/digits is not here")
-
-
 def letters(text: str) -> list[int]:
     return [ord(c) - ord("a") for c in text]
 
@@ -1021,7 +1019,7 @@ def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
 @needs_kit
 def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
     """Recorded numbers: funasr_kit/units/units.npz and sanm/expected (FunASR 1.4.16, dither 0)."""
-    units = np.load(SHARED / "funasr_kit/units/units.npz")
+    units = np.load(KIT / "units/units.npz")
     for n in (400, 559, 560, 2000):
         got = data.fbank(torch.from_numpy(units[f"fb_in_{n}"]) / 32768, 16000, 80)
         np.testing.assert_allclose(got.numpy(), units[f"fb_out_{n}"], atol=2e-3)
@@ -1030,21 +1028,6 @@ def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
         if name.startswith("lfr_"):
             frames = torch.arange(int(name[4:])).float()[:, None]
             np.testing.assert_array_equal(data.lfr(frames, 7, 6).numpy(), units[name])
-
-
-# C15
-@needs_kit
-@pytest.mark.parametrize("name", ["aishell_dev", "fsdd_dev_a", "fsdd_dev_b", "libri_dev"])
-def test_frontend_equals_funasr_on_speech_after_lfr_and_normalisation(name):
-    kit = SHARED / "funasr_kit"
-    blocks = [line for line in (kit / "sanm/am.mvn").read_text().splitlines() if line.startswith("<LearnRateCoef>")]
-    shift, scale = [torch.tensor([float(v) for v in line[line.index("[") + 1:line.index("]")].split()])
-                    for line in blocks[-2:]]
-    samples, rate_hz = data.load_wav(kit / f"wavs/{name}.wav")
-    options = data_options(sample_rate=16000, num_mels=80, lfr_m=7, lfr_n=6)
-    expected = np.load(kit / f"sanm/expected/{name}.npz")["feats"]
-    got = data.frontend(samples, rate_hz, options, torch.stack([-shift, scale])).numpy()
-    np.testing.assert_allclose(got, expected, atol=3e-4)
 
 
 def test_features_of_a_long_recording_equal_those_of_its_parts():
@@ -3442,8 +3425,7 @@ def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch(tmp_path):
 # C85
 def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished, tmp_path, capsys):
     start = f"--training.init_from={finished}/checkpoints/latest.pt"
-    manifest = tmp_path / "train.jsonl"
-    manifest.write_text(json.dumps({"audio": "a.wav", "text": "xyz xyz"}) + "\n")
+    manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": "a.wav", "text": "xyz xyz"}])
     path = tiny_yaml(tmp_path / "tiny.yaml")
     assert train.main([path, start, "--data.kind=manifest", f"--data.train={manifest}"]) == 2
     assert "without 7 of their 7 symbols, some of them in 'xyz xyz'" in capsys.readouterr().err
@@ -3816,8 +3798,7 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     wav = spoken(tmp_path / "a.wav", 0.7)
     text = decoded(capsys, "--ckpt", ckpt, wav)[1][0][1]
     rows = [{"audio": wav, "text": text, "key": "right"}, {"audio": wav, "text": text + " 你好"}, {"audio": wav}]
-    manifest = tmp_path / "dev.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = write_manifest(tmp_path / "dev.jsonl", rows)
     code, _, error = decoded(capsys, "--ckpt", ckpt, manifest, "--report", tmp_path / "report")
     n = len(text.split())
     summary, alignments = ((tmp_path / f"report/{name}.txt").read_text() for name in ("summary", "alignments"))
@@ -4036,10 +4017,10 @@ def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_
         (tmp_path / ("out/results.ctm" if form == "ctm" else output)).mkdir(parents=True)
         code, lines, error = decoded(capsys, "--ckpt", ckpt, file, "--output", tmp_path / output, "--format", form)
         assert (code, lines, error.count("\n")) == (2, [], 1) and error.startswith("decode.py: --output: wanted a file")
-    manifest = tmp_path / "m.jsonl"
-    manifest.write_text(row := json.dumps({"audio": "a.wav", "text": "ab"}) + "\n")
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "ab"}])
+    before = manifest.read_text()
     assert decoded(capsys, "--ckpt", ckpt, manifest, "--output", manifest)[:2] == (2, [])
-    assert manifest.read_text() == row
+    assert manifest.read_text() == before
 
 
 # C74
@@ -4152,7 +4133,7 @@ def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatc
 def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):
     rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "text": "ab c" * (i % 3)} for i in range(15)]
     (tmp_path / "4.wav").write_bytes(b"junk")
-    (tmp_path / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_manifest(tmp_path / "dev.jsonl", rows)
     for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
         done = subprocess.run([sys.executable, *launcher, HERE / "decode.py", "--device=cpu", "--threads=1",
                                "--batch-size=2", "--ckpt", ckpt, "--output", tmp_path / f"{name}.jsonl", "--report",
@@ -4675,7 +4656,6 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
 
 # ---- attention: memory, relative positions (FunASR) ----
 
-KIT = SHARED / "funasr_kit"
 VARIANTS = ("sanm", "sanm_alt", "bicif", "conformer")
 WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order of batch.npz and train.npz
 
@@ -4897,7 +4877,7 @@ def close(got, expected, atol):
     torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
 
 
-# C1 C43
+# C1 C15 C43
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -5466,8 +5446,7 @@ def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path, caps
     """Four recordings, texts of the vocabulary: the loss of the last epoch is far below that of the first."""
     rows = [{"audio": str(KIT / f"wavs/{name}.wav"), "text": text} for name, text in zip(
         WAVS, ("我 在 人", "hello world", "thank 你 们", "他 说 dog"))]
-    manifest = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
-    manifest = str(Path(manifest).rename(tmp_path / "train.jsonl"))
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
     arguments = [str(HERE / "configs/finetune.yaml"), "--runs", str(tmp_path / "runs"), f"--data.train={manifest}",
                  f"--training.init_from={KIT / 'sanm'}", "--training.device=cpu", "--training.learning_rate=2e-3",
                  "--training.warmup_steps=0", "--training.schedule=constant", "--training.num_epochs=25"]
