@@ -746,11 +746,13 @@ def timestamp(seconds: float, mark: str) -> str:
     return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
 
 
-def subtitles(words: Sequence[Word], mark: str) -> str:
-    """Numbered cues, times as `timestamp` writes them. In WebVTT (mark '.') <unk> would be a tag, so it is escaped."""
-    spell = (lambda cue: html.escape(join_words(cue), quote=False)) if mark == "." else join_words
-    return "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
-                   for i, cue in enumerate(cues(words), 1))
+def subtitles(words: Sequence[Word], form: str) -> str:
+    """Numbered cues with times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
+    head, mark, spell = "", ",", join_words
+    if form == "vtt":
+        head, mark, spell = "WEBVTT\n\n", ".", lambda cue: html.escape(join_words(cue), quote=False)
+    return head + "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
+                          for i, cue in enumerate(cues(words), 1))
 
 
 def word_entry(word: Word) -> dict:
@@ -785,8 +787,8 @@ def ctm(outcome: Outcome) -> str:
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
     "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
-    "srt": lambda outcome: subtitles(outcome.result.words, ","),
-    "vtt": lambda outcome: "WEBVTT\n\n" + subtitles(outcome.result.words, "."), "tsv": tsv, "ctm": ctm}
+    "srt": lambda outcome: subtitles(outcome.result.words, "srt"),
+    "vtt": lambda outcome: subtitles(outcome.result.words, "vtt"), "tsv": tsv, "ctm": ctm}
 
 
 def file_names(keys: Sequence[str]) -> list[str]:

@@ -988,9 +988,8 @@ def openai_response(result: Result, seconds: float, form: str, granularities: Se
         if "word" in granularities:
             value["words"] = [word_entry(word) for word in result.words]
         return json_response(value)
-    texts = {"text": text + "\n", "srt": subtitles(result.words, ","),
-             "vtt": "WEBVTT\n\n" + subtitles(result.words, ".")}
-    return Response(200, f"text/{'vtt' if form == 'vtt' else 'plain'}; charset=utf-8", texts[form].encode())
+    content = text + "\n" if form == "text" else subtitles(result.words, form)
+    return Response(200, f"text/{'vtt' if form == 'vtt' else 'plain'}; charset=utf-8", content.encode())
 
 
 # ---- routes ----

@@ -3907,8 +3907,8 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert [len(cue) for cue in decode.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
     assert [len(cue) for cue in decode.cues([decode.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
     assert decode.cues([]) == []
-    tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], ".")
-    assert tagged == "1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+    tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], "vtt")
+    assert tagged == "WEBVTT\n\n1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 
 # C33 C71
