@@ -622,12 +622,14 @@ def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
 
     Raises ValueError `place:line: ...` for whatever lies outside the part of YAML that this file's docstring describes.
     """
+    lines = list(_lines(text, place))
     try:
-        values = _block(list(_lines(text, place)))
+        values = _block(lines)
     except RecursionError:
         raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{place}:1: wanted 'key: value' lines, got {'none' if values is None else 'others'}")
+        where, _, got = lines[0] if lines else (f"{place}:1", 0, "")
+        raise ValueError(f"{where}: wanted 'key: value' lines, got '{got}'")
     return values
 
 

@@ -202,7 +202,7 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
     ("a: - b", 1), (r'a: "\q"', 1), (r'a: "\U00110000"', 1), ("a: \x00", 1), ("a: 1\rb: 2", 1), ("a: yes", 1),
     ("a: Off", 1), ("a: 010", 1), ("a: 0x1f", 1), ("a: 0b1", 1), ("a: 0o7", 1), ("a: 1:30", 1), ("a: 1_000", 1),
     ("a: 2020-01-01", 1), ("a: .inf", 1), ("a: -.NaN", 1), ("a: -.5", 1), ("a: 1e999", 1), ("a: 1" + "0" * 9999, 1),
-    ("a: " + "[" * 9999, 1), ("a:\n  " + "- " * 9999, 1)])
+    ("a: " + "[" * 9999, 1), ("a:\n  " + "- " * 9999, 1), ("# a list\n\n- a", 3), ("# no colon\nmodel", 2)])
 def test_yaml_outside_the_subset_names_its_line(text, line):
     with pytest.raises(ValueError, match=rf"\Af\.yaml:{line}: wanted [^\n]+\Z"):
         config.parse_yaml(text, "f.yaml")
