@@ -3244,7 +3244,8 @@ def older(run: Path) -> None:
     (lambda run: change_latest(run, model={}, trained={}), "missing encoder"),
     (another_vocabulary, "decoder.output.bias (8,), wanted (11,)"),
     (older, "format 2, got format 1"), (lambda run: change_latest(run, format=3), "newer version"),
-    (lambda run: change_latest(run, utterances=7), "the 7 utterances that the run began with, got 20"),
+    (lambda run: change_latest(run, utterances=7, tokenizer=Tokenizer.build(["wxyz"]).state()),
+     "train.py: data.train: wanted the 7 utterances that the run began with, got 20"),
     (lambda run: [path.write_bytes(b"PK") for path in (run / "checkpoints").glob("*.pt")], "cannot load"),
     (lambda run: (run / "train.log").unlink() or (run / "train.log").mkdir(), "Is a directory")])
 def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(finished, tmp_path, capsys, spoil, words):

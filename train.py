@@ -532,7 +532,7 @@ def origin(config: configs.Config, place: str,
         items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
         stats = data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
         model = build(config.model, stats.shape[1], len(tokenizer))
-    if place:
+    if place and place == config.training.init_from:  # a run that goes on was checked when it began
         configs.check(config, f"training.init_from={place}")
         check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
     return config, tokenizer, stats, model
