@@ -1143,7 +1143,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     fresh = {"config", "overrides", "overfit"}
     ways = fresh | {"runs"}, fresh | {"dry_run"}, fresh | {"benchmark"}, {"resume", "average"}
     if not given & {"config", "resume"} or not any(given <= way for way in ways):
-        parser.error(f"wanted one of these, got {' '.join(argv)}")
+        parser.error(f"wanted one of these, got {' '.join(argv) or 'none'}")
     return arguments, rest
 
 
