@@ -534,11 +534,12 @@ class Recogniser(nn.Module):
     def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its
         lens. Raises ValueError naming the utterances whose features are not finite."""
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        check_feats(feats, feat_lens, self.encoder.input_dim)
         sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
         bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)  # after the check, which waits for a GPU's queue
         return widened(hidden), hidden_lens
 
     @torch.no_grad()
