@@ -639,10 +639,11 @@ class Paraformer(Recogniser):
 
         The weights are scaled to the counts; where there is a tail, only to counts other than their own.
         """
-        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), hidden_lens=(hidden_lens, "B"))
         options, alpha = self.options.predictor, alpha.double()
         own = self.count(alpha)
         counts = own if counts is None else counts
+        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), hidden_lens=(hidden_lens, "B"),
+                     counts=(counts, "B"))
         U = int(counts.max()) if len(counts) else 0
         as_they_are = (counts == own)[:, None] & (options.tail > 0)
         alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))

@@ -2513,6 +2513,7 @@ WRONG = {
     "integrate alpha": (lambda m: m.integrate(HIDDEN, LENS, ALPHA[0]), "alpha must be (B,L), got (4,)"),
     "integrate hidden": (lambda m: m.integrate(HIDDEN[:1], LENS, ALPHA), "hidden must be (2,4,D), got (1, 4, 8)"),
     "integrate lens": (lambda m: m.integrate(HIDDEN, ints(4), ALPHA), "hidden_lens must be (2), got (1,)"),
+    "integrate counts": (lambda m: m.integrate(HIDDEN, LENS, ALPHA, ints(1, 2, 1)), "counts must be (2), got (3,)"),
     "decode hidden": (lambda m: m.decode(FEATS, LENS, LENS, False), "hidden must be (B,L,8), got (2, 6, 5)"),
     "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS, False), "lens must lie in 0..4, got [4, 5]"),
     "decode feat_lens": (lambda m: m.decode(HIDDEN, LENS, ints(4), False), "feat_lens must be (2), got (1,)"),
