@@ -747,7 +747,7 @@ def timestamp(seconds: float, mark: str) -> str:
 
 
 def subtitles(words: Sequence[Word], form: str) -> str:
-    """Numbered cues with times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
+    """Numbered cues, times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
     head, mark, spell = "", ",", join_words
     if form == "vtt":
         head, mark, spell = "WEBVTT\n\n", ".", lambda cue: html.escape(join_words(cue), quote=False)

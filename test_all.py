@@ -1323,7 +1323,7 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
     whole = paths[0].read_bytes()
     for changed in (b"# new\n" + whole, b""):
         paths[0].write_bytes(changed)
-        with pytest.raises(ValueError, match=rf"^{paths[0]}, byte \d+ \(has the file changed\?\): wanted a JSON object"):
+        with pytest.raises(ValueError, match=rf"^{paths[0]}, byte \d+ \(has the file changed\?\): wanted a JSON"):
             manifest[1]
     paths[1].write_bytes(paths[1].read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
     with pytest.raises(ValueError, match=rf"^{paths[1]}, byte 0 \(has .*\): wanted UTF-8, got b'"):
