@@ -200,8 +200,9 @@ def audio_seconds(path: str | os.PathLike) -> float | None:
         with open(path, "rb") as file:
             head = file.read(26)
         word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
-        if head[:4] == b"fLaC" and word % 2**36 and word >> 44:
-            return word % 2**36 / (word >> 44)
+        rate_hz, num_samples = word >> 44, word % 2**36
+        if head[:4] == b"fLaC" and rate_hz and num_samples:
+            return num_samples / rate_hz
         with open_recording(path) as (_, header):
             return header.num_samples / header.rate_hz
     except (OSError, ValueError):
@@ -816,8 +817,8 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
     names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
     if "" in names:
         raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders between commas, got an empty name")
-    return [path for name in names
-            for path in ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name])]
+    found = ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name] for name in names)
+    return list(itertools.chain.from_iterable(found))
 
 
 class Manifest:
@@ -987,8 +988,8 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
     """
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
-        stream = 3 * seed + ("train", "dev", "test").index(split)
-        return ToySeq2SeqDataset(size, options, encode, stream, augment, stats)
+        split_seed = 3 * seed + ("train", "dev", "test").index(split)
+        return ToySeq2SeqDataset(size, options, encode, split_seed, augment, stats)
     source = getattr(options, split) or options.train
     return ManifestDataset(source, options, encode, seed, augment, stats, frames_per_token)
 
