@@ -1,7 +1,7 @@
 """From recordings (or synthetic speech) to padded batches of features and token ids.
 
-Read it in the order in which the signal flows; each section uses only what stands above it, so it can be cut at a
-section:  wav -> resampling -> segments -> features -> augmentation -> utterances -> toy data -> manifests -> batches
+The sections follow the signal, and each uses only what stands above it, so the file can be cut after any of them:
+files, wav -> resampling -> segments -> features -> augmentation -> utterances -> toy data -> manifests -> batches
 -> corpora.
 
 `frontend` is the only way from samples to features, for training, decoding and serving. Needs torch and numpy, nothing
@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write, which gets the name `path` when the block ends without an error."""
+    """Context manager: yields a temporary path to write; it replaces `path` if the block ends without an error."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -73,7 +73,7 @@ def save_atomic(path: str | os.PathLike, state: dict) -> None:
 # ---- wav ----
 
 class WavHeader(NamedTuple):
-    code: int           # 1 = integers, 3 = floats
+    code: int           # format tag: 1 = integers, 3 = floats
     bits: int           # of one sample of one channel
     channels: int
     rate_hz: int
@@ -81,8 +81,8 @@ class WavHeader(NamedTuple):
     num_samples: int    # of one channel
 
 
-MAX_CHUNKS = 10000      # of a WAV file, before its samples: a file of empty chunks cannot keep a server busy
-SAMPLE_TYPES = {    # (code, bits) -> type, zero, full scale; 24 bits are read as the upper ones of 32
+MAX_CHUNKS = 10000      # searched for the samples of a WAV file: one of millions of empty chunks cannot block a server
+SAMPLE_TYPES = {    # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
     (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
     (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0)}
 
@@ -147,9 +147,9 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
 
 
 def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
-    """Any format that ffmpeg knows -> a float WAV, in a temporary file without a name.
+    """A recording, a path or a file's bytes, in any format that ffmpeg knows -> an unnamed temporary float WAV.
 
-    ffmpeg may read that file (or pipe) only: no playlists.
+    A playlist cannot make ffmpeg open other files or URLs. Raises ValueError if ffmpeg is missing or fails.
     """
     if shutil.which("ffmpeg") is None:
         raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64), got another format: that needs ffmpeg, "
@@ -168,9 +168,10 @@ def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
 
 @contextlib.contextmanager
 def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
-    """The WAV of a recording, from a path or a file's bytes, and its header. A ValueError inside begins with the place.
+    """The WAV of a recording, from a path or a file's bytes, and its header.
 
     WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
+    A ValueError, also one that the block of the `with` raises, is prefixed with the path.
     """
     in_memory = isinstance(source, bytes)
     place = "<bytes>" if in_memory else str(source)
@@ -221,9 +222,9 @@ def save_wav(path: str | os.PathLike, samples: Tensor | np.ndarray, rate_hz: int
 
 # ---- resampling ----
 
-ZERO_CROSSINGS = 48     # of the sinc on either side; with the window below: flat to 0.89 of the lower Nyquist rate,
-ROLL_OFF = 0.945        # and -80 dB from 1.0 on. ROLL_OFF is the middle of that transition
-KAISER_BETA = 7.857     # 0.1102 * (80 dB - 8.7)
+ZERO_CROSSINGS = 48     # of the sinc, on either side
+ROLL_OFF = 0.945        # of the lower Nyquist frequency: middle of the transition from 0.89 (flat) to 1.0 (-80 dB)
+KAISER_BETA = 7.857     # 0.1102 * (80 dB - 8.7), Kaiser's formula for the window's side lobes
 PHASES = 64             # outputs of a period that are computed in one matrix product
 
 
@@ -233,14 +234,14 @@ def sinc_block(up: int, down: int, first: int, count: int) -> tuple[int, Tensor]
 
     -> offset and weights (span, count) float32: out[p*up + first + c] = sum_i in[p*down + offset + i] * weights[i, c].
     """
-    band = ROLL_OFF * min(1.0, up / down)               # cut-off / half the input rate
-    half = ZERO_CROSSINGS / band                        # input samples on either side
+    band = ROLL_OFF * min(1.0, up / down)               # cut-off, as a fraction of the input's Nyquist frequency
+    half = ZERO_CROSSINGS / band                        # half the kernel's width, in input samples
     centres = (first + np.arange(count)) * (down / up)
     offset, stop = math.ceil(centres[0] - half), math.floor(centres[-1] + half) + 1
     t = np.arange(offset, stop)[:, None] - centres      # (span, count)
     window = np.i0(KAISER_BETA * np.sqrt(np.clip(1 - (t / half) ** 2, 0, None))) * (np.abs(t) <= half)
     weights = np.sinc(band * t) * window
-    return offset, torch.from_numpy((weights / weights.sum(0)).astype(np.float32))      # a constant stays what it is
+    return offset, torch.from_numpy((weights / weights.sum(0)).astype(np.float32))      # a constant keeps its value
 
 
 def check_samples(samples: Tensor) -> None:
@@ -249,15 +250,15 @@ def check_samples(samples: Tensor) -> None:
 
 
 def reach(up: int, down: int) -> int:
-    """Inputs that an output sees on either side, at most."""
+    """The most input samples that one output depends on, on either side."""
     return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
 
 
 def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
 
-    Zeros are assumed beyond the edges. Exact for every pair of whole rates in bounded memory: PHASES outputs of a
-    period are one matrix product with the weights of their block, over at most 2^18 numbers at a time.
+    Zeros are assumed beyond the edges. Any two integer rates, in bounded memory: PHASES outputs of each period are one
+    matrix product of at most 2^18 gathered samples with their block of weights. Raises ValueError for rates below 1.
     """
     check_samples(samples)
     if min(rate_in, rate_out) < 1:
@@ -279,14 +280,14 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     return out.view(-1)[:num_out]
 
 
-CHUNK_SEC = 10
+CHUNK_SEC = 10          # of a recording are read and resampled at a time
 
 
 def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
-    """A recording as load_wav and resample make it, in pieces: memory does not grow with it. Raises as load_wav."""
+    """The samples that load_wav and resample make of a recording, in pieces, in constant memory. Raises as load_wav."""
     with open_recording(source) as (file, header):
         up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
-        around = -(-reach(up, down) // down) * down         # whole periods, as is `step`
+        around = -(-reach(up, down) // down) * down         # whole periods of `down` inputs, as is `step`
         step = CHUNK_SEC * header.rate_hz
         for start in range(0, header.num_samples, step):
             first, stop = max(0, start - around), min(header.num_samples, start + step + around)
@@ -298,9 +299,9 @@ def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
 # ---- segments ----
 
 LEVEL_SEC = 0.010       # from one level to the next
-PAUSE_SEC = 0.4         # of quiet end a segment; a shorter pause does where there is no such
-FLOOR_PERCENT = 10      # of the levels lie below the floor
-QUIET_SHARE = 0.25      # of the way from the floor to the loudest: what lies below is quiet
+PAUSE_SEC = 0.4         # a pause of this length ends a segment, a shorter one only where there is none
+FLOOR_PERCENT = 10      # the floor, i.e. the level of the background, is this percentile of the levels
+QUIET_SHARE = 0.25      # quiet is what lies below this share of the way from the floor to the loudest level
 
 
 class Segment(NamedTuple):
@@ -309,18 +310,18 @@ class Segment(NamedTuple):
 
 
 def levels(samples: Tensor, size: int) -> np.ndarray:
-    """Power of every `size` samples (N,) -> (ceil(N / size),) float32 in dB of full scale, at least -90."""
+    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS, at least -90."""
     padded = torch.nn.functional.pad(samples, (0, -len(samples) % size))
     return 10 * padded.view(-1, size).square().mean(1).clamp(1e-9, 1e9).log10().numpy()
 
 
 def find_cut(level: np.ndarray, least: int, most: int) -> int:
-    """How many of the levels (n,) in dB, every LEVEL_SEC, a segment takes: all, or least..most with so many left.
+    """How many levels a segment takes: level (n,) in dB, one per LEVEL_SEC -> n, or least..min(most, n - least).
 
-    It ends in the middle of the first pause of PAUSE_SEC or more. Without one it takes all n where they are at most
-    `most`; else it ends in the middle of the longest pause, or at the lowest level. A pause is a run of quiet after a
-    sound (and before one, where the recording ends); levels are smoothed over 50 ms, and quiet is relative to the floor
-    and to the loudest of them, so that the gain does not matter.
+    It ends in the middle of the first pause of PAUSE_SEC or more. Without one it takes all n if they are at most
+    `most`; else it ends in the middle of the longest pause, or, without any, at the lowest level. A pause is a run of
+    quiet levels after a sound (and before one, if n <= most: the recording ends here). Levels are smoothed over 50 ms.
+    Quiet is relative to the floor and to the loudest level, so that the gain does not matter.
     """
     n, smooth = len(level), np.convolve(np.pad(level, 2, mode="edge"), np.full(5, 0.2), "valid")
     floor = np.percentile(smooth, FLOOR_PERCENT)
@@ -341,14 +342,14 @@ def find_cut(level: np.ndarray, least: int, most: int) -> int:
 
 
 def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
-    """Samples (n,) at rate_hz, in pieces -> segments of min_sec to max_sec that hold each of them once, in order.
+    """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order.
 
-    One segment where there are at most max_sec altogether; the last may be LEVEL_SEC shorter. Looks ahead by
-    max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec.
+    A recording of at most max_sec is one segment; the last segment may fall short of min_sec by LEVEL_SEC. Looks ahead
+    by max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec.
     """
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
-    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.3 / 0.01 is below 230
+    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.3 * 100 is below 230
     least, most = math.ceil(min_sec * rate_hz / size - 1e-6), whole // size
     chunks, held, start = iter(chunks), torch.zeros(0), 0
     while True:
@@ -371,7 +372,7 @@ def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec
 
 FRAME_SEC, SHIFT_SEC = 0.025, 0.010
 LOG_FLOOR = 2.0 ** -23          # float32 epsilon, Kaldi's floor
-MIN_DEVIATION = 1e-3            # natural log: a constant bin is not blown up by normalisation
+MIN_DEVIATION = 1e-3            # natural log: normalisation does not blow up a constant bin
 
 
 def mel(hz: np.ndarray | float) -> np.ndarray:
@@ -489,7 +490,7 @@ def frame_sec(options) -> float:
 
 
 def num_frames(seconds: np.ndarray, options) -> np.ndarray:
-    """Frames that `frontend` makes of so many seconds (one more or less where a duration was rounded), both (n,)."""
+    """seconds (n,) -> frames (n,) int64 that `frontend` makes of them; one off where a duration was rounded."""
     samples = np.rint(seconds * options.sample_rate).astype(np.int64)
     window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
     return np.where(samples < window, 0, -(-(1 + (samples - window) // shift) // options.lfr_n))
@@ -508,13 +509,13 @@ def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None
 # ---- augmentation ----
 
 def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The one source of randomness: the same stream for the same three numbers, in whatever order and process."""
+    """A random generator that these three numbers decide, whatever is drawn before it and in whichever process."""
     return np.random.default_rng((seed, epoch, index))
 
 
 def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """samples (N,) + noise -> (N,), at a signal-to-noise ratio drawn from snr_db, from and to, in dB. The noise is
-    w[t] + c w[t-1], w white and c drawn from 0 to 1. An offset of the samples is no signal."""
+    """samples (N,) -> samples + noise, at a signal-to-noise ratio in dB drawn from snr_db (low, high). The noise is
+    w[t] + c w[t-1] with w white and c drawn from 0 to 1. The signal's power is that without its DC offset."""
     white = rng.standard_normal(len(samples) + 1, dtype=np.float32)
     noise = torch.from_numpy(white[1:] + np.float32(rng.uniform()) * white[:-1])
     level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.std(correction=0)
@@ -522,7 +523,7 @@ def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Gener
 
 
 def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
-    """(size,) bool, True but for one random span of 0..widest."""
+    """(size,) bool, False in one random span of 0..widest entries, True elsewhere."""
     width = rng.integers(min(widest, size) + 1)
     start = rng.integers(size - width + 1)
     place = np.arange(size)
@@ -530,18 +531,18 @@ def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.ndarray:
-    """A smooth curve over the mel bins (num_mels,), as another microphone or room adds to log energies: a level and
-    three cosines of 1 to 3 half periods, whose strengths are normal with deviation `std`."""
+    """What another microphone or room adds to log energies: a smooth curve over the mel bins, (num_mels,). It is a
+    constant and three cosines of 1 to 3 half periods, each times a normal number of deviation `std`."""
     phase = np.pi * (np.arange(num_mels) + 0.5) / num_mels
     return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
 
 
 def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
-    """Change the channel of normalised feats (T,F), then set random bands and spans of time to 0, the mean -> a copy.
+    """Normalised feats (T,F) -> a copy with a random channel, and random bands and spans of time set to 0, the mean.
 
     options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
-    0..time_width frames, each at most time_share of T. A band hits the same of the options.num_mels bins in each of the
-    frames that lfr stacked.
+    0..time_width frames, each at most time_share of T. Each of the F / options.num_mels frames that lfr stacked has the
+    same channel and the same bands masked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
     mels, augment = options.num_mels, options.augment
@@ -566,8 +567,8 @@ class Utterance(NamedTuple):
     feats: Tensor                   # (T,F) float32
     tokens: Tensor                  # (U,) int64
     text: str
-    boundaries: Tensor | None       # (U+1,) float32 frames, where the truth is known
-    seconds: float
+    boundaries: Tensor | None       # (U+1,) float32: the true token boundaries in frames, where they are known
+    seconds: float                  # of the recording, before augmentation
 
 
 class Skip(NamedTuple):
@@ -576,7 +577,7 @@ class Skip(NamedTuple):
 
 
 def address(item: int | tuple[int, int], size: int) -> tuple[int, int]:
-    """dataset[index] or dataset[epoch, index] -> (epoch, index); IndexError outside, which ends a plain `for`."""
+    """The item of dataset[index] or dataset[epoch, index] -> (epoch, index). Raises IndexError, which ends a `for`."""
     epoch, index = item if isinstance(item, tuple) else (0, item)
     if not 0 <= index < size:
         raise IndexError(f"index {index} of a dataset of {size}")
@@ -586,7 +587,7 @@ def address(item: int | tuple[int, int], size: int) -> tuple[int, int]:
 # ---- toy data ----
 
 TOY_STEPS = 64          # positions at which a symbol's trajectory is tabulated
-TOY_DIP = 2.0           # natural log: a symbol is that much weaker at its ends than in its middle
+TOY_DIP = 2.0           # natural log: how much weaker a symbol is at its ends than in its middle
 
 
 @functools.lru_cache(maxsize=4)
@@ -649,7 +650,7 @@ class ToySeq2SeqDataset(Dataset):
     A text of random symbols, each a trajectory of `toy_inventory` stretched to its duration (in every text of two or
     more, one lasts min_frames and one at least three times that), neighbours cross-faded over blend_frames around the
     true boundaries; loudness and spectral tilt drawn per utterance, white noise on top. stats (2,F) normalise; augment
-    adds SpecAugment, a function of the epoch of [epoch, index] too. Reads options.num_mels, toy and augment.
+    adds SpecAugment, which in dataset[epoch, index] depends on the epoch too. Reads options.num_mels, toy and augment.
     """
 
     def __init__(self, num_utterances: int, options, encode: Callable[[str], list[int]], seed: int = 0,
@@ -669,7 +670,7 @@ class ToySeq2SeqDataset(Dataset):
         return np.array([self._plan(index)[1].sum() for index in range(len(self))], np.int64)
 
     def lengths(self, epoch: int = 0) -> np.ndarray:
-        """Frames of every utterance, without making them."""
+        """Frames of every utterance, without making them; the same in every epoch."""
         return self._lengths
 
     def _plan(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
@@ -699,7 +700,7 @@ class ToySeq2SeqDataset(Dataset):
 def linear_probe(train: list[Utterance], test: list[Utterance]) -> float:
     """Token accuracy of a linear classifier (least squares) of single frames, which is given the true boundaries.
 
-    A token is read off the sum of what its frames say.
+    A token's class is the one with the largest sum of outputs over its frames.
     """
     frames = lambda items: torch.cat([torch.nn.functional.pad(u.feats, (0, 1), value=1.0) for u in items])    # a bias
     durations = lambda items: torch.cat([u.boundaries.diff() for u in items]).long()
@@ -723,12 +724,12 @@ AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "targe
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which no file takes: of a name that is no UTF-8, or \\ud800 in JSON."""
+    """Lone surrogates, from a file name that is not UTF-8 or \\ud800 in JSON, become U+FFFD: UTF-8 cannot hold them."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def read_line(raw: bytes, place: str) -> str:
-    """A line of a file without byte order mark and surrounding spaces. ValueError (place) if it is not UTF-8."""
+    """A line without byte order mark and surrounding spaces. Raises ValueError (place, wanted, got) if not UTF-8."""
     try:
         return raw.decode().removeprefix("\ufeff").strip()
     except UnicodeDecodeError:
@@ -736,8 +737,8 @@ def read_line(raw: bytes, place: str) -> str:
 
 
 def scan_lines(path: str | os.PathLike, name: str = "") -> Iterator[tuple[str, int, str]]:
-    """(place as file:line, byte where it starts, line) of every line that is not blank. ValueError if it is no UTF-8
-    file. name: of the file in places."""
+    """Lines that are not blank, as (place, byte where it starts, line); place is path:line, or name:line if given.
+    Raises ValueError if path is no file or a line is not UTF-8."""
     if not os.path.isfile(path):
         found = "none of that name"
         if os.path.exists(path):
@@ -801,7 +802,7 @@ def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
 
 
 def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
-    """Rows of a JSON-lines manifest with the bytes where their lines start, or of a Kaldi folder with their numbers."""
+    """(start, row): the byte where a row's line of a JSON-lines manifest starts, or its number in a Kaldi folder."""
     if os.path.isdir(path):
         return enumerate(scan_kaldi(path))
     folder = os.path.dirname(path)
@@ -809,9 +810,9 @@ def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
 
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
-    """The manifests and Kaldi folders that a text names: a path, a pattern as in a shell, or several with commas.
+    """The manifests and Kaldi folders that `source` names: a path, a shell pattern, or several separated by commas.
 
-    Raises ValueError for an empty name.
+    A pattern that matches nothing stays, for whoever opens it to report. Raises ValueError for an empty name.
     """
     text = os.fspath(source)
     names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
@@ -825,9 +826,9 @@ class Manifest:
     """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
 
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
-    Of JSON lines only `index` stays in memory, one array that worker processes share: places and seconds (NaN = not
-    given). A row is read from its file, which has to stay as it is: what is no row there is a ValueError. Of a Kaldi
-    folder, whose rows lie in two files, the rows stay in memory, as JSON: a Row takes five times as much.
+    Only `index` stays in memory, one array that worker processes share: where each row starts, and its seconds (NaN =
+    not given). manifest[i] reads the row from its file again, and raises ValueError if that has changed. The rows of a
+    Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much.
     """
 
     PLACE = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
@@ -862,9 +863,9 @@ RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a fo
 
 
 def read_inputs(name: str | os.PathLike) -> list[Row]:
-    """Rows of what a command line names: a manifest (.jsonl), a Kaldi folder (one with wav.scp), another folder (every
-    recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty folder or
-    name."""
+    """Rows of one input of a command line: a manifest (.jsonl, .json), a Kaldi folder (with wav.scp), another folder
+    (every recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty
+    folder or name."""
     path = Path(name)
     if not os.fspath(name):     # Path("") is here
         raise ValueError("wanted recordings, folders or manifests, got an empty name")
@@ -878,14 +879,14 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
 
 
 def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
-    """Rows of standard input, copied to a file: of lines, each an input or a line of a manifest, or of a recording."""
+    """Rows of standard input, a recording, or lines that are each an input or a manifest's line. Written to `copy`."""
     with open(copy, "wb") as file:
         shutil.copyfileobj(stream, file)
     with open(copy, "rb") as file:
         head = file.read(4096)
     if not head:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
-    if b"\0" in head:       # every recording has some, no text has
+    if b"\0" in head:       # every recording has zero bytes, no text has
         return [Row("stdin", str(copy), "", None)]
     return [row for place, _, line in scan_lines(copy, "-")
             for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs(line))]
@@ -896,11 +897,10 @@ class ManifestDataset(Dataset):
 
     source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, noise, and
     SpecAugment, all pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the
-    encoder's subsampling).
+    encoder's subsampling). Raises ValueError on a bad line of the manifest.
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
-    more tokens than T // frames_per_token; with for_training=False only what cannot be read: a text is not needed then,
-    any length is taken, and a recording below one window, or above whole_sec, has T == 0. Raises ValueError on a bad
-    line of the manifest.
+    more tokens than T // frames_per_token. With for_training=False only a recording that cannot be read is skipped; no
+    text is needed, and one shorter than a window, or longer than whole_sec (which is not read), has T == 0.
     """
 
     def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
@@ -909,7 +909,7 @@ class ManifestDataset(Dataset):
         self.rows = source if isinstance(source, list) else Manifest(source)
         self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
         self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
-        self.whole_sec = options.max_sec if for_training else whole_sec     # what is longer is not read
+        self.whole_sec = options.max_sec if for_training else whole_sec
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -922,7 +922,7 @@ class ManifestDataset(Dataset):
     def durations(self) -> np.ndarray:
         """Seconds of every recording: as the manifest says, else by the header, file by file; 0 if that has none."""
         given = [row.duration for row in self.rows] if isinstance(self.rows, list) else self.rows.index["seconds"]
-        seconds = np.array(given, np.float64)       # None: NaN
+        seconds = np.array(given, np.float64)       # None becomes NaN
         for index in np.flatnonzero(np.isnan(seconds)):
             seconds[index] = audio_seconds(self.rows[index].audio) or 0.0
         return seconds
@@ -973,8 +973,7 @@ class ManifestDataset(Dataset):
 
 
 def training_texts(options) -> Iterable[str]:
-    """The texts that a tokenizer is built from: those of the training manifests, one by one, or every letter of the
-    toy task."""
+    """The texts that a tokenizer is built from: those of the training manifests, or every letter of the toy task."""
     if options.kind == "toy":
         return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
     return (row.text for path in find_manifests(options.train) for _, row in scan_rows(path))
@@ -984,7 +983,7 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
                  frames_per_token: int = 1, augment: bool = False) -> Dataset:
     """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds.
 
-    options.train, dev and test are as in find_manifests; one that is not given is the training manifest.
+    options.train, dev and test are as in find_manifests; where dev or test is "", it is the training manifest.
     """
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
@@ -996,7 +995,7 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
 
 # ---- batches ----
 
-LENGTH_JITTER = 0.05        # relative; sorting by jittered lengths varies who meets whom from epoch to epoch
+LENGTH_JITTER = 0.05        # relative: sorted by jittered lengths, other utterances share a batch in every epoch
 
 
 class Batch(NamedTuple):
@@ -1011,11 +1010,11 @@ class Batch(NamedTuple):
 
 def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: int = 0, epoch: int = 0,
                  shuffle: bool = True) -> list[list[int]]:
-    """Indices of utterances of `lengths` frames in batches of similar length, each once; decided by (seed, epoch).
+    """lengths (n,) frames -> batches of indices, each index once, of similar lengths; decided by (seed, epoch).
 
     At most batch_size utterances and batch_frames padded frames in each; one longer than that is a batch of its own.
-    With shuffle the lengths are jittered before sorting and the batches shuffled; without, they stand by length, and no
-    batch is padding by more than a tenth.
+    With shuffle the lengths are jittered before sorting and the batches shuffled. Without, they are in order of length,
+    and at most a tenth of a batch is padding.
     """
     if batch_size < 1 or batch_frames < 1:
         raise ValueError(f"batch_size and batch_frames must be 1 or more, got {batch_size} and {batch_frames}")
@@ -1038,7 +1037,7 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
 
 
 def collate(items: list[Utterance | Skip]) -> Batch:
-    """Utterances -> one padded Batch; Skips go to `skipped`. Of Skips alone comes a batch with B == 0."""
+    """Utterances -> one padded Batch; Skips go to `skipped`. Skips alone give a batch with B == 0."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
     feats, tokens = [u.feats for u in kept], [u.tokens for u in kept]
@@ -1053,8 +1052,8 @@ def collate(items: list[Utterance | Skip]) -> Batch:
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
            start: int = 0) -> Iterable[Batch]:
-    """Batches from number `start` on, once, in order, equal for every num_workers; each worker is two batches ahead.
-    Leaves torch's global generator alone."""
+    """The batches from number `start` on, once, in order, the same for every num_workers; each worker loads two batches
+    ahead. With a generator of its own, so that torch's global one stays untouched."""
     addresses = ([(epoch, index) for index in batch] for batch in itertools.islice(batches, start, None))
     return DataLoader(dataset, batch_sampler=addresses, num_workers=num_workers, collate_fn=collate,
                       generator=torch.Generator())
@@ -1063,13 +1062,13 @@ def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_worke
 # ---- corpora ----
 
 DIGITS = "zero one two three four five six seven eight nine".split()
-SPLITS = ("train", "dev", "test", "unseen_speaker")     # that share out one set of recordings, by seed and options
+SPLITS = ("train", "dev", "test", "unseen_speaker")     # parts of one set of recordings, by seed and options
 
 
 def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
-    """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will name it."""
+    """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will skip it."""
     seconds = audio_seconds(audio)
-    path = os.path.relpath(audio.parent.resolve() / audio.name, out.resolve())      # `..` of a link is its target's
+    path = os.path.relpath(audio.parent.resolve() / audio.name, out.resolve())      # `..` of a link is in its target
     return {"audio": path, "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
             **({} if seconds is None else {"duration": round(seconds, 4)})}
 
@@ -1077,7 +1076,7 @@ def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
 def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
     """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only.
 
-    A manifest of another of SPLITS, as another seed or share has left it, stays and is named on standard error.
+    A manifest of one of SPLITS that has no rows now, left by a run with other options, stays, with a warning.
     """
     splits: dict[str, list[dict]] = {}
     for split, row in rows:
@@ -1088,7 +1087,7 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
     for split, rows in splits.items():
         path, kept = out / f"{split}.jsonl", [row for row in rows if row["text"]]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-        write_atomic(path, lines.encode(errors="backslashreplace"))     # of a name that is no UTF-8: \udcff, as in JSON
+        write_atomic(path, lines.encode(errors="backslashreplace"))     # a file name that is not UTF-8: \udcff
         hours = sum(row.get("duration", 0.0) for row in kept) / 3600
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
     for path in (out / f"{split}.jsonl" for split in SPLITS if split not in splits):
@@ -1097,7 +1096,8 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
 
 
 def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
-    """Recordings (n,) each -> one utterance (N,): edges faded over 5 ms, gaps of 60 to 250 ms, gains, faint noise."""
+    """Recordings (n,) each -> one utterance (N,): edges faded over 5 ms, gaps of 60 to 250 ms, gains of deviation 2 dB
+    each and -9 to 3 dB overall, and low-pass noise of -65 to -45 dBFS."""
     fade = rate_hz // 200
     ramp = np.sin(0.5 * np.pi * (np.arange(fade) + 0.5) / fade) ** 2
     gaps = [np.zeros(int(rate_hz * gap_sec)) for gap_sec in rng.uniform(0.06, 0.25, len(recordings) + 1)]
@@ -1152,7 +1152,7 @@ def prepare_librispeech(options: argparse.Namespace) -> Iterator[tuple[str, dict
 
 
 def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
-    """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, whose spaces between words go."""
+    """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, without its spaces."""
     texts = read_table(options.source / "transcript" / "aishell_transcript_v0.8.txt")
     for audio in sorted(options.source.glob("wav/*/*/*.wav")):
         text = texts.get(audio.stem, ("",))[0]
@@ -1162,7 +1162,7 @@ def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
     dev, test = options.dev_share, options.test_share
-    if not (min(dev, test) >= 0 and dev + test <= 1):       # NaN
+    if not (min(dev, test) >= 0 and dev + test <= 1):       # `not`: refuses NaN too
         raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
     recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
     num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
