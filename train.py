@@ -99,14 +99,15 @@ def stop_reason(history: Sequence[dict], options) -> str:
     wanted = options.target_token_accuracy, options.target_sequence_accuracy
     if any(wanted) and token >= wanted[0] and sequence >= wanted[1]:
         return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
-    best = max(range(len(history)), key=lambda i: score(history[i]))  # of equals the first: no improvement
+    best = max(range(len(history)), key=lambda i: score(history[i]))  # of equals the first: a tie is no improvement
     if options.patience and len(history) - 1 - best >= options.patience:
         return f"no improvement in {options.patience} epochs"
     return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
 
 
 def newest_share(step: int, decay: float) -> float:
-    """The share of step 0, 1, ... in the moving average of the weights, over 1 / (1 - decay) steps once grown."""
+    """Share of the newest weights in their moving average after step 0, 1, ...: from 1 down to 1 - decay, an average
+    over 1 / (1 - decay) steps. Source: as TensorFlow's ExponentialMovingAverage with num_updates, but for step 0."""
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
 
 
@@ -114,11 +115,11 @@ def newest_share(step: int, decay: float) -> float:
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on: another process of it has ended, or one step after the other was skipped."""
+    """The run cannot go on: another of its processes has ended, or training.max_bad_steps in a row were skipped."""
 
 
 def join_ranks(training) -> None:
-    """Meet the processes that torchrun started, if it did (on one machine, a GPU each)."""
+    """Join the process group if torchrun started this process (on one machine, a GPU each)."""
     device = pick_device(training.device, "training.device")
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
@@ -146,7 +147,7 @@ def naming_lost_ranks() -> Iterator[None]:
 
 
 def add(totals: dict, more: dict) -> dict:
-    """The sums of both by name; one that has no such name counts as 0."""
+    """The sums of both by name; a name that only one of them has counts as 0 in the other."""
     return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
 
 
@@ -162,8 +163,7 @@ def add_up(sums: dict) -> dict:
 
 def share_gradients(model: nn.Module, tokens: float) -> float:
     """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
-    their mean -> the sum of tokens. In place of DistributedDataParallel, so that ranks may work through different
-    numbers of parts.
+    their mean -> the sum of tokens. In place of DistributedDataParallel, which needs equally many parts in all ranks.
     """
     if num_ranks() == 1:
         return tokens
@@ -189,7 +189,7 @@ def batch_statistics(model: nn.Module) -> list[Tensor]:
 
 
 def keep_statistics(model: nn.Module) -> Callable[[], None]:
-    """-> what puts the statistics of BatchNorms back to what they are now."""
+    """-> a function that sets the running statistics of BatchNorms back to what they are now."""
     statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
 
     def undo() -> None:
@@ -204,7 +204,7 @@ def keep_statistics(model: nn.Module) -> Callable[[], None]:
 class AdamW:
     """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
 
-    It calls torch's kernel: torch's class imports torch._dynamo, which takes 1.6 s. All share one count of steps.
+    It calls torch's kernel: torch's class imports torch._dynamo, which takes 1.6 s. One step count serves all.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float):
@@ -224,7 +224,7 @@ class AdamW:
                                     beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
 
     def state_dict(self) -> dict:
-        """The entries `state` of torch's class, whose own state load_state_dict takes as well."""
+        """As the "state" of torch.optim.AdamW.state_dict(), which load_state_dict takes as well."""
         return {"state": {i: {"step": self.steps, **moments} for i, moments in enumerate(self.moments.values())}}
 
     def load_state_dict(self, state: dict) -> None:
@@ -235,11 +235,11 @@ class AdamW:
 
 
 class Step(NamedTuple):
-    sums: dict[str, float]  # loss components, summed over tokens; none of a skipped step, or it would hide the rest
+    sums: dict[str, float]  # loss components, summed over tokens; {} if skipped: NaN would spoil the epoch's sums
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
-    parts: int = 1  # in which the batch was worked through; 0: not one utterance of it fits into memory
+    parts: int = 1  # that the batch was worked through in; 0: a single utterance of it does not fit into memory
 
 
 def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,7 +249,7 @@ def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor,
 
 
 def split(batch: data.Batch, parts: int) -> list[data.Batch]:
-    """The utterances of a batch dealt out to so many batches, at most one to each utterance, without new padding."""
+    """Deal the utterances of a batch out to `parts` batches, or one each where they are fewer, cut to their lengths."""
     dealt = [batch._replace(**{name: x[k::parts] for name, x in batch._asdict().items() if name != "skipped"})
              for k in range(min(parts, len(batch.keys)))]
     return [part._replace(feats=part.feats[:, :int(part.feat_lens.max())],
@@ -257,8 +257,8 @@ def split(batch: data.Batch, parts: int) -> list[data.Batch]:
 
 
 def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
-    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32], [] for other models. It is
-    decided by (seed, number, key) for each utterance, whatever that is batched with."""
+    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32 in 0..1], U with the end
+    token, [] for other models. An utterance's draw depends on (seed, number, key) alone, not on its batch."""
     if not isinstance(model, Paraformer):
         return []
     order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
@@ -282,16 +282,16 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
             losses, tokens = model(*inputs(part, model), *order)
         undo = keep_statistics(model)
         losses["loss"].backward()
-        undo()  # blocks that are computed again learn them a second time
+        undo()  # with recompute_blocks, the backward pass updates them a second time
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
 
 def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int,
                   undo: Callable[[], None]) -> tuple[dict[str, float], float, int]:
-    """add_gradients, and after undo() in twice as many parts as long as memory does not suffice -> losses, tokens,
-    parts. A loss that is not finite makes the tokens NaN, and so does an utterance that does not fit alone (0 parts).
-    """
+    """add_gradients; while memory does not suffice, undo() and again in twice as many parts -> losses, tokens, parts.
+    Tokens are NaN, which share_gradients spreads to all ranks, if the loss is not finite or a single utterance does not
+    fit into memory (0 parts)."""
     try:
         sums = add_gradients(model, batch, options, number, parts)
         tokens = sums.pop("tokens", 0.0)
@@ -311,7 +311,7 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    What is not finite, and an utterance that does not fit into memory, in any rank, updates nothing.
+    Nothing is updated if, in any rank, loss or gradient is not finite or an utterance does not fit into memory.
     """
     undo = keep_statistics(model)
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
@@ -333,8 +333,8 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
 # ---- one evaluation ----
 
 
-def evaluate(model: nn.Module, batches, decode: Callable[[list[int]], str]) -> dict:
-    """Free-running greedy decoding against the references, by alignment -> sums for `rates`."""
+def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[list[int]], str]) -> dict:
+    """Greedy decoding, which sees no references, aligned with them -> sums for `rates`."""
     sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
@@ -378,8 +378,8 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make runs/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists. Raises ValueError if runs/latest can
-    never point there."""
+    """Make root/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists. Raises ValueError if root/latest is
+    a folder, which a link cannot replace."""
     latest, stem = root / "latest", f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
     if latest.is_dir() and not latest.is_symlink():
         raise ValueError(f"{latest}: wanted a link to the newest run, got a folder; move it away")
@@ -390,7 +390,7 @@ def new_run(root: Path, name: str) -> Path:
 
 
 def point_latest(folder: Path) -> None:
-    """runs/latest -> this run, which has a checkpoint by now, so whatever latest names can be resumed."""
+    """Make runs/latest a link to this run. Call it when that has a checkpoint, so that runs/latest can be resumed."""
     link = folder.with_name(f".latest_{folder.name}")
     link.symlink_to(folder.name)
     os.replace(link, folder.with_name("latest"))
@@ -405,17 +405,17 @@ class Run(NamedTuple):
     optimizer: AdamW
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
-    folder: Path = Path()  # what only rehearses has none
+    folder: Path = Path()  # a dry run has none
     stop: threading.Event | None = None  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
 
 
 def show(line: str, end: str = "\n") -> None:
-    """Print a line over the progress line, which ends with nothing on a terminal."""
+    """Print a line in place of the progress line. That has end="", which counts on a terminal only."""
     print("\r\x1b[K" + line if sys.stdout.isatty() else line, end=end if sys.stdout.isatty() else "\n", flush=True)
 
 
 def say(run: Run, line: str, own: bool = False) -> None:
-    """Print a line and append it to train.log; rank 0 only. own: of this rank's share, other ranks print it too."""
+    """Rank 0 prints a line and appends it to train.log. own: it is about this rank's data, so others print it too."""
     if own_rank() == 0:
         show(line)
         with open(run.folder / "train.log", "a", encoding="utf-8") as file:
@@ -430,7 +430,7 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9
 
 
 def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> Iterator[str]:
-    """A line for each series over the panel, whose `seconds` are epochs, and beside it its name and last value."""
+    """A line for each series, with its name and last value beside the panel. The panel's `seconds` are epochs here."""
     lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
                     if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
     levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
@@ -483,7 +483,7 @@ OVERFIT_EPOCHS, OVERFIT_TIMES = 100, 10  # passes of --overfit over its utteranc
 
 
 def overfitting(config: configs.Config, count: int) -> configs.Config:
-    """The config with which `count` utterances are learned by heart: as it is, until all of them are right."""
+    """config, changed to learn `count` utterances by heart: a constant rate, no averaging, until all are right."""
     training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
                        target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
                        warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
@@ -499,7 +499,7 @@ def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
 
 def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
     """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
-    unknown, = tokenizer.encode("\ue000")  # for private use: no vocabulary has it
+    unknown, = tokenizer.encode("\ue000")  # a private-use character, which no vocabulary has
     ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
     missed = [text for id, text in ids if id == unknown]
     if 2 * len(missed) > len(ids):
@@ -509,9 +509,10 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
 
 def origin(config: configs.Config, place: str,
            state: dict | None) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
-    """What a run starts from: fresh weights for the config's data, or the model at place, a FunASR directory or a
-    checkpoint (of this state, if it was read), whose model section and front end then stand in the config. -> config,
-    tokenizer, stats, model"""
+    """What a run starts from -> config, tokenizer, stats, model.
+
+    place: "" for fresh weights, or a FunASR directory or a checkpoint, whose model section and front end then replace
+    those of config. state: of that checkpoint, if it is read already. Raises ValueError if they do not fit the data."""
     options = config.data
     if configs.is_published(place):
         files = configs.published_files(place)
@@ -539,7 +540,7 @@ def origin(config: configs.Config, place: str,
 
 
 def save_memory_and_time(model: nn.Module, training) -> None:
-    """training.recompute_blocks and compile; parameters keep their names. Not before the model is copied."""
+    """training.recompute_blocks and compile; parameters keep their names. A copy made later would call these blocks."""
     if training.recompute_blocks:
         for block in model.encoder.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -548,7 +549,7 @@ def save_memory_and_time(model: nn.Module, training) -> None:
 
 
 def make_run(config: configs.Config, state: dict | None = None, place: str = "") -> Run:
-    """A run without a folder: data, model and so on are fresh, or those of a checkpoint's state (at place)."""
+    """A run without a folder: fresh, or of a checkpoint's state (at place). Raises ValueError if data do not fit."""
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
@@ -576,10 +577,10 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Write latest.pt, after what was so far became previous.pt. All ranks call it.
+    """Write latest.pt; the one before becomes previous.pt. All ranks call it, rank 0 writes.
 
-    At the end of an epoch first of all best.pt, if it is, and epoch_<number>.pt for the last training.keep_epochs: a
-    run killed in between repeats the epoch. If nothing can be written, latest.pt and previous.pt stay.
+    At the end of an epoch, best.pt, if it is the best, and epoch_<number>.pt, of which training.keep_epochs stay, are
+    written first: a run killed in between repeats the epoch. If writing fails, latest.pt and previous.pt stay.
     """
     reached = progress._replace(totals=add_up(progress.totals))._asdict()
     if own_rank():
@@ -604,8 +605,8 @@ def save(run: Run, progress: Progress) -> None:
 
 
 def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
-    """latest.pt of a run, or previous.pt where that cannot be read, which is said -> path, state, config. Raises
-    ValueError if neither can be read, or it is from an older version or another run."""
+    """latest.pt of a run, or, with a warning, previous.pt if that cannot be read -> path, state, config. Raises
+    ValueError if neither can be read, or if it is of an older format, has weights only, or is another run's."""
     path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
     try:
         state = read_checkpoint(path)
@@ -629,7 +630,7 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that tensors took on the GPU so far, or this process on the CPU (Linux counts in KiB)."""
+    """Peak memory so far in MiB: of tensors on the GPU, or of this process (ru_maxrss: bytes on macOS, else KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
@@ -648,7 +649,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> d
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
-    """One line of metrics.json: sums divided here and nowhere else."""
+    """One entry of metrics.json: sums of training are divided here, those of dev in `rates`. seconds: of the run."""
     losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, **losses,
             "grad_norm": totals["grad_norm"] / max(1, totals["steps"]), **dev,
@@ -660,7 +661,7 @@ def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: di
 
 
 def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
-    """This rank's share of every batch: equally many for all ranks, a few of them perhaps empty."""
+    """This rank's share of every batch; the same number of batches in all ranks, so a share may be empty."""
     training = run.config.training
     lengths = run.train_set.lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
@@ -683,10 +684,10 @@ MAX_DEATHS = 3  # of loader processes at the same batch
 
 
 def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
-    """The batches of load(start); a loader process that dies is named, and load begins again with the batch it owed.
+    """The batches of load(start). When a loader process dies, that is logged, and load begins again with the batch that
+    is due. Raises OSError after MAX_DEATHS at the same batch.
 
-    torch raises a death wherever this process is: that is put off until the batch under way is done. Raises OSError
-    when MAX_DEATHS have died over the same batch.
+    torch's handler of SIGCHLD raises wherever the main process is just then: it is held back while a batch is in use.
     """
     deaths = 0
     while True:
@@ -744,8 +745,8 @@ def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Ste
 
 
 def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
-    """The rest of the epoch under way, from progress.batch on, with the checkpoints that fall into it; no further than
-    the step in which run.stop was set in any rank, which sets it in all."""
+    """Train from progress.batch to the end of the epoch and write the checkpoints that fall due -> the new progress.
+    If run.stop is set in any rank, it is set in all, and the epoch ends after that step."""
     training, batches = run.config.training, epoch_batches(run, progress.epoch)
     shown = saved = started = time.monotonic()
     run.model.train()
@@ -821,7 +822,7 @@ def draw(run: Run, item: data.Utterance) -> dict[str, str]:
 
 
 def write_pictures(run: Run, epoch: int) -> None:
-    """pictures/<number of the utterance>_<kind>_<epoch>.svg of the first dev utterances: a column to flip through."""
+    """pictures/<number>_<kind>_<epoch>.svg of the first dev utterances: sorted by name, each one epoch after epoch."""
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     for index in range(min(PICTURED, run.config.training.overfit or PICTURED, len(run.dev_set))):
@@ -831,8 +832,8 @@ def write_pictures(run: Run, epoch: int) -> None:
 
 
 def fit(run: Run, progress: Progress) -> Progress:
-    """Train until stop_reason speaks or run.stop is set; after each epoch evaluate, write the reports and the
-    checkpoints -> where the run then stands, which the last checkpoint holds."""
+    """Train until there is a stop_reason or run.stop is set; after each epoch evaluate, write reports and checkpoints
+    -> the progress, as the last checkpoint has it."""
     training = run.config.training
     total_steps = training.num_epochs * len(epoch_batches(run, 0))
     while not (reason := stop_reason(progress.history, training)):
@@ -904,11 +905,11 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
-    join_ranks(config.training)  # by now all have read the checkpoint
+    join_ranks(config.training)  # all ranks wait here: the files below may be moved once all have read them
     run = make_run(config, state, str(path))._replace(folder=folder, stop=stop)
     progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
-        return run, progress._replace(totals={})  # rank 0 has the totals of all
+        return run, progress._replace(totals={})  # rank 0 has the sums of all ranks
     if path.name == "previous.pt":
         os.replace(path, path.with_name("latest.pt"))
     for left in [*folder.rglob("*.tmp"), folder / "checkpoints/next.pt"]:
@@ -925,7 +926,7 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
 
 
 def rehearse(run: Run, batches: Iterable[data.Batch], rate: float) -> None:
-    """Steps of no run: nothing is logged, averaged or counted."""
+    """Training steps outside a run: nothing is logged, averaged or counted."""
     for batch in batches:
         train_step(run.model, run.optimizer, batch, rate, run.config.training)
 
@@ -938,9 +939,8 @@ def shape_of(value: object) -> str:
 
 def traced_step(run: Run, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
-    and the MB kept for the backward pass. With hooks: the shapes are to be those that pass.
-    """
-    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}
+    and the MB kept for the backward pass. Uses hooks, so that the shapes are those of a real step."""
+    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}  # weights: 0 bytes
     parts = [(name, part, num_parameters(part)) for name, part in run.model.named_modules()
              if name.count(".") < 2 and num_parameters(part)]
     hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
@@ -963,7 +963,7 @@ def describe(config: configs.Config) -> Iterator[str]:
     run = make_run(config)
     like, lengths = next(run.model.parameters()), run.train_set.lengths(0)
     by_size = sorted(epoch_batches(run, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
-    chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]
+    chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]  # middles of thirds, largest
     *typical, largest = data.loader(run.train_set, chosen)
     lines, activations = traced_step(run, largest)
     yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
@@ -981,8 +981,8 @@ def describe(config: configs.Config) -> Iterator[str]:
 
 
 class PlainModel(nn.Module):
-    """torch.nn.Transformer layers as they come, of a model's width, and so many that they have its parameters. Its
-    decoder runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and frames are dropped to subsample."""
+    """torch.nn.Transformer layers as they come, as wide as the run's model, with about as many parameters. Its decoder
+    runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and subsamples by dropping frames."""
 
     def __init__(self, run: Run):
         super().__init__()
@@ -1000,7 +1000,7 @@ class PlainModel(nn.Module):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
         x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
-        pads = torch.arange(x.shape[1]) >= lens[:, None]
+        pads = torch.arange(x.shape[1]) >= lens[:, None]  # (B,L), True = padding, as torch.nn wants it
         x = self.encoder(x, src_key_padding_mask=pads)
         decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
@@ -1009,7 +1009,7 @@ class PlainModel(nn.Module):
 
 
 def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
-    """Steps a second of ours and of the plain loop, (2,): batch by batch in turns, each at its best of all rounds."""
+    """Steps a second of ours and of the plain loop, (2,): in turns at each batch, each at its best of all rounds."""
     batches = list(data.loader(run.train_set, epoch_batches(run, 0)[:num_batches]))
     plain = PlainModel(run)
     optimizer = torch.optim.AdamW(plain.parameters())
@@ -1027,7 +1027,7 @@ def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
 
 
 def first_step_sec(config: configs.Config, folder: Path) -> float:
-    """From the command to the checkpoint behind the first step. Raises ValueError if the run ends before it."""
+    """Seconds from the command to the checkpoint after the first step. Raises ValueError if the run ends before it."""
     folder.mkdir()
     stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
     data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
@@ -1168,7 +1168,7 @@ def main(argv: Sequence[str]) -> int:
     except RunFailed as error:
         complain(error, run)
         return 1
-    except (ValueError, OSError, RuntimeError) as error:  # in fit: a recording too long for its positions, a full disk
+    except (ValueError, OSError, RuntimeError) as error:  # fit raises them too: too long a recording, a full disk
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         complain(error, run)
