@@ -666,7 +666,7 @@ def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
     lengths = run.train_set.lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
-    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]
+    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]  # %: of the tiles
 
 
 def dev_batches(run: Run) -> Iterable[data.Batch]:
@@ -713,8 +713,8 @@ def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int)
             own=True)
 
 
-def named(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
-    """The same batches; every recording that they had to skip is named in the log."""
+def log_skips(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
+    """The same batches; every recording that they skip is logged with the reason."""
     for batch in batches:
         for skip in batch.skipped:
             say(run, f"skipped {skip.key}: {skip.reason}", own=True)
@@ -751,7 +751,7 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
     shown = saved = started = time.monotonic()
     run.model.train()
     load = lambda start: data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, start)
-    for batch in named(run, reloading(run, load, progress.batch)):
+    for batch in log_skips(run, reloading(run, load, progress.batch)):
         wait = time.monotonic() - started
         step = take_step(run, batch, progress.step, total_steps)
         now = time.monotonic()
@@ -772,7 +772,7 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
             save(run, progress)
             saved = time.monotonic()
         started = time.monotonic()
-        if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):
+        if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):  # seconds; fewer lines in a file
             shown, step_sec = now, totals["seconds"] / progress.batch
             show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
                  f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
@@ -794,7 +794,7 @@ def report(row: dict, num_epochs: int) -> str:
 def validate(run: Run) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
     batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(run))
-    sums = evaluate(run.average, named(run, batches), run.tokenizer.decode)
+    sums = evaluate(run.average, log_skips(run, batches), run.tokenizer.decode)
     sums = add_up({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
@@ -892,7 +892,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     join_ranks(config.training)
     run = make_run(config)
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
-    run = run._replace(folder=Path(add_up(made)["folder"]), stop=stop)
+    run = run._replace(folder=Path(add_up(made)["folder"]), stop=stop)  # rank 0 tells the others its name
     if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
     say(run, headline(run))
@@ -1095,11 +1095,11 @@ def complain(error: Exception, run: Run | None) -> None:
         what = "out of memory: wanted a smaller training.batch_size or batch_frames"
     if run is not None:
         space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        what += f"; the last checkpoint is good: {space}{go_on(run)}"
+        what += f"; the last checkpoint is good: {space}{resume_hint(run)}"
     print(f"train.py: {what}", file=sys.stderr)
 
 
-def go_on(run: Run) -> str:
+def resume_hint(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
 
@@ -1107,7 +1107,7 @@ def finish(run: Run, progress: Progress) -> int:
     """What fit came to, and what to do with it -> the exit code."""
     if not stop_reason(progress.history, run.config.training):
         if own_rank() == 0:
-            print(f"\ninterrupted; {go_on(run)}", flush=True)
+            print(f"\ninterrupted; {resume_hint(run)}", flush=True)
         return 0
     best, overfit = best_row(progress.history), run.config.training.overfit
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
