@@ -201,28 +201,28 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     norm = lambda length: ((5 + length) / 6) ** search.length_penalty
     last, tokens = torch.full((B, W), SOS, device=frames.device), frames.new_zeros(B, W, 0)
     lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
-    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # one hypothesis, that says nothing yet
-    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L): padding is
-    wanted = W if search.ctc_weight or search.nbest > 1 else 1  # that have to be settled: some may be of equal text
+    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # the beam begins with one empty text
+    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L), of padding 1
+    wanted = W if search.ctc_weight or search.nbest > 1 else 1  # to settle: CTC ranks anew, texts may be equal
     for t in range(int(frames.max()) + 1):
-        told, past, attention = step(last, past)
-        end = certain(told.shape[2], EOS, told)
-        told = torch.where((t >= frames)[:, None, None], told + end, told)  # it must end
-        told = torch.where(ended[:, :, None], end, told)  # it has ended: no change, at no cost
-        total, length = log_prob[:, :, None] + told, lens + ~ended  # (B,W,V), (B,W)
+        log_p, past, attention = step(last, past)
+        V, end = log_p.shape[2], certain(log_p.shape[2], EOS, log_p)
+        log_p = torch.where((t >= frames)[:, None, None], log_p + end, log_p)  # it must end
+        log_p = torch.where(ended[:, :, None], end, log_p)  # it has ended: no change, at no cost
+        total, length = log_prob[:, :, None] + log_p, lens + ~ended  # (B,W,V), (B,W)
         covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
-        looked = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)  # 0 where all got 1
-        score, place = (total / norm(length)[:, :, None] + looked).flatten(1).topk(W)
-        parent, last = place // told.shape[2], place % told.shape[2]
+        coverage = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)  # (B,W,1) <= 0
+        score, place = (total / norm(length)[:, :, None] + coverage).flatten(1).topk(W)
+        parent, last = place // V, place % V
         log_prob = total.flatten(1).gather(1, place)
-        lens, extra, covered, tokens, *past = (pick_rows(x, parent) for x in (length, looked, covered, tokens, *past))
+        lens, extra, covered, tokens, *past = (pick_rows(x, parent) for x in (length, coverage, covered, tokens, *past))
         tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
         least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
-        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():
+        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():  # an open one's score can rise to this
             break
-    words, open_ = lens - 1, ~ended  # the end token is none
-    real = torch.arange(tokens.shape[2], device=tokens.device) < words[:, :, None]
-    return ranked(NBest(tokens * real, words, log_prob.masked_fill(open_, -math.inf), norm(lens), extra[:, :, 0],
+    lens_said, open_ = lens - 1, ~ended  # without the end token
+    real = torch.arange(tokens.shape[2], device=tokens.device) < lens_said[:, :, None]
+    return ranked(NBest(tokens * real, lens_said, log_prob.masked_fill(open_, -math.inf), norm(lens), extra[:, :, 0],
                         score.masked_fill(open_, -math.inf)))
 
 
@@ -442,13 +442,13 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     return [(whole(a), whole(b)) for a, b in spans]
 
 
-def log_prob(item: Token | Result) -> float:
+def log_confidence(item: Token | Result) -> float:
     return math.log(max(item.confidence, 5e-5))  # confidences are rounded to 4 digits
 
 
 def mean_confidence(tokens: Sequence[Token]) -> float:
     """exp(mean log p), 0 without tokens."""
-    return round(math.exp(statistics.fmean(map(log_prob, tokens))), 4) if tokens else 0.0
+    return round(math.exp(statistics.fmean(map(log_confidence, tokens))), 4) if tokens else 0.0
 
 
 def is_ideograph(text: str) -> bool:
@@ -549,9 +549,9 @@ def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = F
     return search_batch(system, feats, need_weights)[0]
 
 
-def within(system: System, result: Result, seconds: float) -> Result:
-    """The result with times that end with the recording: the last of stacked frames may reach beyond it. Those of a
-    timing head stay, as FunASR's do."""
+def clip_times(system: System, result: Result, seconds: float) -> Result:
+    """The result with no time beyond the recording's end, which the last stacked frame may pass. Times of a timing head
+    stay, as in FunASR."""
     if system.config.model.predictor.upsampling:
         return result
     cut = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
@@ -591,7 +591,7 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Itera
         results: dict[int, Result] = {}
         for indices in data.make_batches([len(x) for x in feats], *batch_limits(system), shuffle=False):
             results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
-        yield from ((piece.start_sec, within(system, results[i], len(piece.samples) / options.sample_rate))
+        yield from ((piece.start_sec, clip_times(system, results[i], len(piece.samples) / options.sample_rate))
                     for i, piece in enumerate(pool))
 
 
@@ -620,7 +620,7 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
                 tokens.append(Token(" ", space, 1.0, tokens[-1].end, shifted[0].start))
         tokens += shifted
         words += said
-        log_sum += len(shifted) * log_prob(result)
+        log_sum += len(shifted) * log_confidence(result)
         count += len(shifted)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0
     return Result(text_of(system, tokens, words), confidence, tokens, words)
@@ -660,18 +660,18 @@ def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequen
             return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
         return [Outcome(indices[0], items[0].key, reason=f"the model failed: {error}")]
     return [Outcome(i, item.key, reason=item.reason) if isinstance(item, data.Skip) else
-            recognised(system, dataset, i, item, next(results)) for i, item in zip(indices, items)]
+            outcome_of(system, dataset, i, item, next(results)) for i, item in zip(indices, items)]
 
 
-def recognised(system: System, dataset: torch.utils.data.Dataset, index: int, item: data.Utterance,
+def outcome_of(system: System, dataset: torch.utils.data.Dataset, index: int, item: data.Utterance,
                result: Result) -> Outcome:
-    """The outcome with this result, or, of a recording that came without features as it is too long, with its own."""
+    """The Outcome of an item and its result. A recording too long to be read whole has no features: it is cut here."""
     if item.seconds > system.segment_sec[1] and not len(item.feats):
         try:
             result = transcribe_recording(system, dataset.rows[index].audio)
         except (RuntimeError, ValueError, OSError) as error:
             return Outcome(index, item.key, reason=f"unreadable: {error}")
-    return Outcome(index, item.key, item.seconds, item.text.strip(), within(system, result, item.seconds))
+    return Outcome(index, item.key, item.seconds, item.text.strip(), clip_times(system, result, item.seconds))
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -1069,7 +1069,8 @@ def benchmark(arguments: argparse.Namespace) -> int:
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
     model = build(config.model, data.feature_dim(config.data), len(symbols))
-    system = System(config, PieceTokenizer(symbols, None), torch.stack([torch.zeros(560), torch.ones(560) / 4]), model)
+    stats = torch.tensor([[0.0], [0.25]]).repeat(1, data.feature_dim(config.data))  # as of log energies of deviation 4
+    system = System(config, PieceTokenizer(symbols, None), stats, model)
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
         print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
@@ -1156,7 +1157,7 @@ def time_batches(system: System) -> None:
 @torch.inference_mode()
 def time_busy(system: System) -> None:
     """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
-    feats = [torch.randn(167, system.stats.shape[1])]
+    feats = [torch.randn(167, system.stats.shape[1])]  # frames of 60 ms
     idle = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:

@@ -59,7 +59,7 @@ from torch import Tensor
 
 import data
 import decode
-from decode import Result, System, cues, join_words, log_prob, subtitles, word_entry
+from decode import Result, System, cues, join_words, log_confidence, subtitles, word_entry
 
 MIB = 2 ** 20
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # bytes of the request line, of all; lines
@@ -934,7 +934,7 @@ def segments(result: Result, temperature: float) -> list[dict]:
         text, tokens = join_words(cue), [t for t in result.tokens if starts[i] <= t.start < starts[i + 1]]
         rows.append({"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text,
                      "tokens": [t.id for t in tokens], "temperature": temperature,
-                     "avg_logprob": round(statistics.fmean(map(log_prob, tokens)), 4) if tokens else 0.0,
+                     "avg_logprob": round(statistics.fmean(map(log_confidence, tokens)), 4) if tokens else 0.0,
                      "no_speech_prob": 0.0,
                      "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4)})
     return rows
@@ -977,8 +977,8 @@ def openai_response(result: Result, seconds: float, form: str, granularities: Se
     if form == "json":
         value = {"text": text, "usage": usage}
         if logprobs:
-            value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()), "logprob": round(log_prob(t), 4)}
-                                 for t in result.tokens]
+            value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()),
+                                  "logprob": round(log_confidence(t), 4)} for t in result.tokens]
         return json_response(value)
     if form == "verbose_json":
         value = {"task": "transcribe", "language": language, "duration": round(seconds, 3), "text": text,
@@ -1065,7 +1065,7 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
         weights += [0.0] * (place - len(weights)) + piece.weights
     parts = [(start, x.result) for start, x in zip(starts, found)]
     joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
-    return Recognition(decode.within(system, joined, utterance.seconds), weights)
+    return Recognition(decode.clip_times(system, joined, utterance.seconds), weights)
 
 
 def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
