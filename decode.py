@@ -59,19 +59,19 @@ from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokeniz
                        token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
-SEGMENT_SEC = 1.0, 20.0  # of the segments that long recordings are cut into, at least and at most
-POOL_SEC = 300.0  # of a long recording whose segments are held, to be decoded in batches of like length
+SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
+POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
 
 # ---- a checkpoint, ready to recognise ----
 
 
 class Search(NamedTuple):
-    """How hypotheses are found. All defaults together: greedily, by the model itself."""
+    """How hypotheses are found. Search(), all defaults, is greedy decoding by the model itself."""
 
     beam: int = 1  # hypotheses kept at a time; of a Paraformer, for each number of tokens
-    nbest: int = 1  # alternatives in a Result where more than 1; the search keeps no fewer than so many
+    nbest: int = 1  # alternatives in a Result, if more than 1; the beam is at least as wide
     length_penalty: float = 0.6  # transformer: log probability is divided by ((5 + length) / 6) ** length_penalty
-    coverage_penalty: float = 0.0  # transformer: weight of the log of the attention that each frame got, at most 1
+    coverage_penalty: float = 0.0  # transformer: weight of sum over frames of log(min(1, attention that it got))
     ctc_weight: float = 0.0  # share of the CTC head in the score, 0 to 1
 
     @property
@@ -85,18 +85,18 @@ class System(NamedTuple):
     stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
     model: nn.Module  # in eval mode
     lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
-    precision: str = "float32"  # key of PRECISIONS, of the matrix products
+    precision: str = "float32"  # of the matrix products, a key of PRECISIONS
     search: Search = Search()
     segment_sec: tuple[float, float] = SEGMENT_SEC
     batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
-    batch_seconds: float = 300.0  # likewise, padding included; one that is longer goes alone
+    batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
 def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
-    """The system in a directory that FunASR publishes. Raises ValueError for what is missing or not implemented."""
+    """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = configs.published_files(folder)
     config = configs.load_published(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
@@ -106,7 +106,7 @@ def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
 
 
 def load_checkpoint(path: str | os.PathLike) -> System:
-    """The system in a checkpoint of train.py. Raises ValueError for a file that is none or does not fit its config."""
+    """The system in a checkpoint of train.py. Raises ValueError if it is none or its weights do not fit its config."""
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
     tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
@@ -116,7 +116,7 @@ def load_checkpoint(path: str | os.PathLike) -> System:
 
 
 def runs_on(precision: str, device: torch.device) -> bool:
-    """Whether the processor computes matrix products in this precision itself; what it emulates is slow."""
+    """Whether the processor has instructions for matrix products in this precision; emulated ones are slow."""
     if device.type != "cpu":
         return {"int8": False, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}.get(precision, True)
     return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
@@ -128,9 +128,9 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
                 prepack: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
 
-    Where the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
-    int8 and, on a CPU, prepack lay the weights out for faster products; else those of a directory are read from the
-    file when they are used, which starts sooner.
+    If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
+    int8 and, on a CPU, prepack lay the weights out for faster products; without them the weights of a directory are
+    memory-mapped, which starts sooner.
     """
     target, linear = pick_device(device), None
     if not runs_on(precision, target):
@@ -150,9 +150,9 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
                   file=sys.stderr)
             precision = "float32"
         elif isinstance(model, Paraformer):
-            model.embedding.to("meta")  # the sampler alone reads it, in training: 17 MB of a large model
+            model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc holds on to what is freed between blocks that stay
+            ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory
     return system._replace(stats=system.stats.to(target), model=model, precision=precision)
 
 
@@ -165,9 +165,9 @@ class NBest(NamedTuple):
     tokens: Tensor  # (B,N,U) int64, 0 behind the end
     lens: Tensor  # (B,N) int64
     log_probs: Tensor  # (B,N) of the whole hypothesis
-    norms: Tensor  # (B,N) what a log probability is divided by in a score
-    extras: Tensor  # (B,N) what is added to that in a score
-    scores: Tensor  # (B,N)
+    norms: Tensor  # (B,N) divisors, by length
+    extras: Tensor  # (B,N) penalties, of coverage or the number of tokens
+    scores: Tensor  # (B,N) log_probs / norms + extras, to which find_nbest adds CTC
 
 
 def pick_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -181,21 +181,21 @@ def ranked(found: NBest) -> NBest:
 
 
 def certain(n: int, place: int, like: Tensor) -> Tensor:
-    """(n,) log probabilities of what is sure: 0 at place, -inf elsewhere."""
+    """(n,) log probabilities of a certain outcome: 0 at place, -inf elsewhere; dtype and device of `like`."""
     return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
 
 
-UNSEEN = 0.01  # of the attention that a frame got: no less, or a single frame would decide
+UNSEEN = 0.01  # the attention that a frame counts as having got at least, or the log of one frame would decide
 
 
 def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
-    """The most probable texts of a model that tells a token from those before it.
+    """The most probable texts of an autoregressive model.
 
     step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
     past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
     A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
-    longer ones that go on, and W = 1 is greedy. An utterance is settled when no open hypothesis, were the rest of it
-    certain, could be the best or, with alternatives, enter the beam. Source: Wu et al. 2016 "GNMT", 7.
+    longer ones that go on, and W = 1 is greedy. The search ends when no open hypothesis could still pass the best ended
+    one (the last of W where those are wanted), even if its remaining tokens were certain. Source: Wu et al. 2016, 7.
     """
     B, W = len(frames), search.width
     norm = lambda length: ((5 + length) / 6) ** search.length_penalty
@@ -227,24 +227,24 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
 
 
 def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Where prefix j is prefix i and one token more, and both are in the beam, the way from i to j belongs to j.
+    """If prefix j of the beam is prefix i and one token more, that extension of i is j: its probability goes to j.
 
-    more (B,W,V) log probabilities of a prefix and one token more, tokens (B,W,U), n (B,W) their lengths, alive (B,W)
-    -> more without such ways, and what each prefix gets by them (B,W).
+    more (B,W,V) log probabilities of each prefix with one token more, tokens (B,W,U), n (B,W) their lengths, alive
+    (B,W) -> more, with -inf for these extensions, and (B,W) what each prefix j gets from them.
     """
     at = (n[:, :, None] - 1).clamp(min=0)
-    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): the token from i to j
-    cut = tokens.scatter(2, at, BLANK)
+    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): [b,i,j], last token of j
+    cut = tokens.scatter(2, at, BLANK)  # each prefix without its last token
     grown = (tokens[:, :, None] == cut[:, None]).all(3) & (n[:, :, None] + 1 == n[:, None]) & alive[:, None]
     joined = more.gather(2, way).masked_fill(~grown, -math.inf).logsumexp(1)
     return more.scatter_reduce(2, way, torch.where(grown, -math.inf, math.inf).to(more), "amin"), joined
 
 
 def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
-    """The most probable texts of a CTC model, each the sum over all paths that spell it.
+    """The most probable texts of a CTC model, each with the sum over all paths that spell it (prefix beam search).
 
-    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the probability of the paths that end in
-    a blank and of those that do not. Source: Graves & Jaitly 2014; Hannun et al. 2014.
+    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the log probabilities `blank` of their
+    paths that end in a blank and `spoken` of the others. Source: Graves & Jaitly 2014; Hannun et al. 2014.
     """
     B, L, V = log_p.shape
     log_p = torch.where(padding_mask(lens, L)[:, :, None], log_p, certain(V, BLANK, log_p))  # padding says nothing
@@ -253,12 +253,12 @@ def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
     for frame in log_p.unbind(1):  # (B,V)
         total = torch.logaddexp(blank, spoken)
         last = tokens.gather(2, (n[:, :, None] - 1).clamp(min=0))  # (B,W,1), BLANK of the empty prefix
-        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # the same again: after a blank
+        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # a repeat needs a blank
         more = (more + frame[:, None]).scatter(2, torch.full_like(last, BLANK), -math.inf)
         more, joined = join_prefixes(more, tokens, n, total > -math.inf)
         blank, spoken = total + frame[:, BLANK, None], torch.logaddexp(spoken + frame.gather(1, last[:, :, 0]), joined)
         score, place = torch.cat((torch.logaddexp(blank, spoken), more.flatten(1)), 1).topk(W)
-        same = place < W  # a prefix of the beam, else one with a token more
+        same = place < W  # the prefix itself, else the prefix and one token more
         parent, token = torch.where(same, place, (place - W) // V), (place - W) % V
         tokens, n = F.pad(pick_rows(tokens, parent), (0, 1)), n.gather(1, parent)
         tokens = tokens.scatter_add(2, n[:, :, None], token.masked_fill(same, 0)[:, :, None])
@@ -270,12 +270,12 @@ def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
 
 
 def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
-    """The W most probable texts where no position knows of the others: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
-    log probabilities (B,W), best first, -inf where there are fewer."""
+    """The W most probable texts when the positions are independent: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
+    log probabilities (B,W), best first, -inf where there are fewer than W."""
     U, K = log_p.shape[1], min(W, log_p.shape[2])
     best, ids = log_p.topk(K, 2)
     mask = padding_mask(counts, U)[:, :, None]
-    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end there is one choice, for nothing
+    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end, one choice of probability 1
     total, tokens = certain(W, 0, log_p).expand(len(counts), W), counts.new_zeros(len(counts), W, 0)
     for u in range(U):
         total, place = (total[:, :, None] + best[:, u, None]).flatten(1).topk(W)
@@ -284,12 +284,12 @@ def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tens
     return tokens * mask.transpose(1, 2), total
 
 
-COUNT_PRICE = 0.3  # of a token more or less than the firing weights sum to, in mean log probability: chosen on digits
+COUNT_PRICE = 0.3  # off the score for each token more or fewer than the sum of the firing weights: tuned on digits
 
 
 def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
-    """The most probable texts of a Paraformer with its own number of tokens (B,), one fewer and one more, but none
-    where it has some: a text without tokens has no mean probability.
+    """The most probable texts of a Paraformer with its own number of tokens, counts (B,), with one fewer and with one
+    more; only where counts is 0 is the empty text among them, as it has no mean log probability.
 
     emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
     score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
@@ -309,8 +309,8 @@ def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest
 def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor) -> Tensor:
     """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U) as in NBest -> (B,N), -inf if they do not fit the
     frames."""
-    said = tokens > EOS  # CTC says no special, and BLANK pads
-    tokens = tokens.gather(2, (~said).long().argsort(dim=2, stable=True))  # what it does not say comes last
+    said = tokens > EOS  # CTC emits neither SOS nor EOS, and BLANK pads
+    tokens = tokens.gather(2, (~said).long().argsort(dim=2, stable=True))  # those go last
     losses = [F.ctc_loss(log_p.transpose(0, 1), text, lens, n, reduction="none")
               for text, n in zip(tokens.unbind(1), said.sum(2).unbind(1))]
     return -torch.stack(losses, 1)
@@ -329,21 +329,21 @@ SEARCHES = {"paraformer": search_paraformer,
 
 
 def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
-    """What system.search finds behind the encoder: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
-    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob; of equal ones, as are those
-    that CTC alone tells by their texts, that with the better score without it is first."""
+    """What system.search finds from the encoder's output: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
+    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob; of equal scores, as equal texts
+    have at w = 1, the order without CTC stays."""
     search, model = system.search, system.model
     found = SEARCHES[system.config.model.name](model, hidden, lens, search)
     if not search.ctc_weight:
         return found
     by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens)
-    by_ctc = by_ctc.clamp(min=-1e4)  # a text that does not fit the frames is the last one, but there is a text
+    by_ctc = by_ctc.clamp(min=-1e4)  # not -inf: a text that does not fit the frames ranks last, but counts
     joint = ((1 - search.ctc_weight) * found.log_probs + search.ctc_weight * by_ctc) / found.norms + found.extras
     return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
 
 
 def with_search(system: System, search: Search) -> System:
-    """The system, searching so. Raises ValueError for what is out of range or has no effect on the system's model."""
+    """The system with this search. Raises ValueError for what is out of range or has no effect on its model."""
     name = system.config.model.name
     rules = {"beam": (1 <= search.beam < 2**31, "1 or more, below 2^31"),
              "nbest": (1 <= search.nbest < 2**31, "1 or more, below 2^31"),
@@ -376,7 +376,7 @@ class Word(NamedTuple):
     text: str
     start: float
     end: float
-    confidence: float  # as of a Result, of its own tokens
+    confidence: float  # geometric mean of its tokens' probabilities
     spaced: bool = True  # a space stands between it and the word before it
 
 
@@ -394,9 +394,9 @@ class Result(NamedTuple):
     nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
 
 
-FIRED = np.float32(1 - 1e-4)  # of the timing head: a sum in float32 that reaches this has fired
-FIRE_SHIFT = -1.5  # the timing head fires so many of its frames late
-LONGEST, EDGE = 12, 5  # of its frames: a longer token is cut, and a shorter silence at the end belongs to the token
+FIRED = np.float32(1 - 1e-4)  # sum of the timing head's weights, in float32, that fires; all four are FunASR's
+FIRE_SHIFT = -1.5  # frames of the timing head, added to that of a firing, which comes late
+LONGEST, EDGE = 12, 5  # such frames: the longest token, and the longest silence at the end that the last token takes
 
 
 def firings(weights: np.ndarray) -> np.ndarray:
@@ -416,10 +416,10 @@ def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
     A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
     """
     fired = firings(weights)
-    if len(fired) != n + 1:  # the head saw another number of tokens than the decoder: scale it to that number
+    if len(fired) != n + 1:  # another number of tokens than the decoder's: scale the weights to that
         weights = weights if weights.any() else np.ones_like(weights)
         fired = firings(weights / (weights.sum() / np.float32(n + 1)))
-    missing = max(0, n + 1 - len(fired))  # after scaling too: those times are the end
+    missing = max(0, n + 1 - len(fired))  # firings, even after scaling: they are set to the end
     fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
     spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
     if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
@@ -438,7 +438,7 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
     rate = frame_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
     spans = firing_spans(weights, len(spoken))
-    whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # ms, cut as in FunASR, which goes below 0 as well
+    whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # whole ms, cut as in FunASR, but not below 0
     return [(whole(a), whole(b)) for a, b in spans]
 
 
@@ -478,7 +478,7 @@ def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -
     heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
     words, end = [], 0
     for word, gap in zip(spelled, spaced):
-        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, not lossless
+        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, if not lossless
         words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
     return words
 
@@ -530,7 +530,7 @@ def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative
 @torch.inference_mode()
 def search_batch(system: System, feats: Sequence[Tensor],
                  need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
-    """Normalised features (T,F) each -> Hypotheses and, unless it was found greedily, the n-best; on the CPU."""
+    """Normalised features (T,F) each -> on the CPU, Hypotheses and their n-best, or None after greedy search."""
     device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
     lens = torch.tensor([len(x) for x in feats], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
@@ -578,7 +578,7 @@ def batch_limits(system: System) -> tuple[int, int]:
 
 
 def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Iterator[tuple[float, Result]]:
-    """Segments at the model's rate -> the start in seconds and the Result, with times from there, of each in order.
+    """Segments at the model's rate -> (start in seconds, Result with times from there) of each, in order.
 
     Memory does not grow with their number. Raises ValueError if features are not finite.
     """
@@ -605,7 +605,7 @@ def is_spaced(system: System, before: Word, after: Word) -> bool:
 def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
     """The Results of a recording's segments, each with its start in seconds -> the recording's, in its own times.
 
-    Where characters are spelled with spaces, a cut between words is a token too: the space.
+    If the space is a token of the characters' vocabulary, a cut between two words gets one.
     """
     tokens: list[Token] = []
     words: list[Word] = []
@@ -651,7 +651,7 @@ class Outcome(NamedTuple):
 
 
 def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
-    """The inputs at `indices`, in one batch. Where the model fails on it, each alone: one takes no others with it."""
+    """The inputs at `indices`, in one batch; if the model fails on that, each alone, so that only the bad one fails."""
     items = [dataset[i] for i in indices]
     try:
         results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
@@ -686,7 +686,7 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
 
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Ctrl-C (KeyboardInterrupt) comes when the block has ended, or at once if it comes again."""
+    """Ctrl-C (KeyboardInterrupt) is held back until the block ends; a second one comes at once."""
     pressed, usual = [], signal.getsignal(signal.SIGINT)
     if usual is not signal.default_int_handler:
         yield
@@ -702,10 +702,10 @@ def interrupted_later() -> Iterator[None]:
 
 def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
                   shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
-    """The outcomes of `plan_batches` in the order of the inputs; `finish` gets those of each batch at once.
+    """Outcomes in the order of the inputs, a window of `plan_batches` at a time; `finish` gets each batch's at once.
 
-    Process `rank` of so many, (rank, processes), does its share of every window, and the first yields all outcomes.
-    Ctrl-C (KeyboardInterrupt) comes through after the outcomes that are there.
+    shard = (rank, processes): each process does its share of every window, and rank 0 yields the outcomes of all.
+    After Ctrl-C the outcomes that are done are yielded first, then KeyboardInterrupt is raised.
     """
     rank, processes = shard
     for batches in windows:
@@ -794,9 +794,9 @@ FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utte
 def file_names(keys: Sequence[str]) -> list[str]:
     """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
 
-    Cut to 55 characters, of 220 bytes at most: a system takes 255, with number, suffix and that of a temporary file.
+    Cut to 55 characters, at most 220 bytes: of the 255 that file systems take, number, suffix and .tmp need the rest.
     """
-    names, numbers = [], {}  # numbers: of each name taken the last one behind it, as thousands may be called audio.wav
+    names, numbers = [], {}  # numbers: the last one given to each name, as thousands of files may be called audio.wav
     for key in keys:
         last = Path(key)
         stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
@@ -819,7 +819,7 @@ def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | 
 
 
 def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
-    """The weights of layer `number`, 1 the first; the last for 0 and where there are fewer -> (its name, weights)."""
+    """(name, weights) of layer `number`, counted from 1; the last one for 0 and for a number beyond it."""
     number = min(number or len(layers), len(layers))
     return f"layer {number} of {len(layers)}", layers[number - 1]
 
@@ -851,7 +851,7 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
 def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Dataset, named: Sequence[tuple[int, str]],
                    layer: int) -> None:
     """name.alignment.svg, name.encoder.svg and, of a decoder with layers, name.cross.svg of each utterance (its place,
-    name); what was cut into segments, or has no frames, has none and is counted on standard error."""
+    name). One that was cut into segments or has no frames has none; their number goes to standard error."""
     without = 0
     for index, name in named:
         item = drawable(dataset, index)
@@ -898,10 +898,8 @@ def score(system: System, outcome: Outcome) -> Score:
 
 
 def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
-    """The 95% interval of the error rate: of 1,000 sets as large, drawn from these utterances with replacement.
-
-    Source: Bisani & Ney 2004, percentiles.
-    """
+    """The 95% interval of the error rate by bootstrap: 1,000 sets as large, drawn from the utterances with replacement.
+    Source: Bisani & Ney 2004, percentiles."""
     errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
     rng = np.random.default_rng(0)
     samples = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
@@ -948,7 +946,7 @@ span del,span ins{background:var(--sub)} h3,pre,del,ins,bdi{unicode-bidi:isolate
 
 
 def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
-    """One step of an alignment: what is missing is struck out, what is too much is green, both of them are yellow."""
+    """One step of an alignment: a deletion is struck out, an insertion green, a substitution both, on yellow."""
     old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
     return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
             "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
@@ -1096,7 +1094,7 @@ def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
 
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
-    """All products of the model's linear layers with inputs of so many rows, as a call, and their operations in 1e9."""
+    """A call that does all matrix products of the model's linear layers, for so many frames and tokens; its GFLOP."""
     linears = [(layer, frames if name.startswith("encoder") or name.endswith("key_value") else tokens)
                for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, PackedLinear))
                and name.startswith(("encoder", "decoder"))]
@@ -1179,8 +1177,8 @@ def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]
 
 
 def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
-    """Encoder frames from the inner boundaries of tokens that a model fired, `edges` (n+1,), to the true ones: (n-1,);
-    (0,) where these are not known, another number of tokens is true, or nothing fires."""
+    """Distances in encoder frames of the inner token boundaries that a model fired, of `edges` (n+1,), from the true
+    ones: (n-1,); (0,) if those are unknown, the number of tokens is wrong, or the model does not fire."""
     true, fires = item.boundaries, system.config.model.name == "paraformer"
     if not fires or true is None or len(true) != len(edges):
         return torch.zeros(0)
