@@ -831,14 +831,14 @@ class Manifest:
     Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much.
     """
 
-    PLACE = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
+    ENTRY = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
 
     def __init__(self, source: str | os.PathLike):
         self.paths = find_manifests(source)
         self.folders: dict[str, list[bytes]] = {path: [] for path in self.paths if os.path.isdir(path)}
-        self.index = np.fromiter(self._places(), self.PLACE)
+        self.index = np.fromiter(self._entries(), self.ENTRY)
 
-    def _places(self) -> Iterator[tuple[int, int, float | None]]:
+    def _entries(self) -> Iterator[tuple[int, int, float | None]]:
         for number, path in enumerate(self.paths):
             for start, row in scan_rows(path):
                 if path in self.folders:
@@ -878,10 +878,10 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
     return [Row(printable(str(p)), str(p), "", None) for p in found]
 
 
-def read_stream(stream: BinaryIO, copy: Path) -> list[Row]:
+def read_stdin(stdin: BinaryIO, copy: Path) -> list[Row]:
     """Rows of standard input, a recording, or lines that are each an input or a manifest's line. Written to `copy`."""
     with open(copy, "wb") as file:
-        shutil.copyfileobj(stream, file)
+        shutil.copyfileobj(stdin, file)
     with open(copy, "rb") as file:
         head = file.read(4096)
     if not head:

@@ -1331,7 +1331,7 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
     if "-" in inputs and sys.stdin is None:
         raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
     rows = [row for path in inputs for row in (
-        data.read_stream(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs(path))]
+        data.read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs(path))]
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
                                 stats=stats, for_training=False, whole_sec=system.segment_sec[1])
 
