@@ -81,7 +81,7 @@ class WavHeader(NamedTuple):
     num_samples: int    # of one channel
 
 
-MAX_CHUNKS = 10000      # searched for the samples of a WAV file: one of millions of empty chunks cannot block a server
+MAX_CHUNKS = 10000      # of a WAV file before its samples: a file of empty chunks must not keep a server busy
 SAMPLE_TYPES = {    # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
     (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
     (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0)}
@@ -702,7 +702,7 @@ def linear_probe(train: list[Utterance], test: list[Utterance]) -> float:
 
     A token's class is the one with the largest sum of outputs over its frames.
     """
-    frames = lambda items: torch.cat([torch.nn.functional.pad(u.feats, (0, 1), value=1.0) for u in items])    # a bias
+    frames = lambda items: torch.cat([torch.nn.functional.pad(u.feats, (0, 1), value=1.0) for u in items])    # 1: bias
     durations = lambda items: torch.cat([u.boundaries.diff() for u in items]).long()
     tokens = lambda items: torch.cat([u.tokens for u in items])
     labels = torch.nn.functional.one_hot(tokens(train).repeat_interleave(durations(train)))
@@ -827,7 +827,7 @@ class Manifest:
 
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
     Only `index` stays in memory, one array that worker processes share: where each row starts, and its seconds (NaN =
-    not given). manifest[i] reads the row from its file again, and raises ValueError if that has changed. The rows of a
+    not given). manifest[i] reads its row from the file again; ValueError if there is none any more. The rows of a
     Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much.
     """
 
@@ -995,7 +995,7 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
 
 # ---- batches ----
 
-LENGTH_JITTER = 0.05        # relative: sorted by jittered lengths, other utterances share a batch in every epoch
+LENGTH_JITTER = 0.05        # relative: sorting by jittered lengths makes other batches in every epoch
 
 
 class Batch(NamedTuple):

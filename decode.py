@@ -452,6 +452,7 @@ def mean_confidence(tokens: Sequence[Token]) -> float:
 
 
 def is_ideograph(text: str) -> bool:
+    """Whether text is one Han character or kana, which are written without spaces."""
     return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
 
 
@@ -1104,7 +1105,6 @@ def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], o
     def run() -> None:
         for layer, rows in linears:  # no output is kept: 140 MB of fresh memory would be measured as well
             layer(inputs[rows, layer.in_features])
-
     return run, count
 
 
@@ -1356,7 +1356,6 @@ def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: 
             factor = (time.perf_counter() - started) / max(seconds, 1e-9)
             print(f"{ERASE}[{'#' * (30 * done // total):30}] {done}/{total}  real-time factor {factor:.4f}", end="",
                   file=sys.stderr, flush=True)
-
     return finish
 
 

@@ -140,6 +140,7 @@ def num_ranks() -> int:
 
 @contextlib.contextmanager
 def naming_lost_ranks() -> Iterator[None]:
+    """Turn what torch raises when another rank has gone, a RuntimeError, into RunFailed."""
     try:
         yield
     except RuntimeError as error:
