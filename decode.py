@@ -195,7 +195,7 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
     A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
     longer ones that go on, and W = 1 is greedy. The search ends when no open hypothesis could still pass the best ended
-    one (the last of W where those are wanted), even if its remaining tokens were certain. Source: Wu et al. 2016, 7.
+    one (or the W-th best), even if its remaining tokens were certain. Source: Wu et al. 2016 "GNMT", section 7.
     """
     B, W = len(frames), search.width
     norm = lambda length: ((5 + length) / 6) ** search.length_penalty

@@ -667,7 +667,7 @@ def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
     lengths = run.train_set.lengths(epoch)[:training.overfit or None]
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
-    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]  # %: of the tiles
+    return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]  # % undoes np.tile
 
 
 def dev_batches(run: Run) -> Iterable[data.Batch]:
