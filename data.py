@@ -349,7 +349,7 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
     """
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
-    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.3 * 100 is below 230
+    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.01 * 8000 is below 16080
     least, most = math.ceil(min_sec * rate_hz / size - 1e-6), whole // size
     chunks, held, start = iter(chunks), torch.zeros(0), 0
     while True:
