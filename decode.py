@@ -13,8 +13,8 @@
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, search, transcribe, long recordings, many inputs, forms of a result (serving needs no more),
-pictures, the report, exports, figures, main.
+Reading order: load_system, search, transcribe, long recordings, many inputs; that is recognition, and a first reading
+may end there. Then come forms of a result (serving needs no more), pictures, the report, exports, figures, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
