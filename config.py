@@ -1,13 +1,13 @@
-"""Configuration: frozen dataclasses, the small part of YAML that fills them, and the rules that a config must keep.
+"""Configuration: frozen dataclasses, the rules that a config must keep, and a reader for the YAML subset it needs.
 
-Read from top to bottom: the sections of a config; the range of every number (`RANGES`) and the rules between fields
-(`check`); from and to plain dicts; from and to the configs that FunASR publishes; YAML. A new field is a line in its
-dataclass with its unit and, of a number, its name in `RANGES`.
+Reading order: the sections of a config; the range of every number (`RANGES`) and the rules between fields (`check`);
+conversion from and to plain dicts; from and to the configs that FunASR publishes; YAML. To add a field, give it a line
+with its unit in its dataclass and, if it is a number, put its name in `RANGES`.
 
-The part of YAML: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
-block lists, the empty map {}, comments. It reads what PyYAML's safe loader reads, except that `1e-4` is a float. What
-YAML readers take differently (yes, 010, 1:30, 1_000, -.5), and all that lies outside the part, is an error with file
-and line.
+The YAML subset: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
+block lists, the empty map {}, comments. Values are those of PyYAML's safe loader, except that `1e-4` is a float.
+Scalars that YAML readers disagree on (yes, 010, 1:30, 1_000, -.5), and all YAML outside the subset, are errors that
+name file and line.
 
 Needs the standard library only and nothing of this project: copy it alone.
 Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a bare scalar means).
@@ -33,42 +33,42 @@ class EncoderConfig:
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 15                # conformer convolution or sanm memory, encoder frames, odd
-    memory_shift: int = 0                # sanm: the memory reaches so many frames further back, and less far ahead
+    memory_shift: int = 0                # sanm: its window is moved this many frames into the past
     subsampling: Literal[1, 2, 4] = 1    # input frames per encoder frame; 1 for sanm, 4 for relative_conformer
     position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # sanm, relative_conformer have their own
-    context: int = 0                     # transformer, conformer: attention reaches so many encoder frames; 0 = all
+    context: int = 0                     # transformer, conformer: encoder frames attended to on either side; 0 = all
     dropout: float = 0.1                 # probability, [0, 1)
-    attention_dropout: float = 0.0       # on attention weights and memory, sanm and relative_conformer; [0, 1)
+    attention_dropout: float = 0.0       # sanm, relative_conformer: on attention weights and memory, [0, 1)
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    kind: Literal["stacked", "dense", "depthwise"] = "stacked"      # dense: one convolution; depthwise: one, added to x
+    kind: Literal["stacked", "dense", "depthwise"] = "stacked"      # dense: one convolution; depthwise: with a residual
     hidden_dim: int = 256                # stacked: width of its convolutions
     num_layers: int = 2                  # stacked: convolutions in front of the firing weight
     kernel_size: int = 3                 # stacked: encoder frames, odd
     left: int = 1                        # dense, depthwise: encoder frames before the current one
     right: int = 1                       # dense, depthwise: encoder frames after the current one
-    smooth: float = 1.0                  # dense, depthwise: weight = sigmoid x smooth - noise, not below 0
-    noise: float = 0.0                   # dense, depthwise: likewise
-    tail: float = 0.0                    # added to the sum of the weights, whose whole part is the count; 0 = rounded
-    firing: Literal["split", "merge", "delay"] = "split"    # where a frame completes several tokens: model.fire
-    upsampling: int = 0                  # dense: timing head, weights per encoder frame; 0 = none
-    timing_smooth: float = 0.25          # timing head: weight = sigmoid x timing_smooth - timing_noise, not below 0
-    timing_noise: float = 0.01           # timing head: likewise
-    dropout: float = 0.1                 # probability, [0, 1); dense has none, though published configs name it
+    smooth: float = 1.0                  # dense, depthwise: weight = max(0, smooth * sigmoid - noise)
+    noise: float = 0.0                   # dense, depthwise: see smooth
+    tail: float = 0.0                    # token count = floor(sum of weights + tail), [0, 1); 0 = the rounded sum
+    firing: Literal["split", "merge", "delay"] = "split"    # if a frame completes several tokens: model.fire
+    upsampling: int = 0                  # dense: weights of the timing head per encoder frame; 0 = no such head
+    timing_smooth: float = 0.25          # timing head: weight = max(0, timing_smooth * sigmoid - timing_noise)
+    timing_noise: float = 0.01           # timing head: see timing_smooth
+    dropout: float = 0.1                 # probability, [0, 1); dense applies none, though published configs set it
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    kind: Literal["transformer", "bare", "sanm"] = "transformer"    # bare: input neither projected nor positioned
-    num_layers: int = 2                  # blocks; 0: a token is read off its acoustic embedding alone
-    attention_layers: int = 0            # sanm: of those, the first so many have cross-attention; 0 = all
-    hidden_dim: int = 144                # D, a multiple of num_heads; bare, sanm, share_embedding: the encoder's
+    kind: Literal["transformer", "bare", "sanm"] = "transformer"    # bare: no input projection, no positions
+    num_layers: int = 2                  # blocks; 0: the output layer reads the acoustic embeddings
+    attention_layers: int = 0            # sanm: how many of them, from the first, have cross-attention; 0 = all
+    hidden_dim: int = 144                # D, a multiple of num_heads; for bare, sanm, share_embedding the encoder's
     num_heads: int = 4                   # H
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
-    kernel_size: int = 11                # sanm: memory, tokens, odd
-    memory_shift: int = 0                # sanm: the memory reaches so many tokens further back, and less far ahead
+    kernel_size: int = 11                # sanm: window of the memory, tokens, odd
+    memory_shift: int = 0                # sanm: its window is moved this many tokens into the past
     position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # sanm: on the memory, [0, 1)
@@ -76,20 +76,20 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "paraformer"             # key of model.ARCHITECTURES: paraformer | transformer | ctc (UNUSED below)
+    name: str = "paraformer"             # paraformer | transformer | ctc; what the last two do not use: UNUSED
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
     sampling_ratio: float = 0.5          # glancing sampler: share of first-pass errors replaced by the truth, [0, 1]
     label_smoothing: float = 0.1         # share of the target spread over all tokens, [0, 1)
-    quantity_weight: float = 0.1         # weight of the token count loss, 0 or more; 1 drowns the rest at the start
-    ctc_weight: float = 0.3              # weight of the CTC loss, [0, 1), cross-entropy has the rest; 0 = no head
-    mwer_weight: float = 0.0             # weight of the expected number of token errors, 0 or more; 0 = not trained on
-    mwer_samples: int = 4                # candidates that it is expected over: the best and random others, 2 or more
+    quantity_weight: float = 0.1         # weight of the token count loss, 0 or more; 1 dominates early training
+    ctc_weight: float = 0.3              # weight of the CTC loss, [0, 1); cross-entropy has 1 - this; 0 = no head
+    mwer_weight: float = 0.0             # weight of the expected token errors (MWER loss), 0 or more; 0 = no such loss
+    mwer_samples: int = 4                # candidates of the MWER loss: the best and random others, 2 or more
     end_token: bool = False              # every utterance ends with <eos>, which takes a firing of its own
     loss_unit: Literal["token", "utterance"] = "token"      # what the losses are means over
-    share_embedding: bool = False        # the sampler takes true embeddings from the decoder's output matrix
-    place_embedding: bool = False        # the sampler scales true embeddings by sqrt(D) and adds positions
+    share_embedding: bool = False        # glancing sampler: true embeddings are rows of the decoder's output matrix
+    place_embedding: bool = False        # glancing sampler: true embeddings are scaled by sqrt(D) and get positions
     norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
     padding_leaks: bool = False          # training: convolutions see a batch's padding, as in FunASR; never in decoding
 
@@ -106,14 +106,14 @@ class ToyConfig:
     blend_frames: int = 2                # frames over which neighbours blend, at most min_frames
     noise: float = 0.6                   # standard deviation, natural-log energy
     gain_std: float = 0.5                # loudness of an utterance: standard deviation, natural-log energy
-    tilt_std: float = 0.5                # spectral tilt: likewise, at the highest bin (its negative at the lowest)
+    tilt_std: float = 0.5                # spectral tilt: likewise, at the top bin (its negative at the bottom bin)
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     speeds: tuple[float, ...] = (1.0,)   # speed factors, 0.1 to 10; one is drawn per utterance and epoch
-    snr_db: tuple[float, ...] = ()       # noise is added, from and to so many dB below the mean power; () = none
-    channel_std: float = 0.0             # random smooth curve over the bins, in deviations of the features; 0 = none
+    snr_db: tuple[float, ...] = ()       # range (low, high) of the signal-to-noise ratio of added noise, dB; () = none
+    channel_std: float = 0.0             # a random smooth curve over the bins, in feature deviations; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
     freq_width: int = 0                  # their largest width, bins, at most num_mels
     time_masks: int = 0                  # masks over time per utterance
@@ -131,7 +131,7 @@ class DataConfig:
     sample_rate: int = 16000             # Hz; every recording is resampled to it
     num_mels: int = 80                   # filterbank bins
     lfr_m: int = 1                       # frames stacked into one
-    lfr_n: int = 1                       # one stack every so many frames
+    lfr_n: int = 1                       # frames from one stack to the next
     min_sec: float = 0.1                 # seconds; shorter recordings are skipped
     max_sec: float = 30.0                # seconds; longer recordings are skipped
     num_workers: int = 0                 # loader processes; 0 = none
@@ -155,17 +155,17 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"   # auto: bfloat16 on a GPU that has it
-    accumulate: int = 1                  # parts that a batch is worked through in, to save memory: same weights
+    accumulate: int = 1                  # parts that a batch is split into, to save memory; the step is the same
     recompute_blocks: bool = False       # encoder blocks keep no activations; the backward pass computes them again
     compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
-    checkpoint_steps: int = 0            # also a checkpoint every so many steps; 0 = none
-    checkpoint_minutes: float = 0.0      # and whenever so many minutes have passed since the last one; 0 = none
-    keep_epochs: int = 0                 # keep the weights of the last so many epochs, for --average; 0 = none
-    picture_epochs: int = 0              # every so many epochs draw the alignment of three dev utterances; 0 = never
-    overfit: int = 0                     # train and evaluate on the first so many utterances only; 0 = on all
+    checkpoint_steps: int = 0            # also a checkpoint every this many steps; 0 = none
+    checkpoint_minutes: float = 0.0      # also a checkpoint this many minutes after the last one; 0 = none
+    keep_epochs: int = 0                 # epochs whose weights are kept, the last ones, for --average; 0 = none
+    picture_epochs: int = 0              # epochs between alignment pictures of three dev utterances; 0 = never
+    overfit: int = 0                     # train and evaluate on this many utterances only, the first; 0 = all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
-    init_from: str = ""                  # FunASR directory or checkpoint to start from, model section too; "" = none
-    target_token_accuracy: float = 0.0   # the run stops when both targets are reached, [0, 1]; 0 = never
+    init_from: str = ""                  # FunASR directory or checkpoint giving weights and model section; "" = none
+    target_token_accuracy: float = 0.0   # the run stops once both targets are reached, [0, 1]; 0 = never
     target_sequence_accuracy: float = 0.0   # likewise
     patience: int = 0                    # epochs without improvement that stop the run; 0 = never
 
