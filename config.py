@@ -179,7 +179,7 @@ class Config:
 
 # ---- rules ----
 
-RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields it holds for, in whatever section)
+RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, in every section, that must lie in it)
     "1 or more": (lambda x: 1 <= x < math.inf, """hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps accumulate"""),
@@ -198,8 +198,8 @@ RANGES = {  # what is wanted -> (test that nan and inf fail, names of the fields
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 
-LEARNED_POSITIONS = 2000      # max_len of attention.PositionalEncoding, which a test compares
-UNUSED = {  # field -> its value -> what then has no effect beside it, and must have its default
+LEARNED_POSITIONS = 2000      # = max_len of attention.PositionalEncoding, which this file may not import
+UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
         "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
             share_embedding place_embedding padding_leaks""",
@@ -220,7 +220,7 @@ UNUSED = {  # field -> its value -> what then has no effect beside it, and must 
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every field, sections included."""
+    """(dotted path, value) of every field, depth first; a section comes before its fields."""
     for f in fields(section):
         value = getattr(section, f.name)
         yield prefix + f.name, value
@@ -228,39 +228,40 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
-Rule = tuple[str, bool, str]      # dotted path, whether its value is right, what is wanted
+Rule = tuple[str, bool, str]      # dotted path of a field, whether its value keeps the rule, the values wanted
 
 
 def _value_rules(config: Config) -> Iterator[Rule]:
-    """Of every value alone."""
+    """The rules for each value by itself: RANGES, and integers below 2^31."""
     for path, value in _walk(config):
         if type(value) is int and path != "training.seed":
             yield path, value < 2**31, "below 2^31"
         numbers = value if isinstance(value, tuple) else (value,)
         for wanted, (test, names) in RANGES.items():
             if path.split(".")[-1] in names.split():
-                yield path, bool(numbers) and all(map(test, numbers)), wanted
+                yield path, len(numbers) > 0 and all(map(test, numbers)), wanted
 
 
 def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     encoder, predictor, decoder = model.encoder, model.predictor, model.decoder
     subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
     yield "model.encoder.subsampling", encoder.subsampling == subsampling, f"{subsampling} for kind {encoder.kind}"
-    bare = decoder.kind != "sanm" and model.name == "paraformer"      # then a linear layer alone will do
+    no_blocks = decoder.kind != "sanm" and model.name == "paraformer"      # its output layer can do without
     for name, part in (("encoder", encoder), ("predictor", predictor), ("decoder", decoder)):
-        yield f"model.{name}.num_layers", part.num_layers != 0 or name == "decoder" and bare, "1 or more"
+        yield f"model.{name}.num_layers", part.num_layers != 0 or (name == "decoder" and no_blocks), "1 or more"
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         fits = part.memory_shift <= part.kernel_size // 2
         yield f"model.{name}.memory_shift", fits, f"at most half of kernel_size {part.kernel_size}"
-        divides = part.num_heads <= 0 or part.hidden_dim % part.num_heads == 0
+        divides = part.num_heads <= 0 or part.hidden_dim % part.num_heads == 0      # RANGES reports 0 and below
         yield f"model.{name}.num_heads", divides, f"a divisor of hidden_dim {part.hidden_dim}"
-        own = {"relative_conformer": "sinusoidal", "sanm": "none", "bare": "none"}      # on the model's width
-        sinusoidal = own.get(part.kind, part.position) == "sinusoidal" or name == "encoder" and model.place_embedding
+        fixed = {"relative_conformer": "sinusoidal", "sanm": "none", "bare": "none"}      # of the model's width
+        placed = name == "encoder" and model.place_embedding      # the sampler adds sinusoids to embeddings
+        sinusoidal = placed or fixed.get(part.kind, part.position) == "sinusoidal"
         yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
+    own_width = decoder.kind == "transformer" and not model.share_embedding      # it projects its input
     same = decoder.hidden_dim == encoder.hidden_dim
-    free = decoder.kind == "transformer"
-    bound = f"kind {decoder.kind}" if not free else "share_embedding" if model.share_embedding else ""
-    yield "model.decoder.hidden_dim", same or not bound, f"the encoder's {encoder.hidden_dim} for {bound}"
+    reason = "share_embedding" if decoder.kind == "transformer" else f"kind {decoder.kind}"
+    yield "model.decoder.hidden_dim", same or own_width, f"the encoder's {encoder.hidden_dim} for {reason}"
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
 
@@ -289,29 +290,29 @@ def _data_rules(data: DataConfig) -> Iterator[Rule]:
 
 
 def _cross_rules(config: Config) -> Iterator[Rule]:
-    """Between the sections."""
+    """The rules between data, model and training."""
     data, encoder = config.data, config.model.encoder
-    width = data.num_mels * data.lfr_m
+    width = data.num_mels * data.lfr_m      # must suit halved_sinusoids (sanm), two 3 x 3 windows (relative_conformer)
     right, wanted = {"sanm": (width % 2 == 0 and width >= 4, "even and 4 or more"),
                      "relative_conformer": (width >= 7, "7 or more")}.get(encoder.kind, (True, ""))
     yield "data.num_mels", right, f"a product with lfr_m {data.lfr_m} that is {wanted} for kind {encoder.kind}"
-    needed = ("train",) if config.training.init_from else ("train", "dev")      # tuning evaluates on train without dev
+    needed = ("train",) if config.training.init_from else ("train", "dev")      # fine-tuning: dev may be missing
     for name in needed if data.kind == "manifest" else ():
         yield f"data.{name}", getattr(data, name) != "", "a manifest or a Kaldi folder, as data.kind is manifest"
     slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
     frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
     if data.kind == "toy":
         frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
-    steps = frames / max(1, data.lfr_n) / encoder.subsampling
-    said = config.model.decoder.position if config.model.name == "transformer" else ""      # frames, and <eos>
-    for part, position, steps, what in (("encoder", encoder.position, steps, "encoder frames"),
-                                        ("decoder", said, steps + 1, "tokens")):
+    most = frames / max(1, data.lfr_n) / encoder.subsampling      # as many tokens at most, and <eos>
+    decoder_position = config.model.decoder.position if config.model.name == "transformer" else ""
+    for part, position, steps, what in (("encoder", encoder.position, most, "encoder frames"),
+                                        ("decoder", decoder_position, most + 1, "tokens")):
         yield (f"model.{part}.position", position != "learnable" or steps <= LEARNED_POSITIONS, "sinusoidal, or more "
                f"subsampling, as {longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def check(config: Config, place: str = "config") -> None:
-    """Raises one ValueError that lists every value out of its range and every rule between fields that is broken."""
+    """Raises one ValueError, beginning with place, that lists every value out of range and every broken rule."""
     values = dict(_walk(config))
     rules = (*_value_rules(config), *_unused_rules(config), *_model_rules(config.model), *_data_rules(config.data),
              *_cross_rules(config))
