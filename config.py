@@ -329,69 +329,68 @@ def _show(value: Any) -> str:
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
 
 
-def _kind_name(kind: Any) -> str:
-    if is_dataclass(kind):
+def _type_name(hint: Any) -> str:
+    """What an error calls the values that a type hint of a field allows."""
+    if is_dataclass(hint):
         return "a section (key: value lines)"
-    if get_origin(kind) is Literal:
-        return " | ".join(map(str, get_args(kind)))
-    return f"a list of {get_args(kind)[0].__name__}" if get_origin(kind) is tuple else kind.__name__
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    return f"a list of {get_args(hint)[0].__name__}" if get_origin(hint) is tuple else hint.__name__
 
 
-def _convert(kind: Any, value: Any) -> Any:
-    """value as the type `kind`: an int will do for a float, a list for a tuple. Raises TypeError."""
-    if get_origin(kind) is Literal and value in get_args(kind):
-        kind = type(get_args(kind)[0])
-    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(get_args(kind)[0], x) for x in value)
-    if kind is float and type(value) is int:
+def _convert(hint: Any, value: Any) -> Any:
+    """value as a field with this type hint holds it: an int becomes a float, a list a tuple. Raises TypeError."""
+    if get_origin(hint) is Literal and value in get_args(hint):
+        hint = type(get_args(hint)[0])      # then True is not taken for 1
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(hint)[0], x) for x in value)
+    if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
+    if type(value) is not hint:
         raise TypeError
     return value
 
 
 def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
-    """The known key nearest to an unknown one: much alike in its section (with `names`), the same in another, any."""
-    def beside(cutoff: float) -> list[str]:
+    """The key to suggest for an unknown one: a similar one of its section, whose keys are `names`, else one of the same
+    name in another section, else the least different of its section."""
+    def similar(cutoff: float) -> list[str]:
         return [".".join((*path[:-1], name)) for name in get_close_matches(path[-1], names, 1, cutoff)]
     elsewhere = [known for known, _ in _walk(Config()) if known.split(".")[-1] == path[-1]]
-    return (beside(0.75) or elsewhere or beside(0))[0]
+    return (similar(0.75) or elsewhere or similar(0))[0]
 
 
 def _merge(base: Any, values: dict, place: str, path: tuple[str, ...] = ()) -> Any:
-    """base with `values` put over it, of base's own type; a key that does not know where it stands is at place."""
-    kinds, new = get_type_hints(type(base)), {}
+    """A copy of base, the dataclass at path, with `values` in place of its own. Errors begin with the line of a Key, or
+    with place where a key is a plain str."""
+    hints, new = get_type_hints(type(base)), {}
     for key, value in values.items():
         here = (*path, str(key))
         where = key.where if isinstance(key, Key) else place
-        if key not in kinds:
-            raise ValueError(f"{where}: unknown key '{'.'.join(here)}' (did you mean '{_nearest(here, list(kinds))}'?)")
-        if is_dataclass(kinds[key]) and isinstance(value, dict):
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key '{'.'.join(here)}' (did you mean '{_nearest(here, list(hints))}'?)")
+        if is_dataclass(hints[key]) and isinstance(value, dict):
             new[key] = _merge(getattr(base, key), value, place, here)
             continue
         try:
-            new[key] = _convert(kinds[key], value)
+            new[key] = _convert(hints[key], value)
         except TypeError:
-            wanted = _kind_name(kinds[key])
+            wanted = _type_name(hints[key])
             raise ValueError(f"{where}: {'.'.join(here)}: wanted {wanted}, got {_show(value)}") from None
     return replace(base, **new)
 
 
 def from_dict(values: dict, place: str) -> Config:
-    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules.
-
-    Raises ValueError that opens with `place` for an unknown key or a wrong type.
-    """
+    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules: raises
+    ValueError that begins with `place` for an unknown key or a wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{place}: wanted a map of sections, got {_show(values)}")
     return _merge(Config(), values, place)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Config from a YAML file with `--section.key=value` overrides put over it, checked.
-
-    Raises ValueError that names the file (and line) or the override, for one that cannot be read as well.
-    """
+    """Config from a YAML file and then from `--section.key=value` overrides, checked. Raises ValueError that names the
+    file (and line) or the override at fault."""
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -401,7 +400,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         match = re.fullmatch(r"--([^=]+)=(.*)", override)
         if not match:
             raise ValueError(f"{override}: wanted --section.key=value")
-        values = _value(match[2].strip(" "), override) if match[2].strip(" ") else ""
+        values = _value(match[2].strip(" "), override) if match[2].strip(" ") else ""      # in YAML it would be null
         for key in reversed(match[1].split(".")):
             values = {key: values}
         config = _merge(config, values, override)
@@ -436,9 +435,11 @@ def _dump_value(value: Any) -> str:
 # ---- the directories that FunASR publishes ----
 
 FILES = {"config": "config.yaml", "model": "model.pt", "tokens": "tokens.json", "stats": "am.mvn",
-         "seg_dict": "seg_dict"}      # unless configuration.json says otherwise
+         "seg_dict": "seg_dict"}      # unless configuration.json says otherwise, in file_path_metas:
 FILE_KEYS = {"init_param": "model", "config": "config", "tokenizer_conf.token_list": "tokens",
              "tokenizer_conf.seg_dict_file": "seg_dict", "frontend_conf.cmvn_file": "stats"}
+# Tables of FunASR's options (sanm_shfit, upsacle_samples: its spelling): option -> (its default, our field of the same
+# meaning or, where we have none, a list of the one value that is implemented here).
 LAYERS = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
           "dropout_rate": (0.1, "dropout"), "normalize_before": (True, [True]), "concat_after": (False, [False])}
 ENCODER = LAYERS | {"output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout")}
@@ -447,7 +448,7 @@ CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]
 MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
          "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
          "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
-PUBLISHED = {     # part -> its class -> our choices, and its options: (default, our field or what alone we compute)
+PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone decides, table of its options)
     "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
     "encoder": {
         "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, ENCODER | {
@@ -477,16 +478,16 @@ PUBLISHED = {     # part -> its class -> our choices, and its options: (default,
             "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
     "tokenizer": {"CharTokenizer": ({}, {})},
 }
-CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # theirs -> ours
+CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # field -> {FunASR's: ours}
 
 
 def is_published(path: str | Path) -> bool:
-    """Whether path is a directory of FunASR's; one of ours holds checkpoint.pt."""
-    return str(path) != "" and Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()   # Path("") is here
+    """Whether path is a model directory of FunASR: one without our checkpoint.pt."""
+    return str(path) != "" and Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()   # Path("") is "."
 
 
 def published_files(folder: str) -> dict[str, Path]:
-    """Where a directory keeps each of FILES, without seg_dict if it has none. Raises ValueError for a bad
+    """{key of FILES: its path in this directory}, without seg_dict if there is none. Raises ValueError that names a bad
     configuration.json."""
     folder, names = Path(folder), dict(FILES)
     if not (folder / FILES["tokens"]).exists() and (folder / "tokens.txt").exists():
@@ -508,27 +509,25 @@ def published_files(folder: str) -> dict[str, Path]:
 
 
 def load_published(path: str | Path) -> Config:
-    """The Config of the model and the front end that a config.yaml of FunASR describes; the rest has its defaults.
-
-    Raises ValueError that names the class or the option which is not implemented here.
-    """
+    """Config with model and front end from FunASR's config.yaml, and defaults for everything else. Raises ValueError
+    that names a class or an option that is not implemented here."""
     try:
         values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
     parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()}
     decoder = {"hidden_dim": parts["encoder"]["hidden_dim"], **parts["decoder"]}
-    if decoder.get("memory_shift", 0) is None:       # causal
+    if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
         decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
-    check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # not known yet
+    check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
     return config
 
 
 def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
-    """Our fields for a part of FunASR's config."""
+    """{our field: value} for a part of FunASR's config; classes: what PUBLISHED has of the part. Raises ValueError."""
     name, options = values.get(part), values.get(f"{part}_conf") or {}
     if not isinstance(name, str) or not isinstance(options, dict):
         raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
@@ -539,7 +538,7 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
     ours = dict(fixed)
     for option, (default, field) in table.items():
         value = options.get(option, default)
-        value = str(value) if isinstance(value, (list, dict)) else value      # no option of ours is one
+        value = str(value) if isinstance(value, (list, dict)) else value      # to look it up; we know none of these
         known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
         if value not in known:
             raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
@@ -550,10 +549,10 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
 
 
 def _published_class(part: str, ours: Any, upsampling: int) -> str:
-    """The class of FunASR that a part of our config is. Raises ValueError if it is none."""
+    """FunASR's class for a part of our config. Raises ValueError if there is none."""
     for name, (fixed, table) in PUBLISHED[part].items():
-        timed = name == "BiCifParaformer" or "upsample_times" in table
-        fits = all(getattr(ours, field) in (value, "split")      # split: the same while no weight exceeds 1
+        timed = name == "BiCifParaformer" or "upsample_times" in table      # has a timing head
+        fits = all(getattr(ours, field) in (value, "split")      # split: as any firing while no weight exceeds 1
                    for field, value in fixed.items())
         if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
             return name
@@ -562,10 +561,8 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
 
 
 def dump_published(config: Config) -> str:
-    """The config.yaml from which FunASR builds this model, which load_published reads as the same model and front end.
-
-    Raises ValueError for a model that FunASR has no classes for.
-    """
+    """The config.yaml from which FunASR builds this model; load_published reads the same model and front end from it.
+    Raises ValueError for a model that FunASR has no classes for."""
     model, width = config.model, 4 * config.model.encoder.hidden_dim
     for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),
                           ("place_embedding", model.decoder.kind == "bare")):
@@ -583,11 +580,12 @@ def dump_published(config: Config) -> str:
         for option, (_, field) in PUBLISHED[part][name][1].items():
             if isinstance(field, str):
                 value = getattr(ours, field)
-                conf[option] = next((a for a, b in CONVERTED.get(field, {}).items() if b == value), value)
+                theirs = [key for key, converted in CONVERTED.get(field, {}).items() if converted == value]
+                conf[option] = theirs[0] if theirs else value
             else:
                 conf[option] = field[0]
         values[f"{part}_conf"] = conf
-    values["predictor_conf"]["idim"] = encoder.hidden_dim
+    values["predictor_conf"]["idim"] = encoder.hidden_dim      # from here on: what FunASR asks for, and we do not
     values["frontend_conf"]["dither"] = 0.0
     values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
     return "\n".join(_dump_lines(values)) + "\n"
@@ -595,9 +593,9 @@ def dump_published(config: Config) -> str:
 
 # ---- YAML ----
 
-OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # never raw in a file
+OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # characters to be written as escapes
 QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'(?!')"""
-START = r"""(?:[^-?:,\[\]{}#&*!|>'"%@` ]|-(?![ ,?\[\]{}]|$))"""                         # of bare text
+START = r"""(?:[^-?:,\[\]{}#&*!|>'"%@` ]|-(?![ ,?\[\]{}]|$))"""                         # how bare text begins
 BARE = START + r"(?:[^ :]|:(?! |$)| +(?![ #]|$))*"
 BARE_INLINE = START + r"(?:[^ :,?\[\]{}]|:(?![ ,?\[\]{}]|$)| +(?![ #]|$))*"              # inside [ ]
 KEY = re.compile(rf"({QUOTED}|{BARE}) *:(?: +(?:#.*|(.*)))?")
@@ -605,24 +603,22 @@ WORDS = {"~": None, "null": None, "Null": None, "NULL": None, "true": True, "Tru
          "false": False, "False": False, "FALSE": False}
 INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,99})")
 FLOAT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?")
-UNCLEAR = re.compile(r"yes|no|on|off|<<|=|[-+]?\.(?:inf|nan)|[-+]?\.?[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?"
+AMBIGUOUS = re.compile(r"yes|no|on|off|<<|=|[-+]?\.(?:inf|nan)|[-+]?\.?[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?"
                      r"|[-+]?0[xob][0-9a-f_]*|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[t ].*)?", re.IGNORECASE)
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4})|(.))")
 ESCAPES = dict(zip('0abtnvfre "\\/N_LP', '\0\a\b\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
-Line = tuple[str, float, str]       # file:number, column (of a dash and a half), text from there on
+Line = tuple[str, float, str]       # file:number, column of the text, the text from there on (see _lines for dashes)
 
 
 class Key(str):
-    """A key of a map, which knows where it stands, file:number."""
+    """A key of a map that remembers where it was read: `file:number`."""
     where: str
 
 
 def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
-    """Nested dicts, lists and scalars of a YAML text whose top level is a map.
-
-    Raises ValueError `place:line: ...` for whatever lies outside the part of YAML that this file's docstring describes.
-    """
+    """Nested dicts, lists and scalars of a YAML text whose top level is a map. Raises ValueError `place:line: ...` for
+    anything outside the YAML subset that this file's docstring describes."""
     lines = list(_lines(text, place))
     try:
         values = _block(lines)
@@ -635,8 +631,8 @@ def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
 
 
 def _lines(text: str, place: str) -> Iterator[Line]:
-    """Lines without blank and comment lines. `- - a` comes as three, the dashes alone, each at its own column and a
-    half: so a list that stands in the column of its key is further to the right."""
+    """The lines, without blank and comment lines. `- - a` is split into three, each dash half a column to the right of
+    where it is written: so a list written in the column of its key is still indented deeper than the key."""
     for number, line in enumerate(text.split("\n"), 1):
         where = f"{place}:{number}"
         line = line.removesuffix("\r")
@@ -659,14 +655,14 @@ def _refuse_outside(text: str, where: str) -> None:
 
 
 def _refuse(lines: list[Line]) -> None:
-    """Raises ValueError if there is a line: none may stand there."""
+    """Raises ValueError at the first of these lines, which have an indentation that no line may have there."""
     for where, _, text in lines:
         raise ValueError(f"{where}: wanted an indentation used above, got '{text}'")
 
 
 def _block(lines: list[Line]) -> Any:
-    """The list, map or scalar that these lines are; null if there are none. Each entry of a list or map is a line in
-    the column of the first, with the lines behind it further to the right."""
+    """The list, map or scalar that these lines spell; null if there are none. Each entry of a list or map begins with a
+    line in the column of the first line and holds the deeper lines below it."""
     if not lines:
         return None
     where, column, text = lines[0]
@@ -703,7 +699,7 @@ def _value(text: str, where: str) -> Any:
 
 def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
     """The scalar or list that text starts with -> value, rest of the text; depth counts the brackets around it."""
-    if text[:1] == "[" and depth < 20:
+    if text[:1] == "[" and depth < 20:      # deeper, an error below: no list of a config is
         values, rest = [], text[1:].lstrip(" ")
         while rest[:1] != "]":
             value, rest = _scan(rest, where, depth + 1)
@@ -740,7 +736,7 @@ def _scalar(text: str, where: str) -> Any:
         return int(text)
     if FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
-    if UNCLEAR.fullmatch(text):
+    if AMBIGUOUS.fullmatch(text):
         raise ValueError(f"{where}: wanted true, false, a plain decimal number or text, got '{text}', "
                          "which YAML readers take differently (put text into quotes)")
     return text
