@@ -478,7 +478,7 @@ PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone d
             "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
     "tokenizer": {"CharTokenizer": ({}, {})},
 }
-CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # field -> {FunASR's: ours}
+CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # FunASR's -> ours
 
 
 def is_published(path: str | Path) -> bool:
@@ -593,7 +593,7 @@ def dump_published(config: Config) -> str:
 
 # ---- YAML ----
 
-OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # characters to be written as escapes
+OUTSIDE = r"[^ -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"   # escapes only
 QUOTED = r""""(?:[^"\\]|\\.)*"|'(?:[^']|'')*'(?!')"""
 START = r"""(?:[^-?:,\[\]{}#&*!|>'"%@` ]|-(?![ ,?\[\]{}]|$))"""                         # how bare text begins
 BARE = START + r"(?:[^ :]|:(?! |$)| +(?![ #]|$))*"
