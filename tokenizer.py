@@ -1,10 +1,10 @@
-"""Texts to token ids and back, and how far two texts are apart.
+"""Texts to token ids and back, and the edit distance between two texts.
 
-Reading order: the one text normalisation, Tokenizer, PieceTokenizer and its sentences (the vocabularies that FunASR
-publishes), alignment, error counts, a picture of an alignment.
+Reading order: the one text normalisation, Tokenizer, PieceTokenizer (the vocabularies that FunASR publishes) and the
+sentences it writes, alignment, error counts, a picture of an alignment.
 Needs numpy; imports nothing of ours, so it can be copied alone.
 
-Glossary: a unit is what one id stands for (a character or a whole word); a symbol is one such character or word;
+Glossary: the unit of a vocabulary is what its ids stand for, char, word or piece; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.
 """
 
@@ -26,12 +26,12 @@ SPECIALS = ("<blank>", "<sos>", "<eos>", "<unk>")  # index = id
 
 
 def spoken_places(ids: Sequence[int]) -> list[int]:
-    """Where the ids are tokens of a text: blank, start and end are none."""
+    """Indices of the ids that stand for text: all but BLANK, SOS and EOS."""
     return [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
 
 
 def spoken_symbols(ids: Sequence[int], symbols: Sequence[str]) -> list[str]:
-    """What the ids stand for at their spoken_places. Raises ValueError if an id is outside the vocabulary."""
+    """The symbols of the ids at spoken_places(ids). Raises ValueError if an id is outside the vocabulary."""
     outside = [int(id) for id in ids if not 0 <= id < len(symbols)]
     if outside:
         raise ValueError(f"token ids must be in 0..{len(symbols) - 1}, got {outside[0]}")
@@ -43,7 +43,7 @@ def spoken_symbols(ids: Sequence[int], symbols: Sequence[str]) -> list[str]:
 def normalise_text(text: str) -> str:
     """The one normalisation, before encoding and before scoring: NFKC, lower case, single spaces, stripped.
 
-    Punctuation stays: whether it is spoken is a decision about a corpus, taken where its manifest is written.
+    Punctuation stays: whether a corpus speaks it is decided where its manifest is written.
     Lower case, not casefold, which misspells what is shown to a reader (ß -> ss, final ς -> σ).
     A lone surrogate becomes U+FFFD, so that every result can be written as UTF-8. Idempotent.
     """
@@ -54,7 +54,7 @@ def normalise_text(text: str) -> str:
 
 
 def split_units(text: str, unit: str) -> list[str]:
-    """A normalised text as its characters (spaces among them) or its words."""
+    """The characters (spaces too) or the words of a normalised text."""
     return list(text) if unit == "char" else text.split()
 
 
@@ -81,7 +81,8 @@ class Tokenizer:
         ids = {symbol: i for i, symbol in enumerate(SPECIALS)}
         for i, symbol in enumerate(symbols[len(SPECIALS):], len(SPECIALS)):
             is_space = unit == "char" and symbol == " "  # normalise_text would strip it
-            if not is_space and not (isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]):
+            is_unit = isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]
+            if not (is_space or is_unit):
                 raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {symbol!r:.60}")
             if symbol in ids:
                 raise ValueError(f"symbols[{i}] repeats symbols[{ids[symbol]}], {symbol!r:.60}")
@@ -141,16 +142,15 @@ class Tokenizer:
 
 # ---- published vocabularies ----
 
-PIECE = "@@"  # at the end of a symbol: the word goes on with the next one
-UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")
+PIECE = "@@"  # at the end of a symbol: the next symbol continues the word
+UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")  # symbols that FunASR leaves out of a sentence
 
 
 @dataclass(frozen=True)
 class PieceTokenizer:
-    """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: any symbols, ids 0 to 2 special.
-
-    pieces[word] are the symbols of a word; None: every character but the space is a symbol of its own.
-    """
+    """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: ids 0 to 2 are BLANK, SOS and EOS
+    whatever their symbols are. pieces[word] are the symbols of a word; without pieces, every character but the space is
+    a symbol."""
 
     symbols: tuple[str, ...]
     pieces: dict[str, list[str]] | None
@@ -162,7 +162,7 @@ class PieceTokenizer:
 
         Raises ValueError that names the file.
         """
-        lines = lambda text: text.removesuffix("\n").split("\n")  # by newlines only: U+2028 may be a symbol
+        lines = lambda text: text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
         symbols = _read(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
         pieces = None
         if dictionary:
@@ -175,12 +175,11 @@ class PieceTokenizer:
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        return {symbol: i for i, symbol in enumerate(self.symbols)}  # of symbols alike, the last
+        return {symbol: i for i, symbol in enumerate(self.symbols)}  # a repeated symbol: its last id
 
     def encode_symbols(self, text: str) -> list[str]:
-        """The symbols of a text, <unk> where there is none. With `pieces`, words are what single spaces separate,
-        in lower case; a word that the dictionary lacks is spelled if it begins with a Chinese or ASCII letter or digit.
-        """
+        """The symbols of a text, <unk> for what has none. With `pieces`, the text is lower-cased and split at single
+        spaces; a word not in pieces is spelled if it begins with a Chinese character, ASCII letter or digit."""
         if self.pieces is None:
             return [c for c in text if c != " "]
         symbols = []
@@ -191,7 +190,7 @@ class PieceTokenizer:
         return symbols
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of a text; no end is added. Source: seg_dict and CharTokenizer of FunASR."""
+        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR."""
         unknown = self._ids.get(SPECIALS[UNK], len(self) - 1)
         return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
 
@@ -215,7 +214,7 @@ class PieceTokenizer:
 
 
 def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
-    """What parse makes of a UTF-8 file. Raises ValueError that names it."""
+    """parse(text of a UTF-8 file). Raises ValueError that names the file and what was wanted."""
     try:
         return parse(Path(path).read_text("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -226,16 +225,18 @@ def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
 
 class SpelledWord(NamedTuple):
     text: str
-    start: float | None  # of its first symbol, in the unit of the times that were given
+    start: float | None  # of its first symbol, in the unit of the times given to spell_words; None: unknown
     end: float | None
     kind: str  # "han": no space before it | "word": a space after it | "other"
 
 
 def _is_han(text: str) -> bool:
+    """Whether FunASR takes text for Chinese: also digits and @; of a longer text mostly the first character counts."""
     return "\u4e00" <= text <= "\u9fff" or "0" <= text <= "9" or text == "@"
 
 
 def _kind(symbol: str) -> str:
+    """"piece", or as SpelledWord.kind."""
     if all(map(_is_han, symbol)):
         return "han"
     if PIECE in symbol:
@@ -245,12 +246,12 @@ def _kind(symbol: str) -> str:
 
 def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
                 lossless: bool = True) -> list[SpelledWord]:
-    """Symbols, with (start, end) each if given, to words: pieces joined, single letters in a row merged to capitals.
+    """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
 
-    Unspoken symbols are left out, but as in FunASR their times are not: the words after them begin too early.
-    lossless=False loses the characters that FunASR loses: a word that breaks off (his@@ 不) is glued to a later word or
-    is gone, and a mark between a word and Chinese is gone (ok % 不).
-    Source: equal to FunASR's sentence_postprocess for all symbols without such a place.
+    UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
+    lossless=False drops what FunASR drops: a broken-off word (his@@ 不) is lost or glued to a later word, and a mark
+    between a word and Chinese is lost (ok % 不).
+    Source: FunASR's sentence_postprocess; lossless=False equals it, and True does wherever neither case occurs.
     """
     spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
     if times is None:
@@ -261,7 +262,7 @@ def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None 
 
 def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
     words: list[SpelledWord] = []
-    unfinished = False  # whether the last word is what its pieces so far make
+    unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
     for symbol, kind, (start, end) in zip(symbols, kinds, times):
         text = symbol.replace(PIECE, "") if kind == "piece" else symbol
         if unfinished and kind in ("piece", "word"):
@@ -275,7 +276,7 @@ def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequenc
 def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
                      times: Sequence[Sequence[float]]) -> list[SpelledWord]:
     words: list[SpelledWord] = []
-    held, waiting, after_word = "", None, False  # waiting: the time of pieces, which the next Chinese character takes
+    held, waiting, after_word = "", None, False  # text and (start, end) of pieces; whether a "word" came last
     for symbol, kind, (start, end) in zip(symbols, kinds, times):
         if kind == "piece":
             held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
@@ -284,7 +285,7 @@ def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
             held, waiting, after_word = "", None, True
         elif kind == "han":
             glued = not words or words[-1].kind != "word" or after_word
-            if after_word and words[-1].kind == "other":  # FunASR means to drop the space, which is further back
+            if after_word and words[-1].kind == "other":  # FunASR means to drop a space, but drops this
                 words.pop()
                 glued = False
             words.append(SpelledWord(symbol, *(waiting or (start, end)), "han" if glued else "other"))
@@ -295,7 +296,7 @@ def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
 
 
 def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
-    """Two or more words in a row that are one ASCII letter each become one in capitals: a b c -> ABC."""
+    """Runs of two or more words of one ASCII letter become one word in capitals: a b c -> ABC."""
     merged: list[SpelledWord] = []
     is_letter = lambda word: word.kind == "word" and len(word.text) == 1 and word.text.isascii()
     for letters, run in itertools.groupby(words, is_letter):
@@ -307,7 +308,7 @@ def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
 
 
 def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
-    """Whether a space stands between two words: behind one of letters, unless a Chinese character follows."""
+    """Whether a space separates two words: after a word of letters, unless a Chinese character follows."""
     return before.kind == "word" and after.kind != "han"
 
 
@@ -318,33 +319,34 @@ def write_sentence(words: Sequence[SpelledWord]) -> str:
 # ---- alignment ----
 
 def _edit_costs(ref: Sequence[Hashable], hyp: Sequence[Hashable], gap: int) -> Iterator[np.ndarray]:
-    """Rows i, [j]: the least that turning ref[:i] into hyp[:j] costs; gap a deletion or insertion, gap + 1 a change."""
-    names: dict[Hashable, int] = {}
-    refs, hyps = (np.array([names.setdefault(x, len(names)) for x in items], np.int64) for items in (ref, hyp))
+    """Row i = 0, 1, ... of the edit-distance table: [j] is the least cost of turning ref[:i] into hyp[:j], where a
+    deletion or an insertion costs gap and a substitution gap + 1."""
+    codes: dict[Hashable, int] = {}
+    refs, hyps = (np.array([codes.setdefault(x, len(codes)) for x in items], np.int64) for items in (ref, hyp))
     row = inserted = gap * np.arange(len(hyp) + 1)
     yield row
-    for name in refs:
-        best = row + gap
-        best[1:] = np.minimum(best[1:], row[:-1] + (hyps != name) * (gap + 1))
-        row = np.minimum.accumulate(best - inserted) + inserted  # and items put in, as many as it takes
+    for code in refs:
+        best = row + gap  # deletion
+        best[1:] = np.minimum(best[1:], row[:-1] + (hyps != code) * (gap + 1))  # hit or substitution
+        row = np.minimum.accumulate(best - inserted) + inserted  # insertions: min over k <= j, best[k] + gap * (j - k)
         yield row
 
 
 def align(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> list[tuple[str, Hashable | None, Hashable | None]]:
-    """The alignment of fewest edits, and among those of most hits: (op, ref item, hyp item) in order.
+    """The alignment with the fewest edits and, among those, the most hits: (op, ref item, hyp item) in order.
 
-    op is "hit", "sub", "ins" (ref item None) or "del" (hyp item None). How many there are of each is thereby fixed;
-    where they stand is settled from the end: a pair before an insertion before a deletion.
+    op is "hit", "sub", "ins" (ref item None) or "del" (hyp item None). This fixes how many of each there are; where
+    they go is decided from the end backwards, preferring a pair to an insertion and an insertion to a deletion.
     Time and memory grow with len(ref) * len(hyp): 0.05 s and 32 MB for 2,000 by 2,000 items.
     """
-    gap = min(len(ref), len(hyp)) + 1  # more than there can be substitutions, so their + 1 only breaks ties
+    gap = min(len(ref), len(hyp)) + 1  # more than there can be substitutions, so that their + 1 only breaks ties
     costs = list(_edit_costs(ref, hyp, gap))
     i, j, steps = len(ref), len(hyp), []
     while i or j:
-        change = i and j and (ref[i - 1] != hyp[j - 1]) * (gap + 1)
-        if i and j and costs[i][j] == costs[i - 1][j - 1] + change:
+        differ = i and j and ref[i - 1] != hyp[j - 1]
+        if i and j and costs[i][j] == costs[i - 1][j - 1] + differ * (gap + 1):
             i, j = i - 1, j - 1
-            steps.append(("sub" if change else "hit", ref[i], hyp[j]))
+            steps.append(("sub" if differ else "hit", ref[i], hyp[j]))
         elif j and costs[i][j] == costs[i][j - 1] + gap:
             j -= 1
             steps.append(("ins", None, hyp[j]))
@@ -379,27 +381,27 @@ class Counts:
 
 
 def count_errors(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> Counts:
-    """The errors of align(ref, hyp), in the memory of a row: characters of an hour would take 20 GB."""
+    """The errors of align(ref, hyp) from one row at a time: the table of an hour's characters would take 20 GB."""
     gap = min(len(ref), len(hyp)) + 1
     for row in _edit_costs(ref, hyp, gap):
-        pass
-    edits, sub = divmod(row[-1].item(), gap)
-    ins = (edits - sub + len(hyp) - len(ref)) // 2
+        pass  # only the last one is wanted
+    edits, sub = divmod(row[-1].item(), gap)  # the cost is gap * edits + sub
+    ins = (edits - sub + len(hyp) - len(ref)) // 2  # ins - del = len(hyp) - len(ref)
     return Counts(sub, ins, edits - sub - ins, len(ref))
 
 
 def char_errors(ref_text: str, hyp_text: str) -> Counts:
-    """Character errors of two texts, normalised; a space is a character, as in jiwer.cer."""
+    """Character errors of two texts once normalised; a space is a character, as in jiwer.cer."""
     return count_errors(normalise_text(ref_text), normalise_text(hyp_text))
 
 
 def word_errors(ref_text: str, hyp_text: str) -> Counts:
-    """Word errors of two texts, normalised; words are what white space separates, as in jiwer.wer."""
+    """Word errors of two texts once normalised; words are what white space separates, as in jiwer.wer."""
     return count_errors(normalise_text(ref_text).split(), normalise_text(hyp_text).split())
 
 
 def token_accuracy(counts: Counts) -> float:
-    """1 - errors / ref, not below 0: insertions count, so a guess of the right length gains nothing."""
+    """max(0, 1 - errors / ref): insertions count as errors, so a hypothesis cannot gain by being long."""
     return max(0.0, 1.0 - counts.rate)
 
 
@@ -418,7 +420,7 @@ def format_alignment(ref: Sequence, hyp: Sequence) -> str:
     """
     columns = [("REF:", "HYP:", "OPS:")]
     for op, r, h in align(ref, hyp):
-        shown = ["***" if op == gap else "␣" if item == " " else str(item) for gap, item in (("ins", r), ("del", h))]
+        shown = ["***" if op == none else "␣" if item == " " else str(item) for none, item in (("ins", r), ("del", h))]
         columns.append((*shown, {"hit": "", "sub": "S", "ins": "I", "del": "D"}[op]))
     widths = [max(map(_display_width, column)) for column in columns]
     rows = ((cell + " " * (w - _display_width(cell)) for cell, w in zip(row, widths)) for row in zip(*columns))
