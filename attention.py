@@ -168,23 +168,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
     check_shapes(q=(q, "B", "H", "T", "K"), k=(k, "B", "H", "S", "K"), v=(v, "B", "H", "S", "K"))
     B, _, T, K = q.shape
     S = k.shape[2]
-    alive = None
+    has_key = None
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape not in ((B, 1, S), (B, T, S)):
             raise ValueError(f"mask must be ({B},1,{S}) or ({B},{T},{S}) bool, got {tuple(mask.shape)} {mask.dtype}")
         mask = mask[:, None]  # (B,1 or T,S) -> (B,1,1 or T,S)
-        alive = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
-        mask = mask | ~alive
+        has_key = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
+        mask = mask | ~has_key
     if need_weights:
         scores = q @ k.transpose(-1, -2) / math.sqrt(K)  # (B,H,T,S)
         scores = scores if bias is None else scores + bias
         weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
-        weights = weights if alive is None else weights * alive
+        weights = weights if has_key is None else weights * has_key
         return F.dropout(weights, dropout, dropout > 0) @ v, weights
     if bias is not None:
         mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return (out if alive is None else out * alive), None
+    return (out if has_key is None else out * has_key), None
 
 
 class MultiHeadAttention(nn.Module):
@@ -202,7 +202,7 @@ class MultiHeadAttention(nn.Module):
         self.key_value = nn.Linear(self.memory_dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B,T,D) -> (B,H,T,K)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None,
@@ -211,17 +211,17 @@ class MultiHeadAttention(nn.Module):
         -> out (B,T,D), weights (B,H,T,S) where asked for, else None."""
         memory = x if memory is None else memory
         check_shapes(x=(x, "B", "T", self.dim), memory=(memory, "B", "S", self.memory_dim))
-        return self.over(x, *self.keys_values(memory), mask, need_weights)
+        return self.attend_to(x, *self.keys_values(memory), mask, need_weights)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory (B,S,memory_dim) -> its keys and values (B,H,S,K), which a cache keeps."""
         k, v = self.key_value(memory).chunk(2, dim=-1)
-        return self.heads(k), self.heads(v)
+        return self.split_heads(k), self.split_heads(v)
 
-    def over(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+    def attend_to(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
              need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """What forward does once it has keys and values k, v (B,H,S,K)."""
-        out, weights = attend(self.heads(self.query(x)), k, v, mask, need_weights)
+        out, weights = attend(self.split_heads(self.query(x)), k, v, mask, need_weights)
         out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,D)
         return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias too
 
@@ -258,7 +258,7 @@ class RelativeAttention(MultiHeadAttention):
         """x (B,T,D), codes (B,T,D) from `relative_codes`, lens (B,) to count positions from, mask (B,1,T)
         -> out (B,T,D), weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
-        q, p = self.heads(self.query(x)), self.heads(self.position(codes))  # (B,H,T,K)
+        q, p = self.split_heads(self.query(x)), self.split_heads(self.position(codes))  # (B,H,T,K)
         k, v = self.keys_values(x)
         scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])
         out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, relative_shift(scores, lens),
@@ -266,12 +266,12 @@ class RelativeAttention(MultiHeadAttention):
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
 
-def widened(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is that already: half precision loses the low bits of long sums."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or as it is if float64: half precision loses the low bits of long sums."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (B,T,D) with zeros where mask (B,1,T) hides the step; with None nothing is hidden. Raises for other shapes."""
     if mask is None:
         return x
@@ -279,7 +279,7 @@ def hide_masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x * mask.transpose(1, 2)
 
 
-def over_time(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
     """Convolution over the steps of x (B,T,C), which reaches so many steps, or zeros, back and ahead -> (B,T',D).
 
     weight (D,C,k), or (D,1,k) for a kernel of each channel; k - 1 is the reach; bias (D,) or None. A Conv1d would have
@@ -311,10 +311,10 @@ class SequenceMemory(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
         check_shapes(x=(x, "B", "T", self.weight.shape[0]))
-        x = hide_masked(x, mask)
+        x = zero_padding(x, mask)
         if x.shape[1] == 0:
             return x
-        return hide_masked(self.dropout(x + over_time(x, self.weight, None, self.reach)), mask)
+        return zero_padding(self.dropout(x + convolve(x, self.weight, None, self.reach)), mask)
 
 
 class SanmAttention(nn.Module):
@@ -333,7 +333,7 @@ class SanmAttention(nn.Module):
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
         with full_precision(x, self.training):
-            q, k, v = self.query_key_value(x if self.training else widened(x)).chunk(3, dim=-1)  # (B,T,dim) each
+            q, k, v = self.query_key_value(x if self.training else at_least_float32(x)).chunk(3, dim=-1)  # (B,T,dim)
             heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
             out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
             return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
@@ -408,9 +408,9 @@ class TransformerBlock(nn.Module):
         y = self.norm_self(x).view(B * W, 1, D)
         new = (z.unflatten(0, (B, W)) for z in self.self_attention.keys_values(y))  # (B*W,H,1,K) -> (B,W,H,1,K)
         keys, values = (torch.cat(pair, dim=3) for pair in zip(past, new))
-        out, _ = self.self_attention.over(y, keys.flatten(0, 1), values.flatten(0, 1))
+        out, _ = self.self_attention.attend_to(y, keys.flatten(0, 1), values.flatten(0, 1))
         x = x + out.view(B, W, D)
-        out, weights = self.cross_attention.over(self.norm_cross(x), *memory, memory_mask, need_weights=True)
+        out, weights = self.cross_attention.attend_to(self.norm_cross(x), *memory, memory_mask, need_weights=True)
         x = x + out  # hypotheses stand where forward has steps: they share one memory
         return x + self.feed_forward(self.norm_ffn(x)), (keys, values), weights
 
@@ -433,8 +433,8 @@ class ConvolutionModule(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B,T,D), mask (B,1,T): padded steps enter the convolution as zeros -> (B,T,D)."""
         check_shapes(x=(x, "B", "T", self.depthwise.in_channels))
-        x = hide_masked(F.glu(self.gate(x), dim=-1), mask)
-        x = over_time(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
+        x = zero_padding(F.glu(self.gate(x), dim=-1), mask)
+        x = convolve(x, self.depthwise.weight, self.depthwise.bias, self.depthwise.padding * 2)
         return self.out(F.silu(self.normalise(x, mask)))
 
     def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -516,7 +516,7 @@ class RelativeConformerBlock(ConformerBlock):
         check_shapes(x=(x, "B", "T", self.self_attention.dim), extent=(extent, "B"))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
-            x = x if self.training else widened(x)
+            x = x if self.training else at_least_float32(x)
             out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
             x = x + self.dropout(out)
             x = x + self.dropout(self.convolution(self.norm_conv(x), key_mask(extent, x.shape[1])))

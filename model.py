@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
-                       SanmDecoderBlock, TransformerBlock, causal_mask, check_lens, check_shapes, full_precision,
-                       halved_sinusoids, key_mask, near_mask, over_time, padding_mask, relative_codes, sinusoids,
-                       widened)
+                       SanmDecoderBlock, TransformerBlock, at_least_float32, causal_mask, check_lens, check_shapes,
+                       convolve, full_precision, halved_sinusoids, key_mask, near_mask, padding_mask, relative_codes,
+                       sinusoids)
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -87,7 +87,7 @@ class Subsampling(nn.Module):
         check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
         for convolution in self.convolutions:
             x = hide_padding(x, lens, leak=False)  # what pads may hold anything
-            x = F.gelu(over_time(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
+            x = F.gelu(convolve(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
 
@@ -142,7 +142,7 @@ class SanmEncoder(nn.Module):
         mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, first = through([self.first], x, mask, need_weights=need_weights)
-        x = widened(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
+        x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
         x, layers = through(self.blocks, x, mask, need_weights=need_weights)
         return hide_padding(self.norm(x), lens, leak), lens, first + layers
 
@@ -214,7 +214,7 @@ class Predictor(nn.Module):
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
-            x = over_time(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
+            x = convolve(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
             x = self.dropout(F.relu(x))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
 
@@ -233,7 +233,7 @@ class FramePredictor(nn.Module):
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
         check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
-        y = over_time(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
+        y = convolve(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
         y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
         weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
         return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
@@ -540,7 +540,7 @@ class Recogniser(nn.Module):
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)  # after the check, which waits for a GPU's queue
-        return widened(hidden), hidden_lens
+        return at_least_float32(hidden), hidden_lens
 
     @torch.no_grad()
     def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:

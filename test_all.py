@@ -56,7 +56,7 @@ import serve
 import tokenizer
 import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
-                       TransformerBlock, attend, causal_mask, check_lens, check_shapes, key_mask, over_time,
+                       TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
                        padding_mask, sinusoids)
 from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
@@ -1831,7 +1831,7 @@ def test_a_conformer_block_equals_its_formula():
 def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride, reach):
     weight, bias = normal(1, 3, inner, sum(reach) + 1).requires_grad_(), normal(2, 3)
     x, results = normal(3, 2, 7, 3).requires_grad_(), []
-    for found in (over_time(x, weight, bias, reach, stride),
+    for found in (convolve(x, weight, bias, reach, stride),
                   F.conv1d(F.pad(x.transpose(1, 2), reach), weight, bias, stride, groups=3 // inner).transpose(1, 2)):
         results.append((found, *torch.autograd.grad(found.square().sum(), (x, weight))))
     for ours, theirs in zip(*results):
