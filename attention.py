@@ -1,16 +1,17 @@
-"""Attention, feed-forward and position modules, the blocks that are built from them, and pictures of what they saw.
+"""Attention, feed-forward and position modules, the blocks built from them, and pictures of their attention.
 
-Reading order: masks and checks, positions, attention (plain, relative, with a sequence memory), FeedForward, blocks,
-pictures.
-Needs torch and numpy; nothing of this project is imported, so the file can be copied as it is.
+Needs torch and numpy and imports nothing of ours, so it can be copied alone. Reading order: checks and masks,
+positions, attention (plain, relative, with a sequence memory), feed-forwards, blocks, pictures.
 
-Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width.
+Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width,
+W hypotheses of an utterance; in decoders and pictures U tokens, L encoder frames. `memory` is the sequence that
+cross-attention reads; a *sequence memory* is something else, SAN-M's convolution over the values (FSMN).
 Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only:
 
-    encoder self-attention    key_mask(lens, T)                                       (B,1,T), None where nothing pads
-    the same, kept near       padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)
+    encoder self-attention    key_mask(lens, T)                                       (B,1,T), None without padding
+    limited to n neighbours   padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
-    cross-attention           key_mask(memory_lens, S)                                (B,1,S), None where nothing pads
+    cross-attention           key_mask(memory_lens, S)                                (B,1,S), None without padding
 
 Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
 al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
@@ -36,8 +37,8 @@ from torch import Tensor, nn
 
 
 def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
-    """Raise ValueError unless each name=(tensor, *dims) has these dims: an int must match, a str stands for a size, the
-    same wherever it is written."""
+    """Raise ValueError unless each name=(tensor, *dims) has these dims: an int is that size, a str any size, but the
+    same for all tensors: check_shapes(x=(x, "B", "T", 80), lens=(lens, "B"))."""
     sizes: dict[str, int] = {}
     for name, (x, *dims) in wanted.items():
         known, fits = sizes.copy(), x.dim() == len(dims)
@@ -49,8 +50,8 @@ def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
 
 
 def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
-    """Raise ValueError unless lens is (B,) int64 with values in 0..T, which are looked at on the CPU only: for those on
-    a GPU the program would have to wait."""
+    """Raise ValueError unless lens is (B,) int64 with values in 0..T. Values are checked on the CPU only, as reading
+    them from a GPU would make the program wait for it."""
     if lens.shape != (B,) or lens.dtype != torch.int64:
         raise ValueError(f"{name} must be ({B},) int64, got {tuple(lens.shape)} {lens.dtype}")
     if lens.device.type == "cpu" and not all(0 <= n <= T for n in lens.tolist()):
@@ -64,8 +65,8 @@ def padding_mask(lens: Tensor, T: int) -> Tensor:
 
 
 def key_mask(lens: Tensor, S: int) -> Tensor | None:
-    """lens (B,) int64 -> (B,1,S) bool, True where the key is real, or None where all are, which spares every layer the
-    masking. Looked for on the CPU only: for a GPU the program would have to wait. Raises as check_lens."""
+    """lens (B,) int64 -> (B,1,S) bool, True where the key is real, or None if all are, which saves every layer the
+    masking (lens on the CPU only, as in check_lens). Raises as check_lens."""
     if S and lens.device.type == "cpu" and lens.tolist() == [S] * lens.numel():
         return None
     return padding_mask(lens, S)[:, None, :]
@@ -77,13 +78,13 @@ def causal_mask(T: int, device: torch.device | None = None) -> Tensor:
 
 
 def near_mask(T: int, context: int, device: torch.device | None = None) -> Tensor:
-    """(T,T) bool, True where row t may see column s: no more than `context` steps away, on either side."""
+    """(T,T) bool, True where query row t may see key column s: |t - s| <= context."""
     step = torch.arange(T, device=device)
     return (step[:, None] - step).abs() <= context
 
 
 def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManager:
-    """In evaluation, no autocast: the number of tokens hangs on sums that half precision moves across whole numbers."""
+    """In evaluation, no autocast: half precision could move the sums that give the token count past a whole number."""
     return contextlib.nullcontext() if training else torch.autocast(x.device.type, enabled=False)
 
 
@@ -91,7 +92,7 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
 
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
-    """places (...) -> (...,dim) float32: sin at even, cos at odd columns of place * 10000^(-2i/dim). Vaswani et al."""
+    """places (...) -> (...,dim) float32: column 2i is sin, 2i+1 cos of place * 10000^(-2i/dim). Vaswani et al. 2017."""
     if dim % 2:
         raise ValueError(f"sinusoids: dim must be even, got {dim}")
     rate = torch.exp(torch.arange(0, dim, 2, device=places.device) * (-math.log(10000.0) / dim))
@@ -100,10 +101,8 @@ def sinusoids(places: Tensor, dim: int) -> Tensor:
 
 
 def halved_sinusoids(T: int, dim: int) -> Tensor:
-    """(T, dim) float32: row t - 1 holds sin, then in the second half cos, of t * 10000^(-i / (dim/2 - 1)), t from 1.
-
-    Source: the layout of tensor2tensor, which SAN-M uses, on the input width.
-    """
+    """(T,dim) float32: column i of row t is sin, column dim/2 + i cos of (t + 1) * 10000^(-i / (dim/2 - 1)).
+    Source: tensor2tensor; SAN-M adds them to its input features, dim wide."""
     if dim % 2 or dim < 4:
         raise ValueError(f"halved_sinusoids: dim must be even and 4 or more, got {dim}")
     rate = torch.exp(torch.arange(dim // 2).float() * (-math.log(10000.0) / (dim // 2 - 1)))
@@ -111,24 +110,24 @@ def halved_sinusoids(T: int, dim: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-RELATIVE_SPAN = 5000  # positions count down from here, or from the length of a longer utterance
+RELATIVE_SPAN = 5000  # ESPnet's max_len: positions count down from here, or from the length of a longer utterance
 
 
 def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
-    """lens (B,) int64 -> (B,T,dim) float32: row r codes position P-1-r as `sinusoids` does, P = max(5000, length).
+    """lens (B,) int64 -> (B,T,dim) float32: row r is the sinusoid of position P-1-r, P = max(RELATIVE_SPAN, length).
 
-    Source: the first relative attention of ESPnet, which published conformers were trained with; in Dai et al. 2019
-    the rows would code length-1-r.
+    Source: ESPnet's first ("legacy") relative attention, which published conformers were trained with; in Dai et al.
+    2019, P is the length.
     """
     check_shapes(lens=(lens, "B"))
     return sinusoids(lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device), dim)
 
 
 class PositionalEncoding(nn.Module):
-    """Add a position code to x (B,T,D): fixed `sinusoidal` for any T, `learnable` for T <= max_len, or `none`.
+    """Add position codes to x (B,T,D): fixed `sinusoidal` for any T, `learnable` for T <= max_len, or `none`.
 
-    With `none` the order is left to the convolutions of a conformer: attention that cannot count positions can neither
-    learn where words usually stand, which a small corpus invites to, nor be lost past the longest training utterance.
+    With `none`, only the convolutions of a conformer tell the order: attention without positions can neither memorise
+    where words usually stand, a risk with a small corpus, nor fail past the longest training utterance.
     """
 
     def __init__(self, dim: int, kind: str = "sinusoidal", max_len: int = 2000):
@@ -160,10 +159,10 @@ class PositionalEncoding(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, bias: Tensor | None = None,
            dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """softmax(q k' / sqrt(K) + bias) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool, bias (B,H,T,S)
-    -> (B,H,T,K), weights (B,H,T,S). dropout is the share of weights that is dropped (the caller gives 0 in evaluation).
+    -> (B,H,T,K), weights (B,H,T,S) or None. dropout: share of the weights dropped (callers pass 0 in evaluation).
 
     A query that sees no key gives 0: a softmax over nothing would be NaN, in the gradient too, so that row
-    attends to everything and is then erased. `need_weights` takes the explicit path, equal to the fused one.
+    attends to everything and is then zeroed. `need_weights` takes the explicit path, equal to the fused one.
     """
     check_shapes(q=(q, "B", "H", "T", "K"), k=(k, "B", "H", "S", "K"), v=(v, "B", "H", "S", "K"))
     B, _, T, K = q.shape
@@ -190,7 +189,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention in H heads; the keys come from x itself or from a memory of width memory_dim.
 
-    No dropout on the attention weights: the fused kernels of the CPU do not have it, and the blocks drop the output.
+    No dropout on the attention weights, which the fused CPU kernels lack; the blocks apply it to the output.
     """
 
     def __init__(self, dim: int, num_heads: int, memory_dim: int | None = None):
@@ -214,29 +213,29 @@ class MultiHeadAttention(nn.Module):
         return self.attend_to(x, *self.keys_values(memory), mask, need_weights)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (B,S,memory_dim) -> its keys and values (B,H,S,K), which a cache keeps."""
+        """memory (B,S,memory_dim) -> its keys and its values, (B,H,S,K) each, for attend_to or a cache."""
         k, v = self.key_value(memory).chunk(2, dim=-1)
         return self.split_heads(k), self.split_heads(v)
 
     def attend_to(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
              need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """What forward does once it has keys and values k, v (B,H,S,K)."""
+        """As forward, with the keys and values k, v (B,H,S,K) of a memory in place of the memory."""
         out, weights = attend(self.split_heads(self.query(x)), k, v, mask, need_weights)
         out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,D)
-        return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias too
+        return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias
 
 
 def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
-    """Scores against position codes (B,H,T,T) -> the same against distances, each utterance over its own length.
+    """Scores of queries against position codes (B,H,T,T) -> scores against keys (B,H,T,T), lens (B,).
 
-    What prepending a zero column to (L,L), reading it as (L+1,L) and dropping the first row gives, L = lens[b]: query t
-    sees key s <= t through code L-1-(t-s). Key t+1 gets 0, and later ones the scores of query t+1, as in ESPnet's first
-    version, on which published weights rely.
+    For each utterance, n = lens[b], prepend a zero column to its (n,n) scores, view the result as (n+1,n) and drop the
+    first row: key s <= t of query t gets the score of code n-1-(t-s). Key t+1 gets 0 and later keys get scores of query
+    t+1. Source: Dai et al. 2019, appendix B, as in ESPnet's first version, on which published weights rely.
     """
     check_shapes(scores=(scores, "B", "H", "T", "T"), lens=(lens, "B"))
     B, H, T, _ = scores.shape
     step, length = torch.arange(T, device=lens.device), lens[:, None, None]
-    flat = (step[:, None] + 1) * length + step  # (B,T,T): place in the (L,L+1) table
+    flat = (step[:, None] + 1) * length + step  # (B,T,T): index into the flattened (n,n+1) table
     row, column = flat // (length + 1), flat % (length + 1) - 1
     place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)
     moved = scores.flatten(2).gather(2, place.flatten(1)[:, None].expand(B, H, T * T)).view(B, H, T, T)
@@ -255,8 +254,8 @@ class RelativeAttention(MultiHeadAttention):
 
     def forward(self, x: Tensor, codes: Tensor, lens: Tensor, mask: Tensor | None = None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), codes (B,T,D) from `relative_codes`, lens (B,) to count positions from, mask (B,1,T)
-        -> out (B,T,D), weights (B,H,T,T) where asked for."""
+        """x (B,T,D), codes (B,T,D) = relative_codes(lens, T, D), lens (B,), mask (B,1,T)
+        -> out (B,T,D), weights (B,H,T,T) where asked for, else None."""
         check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
         q, p = self.split_heads(self.query(x)), self.split_heads(self.position(codes))  # (B,H,T,K)
         k, v = self.keys_values(x)
@@ -272,7 +271,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B,T,D) with zeros where mask (B,1,T) hides the step; with None nothing is hidden. Raises for other shapes."""
+    """x (B,T,D) with zeros where mask (B,1,T) is False; None: x as it is. Raises ValueError for other shapes."""
     if mask is None:
         return x
     check_shapes(x=(x, "B", "T", "D"), mask=(mask, "B", 1, "T"))
@@ -280,11 +279,11 @@ def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
-    """Convolution over the steps of x (B,T,C), which reaches so many steps, or zeros, back and ahead -> (B,T',D).
+    """F.conv1d over the steps of x (B,T,C) -> (B,T',D), 3 to 10 times faster on a CPU.
 
-    weight (D,C,k), or (D,1,k) for a kernel of each channel; k - 1 is the reach; bias (D,) or None. A Conv1d would have
-    x copied to (B,C,T): this is a matrix product with windows of x or, of one channel to one, an image of height 1 with
-    its channels last, which is 3 to 10 times faster on a CPU.
+    weight (D,C,k), or (D,1,k) for a depthwise convolution; bias (D,) or None; reach: zeros padded before and after, k-1
+    in all if T' is to be T at stride 1. F.conv1d would have x copied to (B,C,T): this is a matrix product with windows
+    of x or, if depthwise, a convolution over an image of height 1 whose channels are last.
     """
     x = F.pad(x, (0, 0, *reach))
     if weight.shape[1] == x.shape[2]:
@@ -294,9 +293,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, i
 
 
 class SequenceMemory(nn.Module):
-    """x plus a depthwise convolution over it: what a step remembers of its neighbours, channel by channel (FSMN).
+    """x plus a depthwise convolution of it over time. Source: the FSMN of Zhang et al. 2018.
 
-    The convolution reaches (kernel_size - 1) // 2 + shift steps back, and forward for the rest.
+    The window of kernel_size steps begins (kernel_size - 1) // 2 + shift steps before the current one.
     """
 
     def __init__(self, dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
@@ -305,11 +304,11 @@ class SequenceMemory(nn.Module):
         if not 0 <= left < kernel_size:
             raise ValueError(f"shift must be within half of kernel_size {kernel_size}, got {shift}")
         self.reach = left, kernel_size - 1 - left
-        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size), math.sqrt(5)))
+        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size), math.sqrt(5)))  # Conv1d's
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B,T,D), mask (B,1,T) -> (B,T,D), 0 where it pads; padded steps are remembered as zeros."""
+        """x (B,T,D), mask (B,1,T) or None -> (B,T,D); padded steps enter as zeros and come out as zeros."""
         check_shapes(x=(x, "B", "T", self.weight.shape[0]))
         x = zero_padding(x, mask)
         if x.shape[1] == 0:
@@ -340,7 +339,7 @@ class SanmAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them: (B,T,D) -> (B,T,D). ffn_dim 0 is 4 * dim."""
+    """Two linear layers with an activation between them: (B,T,D) -> (B,T,D). ffn_dim 0 means 4 * dim."""
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
@@ -353,8 +352,8 @@ class FeedForward(nn.Module):
 
 
 class NormedFeedForward(nn.Module):
-    """Linear, ReLU, LayerNorm inside, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders.
-    ffn_dim 0 is 4 * dim."""
+    """Linear, ReLU, LayerNorm, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders.
+    ffn_dim 0 means 4 * dim."""
 
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
         super().__init__()
@@ -399,9 +398,9 @@ class TransformerBlock(nn.Module):
 
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
              memory_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-        """The next token of W hypotheses of each utterance: forward's last row under a causal mask, without dropout.
+        """One more token for each of W hypotheses: equal to forward's last step under a causal mask, without dropout.
 
-        x (B,W,D), past: keys and values (B,W,H,t,K) of the t tokens before, memory: keys and values (B,H,S,K) of the
+        x (B,W,D), past: keys and values (B,W,H,t,K) of the t earlier tokens, memory: keys and values (B,H,S,K) of the
         cross-attention, memory_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
         """
         B, W, D = x.shape
@@ -411,7 +410,7 @@ class TransformerBlock(nn.Module):
         out, _ = self.self_attention.attend_to(y, keys.flatten(0, 1), values.flatten(0, 1))
         x = x + out.view(B, W, D)
         out, weights = self.cross_attention.attend_to(self.norm_cross(x), *memory, memory_mask, need_weights=True)
-        x = x + out  # hypotheses stand where forward has steps: they share one memory
+        x = x + out  # the W hypotheses took the place of forward's T steps, as they share one memory
         return x + self.feed_forward(self.norm_ffn(x)), (keys, values), weights
 
 
@@ -442,7 +441,7 @@ class ConvolutionModule(nn.Module):
 
 
 class StepNorm(nn.BatchNorm1d):
-    """BatchNorm in which a single step, which has no variance, is normalised by the running statistics in training."""
+    """BatchNorm1d, but a single step, which has no variance, is normalised by the running statistics in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != self.num_features:
@@ -451,16 +450,16 @@ class StepNorm(nn.BatchNorm1d):
 
 
 class Pointwise(nn.Conv1d):
-    """An nn.Linear whose weight has the shape (out,in,1) of a convolution over single steps."""
+    """A Conv1d of kernel size 1 on (...,in), computed as an nn.Linear; its weight (out,in,1) fits published ones."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight[:, :, 0], self.bias)
 
 
 class BatchNormConvolution(ConvolutionModule):
-    """The convolution module of Gulati et al. 2020 as published: BatchNorm between depthwise and the last pointwise.
+    """The convolution module as Gulati et al. 2020 published it, with BatchNorm in place of LayerNorm.
 
-    In training its statistics are those of the real steps of the batch only.
+    In training the statistics of the batch are those of its real steps only.
     """
 
     def __init__(self, dim: int, kernel_size: int):
@@ -470,7 +469,8 @@ class BatchNormConvolution(ConvolutionModule):
     def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or not self.training:
             return self.norm(x.transpose(1, 2)).transpose(1, 2)
-        return x.masked_scatter(mask[:, 0, :, None], self.norm(x[mask[:, 0]]).to(x.dtype))
+        real = mask[:, 0]  # (B,T)
+        return x.masked_scatter(real[:, :, None], self.norm(x[real]).to(x.dtype))
 
 
 class ConformerBlock(nn.Module):
@@ -489,7 +489,7 @@ class ConformerBlock(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1,T) or (B,T,T) -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T).
 
-        The convolution sees every frame that any row of the mask may see.
+        The convolution sees every step that any query may see.
         """
         check_shapes(x=(x, "B", "T", self.self_attention.dim))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
@@ -511,8 +511,8 @@ class RelativeConformerBlock(ConformerBlock):
 
     def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, extent: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), mask (B,1,T), codes (B,T,D), extent (B,): steps that the convolution sees and positions count from
-        -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        """x (B,T,D), mask (B,1,T), codes (B,T,D) = relative_codes(extent, T, D), extent (B,): how many steps positions
+        and convolution cover -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
         check_shapes(x=(x, "B", "T", self.self_attention.dim), extent=(extent, "B"))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
@@ -525,7 +525,7 @@ class RelativeConformerBlock(ConformerBlock):
 
 
 class SanmBlock(nn.Module):
-    """Pre-norm attention with memory, then feed-forward; no residual where the width changes from in_dim to dim."""
+    """Pre-norm SanmAttention, then feed-forward; attention has no residual if in_dim differs from dim."""
 
     def __init__(self, in_dim: int, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0,
                  dropout: float = 0.0, attention_dropout: float = 0.0):
@@ -558,10 +558,11 @@ class SanmDecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L) -> (B,U,D), weights (B,H,U,L) or None."""
+        """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L)
+        -> (B,U,D), cross-attention weights (B,H,U,L) where asked for, else None."""
         check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
         y = self.feed_forward(self.norm_ffn(x))
-        x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # the residual goes round the feed-forward as well
+        x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
         if self.cross_attention is None:
             return x, None
         out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
@@ -576,14 +577,14 @@ SVG_STYLE = ('text{font:12px sans-serif,"Noto Sans CJK SC","PingFang SC","Micros
              " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-width:1.5;stroke-dasharray:5 4}"
              " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5} .ground{fill:#3b528b}"
              " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
-LEFT, WIDTH, RIGHT = 90, 900, 40  # pixels: beside the plots, and of them where they are not wider
+LEFT, WIDTH, RIGHT = 90, 900, 40  # pixels: left margin, least width of the plots, right margin
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Span = tuple[str, float, float]  # a token: its text, its start and its end in seconds
 
 
 class Panel(NamedTuple):
-    """A plot over time within a picture: its place in pixels, and the seconds that it is wide."""
+    """A plot over time within a picture: its place in pixels, and the seconds that its width stands for."""
 
     left: float
     top: float
@@ -601,21 +602,21 @@ def escape(text: str) -> str:
 
 
 def text_width(text: str) -> float:
-    """Pixels that text takes, or a few less, in a wide sans-serif of 12 px; a CJK character takes 12."""
+    """Estimated width of text in pixels, in a wide sans-serif of 12 px; a CJK character takes 12."""
     return sum(0 if unicodedata.combining(c) else 12 if unicodedata.east_asian_width(c) in "WF" or c in "mMW@%…"
                else 9.5 if c.isupper() or c == "w" else 7.5 for c in text)
 
 
 def fit(text: str, room: float) -> str:
-    """text, or as much of it as fits into so many pixels, and an ellipsis."""
+    """text, or as much of it as fits into `room` pixels with an ellipsis, which takes 12."""
     if text_width(text) <= room:
         return text
     return text[:sum(end <= room - 12 for end in itertools.accumulate(map(text_width, text)))] + "…"
 
 
 def place(sizes: Sequence[float], centres: Sequence[float], lines: int) -> list[tuple[int, int]]:
-    """Stack labels so that none overlap: (index, line) of each that finds room on one of the lines, the first tried
-    first. sizes and centres in pixels, from left to right."""
+    """Stack labels so that none overlap: (index, line) of each label that finds room, on the lowest line possible.
+    sizes and centres in pixels, from left to right; labels without room are left out."""
     ends, placed = [-math.inf] * lines, []
     for i, (size, centre) in enumerate(zip(sizes, centres)):
         line = next((n for n, end in enumerate(ends) if centre - size / 2 >= end + 4), None)
@@ -643,7 +644,7 @@ def heat_map(values: np.ndarray) -> str:
 
 
 def picture(title: str, height: float, body: Sequence[str], plots: float = WIDTH) -> str:
-    """An SVG document with a title line over plots that are so wide, readable on light and dark ground."""
+    """An SVG document with a title above plots `plots` pixels wide, readable on light and dark backgrounds."""
     size = f'width="{LEFT + plots + RIGHT:.0f}" height="{height:.0f}"'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {LEFT + plots + RIGHT:.0f} {height:.0f}">'
             f'<style>{SVG_STYLE}</style><text class="title" x="{LEFT}" y="20">{escape(fit(title, plots))}</text>'
@@ -651,16 +652,15 @@ def picture(title: str, height: float, body: Sequence[str], plots: float = WIDTH
 
 
 def clip(panel: Panel, body: str) -> str:
-    """body, which stands where it stood, without what is beyond the panel."""
+    """The SVG elements of body, cut off at the edges of the panel."""
     left, top, width, height, _ = panel
     return (f'<svg x="{left}" y="{top}" width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">'
             f'{body}</svg>')
 
 
 def image_svg(panel: Panel, values: Tensor, across: tuple[float, float], down: tuple[float, float]) -> str:
-    """values (rows, columns) as a heat map over these seconds of the panel, of which both sides are that long.
-
-    Where there are more values than pixels, a pixel is the largest of its values.
+    """values (rows, columns) as a heat map from across[0] to across[1] and from down[0] to down[1], in seconds; the
+    panel's height stands for as many seconds as its width. Where values share a pixel, it shows the largest.
     """
     if not values.numel():
         return ""
@@ -678,7 +678,7 @@ def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def time_axis(panel: Panel) -> str:
-    """A line under the panel with labelled ticks, about one for every 80 pixels."""
+    """A line under the panel with labelled ticks, at least 75 pixels apart."""
     x, bottom = panel.x, panel.top + panel.height + 2
     steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600)
     step = next((s for s in steps if panel.seconds / s <= panel.width / 75), 3600)
@@ -690,7 +690,7 @@ def time_axis(panel: Panel) -> str:
 
 
 def token_labels(panel: Panel, tokens: Sequence[Span], lines: int) -> tuple[list[str], int]:
-    """The tokens' texts over the panel, above the middles of their times -> labels, and the lines that they take."""
+    """The tokens' texts above the panel, each centred on its token's time -> labels, number of lines they take."""
     texts = [fit(text, 120) for text, _, _ in tokens]
     sizes = [text_width(text) for text in texts]
     left, right = panel.left - 12, panel.left + panel.width + 12
@@ -702,7 +702,7 @@ def token_labels(panel: Panel, tokens: Sequence[Span], lines: int) -> tuple[list
 
 
 def firing_svg(panel: Panel, alpha: Tensor, across: tuple[float, float]) -> list[str]:
-    """The weights alpha (L,) of frames that fill these seconds as bars, and their running sum as a line over a grid."""
+    """Firing weights alpha (L,) of frames from across[0] to across[1] s as bars, their running sum as a line."""
     bottom, total = panel.top + panel.height, alpha.double().cumsum(0).tolist()
     edges = np.linspace(panel.x(across[0]), panel.x(across[1]), len(alpha) + 1)
     largest, full = max(1.0, float(alpha.max())), 1.03 * max(1.0, total[-1])
@@ -721,7 +721,7 @@ def firing_svg(panel: Panel, alpha: Tensor, across: tuple[float, float]) -> list
 
 
 def legend_svg(y: float, meanings: dict[str, str]) -> str:
-    """What the lines of a picture mean, {class: meaning}, in a row. True boundaries are white and need a ground."""
+    """The row {CSS class of a line: its meaning}. True boundaries are white, so they get a dark background."""
     xs = range(LEFT, LEFT + WIDTH, 230)
     return "".join((f'<rect class="ground" x="{x}" y="{y - 11}" width="30" height="14"/>' if name == "true" else "")
                    + f'<path class="{name}" d="M{x} {y - 4}h30"/>{label_svg(x + 36, y, meaning, "start")}'
@@ -730,19 +730,19 @@ def legend_svg(y: float, meanings: dict[str, str]) -> str:
 
 def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Span], seconds: float,
                   frames: tuple[float, float], truth: Tensor | None = None) -> str:
-    """The features (T,F) with the tokens and their boundaries over them, and below them the firing weights alpha (L,)
-    of the encoder's frames with their running sum.
+    """An SVG of the features (T,F) under their tokens and token boundaries, and below, the firing weights alpha (L,) of
+    the encoder's frames with their running sum.
 
-    seconds is the length of the features, frames the seconds at which the first encoder frame begins and the last one
-    ends; truth (U+1,) are true boundaries in seconds, drawn dashed. Many tokens make the picture wider.
+    seconds: duration of the features; frames: start of the first and end of the last encoder frame, s; truth (U+1,):
+    true boundaries, s, drawn dashed. Many tokens make the picture wider.
     """
     width = max(WIDTH, 12 * len(tokens))
     lines = token_labels(Panel(LEFT, 0, width, 0, seconds), tokens, 6)[1]
     image = Panel(LEFT, 38 + 13 * lines, width, 200, seconds)
     firing = Panel(LEFT, image.top + 212, width, 118, seconds)
-    bottom, everything = firing.top + firing.height, (0, seconds)
+    bottom, whole = firing.top + firing.height, (0, seconds)
     edges = [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]
-    body = [image_svg(image, feats.T.flip(0), everything, everything), *token_labels(image, tokens, 6)[0],
+    body = [image_svg(image, feats.T.flip(0), whole, whole), *token_labels(image, tokens, 6)[0],
             label_svg(LEFT - 8, image.top + 100, "features", "end"), *firing_svg(firing, alpha, frames),
             time_axis(firing)]
     body += [f'<path class="fire" d="M{image.x(t):.1f} {image.top - 10}V{bottom}"/>' for t in edges]
@@ -755,8 +755,8 @@ def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Spa
 
 def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: float, frames: tuple[float, float],
                   cross: bool) -> str:
-    """Attention weights as a panel for each head, bright up to its own largest weight: the encoder's frames across, and
-    down the tokens (cross: weights (H,U,L)) or the frames again (weights (H,L,L)). seconds, frames: as above."""
+    """An SVG with a panel for each attention head, brightest at its own largest weight: encoder frames across; down,
+    the tokens (cross: weights (H,U,L)) or the frames (weights (H,L,L)). seconds, frames: as in alignment_svg."""
     columns = min(2, len(weights))
     width = (WIDTH - 30 * (columns - 1)) / columns
     height = min(420, max(60, 16 * len(tokens))) if cross else 320
