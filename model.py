@@ -62,9 +62,9 @@ def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
 
 
-def through(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
-            need_weights: bool) -> tuple[Tensor, list[Tensor]]:
-    """x (B,T,D) through one block after another, `rest` to each -> x, and the attention weights that they give."""
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
+               need_weights: bool) -> tuple[Tensor, list[Tensor]]:
+    """x (B,T,D) through one block after another, each called with `rest` -> x, the attention weights they return."""
     layers = []
     for block in blocks:
         x, weights = block(x, *rest, need_weights=need_weights)
@@ -86,7 +86,7 @@ class Subsampling(nn.Module):
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
         check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
         for convolution in self.convolutions:
-            x = hide_padding(x, lens, leak=False)  # what pads may hold anything
+            x = hide_padding(x, lens, leak=False)  # padded frames may hold anything
             x = F.gelu(convolve(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
         mask = key_mask(lens, x.shape[1])  # (B,1,L)
         if self.context:
             mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
-        x, layers = through(self.blocks, self.dropout(self.position(x)), mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, self.dropout(self.position(x)), mask, need_weights=need_weights)
         return hide_padding(self.norm(x), lens, leak), lens, layers
 
 
@@ -138,12 +138,12 @@ class SanmEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # what pads may hold anything
+        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
         mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
-        x, first = through([self.first], x, mask, need_weights=need_weights)
+        x, first = run_blocks([self.first], x, mask, need_weights=need_weights)
         x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
-        x, layers = through(self.blocks, x, mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, need_weights=need_weights)
         return hide_padding(self.norm(x), lens, leak), lens, first + layers
 
 
@@ -183,13 +183,13 @@ class RelativeConformerEncoder(nn.Module):
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward; fewer than 7 frames give none."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # what pads may hold anything
+        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
         with full_precision(feats, self.training):
             x, lens = self.subsampling(feats, lens, leak)
         extent = torch.full_like(lens, x.shape[1]) if leak else lens
         codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
         mask, x = key_mask(lens, x.shape[1]), self.dropout(x * math.sqrt(self.dim))
-        x, layers = through(self.blocks, x, mask, codes, extent, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, codes, extent, need_weights=need_weights)
         return hide_padding(self.norm(x), lens, leak), lens, layers
 
 
@@ -379,7 +379,7 @@ class Decoder(nn.Module):
         mask = key_mask(counts, embeds.shape[1])
         memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
-        x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
 
 
@@ -409,7 +409,7 @@ class SanmDecoder(nn.Module):
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         blocks = [*self.blocks, *self.memory_blocks]
-        x, layers = through(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
+        x, layers = run_blocks(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
         return self.output(self.norm(self.last(x))), layers
 
 
@@ -464,13 +464,13 @@ MASKED_SHARE = 0.2  # of the positions of a random candidate, where it may not t
 
 
 def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tensor) -> Tensor:
-    """Fewest substitutions, insertions and deletions: hyps (N,U), refs (N,R), lens (N,) -> (N,) int64."""
-    place = torch.arange(refs.shape[1] + 1, device=refs.device)
-    row = place.expand(len(refs), -1)  # distance of each beginning of the reference to no words
+    """Levenshtein distances: hyps (N,U), hyp_lens (N,), refs (N,R), ref_lens (N,) -> (N,) int64."""
+    index = torch.arange(refs.shape[1] + 1, device=refs.device)
+    row = index.expand(len(refs), -1)  # (N,R+1): from refs[:, :r] to the hypothesis so far, at first empty
     for u in range(hyps.shape[1]):
         best = torch.minimum(row[:, 1:] + 1, row[:, :-1] + (hyps[:, u, None] != refs))
         best = torch.cat((row[:, :1] + 1, best), 1)
-        best = (best - place).cummin(1).values + place  # and words of the reference left out, as many as it takes
+        best = (best - index).cummin(1).values + index  # deletions: min over s <= r of best[:, s] + r - s
         row = torch.where((u < hyp_lens)[:, None], best, row)
     return row.gather(1, ref_lens[:, None])[:, 0]
 
@@ -484,12 +484,12 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     """
     (B, N, _), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
     check_shapes(tokens=(tokens, "B", "U"), logits=(logits, "B", "U", "V"))
-    two, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2)
+    log_p, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2): best and second best
     second = masked & (torch.arange(N, device=masked.device) > 0)[:, None]
-    chosen = torch.where(second, ids[:, None, :, 1], ids[:, None, :, 0])  # (B,N,U)
-    log_prob = (torch.where(second, two[:, None, :, 1], two[:, None, :, 0]) * real).sum(-1)  # (B,N)
-    copies = tokens.repeat_interleave(N, 0), lens.repeat_interleave(N)
-    errors = edit_distances(chosen.flatten(0, 1), copies[1], *copies).view(B, N).to(log_prob)
+    hyps = torch.where(second, ids[:, None, :, 1], ids[:, None, :, 0])  # (B,N,U)
+    log_prob = (torch.where(second, log_p[:, None, :, 1], log_p[:, None, :, 0]) * real).sum(-1)  # (B,N)
+    refs, ref_lens = tokens.repeat_interleave(N, 0), lens.repeat_interleave(N)  # (B*N,U), (B*N,)
+    errors = edit_distances(hyps.flatten(0, 1), ref_lens, refs, ref_lens).view(B, N).to(log_prob)
     return (log_prob.softmax(1) * (errors - errors.mean(1, keepdim=True))).sum()
 
 
@@ -587,26 +587,26 @@ class Paraformer(Recogniser):
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens, leak=self.options.padding_leaks)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
-        alpha, words = self.predictor(hidden, hidden_lens), (tokens, token_lens)
-        tokens, token_lens = self.targets(tokens, token_lens)
-        embeds = cif(hidden, scale_weights(alpha, token_lens), tokens.shape[1])
+        alpha = self.predictor(hidden, hidden_lens)
+        targets, counts = self.targets(tokens, token_lens)
+        embeds = cif(hidden, scale_weights(alpha, counts), targets.shape[1])
         with torch.no_grad():
-            first, _ = self.decoder(embeds, token_lens, hidden, hidden_lens)
-            wrong = ((first.argmax(-1) != tokens) & padding_mask(token_lens, tokens.shape[1])).sum(1)
-        order = torch.rand(tokens.shape, device=tokens.device) if order is None else order
-        mixed = glance(embeds, self.truth(tokens), token_lens, wrong, self.options.sampling_ratio, order)
-        logits, _ = self.decoder(mixed, token_lens, hidden, hidden_lens)
-        sums = {"ce": cross_entropy_sum(logits, tokens, token_lens, self.options.label_smoothing),
-                "quantity": (alpha.sum(1) - token_lens).abs().sum()}
+            first, _ = self.decoder(embeds, counts, hidden, hidden_lens)
+            wrong = ((first.argmax(-1) != targets) & padding_mask(counts, targets.shape[1])).sum(1)
+        order = torch.rand(targets.shape, device=targets.device) if order is None else order
+        mixed = glance(embeds, self.truth(targets), counts, wrong, self.options.sampling_ratio, order)
+        logits, _ = self.decoder(mixed, counts, hidden, hidden_lens)
+        sums = {"ce": cross_entropy_sum(logits, targets, counts, self.options.label_smoothing),
+                "quantity": (alpha.sum(1) - counts).abs().sum()}
         if self.options.mwer_weight:
-            masked = torch.rand(len(tokens), self.options.mwer_samples, tokens.shape[1], device=tokens.device)
-            sums["mwer"] = mwer_sum(logits, tokens, token_lens, masked < MASKED_SHARE)
-        if self.ctc is not None:
-            sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, *words)
+            draws = torch.rand(len(targets), self.options.mwer_samples, targets.shape[1], device=targets.device)
+            sums["mwer"] = mwer_sum(logits, targets, counts, draws < MASKED_SHARE)
+        if self.ctc is not None:  # without the end token
+            sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
         if self.timing is not None:
             extent = torch.full_like(hidden_lens, hidden.shape[1]) if self.options.padding_leaks else hidden_lens
-            sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - token_lens).abs().sum()
-        return self.total(sums), self.divisor(token_lens)
+            sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - counts).abs().sum()
+        return self.total(sums), self.divisor(counts)
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
@@ -706,7 +706,7 @@ class CausalDecoder(nn.Module):
         mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
         memory_mask = key_mask(hidden_lens, hidden.shape[1])
         x = self.dropout(self.position(self.embedding(tokens)))
-        x, layers = through(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
 
 
@@ -726,9 +726,9 @@ class Transformer(Recogniser):
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
-        wanted = F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS)
+        targets = F.pad(tokens, (0, 1)).scatter(1, token_lens[:, None], EOS)
         logits, _ = self.decoder(F.pad(tokens, (1, 0), value=SOS), hidden, hidden_lens)
-        sums = {"ce": cross_entropy_sum(logits, wanted, token_lens + 1, self.options.label_smoothing)}
+        sums = {"ce": cross_entropy_sum(logits, targets, token_lens + 1, self.options.label_smoothing)}
         if self.ctc is not None:
             sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
         return self.total(sums), self.divisor(token_lens + 1)
@@ -747,11 +747,11 @@ class Transformer(Recogniser):
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             x = decoder.position(decoder.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
-            x, kept = x.view(*tokens.shape, x.shape[2]), []
+            x, longer = x.view(*tokens.shape, x.shape[2]), []
             for block, keys, values, memory_kv in zip(decoder.blocks, past[::2], past[1::2], memory):
-                x, said, weights = block.step(x, (keys, values), memory_kv, mask)
-                kept += said
-            return decoder.output(decoder.norm(x)).log_softmax(-1), kept, weights.mean(1)
+                x, keys_values, weights = block.step(x, (keys, values), memory_kv, mask)
+                longer += keys_values  # two tensors
+            return decoder.output(decoder.norm(x)).log_softmax(-1), longer, weights.mean(1)
 
         return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(memory))
 
@@ -759,15 +759,15 @@ class Transformer(Recogniser):
         """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one after the other, each the argmax, to the end
         token or to as many tokens as there are encoder frames."""
         step, past = self.begin(hidden, hidden_lens, 1)
-        last, said, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
+        last, found, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
         while True:
             log_p, past, _ = step(last, past)
             last = log_p.argmax(-1)  # (B,1)
-            goes_on = (lens == len(said)) & (last[:, 0] != EOS) & (lens < hidden_lens)
+            goes_on = (lens == len(found)) & (last[:, 0] != EOS) & (lens < hidden_lens)
             if not goes_on.any():
                 break
-            said, lens = said + [last], lens + goes_on
-        return torch.cat(said, 1) if said else lens.new_zeros(len(lens), 0), lens
+            found, lens = found + [last], lens + goes_on
+        return torch.cat(found, 1) if found else lens.new_zeros(len(lens), 0), lens
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
@@ -782,11 +782,11 @@ class Transformer(Recogniser):
         tokens = tokens * mask
         logits, layers = self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)
         log_p = logits.float().log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2) * mask
-        looks = layers[-1].float().mean(1) * mask[:, :, None]  # (B,U,L)
-        centres = (looks.argmax(-1) + 0.5).cummax(1).values
+        attention = layers[-1].float().mean(1) * mask[:, :, None]  # (B,U,L)
+        centres = (attention.argmax(-1) + 0.5).cummax(1).values
         rows = zip(centres.cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
         edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
-        return Hypotheses(tokens, lens, log_p, edges, looks.sum(1), [], layers if need_weights else [])
+        return Hypotheses(tokens, lens, log_p, edges, attention.sum(1), [], layers if need_weights else [])
 
 
 def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
@@ -844,19 +844,20 @@ class CTC(Recogniser):
         log_p = self.log_probs(hidden)
         real = padding_mask(hidden_lens, hidden.shape[1])
         path = log_p.argmax(-1) * real if tokens is None else ctc_path(log_p, hidden_lens, tokens, lens)
-        said = path != BLANK
-        number = (said & (path != F.pad(path, (1, 0))[:, :-1])).cumsum(1)  # (B,L): tokens that have begun
+        spoken = path != BLANK
+        number = (spoken & (path != F.pad(path, (1, 0))[:, :-1])).cumsum(1)  # (B,L): tokens that have begun
         lens = number[:, -1]
         U = int(lens.max()) if len(lens) else 0
-        of = (number[:, None, :] == torch.arange(1, U + 1, device=path.device)[:, None]) & said[:, None, :]  # (B,U,L)
+        unit = torch.arange(1, U + 1, device=path.device)[:, None]
+        on = (number[:, None, :] == unit) & spoken[:, None, :]  # (B,U,L): the frames that say token u
         mask = padding_mask(lens, U)
-        tokens = (of * path[:, None, :]).amax(-1)
-        voice = log_p.transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, path.shape[1]))  # (B,U,L)
-        best, place = voice.masked_fill(~of, -math.inf).max(-1)
-        rows = zip((place + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
+        tokens = (on * path[:, None, :]).amax(-1)
+        token_log_p = log_p.transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, path.shape[1]))  # (B,U,L)
+        best, frame = token_log_p.masked_fill(~on, -math.inf).max(-1)
+        rows = zip((frame + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
         edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
         alpha = (1 - log_p[:, :, BLANK].exp()) * real
-        attention = (voice.exp() * mask[:, :, None] * real[:, None, :])[:, None]
+        attention = (token_log_p.exp() * mask[:, :, None] * real[:, None, :])[:, None]
         return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [],
                           [attention] if need_weights else [])
 
