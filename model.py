@@ -2,8 +2,8 @@
 
 Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, fire, boundaries), decoders, the sampler
 (glance), the losses, Paraformer, which puts them together, the two models that it is compared with (Transformer, CTC),
-ARCHITECTURES, from which `build` chooses, and checkpoints.
-Needs torch, numpy and attention.py. The sizes come from a config section whose attributes are read by name (config.py).
+ARCHITECTURES, from which `build` chooses, checkpoints, FunASR's weights, weights repacked for CPUs.
+Needs torch, numpy and attention.py. `options` is the model section of a config, or a part of it (config.py).
 
     feats -> Encoder -> hidden -> Predictor -> alpha -> cif -> embeds -> Decoder(embeds, hidden) -> logits
     (B,T,F)            (B,L,D)                (B,L)           (B,U,D)                              (B,U,V)
@@ -12,8 +12,8 @@ Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) 
 relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
 blank and the padding of token tensors.
 Sources: Gao et al. 2022 "Paraformer" (the model, its losses, the sampler); Dong & Xu 2020 "CIF" (integrate-and-fire);
-the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 computes, in which checkpoints of
-them are published.
+the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 computes, whose published
+checkpoints they load.
 """
 import math
 import os
@@ -39,7 +39,7 @@ SOS, EOS = 1, 2  # the start and the end token, where a model has them
 
 
 def pick(choices: dict, field: str, name):
-    """choices[name], or a ValueError that says which there are."""
+    """choices[name]. Raises ValueError that names the field of the config and its choices."""
     if name not in choices:
         raise ValueError(f"{field} must be one of {list(choices)}, got {name!r}")
     return choices[name]
@@ -56,7 +56,7 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
 
 
 def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
-    """hidden (B,L,D) with zeros where it pads, which makes an utterance equal in every batch; leak: as it is."""
+    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch; leak: as it is."""
     check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
     mask = None if leak else key_mask(lens, hidden.shape[1])
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
@@ -74,7 +74,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
 
 
 class Subsampling(nn.Module):
-    """Convolutions over 3 frames that bring F bins to D channels and keep every frame, every 2nd or every 4th."""
+    """Convolutions over 3 frames from F bins to D channels, of which every frame, every 2nd or every 4th is kept."""
 
     def __init__(self, input_dim: int, dim: int, factor: int):
         super().__init__()
@@ -109,10 +109,8 @@ class Encoder(nn.Module):
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 where it pads, its lens (B,), and the weights of each layer.
-
-        leak: hidden keeps what was computed where it pads.
-        """
+        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 in padded frames (leak: as computed there), its lens (B,), the
+        attention weights (B,H,L,L) of each layer where asked for."""
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
         mask = key_mask(lens, x.shape[1])  # (B,1,L)
@@ -123,7 +121,7 @@ class Encoder(nn.Module):
 
 
 class SanmEncoder(nn.Module):
-    """Self-attention with memory on every frame; positions are added to the features themselves. Gao et al. 2020."""
+    """SanmBlocks without subsampling; positions are added to the features themselves. Source: Gao et al. 2020."""
 
     def __init__(self, input_dim: int, options):
         super().__init__()
@@ -157,7 +155,8 @@ class ImageSubsampling(nn.Module):
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
     def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
-        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2; leak: (len + 1) // 2, twice, if L allows."""
+        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2, clear of padding; leak: as FunASR counts,
+        (len + 1) // 2 twice, at most L."""
         check_shapes(x=(x, "B", "T", self.input_dim), lens=(lens, "B"))
         x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
         for convolution in self.convolutions:
@@ -181,7 +180,7 @@ class RelativeConformerEncoder(nn.Module):
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
                 leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """As Encoder.forward; fewer than 7 frames give none."""
+        """As Encoder.forward, but with no encoder frame for an utterance of fewer than 7 frames."""
         check_feats(feats, lens, self.input_dim)
         feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
         with full_precision(feats, self.training):
@@ -197,7 +196,7 @@ class RelativeConformerEncoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Firing weight of each encoder frame, in (0,1); their sum estimates the number of tokens."""
+    """Firing weight of each encoder frame, in (0,1), from stacked convolutions; their sum estimates the token count."""
 
     def __init__(self, dim: int, options):
         super().__init__()
@@ -220,7 +219,7 @@ class Predictor(nn.Module):
 
 
 class FramePredictor(nn.Module):
-    """Firing weight of each encoder frame from one convolution: `dense`, or `depthwise` and added to its input."""
+    """FunASR's predictors: firing weights from one convolution, `dense`, or `depthwise` with a residual."""
 
     def __init__(self, dim: int, options):
         super().__init__()
@@ -231,7 +230,7 @@ class FramePredictor(nn.Module):
         self.firing = nn.Linear(dim, 1)
 
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads. Sees hidden past its end as it is."""
+        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 in padded frames; hidden itself is not masked here."""
         check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
         y = convolve(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
         y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
@@ -250,7 +249,7 @@ class TimingHead(nn.Module):
         self.firing = nn.Linear(2 * dim, 1)
 
     def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,), extent (B,) frames that the LSTM runs over -> (B, upsampling * L) float32."""
+        """hidden (B,L,D), lens (B,), extent (B,) frames under the LSTM -> (B,upsampling*L) float32, 0 in padding."""
         check_shapes(hidden=(hidden, "B", "L", self.upsample.in_channels), lens=(lens, "B"))
         check_lens("extent", extent, *hidden.shape[:2])
         rate = self.options.upsampling
@@ -267,25 +266,25 @@ class TimingHead(nn.Module):
 
 
 def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
-    """Scale each row of alpha (B,L) to sum to counts (B,): -> (B,L) float64. A row of zeros stays zeros.
+    """alpha (B,L), counts (B,) -> (B,L) float64, each row scaled to sum to its count. A row of zeros stays zeros.
 
-    float64: with float32 sums the last token of an utterance is lost at random, when its sum ends just below the count.
+    float64: a float32 sum that ends just below the count would lose the last token.
     """
     check_shapes(alpha=(alpha, "B", "L"), counts=(counts, "B"))
     alpha = alpha.double()
     return alpha * (counts / alpha.sum(1).clamp(min=1e-12))[:, None]
 
 
-CIF_UNITS = 64  # units that are embedded at a time
+CIF_UNITS = 64  # tokens that are embedded at a time
 
 
 def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
     """Integrate and fire: one embedding for each unit of the running sum of the weights.
 
-    hidden (B,L,D), alpha (B,L) float64 -> (B,U,D). With c_t = alpha_1 + ... + alpha_t, token u is
-    sum_t |[c_{t-1}, c_t] intersected with [u, u+1]| * hidden_t, which the sequential loop of Dong & Xu 2020 gives too;
-    a frame that carries more than one unit gives to all of them, and units past the sum are zero.
-    CIF_UNITS at a time, from the frames that they touch: time and memory grow with L + U, and not with L * U.
+    hidden (B,L,D), alpha (B,L) float64 -> (B,U,D). With c_t = alpha_1 + ... + alpha_t, the embedding of token u is
+    sum_t |[c_{t-1}, c_t] intersected with [u, u+1]| * hidden_t, equal to the sequential loop of Dong & Xu 2020. A
+    frame whose weight spans several tokens adds to each of them; tokens past the sum are zero.
+    CIF_UNITS tokens at a time, each from the frames it overlaps: time and memory grow with L + U, not with L * U.
     """
     check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
     end = alpha.cumsum(1)[:, None, :]  # (B,1,L)
@@ -304,8 +303,8 @@ def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
 def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
     """Integrate and fire at most once per frame, as FunASR does: hidden (B,L,D), alpha (B,L) -> (B,U,D).
 
-    Equal to `cif` while no weight exceeds 1. Where a frame completes several tokens, `merge` makes them one, and
-    `delay` lets each following frame fire one of them. Rows without a firing are zero, and so is an unfinished token.
+    Equal to `cif` while no weight exceeds 1. If a frame completes several tokens, rule `merge` makes them one, and
+    `delay` leaves each but the first to a following frame. Tokens that never fire are zero.
     Source: FunASR's cif_v1 (merge) and cif (delay), written without a loop: with n_t tokens fired up to t, delay is
     n_t = min(n_{t-1} + 1, floor(c_t)), a running minimum.
     """
@@ -315,13 +314,13 @@ def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
     L, D = hidden.shape[1:]
     alpha = alpha.double()
     total = alpha.cumsum(1)  # (B,L)
-    done = (total + 1e-9).floor()  # weights scaled to n sum to n, or to a bit less: that would fire a frame late
+    done = (total + 1e-9).floor()  # 1e-9: weights scaled to n may sum to a bit less, and would fire a frame late
     step = torch.arange(L, device=alpha.device)
     if rule == "delay":
         done = torch.minimum((done - step).cummin(1).values + step, step + 1)
     number = (done > F.pad(done, (1, 0))[:, :-1]).cumsum(1)  # (B,L) firings so far
     unit = torch.arange(U, device=alpha.device).repeat(len(alpha), 1)
-    frame = torch.searchsorted(number, unit, right=True)[:, :, None]  # (B,U,1) which completes each token; L: none
+    frame = torch.searchsorted(number, unit, right=True)[:, :, None]  # (B,U,1) that completes each token; L: none
     given = (alpha[:, :, None] * hidden).cumsum(1) - (total - done)[:, :, None] * hidden  # (B,L,D) to all tokens so far
     tokens = F.pad(given.gather(1, frame.clamp(max=L - 1).expand(-1, -1, D)), (0, 0, 1, 0)).diff(dim=1)
     return (tokens * (frame < L)).to(hidden.dtype)
@@ -330,9 +329,9 @@ def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
 def boundaries(alpha: Tensor, n: int) -> Tensor:
     """Boundaries of the n tokens that weights alpha (L,) of one utterance fire: -> (n+1,) float64 in encoder frames.
 
-    The weights of a token are a peak within it, so its centre is where their sum, scaled to n, reaches u + 1/2;
-    neighbours meet half way between their centres and the outer edges mirror that. (The sum crosses whole numbers in
-    the flat parts between peaks, where the place says little.) One token alone takes all frames.
+    The weights of a token peak within it, so the centre of token u is where their running sum, scaled to n, reaches
+    u + 1/2. Boundaries lie half way between centres; the outermost mirror the next ones. (The sum passes whole numbers
+    in flat stretches between peaks, where the place says little.) A single token takes all frames.
     """
     check_shapes(alpha=(alpha, "L"))
     L = len(alpha)
@@ -341,7 +340,7 @@ def boundaries(alpha: Tensor, n: int) -> Tensor:
 
 
 def halfway(centre: np.ndarray, L: int) -> Tensor:
-    """Boundaries of tokens with these centres (n,), in encoder frames of L, as `boundaries` explains them."""
+    """Boundaries (n+1,) of tokens with these centres (n,), in encoder frames, in 0..L, as `boundaries` explains."""
     if len(centre) < 2:
         return torch.tensor([0.0, L][:len(centre) + 1], dtype=torch.float64)
     middle = (centre[1:] + centre[:-1]) / 2  # (n-1,)
@@ -372,7 +371,7 @@ class Decoder(nn.Module):
 
     def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """embeds (B,U,Dm), counts (B,), hidden (B,L,Dm), hidden_lens (B,)
+        """embeds (B,U,Dm), counts (B,), hidden (B,L,Dm), hidden_lens (B,); Dm = memory_dim, the encoder's width
         -> logits (B,U,V) and the cross-attention weights (B,H,U,L) of each layer where asked for."""
         check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
                      hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
@@ -384,7 +383,7 @@ class Decoder(nn.Module):
 
 
 class SanmDecoder(nn.Module):
-    """Blocks in which tokens meet through a sequence memory only; the first attention_layers also see the encoder."""
+    """SanmDecoderBlocks, of which the first attention_layers have cross-attention to the encoder."""
 
     def __init__(self, memory_dim: int, vocab_size: int, options):
         super().__init__()
@@ -395,7 +394,7 @@ class SanmDecoder(nn.Module):
         self.blocks = nn.ModuleList(SanmDecoderBlock(D, heads, width, options.kernel_size, options.memory_shift, *rest)
                                     for _ in range(attention_layers))
         self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
-                                           for _ in range(options.num_layers - attention_layers))  # never shifted
+                                           for _ in range(options.num_layers - attention_layers))  # as in FunASR
         feed_forward = NormedFeedForward(D, width, options.dropout)
         self.last = nn.Sequential(OrderedDict(norm_ffn=nn.LayerNorm(D), feed_forward=feed_forward))  # no residual
         self.norm = nn.LayerNorm(D)
@@ -460,7 +459,7 @@ def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
     return F.ctc_loss(log_p, tokens, lens, token_lens, blank=BLANK, reduction="sum", zero_infinity=True)
 
 
-MASKED_SHARE = 0.2  # of the positions of a random candidate, where it may not take the best token
+MASKED_SHARE = 0.2  # share of a random candidate's positions that take the second best token
 
 
 def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tensor) -> Tensor:
@@ -478,9 +477,9 @@ def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tenso
 def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Tensor:
     """Expected number of token errors above the candidates' mean, summed over utterances.
 
-    logits (B,U,V), tokens (B,U), lens (B,), masked (B,N,U) bool: where candidate n takes the second best token, as the
-    best is masked; candidate 0 takes the best everywhere -> scalar. sum_n P_n (errors_n - mean errors), P normalised
-    over the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
+    logits (B,U,V), tokens (B,U), lens (B,), masked (B,N,U) bool: where the best token is masked, so that candidate n
+    takes the second best; candidate 0 ignores it -> scalar, sum_n P_n (errors_n - mean errors), with P normalised over
+    the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
     """
     (B, N, _), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
     check_shapes(tokens=(tokens, "B", "U"), logits=(logits, "B", "U", "V"))
@@ -497,8 +496,8 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
 
 
 class Hypotheses(NamedTuple):
-    """What free-running decoding found. tokens and log_probs past an utterance's count are 0. What `alpha` and
-    `attention` are without firing weights or a decoder, Transformer and CTC say."""
+    """What free-running decoding found; tokens and log_probs past an utterance's count are 0. Transformer.decode and
+    CTC.decode say what stands in for alpha and attention there."""
 
     tokens: Tensor  # (B,U) int64
     lens: Tensor  # (B,) int64, predicted counts
@@ -516,8 +515,8 @@ DECODERS = {"transformer": Decoder, "bare": Decoder, "sanm": SanmDecoder}
 
 
 def in_feature_frames(edges: Tensor, encoder) -> Tensor:
-    """Boundaries in encoder frames -> in feature frames. Encoder frame l is centred on frame subsampling * l; in a
-    relative_conformer, which subsamples without padding, on the third after it."""
+    """Boundaries in encoder frames -> in feature frames. Encoder frame l, from l to l + 1, is centred in feature frame
+    subsampling * l; in a relative_conformer, where it sees frames 4l to 4l + 6, in 4l + 3."""
     shift = 3 if encoder.kind == "relative_conformer" else 0
     return edges * encoder.subsampling - (encoder.subsampling - 1) / 2 + shift
 
@@ -532,10 +531,10 @@ class Recogniser(nn.Module):
         self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
 
     def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """What every decoding begins with: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or wider, its
+        """The encoder's part of decoding: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or float64, its
         lens. Raises ValueError naming the utterances whose features are not finite."""
         check_feats(feats, feat_lens, self.encoder.input_dim)
-        sums = feats.sum(2, dtype=torch.float64)  # finite where all the float32 of a frame are: fewer to look at
+        sums = feats.sum(2, dtype=torch.float64)  # finite if all F float32 of a frame are, and fewer to check
         bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
@@ -558,7 +557,7 @@ class Recogniser(nn.Module):
         return {"loss": sum(weights[name] * value for name, value in sums.items()), **sums}
 
     def divisor(self, token_lens: Tensor) -> Tensor:
-        """What the sums are divided by, a scalar: the tokens of token_lens (B,), or by loss_unit `utterance` B."""
+        """What the loss sums are divided by, a scalar: the sum of token_lens (B,), or B if loss_unit is utterance."""
         if self.options.loss_unit == "token":
             return token_lens.sum()
         return torch.tensor(len(token_lens), device=token_lens.device)
@@ -609,7 +608,7 @@ class Paraformer(Recogniser):
         return self.total(sums), self.divisor(counts)
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """What is to be fired and decoded: tokens (B,U) and lens (B,), with the end token behind where there is one."""
+        """tokens (B,U), token_lens (B,) -> the same, or with options.end_token (B,U+1) and lens + 1, EOS after each."""
         check_shapes(tokens=(tokens, "B", "U"), token_lens=(token_lens, "B"))
         if not self.options.end_token:
             return tokens, token_lens
@@ -626,7 +625,7 @@ class Paraformer(Recogniser):
         return x * math.sqrt(x.shape[-1]) + sinusoids(torch.arange(x.shape[1]), x.shape[2]).to(x)
 
     def count(self, alpha: Tensor) -> Tensor:
-        """alpha (B,L) -> tokens (B,) int64: with a tail the whole part of sum + tail, else the rounded sum.
+        """alpha (B,L) -> number of tokens (B,) int64: floor(sum + tail), or without a tail the rounded sum.
 
         float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
         """
@@ -635,9 +634,9 @@ class Paraformer(Recogniser):
 
     def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
                   counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embed the tokens, `count` of them or `counts` (B,): hidden (B,L,D), alpha (B,L) -> counts, embeds (B,U,D).
+        """hidden (B,L,D), hidden_lens (B,), alpha (B,L), counts (B,), by default self.count -> counts, embeds (B,U,D).
 
-        The weights are scaled to the counts; where there is a tail, only to counts other than their own.
+        The weights are scaled to the counts; with a tail, only where the counts differ from self.count.
         """
         options, alpha = self.options.predictor, alpha.double()
         own = self.count(alpha)
@@ -654,18 +653,18 @@ class Paraformer(Recogniser):
 
     def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
              need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """What every token may be: hidden (B,L,D), alpha (B,L), counts (B,) as in `integrate`
-        -> counts (B,), log probabilities (B,U,V) float32, the attention of each layer where asked for."""
+        """Integrate and decode: arguments as `integrate` -> counts (B,), log probabilities (B,U,V) float32, the
+        cross-attention (B,H,U,L) of each layer where asked for."""
         counts, embeds = self.integrate(hidden, hidden_lens, alpha, counts)
         logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
         return counts, logits.float().log_softmax(-1), attention
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """What greedy does behind the encoder, in one pass: `count` says how many tokens, each is its argmax.
+        """Greedy decoding after the encoder, in one pass: `count` gives the number of tokens, each the argmax.
 
-        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses. tokens (B,U), lens (B,): a search has found
-        these already, and what else there is to know of them is asked for.
+        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses. With tokens (B,U) and lens (B,), which a search
+        found, the Hypotheses are of these.
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         alpha = self.predictor(hidden, hidden_lens)
@@ -686,7 +685,7 @@ class Paraformer(Recogniser):
 
 
 class CausalDecoder(nn.Module):
-    """Autoregressive transformer: a token is told by those before it, with cross-attention to the encoder."""
+    """Autoregressive transformer: each token is predicted from those before it and cross-attention to the encoder."""
 
     def __init__(self, memory_dim: int, vocab_size: int, options):
         super().__init__()
@@ -721,8 +720,8 @@ class Transformer(Recogniser):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
                 token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Training losses with the true tokens before each; arguments and result as Paraformer.forward. The end token
-        counts as a token."""
+        """Training losses with teacher forcing; arguments and result as Paraformer.forward. The end token counts as a
+        token."""
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
@@ -738,7 +737,7 @@ class Transformer(Recogniser):
 
         step(tokens (B,W), the last of each, past) -> log probabilities (B,W,V) of the next token, past with these
         tokens, attention (B,W,L) of the last layer, mean of the heads. `past` is keys and values (B,W,H,t,K) layer by
-        layer; whoever moves hypotheses from one w to another moves these.
+        layer; a search that reorders hypotheses must reorder them along W too.
         """
         decoder = self.decoder
         memory = [block.cross_attention.keys_values(hidden) for block in decoder.blocks]  # which no step changes
@@ -756,8 +755,8 @@ class Transformer(Recogniser):
         return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(memory))
 
     def greedy_tokens(self, hidden: Tensor, hidden_lens: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one after the other, each the argmax, to the end
-        token or to as many tokens as there are encoder frames."""
+        """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one at a time, each the argmax, until the end
+        token or until there are as many tokens as encoder frames."""
         step, past = self.begin(hidden, hidden_lens, 1)
         last, found, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
         while True:
@@ -773,8 +772,8 @@ class Transformer(Recogniser):
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
         """As Paraformer.decode: one pass over all tokens that were found.
 
-        A token stands where the last layer's attention is strongest, but no earlier than the token before it. alpha is
-        the attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
+        A token is centred where the last layer's attention peaks, but not before the previous token. alpha is the
+        attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
         """
         if tokens is None:
             tokens, lens = self.greedy_tokens(hidden, hidden_lens)
@@ -792,8 +791,8 @@ class Transformer(Recogniser):
 def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
     """The most probable CTC path that spells the tokens: log_p (B,L,V), tokens (B,U) -> (B,L) int64, BLANK past lens.
 
-    Every utterance must have a frame for each token and one between equal ones. Viterbi over the 2U + 1 states blank,
-    token 1, blank, ..., token U, blank.
+    Every utterance needs a frame for each token and one more between equal neighbours. Viterbi over the 2U + 1 states
+    blank, token 1, blank, ..., token U, blank.
     """
     L = log_p.shape[1]
     states = torch.stack((torch.full_like(tokens, BLANK), tokens), 2).flatten(1)  # (B,2U)
@@ -817,7 +816,7 @@ def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
 
 
 class CTC(Recogniser):
-    """The encoder and one linear layer: every frame says a token or nothing. Source: Graves et al. 2006."""
+    """The encoder and one linear layer: every frame gives a token or blank. Source: Graves et al. 2006."""
 
     def __init__(self, options, input_dim: int, vocab_size: int):
         super().__init__(options, input_dim)
@@ -838,8 +837,8 @@ class CTC(Recogniser):
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
         """As Paraformer.decode: the tokens of the best path, or of the best path of those that were found.
 
-        A token stands, with its probability, where the path says it loudest. alpha is the probability of not being
-        blank, attention the one of each token at each frame, (B,1,U,L).
+        A token has its centre and probability from its most probable frame on the path. alpha is the probability of
+        not being blank; attention, (B,1,U,L), is the probability of each token in each frame.
         """
         log_p = self.log_probs(hidden)
         real = padding_mask(hidden_lens, hidden.shape[1])
@@ -883,20 +882,20 @@ def pick_device(name: str, field: str = "device") -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-CHECKPOINT_FORMAT = 2  # grows when train.py writes what an older one cannot read
+CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
 def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
     """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
 
-    Raises ValueError with what was wanted if it is no such file, OSError if it cannot be read.
+    Raises ValueError that says what was wanted if there is no such file or torch cannot load it, else OSError.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
-    except OSError:  # of the disk, not of what stands on it: a resumed run must not take an older checkpoint for that
+    except OSError:  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
         raise
     except Exception as error:  # whatever unpickling or the zip reader raise
         raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
@@ -919,8 +918,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
                  names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
     """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
 
-    names(our name) are the file's names of the tensors that, one below the other, make ours. adopt: the model takes the
-    tensors themselves in place of its own, and does not copy them.
+    names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
+    themselves replace the model's own and are not copied.
     """
     own = model.state_dict()
     sources = {name: names(name) for name in own}
@@ -939,7 +938,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
 
 # ---- weights that FunASR publishes ----
 
-RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two tensors of theirs, one below the other, are ours
+RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its tensors, concatenated along dim 0, are ours
     "encoder sanm": {
         "first": "encoders0.0", "blocks": "encoders", "norm": "after_norm", "norm_self": "norm1", "norm_ffn": "norm2",
         "self_attention.query_key_value": "self_attn.linear_q_k_v", "self_attention.memory": "self_attn.fsmn_block",
@@ -978,7 +977,7 @@ RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two tensors of
 
 
 def funasr_names(name: str, options) -> list[str]:
-    """FunASR's names of the tensors that our tensor of this name holds. Raises ValueError if it has no such layer."""
+    """FunASR's names of the tensors that make our tensor `name`. Raises ValueError if FunASR has no such layer."""
     part = name.split(".")[0]
     kind = getattr(getattr(options, part, None), "kind", "")
     table = RENAMES.get(f"{part} {kind}".strip())
@@ -1004,7 +1003,7 @@ def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tens
 
 
 class WithoutInit(TorchFunctionMode):
-    """Within it, modules leave their fresh weights as memory that is never touched, and draw no random numbers."""
+    """Within it, new modules leave their weights uninitialised and draw no random numbers."""
 
     INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
 
@@ -1017,22 +1016,19 @@ class WithoutInit(TorchFunctionMode):
 
 def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
                    mapped: bool = True) -> nn.Module:
-    """The model of these options with the weights of a model.pt of FunASR, as `read_weights` gives them; every other
-    tensor is an error."""
+    """The model of these options with the weights of FunASR's model.pt. Raises as `read_weights` and `load_weights`."""
     with WithoutInit():  # every tensor comes from the file
         model = build(options, input_dim, vocab_size)
     load_weights(model, read_weights(path, mapped), str(path), lambda name: funasr_names(name, options), adopt=True)
     return model
 
 
-# ---- weights laid out for recognition on a CPU ----
+# ---- weights repacked for recognition on a CPU ----
 
 
 class PackedLinear(nn.Module):
-    """What an nn.Linear computes, with its weights in the order in which oneDNN's matrix products read them.
-
-    Rests on torch.ops.mkldnn, on which models that torch.compile has frozen rest as well.
-    """
+    """An nn.Linear with its weights in the order in which oneDNN's matrix products read them. Relies on
+    torch.ops.mkldnn, as frozen models of torch.compile do."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -1044,11 +1040,11 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """What an nn.Linear computes, to about 1%, by sums of products of whole numbers: float32 to float32.
+    """An nn.Linear in int8 arithmetic, equal to about 1%: float32 in, float32 out.
 
-    Each output channel of the weights has a scale of its own and so has each row of the input, which therefore does
-    not depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
-    without VNNI add them. Rests on torch.ops.onednn, on which what torch.compile makes of quantised models rests too.
+    Each output channel of the weights has its own scale, and so has each row of the input, which therefore does not
+    depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
+    without VNNI add them. Relies on torch.ops.onednn, as quantised models of torch.compile do.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -1056,7 +1052,7 @@ class Int8Linear(nn.Module):
         self.in_features, weight = linear.in_features, linear.weight.detach().float()
         self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
         levels = (weight / self.scale[:, None]).round()
-        self.sums = levels.sum(1) * self.scale  # of each output's weights: what an input of ones gives
+        self.sums = levels.sum(1) * self.scale  # (out,): output for an input of ones
         self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().clone()
         self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
@@ -1070,12 +1066,13 @@ class Int8Linear(nn.Module):
         return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
 
 
-KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # what reads features or decides where a token is
-LARGE = 2**18  # weights of a matrix from which laying out pays; int8 takes 5 to 15 times as long with 2**12 of them
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts not repacked: they read features or place tokens
+LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them
 
 
 def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> int:
-    """Put linear(it) in the place of every large nn.Linear in no part of KEPT, for evaluation only -> how many."""
+    """Replace every nn.Linear of LARGE or more weights outside KEPT by linear(it), in place, for evaluation only
+    -> how many were replaced."""
     count = 0
     for name, child in model.named_children():
         if name in KEPT:
