@@ -889,7 +889,7 @@ CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
     """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
 
-    Raises ValueError that says what was wanted if there is no such file or torch cannot load it, else OSError.
+    Raises ValueError with what was wanted if there is no such file or torch cannot load it, OSError if the disk fails.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
