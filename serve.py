@@ -6,11 +6,11 @@
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
     python serve.py --benchmark            overhead, throughput and latency of this machine
 
-Read it in the order of a request's life: the connection (a thread each), the request's head, its body down to features
-(on a parser's thread), the queue and the one inference thread that owns the model, the answers, the routes, metrics;
-then the command line, the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes
-the time as an argument. http.server lends its threading server only: its parser has no deadline and no limit for a
-header, and answers in HTML.
+The file follows a request: its connection (one thread each), its head, its body parsed to features (on a parser
+thread), the queue and the one inference thread that owns the model, the answer, the routes, the metrics; then come the
+command line, the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes the time
+as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
+size of a header, and answers errors in HTML.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
 Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
@@ -48,8 +48,8 @@ from pathlib import Path
 from timeit import repeat, timeit
 from typing import Any, NamedTuple, NoReturn
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
-# busy neighbour delays every operator.
+# Set before torch is loaded: idle OpenMP threads then spin for 10 us and sleep. By default they spin for so long that
+# every operator is late when another process keeps a core busy.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -62,11 +62,11 @@ import decode
 from decode import Result, System, cues, join_words, log_confidence, subtitles, word_entry
 
 MIB = 2 ** 20
-MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # bytes of the request line, of all; lines
-MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; bytes
+MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # request line and whole head in bytes; header lines
+MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; the header of a part in bytes
 MAX_ITEMS = 64                                          # utterances in one request
-MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # of a refused body, read away so that the answer arrives
-CUT_SEC = 2.0                                           # what unfinished requests get after SIGTERM
+MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # bytes of a refused body to discard, so that the answer arrives
+CUT_SEC = 2.0                                           # for requests that are still being sent at SIGTERM
 
 
 class Refusal(Exception):
@@ -86,18 +86,18 @@ class Refusal(Exception):
 
 
 class Gone(Exception):
-    """The client has left: nobody to answer."""
+    """The client has disconnected: there is nobody to answer."""
 
 
 class Head(NamedTuple):
-    id: str                         # of the request: the client's, if it is harmless, else a new one
-    started: float                  # monotonic seconds at which the head had come
+    id: str                         # of the request: the client's X-Request-Id if it is safe to echo, else a new one
+    started: float                  # monotonic seconds at which the whole head had arrived
     method: str
     path: str
     query: dict[str, str]
     headers: dict[str, str]         # lower-case names
-    length: int | None              # of the body, as announced
-    close: bool                     # the client wants the connection closed, or nothing behind it can be read
+    length: int | None              # Content-Length: bytes of the body
+    close: bool                     # close after the answer: the client asks for it, or the head could not be read
 
 
 class Response(NamedTuple):
@@ -114,12 +114,12 @@ def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, st
 
 
 def unread_head() -> Head:
-    """The head of a request that cannot be read, or is not: its answer has an id all the same."""
+    """A placeholder for a head that could not be read, or was not: its answer needs a request id as well."""
     return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, True)
 
 
 def to_bytes(head: Head, response: Response, close: bool) -> bytes:
-    """The answer to `head` as it goes out."""
+    """The answer to `head` as sent: status line, headers and, except to HEAD, the body."""
     lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {head.id}",
              f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
              "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
@@ -134,14 +134,14 @@ def to_bytes(head: Head, response: Response, close: bool) -> bytes:
 # ---- the connection: the life of a request ----
 
 class Connection(socketserver.BaseRequestHandler):
-    """One connection on its own thread. Every wait for the client ends at an absolute deadline, so nobody can trickle.
+    """One connection on its own thread. Every wait for the client has an absolute deadline, whatever trickles in.
 
-    server.phases says where it is: idle (between requests), reading (a request has begun), busy (it is complete).
+    server.phases holds its state: idle (between requests), reading (a request has begun), busy (it has come whole).
     """
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer = bytearray()       # what has come and is not read yet
+        self.buffer = bytearray()       # received and not parsed yet
 
     def handle(self) -> None:
         while self.serve_one():
@@ -164,7 +164,7 @@ class Connection(socketserver.BaseRequestHandler):
         except Refusal as refusal:
             response = refusal.response()
         except (Gone, ConnectionError):
-            response = Response(499, "", b"")
+            response = Response(499, "", b"")       # nginx's code for a client that closed; logged, never sent
         except Exception:
             self.server.log(f"{head.id} {traceback.format_exc()}")
             bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
@@ -172,14 +172,14 @@ class Connection(socketserver.BaseRequestHandler):
         return self.finish_one(head, response, unread)
 
     def finish_one(self, head: Head, response: Response, unread: bool) -> bool:
-        """Write, count and log the answer -> whether the connection stays open: not behind a body that is unread."""
+        """Write, count and log the answer -> whether the connection stays open; never with a body left unread."""
         close = head.close or unread or self.server.draining.is_set()
         sent = False
         if response.status != 499:
             response = response._replace(headers=response.headers + cors_headers(self.server.options, head))
             with contextlib.suppress(OSError):
                 self.request.settimeout(self.server.options.write_timeout)      # of the whole sendall
-                # in one piece: a second one would meet the client's delayed acknowledgement
+                # one write: a second one could wait for the client's delayed ACK
                 self.request.sendall(to_bytes(head, response, close))
                 sent = True
         route, status = route_of(head), response.status if sent else 499
@@ -187,12 +187,12 @@ class Connection(socketserver.BaseRequestHandler):
         self.server.metrics.count_request(route, status, seconds)
         self.server.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
         if sent and unread:
-            self.read_away(DRAIN_SEC if status != 408 else 0.5)
+            self.read_away(DRAIN_SEC if status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
         return sent and not close
 
     def read_some(self, deadline: float) -> bytes:
-        """Some bytes; b"" when the client sends no more. Raises TimeoutError at the deadline."""
+        """The next bytes; b"" when the client sends no more. Raises TimeoutError at `deadline` (monotonic seconds)."""
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise TimeoutError
@@ -200,7 +200,7 @@ class Connection(socketserver.BaseRequestHandler):
         return self.request.recv(262144)
 
     def receive(self, deadline: float, what: str) -> bytes:
-        """Some bytes of a request. Raises Refusal where the client is late or sends no more."""
+        """The next bytes of a request, never b"". Raises Refusal if the client is late or sends no more."""
         try:
             piece = self.read_some(deadline)
         except TimeoutError:
@@ -210,7 +210,7 @@ class Connection(socketserver.BaseRequestHandler):
         return piece
 
     def read_head(self) -> bytes | None:
-        """The request line and header without the empty line after them; None if the client sends nothing more."""
+        """The request line and header lines, without the empty line that ends them; None if no request begins."""
         begun, deadline = False, time.monotonic() + self.server.options.idle_timeout
         while True:
             self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
@@ -231,7 +231,7 @@ class Connection(socketserver.BaseRequestHandler):
                 return None         # idle for too long, or gone: no request
 
     def read_body(self, head: Head) -> bytes:
-        """The body, exactly as long as announced."""
+        """The body, exactly head.length bytes."""
         deadline = time.monotonic() + self.server.options.body_timeout
         if len(self.buffer) < head.length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -242,7 +242,7 @@ class Connection(socketserver.BaseRequestHandler):
         return body
 
     def read_away(self, seconds: float) -> None:
-        """Take what the client is still sending, within bounds: closing on unread bytes would reset our answer away."""
+        """Discard what still comes, within bounds: closing with bytes unread sends a TCP reset, which loses the answer."""
         deadline, left = time.monotonic() + seconds, MAX_DRAIN
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
@@ -250,7 +250,7 @@ class Connection(socketserver.BaseRequestHandler):
                 left -= len(piece)
 
     def hung_up(self) -> bool:
-        """Whether the client has closed its side, asked by the inference thread before it starts on the request."""
+        """Whether the client has closed its side; parser and inference threads ask before they work on the request."""
         try:
             poll = select.poll()
             poll.register(self.request, select.POLLIN)
@@ -260,26 +260,26 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """All that the routes need, and connections, at most options.max_connections at a time."""
+    """What the routes need, and the open connections, at most options.max_connections of them."""
 
-    request_queue_size = 1024           # of the kernel: a burst waits to be accepted, where 5 would reset it
+    request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
 
     def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
                  slack: int = 0):
         self.system, self.options, self.log, self.model = system, options, log, system.config.model.name
-        self.created, self.started = created, time.monotonic()      # the checkpoint, in seconds since 1970; the server
+        self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
         self.metrics, self.draining = Metrics(), threading.Event()
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
-        # A body at a time in each, as parsing keeps the interpreter; torch keeps helper threads for each that calls it.
+        # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
         self.parsers = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "parser of large JSON")
-        self.phases: dict[socket.socket, str] = {}                  # of the open connections: idle, reading or busy
-        self.refused: list[tuple[float, socket.socket]] = []        # when to close them
+        self.phases: dict[socket.socket, str] = {}                  # by open connection: idle, reading or busy
+        self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         super().__init__((options.host, options.port), Connection)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)    # http.server's looks up the host's name, which can take seconds
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's also resolves the host's name, which can take seconds
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self.phases) >= self.options.max_connections:
@@ -289,7 +289,7 @@ class Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def refuse(self, request: socket.socket) -> None:
-        """503 without a thread. The socket is closed a second later, when the client has surely read it."""
+        """Answer 503 without a thread, and leave the client a second to read it (service_actions then closes)."""
         message = f"{self.options.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
         self.metrics.add("asr_rejected_total", 'reason="overloaded"')
@@ -311,7 +311,7 @@ class Server(ThreadingHTTPServer):
         self.log(traceback.format_exc())
 
     def cut(self, phases: Sequence[str]) -> None:
-        """End the connections that are in one of these phases: their next read returns nothing."""
+        """End the connections in these phases: their reads return b"" from now on."""
         for request, phase in list(self.phases.items()):
             with contextlib.suppress(OSError):
                 if phase in phases:
@@ -329,7 +329,7 @@ def bad_framing(message: str) -> Refusal:
 
 
 def check_head_size(block: bytes) -> None:
-    """Refuse what is too large or has bare line feeds, as soon as that much of it has come."""
+    """Refuse a head (or what has come of it) that is too large or has bare line feeds. Raises Refusal."""
     if len(block[:MAX_LINE + 2].split(b"\r\n", 1)[0]) > MAX_LINE:
         raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes")
     if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
@@ -339,9 +339,9 @@ def check_head_size(block: bytes) -> None:
 
 
 def parse_head(block: bytes) -> Head:
-    """Request line and header lines -> Head. Strict: what two readers could take differently is refused.
+    """Request line and header lines -> Head. Strict: what two parsers could read differently raises Refusal 400.
 
-    Source: RFC 9112. Transfer-Encoding is never decoded: alone it is 411 (in `admit`), with Content-Length 400.
+    Source: RFC 9112. Transfer-Encoding is never decoded: alone it gets 411 (in `admit`), with Content-Length 400.
     """
     first, *lines = block.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
@@ -360,7 +360,7 @@ def parse_head(block: bytes) -> Head:
     if version == "HTTP/1.1" and "host" not in headers:
         raise bad_framing("HTTP/1.1 needs a Host header")
     if version == "HTTP/1.0":
-        headers.pop("expect", None)     # must be ignored: this client does not know what 100 Continue is
+        headers.pop("expect", None)     # to be ignored: HTTP/1.0 has no 100 Continue (RFC 9110, 10.1.1)
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
     wish = headers.get("x-request-id", "")
@@ -376,11 +376,11 @@ def parse_length(headers: dict[str, str]) -> int | None:
         raise bad_framing("Content-Length must be one number in digits")
     if "transfer-encoding" in headers:
         raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
-    return int(text.lstrip("0")[:19] or 0)      # more digits are too many bytes all the same
+    return int(text.lstrip("0")[:19] or 0)      # 19 exceed any limit; int() raises on 4301
 
 
 def parse_target(target: str) -> tuple[str, dict[str, str]]:
-    """/path?name=value&... (or a whole URI, as to a proxy) -> decoded path, query; of a name that repeats the last."""
+    """/path?name=value&... (or an absolute URI, as sent to a proxy) -> decoded path, query (a name's last value)."""
     target = re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)
     path, _, query = target.partition("?")
     try:
@@ -390,7 +390,7 @@ def parse_target(target: str) -> tuple[str, dict[str, str]]:
         raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
 
 
-GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # as the header Allow says it
+GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # values of the header Allow
 ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
           "/transcribe": POST, "/v1/audio/transcriptions": POST}
 MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
@@ -399,7 +399,7 @@ MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "
 
 
 def route_of(head: Head) -> str:
-    """The route's name, as metrics and log call it."""
+    """The key in ROUTES, or "other", as metrics and log name it."""
     name = "/v1/models/{id}" if head.path.startswith("/v1/models/") else head.path
     return name if name in ROUTES else "other"
 
@@ -413,7 +413,7 @@ def draining() -> Refusal:
 
 
 def admit(server: Server, head: Head) -> None:
-    """Refuse all that can be refused before the body is read."""
+    """Check all that can be checked before the body is read: route, method, key, length, type. Raises Refusal."""
     route = route_of(head)
     allow = ROUTES.get(route)
     if not allow:
@@ -441,7 +441,7 @@ def admit(server: Server, head: Head) -> None:
 
 
 def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, str], ...]:
-    """For pages of the origins that --cors-origin names; none otherwise."""
+    """CORS headers for pages of the origins in --cors-origin; without that option none."""
     origin = head.headers.get("origin")
     found = [("Vary", "Origin")] if options.cors_origin else []
     if origin in options.cors_origin:
