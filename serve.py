@@ -242,7 +242,7 @@ class Connection(socketserver.BaseRequestHandler):
         return body
 
     def read_away(self, seconds: float) -> None:
-        """Discard what still comes, within bounds: closing with bytes unread sends a TCP reset, which loses the answer."""
+        """Discard what comes, within bounds: closing with bytes unread sends a TCP reset, and the answer is lost."""
         deadline, left = time.monotonic() + seconds, MAX_DRAIN
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
@@ -458,24 +458,24 @@ def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, st
 
 class Utterance(NamedTuple):
     pieces: list[tuple[float, Tensor]]      # start in seconds, features (T,F) float32 on the CPU, normalised
-    seconds: float
+    seconds: float                          # of the whole recording
 
 
 class Ask(NamedTuple):
-    """What one POST wants."""
+    """A parsed body: what one POST asks for."""
 
     utterances: list[Utterance]
-    fields: dict[str, Any]          # options, as they came
-    many: bool = False              # answered by a list
+    fields: dict[str, Any]          # options, not checked yet
+    many: bool = False              # from {"batch": ...}: the answer is a list
 
 
-INTERRUPTIBLE = MIB // 2    # bytes of JSON; from there on another thread parses it, and lets all others have turns
+INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
 
 
 def parse_json(body: bytes) -> dict:
-    """A JSON object, all of its numbers as float; what overflows is infinite, to be refused where it stands.
+    """A JSON object, all numbers as float; overflow gives inf, which its reader refuses. Raises Refusal 400.
 
-    Numbers of a large body go through a Python function, so that other threads get their turn while it is parsed.
+    In a large body a Python function converts each number: json's C code alone does not yield the GIL.
     """
     number = float if len(body) < INTERRUPTIBLE else lambda text: float(text)
     try:
@@ -488,25 +488,25 @@ def parse_json(body: bytes) -> dict:
 
 
 def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
-    """parse_json; where the body begins with plain features, these are an array already, in a third of the time."""
+    """parse_json, but features of plain decimals at the start are read as an array, in a third of the time."""
     found, end = re.match(rb'\s*{\s*"features"\s*:\s*(?=\[\[)', body), body.rfind(b"]]") + 2
-    if found and not re.search(rb"\\|features", body[end:]):      # a second "features" would be the one that counts
+    if found and not re.search(rb"\\|features", body[end:]):      # JSON takes the last "features", maybe escaped
         feats = parse_decimals(body[found.end():end], dim, max_frames)
         if feats is not None:
-            with contextlib.suppress(Refusal):      # whose positions are those in the whole body
+            with contextlib.suppress(Refusal):      # parse it whole: the error then has the right position
                 return {**parse_json(body[:found.end()] + b"[]" + body[end:]), "features": feats}
     return parse_json(body)
 
 
-POWERS = 10.0 ** np.arange(23)      # all exact
-DIGITS = np.array([0x0F0F0F0F0F0F0F0F & -1 << 8 * (8 - n) for n in range(9)], np.uint64)    # of the last n of 8 bytes
+POWERS = 10.0 ** np.arange(23)      # up to 1e22, the last power of ten that float64 holds exactly
+DIGITS = np.array([0x0F0F0F0F0F0F0F0F & -1 << 8 * (8 - n) for n in range(9)], np.uint64)    # values of the last n bytes
 PAIRS = ((10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF), (10000, 32, 0x00000000FFFFFFFF))
 
 
 def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The numbers that the last `sizes` digits, 0 to 8 (others are clipped), before `ends` spell.
+    """The integers of the `sizes` digits, clipped to 0 to 8, before the offsets `ends`; words[i] is bytes i to i + 7.
 
-    words: the eight bytes from each place on. Neighbours are joined three times: 10 * a + b, 100 * ab + cd, ...
+    Neighbours are joined three times: 10 * a + b, 100 * ab + cd, ... Source: Lemire 2022, "SWAR explained".
     """
     word = words[ends - 8] & DIGITS.take(sizes, mode="clip")
     for factor, shift, keep in PAIRS:
@@ -517,13 +517,13 @@ def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.n
 def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
     """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
 
-    None where it has other numbers than -?D+.D+ of at most 22 digits, other rows than 1 to max_frames of `dim`, or a
-    number so near the middle of two float32 that the error of this sum (below 2^-48) could decide.
+    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (a point, digits on both sides, at most 22), none
+    so close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
     """
-    text = np.frombuffer(b" " * 8 + block, np.uint8)        # so that eight bytes stand before each number's end
-    found = (text | 2 == ord(".")) | (text == ord("]"))     # "," differs from "." by that bit
+    text = np.frombuffer(b" " * 8 + block, np.uint8)        # eight bytes stand before each number's end
+    found = (text | 2 == ord(".")) | (text == ord("]"))     # "," | 2 == "."
     rows, row = np.count_nonzero(found) // (2 * dim + 1), b".," * (dim - 1) + b".]"
-    if not 1 <= rows <= max_frames:         # before each of them takes eight bytes
+    if not 1 <= rows <= max_frames:         # checked before np.flatnonzero takes eight bytes for each mark
         return None
     marks = np.flatnonzero(found)
     if text[marks].tobytes() != b",".join([row] * rows) + b"]":
@@ -542,7 +542,7 @@ def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None
     if not ((text[opens] == ord("[")).all() and (marks[:, -1] == marks[:, -2] + 1).all() and end == len(text)
             and whole.min() > 0 and after.min() > 0 and size.max() < 23
             and size.sum() == np.count_nonzero(text - ord("0") < 10)        # each byte of a number is a digit
-            and ((whole == 1) | (text[starts] != ord("0"))).all()):
+            and ((whole == 1) | (text[starts] != ord("0"))).all()):     # JSON has no leading zeros
         return None
     words, value = np.ndarray(len(text) - 7, "<u8", text, strides=(1,)), np.zeros(len(size))
     for k in range(0, after.max(), 8):
@@ -561,8 +561,8 @@ def kind_of(value: Any) -> str:
 
 
 def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
-    """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Only numbers count as numbers."""
-    if isinstance(value, np.ndarray):       # by parse_body
+    """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Raises Refusal, which names `place`."""
+    if isinstance(value, np.ndarray):       # parse_body has read it
         return value
     if not isinstance(value, list):
         raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {kind_of(value)}", place)
@@ -571,7 +571,7 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
     if len(value) > max_frames:
         raise Refusal(413, "too_many_frames", f"{place}: {len(value)} rows, at most {max_frames} are allowed", place)
     feats = np.empty((len(value), dim), np.float32)
-    with np.errstate(over="ignore"):        # becomes infinite, found below
+    with np.errstate(over="ignore"):        # gives inf, found below
         for i, row in enumerate(value):
             if not isinstance(row, list):
                 raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {kind_of(row)}", place)
@@ -590,17 +590,17 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
 
 
 def prepare(system: System, feats: Tensor, place: str) -> Tensor:
-    """Raw features (T,F) -> what the model takes."""
+    """Raw features (T,F) -> the model's input (T,F), normalised and clamped. Raises Refusal 422 for NaN."""
     feats = data.normalise(feats, system.stats.cpu())
     if feats.isnan().any():
         raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
-    return feats.clamp(-1e3, 1e3)       # they reach 10 or so; 1e30 would overflow inside the model
+    return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
 
 
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """{"features": ...} or {"batch": [{"features": ...}, ...]} -> utterances."""
+    """{"features": ...} or {"batch": [{"features": ...}, ...]}, with options beside -> Ask. Raises Refusal."""
     dim = system.stats.shape[1]
-    fields = parse_body(body, dim, options.max_frames)      # not kept: numbers are objects of 24 bytes
+    fields = parse_body(body, dim, options.max_frames)      # not kept in Ask: each number has 24 bytes
     others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
 
     def utterance(item: dict, place: str) -> Utterance:
@@ -624,13 +624,13 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
 
 MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
          (rb"....ftyp", "MP4"), (rb"RIFX", "big-endian WAV"), (rb"RF64", "RF64"), (rb"FORM", "AIFF"),
-         (rb"RIFF", "WAV with another sample format"), (rb"", "something else"))
+         (rb"RIFF", "WAV with another sample format"), (rb"", "something else"))       # first bytes, for the message
 
 
 def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utterance:
-    """A WAV file -> features, of its segments where it is long (system.segment_sec).
+    """A WAV file -> features, one piece per segment (those of data.segments with system.segment_sec). Raises Refusal.
 
-    Everything that the header tells is judged before a sample is decoded.
+    All that the header tells is checked before any sample is decoded.
     """
     if not body:
         raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
@@ -667,15 +667,15 @@ def bad_form(message: str) -> Refusal:
 
 
 def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
-    """A form -> name, whether it is a file, and content of each part. Source: RFC 2046, 7578.
+    """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
 
-    Cut at the boundaries on bytes; no file name is ever used as one.
+    The body is split as bytes, whatever is in it; file names are never used.
     """
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
     mark, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
-    _, *pieces = (b"\r\n" + body).split(mark, MAX_PARTS + 1)        # what stands before the first is ignored
+    _, *pieces = (b"\r\n" + body).split(mark, MAX_PARTS + 1)        # the preamble before the first is ignored
     for piece in pieces:
         if piece.startswith(b"--"):
             return parts
@@ -695,9 +695,9 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
 
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
-    """A form with one file -> its content, and the other fields: text, or a list of texts for names that end in [].
+    """A form with one part "file" -> its content, and the fields: a text each, or a list of texts for names in "[]".
 
-    Files of other names are left aside.
+    Files under other names are ignored. Raises Refusal 400.
     """
     files, fields = [], {}
     for name, is_file, content in parse_multipart(body, content_type):
@@ -717,7 +717,7 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """The body of a POST, of whatever media type; on /transcribe the options of the query stand beside its own."""
+    """The body of a POST of any media type -> Ask; /transcribe takes options from the query too, the body's win."""
     if media_type(head) == "application/json":
         ask = parse_utterances(body, system, options)
     elif media_type(head) == "multipart/form-data":
@@ -729,7 +729,7 @@ def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespac
 
 
 def parse_timeout(value: Any, longest: float) -> float:
-    """Seconds above 0, as a number or its text -> at most `longest`."""
+    """Seconds above 0, as float or text, None = `longest` -> those, at most `longest`. Raises Refusal 422."""
     try:
         seconds = longest if value is None else float(value) if type(value) in (float, str) else math.nan
     except ValueError:
@@ -740,7 +740,7 @@ def parse_timeout(value: Any, longest: float) -> float:
 
 
 def parse_flag(name: str, value: Any) -> bool:
-    """true or false as JSON, or as text of a form or query, in any case; None, "not given", is false."""
+    """A JSON boolean, or true, false, 1 or 0 as text in any case; None and "" are false. Raises Refusal 400."""
     text = "" if value is None else str(value).lower()
     if text not in ("true", "1", "false", "0", ""):
         raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
