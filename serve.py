@@ -517,8 +517,8 @@ def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.n
 def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
     """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
 
-    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (a point, digits on both sides, at most 22), none
-    so close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
+    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (at most 22 digits, some on both sides), none so
+    close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
     """
     text = np.frombuffer(b" " * 8 + block, np.uint8)        # eight bytes stand before each number's end
     found = (text | 2 == ord(".")) | (text == ord("]"))     # "," | 2 == "."
@@ -749,16 +749,16 @@ def parse_flag(name: str, value: Any) -> bool:
 
 # ---- batching ----
 
-RATIO = 1.5         # of lengths in a batch: beyond it, a large model's padding costs more than the batch saves
+RATIO = 1.5         # longest to shortest of a batch: above it, a large model's padding costs more than the batch saves
 
 
 def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: int = 0) -> list[int]:
-    """Whom to run next of those that wait, the oldest first in `lengths`: indices, the oldest among them.
+    """The next batch of those that wait -> its indices in `lengths` (frames, oldest first), always with the oldest.
 
-    The largest set around the oldest whose lengths lie within RATIO or within `slack` frames (pass_worth), of at most
-    max_size utterances and max_frames padded frames (one longer than that goes alone). Nobody starves, as everybody
-    becomes the oldest. Where a pass costs more than the padding of one, few large batches answer the slowest sooner,
-    though more and smaller ones would do somewhat less work.
+    It is the largest set of like lengths around the oldest: the longest at most RATIO times the shortest, or `slack`
+    frames above it (pass_worth); at most max_size utterances and max_frames padded frames (a longer one goes alone).
+    Nobody starves, as everybody becomes the oldest. Where a pass costs more than the padding it saves, few large
+    batches answer the slowest client sooner, though many small ones would do somewhat less work.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     oldest, best = order.index(0), [0]
@@ -774,7 +774,7 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
 
 
 class Job:
-    """A piece of an utterance on its way through the queue. `outcome` is what the inference thread says of it."""
+    """A piece of an utterance in the queue. Times are monotonic; `gone` asks whether its client has hung up."""
 
     def __init__(self, feats: Tensor, utterance: Utterance, now: float, deadline: float, gone: Callable[[], bool]):
         self.feats, self.utterance, self.queued, self.deadline, self.gone = feats, utterance, now, deadline, gone
@@ -783,25 +783,25 @@ class Job:
 
 
 def num_utterances(jobs: Sequence[Job]) -> int:
-    """The pieces of an utterance count as one."""
+    """How many utterances the jobs belong to: the pieces of one count once."""
     return len({id(job.utterance) for job in jobs})
 
 
 class Batcher:
-    """The queue, and the rule that makes batches of it. `run` is the one thread that owns the model."""
+    """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model."""
 
     def __init__(self, infer: "Callable[[list[Tensor]], list[Recognition]]", options: argparse.Namespace,
                  metrics: "Metrics", slack: int = 0):
         self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
-        self.back, self.answered = 0, -math.inf     # utterances that the last batch answered less those since; its end
-        self.padded = self.padding = 0      # frames run so far, and those of them that held nothing
-        self.changed = threading.Condition()
+        self.back, self.answered = 0, -math.inf     # utterances answered by the last batch less those since; its end
+        self.padded = self.padding = 0      # frames run so far with padding, and those that were padding
+        self.changed = threading.Condition()        # guards waiting, arriving, back and answered
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Around parsing and `submit`: a batch may wait a little for whoever is in here."""
+        """Held around parsing and `submit`: the next batch waits a little for the requests in here."""
         with self.changed:
             self.arriving += 1
         try:
@@ -822,15 +822,15 @@ class Batcher:
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
             self.back -= more
-            if not waiting or len(self.waiting) >= self.options.max_batch_size:     # a turn of `run` that cannot run
-                self.changed.notify()                                               # a batch costs the parsers theirs
+            if not waiting or len(self.waiting) >= self.options.max_batch_size:
+                self.changed.notify()       # only then: waking `run` while it must wait takes the GIL from the parsers
 
     def poll(self, now: float) -> tuple[list[Job], float | None]:
-        """The batch to run now, or none and how many seconds to wait (None: until something changes).
+        """The batch to run at `now`, or [] and the seconds to wait for more (None: until `changed`). Needs the lock.
 
-        A batch waits for others only while somebody is arriving or not yet back (who was just answered often asks
-        again at once), fewer than max_batch_size wait, and the last came or was answered less than max_wait_ms ago,
-        the first came less than eight times that ago.
+        It waits only while a request is being parsed, or a client of the last batch may be back (many ask again at
+        once); while fewer than max_batch_size jobs wait; and until max_wait_ms have passed since the newest job or
+        the last answer, whichever came later, or eight times that since the oldest job.
         """
         if not self.waiting:
             return [], None
@@ -853,14 +853,14 @@ class Batcher:
                     self.changed.wait(wait)
             try:
                 self.run_batch(batch)
-            except Exception as error:      # whatever it is, the one thread lives
+            except Exception as error:      # of any kind: the only inference thread must survive
                 for job in batch:
                     if not job.outcome.done():
                         job.outcome.set_exception(error)
-            del batch           # or the last batch stays in memory until the next
+            del batch           # else its features stay in memory until the next one
 
     def run_batch(self, batch: Sequence[Job]) -> None:
-        """Drop who is late or gone, run the others; where that fails, each alone, so that one cannot harm another."""
+        """Drop late and gone jobs, run the rest; if that fails, each alone, so that none can harm another."""
         now, kept = time.monotonic(), []
         for job in batch:
             stale = deadline_passed() if now >= job.deadline else Gone() if job.gone() else None
@@ -882,7 +882,7 @@ class Batcher:
         seconds = time.monotonic() - now
         self.measure(kept, now, seconds)
         with self.changed:
-            unanswered = {job.gone for job in self.waiting}     # requests: nobody is back while a part of his waits
+            unanswered = {job.gone for job in self.waiting}     # by request: those with other jobs that wait
             self.back = num_utterances([job for job in kept if job.gone not in unanswered])
             self.answered = now + seconds
         for job, recognition in zip(kept, found):
