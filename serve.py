@@ -517,7 +517,7 @@ def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.n
 def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
     """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
 
-    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (at most 22 digits, some on both sides), none so
+    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (at most 22 digits, some on each side), none so
     close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
     """
     text = np.frombuffer(b" " * 8 + block, np.uint8)        # eight bytes stand before each number's end
@@ -927,7 +927,7 @@ def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
 
 
 def segments(result: Result, temperature: float) -> list[dict]:
-    """verbose_json's segments, one per subtitle; there is no model of silence, so no_speech_prob is 0."""
+    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
     found, rows = cues(result.words), []
     starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
     for i, cue in enumerate(found):
@@ -943,7 +943,7 @@ def segments(result: Result, temperature: float) -> list[dict]:
 def parse_openai_form(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of the form -> what openai_response takes beside the result.
 
-    Those that are not known are accepted and not used, as drop-in clients send many.
+    Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400.
     """
     form = fields.get("response_format", "json")
     granularities = fields.get("timestamp_granularities[]", ["segment"])
@@ -966,7 +966,7 @@ def parse_openai_form(fields: dict[str, Any]) -> dict[str, Any]:
 
 def openai_response(result: Result, seconds: float, form: str, granularities: Sequence[str], temperature: float,
                     logprobs: bool, stream: bool, language: str) -> Response:
-    """The result in the form that was asked for."""
+    """The result as response_format `form`, or (stream) as server-sent events; seconds: of the recording."""
     text = result.text.strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
     if stream:
@@ -1028,11 +1028,11 @@ def model_card(server: Server) -> dict:
 
 def enqueue(server: Server, head: Head, body: bytes, complete: float,
             gone: Callable[[], bool]) -> tuple[Ask, dict[str, Any], list[list[Job]]]:
-    """What a parser's thread does -> what is asked for; what `entry` or openai_response takes beside the result; a
-    queued job for each piece of each utterance, done already where it has no frame.
+    """Parse a body and queue its jobs, on a parser thread -> its Ask; the options for `entry` or openai_response;
+    per utterance, a job for each piece (one without frames is not queued, as its outcome is known).
 
-    complete: monotonic seconds at which the request had come, from which its deadline counts.
-    Raises Refusal, or Gone for a client that did not wait so long.
+    complete: monotonic seconds at which the whole request had arrived; its deadline counts from there.
+    Raises Refusal, or Gone if the client left before its turn.
     """
     if gone():
         raise Gone
@@ -1058,7 +1058,7 @@ def frame_step(system: System) -> float:
 
 
 def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognition]) -> Recognition:
-    """Those of an utterance's pieces -> its own, in its own times; no weight where a piece ends and the next begins."""
+    """An utterance's Recognition of those of its pieces, times from its start; weights between pieces are 0."""
     starts, weights = [start for start, _ in utterance.pieces], []
     for start, piece in zip(starts, found):
         place = round(start / frame_step(system))
@@ -1077,7 +1077,7 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
             ask, chosen, jobs = parsing.result(server.options.request_timeout)
         pieces = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
     except TimeoutError:
-        parsing.cancel()        # unless it has begun
+        parsing.cancel()        # has no effect once it has begun
         raise deadline_passed() from None
     found = [join_pieces(server.system, *each) for each in zip(ask.utterances, pieces)]
     server.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
@@ -1131,13 +1131,13 @@ def sample(name: str, labels: str, value: str) -> str:
 
 
 class Metrics:
-    """Sums that grow, by name and labels, under a lock of their own that nobody holds for long."""
+    """Counters and histograms, by name and labels, under one lock that is never held for long."""
 
     def __init__(self):
         self.lock = threading.Lock()
         self.sums: dict[str, dict[str, float]] = {name: {} for name in HELP}
         self.sums["asr_audio_seconds_total"][""] = self.sums["asr_tokens_total"][""] = 0
-        # counts by bucket, the rest, and the sum of values
+        # each list: a count per bucket, the count above the last bound, the sum of the values
         self.histograms: dict[str, dict[str, list[float]]] = {name: {} for name in HISTOGRAMS}
 
     def add(self, name: str, labels: str = "", amount: float = 1) -> None:
@@ -1176,7 +1176,7 @@ class Metrics:
 
 
 def resident_bytes() -> int:
-    """0 where there is no /proc."""
+    """Memory of this process in bytes; 0 where there is no /proc."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
 
@@ -1191,7 +1191,7 @@ def metrics_text(server: Server) -> str:
 
 
 def start_log() -> Callable[[str], None]:
-    """A function that writes a line to standard error on a thread of its own, or drops it if nobody reads that pipe."""
+    """A function whose own thread writes each line to standard error; above 1000 unwritten ones lines are dropped."""
     lines: queue.Queue[str] = queue.Queue(1000)
 
     def write() -> None:
@@ -1253,7 +1253,7 @@ def start(server: Server) -> Server:
 
 
 def drain(server: Server, timeout: float) -> None:
-    """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; back within `timeout`."""
+    """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; takes `timeout` s at most."""
     started = time.monotonic()
     server.draining.set()
     for phases, until in ((["idle"], min(CUT_SEC, 0.3 * timeout)),
@@ -1273,18 +1273,18 @@ def drain(server: Server, timeout: float) -> None:
 def pass_worth(system: System) -> int:
     """How many frames of padding cost as much as another pass through the model, measured: many for a small model.
 
-    Of silence: a transformer's also counts the steps of the tokens that it happens to hear there.
+    Measured on zeros; a transformer's time includes the decoding steps of tokens it imagines there.
     """
     def seconds(frames: int) -> float:
         feats = torch.zeros(frames, system.stats.shape[1])
         return min(repeat(lambda: recognise(system, [feats]), number=1, repeat=10))
 
     fixed, both = seconds(1), seconds(401)
-    return min(1000, int(400 * fixed / max(both - fixed, 1e-6)))        # it was measured with seconds, not minutes
+    return min(1000, int(400 * fixed / max(both - fixed, 1e-6)))        # 401 frames say little about thousands
 
 
 def tune(system: System, options: argparse.Namespace) -> int:
-    """Set the threads of torch, with --threads 0 all but one for a small model, whose parsers need it -> pass_worth.
+    """Set torch's threads (with --threads 0, a small model leaves one core to the parsers) -> slack of choose_batch.
 
     Runs the model, so that the first client does not wait for torch.
     """
@@ -1292,7 +1292,7 @@ def tune(system: System, options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     short = torch.zeros(50, system.stats.shape[1])
     recognise(system, [short])
-    slow = timeit(lambda: recognise(system, [short]), number=1) > 0.1       # a large model: like lengths, no delay
+    slow = timeit(lambda: recognise(system, [short]), number=1) > 0.1       # a large model: slack 0, unmeasured
     slack = 0 if slow else pass_worth(system)
     if not options.threads and slack > 100:         # frames: then a pass takes no longer than parsing does
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
@@ -1303,7 +1303,7 @@ def tune(system: System, options: argparse.Namespace) -> int:
 def bound_memory() -> None:
     """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
 
-    oneDNN keeps a program for each shape of batch that it has met (1024 of them), glibc a heap for each few threads.
+    By default oneDNN caches 1024 compiled kernels, some for each batch shape, and glibc opens a heap for new threads.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     with contextlib.suppress(OSError, AttributeError):
@@ -1315,7 +1315,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    sys.setswitchinterval(0.0002)       # while handlers parse, the inference thread waits for the interpreter less long
+    sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
     system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
     try:
@@ -1329,7 +1329,7 @@ def run(options: argparse.Namespace) -> NoReturn:
           file=sys.stderr, flush=True)
     stop.wait()
     drain(server, options.drain_timeout)
-    os._exit(0)         # an orderly exit is aborted by a thread that is inside torch, and waits for parsers
+    os._exit(0)         # a normal exit would wait for the parsers, and abort if a thread is still inside torch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -1345,7 +1345,7 @@ def main(argv: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """A server of its own process -> its port, and the seconds from its start until it listened."""
+    """A server in a process of its own -> its port, and the seconds from its start until it listened."""
     started = time.perf_counter()
     names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
@@ -1367,7 +1367,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
 
 
 def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies from so many kept connections -> seconds in all, and (milliseconds, answer's timing) of each."""
+    """Send bodies over `clients` kept connections -> seconds in all, and (ms, the answer's timing) of each body."""
     def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
         connection, found = http.client.HTTPConnection("127.0.0.1", port), []
         for body in mine:
@@ -1398,7 +1398,7 @@ for _ in range(200):
     time.sleep(0.02)
 print(*times)
 """
-ROUNDS_SEC = 15     # the rounds of a benchmark go on for so long; a large model has one, which takes longer
+ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's first takes longer and is its only one
 
 
 def benchmark(options: argparse.Namespace) -> int:
@@ -1419,7 +1419,7 @@ def benchmark(options: argparse.Namespace) -> int:
     with running(options) as (port, ready):
         time_clients(port, bodies["mixed"][:32], 4)
         until = time.monotonic() + ROUNDS_SEC
-        while not batches or time.monotonic() < until:      # all in turn, as the machine's speed may change
+        while not batches or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
             batches.append(timeit(lambda: recognise(system, largest), number=1))
             for (kind, clients), found in rounds.items():
                 found.append(time_clients(port, bodies[kind], clients))
