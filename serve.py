@@ -363,8 +363,8 @@ def parse_head(block: bytes) -> Head:
         headers.pop("expect", None)     # to be ignored: HTTP/1.0 has no 100 Continue (RFC 9110, 10.1.1)
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
-    wish = headers.get("x-request-id", "")
-    id = wish if re.fullmatch("[A-Za-z0-9._-]{1,64}", wish) else uuid.uuid4().hex
+    client_id = headers.get("x-request-id", "")
+    id = client_id if re.fullmatch("[A-Za-z0-9._-]{1,64}", client_id) else uuid.uuid4().hex
     return Head(id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
 
 
@@ -422,8 +422,8 @@ def admit(server: Server, head: Head) -> None:
         raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
     if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
         return
-    scheme, _, given = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
-    if server.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(server.key.encode(), given)):
+    scheme, _, given_key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
+    if server.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(server.key.encode(), given_key)):
         raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
                       headers=[("WWW-Authenticate", "Bearer")])
     if server.draining.is_set():
@@ -489,12 +489,12 @@ def parse_json(body: bytes) -> dict:
 
 def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
     """parse_json, but features of plain decimals at the start are read as an array, in a third of the time."""
-    found, end = re.match(rb'\s*{\s*"features"\s*:\s*(?=\[\[)', body), body.rfind(b"]]") + 2
-    if found and not re.search(rb"\\|features", body[end:]):      # JSON takes the last "features", maybe escaped
-        feats = parse_decimals(body[found.end():end], dim, max_frames)
+    opening, end = re.match(rb'\s*{\s*"features"\s*:\s*(?=\[\[)', body), body.rfind(b"]]") + 2
+    if opening and not re.search(rb"\\|features", body[end:]):      # JSON takes the last "features", maybe escaped
+        feats = parse_decimals(body[opening.end():end], dim, max_frames)
         if feats is not None:
             with contextlib.suppress(Refusal):      # parse it whole: the error then has the right position
-                return {**parse_json(body[:found.end()] + b"[]" + body[end:]), "features": feats}
+                return {**parse_json(body[:opening.end()] + b"[]" + body[end:]), "features": feats}
     return parse_json(body)
 
 
@@ -521,12 +521,12 @@ def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None
     close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
     """
     text = np.frombuffer(b" " * 8 + block, np.uint8)        # eight bytes stand before each number's end
-    found = (text | 2 == ord(".")) | (text == ord("]"))     # "," | 2 == "."
-    rows, row = np.count_nonzero(found) // (2 * dim + 1), b".," * (dim - 1) + b".]"
+    is_mark = (text | 2 == ord(".")) | (text == ord("]"))     # "," | 2 == "."
+    rows, row_marks = np.count_nonzero(is_mark) // (2 * dim + 1), b".," * (dim - 1) + b".]"
     if not 1 <= rows <= max_frames:         # checked before np.flatnonzero takes eight bytes for each mark
         return None
-    marks = np.flatnonzero(found)
-    if text[marks].tobytes() != b",".join([row] * rows) + b"]":
+    marks = np.flatnonzero(is_mark)
+    if text[marks].tobytes() != b",".join([row_marks] * rows) + b"]":
         return None
     marks, end = marks.reshape(rows, 2 * dim + 1), marks[-1] + 1
     dots, stops = marks[:, :-1:2].ravel(), marks[:, 1::2].ravel()
@@ -537,19 +537,19 @@ def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None
     starts += text[starts] == ord(" ")
     minus = text[starts] == ord("-")
     starts += minus
-    whole, after = dots - starts, stops - dots - 1
-    size = whole + after
+    whole, fraction = dots - starts, stops - dots - 1
+    digits = whole + fraction
     if not ((text[opens] == ord("[")).all() and (marks[:, -1] == marks[:, -2] + 1).all() and end == len(text)
-            and whole.min() > 0 and after.min() > 0 and size.max() < 23
-            and size.sum() == np.count_nonzero(text - ord("0") < 10)        # each byte of a number is a digit
+            and whole.min() > 0 and fraction.min() > 0 and digits.max() < 23
+            and digits.sum() == np.count_nonzero(text - ord("0") < 10)        # each byte of a number is a digit
             and ((whole == 1) | (text[starts] != ord("0"))).all()):     # JSON has no leading zeros
         return None
-    words, value = np.ndarray(len(text) - 7, "<u8", text, strides=(1,)), np.zeros(len(size))
-    for k in range(0, after.max(), 8):
-        value += eight_digits(words, stops - k, after - k) * POWERS[k]
+    words, value = np.ndarray(len(text) - 7, "<u8", text, strides=(1,)), np.zeros(len(digits))
+    for k in range(0, fraction.max(), 8):
+        value += eight_digits(words, stops - k, fraction - k) * POWERS[k]
     for k in range(0, whole.max(), 8):
-        value += eight_digits(words, dots - k, whole - k) * POWERS.take(after + k, mode="clip")
-    value = np.where(minus, -value, value) / POWERS[after]
+        value += eight_digits(words, dots - k, whole - k) * POWERS.take(fraction + k, mode="clip")
+    value = np.where(minus, -value, value) / POWERS[fraction]
     low, high = ((value * scale).astype(np.float32) for scale in (1 - 2.0 ** -47, 1 + 2.0 ** -47))
     return low.reshape(rows, dim) if np.array_equal(low, high) else None
 
@@ -674,8 +674,8 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
-    mark, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
-    _, *pieces = (b"\r\n" + body).split(mark, MAX_PARTS + 1)        # the preamble before the first is ignored
+    delimiter, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
+    _, *pieces = (b"\r\n" + body).split(delimiter, MAX_PARTS + 1)        # the preamble before the first is ignored
     for piece in pieces:
         if piece.startswith(b"--"):
             return parts
@@ -764,8 +764,8 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
     oldest, best = order.index(0), [0]
     for low in range(max(0, oldest - max_size + 1), oldest + 1):
         shortest, high = lengths[order[low]], low
-        most = max(RATIO * shortest, shortest + slack)
-        while (high < len(order) and high - low < max_size and lengths[order[high]] <= most
+        longest = max(RATIO * shortest, shortest + slack)
+        while (high < len(order) and high - low < max_size and lengths[order[high]] <= longest
                and (high - low + 1) * lengths[order[high]] <= max_frames):
             high += 1
         if high > oldest and high - low > len(best):
@@ -1075,11 +1075,11 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
             ask, chosen, jobs = parsing.result(server.options.request_timeout)
-        pieces = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
+        recognised = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
     except TimeoutError:
         parsing.cancel()        # has no effect once it has begun
         raise deadline_passed() from None
-    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, pieces)]
+    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, recognised)]
     server.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if head.path == "/transcribe":
@@ -1256,10 +1256,10 @@ def drain(server: Server, timeout: float) -> None:
     """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; takes `timeout` s at most."""
     started = time.monotonic()
     server.draining.set()
-    for phases, until in ((["idle"], min(CUT_SEC, 0.3 * timeout)),
+    for phases, seconds in ((["idle"], min(CUT_SEC, 0.3 * timeout)),
                           (["idle", "reading"], max(0.5 * timeout, timeout - 1.0))):
         server.cut(phases)
-        while server.phases and time.monotonic() < started + until:
+        while server.phases and time.monotonic() < started + seconds:
             time.sleep(0.01)
     with server.batcher.changed:
         late, server.batcher.waiting = server.batcher.waiting, []
@@ -1279,8 +1279,8 @@ def pass_worth(system: System) -> int:
         feats = torch.zeros(frames, system.stats.shape[1])
         return min(repeat(lambda: recognise(system, [feats]), number=1, repeat=10))
 
-    fixed, both = seconds(1), seconds(401)
-    return min(1000, int(400 * fixed / max(both - fixed, 1e-6)))        # 401 frames say little about thousands
+    fixed, longer = seconds(1), seconds(401)
+    return min(1000, int(400 * fixed / max(longer - fixed, 1e-6)))        # 401 frames say little about thousands
 
 
 def tune(system: System, options: argparse.Namespace) -> int:
@@ -1352,12 +1352,12 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     command = [sys.executable, __file__, "--port=0", *given, *["--prepack"] * options.prepack]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
     try:
-        said = ""
-        while not (match := re.search(r"http://[^:]+:(\d+)", said)):
+        output = ""
+        while not (match := re.search(r"http://[^:]+:(\d+)", output)):
             line = process.stderr.readline()
             if not line:
-                raise ValueError(f"the server did not start: {said.strip()}")
-            said += line
+                raise ValueError(f"the server did not start: {output.strip()}")
+            output += line
         ready = time.perf_counter() - started
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield int(match[1]), ready
