@@ -272,7 +272,7 @@ class Server(ThreadingHTTPServer):
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
-        self.parsers = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "parser of large JSON")
+        self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
         self.phases: dict[socket.socket, str] = {}                  # by open connection: idle, reading or busy
         self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -795,7 +795,7 @@ class Batcher:
         self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
-        self.back, self.answered = 0, -math.inf     # utterances answered by the last batch less those since; its end
+        self.expected, self.answered = 0, -math.inf     # utterances of the last batch less those since; its end
         self.padded = self.padding = 0      # frames run so far with padding, and those that were padding
         self.changed = threading.Condition()        # guards waiting, arriving, back and answered
 
@@ -821,7 +821,7 @@ class Batcher:
                            f"{self.options.max_queue} may wait; send it again later")
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
-            self.back -= more
+            self.expected -= more
             if not waiting or len(self.waiting) >= self.options.max_batch_size:
                 self.changed.notify()       # only then: waking `run` while it must wait takes the GIL from the parsers
 
@@ -836,7 +836,8 @@ class Batcher:
             return [], None
         wait = self.options.max_wait_ms / 1e3
         first, last = self.waiting[0].queued, max(self.waiting[-1].queued, self.answered)
-        patience, returning = min(last + wait, first + 8 * wait) - now, self.back > 0 and first < self.answered + wait
+        patience = min(last + wait, first + 8 * wait) - now
+        returning = self.expected > 0 and first < self.answered + wait
         if (self.arriving or returning) and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
@@ -883,7 +884,7 @@ class Batcher:
         self.measure(kept, now, seconds)
         with self.changed:
             unanswered = {job.gone for job in self.waiting}     # by request: those with other jobs that wait
-            self.back = num_utterances([job for job in kept if job.gone not in unanswered])
+            self.expected = num_utterances([job for job in kept if job.gone not in unanswered])
             self.answered = now + seconds
         for job, recognition in zip(kept, found):
             job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
@@ -1070,7 +1071,8 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
 
 def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
-    parser = server.parsers[len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"]
+    large = len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"
+    parser = server.large_json_parser if large else server.parser
     try:
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)

@@ -6410,14 +6410,14 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     with serving() as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
         held = threading.Event()
         try:
-            server.parsers[1].submit(held.wait)
+            server.large_json_parser.submit(held.wait)
             late = post_json({"features": ROWS, "timeout": 0.5})
             assert len(recording) > serve.INTERRUPTIBLE and exchange(server, recording)[0] == 200
             waits = pool.submit(exchange, server, large)
         finally:
             held.set()
         assert waits.result()[0] == 200
-        server.parsers[0].submit(time.sleep, 0.6)
+        server.parser.submit(time.sleep, 0.6)
         found = exchange(server, late)  # its deadline counts from the request, not from its parsing
         assert check_error(*found) == (504, "deadline_exceeded")
         with pytest.raises(serve.Gone):  # and what nobody waits for is not even parsed
