@@ -8,7 +8,7 @@
 
 The file follows a request: its connection (one thread each), its head, its body parsed to features (on a parser
 thread), the queue and the one inference thread that owns the model, the answer, the routes, the metrics; then come the
-command line, the benchmark and the page. Parsers are functions from bytes to values; the batching rule takes the time
+command line and the benchmark; the page is page.html. Parsers are functions from bytes to values; the batching rule takes the time
 as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
 size of a header, and answers errors in HTML.
 
@@ -269,6 +269,7 @@ class Server(ThreadingHTTPServer):
         self.system, self.options, self.log, self.model = system, options, log, system.config.model.name
         self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
         self.metrics, self.draining = Metrics(), threading.Event()
+        self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
@@ -1001,7 +1002,7 @@ def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) ->
     if head.method == "OPTIONS":
         return Response(204, "", b"", (("Allow", ROUTES[route]),))
     if route == "/":
-        return page_response()
+        return page_response(server.page)
     if route == "/health":
         return health(server)
     if route == "/metrics":
@@ -1446,328 +1447,14 @@ def benchmark(options: argparse.Namespace) -> int:
 
 # ---- the page ----
 
-def page_response() -> Response:
+def page_response(page: str) -> Response:
     """The page, whose scripts and styles carry a nonce; it loads nothing else from anywhere."""
     nonce = uuid.uuid4().hex
     policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
               "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
     headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
-    return Response(200, "text/html; charset=utf-8", PAGE.replace("NONCE", nonce).encode(), headers)
+    return Response(200, "text/html; charset=utf-8", page.replace("NONCE", nonce).encode(), headers)
 
-
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>Paraformer · speech to text</title>
-<link rel="icon" href="data:,">
-<style nonce="NONCE">
-:root { --bg: #f4f2ed; --card: #fffefb; --ink: #201e1a; --soft: #6d685f; --line: #e2ded4; --accent: #3d52d5;
-  --on-accent: #fff; --wave: #a9b2e8; --fire: #e0663c; --good: #2c9a66; --bad: #d8432f; }
-@media (prefers-color-scheme: dark) { :root {
-  --bg: #121317; --card: #1b1d23; --ink: #eceae4; --soft: #9b988f; --line: #30333c; --accent: #8b9bff;
-  --on-accent: #11131f; --wave: #59639f; --fire: #ff9068; --good: #4ecb8d; --bad: #ff6d58; } }
-* { box-sizing: border-box; }
-[hidden] { display: none !important; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 940px; margin: 0 auto; padding: 32px 16px 48px; }
-header, .buttons, #ask, .top, .foot { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 12px; }
-h1 { font: 600 30px/1.15 Georgia, serif; margin: 0; }
-.soft { color: var(--soft); font-size: 14px; margin: 0; }
-#state { margin-left: auto; }
-#state::before { content: "● "; }
-#state.ok::before { color: var(--good); }
-#state.bad::before { color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 18px; padding: 22px; margin-top: 18px;
-  box-shadow: 0 12px 32px #0000000f; }
-#drop { display: flex; flex-wrap: wrap; align-items: center; gap: 16px; border: 1.5px dashed var(--soft); }
-#drop.over { border-color: var(--accent); background: color-mix(in oklab, var(--accent) 9%, var(--card)); }
-.ways { flex: 1 1 260px; }
-.lead { font-size: 18px; font-weight: 600; margin: 0; }
-button, .file, #key { font: inherit; font-size: 15px; color: inherit; background: none; cursor: pointer;
-  border: 1px solid var(--line); border-radius: 999px; padding: 7px 16px; }
-button:hover:enabled, .file:hover { border-color: var(--accent); }
-button:disabled { opacity: .5; cursor: not-allowed; }
-:focus-visible, .file:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
-.file, #play { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
-.file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-#record { font-weight: 600; }
-#record::before { content: "● "; color: var(--bad); }
-#record.on { border-color: var(--bad); }
-#record.on::before { content: "■ "; }
-#error { margin: 16px 0; padding: 13px 18px; border: 1px solid var(--bad); border-radius: 12px;
-  overflow-wrap: anywhere; }
-.top { flex-wrap: nowrap; justify-content: space-between; }
-#name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.legend { white-space: nowrap; }
-.legend i { display: inline-block; width: 48px; height: 6px; margin: 2px 6px; border-radius: 3px;
-  background: linear-gradient(90deg in oklab, var(--bad), var(--good)); }
-#transcript { font: 26px/1.6 Georgia, serif; margin: 14px 0 18px; white-space: pre-wrap; overflow-wrap: anywhere; }
-#transcript .none { color: var(--soft); font-style: italic; }
-.token { --hue: color-mix(in oklab, var(--good) calc(var(--sure) * 100%), var(--bad)); cursor: pointer;
-  padding: 2px 1px; background: color-mix(in oklab, var(--hue) calc(8% + (1 - var(--sure)) * 26%), transparent);
-  border-radius: 4px; box-shadow: inset 0 -2px var(--hue); }
-.token.now, .token:hover { background: var(--accent); color: var(--on-accent); }
-#scroll { overflow-x: auto; }
-#strip { position: relative; height: 218px; cursor: pointer; }
-#strip canvas { position: absolute; width: 100%; height: 100%; }
-#head { position: absolute; top: 0; bottom: 22px; width: 2px; background: var(--accent); pointer-events: none; }
-.foot { align-items: center; gap: 10px; margin-top: 14px; padding-top: 16px; border-top: 1px solid var(--line); }
-#facts { flex: 1 1 210px; }
-</style>
-</head>
-<body>
-<main>
-  <header>
-    <h1>Paraformer</h1>
-    <p class="soft">speech to text, in one pass</p>
-    <p class="soft" id="state" role="status">connecting</p>
-  </header>
-  <section class="card" id="drop" aria-label="Input">
-    <div class="ways">
-      <p class="lead">Drop a recording here</p>
-      <p class="soft" id="hint">wav, mp3, m4a, ogg or webm; it is sent to this server only.</p>
-    </div>
-    <div class="buttons">
-      <label class="file">Choose file<input type="file" id="file" accept="audio/*"></label>
-      <button type="button" id="record">Record</button>
-    </div>
-  </section>
-  <p id="error" role="alert" hidden></p>
-  <form id="ask" hidden>
-    <input id="key" type="password" autocomplete="off" aria-label="API key" placeholder="API key">
-    <button>Use this key</button>
-  </form>
-  <section class="card" id="result" aria-label="Result" hidden>
-    <div class="top">
-      <p class="soft" id="name"></p>
-      <p class="soft legend">less sure<i></i>sure</p>
-    </div>
-    <div id="transcript" aria-live="polite"></div>
-    <div id="detail">
-      <div id="scroll"><div id="strip">
-        <canvas id="picture" role="img" aria-label="Waveform, token boundaries and firing weights"></canvas>
-        <div id="head"></div>
-      </div></div>
-      <div class="foot">
-        <button type="button" id="play">Play</button>
-        <span class="soft" id="facts"></span>
-        <div class="buttons">
-          <button type="button" data-export="txt">txt</button>
-          <button type="button" data-export="srt">srt</button>
-          <button type="button" data-export="json">json</button>
-        </div>
-      </div>
-    </div>
-  </section>
-  <audio id="audio" hidden></audio>
-</main>
-<script nonce="NONCE">
-"use strict";
-const $ = id => document.getElementById(id), RATE = 16000, audio = $("audio");
-const make = (kind, values) => Object.assign(document.createElement(kind), values);
-let run = 0, shown = null, recorder = null, retry = null;
-
-// ---- a recording: decoded by the browser, sent as WAV ----
-async function decodeAudio(blob) {
-  const source = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await blob.arrayBuffer()).catch(() => {
-    throw new Error("This browser cannot decode the file as audio.");
-  });
-  const mix = new OfflineAudioContext(1, source.length, RATE), node = mix.createBufferSource();
-  node.buffer = source; node.connect(mix.destination); node.start();
-  return (await mix.startRendering()).getChannelData(0);
-}
-function toWav(samples) {
-  const shorts = (...values) => Uint16Array.from(values), longs = (...values) => Uint32Array.from(values);
-  const wave = Int16Array.from(samples, x => Math.round(Math.max(-1, Math.min(1, x)) * 32767));
-  return new Blob(["RIFF", longs(36 + wave.byteLength), "WAVEfmt ", longs(16), shorts(1, 1), longs(RATE, 2 * RATE),
-    shorts(2, 16), "data", longs(wave.byteLength), wave], { type: "audio/wav" });
-}
-async function send(path, body) {
-  const headers = $("key").value ? { Authorization: "Bearer " + $("key").value } : {};
-  const reply = await fetch(path, { method: "POST", headers, body }).catch(() => {
-    throw new Error("The server did not answer.");
-  });
-  if (!reply.ok) throw Object.assign(new Error((await reply.json()).error.message), { status: reply.status });
-  return reply;
-}
-async function recognise(blob, name) {
-  const mine = ++run;
-  audio.pause(); shown = null; retry = () => recognise(blob, name);
-  $("error").hidden = $("ask").hidden = $("detail").hidden = true;
-  $("result").hidden = false;
-  $("name").textContent = name;
-  say("Listening …");
-  try {
-    const samples = await decodeAudio(blob), wav = toWav(samples);
-    const found = await (await send("/transcribe?alignment=true", wav)).json();
-    if (mine === run) show({ found, samples, name, wav });
-  } catch (error) { if (mine === run) fail(error.message, error.status); }
-}
-function say(textContent) {
-  $("transcript").replaceChildren(make("span", { className: "none", textContent }));
-}
-function fail(message, status) {
-  $("transcript").replaceChildren(); $("result").hidden = true;
-  $("error").textContent = message; $("error").hidden = false; $("ask").hidden = status !== 401;
-}
-
-// ---- the result ----
-const seconds = t => t.toFixed(2) + " s", percent = p => Math.round(100 * p) + " %";
-function spelled(token) {
-  const text = token.token.replaceAll("▁", " ");
-  return text === " " ? text : text.trim().replace(/(.)@@$/, "$1");
-}
-function tokenElement(token) {
-  const element = make("span", { className: "token", tabIndex: 0, role: "button",
-    textContent: spelled(token), onclick: () => playFrom(token.start),
-    title: `${percent(token.confidence)} sure, ${token.start.toFixed(2)} to ${seconds(token.end)}` });
-  element.onkeydown = event => {
-    if (event.key === "Enter" || event.key === " ") { event.preventDefault(); playFrom(token.start); }
-  };
-  Object.assign(element.dataset, { confidence: token.confidence, start: token.start, end: token.end });
-  element.style.setProperty("--sure", token.confidence);
-  return element;
-}
-function transcript({ tokens, text: rest }) {     // spaces between published pieces (hel@@ lo) stand in the text only
-  return tokens.flatMap((token, i) => {
-    const text = spelled(token), spaced = rest.startsWith(" " + text) || token.token.startsWith("▁");
-    const gap = i && text !== " " && spaced ? " " : "";
-    if (rest.startsWith(gap + text)) rest = rest.slice((gap + text).length);
-    return [gap, tokenElement(token)];
-  });
-}
-function show(result) {
-  const { found, wav } = shown = result;
-  URL.revokeObjectURL(audio.src);
-  audio.src = URL.createObjectURL(wav);
-  $("transcript").replaceChildren(...transcript(found));
-  if (!found.tokens.length) say("No speech was recognised.");
-  $("facts").textContent = [seconds(found.duration), found.tokens.length + " tokens",
-    percent(found.confidence) + " sure", found.timing.infer_ms.toFixed(0) + " ms"].join("  ·  ");
-  $("detail").hidden = false;
-  draw();
-  follow();
-}
-
-// ---- waveform, token boundaries, firing weights ----
-function draw() {
-  if (!shown) return;
-  const { samples, found: { tokens, alignment, duration } } = shown, style = getComputedStyle(document.documentElement);
-  const colour = name => style.getPropertyValue("--" + name);
-  $("strip").style.width = Math.max($("scroll").clientWidth, Math.min(duration * 56, 8000)) + "px";
-  const canvas = $("picture"), width = $("strip").clientWidth, height = $("strip").clientHeight;
-  const pen = canvas.getContext("2d"), ratio = Math.min(devicePixelRatio, 16000 / width), x = t => t / duration * width;
-  canvas.width = width * ratio;
-  canvas.height = height * ratio;
-  pen.scale(ratio, ratio);
-  const loudest = samples.reduce((most, s) => Math.max(most, Math.abs(s)), 1e-3), step = samples.length / width;
-  pen.fillStyle = colour("wave");
-  for (let i = 0; i < width; i += 3) {
-    const part = samples.subarray(i * step, (i + 3) * step);
-    const size = Math.max(1, part.reduce((most, s) => Math.max(most, Math.abs(s)), 0) / loudest * 46);
-    pen.fillRect(i, 50 - size, 2, 2 * size);
-  }
-  pen.font = "13px system-ui, sans-serif"; pen.textAlign = "center";
-  tokens.forEach((token, i) => {
-    const from = x(token.start), to = x(token.end), text = spelled(token).trim();
-    pen.fillStyle = colour(i % 2 ? "bg" : "card");
-    pen.fillRect(from, 102, to - from, 24);
-    pen.fillStyle = colour("line");
-    for (const at of [from, to]) pen.fillRect(at, 4, 1, 190);
-    pen.fillStyle = colour("ink");
-    if (pen.measureText(text).width < to - from) pen.fillText(text, (from + to) / 2, 119);
-  });
-  const top = Math.max(.5, ...alignment.weights), bar = x(alignment.step);
-  pen.fillStyle = colour("fire");
-  alignment.weights.forEach((w, i) => pen.fillRect(i * bar, 194 - 46 * w / top, Math.max(bar - .5, .7), 46 * w / top));
-  pen.fillStyle = colour("soft");
-  pen.font = "11px system-ui, sans-serif";
-  pen.textAlign = "left";
-  const tick = [.1, .2, .5, 1, 2, 5, 10, 30].find(s => x(s) >= 56) || 60;
-  for (let at = 0; at < duration; at += tick) {
-    pen.fillRect(x(at), 194, 1, 5);
-    if (x(at) < width - 40) pen.fillText(+at.toFixed(1) + " s", x(at) + 4, 208);
-  }
-  pen.fillText("firing weights", 6, 141);
-}
-function follow() {
-  if (!shown) return;
-  const now = audio.currentTime;
-  $("head").style.left = 100 * Math.min(1, now / shown.found.duration) + "%";
-  $("play").textContent = audio.paused ? "Play" : "Pause";
-  document.querySelectorAll(".token").forEach(e => e.classList.toggle("now", !audio.paused
-    && now >= +e.dataset.start && now < +e.dataset.end));
-  if (!audio.paused) requestAnimationFrame(follow);
-}
-function playFrom(time) { audio.currentTime = time; audio.play().catch(() => {}); }
-audio.onplay = audio.onpause = audio.onseeked = audio.onended = follow;
-$("play").onclick = () => audio.paused ? audio.play().catch(() => {}) : audio.pause();
-$("strip").onclick = event => playFrom(event.offsetX / $("strip").clientWidth * shown.found.duration);
-addEventListener("resize", draw);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-
-// ---- export: subtitles and text as the server writes them ----
-for (const button of document.querySelectorAll("[data-export]")) button.onclick = async () => {
-  const kind = button.dataset.export, { found, wav, name } = shown, form = new FormData();
-  form.append("file", wav, "a.wav");
-  form.append("response_format", kind === "txt" ? "text" : kind);
-  try {
-    const content = kind === "json" ? JSON.stringify(found, null, 1)
-      : await (await send("/v1/audio/transcriptions", form)).text();
-    const url = URL.createObjectURL(new Blob([content]));
-    make("a", { href: url, download: name.replace(/\.[^.]*$/, "") + "." + kind }).click();
-    setTimeout(() => URL.revokeObjectURL(url), 1000);
-  } catch (error) { fail(error.message, error.status); }
-};
-
-// ---- input ----
-$("file").onchange = event => { const file = event.target.files[0]; if (file) recognise(file, file.name);
-  event.target.value = ""; };
-for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) addEventListener(kind, event => {
-  event.preventDefault();
-  $("drop").classList.toggle("over", kind === "dragenter" || kind === "dragover");
-  const file = kind === "drop" && event.dataTransfer.files[0];
-  if (file) recognise(file, file.name);
-});
-$("ask").onsubmit = event => { event.preventDefault(); retry(); };
-
-async function record() {
-  const button = $("record");
-  button.disabled = true;
-  const stream = await navigator.mediaDevices.getUserMedia({ audio: true }).finally(() => { button.disabled = false; });
-  const begun = new Date();
-  const tell = () => { button.textContent = `Stop ${Math.round((new Date() - begun) / 1000)} s`; };
-  const timer = setInterval(tell, 250);
-  recorder = new MediaRecorder(stream);
-  recorder.ondataavailable = event => {       // all of it, as it stops
-    stream.getTracks().forEach(track => track.stop());
-    clearInterval(timer);
-    recorder = null;
-    button.classList.remove("on");
-    button.textContent = "Record";
-    recognise(event.data, "recording " + begun.toLocaleTimeString());
-  };
-  recorder.start();
-  button.classList.add("on");
-  tell();
-}
-if (!navigator.mediaDevices || !window.MediaRecorder) { $("record").disabled = true;
-  $("hint").textContent += " Recording needs https or localhost."; }
-const deaf = error => fail("The microphone cannot be used: " + error.message);
-$("record").onclick = () => recorder ? recorder.stop() : record().catch(deaf);
-
-fetch("/health").then(async reply => {
-  const about = await reply.json();
-  $("state").textContent = `${about.model} on ${about.device}, ${about.sample_rate / 1000} kHz`;
-  $("state").classList.add(reply.ok ? "ok" : "bad");
-}).catch(() => { $("state").textContent = "the server does not answer"; $("state").classList.add("bad"); });
-</script>
-</body>
-</html>
-"""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
