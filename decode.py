@@ -55,8 +55,8 @@ from attention import alignment_svg, attention_svg, escape
 from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames,
                    lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
-                       char_errors, count_errors, format_alignment, normalise_text, spell_words, spoken_places,
-                       token_accuracy, word_errors)
+                       char_errors, count_errors, format_alignment, normalise_text, read_tokenizer, spell_words,
+                       spoken_places, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
@@ -109,7 +109,7 @@ def load_checkpoint(path: str | os.PathLike) -> System:
     """The system in a checkpoint of train.py. Raises ValueError if it is none or its weights do not fit its config."""
     state = read_checkpoint(path)
     config = configs.from_dict(state["config"], f"{path}: config")
-    tokenizer = Tokenizer.from_state(state["tokenizer"], f"{path}: tokenizer")
+    tokenizer = read_tokenizer(state["tokenizer"], f"{path}: tokenizer")
     model = build(config.model, state["stats"].shape[1], len(tokenizer))
     load_weights(model, state["model"], str(path))
     return System(config, tokenizer, state["stats"], model)

@@ -118,9 +118,7 @@ class Tokenizer:
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "Tokenizer":
-        """The inverse of state(), of a PieceTokenizer's too. Raises ValueError that begins with where if it is none."""
-        if isinstance(state, dict) and state.get("unit") == "piece":
-            return PieceTokenizer.from_state(state, where)
+        """The inverse of state(). Raises ValueError that begins with where if state is not one."""
         if not (isinstance(state, dict) and set(state) == {"unit", "symbols"} and isinstance(state["symbols"], list)):
             raise ValueError(f"{where}: wanted {{'unit': ..., 'symbols': [...]}}, got {state!r:.60}")
         try:
@@ -211,6 +209,12 @@ class PieceTokenizer:
         if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
             raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
         return cls(tuple(symbols), pieces)
+
+
+def read_tokenizer(state: dict, where: str) -> Tokenizer | PieceTokenizer:
+    """The tokenizer whose state() this is. Raises ValueError that begins with where if it is none."""
+    is_piece = isinstance(state, dict) and state.get("unit") == PieceTokenizer.unit
+    return (PieceTokenizer if is_piece else Tokenizer).from_state(state, where)
 
 
 def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:

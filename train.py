@@ -61,7 +61,8 @@ import data
 from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
-from tokenizer import PieceTokenizer, Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
+from tokenizer import (PieceTokenizer, Tokenizer, char_errors, count_errors, read_tokenizer, spoken_places,
+                       token_accuracy, word_errors)
 
 # ---- decisions ----
 
@@ -524,7 +525,7 @@ def origin(config: configs.Config, place: str,
     elif place:
         state = state or read_checkpoint(place)
         config = with_model(config, configs.from_dict(state["config"], place))
-        tokenizer, stats = Tokenizer.from_state(state["tokenizer"], place), state["stats"]
+        tokenizer, stats = read_tokenizer(state["tokenizer"], place), state["stats"]
         model = build(config.model, stats.shape[1], len(tokenizer))
         load_weights(model, state["model"], place)
     else:
