@@ -8,8 +8,8 @@
 
 The file follows a request: its connection (one thread each), its head, its body parsed to features (on a parser
 thread), the queue and the one inference thread that owns the model, the answer, the routes, the metrics; then come the
-command line and the benchmark; the page is page.html. Parsers are functions from bytes to values; the batching rule takes the time
-as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
+command line and the benchmark; the page is page.html. Parsers are functions from bytes to values; the batching rule
+takes the time as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
 size of a header, and answers errors in HTML.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
@@ -156,11 +156,11 @@ class Connection(socketserver.BaseRequestHandler):
                 return False
             head = parse_head(block)
             unread = bool(head.length) or "transfer-encoding" in head.headers
-            admit(self.server, head)
+            self.server.admit(head)
             if head.method == "POST":
                 body, unread = self.read_body(head), False
             self.server.phases[self.request] = "busy"
-            response = answer(self.server, head, body, self.hung_up)
+            response = self.server.answer(head, body, self.hung_up)
         except Refusal as refusal:
             response = refusal.response()
         except (Gone, ConnectionError):
@@ -176,16 +176,14 @@ class Connection(socketserver.BaseRequestHandler):
         close = head.close or unread or self.server.draining.is_set()
         sent = False
         if response.status != 499:
-            response = response._replace(headers=response.headers + cors_headers(self.server.options, head))
+            cors = cors_headers(head, self.server.options.cors_origin, self.server.allowed(head))
+            response = response._replace(headers=response.headers + cors)
             with contextlib.suppress(OSError):
                 self.request.settimeout(self.server.options.write_timeout)      # of the whole sendall
                 # one write: a second one could wait for the client's delayed ACK
                 self.request.sendall(to_bytes(head, response, close))
                 sent = True
-        route, status = route_of(head), response.status if sent else 499
-        seconds = time.monotonic() - head.started
-        self.server.metrics.count_request(route, status, seconds)
-        self.server.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
+        self.server.note(head, response, response.status if sent else 499)
         if sent and unread:
             self.read_away(DRAIN_SEC if status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
@@ -259,25 +257,34 @@ class Connection(socketserver.BaseRequestHandler):
             return True
 
 
-class Server(ThreadingHTTPServer):
-    """What the routes need, and the open connections, at most options.max_connections of them."""
+class Door(ThreadingHTTPServer):
+    """The open connections, at most options.max_connections of them. A subclass says what is behind it: `admit`,
+    `answer`, `allowed` and `note`."""
 
     request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
 
-    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
-                 slack: int = 0):
-        self.system, self.options, self.log, self.model = system, options, log, system.config.model.name
-        self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
-        self.metrics, self.draining = Metrics(), threading.Event()
-        self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
-        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
-        self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
-        # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
-        self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
+    def __init__(self, options: argparse.Namespace, log: Callable[[str], None]):
+        self.options, self.log, self.draining = options, log, threading.Event()
         self.phases: dict[socket.socket, str] = {}                  # by open connection: idle, reading or busy
         self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
         self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         super().__init__((options.host, options.port), Connection)
+
+    def admit(self, head: Head) -> None:
+        """Check all that can be checked before the body is read. Raises Refusal."""
+        raise NotImplementedError
+
+    def answer(self, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+        """A whole, admitted request -> its answer; gone() asks whether its client has left. Raises Refusal or Gone."""
+        raise NotImplementedError
+
+    def allowed(self, head: Head) -> str:
+        """The methods of the path, as the header Allow has them."""
+        raise NotImplementedError
+
+    def note(self, head: Head | None, response: Response, status: int) -> None:
+        """Count and log an answer; status is 499 where it could not be sent, head None where no request was read."""
+        raise NotImplementedError
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)    # HTTPServer's also resolves the host's name, which can take seconds
@@ -293,7 +300,7 @@ class Server(ThreadingHTTPServer):
         """Answer 503 without a thread, and leave the client a second to read it (service_actions then closes)."""
         message = f"{self.options.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
-        self.metrics.add("asr_rejected_total", 'reason="overloaded"')
+        self.note(None, response, response.status)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(to_bytes(unread_head(), response, close=True))
@@ -391,20 +398,6 @@ def parse_target(target: str) -> tuple[str, dict[str, str]]:
         raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
 
 
-GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # values of the header Allow
-ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
-          "/transcribe": POST, "/v1/audio/transcriptions": POST}
-MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
-                               "multipart/form-data"),
-               "/v1/audio/transcriptions": ("multipart/form-data",)}
-
-
-def route_of(head: Head) -> str:
-    """The key in ROUTES, or "other", as metrics and log name it."""
-    name = "/v1/models/{id}" if head.path.startswith("/v1/models/") else head.path
-    return name if name in ROUTES else "other"
-
-
 def media_type(head: Head) -> str:
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
@@ -413,43 +406,15 @@ def draining() -> Refusal:
     return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
 
 
-def admit(server: Server, head: Head) -> None:
-    """Check all that can be checked before the body is read: route, method, key, length, type. Raises Refusal."""
-    route = route_of(head)
-    allow = ROUTES.get(route)
-    if not allow:
-        raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
-    if head.method not in allow.split(", "):
-        raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
-    if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
-        return
-    scheme, _, given_key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
-    if server.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(server.key.encode(), given_key)):
-        raise Refusal(401, "invalid_api_key", "wanted the header 'Authorization: Bearer KEY' with this server's key",
-                      headers=[("WWW-Authenticate", "Bearer")])
-    if server.draining.is_set():
-        raise draining()
-    if head.method != "POST":
-        return
-    limit = int(server.options.max_body_mb * MIB)
-    if head.length is None:
-        raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
-    if media_type(head) not in MEDIA_TYPES[route] or "content-encoding" in head.headers:
-        wanted = ", ".join(MEDIA_TYPES[route])
-        raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
-    if head.length > limit:
-        raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
-
-
-def cors_headers(options: argparse.Namespace, head: Head) -> tuple[tuple[str, str], ...]:
-    """CORS headers for pages of the origins in --cors-origin; without that option none."""
+def cors_headers(head: Head, origins: Sequence[str], allowed: str) -> tuple[tuple[str, str], ...]:
+    """CORS headers for pages of these origins; none without any. allowed: the methods of the path."""
     origin = head.headers.get("origin")
-    found = [("Vary", "Origin")] if options.cors_origin else []
-    if origin in options.cors_origin:
+    found = [("Vary", "Origin")] if origins else []
+    if origin in origins:
         found += [("Access-Control-Allow-Origin", origin),
                   ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
         if head.method == "OPTIONS":
-            found += [("Access-Control-Allow-Methods", ROUTES.get(route_of(head), "")),
+            found += [("Access-Control-Allow-Methods", allowed),
                       ("Access-Control-Max-Age", "600"),
                       ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
@@ -996,24 +961,92 @@ def openai_response(result: Result, seconds: float, form: str, granularities: Se
 
 # ---- routes ----
 
-def answer(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
-    """A whole, admitted request -> its answer. Raises Refusal or Gone."""
-    route = route_of(head)
-    if head.method == "OPTIONS":
-        return Response(204, "", b"", (("Allow", ROUTES[route]),))
-    if route == "/":
-        return page_response(server.page)
-    if route == "/health":
-        return health(server)
-    if route == "/metrics":
-        return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(server).encode())
-    if route == "/v1/models":
-        return json_response({"object": "list", "data": [model_card(server)]})
-    if route == "/v1/models/{id}":
-        if head.path != f"/v1/models/{server.model}":
-            raise Refusal(404, "not_found", f"the one model here is {server.model}", "model")
-        return json_response(model_card(server))
-    return recognise_route(server, head, body, gone)
+GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # values of the header Allow
+ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
+          "/transcribe": POST, "/v1/audio/transcriptions": POST}
+MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
+                               "multipart/form-data"),
+               "/v1/audio/transcriptions": ("multipart/form-data",)}
+
+
+def route_of(head: Head) -> str:
+    """The key in ROUTES, or "other", as metrics and log name it."""
+    name = "/v1/models/{id}" if head.path.startswith("/v1/models/") else head.path
+    return name if name in ROUTES else "other"
+
+
+class Server(Door):
+    """What the routes need, and the routes."""
+
+    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
+                 slack: int = 0):
+        self.system, self.model = system, system.config.model.name
+        self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
+        self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
+        self.metrics = Metrics()
+        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
+        self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
+        # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
+        self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
+        super().__init__(options, log)
+
+    def admit(self, head: Head) -> None:
+        """Check all that can be checked before the body is read: route, method, key, length, type. Raises Refusal."""
+        route = route_of(head)
+        allow = ROUTES.get(route)
+        if not allow:
+            raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
+        if head.method not in allow.split(", "):
+            raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
+        if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
+            return
+        scheme, _, given_key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if self.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(self.key.encode(), given_key)):
+            raise Refusal(401, "invalid_api_key",
+                          "wanted the header 'Authorization: Bearer KEY' with this server's key",
+                          headers=[("WWW-Authenticate", "Bearer")])
+        if self.draining.is_set():
+            raise draining()
+        if head.method != "POST":
+            return
+        limit = int(self.options.max_body_mb * MIB)
+        if head.length is None:
+            raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
+        if media_type(head) not in MEDIA_TYPES[route] or "content-encoding" in head.headers:
+            wanted = ", ".join(MEDIA_TYPES[route])
+            raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
+        if head.length > limit:
+            raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
+
+    def answer(self, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+        """A whole, admitted request -> its answer. Raises Refusal or Gone."""
+        route = route_of(head)
+        if head.method == "OPTIONS":
+            return Response(204, "", b"", (("Allow", ROUTES[route]),))
+        if route == "/":
+            return page_response(self.page)
+        if route == "/health":
+            return health(self)
+        if route == "/metrics":
+            return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self).encode())
+        if route == "/v1/models":
+            return json_response({"object": "list", "data": [model_card(self)]})
+        if route == "/v1/models/{id}":
+            if head.path != f"/v1/models/{self.model}":
+                raise Refusal(404, "not_found", f"the one model here is {self.model}", "model")
+            return json_response(model_card(self))
+        return recognise_route(self, head, body, gone)
+
+    def allowed(self, head: Head) -> str:
+        return ROUTES.get(route_of(head), "")
+
+    def note(self, head: Head | None, response: Response, status: int) -> None:
+        if head is None:
+            self.metrics.add("asr_rejected_total", 'reason="overloaded"')
+            return
+        route, seconds = route_of(head), time.monotonic() - head.started
+        self.metrics.count_request(route, status, seconds)
+        self.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
 
 
 def health(server: Server) -> Response:
@@ -1022,6 +1055,15 @@ def health(server: Server) -> Response:
              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
              "uptime": round(time.monotonic() - server.started, 3)}
     return draining().response(beside=about) if ending else json_response(about)
+
+
+def page_response(page: str) -> Response:
+    """The page, whose scripts and styles carry a nonce; it loads nothing else from anywhere."""
+    nonce = uuid.uuid4().hex
+    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+              "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
+    return Response(200, "text/html; charset=utf-8", page.replace("NONCE", nonce).encode(), headers)
 
 
 def model_card(server: Server) -> dict:
@@ -1443,17 +1485,6 @@ def benchmark(options: argparse.Namespace) -> int:
     print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
           f"median (at most 50; {len(health)} asked)")
     return 0
-
-
-# ---- the page ----
-
-def page_response(page: str) -> Response:
-    """The page, whose scripts and styles carry a nonce; it loads nothing else from anywhere."""
-    nonce = uuid.uuid4().hex
-    policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-              "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-    headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
-    return Response(200, "text/html; charset=utf-8", page.replace("NONCE", nonce).encode(), headers)
 
 
 if __name__ == "__main__":
