@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- checks and masks ----
 
+# ---- checks and masks ----
 
 def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
     """Raise ValueError unless each name=(tensor, *dims) has these dims: an int is that size, a str any size, but the
@@ -89,7 +89,6 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
 
 
 # ---- positions ----
-
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
     """places (...) -> (...,dim) float32: column 2i is sin, 2i+1 cos of place * 10000^(-2i/dim). Vaswani et al. 2017."""
@@ -154,7 +153,6 @@ class PositionalEncoding(nn.Module):
 
 
 # ---- attention ----
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool, bias: Tensor | None = None,
            dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
@@ -368,7 +366,6 @@ class NormedFeedForward(nn.Module):
 
 
 # ---- blocks ----
-
 
 class TransformerBlock(nn.Module):
     """Pre-norm block: self-attention, cross-attention if memory_dim is given, feed-forward; each added to its input."""

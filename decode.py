@@ -52,9 +52,9 @@ from torch import Tensor, nn
 import config as configs
 import data
 from attention import alignment_svg, attention_svg, escape
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames,
-                   lay_out, load_published, load_weights, padding_mask, pick_device, read_checkpoint)
-from tokenizer import (BLANK, EOS, SOS, SPECIALS, UNSPOKEN, Counts, PieceTokenizer, Tokenizer, align, are_spaced,
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames, lay_out,
+                   load_published, load_weights, padding_mask, pick_device, read_checkpoint)
+from tokenizer import (BLANK, Counts, EOS, PieceTokenizer, SOS, SPECIALS, Tokenizer, UNSPOKEN, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, read_tokenizer, spell_words,
                        spoken_places, token_accuracy, word_errors)
 
@@ -62,8 +62,8 @@ DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
 
-# ---- a checkpoint, ready to recognise ----
 
+# ---- a checkpoint, ready to recognise ----
 
 class Search(NamedTuple):
     """How hypotheses are found. Search(), all defaults, is greedy decoding by the model itself."""
@@ -157,7 +157,6 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
 
 
 # ---- search ----
-
 
 class NBest(NamedTuple):
     """N hypotheses of each utterance, best first; where there are fewer, log_probs and scores of the rest are -inf."""
@@ -362,7 +361,6 @@ def with_search(system: System, search: Search) -> System:
 
 
 # ---- recognition ----
-
 
 class Token(NamedTuple):
     token: str
@@ -572,7 +570,6 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
 
 # ---- long recordings ----
 
-
 def batch_limits(system: System) -> tuple[int, int]:
     """Utterances and padded frames in a batch at most."""
     return system.batch_size, max(1, int(system.batch_seconds / data.frame_sec(system.config.data)))
@@ -638,7 +635,6 @@ def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> R
 
 
 # ---- many inputs ----
-
 
 class Outcome(NamedTuple):
     """What became of one input."""
@@ -729,7 +725,6 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
 
 # ---- forms ----
 
-
 def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
     """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
     found: list[list[Word]] = []
@@ -812,7 +807,6 @@ def file_names(keys: Sequence[str]) -> list[str]:
 
 # ---- pictures ----
 
-
 def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | None:
     """The utterance, if it has frames: a recording that is decoded in segments comes without."""
     item = dataset[index]
@@ -865,7 +859,6 @@ def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Datas
 
 
 # ---- the report ----
-
 
 class Score(NamedTuple):
     """One utterance against its reference."""
@@ -993,7 +986,6 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
 
 
 # ---- exports ----
-
 
 def export_directory(system: System, folder: Path) -> None:
     """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
@@ -1231,7 +1223,6 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 # ---- main ----
-
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "

@@ -47,7 +47,6 @@ def pick(choices: dict, field: str, name):
 
 # ---- encoders ----
 
-
 def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
     check_shapes(feats=(feats, "B", "T", input_dim))
     check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
@@ -194,7 +193,6 @@ class RelativeConformerEncoder(nn.Module):
 
 # ---- predictors: the weight of every frame ----
 
-
 class Predictor(nn.Module):
     """Firing weight of each encoder frame, in (0,1), from stacked convolutions; their sum estimates the token count."""
 
@@ -263,7 +261,6 @@ class TimingHead(nn.Module):
 
 
 # ---- continuous integrate-and-fire ----
-
 
 def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
     """alpha (B,L), counts (B,) -> (B,L) float64, each row scaled to sum to its count. A row of zeros stays zeros.
@@ -350,7 +347,6 @@ def halfway(centre: np.ndarray, L: int) -> Tensor:
 
 # ---- decoders ----
 
-
 class Decoder(nn.Module):
     """Bidirectional transformer over the acoustic embeddings, with cross-attention to the encoder, in one pass.
 
@@ -414,7 +410,6 @@ class SanmDecoder(nn.Module):
 
 # ---- the glancing sampler ----
 
-
 def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: float, order: Tensor) -> Tensor:
     """Replace floor(ratio * wrong) acoustic embeddings of each utterance by those of the true tokens.
 
@@ -430,7 +425,6 @@ def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: 
 
 
 # ---- losses: sums over tokens, divided by the trainer ----
-
 
 def cross_entropy_sum(logits: Tensor, tokens: Tensor, lens: Tensor, smoothing: float) -> Tensor:
     """KL divergence to the smoothed target, summed over real tokens: q = 1-e at the target, e/(V-1) elsewhere.
@@ -493,7 +487,6 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
 
 
 # ---- the model ----
-
 
 class Hypotheses(NamedTuple):
     """What free-running decoding found; tokens and log_probs past an utterance's count are 0. Transformer.decode and
@@ -682,7 +675,6 @@ class Paraformer(Recogniser):
 
 
 # ---- the models it is compared with ----
-
 
 class CausalDecoder(nn.Module):
     """Autoregressive transformer: each token is predicted from those before it and cross-attention to the encoder."""
@@ -1024,7 +1016,6 @@ def load_published(options, input_dim: int, vocab_size: int, path: str | os.Path
 
 
 # ---- weights repacked for recognition on a CPU ----
-
 
 class PackedLinear(nn.Module):
     """An nn.Linear with its weights in the order in which oneDNN's matrix products read them. Relies on

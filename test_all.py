@@ -1639,7 +1639,6 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
 
 # ---- attention: masks ----
 
-
 def ints(*values):
     return torch.tensor(values, dtype=torch.int64)
 
@@ -1675,7 +1674,6 @@ def test_masks_are_true_where_real():
 
 
 # ---- attention: positions ----
-
 
 def test_sinusoids_equal_their_closed_form():
     wanted = [[(math.sin, math.cos)[d % 2](t / 10000 ** (2 * (d // 2) / 6)) for d in range(6)] for t in range(300)]
@@ -2022,7 +2020,6 @@ def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
 
 # ---- model: small models and batches ----
 
-
 def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, context=0, layers=1, **options):
     """A Paraformer of width 8 for 5 feature bins and 7 tokens, its biases drawn too; firing weights about 0.3."""
     section = config.ModelConfig(
@@ -2053,7 +2050,6 @@ def one(batch, i):
 
 
 # ---- model: integrate-and-fire ----
-
 
 def slow_fire(hidden, alpha):
     """Dong & Xu 2020, one frame after the other, of one utterance: the embeddings fired.
@@ -2178,7 +2174,6 @@ def test_scaled_weights_sum_to_the_count_and_zeros_stay_zero():
 
 # ---- model: lengths and padding ----
 
-
 # C1
 def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():
     for factor in (1, 2, 4):
@@ -2269,7 +2264,6 @@ def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
 
 # ---- model: the glancing sampler ----
 
-
 # C23
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_glance_replaces_the_floor_of_ratio_times_wrong_by_order(ratio):
@@ -2314,7 +2308,6 @@ def test_only_the_second_pass_gives_gradient(ratio):
 
 
 # ---- model: losses ----
-
 
 # C24
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
@@ -2402,7 +2395,6 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
 
 
 # ---- model: edges ----
-
 
 # C25
 @pytest.mark.parametrize("subsampling", [1, 4])
@@ -2536,7 +2528,6 @@ def test_model_errors_name_what_was_wanted_and_got(name):
 
 # ---- model: the models it is compared with ----
 
-
 def rival(name, seed=0, **options):
     """A transformer or CTC model of width 8 for 5 feature bins and 7 tokens, in float64; half of the time a token ends
     the text, or a frame is blank."""
@@ -2653,7 +2644,6 @@ def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_e
 
 # ---- model: all of it ----
 
-
 def planted(generator, n):
     """Each token, 1 or 2, is 1 to 3 frames of its own bin and a silent frame: feats, feat_lens, tokens, token_lens."""
     def draw(low, high, *shape):
@@ -2688,7 +2678,6 @@ def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
 
 
 # ---- train: decisions ----
-
 
 @pytest.mark.parametrize("schedule, steps", [
     ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 60: 0.6, 110: 0.2, 500: 0.2}),
@@ -4153,7 +4142,6 @@ def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, c
 
 
 # ---- decode: search ----
-
 
 def table_model(B, V, L, seed):
     """A step function whose log probabilities and attention are drawn for each prefix, and the same of one (b, ids)

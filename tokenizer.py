@@ -7,7 +7,6 @@ Needs numpy; imports nothing of ours, so it can be copied alone.
 Glossary: the unit of a vocabulary is what its ids stand for, char, word or piece; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.
 """
-
 import itertools
 import json
 import os

@@ -64,8 +64,8 @@ from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load
 from tokenizer import (PieceTokenizer, Tokenizer, char_errors, count_errors, read_tokenizer, spoken_places,
                        token_accuracy, word_errors)
 
-# ---- decisions ----
 
+# ---- decisions ----
 
 def learning_rate(step: int, total_steps: int, options) -> float:
     """Rate of optimizer step 0, 1, ...: linear warm-up that ends at learning_rate in step warmup_steps - 1, then
@@ -113,7 +113,6 @@ def newest_share(step: int, decay: float) -> float:
 
 
 # ---- several processes ----
-
 
 class RunFailed(RuntimeError):
     """The run cannot go on: another of its processes has ended, or training.max_bad_steps in a row were skipped."""
@@ -201,7 +200,6 @@ def keep_statistics(model: nn.Module) -> Callable[[], None]:
 
 
 # ---- one optimizer step ----
-
 
 class AdamW:
     """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
@@ -334,7 +332,6 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
 
 # ---- one evaluation ----
 
-
 def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[list[int]], str]) -> dict:
     """Greedy decoding, which sees no references, aligned with them -> sums for `rates`."""
     sums = {"total": 0}
@@ -364,7 +361,6 @@ def rates(sums: dict) -> dict[str, float]:
 
 
 # ---- a run and its files ----
-
 
 def column_names(history: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
@@ -630,7 +626,6 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
 
 # ---- the loop ----
 
-
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MiB: of tensors on the GPU, or of this process (ru_maxrss: bytes on macOS, else KiB)."""
     if device.type == "cuda":
@@ -867,7 +862,6 @@ def fit(run: Run, progress: Progress) -> Progress:
 
 # ---- starting and going on ----
 
-
 def average_epochs(folder: Path, count: int) -> str:
     """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> what to do with it."""
     states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
@@ -926,7 +920,6 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
 
 # ---- the dry run ----
 
-
 def rehearse(run: Run, batches: Iterable[data.Batch], rate: float) -> None:
     """Training steps outside a run: nothing is logged, averaged or counted."""
     for batch in batches:
@@ -980,7 +973,6 @@ def describe(config: configs.Config) -> Iterator[str]:
 
 
 # ---- the benchmark ----
-
 
 class PlainModel(nn.Module):
     """torch.nn.Transformer layers as they come, as wide as the run's model, with about as many parameters. Its decoder
@@ -1076,7 +1068,6 @@ def benchmark(config: configs.Config) -> Iterator[str]:
 
 
 # ---- main ----
-
 
 def catch_signals() -> threading.Event:
     """An event that SIGTERM or Ctrl-C sets; a second one ends the program at once."""
