@@ -49,9 +49,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import audio
 import config as configs
 import data
 from attention import alignment_svg, attention_svg, escape
+from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
 from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames, lay_out,
                    load_published, load_weights, padding_mask, pick_device, read_checkpoint)
 from tokenizer import (BLANK, Counts, EOS, PieceTokenizer, SOS, SPECIALS, Tokenizer, UNSPOKEN, align, are_spaced,
@@ -100,7 +102,7 @@ def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
     files = configs.published_files(folder)
     config = configs.load_published(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-    stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
+    stats = data.read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
     return System(config, tokenizer, stats, model)
 
@@ -428,7 +430,7 @@ def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
 
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
-    options, frame_sec = system.config.model, data.frame_sec(system.config.data)
+    options, frame_sec = system.config.model, audio.frame_sec(system.config.data)
     if not found.timing:
         edges = (found.boundaries[i] * frame_sec).tolist()
         return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
@@ -572,10 +574,10 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
 
 def batch_limits(system: System) -> tuple[int, int]:
     """Utterances and padded frames in a batch at most."""
-    return system.batch_size, max(1, int(system.batch_seconds / data.frame_sec(system.config.data)))
+    return system.batch_size, max(1, int(system.batch_seconds / frame_sec(system.config.data)))
 
 
-def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Iterator[tuple[float, Result]]:
+def transcribe_segments(system: System, pieces: Iterable[Segment]) -> Iterator[tuple[float, Result]]:
     """Segments at the model's rate -> (start in seconds, Result with times from there) of each, in order.
 
     Memory does not grow with their number. Raises ValueError if features are not finite.
@@ -583,7 +585,7 @@ def transcribe_segments(system: System, pieces: Iterable[data.Segment]) -> Itera
     options, stats = system.config.data, system.stats.cpu()
     for _, group in itertools.groupby(pieces, lambda piece: piece.start_sec // POOL_SEC):
         pool = list(group)
-        feats = [data.frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
+        feats = [frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
         if not all(x.isfinite().all() for x in feats):
             raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
         results: dict[int, Result] = {}
@@ -630,7 +632,7 @@ def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> R
 
     Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
     """
-    pieces = data.segments(source, system.config.data, *system.segment_sec)
+    pieces = segments(source, system.config.data, *system.segment_sec)
     return join_results(system, transcribe_segments(system, pieces))
 
 
@@ -824,7 +826,7 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
     """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, with
     a layer, the heads of that attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
     found = decode_batch(system, [item.feats], need_weights=layer is not None)
-    result, frame_sec = read_result(system, found, 0), data.frame_sec(system.config.data)
+    result, frame_sec = read_result(system, found, 0), audio.frame_sec(system.config.data)
     title, tokens = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
     encoder, L = system.config.model.encoder, found.alpha.shape[1]
     first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))  # where the encoder's frames lie
@@ -1059,8 +1061,8 @@ def benchmark(arguments: argparse.Namespace) -> int:
     config = configs.load(str(here / "configs/paraformer_large.yaml"))
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
-    model = build(config.model, data.feature_dim(config.data), len(symbols))
-    stats = torch.tensor([[0.0], [0.25]]).repeat(1, data.feature_dim(config.data))  # as of log energies of deviation 4
+    model = build(config.model, feature_dim(config.data), len(symbols))
+    stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
     system = System(config, PieceTokenizer(symbols, None), stats, model)
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
@@ -1108,7 +1110,7 @@ def time_loads(systems: dict[tuple[str, str], System]) -> None:
     system, packed = systems["float32", "mapped"], systems["float32", "laid out"]
     for B, seconds in LOADS:
         audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
-        front = lambda: [data.frontend(x, 16000, system.config.data, system.stats) for x in audio]
+        front = lambda: [frontend(x, 16000, system.config.data, system.stats) for x in audio]
         feats = front()
         found = decode_batch(system, feats)
         text = lambda: [read_result(system, found, i) for i in range(B)]
@@ -1132,7 +1134,7 @@ def time_batches(system: System) -> None:
     """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
     print()
     for longest in (20, 4):
-        feats = [torch.randn(int(seconds / data.frame_sec(system.config.data)), system.stats.shape[1])
+        feats = [torch.randn(int(seconds / frame_sec(system.config.data)), system.stats.shape[1])
                  for seconds in np.geomspace(1, longest, 48)]
         lengths = np.array([len(x) for x in feats])
         batches, = plan_batches(lengths, *batch_limits(system))
@@ -1204,7 +1206,7 @@ def compare(arguments: argparse.Namespace) -> int:
                 continue
             times = np.zeros((RUNS, len(systems)))
             for turn, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
-                feats = [data.normalise(item.feats, system.stats.cpu()) for item in items]
+                feats = [normalise(item.feats, system.stats.cpu()) for item in items]
                 started = time.perf_counter()
                 found = decode_batch(system, feats)
                 times[turn, s] = time.perf_counter() - started

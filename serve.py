@@ -57,8 +57,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
+import audio
 import decode
+from audio import frame_sec, frontend, normalise, read_header
 from decode import Result, System, cues, join_words, log_confidence, subtitles, word_entry
 
 MIB = 2 ** 20
@@ -557,7 +558,7 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
 
 def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     """Raw features (T,F) -> the model's input (T,F), normalised and clamped. Raises Refusal 422 for NaN."""
-    feats = data.normalise(feats, system.stats.cpu())
+    feats = normalise(feats, system.stats.cpu())
     if feats.isnan().any():
         raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
     return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
@@ -573,7 +574,7 @@ def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -
         if "features" not in item:
             raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
         feats = parse_features(item["features"], dim, options.max_frames, place)
-        seconds = len(feats) * data.frame_sec(system.config.data)
+        seconds = len(feats) * frame_sec(system.config.data)
         return Utterance([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
     if "batch" not in fields:
@@ -601,7 +602,7 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     if not body:
         raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
     try:
-        header = data.read_header(io.BytesIO(body))
+        header = read_header(io.BytesIO(body))
     except ValueError as error:
         raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
@@ -616,8 +617,8 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
         message = f"file: {seconds:.1f} s, at most {options.max_audio_seconds:g} s are allowed"
         raise Refusal(413, "audio_too_long", message, "file")
     try:
-        pieces = [(piece.start_sec, data.frontend(piece.samples, config.sample_rate, config))
-                  for piece in data.segments(body, config, *system.segment_sec)]
+        pieces = [(piece.start_sec, frontend(piece.samples, config.sample_rate, config))
+                  for piece in audio.segments(body, config, *system.segment_sec)]
     except ValueError as error:
         message = str(error).removeprefix("<bytes>: ")
         raise Refusal(422, "not_finite", f"file: {message}", "file") from None
@@ -1098,7 +1099,7 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
 
 def frame_step(system: System) -> float:
     """Seconds from one firing weight to the next."""
-    return data.frame_sec(system.config.data) * system.config.model.encoder.subsampling
+    return frame_sec(system.config.data) * system.config.model.encoder.subsampling
 
 
 def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognition]) -> Recognition:

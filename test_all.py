@@ -48,7 +48,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import attention
+import audio
 import config
+import corpora
 import data
 import decode
 import model
@@ -772,14 +774,14 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, ch
         blob = wav(payload, code, bits, channels, 44100, extensible, size, odd, after)
         (tmp_path / "a.wav").write_bytes(blob)
         for source in (blob, tmp_path / "a.wav", str(tmp_path / "a.wav")):
-            samples, rate_hz = data.load_wav(source)
+            samples, rate_hz = audio.load_wav(source)
             assert rate_hz == 44100 and samples.dtype == torch.float32
             np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
-        assert data.audio_seconds(tmp_path / "a.wav") == 9 / 44100
+        assert audio.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
 
 def test_a_cut_last_sample_of_a_wav_is_dropped():
-    samples, _ = data.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
+    samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
 
 
@@ -796,7 +798,7 @@ def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypa
     path.write_bytes(blob)
     for source in (path, blob):
         with pytest.raises(ValueError, match=words) as error:
-            data.load_wav(source)
+            audio.load_wav(source)
         assert str(error.value).startswith(str(path) if source is path else "<bytes>")
 
 
@@ -810,7 +812,7 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "a.mp3").write_bytes(b"ID3 not a WAV")
     for source in (tmp_path / "a.mp3", b"ID3 not a WAV"):
-        samples, rate_hz = data.load_wav(source)
+        samples, rate_hz = audio.load_wav(source)
         assert rate_hz == 16000 and samples.tolist() == [1.5 / 16, 3.5 / 16]
     path_call, bytes_call, piped = (tmp_path / "calls").read_text().splitlines()
     assert f"-protocol_whitelist file -i file:{tmp_path}/a.mp3" in path_call
@@ -821,13 +823,13 @@ def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypat
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(10) + word.to_bytes(8, "big") + bytes(16))
-    assert data.audio_seconds(tmp_path / "a.flac") == 123456 / 44100
+    assert audio.audio_seconds(tmp_path / "a.flac") == 123456 / 44100
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(17) + b"\1" + bytes(16))
-    assert data.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
+    assert audio.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
 
 
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
-    data.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
+    audio.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
     with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
         assert file.getparams()[:4] == (1, 2, 8000, 5)
         assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 2]
@@ -845,26 +847,26 @@ def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, 
     N = rate_in // 4
     low, high = 0.4 * min(rate_in, rate_out), 0.53 * rate_out
     sine = lambda hz, n, rate: np.sin(2 * np.pi * hz * np.arange(n) / rate)
-    out = data.resample(torch.from_numpy(sine(low, N, rate_in)).float(), rate_in, rate_out).numpy()
+    out = audio.resample(torch.from_numpy(sine(low, N, rate_in)).float(), rate_in, rate_out).numpy()
     assert len(out) == math.ceil(N * rate_out / rate_in)
     edge = len(out) // 4
     assert np.abs(out - sine(low, len(out), rate_out))[edge:-edge].max() < 1e-4            # -80 dB
     if high < rate_in / 2:
-        out = data.resample(torch.from_numpy(sine(high, N, rate_in)).float(), rate_in, rate_out).numpy()
+        out = audio.resample(torch.from_numpy(sine(high, N, rate_in)).float(), rate_in, rate_out).numpy()
         assert np.abs(out[edge:-edge]).max() < 1e-4
 
 
 def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     """16001 -> 15999 Hz: 15999 phases, each output with weights of its own."""
     x = np.random.default_rng(0).standard_normal(1000)
-    out = data.resample(torch.from_numpy(x).float(), 16001, 15999).numpy()
+    out = audio.resample(torch.from_numpy(x).float(), 16001, 15999).numpy()
     band = 0.945 * 15999 / 16001
     for j in (0, 1, 63, 64, 500, len(out) - 1):
         t = np.arange(-200, 1200) - j * 16001 / 15999
         u = t * band / 48
         weights = np.where(np.abs(u) <= 1, np.sinc(band * t) * np.i0(7.857 * np.sqrt(np.clip(1 - u * u, 0, 1))), 0)
         assert abs((weights[200:1200] * x).sum() / weights.sum() - out[j]) < 1e-5
-    flat = data.resample(torch.ones(1000), 16001, 15999)
+    flat = audio.resample(torch.ones(1000), 16001, 15999)
     assert (flat[60:-60] - 1).abs().max() < 1e-6
 
 
@@ -875,20 +877,20 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
 def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):
     """Also where a piece holds one sample, or the end of the recording is nearer than what an output sees."""
     for N, chunk_sec in ((3 * rate_in // 2 + 77, 1), (rate_in + 1, 1), (rate_in, 1), (5 * rate_in + 20, 2), (0, 1)):
-        monkeypatch.setattr(data, "CHUNK_SEC", chunk_sec)
-        data.save_wav(tmp_path / "a.wav", np.random.default_rng(N).uniform(-1, 1, N), rate_in)
-        whole = data.resample(data.load_wav(tmp_path / "a.wav")[0], rate_in, rate_out)
+        monkeypatch.setattr(audio, "CHUNK_SEC", chunk_sec)
+        audio.save_wav(tmp_path / "a.wav", np.random.default_rng(N).uniform(-1, 1, N), rate_in)
+        whole = audio.resample(audio.load_wav(tmp_path / "a.wav")[0], rate_in, rate_out)
         for source in (tmp_path / "a.wav", (tmp_path / "a.wav").read_bytes()):
-            pieces = list(data.stream(source, rate_out))
+            pieces = list(audio.stream(source, rate_out))
             assert len(pieces) == math.ceil(N / (chunk_sec * rate_in))
             torch.testing.assert_close(torch.cat([torch.zeros(0), *pieces]), whole, atol=2e-6, rtol=0)
 
 
 def test_a_stream_names_the_file_and_the_sample_that_is_not_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CHUNK_SEC", 1)
+    monkeypatch.setattr(audio, "CHUNK_SEC", 1)
     (tmp_path / "a.wav").write_bytes(wav(struct.pack("<f", 0.0) * 8100 + struct.pack("<f", math.inf), 3, 32, 1))
     with pytest.raises(ValueError, match=f"^{tmp_path}/a.wav: wanted finite samples, got inf at sample 8100$"):
-        list(data.stream(tmp_path / "a.wav", 8000))
+        list(audio.stream(tmp_path / "a.wav", 8000))
 
 
 def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8000) -> np.ndarray:
@@ -909,7 +911,7 @@ def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_and_the_fl
     lengths = [sum(sound + rest for sound, rest in phrase) for phrase in phrases]
     pauses = np.cumsum(lengths)[:-1] - 0.25
     samples = torch.from_numpy(gain * talk(rng, [word for phrase in phrases for word in phrase], floor_db)).float()
-    found = list(data.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
+    found = list(audio.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
     cuts = np.array([piece.start_sec for piece in found[1:]])
     wanted, last = [], 0.0
     for pause in pauses:
@@ -923,19 +925,19 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     level = np.full(3000, -20.0)
     level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
     level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
-    assert abs(data.find_cut(level, 1000, 2000) - 1500) <= 2
+    assert abs(audio.find_cut(level, 1000, 2000) - 1500) <= 2
     level[1200:1232] = level[1700:1738] = -70.0     # no pause has 0.4 s: the longest
-    assert abs(data.find_cut(level, 1000, 2000) - 1719) <= 1
+    assert abs(audio.find_cut(level, 1000, 2000) - 1719) <= 1
     level[1800:1850] = -70.0
-    assert abs(data.find_cut(level, 1000, 2000) - 1825) <= 1
-    assert data.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
-    assert data.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
+    assert abs(audio.find_cut(level, 1000, 2000) - 1825) <= 1
+    assert audio.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
+    assert audio.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
 
 
 def test_silence_stays_with_the_speech_that_it_is_beside():
     rng = np.random.default_rng(2)
     samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
-    found = list(data.cut_at_pauses([samples], 8000, 1.0, 15.0))
+    found = list(audio.cut_at_pauses([samples], 8000, 1.0, 15.0))
     assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
 
 
@@ -948,23 +950,23 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
                "speech": talk(rng, plan.tolist(), -50.0)}[kind]
     samples = torch.from_numpy(samples).float()
     for least, most in ((0.5, 3.0), (2.0, 20.0), (1.0, 2.0)):
-        found = list(data.cut_at_pauses(samples.split(50000), 8000, least, most))
+        found = list(audio.cut_at_pauses(samples.split(50000), 8000, least, most))
         assert torch.equal(torch.cat([piece.samples for piece in found]), samples)
         lengths = np.array([len(piece.samples) for piece in found]) / 8000
         np.testing.assert_allclose([piece.start_sec for piece in found], np.cumsum([0, *lengths[:-1]]), atol=1e-9)
         assert len(found) > 1 and least - 0.01 < lengths.min() and lengths.max() <= most + 1e-9
-        other = list(data.cut_at_pauses(samples.split(777), 8000, least, most))
+        other = list(audio.cut_at_pauses(samples.split(777), 8000, least, most))
         assert [piece.start_sec for piece in other] == [piece.start_sec for piece in found]
     for n in (1, 79, 81, 16000):                # up to max_sec: one piece as it is
-        (piece,) = data.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
+        (piece,) = audio.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
         assert piece.start_sec == 0 and torch.equal(piece.samples, samples[:n])
     for rate_hz, max_sec in ((8000, 2.3), (16000, 0.29), (11025, 2.0), (22050, 4.35)):     # to the last sample
         n = round(max_sec * rate_hz)
-        (piece,) = data.cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
+        (piece,) = audio.cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
         assert len(piece.samples) == n
-    assert list(data.cut_at_pauses([], 8000, 1.0, 2.0)) == []
+    assert list(audio.cut_at_pauses([], 8000, 1.0, 2.0)) == []
     with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
-        next(data.cut_at_pauses([samples], 8000, 2.0, 3.0))
+        next(audio.cut_at_pauses([samples], 8000, 2.0, 3.0))
 
 
 # ---- data: features ----
@@ -1003,7 +1005,7 @@ def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
     rng = np.random.default_rng(rate_hz)
     x = (0.1 * rng.standard_normal(rate_hz // 10) + 0.05).astype(np.float32)
     expected = slow_fbank(x.astype(np.float64), rate_hz, num_mels)
-    got = data.fbank(torch.from_numpy(x), rate_hz, num_mels)
+    got = audio.fbank(torch.from_numpy(x), rate_hz, num_mels)
     assert got.shape == expected.shape == (8, num_mels)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
 
@@ -1014,19 +1016,19 @@ def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
     """Recorded numbers: funasr_kit/units/units.npz and sanm/expected (FunASR 1.4.16, dither 0)."""
     units = np.load(KIT / "units/units.npz")
     for n in (400, 559, 560, 2000):
-        got = data.fbank(torch.from_numpy(units[f"fb_in_{n}"]) / 32768, 16000, 80)
+        got = audio.fbank(torch.from_numpy(units[f"fb_in_{n}"]) / 32768, 16000, 80)
         np.testing.assert_allclose(got.numpy(), units[f"fb_out_{n}"], atol=2e-3)
-    np.testing.assert_allclose(data.fbank(torch.zeros(800), 16000, 80).numpy(), units["fb_out_zeros_800"], atol=2e-3)
+    np.testing.assert_allclose(audio.fbank(torch.zeros(800), 16000, 80).numpy(), units["fb_out_zeros_800"], atol=2e-3)
     for name in units.files:
         if name.startswith("lfr_"):
             frames = torch.arange(int(name[4:])).float()[:, None]
-            np.testing.assert_array_equal(data.lfr(frames, 7, 6).numpy(), units[name])
+            np.testing.assert_array_equal(audio.lfr(frames, 7, 6).numpy(), units[name])
 
 
 def test_features_of_a_long_recording_equal_those_of_its_parts():
     x = 0.1 * torch.randn(16000 * 12, generator=torch.Generator().manual_seed(0))
-    whole = data.fbank(x, 16000, 80)                # 1198 frames: three blocks
-    part = data.fbank(x[500 * 160:540 * 160 + 240], 16000, 80)
+    whole = audio.fbank(x, 16000, 80)                # 1198 frames: three blocks
+    part = audio.fbank(x[500 * 160:540 * 160 + 240], 16000, 80)
     torch.testing.assert_close(whole[500:540], part, atol=1e-4, rtol=0)
 
 
@@ -1036,16 +1038,16 @@ def test_lfr_equals_a_loop_over_slots(m, n):
         feats = torch.arange(T * 2).float().view(T, 2)
         rows = [sum((feats[min(max(t + j - (m - 1) // 2, 0), T - 1)].tolist() for j in range(m)), [])
                 for t in range(0, T, n)]
-        assert data.lfr(feats, m, n).tolist() == rows and data.lfr(feats, m, n).shape[1] == 2 * m
+        assert audio.lfr(feats, m, n).tolist() == rows and audio.lfr(feats, m, n).shape[1] == 2 * m
 
 
 @pytest.mark.parametrize("lfr_m,lfr_n", [(1, 1), (7, 6), (4, 3)])
 def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
     options = data_options(lfr_m=lfr_m, lfr_n=lfr_n)
     for N in [0, 1, 199, 200, 279, 280, 281, 1234, 8000, 8040]:      # 8040 / 8000 * 8000 is below 8040
-        feats = data.frontend(torch.zeros(N), 8000, options)
-        assert feats.shape == (data.num_frames(N / 8000, options), data.feature_dim(options))
-    assert data.frame_sec(options) == pytest.approx(0.01 * lfr_n)
+        feats = audio.frontend(torch.zeros(N), 8000, options)
+        assert feats.shape == (audio.num_frames(N / 8000, options), audio.feature_dim(options))
+    assert audio.frame_sec(options) == pytest.approx(0.01 * lfr_n)
 
 
 # C15
@@ -1054,29 +1056,29 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     parts = [torch.from_numpy(1e3 + 0.1 * rng.standard_normal((n, 3))).float() for n in (5, 1, 400)]
     for part in parts:
         part[:, 2] = -15.9                          # a constant bin
-    stats = data.compute_stats(iter(parts))
+    stats = audio.compute_stats(iter(parts))
     x = torch.cat(parts).double().numpy()
     np.testing.assert_allclose(stats[0], x.mean(0), rtol=1e-6)
     np.testing.assert_allclose(1 / stats[1][:2], x.std(0)[:2], rtol=1e-4)
-    flat = data.normalise(parts[2], stats)
+    flat = audio.normalise(parts[2], stats)
     assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1 and stats[1, 2] == pytest.approx(1000)
     with pytest.raises(ValueError, match="got none"):
-        data.compute_stats(iter([]))
+        audio.compute_stats(iter([]))
 
 
 # C7
 @pytest.mark.parametrize("call,words", [
-    (lambda: data.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
-    (lambda: data.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
-    (lambda: data.resample(torch.zeros(9), 0, 16000), "rates must be positive Hz, got 0"),
-    (lambda: data.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
-    (lambda: data.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
+    (lambda: audio.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
+    (lambda: audio.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
+    (lambda: audio.resample(torch.zeros(9), 0, 16000), "rates must be positive Hz, got 0"),
+    (lambda: audio.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
+    (lambda: audio.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
     (lambda: data.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
     (lambda: data.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
-    (lambda: data.compute_stats([torch.zeros(3, 4), torch.zeros(4, 3)]), r"feats must be \(T,F\) .* got \(4, 3\)"),
-    (lambda: data.compute_stats([torch.zeros(3)]), r"feats must be \(T,F\) .* got \(3,\)"),
+    (lambda: audio.compute_stats([torch.zeros(3, 4), torch.zeros(4, 3)]), r"feats must be \(T,F\) .* got \(4, 3\)"),
+    (lambda: audio.compute_stats([torch.zeros(3)]), r"feats must be \(T,F\) .* got \(3,\)"),
     (lambda: data.write_cmvn("never", torch.zeros(3, 4)), r"stats must be \(2,F\), got \(3, 4\)"),
-    (lambda: data.save_wav("never", torch.zeros(2, 9), 8000), r"samples must be \(N,\), got \(2, 9\)"),
+    (lambda: audio.save_wav("never", torch.zeros(2, 9), 8000), r"samples must be \(N,\), got \(2, 9\)"),
     (lambda: data.toy_features(np.zeros(2, int), np.ones(3, int), None, None), r"U >= 1, got \(2,\) and \(3,\)"),
     (lambda: data.make_batches(np.zeros((2, 2)), 4, 9), r"lengths must be .* got \(2, 2\)"),
     (lambda: data.make_batches(np.zeros(2), 0, 9), "batch_size and batch_frames must be 1 or more, got 0")])
@@ -1317,7 +1319,7 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
                            data.Row("4", "/b  c.wav", "", None), data.Row("5", "", "\u4e94", None)]
     seconds = [row.duration for row in parsed[:6]]
     np.testing.assert_array_equal(manifest.index["seconds"], np.array(seconds, float))
-    data.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
+    audio.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
     dataset = data.ManifestDataset(",".join(map(str, paths[:3])), data_options(), letters)
     assert dataset.durations.tolist() == [0, 0.25, 0, 0.5, 0, 0]
     whole = paths[0].read_bytes()
@@ -1405,7 +1407,7 @@ def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
 # C19
 def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
     for name, seconds in {"good": 0.5, "short": 0.05, "long": 2.5, "empty": 0.0}.items():
-        data.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
+        audio.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
     (tmp_path / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
     (tmp_path / "inf.wav").write_bytes(wav(struct.pack("<f", math.inf), 3, 32, 1))
     (tmp_path / "folder.wav").mkdir()
@@ -1434,7 +1436,7 @@ def recordings(folder: Path, count: int) -> Path:
     rows = []
     for i in range(count):
         seconds, rate_hz = 0.3 + 0.9 * (i * 7 % count) / count, (8000, 16000)[i % 2]
-        data.save_wav(folder / f"r{i}.wav", tone(seconds, rate_hz, 300 + 40 * i), rate_hz)
+        audio.save_wav(folder / f"r{i}.wav", tone(seconds, rate_hz, 300 + 40 * i), rate_hz)
         rows.append({"audio": f"r{i}.wav", "text": "abc"[: i % 3 + 1], **({"duration": seconds} if i % 3 else {})})
     return write_manifest(folder / "train.jsonl", rows)
 
@@ -1444,17 +1446,17 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
     stats = torch.stack([torch.full((40,), 9.0), torch.full((40,), 0.5)])
     options = data_options()
     plain = data.ManifestDataset(path, options, letters, stats=stats)
-    samples, rate_hz = data.load_wav(tmp_path / "r5.wav")
-    assert torch.equal(plain[3, 5].feats, data.frontend(samples, rate_hz, options, stats))
+    samples, rate_hz = audio.load_wav(tmp_path / "r5.wav")
+    assert torch.equal(plain[3, 5].feats, audio.frontend(samples, rate_hz, options, stats))
     options.augment.freq_masks = options.augment.time_masks = 0
     fast = data.ManifestDataset(path, options, letters, augment=True, stats=stats)
     ratios = np.array([[len(fast[e, i].feats) / len(plain[i].feats) for i in range(12)] for e in range(6)])
     near = np.abs(ratios[..., None] - 1 / np.array([0.9, 1.0, 1.1]))
     assert near.min(-1).max() < 0.06 and set(near.argmin(-1).ravel()) == {0, 1, 2}
     assert np.abs(fast.lengths(4) - [len(fast[4, i].feats) for i in range(12)]).max() <= 1
-    played = data.load_wav(tmp_path / "r5.wav")[0]                  # 500 Hz at 1.1 is 550 Hz
+    played = audio.load_wav(tmp_path / "r5.wav")[0]                  # 500 Hz at 1.1 is 550 Hz
     for speed in (0.9, 1.1):
-        y = data.resample(played, round(rate_hz * speed), 8000)
+        y = audio.resample(played, round(rate_hz * speed), 8000)
         peak = torch.fft.rfft(y * torch.hann_window(len(y))).abs().argmax() * 8000 / len(y)
         assert abs(peak - 500 * speed) < 8000 / len(y)
 
@@ -1549,19 +1551,19 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
         split = "test" if index < 5 else "dev" if index < 10 else "train"
         rate_hz = 16000 if digit == 3 else 8000
         samples = tone(0.1 + 0.02 * digit, rate_hz, pitch["unseen_speaker" if speaker == "bob" else split])
-        data.save_wav(tmp_path / f"fsdd/recordings/{digit}_{speaker}_{index}.wav", samples, rate_hz)
+        audio.save_wav(tmp_path / f"fsdd/recordings/{digit}_{speaker}_{index}.wav", samples, rate_hz)
     for out in ("a", "b"):
-        assert data.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / out), "--hold-out-speaker", "bob",
+        assert corpora.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / out), "--hold-out-speaker", "bob",
                           "--utterances", "12", "6", "6", "6"]) == 0
     for split, size in zip(pitch, (6, 6, 12, 6)):
         rows = rows_of(tmp_path / f"a/{split}.jsonl")
         assert len(rows) == size and len({row["text"] for row in rows}) > 1
         for row in rows:
-            samples, rate_hz = data.load_wav(tmp_path / "a" / row["audio"])
+            samples, rate_hz = audio.load_wav(tmp_path / "a" / row["audio"])
             power = torch.fft.rfft(samples).abs().square()
             near = (torch.arange(len(power)) * rate_hz / len(samples) - pitch[split]).abs() < 100
             assert power[near].sum() > 0.95 * power.sum()
-            digits = [data.DIGITS.index(word) for word in row["text"].split()]
+            digits = [corpora.DIGITS.index(word) for word in row["text"].split()]
             gaps = len(samples) / rate_hz - sum(0.1 + 0.02 * digit for digit in digits)
             assert 3 <= len(digits) <= 7 and 0.06 <= gaps / (len(digits) + 1) <= 0.25
             assert row["duration"] == pytest.approx(len(samples) / rate_hz, abs=1e-4)
@@ -1579,15 +1581,15 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     (libri / "dev-clean/84/121123/84-121123-0000.flac").write_bytes(header)
     (shell / "transcript/aishell_transcript_v0.8.txt").write_text("K1 而 对 楼市\n", encoding="utf-8")
     for key in ("K1", "K2"):
-        data.save_wav(shell / f"wav/train/S01/{key}.wav", tone(0.25, 16000), 16000)
+        audio.save_wav(shell / f"wav/train/S01/{key}.wav", tone(0.25, 16000), 16000)
     for i in range(10):
-        data.save_wav(pairs / f"deep/n{i}.wav", tone(0.1, 8000), 8000)
+        audio.save_wav(pairs / f"deep/n{i}.wav", tone(0.1, 8000), 8000)
         (pairs / f"deep/n{i}.txt").write_text(f"text\n{i}\n")
-    data.save_wav(pairs / "alone.wav", tone(0.1, 8000), 8000)
+    audio.save_wav(pairs / "alone.wav", tone(0.1, 8000), 8000)
     (pairs / "a folder.wav").mkdir()
     (pairs / "a folder.txt").write_text("no text of a recording")
-    assert data.main(["librispeech", str(libri), str(tmp_path / "out")]) == 0
-    assert data.main(["aishell", str(shell), str(tmp_path / "out")]) == 0
+    assert corpora.main(["librispeech", str(libri), str(tmp_path / "out")]) == 0
+    assert corpora.main(["aishell", str(shell), str(tmp_path / "out")]) == 0
     assert "1 utterances, 0.00 h; left out 1 without text" in capsys.readouterr().out
     assert rows_of(tmp_path / "out/dev-clean.jsonl") == [
         {"audio": "../LibriSpeech/dev-clean/84/121123/84-121123-0000.flac", "text": "GO ON", "speaker": "84",
@@ -1597,14 +1599,14 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert rows_of(tmp_path / "out/train.jsonl") == [
         {"audio": "../data_aishell/wav/train/S01/K1.wav", "text": "而对楼市", "speaker": "S01", "key": "K1",
          "duration": 0.25}]
-    assert data.main(["folder", str(pairs), str(tmp_path / "out"), "--dev-share", "0.2", "--test-share", "0.3"]) == 0
+    assert corpora.main(["folder", str(pairs), str(tmp_path / "out"), "--dev-share", "0.2", "--test-share", "0.3"]) == 0
     found = {split: rows_of(tmp_path / f"out/{split}.jsonl") for split in ("train", "dev", "test")}
     assert sorted(row["text"] for rows in found.values() for row in rows) == [f"text {i}" for i in range(10)]
     assert sum(map(len, found.values())) == 10 and len(found["dev"]) <= 2 and len(found["test"]) <= 3
     assert all(row["text"][-1] == row["key"][-1] for rows in found.values() for row in rows)
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
     assert capsys.readouterr().err == ""
-    assert data.main(["folder", str(pairs), str(tmp_path / "out")]) == 0       # no test set: its recordings go to train
+    assert corpora.main(["folder", str(pairs), str(tmp_path / "out")]) == 0       # no test set: its recordings go to train
     assert capsys.readouterr().err == (f"data.py: {tmp_path / 'out/test.jsonl'}: not of this run, whose manifests may "
                                        "list the same recordings\n")
 
@@ -1613,9 +1615,9 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (tmp_path / "far/deep").mkdir(parents=True)
     (tmp_path / "out").symlink_to("far/deep")
     (tmp_path / "pairs").mkdir()
-    data.save_wav(tmp_path / "pairs/a.wav", tone(0.1, 8000), 8000)
+    audio.save_wav(tmp_path / "pairs/a.wav", tone(0.1, 8000), 8000)
     (tmp_path / "pairs/a.txt").write_text("one")
-    assert data.main(["folder", str(tmp_path / "pairs"), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    assert corpora.main(["folder", str(tmp_path / "pairs"), str(tmp_path / "out"), "--dev-share", "0"]) == 0
     for folder in (tmp_path / "out", tmp_path / "far/deep"):
         (row,) = rows_of(folder / "train.jsonl")
         assert (folder / row["audio"]).exists()
@@ -1631,7 +1633,7 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (["fsdd", ".", "out", "--seed", "-1"], "--seed: wanted 0 or more, got -1")])
 def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert data.main(arguments) == 2
+    assert corpora.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("data.py: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
@@ -3723,7 +3725,7 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
 
 
 def spoken(path: Path, seconds: float) -> str:
-    data.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
+    audio.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
     return str(path)
 
 
@@ -3738,7 +3740,7 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     assert code == 1 and "bad.wav: " in err and "1 could not be recognised" in err
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
-    feats = data.frontend(*data.load_wav(good), tiny_system().config.data, tiny_system().stats)
+    feats = audio.frontend(*audio.load_wav(good), tiny_system().config.data, tiny_system().stats)
     wanted = decode.transcribe(tiny_system(), [feats])[0]
     assert rows[0]["text"] == wanted.text and rows[0]["tokens"] == [t._asdict() for t in wanted.tokens]
     assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
@@ -3963,7 +3965,7 @@ def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path
     folder.mkdir()
     spoken(folder / "x\udcff.wav", 0.5)
     (folder / "x\udcff.txt").write_text("ab")
-    assert data.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
     rows = [{"audio": "in/x\udcff.wav", "text": "a\ud800"}, {"audio": "\ud800.wav"}, {"audio": "no\udcff.wav"}]
     manifest = write_manifest(tmp_path / "in.jsonl", rows)
     monkeypatch.setattr(sys, "stdout", open(tmp_path / "shown", "w", encoding="utf-8"))
@@ -4067,7 +4069,7 @@ def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
     system, beyond = tiny_system(lfr_n=6), 0
     for seconds in 0.4 + 0.03 * np.arange(12):
         path = spoken(tmp_path / "a.wav", seconds)
-        feats = data.frontend(*data.load_wav(path), system.config.data, system.stats)
+        feats = audio.frontend(*audio.load_wav(path), system.config.data, system.stats)
         free, [bound] = decode.transcribe(system, [feats])[0], recognised(system, path)
         beyond += free.tokens[-1].end > seconds
         for result in (bound.result, decode.transcribe_recording(system, path)):
@@ -4366,14 +4368,14 @@ def long_wav(path: Path, seconds: float = 12.0) -> str:
     """Noise that comes and goes, for tiny_system."""
     rng = np.random.default_rng(4)
     plan = [(float(sound), 0.45) for sound in rng.uniform(0.3, 2.0, int(seconds))]
-    data.save_wav(path, talk(rng, plan, -60.0)[:round(8000 * seconds)], 8000)
+    audio.save_wav(path, talk(rng, plan, -60.0)[:round(8000 * seconds)], 8000)
     return str(path)
 
 
 @pytest.mark.parametrize("limits, sizes", [({}, {1, 2}), ({"batch_size": 1}, {1}), ({"batch_seconds": 0.1}, {1})])
 def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
     found, recognise, system = [], decode.transcribe, tiny_system()
-    pieces = list(data.segments(long_wav(tmp_path / "a.wav"), system.config.data, 0.5, 3.0))
+    pieces = list(audio.segments(long_wav(tmp_path / "a.wav"), system.config.data, 0.5, 3.0))
     monkeypatch.setattr(decode, "transcribe", lambda system, feats: found.append(len(feats))
                         or recognise(system, feats))
     assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(found)
@@ -4383,13 +4385,13 @@ def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, mo
 # C80
 def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
     system, path = tiny_system(), long_wav(tmp_path / "a.wav")
-    pieces = list(data.segments(path, system.config.data, 0.5, 3.0))
+    pieces = list(audio.segments(path, system.config.data, 0.5, 3.0))
     monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
     parts = list(decode.transcribe_segments(system._replace(batch_size=2), pieces))
     assert [start for start, _ in parts] == [piece.start_sec for piece in pieces] and len(parts) > 5
     tokens, log_probs = [], []
     for piece, (_, part) in zip(pieces, parts):
-        alone = decode.transcribe(system, [data.frontend(piece.samples, 8000, system.config.data, system.stats)])[0]
+        alone = decode.transcribe(system, [audio.frontend(piece.samples, 8000, system.config.data, system.stats)])[0]
         assert [t.id for t in part.tokens] == [t.id for t in alone.tokens]
         shift = [t._replace(start=t.start + piece.start_sec, end=t.end + piece.start_sec) for t in alone.tokens]
         if tokens and shift and " " not in (tokens[-1].token, shift[0].token):
@@ -4401,7 +4403,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
         assert (ours.token, ours.id) == (wanted.token, wanted.id)
         assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:], abs=2e-3)
     assert whole.confidence == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-3)
-    alone = decode.transcribe(system, [data.frontend(*data.load_wav(path), system.config.data, system.stats)])[0]
+    alone = decode.transcribe(system, [audio.frontend(*audio.load_wav(path), system.config.data, system.stats)])[0]
     assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
 
 
@@ -4439,9 +4441,9 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     wanted = decode.transcribe_recording(tiny_system()._replace(segment_sec=(0.5, 2.0)), long)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "l.wav", "text": wanted.text}, {"audio": "broken.wav"},
                                                      {"audio": "s.wav", "text": ""}])
-    read, sizes = data.read_samples, []
-    monkeypatch.setattr(data, "CHUNK_SEC", 1)
-    monkeypatch.setattr(data, "read_samples", lambda *where: sizes.append(len(x := read(*where))) or x)
+    read, sizes = audio.read_samples, []
+    monkeypatch.setattr(audio, "CHUNK_SEC", 1)
+    monkeypatch.setattr(audio, "read_samples", lambda *where: sizes.append(len(x := read(*where))) or x)
     arguments = ["--ckpt", ckpt, "--min-segment-sec=0.5", "--max-segment-sec=2", f"--output={tmp_path / 'o.jsonl'}"]
     assert decode.main([*arguments, str(manifest)]) == 1
     err = capsys.readouterr().err
@@ -4455,7 +4457,7 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
 def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
     monkeypatch.setattr(decode, "POOL_SEC", 3.0)
     read = []
-    pieces = (read.append(i) or data.Segment(float(i), torch.randn(8000)) for i in range(20))
+    pieces = (read.append(i) or audio.Segment(float(i), torch.randn(8000)) for i in range(20))
     for done, _ in enumerate(decode.transcribe_segments(tiny_system(), pieces)):
         assert len(read) == 3 * (done // 3 + 1) + 1 or len(read) == 20  # with the one that the next begins with
     assert done == 19
@@ -4847,7 +4849,7 @@ def published(variant, **changes):
     """(config, model in eval mode) of a kit variant"""
     found = config.load_published(KIT / variant / "config.yaml")
     found = replace(found, model=replace(found.model, **changes))
-    loaded = model.load_published(found.model, data.feature_dim(found.data), 58, KIT / variant / "model.pt")
+    loaded = model.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()
 
 
@@ -4866,11 +4868,11 @@ def close(got, expected, atol):
 def test_every_stage_equals_funasr(variant):
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README."""
     options, net = published(variant)
-    stats = data.read_cmvn(KIT / variant / "am.mvn", data.feature_dim(options.data))
+    stats = data.read_cmvn(KIT / variant / "am.mvn", audio.feature_dim(options.data))
     for name in WAVS:
         wanted = recorded(variant, name)
-        samples, rate_hz = data.load_wav(KIT / f"wavs/{name}.wav")
-        feats = data.frontend(samples, rate_hz, options.data, stats)
+        samples, rate_hz = audio.load_wav(KIT / f"wavs/{name}.wav")
+        feats = audio.frontend(samples, rate_hz, options.data, stats)
         close(feats, wanted["feats"], 3e-4)
         hidden, lens, _ = net.encoder(feats[None], torch.tensor([len(feats)]))
         close(hidden[0], wanted["enc"], 1e-4)
@@ -5138,7 +5140,7 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
 def test_paraformer_large_has_956_tensors_and_220_million_parameters():
     options = config.load(str(HERE / "configs/paraformer_large.yaml"))
     with torch.device("meta"):
-        net = model.build(options.model, data.feature_dim(options.data), 8404)
+        net = model.build(options.model, audio.feature_dim(options.data), 8404)
     assert len(net.state_dict()) == 956
     assert sum(p.numel() for p in net.parameters()) == 220_084_533  # by the shapes of shared/FUNASR.md, 1.1: 220.09 M
 
@@ -5335,7 +5337,7 @@ def test_texts_and_times_do_not_depend_on_the_batch(variant):
 @needs_kit
 def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):
     for name, samples in (("short", 100), ("frame", 500), ("silence", 16000)):
-        data.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)
+        audio.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)
     for variant in VARIANTS:
         wavs = [str(tmp_path / f"{name}.wav") for name in ("short", "frame", "silence")]
         assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", *wavs]) == 0
@@ -5784,7 +5786,7 @@ def test_every_way_in_gives_the_same_transcript(server):
         post("/transcribe", "audio/x-wav", raw), oai(FILE, path="/transcribe"), oai(FILE),
         post("/transcribe", "multipart/form-data; boundary=B",       # a part of a header alone: RFC 2046, 5.1.1
              b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + form(FILE)),
-        post_json({"features": data.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
+        post_json({"features": audio.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
                                              serving_system().config.data).tolist()}))]
     assert texts[0] and texts == texts[:1] * 5
 
@@ -5837,8 +5839,8 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     assert [(word["word"], word["start"]) for word in verbose["words"]] == [(w.text, w.start) for w in wanted.words]
     weights, step = found["alignment"]["weights"], found["alignment"]["step"]
     assert 8.9 < len(weights) * step < 9.05
-    pieces = list(data.segments(raw, system.config.data, *system.segment_sec))
-    alone = serve.recognise(system, [data.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    pieces = list(audio.segments(raw, system.config.data, *system.segment_sec))
+    alone = serve.recognise(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
 

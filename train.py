@@ -56,9 +56,11 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+import audio
 import config as configs
 import data
 from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
+from audio import compute_stats, feature_dim
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
 from tokenizer import (PieceTokenizer, Tokenizer, char_errors, count_errors, read_tokenizer, spoken_places,
@@ -516,7 +518,7 @@ def origin(config: configs.Config, place: str,
         files = configs.published_files(place)
         config = with_model(config, configs.load_published(files["config"]))
         tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-        stats = data.read_cmvn(files["stats"], data.feature_dim(config.data))
+        stats = data.read_cmvn(files["stats"], feature_dim(config.data))
         model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
     elif place:
         state = state or read_checkpoint(place)
@@ -529,7 +531,7 @@ def origin(config: configs.Config, place: str,
         plain = data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
                                   config.model.encoder.subsampling)
         items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
-        stats = data.compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
+        stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
         model = build(config.model, stats.shape[1], len(tokenizer))
     if place and place == config.training.init_from:  # a run that goes on was checked when it began
         configs.check(config, f"training.init_from={place}")
@@ -802,7 +804,7 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 @torch.no_grad()
 def draw(run: Run, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model, frame_sec = run.average.eval(), data.frame_sec(run.config.data)
+    model, frame_sec = run.average.eval(), audio.frame_sec(run.config.data)
     found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
     rows = spoken_places(ids)

@@ -1,0 +1,434 @@
+"""From a recording to features: WAV, resampling, cutting at pauses, the filterbank.
+
+`frontend` is the only way from samples to features, for training, decoding and serving. Needs torch and numpy and
+imports nothing of ours, so it can be copied alone: functions take `options`, any object with the attributes of the
+config's data section (sample_rate, num_mels, lfr_m, ...). Bad input is a ValueError that names the place.
+
+Dims: N samples, T frames, F feature bins (num_mels * lfr_m). Samples are float32 in [-1,1), energies natural logs.
+Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling).
+"""
+import contextlib
+import functools
+import io
+import math
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+import wave
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+# ---- wav ----
+
+class WavHeader(NamedTuple):
+    code: int           # format tag: 1 = integers, 3 = floats
+    bits: int           # of one sample of one channel
+    channels: int
+    rate_hz: int
+    start: int          # byte where the samples begin
+    num_samples: int    # of one channel
+
+
+MAX_CHUNKS = 10000      # of a WAV file before its samples: a file of empty chunks must not keep a server busy
+SAMPLE_TYPES = {    # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
+    (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
+    (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0)}
+
+
+def parse_fmt(fmt: bytes) -> tuple[int, int, int, int]:
+    """The 'fmt ' chunk -> code, bits, channels, rate_hz."""
+    if len(fmt) < 16:
+        raise ValueError(f"wanted a 'fmt ' chunk of 16 bytes or more before 'data', got {len(fmt)}")
+    code, channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", fmt[:16])
+    if code == 0xFFFE and len(fmt) >= 26:       # WAVE_FORMAT_EXTENSIBLE: the real code opens the sub-format
+        code = int.from_bytes(fmt[24:26], "little")
+    if channels < 1 or not 1000 <= rate_hz <= 1_000_000:
+        raise ValueError(f"wanted one channel or more at 1000 to 1000000 Hz, got {channels} at {rate_hz} Hz")
+    return code, bits, channels, rate_hz
+
+
+def read_header(file: BinaryIO) -> WavHeader | None:
+    """Walk the RIFF chunks of a seekable file; None if it is no WAV of SAMPLE_TYPES, ValueError if it is a broken one.
+
+    Our own walk, because `wave` (Python 3.11) refuses float and WAVE_FORMAT_EXTENSIBLE, which recorders write for 24
+    and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end".
+    """
+    end = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head, fmt = file.read(12), b""
+    if end == 0:
+        raise ValueError("wanted a recording, got an empty file")
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    for _ in range(MAX_CHUNKS):
+        if len(head := file.read(8)) < 8:
+            break
+        size, start = int.from_bytes(head[4:], "little"), file.tell()
+        if head[:4] == b"fmt ":
+            fmt = file.read(min(size, 40))
+        elif head[:4] == b"data":
+            code, bits, channels, rate_hz = parse_fmt(fmt)
+            if (code, bits) not in SAMPLE_TYPES:
+                return None
+            num_samples = min(size or end, end - start) // (channels * bits // 8)
+            return WavHeader(code, bits, channels, rate_hz, start, num_samples)
+        file.seek(start + size + size % 2)      # chunks are padded to an even size
+    raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
+
+
+def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
+    """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
+    size = header.channels * header.bits // 8
+    stop = header.num_samples if stop is None else stop
+    file.seek(header.start + start * size)
+    x = np.frombuffer(file.read((stop - start) * size), np.uint8)
+    if header.bits == 24:
+        x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0)))
+    kind, zero, full_scale = SAMPLE_TYPES[header.code, header.bits]
+    x = (x.view(kind).astype(np.float64) - zero) / full_scale
+    with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
+        x = x.reshape(-1, header.channels).mean(1).astype(np.float32)
+    if not np.isfinite(x).all():
+        bad = int(np.argmin(np.isfinite(x)))
+        raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
+    return torch.from_numpy(x)
+
+
+def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
+    """A recording, a path or a file's bytes, in any format that ffmpeg knows -> an unnamed temporary float WAV.
+
+    A playlist cannot make ffmpeg open other files or URLs. Raises ValueError if ffmpeg is missing or fails.
+    """
+    if shutil.which("ffmpeg") is None:
+        raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64), got another format: that needs ffmpeg, "
+                         "which is not installed")
+    protocol, url = ("pipe", "pipe:0") if isinstance(source, bytes) else ("file", f"file:{source}")
+    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", protocol, "-i", url, "-vn", "-c:a", "pcm_f32le",
+               "-f", "wav", "pipe:1"]
+    converted = tempfile.TemporaryFile()
+    done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", stdout=converted,
+                          stderr=subprocess.PIPE)
+    if done.returncode:
+        converted.close()
+        raise ValueError(f"wanted a recording, ffmpeg says: {done.stderr.decode(errors='replace').strip()[-300:]}")
+    return converted
+
+
+@contextlib.contextmanager
+def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
+    """The WAV of a recording, from a path or a file's bytes, and its header.
+
+    WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
+    A ValueError, also one that the block of the `with` raises, is prefixed with the path.
+    """
+    in_memory = isinstance(source, bytes)
+    place = "<bytes>" if in_memory else str(source)
+    try:
+        with io.BytesIO(source) if in_memory else open(source, "rb") as file:
+            if header := read_header(file):
+                yield file, header
+                return
+        with ffmpeg_to_wav(source if in_memory else os.fspath(source)) as file:
+            yield file, read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
+    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), channels averaged, and rate in Hz.
+
+    Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
+    """
+    with open_recording(source) as (file, header):
+        return read_samples(file, header), header.rate_hz
+
+
+def audio_seconds(path: str | os.PathLike) -> float | None:
+    """Duration of a recording: of WAV and FLAC by their headers, of others by decoding; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(26)
+        word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
+        rate_hz, num_samples = word >> 44, word % 2**36
+        if head[:4] == b"fLaC" and rate_hz and num_samples:
+            return num_samples / rate_hz
+        with open_recording(path) as (_, header):
+            return header.num_samples / header.rate_hz
+    except (OSError, ValueError):
+        return None
+
+
+def save_wav(path: str | os.PathLike, samples: Tensor | np.ndarray, rate_hz: int) -> None:
+    """Write samples (N,) in [-1,1) as 16-bit mono WAV; values outside are clipped."""
+    x = np.asarray(samples, np.float64)
+    if x.ndim != 1:
+        raise ValueError(f"samples must be (N,), got {x.shape}")
+    with wave.open(os.fspath(path), "wb") as file:
+        file.setparams((1, 2, rate_hz, 0, "NONE", ""))
+        file.writeframes(np.clip(np.rint(x * 32768), -32768, 32767).astype("<i2").tobytes())
+
+
+# ---- resampling ----
+
+ZERO_CROSSINGS = 48     # of the sinc, on either side
+ROLL_OFF = 0.945        # of the lower Nyquist frequency: middle of the transition from 0.89 (flat) to 1.0 (-80 dB)
+KAISER_BETA = 7.857     # 0.1102 * (80 dB - 8.7), Kaiser's formula for the window's side lobes
+PHASES = 64             # outputs of a period that are computed in one matrix product
+
+
+@functools.lru_cache(maxsize=64)
+def sinc_block(up: int, down: int, first: int, count: int) -> tuple[int, Tensor]:
+    """Weights of outputs first..first+count-1 of a period, in which `down` inputs become `up` outputs.
+
+    -> offset and weights (span, count) float32: out[p*up + first + c] = sum_i in[p*down + offset + i] * weights[i, c].
+    """
+    band = ROLL_OFF * min(1.0, up / down)               # cut-off, as a fraction of the input's Nyquist frequency
+    half = ZERO_CROSSINGS / band                        # half the kernel's width, in input samples
+    centres = (first + np.arange(count)) * (down / up)
+    offset, stop = math.ceil(centres[0] - half), math.floor(centres[-1] + half) + 1
+    t = np.arange(offset, stop)[:, None] - centres      # (span, count)
+    window = np.i0(KAISER_BETA * np.sqrt(np.clip(1 - (t / half) ** 2, 0, None))) * (np.abs(t) <= half)
+    weights = np.sinc(band * t) * window
+    return offset, torch.from_numpy((weights / weights.sum(0)).astype(np.float32))      # a constant keeps its value
+
+
+def check_samples(samples: Tensor) -> None:
+    if samples.dim() != 1 or not samples.is_floating_point():
+        raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
+
+
+def reach(up: int, down: int) -> int:
+    """The most input samples that one output depends on, on either side."""
+    return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+
+
+def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
+    """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
+
+    Zeros are assumed beyond the edges. Any two integer rates, in bounded memory: PHASES outputs of each period are one
+    matrix product of at most 2^18 gathered samples with their block of weights. Raises ValueError for rates below 1.
+    """
+    check_samples(samples)
+    if min(rate_in, rate_out) < 1:
+        raise ValueError(f"rates must be positive Hz, got {rate_in} and {rate_out}")
+    if rate_in == rate_out or len(samples) == 0:
+        return samples
+    up, down = Fraction(rate_out, rate_in).as_integer_ratio()
+    num_out = -(-len(samples) * up // down)
+    periods = -(-num_out // up)
+    margin = reach(up, down)
+    padded = torch.nn.functional.pad(samples.float(), (margin, margin + periods * down - len(samples)))
+    out = padded.new_empty(periods, up)
+    for first in range(0, min(up, num_out), PHASES):
+        offset, weights = sinc_block(up, down, first, min(PHASES, up - first))
+        frames = padded[margin + offset:].unfold(0, len(weights), down)[:periods]       # (periods, span), a view
+        step = max(1, 2**18 // len(weights))
+        for start in range(0, periods, step):
+            out[start:start + step, first:first + PHASES] = frames[start:start + step] @ weights.to(samples.device)
+    return out.view(-1)[:num_out]
+
+
+CHUNK_SEC = 10          # of a recording are read and resampled at a time
+
+
+def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
+    """The samples that load_wav and resample make of a recording, in pieces, in constant memory. Raises as load_wav."""
+    with open_recording(source) as (file, header):
+        up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
+        around = -(-reach(up, down) // down) * down         # whole periods of `down` inputs, as is `step`
+        step = CHUNK_SEC * header.rate_hz
+        for start in range(0, header.num_samples, step):
+            first, stop = max(0, start - around), min(header.num_samples, start + step + around)
+            piece = resample(read_samples(file, header, first, stop), header.rate_hz, rate_hz)
+            skipped = (start - first) // down * up
+            yield piece[skipped:skipped + step // down * up]
+
+
+# ---- segments ----
+
+LEVEL_SEC = 0.010       # from one level to the next
+PAUSE_SEC = 0.4         # a pause of this length ends a segment, a shorter one only where there is none
+FLOOR_PERCENT = 10      # the floor, i.e. the level of the background, is this percentile of the levels
+QUIET_SHARE = 0.25      # quiet is what lies below this share of the way from the floor to the loudest level
+
+
+class Segment(NamedTuple):
+    start_sec: float                # from the start of the recording
+    samples: Tensor                 # (n,) float32 at the model's rate
+
+
+def levels(samples: Tensor, size: int) -> np.ndarray:
+    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS, at least -90."""
+    padded = torch.nn.functional.pad(samples, (0, -len(samples) % size))
+    return 10 * padded.view(-1, size).square().mean(1).clamp(1e-9, 1e9).log10().numpy()
+
+
+def find_cut(level: np.ndarray, least: int, most: int) -> int:
+    """How many levels a segment takes: level (n,) in dB, one per LEVEL_SEC -> n, or least..min(most, n - least).
+
+    It ends in the middle of the first pause of PAUSE_SEC or more. Without one it takes all n if they are at most
+    `most`; else it ends in the middle of the longest pause, or, without any, at the lowest level. A pause is a run of
+    quiet levels after a sound (and before one, if n <= most: the recording ends here). Levels are smoothed over 50 ms.
+    Quiet is relative to the floor and to the loudest level, so that the gain does not matter.
+    """
+    n, smooth = len(level), np.convolve(np.pad(level, 2, mode="edge"), np.full(5, 0.2), "valid")
+    floor = np.percentile(smooth, FLOOR_PERCENT)
+    quiet = smooth <= floor + QUIET_SHARE * (smooth.max() - floor)
+    loud = np.flatnonzero(~quiet)
+    quiet[:loud[0] if len(loud) else 0] = False
+    quiet[loud[-1] if len(loud) and n <= most else n:] = False
+    stop = max(least, min(most, n - least)) + 1
+    edges = least + np.flatnonzero(np.diff(np.pad(quiet[least:stop], 1).astype(np.int8)))
+    starts, ends = edges[::2], edges[1::2]
+    long = np.flatnonzero(ends - starts >= PAUSE_SEC / LEVEL_SEC)
+    if not len(long) and n <= most:
+        return n
+    if not len(starts):
+        return least + int(smooth[least:stop].argmin())
+    best = long[0] if len(long) else (ends - starts).argmax()
+    return int(starts[best] + ends[best]) // 2
+
+
+def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
+    """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order.
+
+    A recording of at most max_sec is one segment; the last segment may fall short of min_sec by LEVEL_SEC. Looks ahead
+    by max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec.
+    """
+    if not 0 < 2 * min_sec <= max_sec:
+        raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
+    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.01 * 8000 is below 16080
+    least, most = math.ceil(min_sec * rate_hz / size - 1e-6), whole // size
+    chunks, held, start = iter(chunks), torch.zeros(0), 0
+    while True:
+        while len(held) < (least + most) * size and (chunk := next(chunks, None)) is not None:
+            held = torch.cat([held, chunk])
+        if not len(held):
+            return
+        level = levels(held[:(least + most) * size], size)
+        end = len(held) if start == 0 and len(held) <= whole else find_cut(level, least, most) * size
+        yield Segment(start / rate_hz, held[:end].clone())
+        start, held = start + end, held[end:]
+
+
+def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec: float) -> Iterator[Segment]:
+    """A recording, from a path or a file's bytes, cut at pauses; memory does not grow with it. Raises as load_wav."""
+    return cut_at_pauses(stream(source, options.sample_rate), options.sample_rate, min_sec, max_sec)
+
+
+# ---- features ----
+
+FRAME_SEC, SHIFT_SEC = 0.025, 0.010
+LOG_FLOOR = 2.0 ** -23          # float32 epsilon, Kaldi's floor
+MIN_DEVIATION = 1e-3            # natural log: normalisation does not blow up a constant bin
+
+
+def mel(hz: np.ndarray | float) -> np.ndarray:
+    return 1127.0 * np.log1p(np.asarray(hz) / 700.0)
+
+
+@functools.lru_cache(maxsize=16)
+def mel_matrix(rate_hz: int, num_mels: int, fft_size: int) -> Tensor:
+    """(fft_size/2 + 1, num_mels) float32: triangles equally spaced and computed on the mel scale, 20 Hz to Nyquist."""
+    edges = np.linspace(mel(20.0), mel(rate_hz / 2), num_mels + 2)
+    bins = mel(np.arange(fft_size // 2 + 1) * rate_hz / fft_size)[:, None]
+    rise = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    fall = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.from_numpy(np.clip(np.minimum(rise, fall), 0, None).astype(np.float32))
+
+
+def fbank(samples: Tensor, rate_hz: int, num_mels: int) -> Tensor:
+    """Log-mel filterbank with Kaldi's numbers: samples (N,) in [-1,1) -> (T, num_mels) float32, logs at 16-bit scale.
+
+    Whole frames of 25 ms every 10 ms: T = 1 + (N - window) // shift, and 0 below one window. Per frame: mean removed,
+    pre-emphasis 0.97, Hamming, zeros to a power of two, power spectrum, mel triangles, log. No dither, no energy.
+    Source: equal to kaldi-native-fbank within 2e-3. FunASR differs below one window, where it shrinks the window.
+    """
+    check_samples(samples)
+    window, shift = int(rate_hz * FRAME_SEC), int(rate_hz * SHIFT_SEC)
+    if shift < 1 or num_mels < 1:
+        raise ValueError(f"wanted rate_hz >= 100 and num_mels >= 1, got {rate_hz} and {num_mels}")
+    if len(samples) < window:
+        return torch.zeros(0, num_mels, device=samples.device)
+    fft_size = 2 ** math.ceil(math.log2(window))
+    mels = mel_matrix(rate_hz, num_mels, fft_size).to(samples.device)
+    taper = torch.hamming_window(window, periodic=False, device=samples.device) * 32768
+    blocks = []
+    for frames in samples.float().unfold(0, window, shift).split(512):      # (t, window): blocks that fit the cache
+        x = frames - frames.mean(1, keepdim=True)
+        x = (x - 0.97 * torch.cat([x[:, :1], x[:, :-1]], 1)) * taper
+        spectrum = torch.view_as_real(torch.fft.rfft(x, fft_size))          # (t, fft_size/2 + 1, 2)
+        blocks.append((spectrum.square().sum(-1) @ mels).clamp_(min=LOG_FLOOR).log_())
+    return torch.cat(blocks)
+
+
+def lfr(feats: Tensor, m: int, n: int) -> Tensor:
+    """Stack m frames every n frames (low frame rate).
+
+    feats (T,F) -> (ceil(T/n), m*F), also for T == 0. Indices are clamped, so edge frames repeat, (m-1)//2 of them on
+    the left. Source: Pundak & Sainath 2016; equal to FunASR's frontend.
+    """
+    if feats.dim() != 2 or m < 1 or n < 1:
+        raise ValueError(f"feats must be (T,F) and m, n >= 1, got {tuple(feats.shape)}, m={m}, n={n}")
+    T, F = feats.shape
+    if m == n == 1:
+        return feats
+    index = torch.arange(0, T, n)[:, None] + torch.arange(m) - (m - 1) // 2         # (ceil(T/n), m)
+    return feats[index.clamp(0, max(0, T - 1)).to(feats.device)].flatten(1)
+
+
+def normalise(feats: Tensor, stats: Tensor) -> Tensor:
+    """(feats - stats[0]) * stats[1]; feats (T,F), stats (2,F): mean and reciprocal deviation."""
+    if feats.dim() != 2 or tuple(stats.shape) != (2, feats.shape[1]):
+        raise ValueError(f"feats must be (T,F) and stats (2,F), got {tuple(feats.shape)} and {tuple(stats.shape)}")
+    return (feats - stats[0]) * stats[1]
+
+
+def compute_stats(features: Iterable[Tensor]) -> Tensor:
+    """Mean and reciprocal deviation over all frames of arrays (T,F) -> (2,F) float32. ValueError if no frame came."""
+    count, total, squares = 0, 0.0, 0.0
+    for feats in features:
+        if feats.dim() != 2 or count and feats.shape[1:] != total.shape:
+            raise ValueError(f"feats must be (T,F) of one F, got {tuple(feats.shape)}")
+        x = feats.double()      # float64: a million frames
+        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+    if count == 0:
+        raise ValueError("wanted feature frames to normalise by, got none: was every recording skipped?")
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=MIN_DEVIATION)
+    return torch.stack([mean, 1 / deviation]).float()
+
+
+def feature_dim(options) -> int:
+    """F, the width of what `frontend` returns."""
+    return options.num_mels * options.lfr_m
+
+
+def frame_sec(options) -> float:
+    """Seconds from one feature frame to the next, stacking included."""
+    return SHIFT_SEC * options.lfr_n
+
+
+def num_frames(seconds: np.ndarray, options) -> np.ndarray:
+    """seconds (n,) -> frames (n,) int64 that `frontend` makes of them; one off where a duration was rounded."""
+    samples = np.rint(seconds * options.sample_rate).astype(np.int64)
+    window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
+    return np.where(samples < window, 0, -(-(1 + (samples - window) // shift) // options.lfr_n))
+
+
+def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None) -> Tensor:
+    """samples (N,) at any rate -> features (T, num_mels * lfr_m): resample, fbank, lfr and, with stats, normalise.
+
+    T == 0 below one window of 25 ms. Reads options.sample_rate, num_mels, lfr_m, lfr_n.
+    """
+    feats = fbank(resample(samples, rate_hz, options.sample_rate), options.sample_rate, options.num_mels)
+    feats = lfr(feats, options.lfr_m, options.lfr_n)
+    return feats if stats is None else normalise(feats, stats)

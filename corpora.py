@@ -1,0 +1,179 @@
+"""Public corpora and folders of recordings to manifests: python corpora.py COMMAND SOURCE OUT
+
+    python corpora.py folder my_recordings runs/data/mine       name.wav beside name.txt, at any depth
+    python corpora.py --help                                    the public corpora that it knows
+
+A manifest is JSON lines with audio, text, speaker, key and duration, one file for each split.
+Needs numpy, torch, audio.py and data.py.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from audio import audio_seconds, load_wav, resample, save_wav
+from data import generator, read_table, scan_lines, write_atomic
+
+
+# ---- corpora ----
+
+DIGITS = "zero one two three four five six seven eight nine".split()
+SPLITS = ("train", "dev", "test", "unseen_speaker")     # parts of one set of recordings, by seed and options
+
+
+def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
+    """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will skip it."""
+    seconds = audio_seconds(audio)
+    path = os.path.relpath(audio.parent.resolve() / audio.name, out.resolve())      # `..` of a link is in its target
+    return {"audio": path, "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
+            **({} if seconds is None else {"duration": round(seconds, 4)})}
+
+
+def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
+    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only.
+
+    A manifest of one of SPLITS that has no rows now, left by a run with other options, stays, with a warning.
+    """
+    splits: dict[str, list[dict]] = {}
+    for split, row in rows:
+        splits.setdefault(split, []).append(row)
+    if not splits:
+        raise ValueError(f"{out}: wanted recordings to list, got none: is it the right folder and layout?")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        path, kept = out / f"{split}.jsonl", [row for row in rows if row["text"]]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        write_atomic(path, lines.encode(errors="backslashreplace"))     # a file name that is not UTF-8: \udcff
+        hours = sum(row.get("duration", 0.0) for row in kept) / 3600
+        print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
+    for path in (out / f"{split}.jsonl" for split in SPLITS if split not in splits):
+        if path.exists():
+            print(f"data.py: {path}: not of this run, whose manifests may list the same recordings", file=sys.stderr)
+
+
+def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
+    """Recordings (n,) each -> one utterance (N,): edges faded over 5 ms, gaps of 60 to 250 ms, gains of deviation 2 dB
+    each and -9 to 3 dB overall, and low-pass noise of -65 to -45 dBFS."""
+    fade = rate_hz // 200
+    ramp = np.sin(0.5 * np.pi * (np.arange(fade) + 0.5) / fade) ** 2
+    gaps = [np.zeros(int(rate_hz * gap_sec)) for gap_sec in rng.uniform(0.06, 0.25, len(recordings) + 1)]
+    pieces = gaps[:1]
+    for recording, gap in zip(recordings, gaps[1:]):
+        envelope = np.concatenate([ramp, np.ones(max(0, len(recording) - 2 * fade)), ramp[::-1]])[:len(recording)]
+        pieces += [recording * envelope * 10 ** (rng.normal(0, 2) / 20), gap]
+    x = np.concatenate(pieces) * 10 ** (rng.uniform(-9, 3) / 20)
+    colour = rng.uniform(0, 0.9) ** np.arange(24)
+    hiss = np.convolve(rng.standard_normal(len(x) + 23), colour / np.linalg.norm(colour), "valid")
+    return x + hiss * 10 ** (rng.uniform(-65, -45) / 20)
+
+
+def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Connected digits, three to seven by one speaker, from recordings <digit>_<speaker>_<index>.wav -> rows.
+
+    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
+    """
+    source, out, hold_out = options.source, options.out, options.hold_out_speaker
+    if min(options.utterances) < 0:
+        raise ValueError(f"--utterances: wanted 0 or more each, got {options.utterances}")
+    folder = source / "recordings" if (source / "recordings").is_dir() else source
+    pools: dict[str, dict[str, list[Path]]] = {split: {} for split in SPLITS}
+    for path in sorted(folder.glob("[0-9]_*_*.wav")):
+        name = re.fullmatch(r"\d_(.+)_(\d+)", path.stem)
+        if not name:
+            raise ValueError(f"{path}: wanted <digit>_<speaker>_<index>.wav")
+        speaker, index = name.groups()
+        split = "test" if int(index) < 5 else "dev" if int(index) < 10 else "train"
+        pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
+    if hold_out and not pools["unseen_speaker"]:
+        raise ValueError(f"{folder}: wanted <digit>_{hold_out}_<index>.wav for --hold-out-speaker, got none")
+    for number, ((split, speakers), size) in enumerate(zip(pools.items(), options.utterances)):
+        (out / "wav" / split).mkdir(parents=True, exist_ok=True)
+        for i in range(size if speakers else 0):
+            rng = generator(options.seed, number, i)
+            speaker = str(rng.choice(sorted(speakers)))
+            picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
+            loaded = [load_wav(path) for path in picks]
+            audio, rate_hz = out / "wav" / split / f"{split}_{i:04d}.wav", loaded[0][1]
+            recordings = [resample(x, own_hz, rate_hz).numpy() for x, own_hz in loaded]
+            save_wav(audio, join_digits(recordings, rate_hz, rng), rate_hz)
+            yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
+
+
+def prepare_librispeech(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """<split>/<speaker>/<chapter>/*.trans.txt, lines `key TEXT`, beside <key>.flac."""
+    for table in sorted(options.source.glob("*/*/*/*.trans.txt")):
+        split, speaker = table.relative_to(options.source).parts[:2]
+        for key, (text, _) in read_table(table).items():
+            yield split, manifest_row(options.out, table.parent / f"{key}.flac", text, speaker)
+
+
+def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """wav/<split>/<speaker>/<key>.wav and transcript/aishell_transcript_v0.8.txt, without its spaces."""
+    texts = read_table(options.source / "transcript" / "aishell_transcript_v0.8.txt")
+    for audio in sorted(options.source.glob("wav/*/*/*.wav")):
+        text = texts.get(audio.stem, ("",))[0]
+        yield audio.parts[-3], manifest_row(options.out, audio, "".join(text.split()), audio.parts[-2])
+
+
+def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
+    dev, test = options.dev_share, options.test_share
+    if not (min(dev, test) >= 0 and dev + test <= 1):       # `not`: refuses NaN too
+        raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
+    recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
+    num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
+    for rank, index in enumerate(generator(options.seed, 0, 0).permutation(len(recordings))):
+        split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
+        audio = recordings[index]
+        lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
+        yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="data.py", description="Turn public corpora into manifests (JSON lines with "
+                                     "audio, text, speaker, key, duration), one for each split.")
+    commands = parser.add_subparsers(required=True)
+
+    def add(name: str, about: str, prepare: Callable) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(prepare=prepare)
+        command.add_argument("source", type=Path, help="the corpus's folder")
+        command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
+        return command
+
+    fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart",
+               prepare_fsdd)
+    fsdd.add_argument("--hold-out-speaker", default="", metavar="NAME", help="keep out whole, as unseen_speaker")
+    fsdd.add_argument("--utterances", type=int, nargs=4, default=[3000, 200, 300, 300],
+                      metavar=("TRAIN", "DEV", "TEST", "UNSEEN"), help="how many of each (default 3000 200 300 300)")
+    add("librispeech", "LibriSpeech folders <split>/<speaker>/<chapter> with .trans.txt and .flac", prepare_librispeech)
+    add("aishell", "AISHELL-1: data_aishell with transcript/ and unpacked wav/<split>/<speaker>", prepare_aishell)
+    folder = add("folder", "any folder of name.wav beside name.txt, at any depth", prepare_folder)
+    folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
+    folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
+    for command in (fsdd, folder):
+        command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        if "seed" in args and args.seed < 0:
+            raise ValueError(f"--seed: wanted 0 or more, got {args.seed}")
+        if not args.source.is_dir():
+            raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
+        write_manifests(args.prepare(args), args.out)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
