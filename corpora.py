@@ -53,7 +53,7 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
     for path in (out / f"{split}.jsonl" for split in SPLITS if split not in splits):
         if path.exists():
-            print(f"data.py: {path}: not of this run, whose manifests may list the same recordings", file=sys.stderr)
+            print(f"corpora.py: {path}: not of this run, whose manifests may list the same recordings", file=sys.stderr)
 
 
 def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Generator) -> np.ndarray:
@@ -135,7 +135,7 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="data.py", description="Turn public corpora into manifests (JSON lines with "
+    parser = argparse.ArgumentParser(prog="corpora.py", description="Turn public corpora into manifests (JSON lines with "
                                      "audio, text, speaker, key, duration), one for each split.")
     commands = parser.add_subparsers(required=True)
 
@@ -171,7 +171,7 @@ def main(argv: list[str]) -> int:
         write_manifests(args.prepare(args), args.out)
         return 0
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+        print(f"corpora.py: {error}", file=sys.stderr)
         return 2
 
 
