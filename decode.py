@@ -52,10 +52,10 @@ from torch import Tensor, nn
 import audio
 import config as configs
 import data
-from attention import alignment_svg, attention_svg, escape
 from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
 from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames, lay_out,
                    load_published, load_weights, padding_mask, pick_device, read_checkpoint)
+from plot import alignment_svg, attention_svg, escape
 from tokenizer import (BLANK, Counts, EOS, PieceTokenizer, SOS, SPECIALS, Tokenizer, UNSPOKEN, align, are_spaced,
                        char_errors, count_errors, format_alignment, normalise_text, read_tokenizer, spell_words,
                        spoken_places, token_accuracy, word_errors)

@@ -54,6 +54,7 @@ import corpora
 import data
 import decode
 import model
+import plot
 import serve
 import tokenizer
 import train
@@ -1939,18 +1940,18 @@ def png_levels(uri: str) -> np.ndarray:
 
 
 def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
-    chunks = png_chunks(attention.heat_map(np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])))
+    chunks = png_chunks(plot.heat_map(np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])))
     assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
     assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
-    assert chunks[b"PLTE"][:3] == bytes(attention.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(attention.PALETTE[-1])
+    assert chunks[b"PLTE"][:3] == bytes(plot.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(plot.PALETTE[-1])
 
 
 def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
     alpha = torch.zeros(50)
     alpha[25] = 1.0  # of 50 frames of 0.04 s, the first of which begins at -0.02 s
-    svg = attention.alignment_svg("a <b> & c\0", torch.rand(200, 8), alpha, [("<我", 0.5, 1.0), (" ", 1.0, 1.5)], 2.0,
+    svg = plot.alignment_svg("a <b> & c\0", torch.rand(200, 8), alpha, [("<我", 0.5, 1.0), (" ", 1.0, 1.5)], 2.0,
                                   (-0.02, 1.98), torch.tensor([0.6, 1.2, 1.4]))
-    root, place = ElementTree.fromstring(svg), lambda sec: attention.LEFT + attention.WIDTH * sec / 2
+    root, place = ElementTree.fromstring(svg), lambda sec: plot.LEFT + plot.WIDTH * sec / 2
     for name, times in (("fire", (0.5, 1.0, 1.5)), ("true", (0.6, 1.2, 1.4))):
         paths = [e.get("d") for e in root.iter() if e.get("class") == name]
         lines = [float(d[1:].split()[0]) for d in paths if "h30" not in d]  # without the legend's
@@ -1958,7 +1959,7 @@ def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
     [bar] = [float(e.get("x")) for e in root.iter() if e.get("class") == "weight"]
     assert bar == pytest.approx(place(0.98), abs=0.1)
     texts = {e.text: float(e.get("x")) for e in root.iter() if e.tag.endswith("text")}
-    assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < attention.LEFT
+    assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < plot.LEFT
     assert (texts["<我"], texts["␣"]) == (place(0.75), place(1.25))
 
 
@@ -1970,9 +1971,9 @@ def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
     starts = np.cumsum([rng.uniform(0.05, 0.4) for _ in range(201)]).tolist()
     tokens = [(f"{chr(0x4e00 + u)}" * rng.randint(1, size), *span) for u, span in enumerate(zip(starts, starts[1:]))]
     seconds, span = starts[-1], (0.0, starts[-1])
-    pictures = [attention.alignment_svg("好" * 999, torch.rand(300, 4), torch.rand(90), tokens, seconds, span),
-                attention.attention_svg("x", torch.rand(3, 200, 90), tokens, seconds, span, cross=True),
-                attention.attention_svg("x", torch.rand(3, 90, 90), tokens, seconds, span, cross=False)]
+    pictures = [plot.alignment_svg("好" * 999, torch.rand(300, 4), torch.rand(90), tokens, seconds, span),
+                plot.attention_svg("x", torch.rand(3, 200, 90), tokens, seconds, span, cross=True),
+                plot.attention_svg("x", torch.rand(3, 90, 90), tokens, seconds, span, cross=False)]
     shown = []
     for svg in pictures:
         root, lines = ElementTree.fromstring(svg), collections.defaultdict(list)
@@ -1996,7 +1997,7 @@ def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross)
     planted = [(2, 7), (0, 49), (1, 0), (2, 3)]
     for h, (row, column) in enumerate(planted):
         weights[h, row, column] = 0.9
-    root = ElementTree.fromstring(attention.attention_svg("x", weights, tokens, 2.0, (-0.02, 1.98), cross))
+    root = ElementTree.fromstring(plot.attention_svg("x", weights, tokens, 2.0, (-0.02, 1.98), cross))
     panels = root.findall("{*}svg")
     for h, (row, column) in enumerate(planted):
         image = panels[h].find("{*}image")
@@ -2008,14 +2009,14 @@ def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross)
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
     assert [text for text in texts if text.startswith("head")] == [f"head {h}, up to 0.9" for h in (1, 2, 3, 4)]
     assert texts.count("b") == 4 + 2  # over each panel, and beside the two on the left
-    ElementTree.fromstring(attention.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
+    ElementTree.fromstring(plot.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
 
 
 def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
     values = torch.zeros(3000, 3000)
     values[2999, 1500] = 1.0
-    panel = attention.Panel(0, 0, 300, 200, 1.0)
-    image = ElementTree.fromstring(attention.image_svg(panel, values, (0, 1), (0, 1))).find("{*}image")
+    panel = plot.Panel(0, 0, 300, 200, 1.0)
+    image = ElementTree.fromstring(plot.image_svg(panel, values, (0, 1), (0, 1))).find("{*}image")
     levels = png_levels(image.get("href"))
     assert levels.shape == (200, 300) and np.argwhere(levels).tolist() == [[199, 150]]
 
@@ -3027,7 +3028,7 @@ def test_bad_arguments_exit_with_2(arguments):
 
 def test_curves_stand_where_their_values_say():
     rows = [{"loss": 10.0 ** -i, "token_accuracy": i / 2, "epoch": i} for i in range(3)]
-    root = ElementTree.fromstring(train.curves_svg(rows))
+    root = ElementTree.fromstring(plot.curves_svg(rows))
     paths = [e.get("d") for e in root.iter() if e.tag.endswith("path") and e.get("stroke") and "L" in e.get("d")]
     points = [[tuple(map(float, point.split())) for point in path[1:].split("L")] for path in paths]
     assert points == [[(90, 40), (320, 140), (550, 240)], [(90, 490), (320, 390), (550, 290)]]
@@ -4597,7 +4598,7 @@ class PageReader(html.parser.HTMLParser):
 # C98
 def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
     hostile = "<script src='http://x/'>&\"]]>--></article>"
-    svg = attention.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
+    svg = plot.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
     pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
     result = lambda text: decode.Result(text, 1.0, [], [])
     cases = [(decode.score(tiny_system(), decode.Outcome(0, key, 1.0, ref, result(hyp))), svg if key == hostile else "")
@@ -4632,7 +4633,7 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
     read = PageReader((tmp_path / "report.html").read_text())
     assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
     titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
-    assert titles == [attention.fit(f"{paths[i]}: {results[i].text}", attention.WIDTH) for i in (2, 4, 0)]
+    assert titles == [plot.fit(f"{paths[i]}: {results[i].text}", plot.WIDTH) for i in (2, 4, 0)]
     assert ("pre", "planted\nlines") in read.texts
     decode.write_report(tmp_path, system, dataset, [], [])
     assert "article" not in PageReader((tmp_path / "report.html").read_text()).tags

@@ -59,10 +59,10 @@ from torch.utils.checkpoint import checkpoint
 import audio
 import config as configs
 import data
-from attention import LEFT, Panel, alignment_svg, attention_svg, label_svg, picture
 from audio import compute_stats, feature_dim
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
+from plot import alignment_svg, attention_svg, column_names, curves_svg
 from tokenizer import (PieceTokenizer, Tokenizer, char_errors, count_errors, read_tokenizer, spoken_places,
                        token_accuracy, word_errors)
 
@@ -364,10 +364,6 @@ def rates(sums: dict) -> dict[str, float]:
 
 # ---- a run and its files ----
 
-def column_names(history: Sequence[dict]) -> list[str]:
-    return list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
-
-
 def write_reports(run: Path, history: Sequence[dict]) -> None:
     """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
     names = column_names(history)
@@ -422,41 +418,6 @@ def say(run: Run, line: str, own: bool = False) -> None:
             file.write(line + "\n")
     elif own:
         show(f"rank {own_rank()}: {line}")
-
-
-# ---- curves.svg ----
-
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
-
-
-def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> Iterator[str]:
-    """A line for each series, with its name and last value beside the panel. The panel's `seconds` are epochs here."""
-    lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
-                    if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
-    levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
-    low = min(levels, default=0.0)
-    high = max([low + 0.1, *levels])
-    y = lambda v: panel.top + panel.height * (high - v) / (high - low)
-    for v in np.linspace(low, high, 5):
-        yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
-        yield label_svg(panel.left - 6, y(v) + 4, f"{10 ** v if log_scale else v:.2g}", "end")
-    for i in sorted({0, int(panel.seconds) // 2, int(panel.seconds)}):
-        yield label_svg(panel.x(i), panel.top + panel.height + 16, str(i + 1))
-    for n, (name, line) in enumerate(lines.items()):
-        points = "L".join(f"{panel.x(i):.1f} {y(v):.1f}" for i, v in line) or "0 0"
-        pen, dot = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"', "h0.1" if len(line) == 1 else ""
-        right, down = panel.left + panel.width, panel.top + 8 + 20 * n
-        yield f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/><path {pen} d="M{right + 14} {down}h16"/>'
-        yield label_svg(right + 36, down + 4, f"{name} {series[name][-1]:.4g}", "start")
-
-
-def curves_svg(history: Sequence[dict]) -> str:
-    """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
-    names, body = column_names(history), []
-    for top, part, log_scale in ((40, "loss", True), (290, "accuracy", False)):
-        series = {name: [row.get(name, math.nan) for row in history] for name in names if part in name}
-        body += panel_svg(Panel(LEFT, top, 460, 200, max(1, len(history) - 1)), series, log_scale)
-    return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)
 
 
 # ---- what is trained, and its checkpoints ----
