@@ -508,7 +508,7 @@ def published_files(folder: str) -> dict[str, Path]:
     return {part: folder / name for part, name in names.items()}
 
 
-def load_published(path: str | Path) -> Config:
+def read_published(path: str | Path) -> Config:
     """Config with model and front end from FunASR's config.yaml, and defaults for everything else. Raises ValueError
     that names a class or an option that is not implemented here."""
     try:
@@ -561,7 +561,7 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
 
 
 def dump_published(config: Config) -> str:
-    """The config.yaml from which FunASR builds this model; load_published reads the same model and front end from it.
+    """The config.yaml from which FunASR builds this model; read_published reads the same model and front end from it.
     Raises ValueError for a model that FunASR has no classes for."""
     model, width = config.model, 4 * config.model.encoder.hidden_dim
     for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),

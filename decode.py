@@ -100,7 +100,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = configs.published_files(folder)
-    config = configs.load_published(files["config"])
+    config = configs.read_published(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = data.read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)

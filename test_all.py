@@ -4712,7 +4712,7 @@ def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothi
 @needs_kit
 def test_published_configs_become_the_options_they_state():
     """What the kit's README says of the four variants."""
-    found = {v: config.load_published(KIT / v / "config.yaml") for v in VARIANTS}
+    found = {v: config.read_published(KIT / v / "config.yaml") for v in VARIANTS}
     alt = found["sanm_alt"].model
     assert (alt.encoder.kind, alt.encoder.kernel_size, alt.encoder.memory_shift) == ("sanm", 7, 2)
     assert (alt.decoder.attention_layers, alt.decoder.memory_shift, alt.decoder.num_heads) == (1, 4, 3)
@@ -4727,9 +4727,9 @@ def test_published_configs_become_the_options_they_state():
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_published_config_survives_a_round_trip(variant, tmp_path):
-    found = config.load_published(KIT / variant / "config.yaml")
+    found = config.read_published(KIT / variant / "config.yaml")
     path = written(tmp_path, config.dump_published(found))
-    assert config.load_published(path) == found
+    assert config.read_published(path) == found
 
 
 # C37
@@ -4746,7 +4746,7 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
     text = (KIT / "sanm/config.yaml").read_text()
     assert old in text
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        config.load_published(written(tmp_path, text.replace(old, new, 1)))
+        config.read_published(written(tmp_path, text.replace(old, new, 1)))
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
 
 
@@ -4760,7 +4760,7 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     head += "".join(f"- {chr(0x4e00 + i)}\n" for i in range(8402)) + "- '0'\n- <unk>\n"
     deep = "\n".join(re.sub("^( *)", lambda m: 2 * m[1], line) for line in text.splitlines())
     path = written(tmp_path, head + deep + "\n")
-    assert config.load_published(path) == config.load_published(KIT / "sanm/config.yaml")
+    assert config.read_published(path) == config.read_published(KIT / "sanm/config.yaml")
     values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
     assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
 
@@ -4848,7 +4848,7 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
 @functools.cache
 def published(variant, **changes):
     """(config, model in eval mode) of a kit variant"""
-    found = config.load_published(KIT / variant / "config.yaml")
+    found = config.read_published(KIT / variant / "config.yaml")
     found = replace(found, model=replace(found.model, **changes))
     loaded = model.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()

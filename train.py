@@ -477,7 +477,7 @@ def origin(config: configs.Config, place: str,
     options = config.data
     if configs.is_published(place):
         files = configs.published_files(place)
-        config = with_model(config, configs.load_published(files["config"]))
+        config = with_model(config, configs.read_published(files["config"]))
         tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
         stats = data.read_cmvn(files["stats"], feature_dim(config.data))
         model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
