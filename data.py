@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -58,34 +59,19 @@ def save_atomic(path: str | os.PathLike, state: dict) -> None:
             raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
-# ---- features ----
+def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
+    """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
 
-def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
-    """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
-
-    Raises ValueError that names the file.
+    Raises ValueError with what was wanted if there is no such file or torch cannot load it, OSError if the disk fails.
     """
     try:
-        text = Path(path).read_text("utf-8")
-        shift, scale = [np.array(text[text.index(mark):].split("[", 1)[1].split("]", 1)[0].split(), np.float64)
-                        for mark in ("<AddShift>", "<Rescale>")]
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {error}") from None
-    if not len(shift) == len(scale) == size:
-        raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
-    return torch.from_numpy(np.stack([-shift, scale])).float()
-
-
-def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
-    """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
-    if stats.dim() != 2 or len(stats) != 2:
-        raise ValueError(f"stats must be (2,F), got {tuple(stats.shape)}")
-    size = stats.shape[1]
-    rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
-    lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
-             f"<AddShift> {size} {size}", f"<LearnRateCoef> 0 [ {rows[0]} ]",
-             f"<Rescale> {size} {size}", f"<LearnRateCoef> 0 [ {rows[1]} ]", "</Nnet>", ""]
-    write_atomic(path, "\n".join(lines))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
+    except OSError:  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
+        raise
+    except Exception as error:  # whatever unpickling or the zip reader raise
+        raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
 
 
 # ---- augmentation ----

@@ -53,12 +53,13 @@ import audio
 import config as configs
 import data
 from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, funasr_names, in_feature_frames, lay_out,
-                   load_published, load_weights, padding_mask, pick_device, read_checkpoint)
+from funasr import (PieceTokenizer, UNSPOKEN, are_spaced, dump_published, firing_spans, funasr_names, is_published,
+                    published_files, read_cmvn, read_published, read_tokenizer, spell_words, write_cmvn)
+from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, in_feature_frames, lay_out, load_published,
+                   load_weights, padding_mask, pick_device, read_checkpoint)
 from plot import alignment_svg, attention_svg, escape
-from tokenizer import (BLANK, Counts, EOS, PieceTokenizer, SOS, SPECIALS, Tokenizer, UNSPOKEN, align, are_spaced,
-                       char_errors, count_errors, format_alignment, normalise_text, read_tokenizer, spell_words,
-                       spoken_places, token_accuracy, word_errors)
+from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, align, char_errors, count_errors, format_alignment,
+                       normalise_text, spoken_places, token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
@@ -99,10 +100,10 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
-    files = configs.published_files(folder)
-    config = configs.read_published(files["config"])
+    files = published_files(folder)
+    config = read_published(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-    stats = data.read_cmvn(files["stats"], feature_dim(config.data))
+    stats = read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
     return System(config, tokenizer, stats, model)
 
@@ -144,7 +145,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
         linear = PackedLinear
     if precision == "int8":
         linear = Int8Linear
-    system = load_directory(path, linear is None) if configs.is_published(path) else load_checkpoint(path)
+    system = load_directory(path, linear is None) if is_published(path) else load_checkpoint(path)
     model = system.model.to(target).eval()
     if linear is not None:
         if not lay_out(model, linear):
@@ -392,40 +393,6 @@ class Result(NamedTuple):
     tokens: list[Token]
     words: list[Word]  # what spaces separate, and every ideograph
     nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
-
-
-FIRED = np.float32(1 - 1e-4)  # sum of the timing head's weights, in float32, that fires; all four are FunASR's
-FIRE_SHIFT = -1.5  # frames of the timing head, added to that of a firing, which comes late
-LONGEST, EDGE = 12, 5  # such frames: the longest token, and the longest silence at the end that the last token takes
-
-
-def firings(weights: np.ndarray) -> np.ndarray:
-    """When the running sum of weights (n,) float32 reaches FIRED, which is then taken off it -> (m,), in frames."""
-    places, total = [], np.float32(0)
-    for t, weight in enumerate(weights):
-        total = total + weight
-        if total >= FIRED:
-            total = total - FIRED
-            places.append(t + FIRE_SHIFT)
-    return np.array(places)
-
-
-def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
-    """Begin and end of n tokens, in frames of the timing head, from its weights, float32.
-
-    A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
-    """
-    fired = firings(weights)
-    if len(fired) != n + 1:  # another number of tokens than the decoder's: scale the weights to that
-        weights = weights if weights.any() else np.ones_like(weights)
-        fired = firings(weights / (weights.sum() / np.float32(n + 1)))
-    missing = max(0, n + 1 - len(fired))  # firings, even after scaling: they are set to the end
-    fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
-    spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
-    if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
-        left = len(weights) - fired[-1]
-        spans[-1] = spans[-1][0], float(len(weights) - left / 2 if left > EDGE else len(weights))
-    return spans
 
 
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
@@ -995,7 +962,7 @@ def export_directory(system: System, folder: Path) -> None:
     for name, x in system.model.state_dict().items():
         theirs = funasr_names(name, system.config.model)
         weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
-    config, tokenizer = configs.dump_published(system.config), system.tokenizer
+    config, tokenizer = dump_published(system.config), system.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
     symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
@@ -1003,7 +970,7 @@ def export_directory(system: System, folder: Path) -> None:
     pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
     data.write_atomic(folder / "config.yaml", config)
     data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
-    data.write_cmvn(folder / "am.mvn", system.stats.cpu())
+    write_cmvn(folder / "am.mvn", system.stats.cpu())
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
         data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")

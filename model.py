@@ -17,8 +17,6 @@ checkpoints they load.
 """
 import math
 import os
-import re
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -33,6 +31,8 @@ from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, Re
                        SanmDecoderBlock, TransformerBlock, at_least_float32, causal_mask, check_lens, check_shapes,
                        convolve, full_precision, halved_sinusoids, key_mask, near_mask, padding_mask, relative_codes,
                        sinusoids)
+from data import read_file
+from funasr import funasr_names, read_weights
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -878,21 +878,6 @@ CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot rea
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
 
 
-def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
-    """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
-
-    Raises ValueError with what was wanted if there is no such file or torch cannot load it, OSError if the disk fails.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
-    except OSError:  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
-        raise
-    except Exception as error:  # whatever unpickling or the zip reader raise
-        raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
-
-
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The state that train.py saved, as `read_file` reads it; of a directory, its checkpoint.pt."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
@@ -929,70 +914,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
 
 
 # ---- weights that FunASR publishes ----
-
-RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its tensors, concatenated along dim 0, are ours
-    "encoder sanm": {
-        "first": "encoders0.0", "blocks": "encoders", "norm": "after_norm", "norm_self": "norm1", "norm_ffn": "norm2",
-        "self_attention.query_key_value": "self_attn.linear_q_k_v", "self_attention.memory": "self_attn.fsmn_block",
-        "self_attention.out": "self_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
-    "encoder relative_conformer": {
-        "subsampling.convolutions.0": "embed.conv.0", "subsampling.convolutions.1": "embed.conv.2",
-        "subsampling.out": "embed.out.0", "blocks": "encoders", "norm": "after_norm",
-        "norm_first": "norm_ff_macaron", "ffn_first": "feed_forward_macaron", "norm_self": "norm_mha",
-        "norm_conv": "norm_conv", "norm_second": "norm_ff", "ffn_second": "feed_forward", "norm_out": "norm_final",
-        "self_attention.query": "self_attn.linear_q", "self_attention.key_value": "self_attn.linear_{k,v}",
-        "self_attention.out": "self_attn.linear_out", "self_attention.position": "self_attn.linear_pos",
-        "self_attention.content_bias": "self_attn.pos_bias_u", "self_attention.position_bias": "self_attn.pos_bias_v",
-        "convolution.gate": "conv_module.pointwise_conv1", "convolution.depthwise": "conv_module.depthwise_conv",
-        "convolution.norm": "conv_module.norm", "convolution.out": "conv_module.pointwise_conv2",
-        "layers.0": "w_1", "layers.3": "w_2"},
-    "predictor dense": {"convolution": "cif_conv1d", "firing": "cif_output"},
-    "predictor depthwise": {"convolution": "cif_conv1d", "firing": "cif_output"},
-    "timing": {"timing.upsample": "predictor.upsample_cnn", "timing.lstm": "predictor.blstm",
-               "timing.firing": "predictor.cif_output2"},
-    "decoder sanm": {
-        "blocks": "decoders", "memory_blocks": "decoders2", "last": "decoders3.0", "norm": "after_norm",
-        "output": "output_layer", "norm_ffn": "norm1", "norm_memory": "norm2", "norm_cross": "norm3",
-        "memory": "self_attn.fsmn_block", "cross_attention.query": "src_attn.linear_q",
-        "cross_attention.key_value": "src_attn.linear_k_v", "cross_attention.out": "src_attn.linear_out",
-        "feed_forward.up": "feed_forward.w_1", "feed_forward.norm": "feed_forward.norm",
-        "feed_forward.down": "feed_forward.w_2"},
-    "decoder bare": {
-        "blocks": "decoders", "norm": "after_norm", "output": "output_layer", "norm_self": "norm1",
-        "norm_cross": "norm2", "norm_ffn": "norm3", "self_attention.query": "self_attn.linear_q",
-        "self_attention.key_value": "self_attn.linear_{k,v}", "self_attention.out": "self_attn.linear_out",
-        "cross_attention.query": "src_attn.linear_q", "cross_attention.key_value": "src_attn.linear_{k,v}",
-        "cross_attention.out": "src_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
-    "embedding": {"embedding": "decoder.embed.0"},
-    "ctc": {"ctc": "ctc.ctc_lo"},
-}
-
-
-def funasr_names(name: str, options) -> list[str]:
-    """FunASR's names of the tensors that make our tensor `name`. Raises ValueError if FunASR has no such layer."""
-    part = name.split(".")[0]
-    kind = getattr(getattr(options, part, None), "kind", "")
-    table = RENAMES.get(f"{part} {kind}".strip())
-    if table is None:
-        raise ValueError(f"model.{part}.kind {kind}: FunASR has no such layer; its kinds are "
-                         f"{', '.join(key.split()[1] for key in RENAMES if key.startswith(part + ' '))}")
-    ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
-    theirs = re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
-    return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
-
-
-def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names, read as `read_file` does.
-
-    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name.
-    """
-    state = read_file(path, "the weights of a model", mapped)
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
-    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(f"{path}: wanted tensors by name, got {type(state).__name__}")
-    return {name.removeprefix("module."): x for name, x in state.items()}
-
 
 class WithoutInit(TorchFunctionMode):
     """Within it, new modules leave their weights uninitialised and draw no random numbers."""

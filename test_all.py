@@ -53,6 +53,7 @@ import config
 import corpora
 import data
 import decode
+import funasr
 import model
 import plot
 import serve
@@ -695,7 +696,7 @@ def test_a_list_of_symbols_ends_its_lines_with_newlines_only(tmp_path):
     """U+0085, U+2028 and a form feed are symbols like others: no id behind them may shift."""
     symbols = ["<blank>", "<s>", "</s>", "a\x85", "\u2028", "\x0c", "<unk>"]
     (tmp_path / "tokens.txt").write_text("\n".join(symbols) + "\n", "utf-8")
-    assert tokenizer.PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
+    assert funasr.PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
 
 
 @pytest.mark.parametrize("name, content, error", [
@@ -708,15 +709,15 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     (tmp_path / "tokens.json").write_text(json.dumps(["<blank>", "<s>", "</s>", "ab@@", "\u2028", "<unk>"]))
     (tmp_path / "seg_dict").write_text("ab\u2028 ab@@\nc ab@@ <unk>\n", "utf-8")
     files = tmp_path / "tokens.json", tmp_path / "seg_dict"
-    whole = tokenizer.PieceTokenizer.load(*files)
+    whole = funasr.PieceTokenizer.load(*files)
     assert whole.encode("c") == [3, 5] and set(whole.pieces) == {"ab", "c"}
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
-        tokenizer.PieceTokenizer.load(*files)
+        funasr.PieceTokenizer.load(*files)
     with pytest.raises(ValueError, match=r"x.pt: wanted a list of pieces by word, got \[\['ab'\]\]"):
-        tokenizer.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
+        funasr.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3}"):
-        tokenizer.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
+        funasr.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
 
 
 def letters(text: str) -> list[int]:
@@ -1078,7 +1079,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: data.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
     (lambda: audio.compute_stats([torch.zeros(3, 4), torch.zeros(4, 3)]), r"feats must be \(T,F\) .* got \(4, 3\)"),
     (lambda: audio.compute_stats([torch.zeros(3)]), r"feats must be \(T,F\) .* got \(3,\)"),
-    (lambda: data.write_cmvn("never", torch.zeros(3, 4)), r"stats must be \(2,F\), got \(3, 4\)"),
+    (lambda: funasr.write_cmvn("never", torch.zeros(3, 4)), r"stats must be \(2,F\), got \(3, 4\)"),
     (lambda: audio.save_wav("never", torch.zeros(2, 9), 8000), r"samples must be \(N,\), got \(2, 9\)"),
     (lambda: data.toy_features(np.zeros(2, int), np.ones(3, int), None, None), r"U >= 1, got \(2,\) and \(3,\)"),
     (lambda: data.make_batches(np.zeros((2, 2)), 4, 9), r"lengths must be .* got \(2, 2\)"),
@@ -3868,7 +3869,7 @@ def planted_words(symbols, tokenizer, lossless: bool = True) -> decode.Result:
     ("piece", ["you", "<unk>", "at"], "you at", ["you 0 1 1 s", "at 1 2 3 s"])])     # D5: the time of <unk>
 def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):
     known = (*SPECIALS, *dict.fromkeys(s for s in symbols if s != "<unk>"))
-    vocabulary = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    vocabulary = funasr.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     result = planted_words(symbols, vocabulary)
     assert result.text == text and len(result.words) == len(words)
     for word, wanted in zip(result.words, words):
@@ -3880,7 +3881,7 @@ def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit
 
 # C70
 def test_a_mark_that_funasr_gives_no_time_has_its_own():
-    vocabulary = tokenizer.PieceTokenizer((*SPECIALS, "我", "%", "ok"), None)
+    vocabulary = funasr.PieceTokenizer((*SPECIALS, "我", "%", "ok"), None)
     words = planted_words(["我", "%", "ok"], vocabulary, lossless=False).words
     assert [word[:3] for word in words] == [("我", 0, 1), ("%", 1, 2), ("ok", 2, 3)]
 
@@ -4321,7 +4322,7 @@ def test_texts_that_ctc_alone_does_not_tell_apart_are_ranked_by_the_decoder(name
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = tiny_system()._replace(search=decode.Search(nbest=2))
     predictor = replace(system.config.model.predictor, upsampling=upsampling)
-    system = system._replace(tokenizer=tokenizer.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
+    system = system._replace(tokenizer=funasr.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
     tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
     found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
@@ -4416,7 +4417,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
     ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
 def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
     known = (*SPECIALS, *dict.fromkeys(symbol for text in texts for symbol in text))
-    speller = tokenizer.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    speller = funasr.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
     found = decode.join_results(tiny_system()._replace(tokenizer=speller), parts)
     assert found.text == wanted and decode.join_words(found.words) == wanted.strip()
@@ -4712,7 +4713,7 @@ def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothi
 @needs_kit
 def test_published_configs_become_the_options_they_state():
     """What the kit's README says of the four variants."""
-    found = {v: config.read_published(KIT / v / "config.yaml") for v in VARIANTS}
+    found = {v: funasr.read_published(KIT / v / "config.yaml") for v in VARIANTS}
     alt = found["sanm_alt"].model
     assert (alt.encoder.kind, alt.encoder.kernel_size, alt.encoder.memory_shift) == ("sanm", 7, 2)
     assert (alt.decoder.attention_layers, alt.decoder.memory_shift, alt.decoder.num_heads) == (1, 4, 3)
@@ -4727,9 +4728,9 @@ def test_published_configs_become_the_options_they_state():
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_published_config_survives_a_round_trip(variant, tmp_path):
-    found = config.read_published(KIT / variant / "config.yaml")
-    path = written(tmp_path, config.dump_published(found))
-    assert config.read_published(path) == found
+    found = funasr.read_published(KIT / variant / "config.yaml")
+    path = written(tmp_path, funasr.dump_published(found))
+    assert funasr.read_published(path) == found
 
 
 # C37
@@ -4746,7 +4747,7 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
     text = (KIT / "sanm/config.yaml").read_text()
     assert old in text
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        config.read_published(written(tmp_path, text.replace(old, new, 1)))
+        funasr.read_published(written(tmp_path, text.replace(old, new, 1)))
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
 
 
@@ -4760,7 +4761,7 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     head += "".join(f"- {chr(0x4e00 + i)}\n" for i in range(8402)) + "- '0'\n- <unk>\n"
     deep = "\n".join(re.sub("^( *)", lambda m: 2 * m[1], line) for line in text.splitlines())
     path = written(tmp_path, head + deep + "\n")
-    assert config.read_published(path) == config.read_published(KIT / "sanm/config.yaml")
+    assert funasr.read_published(path) == funasr.read_published(KIT / "sanm/config.yaml")
     values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
     assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
 
@@ -4769,21 +4770,21 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
 def test_configuration_json_names_the_files(tmp_path):
     metas = {"init_param": "a.pb", "tokenizer_conf": {"token_list": "t.json"}, "frontend_conf": {"cmvn_file": "c.mvn"}}
     (tmp_path / "configuration.json").write_text(json.dumps({"file_path_metas": metas}))
-    files = config.published_files(tmp_path)
+    files = funasr.published_files(tmp_path)
     assert {part: path.name for part, path in files.items()} == {
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
     (tmp_path / "configuration.json").write_text('{"file_path_metas": {"tokenizer_conf": {"seg_dict_file": null}}}')
     with pytest.raises(ValueError, match="wanted JSON with file_path_metas, got tokenizer_conf.seg_dict_file None"):
-        config.published_files(tmp_path)
+        funasr.published_files(tmp_path)
     (tmp_path / "configuration.json").unlink()
     (tmp_path / "tokens.txt").touch()
-    assert config.published_files(tmp_path)["tokens"].name == "tokens.txt"
+    assert funasr.published_files(tmp_path)["tokens"].name == "tokens.txt"
 
 
 def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
-    assert config.is_published(tmp_path) and not config.is_published("") and not config.is_published(tmp_path / "none")
+    assert funasr.is_published(tmp_path) and not funasr.is_published("") and not funasr.is_published(tmp_path / "none")
     (tmp_path / "checkpoint.pt").touch()
-    assert not config.is_published(tmp_path)
+    assert not funasr.is_published(tmp_path)
 
 
 # ---- tokenizer: published vocabularies (FunASR) ----
@@ -4797,8 +4798,8 @@ def unit_cases(name):
 def test_sentences_and_their_times_equal_funasr():
     """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
     for case in unit_cases("text"):
-        words = tokenizer.spell_words(case["tokens"], case["ts_in"], lossless=False)
-        assert tokenizer.write_sentence(words) == case["text"]
+        words = funasr.spell_words(case["tokens"], case["ts_in"], lossless=False)
+        assert funasr.write_sentence(words) == case["text"]
         assert " ".join(word.text for word in words) == case["text_ts"]
         assert [[word.start, word.end] for word in words if word.start is not None] == case["ts_out"]
 
@@ -4807,9 +4808,9 @@ def test_sentences_and_their_times_equal_funasr():
 def test_lossless_sentences_keep_every_character_and_equal_funasr_where_it_does():
     kept = 0
     for case in unit_cases("text"):
-        symbols = [symbol for symbol in case["tokens"] if symbol not in tokenizer.UNSPOKEN]
+        symbols = [symbol for symbol in case["tokens"] if symbol not in funasr.UNSPOKEN]
         plain = lambda text: text.replace(" ", "").lower()
-        ours = tokenizer.write_sentence(tokenizer.spell_words(symbols))
+        ours = funasr.write_sentence(funasr.spell_words(symbols))
         assert plain(ours) == plain("".join(symbols).replace("@@", ""))
         cut = any("@@" in a and not b[:1].isascii() or "@@" in a and b[:1] in "0123456789%" or b == ""
                   for a, b in zip(symbols, symbols[1:] + [""]) if "@@" in a)
@@ -4825,11 +4826,11 @@ def test_lossless_sentences_keep_every_character_and_equal_funasr_where_it_does(
 def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     folder = KIT / variant
     dictionary = folder / "seg_dict"
-    ours = tokenizer.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
+    ours = funasr.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
-    assert tokenizer.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
+    assert funasr.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
 
 
 # ---- data: am.mvn (FunASR) ----
@@ -4837,10 +4838,10 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
 # C41
 def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
     stats = torch.randn(2, 560) * 10
-    data.write_cmvn(tmp_path / "am.mvn", stats)
-    assert torch.equal(data.read_cmvn(tmp_path / "am.mvn", 560), stats)
+    funasr.write_cmvn(tmp_path / "am.mvn", stats)
+    assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
-        data.read_cmvn(tmp_path / "am.mvn", 80)
+        funasr.read_cmvn(tmp_path / "am.mvn", 80)
 
 
 # ---- model: inference (FunASR) ----
@@ -4848,7 +4849,7 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
 @functools.cache
 def published(variant, **changes):
     """(config, model in eval mode) of a kit variant"""
-    found = config.read_published(KIT / variant / "config.yaml")
+    found = funasr.read_published(KIT / variant / "config.yaml")
     found = replace(found, model=replace(found.model, **changes))
     loaded = model.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()
@@ -4869,7 +4870,7 @@ def close(got, expected, atol):
 def test_every_stage_equals_funasr(variant):
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README."""
     options, net = published(variant)
-    stats = data.read_cmvn(KIT / variant / "am.mvn", audio.feature_dim(options.data))
+    stats = funasr.read_cmvn(KIT / variant / "am.mvn", audio.feature_dim(options.data))
     for name in WAVS:
         wanted = recorded(variant, name)
         samples, rate_hz = audio.load_wav(KIT / f"wavs/{name}.wav")
@@ -5038,7 +5039,7 @@ def test_losses_and_every_gradient_norm_equal_funasr(variant):
     (sums["loss"] / count).backward()
     found = {}
     for name, p in net.named_parameters():
-        parts = model.funasr_names(name, options.model)
+        parts = funasr.funasr_names(name, options.model)
         found |= {part: g.norm().item() for part, g in zip(parts, p.grad.chunk(len(parts)))}
     assert found == pytest.approx(results["_grad_norms"], rel=1e-3, abs=1e-5)
 
@@ -5134,7 +5135,7 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
     if content is not None:
         (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z"):
-        model.read_weights(tmp_path / "model.pt")
+        funasr.read_weights(tmp_path / "model.pt")
 
 
 # C49
@@ -5283,7 +5284,7 @@ def test_firing_spans_equal_funasrs_timestamps():
     """Recorded: units/text.json, 40 cases, in ms behind an offset."""
     for case in unit_cases("timestamps"):
         n = len([c for c in case["chars"] if c != "</s>"])
-        spans, offset = decode.firing_spans(np.array(case["alphas"], np.float32), n), case["vad_offset"] / 1000
+        spans, offset = funasr.firing_spans(np.array(case["alphas"], np.float32), n), case["vad_offset"] / 1000
         assert [[int((t * 0.02 + offset) * 1000) for t in span] for span in spans] == case["timestamp"]
 
 

@@ -7,7 +7,6 @@ Needs numpy; imports nothing of ours, so it can be copied alone.
 Glossary: the unit of a vocabulary is what its ids stand for, char, word or piece; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.
 """
-import itertools
 import json
 import os
 import re
@@ -16,7 +15,6 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -139,83 +137,6 @@ class Tokenizer:
 
 # ---- published vocabularies ----
 
-PIECE = "@@"  # at the end of a symbol: the next symbol continues the word
-UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")  # symbols that FunASR leaves out of a sentence
-
-
-@dataclass(frozen=True)
-class PieceTokenizer:
-    """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: ids 0 to 2 are BLANK, SOS and EOS
-    whatever their symbols are. pieces[word] are the symbols of a word; without pieces, every character but the space is
-    a symbol."""
-
-    symbols: tuple[str, ...]
-    pieces: dict[str, list[str]] | None
-    unit: ClassVar[str] = "piece"
-
-    @classmethod
-    def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":
-        """Symbols from a JSON list or a file with one on each line, and a dictionary `word piece piece ...`, if given.
-
-        Raises ValueError that names the file.
-        """
-        lines = lambda text: text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
-        symbols = _read(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
-        pieces = None
-        if dictionary:
-            rows = [line.split() for line in _read(dictionary, "a dictionary", lines)]
-            pieces = {row[0]: row[1:] for row in rows if row}
-        return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
-
-    def __len__(self) -> int:
-        return len(self.symbols)
-
-    @cached_property
-    def _ids(self) -> dict[str, int]:
-        return {symbol: i for i, symbol in enumerate(self.symbols)}  # a repeated symbol: its last id
-
-    def encode_symbols(self, text: str) -> list[str]:
-        """The symbols of a text, <unk> for what has none. With `pieces`, the text is lower-cased and split at single
-        spaces; a word not in pieces is spelled if it begins with a Chinese character, ASCII letter or digit."""
-        if self.pieces is None:
-            return [c for c in text if c != " "]
-        symbols = []
-        for word in text.strip().lower().split(" "):
-            spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
-            for unit in [word] if word in self.pieces else spelled:
-                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
-        return symbols
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR."""
-        unknown = self._ids.get(SPECIALS[UNK], len(self) - 1)
-        return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""
-        return write_sentence(spell_words(spoken_symbols(ids, self.symbols)))
-
-    def state(self) -> dict:
-        """Plain containers, as Tokenizer.state."""
-        return {"unit": "piece", "symbols": list(self.symbols), "pieces": self.pieces}
-
-    @classmethod
-    def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
-        """The inverse of state(). Raises ValueError that begins with where if state is not one."""
-        symbols, pieces = state.get("symbols"), state.get("pieces")
-        if not (isinstance(symbols, list) and len(symbols) > UNK and all(isinstance(x, str) for x in symbols)):
-            raise ValueError(f"{where}: wanted a list of four symbols or more, got {symbols!r:.60}")
-        if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
-            raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
-        return cls(tuple(symbols), pieces)
-
-
-def read_tokenizer(state: dict, where: str) -> Tokenizer | PieceTokenizer:
-    """The tokenizer whose state() this is. Raises ValueError that begins with where if it is none."""
-    is_piece = isinstance(state, dict) and state.get("unit") == PieceTokenizer.unit
-    return (PieceTokenizer if is_piece else Tokenizer).from_state(state, where)
-
-
 def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
     """parse(text of a UTF-8 file). Raises ValueError that names the file and what was wanted."""
     try:
@@ -224,99 +145,6 @@ def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
         raise ValueError(f"{path}: wanted {wanted}, got no JSON ({error})") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
-
-
-class SpelledWord(NamedTuple):
-    text: str
-    start: float | None  # of its first symbol, in the unit of the times given to spell_words; None: unknown
-    end: float | None
-    kind: str  # "han": no space before it | "word": a space after it | "other"
-
-
-def _is_han(text: str) -> bool:
-    """Whether FunASR takes text for Chinese: also digits and @; of a longer text mostly the first character counts."""
-    return "\u4e00" <= text <= "\u9fff" or "0" <= text <= "9" or text == "@"
-
-
-def _kind(symbol: str) -> str:
-    """"piece", or as SpelledWord.kind."""
-    if all(map(_is_han, symbol)):
-        return "han"
-    if PIECE in symbol:
-        return "piece"
-    return "word" if all(c.isalpha() or c == "'" for c in symbol) else "other"
-
-
-def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
-                lossless: bool = True) -> list[SpelledWord]:
-    """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
-
-    UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
-    lossless=False drops what FunASR drops: a broken-off word (his@@ 不) is lost or glued to a later word, and a mark
-    between a word and Chinese is lost (ok % 不).
-    Source: FunASR's sentence_postprocess; lossless=False equals it, and True does wherever neither case occurs.
-    """
-    spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
-    if times is None:
-        times = [(None, None)] * len(spoken)
-    kinds = ["han"] * len(spoken) if all(map(_is_han, spoken)) else list(map(_kind, spoken))
-    return merge_letters((_group if lossless else _group_as_funasr)(spoken, kinds, times))
-
-
-def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
-    words: list[SpelledWord] = []
-    unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
-    for symbol, kind, (start, end) in zip(symbols, kinds, times):
-        text = symbol.replace(PIECE, "") if kind == "piece" else symbol
-        if unfinished and kind in ("piece", "word"):
-            begun = words.pop()
-            text, start = begun.text + text, begun.start
-        words.append(SpelledWord(text, start, end, "word" if kind == "piece" else kind))
-        unfinished = kind == "piece"
-    return words
-
-
-def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
-                     times: Sequence[Sequence[float]]) -> list[SpelledWord]:
-    words: list[SpelledWord] = []
-    held, waiting, after_word = "", None, False  # text and (start, end) of pieces; whether a "word" came last
-    for symbol, kind, (start, end) in zip(symbols, kinds, times):
-        if kind == "piece":
-            held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
-        elif kind == "word":
-            words.append(SpelledWord(held + symbol, waiting[0] if waiting else start, end, "word"))
-            held, waiting, after_word = "", None, True
-        elif kind == "han":
-            glued = not words or words[-1].kind != "word" or after_word
-            if after_word and words[-1].kind == "other":  # FunASR means to drop a space, but drops this
-                words.pop()
-                glued = False
-            words.append(SpelledWord(symbol, *(waiting or (start, end)), "han" if glued else "other"))
-            waiting, after_word = None, False
-        else:
-            words.append(SpelledWord(symbol, None, None, "other"))
-    return words
-
-
-def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
-    """Runs of two or more words of one ASCII letter become one word in capitals: a b c -> ABC."""
-    merged: list[SpelledWord] = []
-    is_letter = lambda word: word.kind == "word" and len(word.text) == 1 and word.text.isascii()
-    for letters, run in itertools.groupby(words, is_letter):
-        run = list(run)
-        if letters and len(run) > 1:
-            run = [SpelledWord("".join(word.text for word in run).upper(), run[0].start, run[-1].end, "word")]
-        merged += run
-    return merged
-
-
-def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
-    """Whether a space separates two words: after a word of letters, unless a Chinese character follows."""
-    return before.kind == "word" and after.kind != "han"
-
-
-def write_sentence(words: Sequence[SpelledWord]) -> str:
-    return "".join(" " * (i > 0 and are_spaced(words[i - 1], word)) + word.text for i, word in enumerate(words))
 
 
 # ---- alignment ----

@@ -60,11 +60,11 @@ import audio
 import config as configs
 import data
 from audio import compute_stats, feature_dim
+from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published, read_tokenizer
 from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
                    read_checkpoint)
 from plot import alignment_svg, attention_svg, column_names, curves_svg
-from tokenizer import (PieceTokenizer, Tokenizer, char_errors, count_errors, read_tokenizer, spoken_places,
-                       token_accuracy, word_errors)
+from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
 
 # ---- decisions ----
@@ -475,11 +475,11 @@ def origin(config: configs.Config, place: str,
     place: "" for fresh weights, or a FunASR directory or a checkpoint, whose model section and front end then replace
     those of config. state: of that checkpoint, if it is read already. Raises ValueError if they do not fit the data."""
     options = config.data
-    if configs.is_published(place):
-        files = configs.published_files(place)
-        config = with_model(config, configs.read_published(files["config"]))
+    if is_published(place):
+        files = published_files(place)
+        config = with_model(config, read_published(files["config"]))
         tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-        stats = data.read_cmvn(files["stats"], feature_dim(config.data))
+        stats = read_cmvn(files["stats"], feature_dim(config.data))
         model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
     elif place:
         state = state or read_checkpoint(place)

@@ -1,0 +1,487 @@
+"""The model directories that FunASR publishes: options, files, tensor names, vocabularies, sentences, times.
+
+Everything here is a table or a plain function between FunASR's formats and ours; the layers of its models are in
+funasr_layers.py, and checkpoint.py puts a model together. Needs numpy, torch, config.py, tokenizer.py and data.py.
+
+Source: FunASR 1.4, whose published checkpoints these functions read and write.
+"""
+import itertools
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, _dump_lines, _show, check, from_dict, parse_yaml
+from data import read_file, write_atomic
+from tokenizer import SPECIALS, Tokenizer, UNK, _read, spoken_symbols
+
+
+# ---- options and files ----
+
+FILES = {"config": "config.yaml", "model": "model.pt", "tokens": "tokens.json", "stats": "am.mvn",
+         "seg_dict": "seg_dict"}      # unless configuration.json says otherwise, in file_path_metas:
+FILE_KEYS = {"init_param": "model", "config": "config", "tokenizer_conf.token_list": "tokens",
+             "tokenizer_conf.seg_dict_file": "seg_dict", "frontend_conf.cmvn_file": "stats"}
+# Tables of FunASR's options (sanm_shfit, upsacle_samples: its spelling): option -> (its default, our field of the same
+# meaning or, where we have none, a list of the one value that is implemented here).
+LAYERS = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
+          "dropout_rate": (0.1, "dropout"), "normalize_before": (True, [True]), "concat_after": (False, [False])}
+ENCODER = LAYERS | {"output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout")}
+CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]), "smooth_factor": (1.0, "smooth"),
+       "noise_threshold": (0.0, "noise"), "dropout": (0.1, "dropout")}
+MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
+         "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
+         "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
+PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone decides, table of its options)
+    "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
+    "encoder": {
+        "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, ENCODER | {
+            "kernel_size": (11, "kernel_size"), "sanm_shfit": (0, "memory_shift"), "input_layer": ("conv2d", ["pe"]),
+            "selfattention_layer_type": ("sanm", ["sanm"]), "positionwise_layer_type": ("linear", ["linear"])}),
+        "ConformerEncoder": ({"kind": "relative_conformer", "subsampling": 4}, ENCODER | {
+            "cnn_module_kernel": (31, "kernel_size"), "input_layer": ("conv2d", ["conv2d"]),
+            "macaron_style": (False, [True]), "use_cnn_module": (True, [True]), "activation_type": ("swish", ["swish"]),
+            "pos_enc_layer_type": ("rel_pos", ["rel_pos"]), "rel_pos_type": ("legacy", ["legacy"]),
+            "selfattention_layer_type": ("rel_selfattn", ["rel_selfattn"])})},
+    "predictor": {
+        "CifPredictor": ({"kind": "depthwise", "firing": "delay"}, CIF | {"tail_threshold": (0.45, "tail")}),
+        "CifPredictorV2": ({"kind": "dense", "firing": "merge"}, CIF | {"tail_threshold": (0.0, "tail")}),
+        "CifPredictorV3": ({"kind": "dense", "firing": "delay"}, CIF | {
+            "tail_threshold": (0.0, "tail"), "smooth_factor2": (1.0, "timing_smooth"),
+            "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
+            "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
+    "decoder": {
+        "ParaformerSANMDecoder": ({"kind": "sanm"}, LAYERS | {
+            "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"),
+            "sanm_shfit": (0, "memory_shift"), "self_attention_dropout_rate": (0.0, "attention_dropout")}),
+        "ParaformerSANDecoder": ({"kind": "bare"}, LAYERS)},
+    "frontend": {
+        "WavFrontend": ({}, {
+            "fs": (16000, "sample_rate"), "n_mels": (80, "num_mels"), "lfr_m": (1, "lfr_m"), "lfr_n": (1, "lfr_n"),
+            "window": ("hamming", ["hamming"]), "frame_length": (25, [25]), "frame_shift": (10, [10]),
+            "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
+    "tokenizer": {"CharTokenizer": ({}, {})},
+}
+CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # FunASR's -> ours
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether path is a model directory of FunASR: one without our checkpoint.pt."""
+    return str(path) != "" and Path(path).is_dir() and not (Path(path) / "checkpoint.pt").exists()   # Path("") is "."
+
+
+def published_files(folder: str) -> dict[str, Path]:
+    """{key of FILES: its path in this directory}, without seg_dict if there is none. Raises ValueError that names a bad
+    configuration.json."""
+    folder, names = Path(folder), dict(FILES)
+    if not (folder / FILES["tokens"]).exists() and (folder / "tokens.txt").exists():
+        names["tokens"] = "tokens.txt"
+    path = folder / "configuration.json"
+    if path.exists():
+        try:
+            metas = json.loads(path.read_text("utf-8")).get("file_path_metas", {})
+            for key, part in FILE_KEYS.items():
+                section, _, name = key.rpartition(".")
+                names[part] = (metas.get(section, {}) if section else metas).get(name, names[part])
+                if not isinstance(names[part], str):
+                    raise ValueError(f"{key} {names[part]!r}")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: wanted JSON with file_path_metas, got {error}") from None
+    if not (folder / names["seg_dict"]).exists():
+        del names["seg_dict"]
+    return {part: folder / name for part, name in names.items()}
+
+
+def read_published(path: str | Path) -> Config:
+    """Config with model and front end from FunASR's config.yaml, and defaults for everything else. Raises ValueError
+    that names a class or an option that is not implemented here."""
+    try:
+        values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
+    parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()}
+    decoder = {"hidden_dim": parts["encoder"]["hidden_dim"], **parts["decoder"]}
+    if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
+        decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
+    model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
+             "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
+    config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
+    check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
+    return config
+
+
+def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
+    """{our field: value} for a part of FunASR's config; classes: what PUBLISHED has of the part. Raises ValueError."""
+    name, options = values.get(part), values.get(f"{part}_conf") or {}
+    if not isinstance(name, str) or not isinstance(options, dict):
+        raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
+                         "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
+    if name not in classes:
+        raise ValueError(f"{place}: {part} {_show(name)} is not implemented; wanted {' or '.join(classes)}")
+    fixed, table = classes[name]
+    ours = dict(fixed)
+    for option, (default, field) in table.items():
+        value = options.get(option, default)
+        value = str(value) if isinstance(value, (list, dict)) else value      # to look it up; we know none of these
+        known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
+        if value not in known:
+            raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
+                             f"wanted {' or '.join(map(_show, known))}")
+        if isinstance(field, str):
+            ours[field] = known[value]
+    return ours
+
+
+def _published_class(part: str, ours: Any, upsampling: int) -> str:
+    """FunASR's class for a part of our config. Raises ValueError if there is none."""
+    for name, (fixed, table) in PUBLISHED[part].items():
+        timed = name == "BiCifParaformer" or "upsample_times" in table      # has a timing head
+        fits = all(getattr(ours, field) in (value, "split")      # split: as any firing while no weight exceeds 1
+                   for field, value in fixed.items())
+        if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
+            return name
+    raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "
+                     f"got kind {getattr(ours, 'kind', '')}")
+
+
+def dump_published(config: Config) -> str:
+    """The config.yaml from which FunASR builds this model; read_published reads the same model and front end from it.
+    Raises ValueError for a model that FunASR has no classes for."""
+    model, width = config.model, 4 * config.model.encoder.hidden_dim
+    for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),
+                          ("place_embedding", model.decoder.kind == "bare")):
+        if getattr(model, field) != wanted:
+            raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
+    encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)
+    decoder = replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
+                      attention_layers=model.decoder.attention_layers or model.decoder.num_layers)
+    sections = {"model": model, "encoder": encoder, "predictor": model.predictor, "decoder": decoder,
+                "frontend": config.data, "tokenizer": config.data}
+    values: dict = {}
+    for part, ours in sections.items():
+        name = _published_class(part, ours, model.predictor.upsampling)
+        values[part], conf = name, {}
+        for option, (_, field) in PUBLISHED[part][name][1].items():
+            if isinstance(field, str):
+                value = getattr(ours, field)
+                theirs = [key for key, converted in CONVERTED.get(field, {}).items() if converted == value]
+                conf[option] = theirs[0] if theirs else value
+            else:
+                conf[option] = field[0]
+        values[f"{part}_conf"] = conf
+    values["predictor_conf"]["idim"] = encoder.hidden_dim      # from here on: what FunASR asks for, and we do not
+    values["frontend_conf"]["dither"] = 0.0
+    values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
+    return "\n".join(_dump_lines(values)) + "\n"
+
+
+# ---- tensor names ----
+
+RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its tensors, concatenated along dim 0, are ours
+    "encoder sanm": {
+        "first": "encoders0.0", "blocks": "encoders", "norm": "after_norm", "norm_self": "norm1", "norm_ffn": "norm2",
+        "self_attention.query_key_value": "self_attn.linear_q_k_v", "self_attention.memory": "self_attn.fsmn_block",
+        "self_attention.out": "self_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
+    "encoder relative_conformer": {
+        "subsampling.convolutions.0": "embed.conv.0", "subsampling.convolutions.1": "embed.conv.2",
+        "subsampling.out": "embed.out.0", "blocks": "encoders", "norm": "after_norm",
+        "norm_first": "norm_ff_macaron", "ffn_first": "feed_forward_macaron", "norm_self": "norm_mha",
+        "norm_conv": "norm_conv", "norm_second": "norm_ff", "ffn_second": "feed_forward", "norm_out": "norm_final",
+        "self_attention.query": "self_attn.linear_q", "self_attention.key_value": "self_attn.linear_{k,v}",
+        "self_attention.out": "self_attn.linear_out", "self_attention.position": "self_attn.linear_pos",
+        "self_attention.content_bias": "self_attn.pos_bias_u", "self_attention.position_bias": "self_attn.pos_bias_v",
+        "convolution.gate": "conv_module.pointwise_conv1", "convolution.depthwise": "conv_module.depthwise_conv",
+        "convolution.norm": "conv_module.norm", "convolution.out": "conv_module.pointwise_conv2",
+        "layers.0": "w_1", "layers.3": "w_2"},
+    "predictor dense": {"convolution": "cif_conv1d", "firing": "cif_output"},
+    "predictor depthwise": {"convolution": "cif_conv1d", "firing": "cif_output"},
+    "timing": {"timing.upsample": "predictor.upsample_cnn", "timing.lstm": "predictor.blstm",
+               "timing.firing": "predictor.cif_output2"},
+    "decoder sanm": {
+        "blocks": "decoders", "memory_blocks": "decoders2", "last": "decoders3.0", "norm": "after_norm",
+        "output": "output_layer", "norm_ffn": "norm1", "norm_memory": "norm2", "norm_cross": "norm3",
+        "memory": "self_attn.fsmn_block", "cross_attention.query": "src_attn.linear_q",
+        "cross_attention.key_value": "src_attn.linear_k_v", "cross_attention.out": "src_attn.linear_out",
+        "feed_forward.up": "feed_forward.w_1", "feed_forward.norm": "feed_forward.norm",
+        "feed_forward.down": "feed_forward.w_2"},
+    "decoder bare": {
+        "blocks": "decoders", "norm": "after_norm", "output": "output_layer", "norm_self": "norm1",
+        "norm_cross": "norm2", "norm_ffn": "norm3", "self_attention.query": "self_attn.linear_q",
+        "self_attention.key_value": "self_attn.linear_{k,v}", "self_attention.out": "self_attn.linear_out",
+        "cross_attention.query": "src_attn.linear_q", "cross_attention.key_value": "src_attn.linear_{k,v}",
+        "cross_attention.out": "src_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
+    "embedding": {"embedding": "decoder.embed.0"},
+    "ctc": {"ctc": "ctc.ctc_lo"},
+}
+
+
+def funasr_names(name: str, options) -> list[str]:
+    """FunASR's names of the tensors that make our tensor `name`. Raises ValueError if FunASR has no such layer."""
+    part = name.split(".")[0]
+    kind = getattr(getattr(options, part, None), "kind", "")
+    table = RENAMES.get(f"{part} {kind}".strip())
+    if table is None:
+        raise ValueError(f"model.{part}.kind {kind}: FunASR has no such layer; its kinds are "
+                         f"{', '.join(key.split()[1] for key in RENAMES if key.startswith(part + ' '))}")
+    ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
+    theirs = re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
+    return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
+
+
+def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
+    """The tensors of a model.pt of FunASR by its names, read as `read_file` does.
+
+    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name.
+    """
+    state = read_file(path, "the weights of a model", mapped)
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
+        raise ValueError(f"{path}: wanted tensors by name, got {type(state).__name__}")
+    return {name.removeprefix("module."): x for name, x in state.items()}
+
+
+# ---- am.mvn ----
+
+def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
+    """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
+
+    Raises ValueError that names the file.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+        shift, scale = [np.array(text[text.index(mark):].split("[", 1)[1].split("]", 1)[0].split(), np.float64)
+                        for mark in ("<AddShift>", "<Rescale>")]
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {error}") from None
+    if not len(shift) == len(scale) == size:
+        raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
+    return torch.from_numpy(np.stack([-shift, scale])).float()
+
+
+def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
+    """Write stats (2,F) as the Kaldi nnet text that read_cmvn reads, to the last bit."""
+    if stats.dim() != 2 or len(stats) != 2:
+        raise ValueError(f"stats must be (2,F), got {tuple(stats.shape)}")
+    size = stats.shape[1]
+    rows = [" ".join(f"{x:.9g}" for x in row) for row in torch.stack([-stats[0], stats[1]]).tolist()]
+    lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
+             f"<AddShift> {size} {size}", f"<LearnRateCoef> 0 [ {rows[0]} ]",
+             f"<Rescale> {size} {size}", f"<LearnRateCoef> 0 [ {rows[1]} ]", "</Nnet>", ""]
+    write_atomic(path, "\n".join(lines))
+
+
+# ---- vocabularies and sentences ----
+
+PIECE = "@@"  # at the end of a symbol: the next symbol continues the word
+UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")  # symbols that FunASR leaves out of a sentence
+
+
+@dataclass(frozen=True)
+class PieceTokenizer:
+    """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: ids 0 to 2 are BLANK, SOS and EOS
+    whatever their symbols are. pieces[word] are the symbols of a word; without pieces, every character but the space is
+    a symbol."""
+
+    symbols: tuple[str, ...]
+    pieces: dict[str, list[str]] | None
+    unit: ClassVar[str] = "piece"
+
+    @classmethod
+    def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":
+        """Symbols from a JSON list or a file with one on each line, and a dictionary `word piece piece ...`, if given.
+
+        Raises ValueError that names the file.
+        """
+        lines = lambda text: text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
+        symbols = _read(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
+        pieces = None
+        if dictionary:
+            rows = [line.split() for line in _read(dictionary, "a dictionary", lines)]
+            pieces = {row[0]: row[1:] for row in rows if row}
+        return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {symbol: i for i, symbol in enumerate(self.symbols)}  # a repeated symbol: its last id
+
+    def encode_symbols(self, text: str) -> list[str]:
+        """The symbols of a text, <unk> for what has none. With `pieces`, the text is lower-cased and split at single
+        spaces; a word not in pieces is spelled if it begins with a Chinese character, ASCII letter or digit."""
+        if self.pieces is None:
+            return [c for c in text if c != " "]
+        symbols = []
+        for word in text.strip().lower().split(" "):
+            spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
+            for unit in [word] if word in self.pieces else spelled:
+                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
+        return symbols
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR."""
+        unknown = self._ids.get(SPECIALS[UNK], len(self) - 1)
+        return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""
+        return write_sentence(spell_words(spoken_symbols(ids, self.symbols)))
+
+    def state(self) -> dict:
+        """Plain containers, as Tokenizer.state."""
+        return {"unit": "piece", "symbols": list(self.symbols), "pieces": self.pieces}
+
+    @classmethod
+    def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
+        """The inverse of state(). Raises ValueError that begins with where if state is not one."""
+        symbols, pieces = state.get("symbols"), state.get("pieces")
+        if not (isinstance(symbols, list) and len(symbols) > UNK and all(isinstance(x, str) for x in symbols)):
+            raise ValueError(f"{where}: wanted a list of four symbols or more, got {symbols!r:.60}")
+        if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
+            raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
+        return cls(tuple(symbols), pieces)
+
+
+def read_tokenizer(state: dict, where: str) -> Tokenizer | PieceTokenizer:
+    """The tokenizer whose state() this is. Raises ValueError that begins with where if it is none."""
+    is_piece = isinstance(state, dict) and state.get("unit") == PieceTokenizer.unit
+    return (PieceTokenizer if is_piece else Tokenizer).from_state(state, where)
+
+
+class SpelledWord(NamedTuple):
+    text: str
+    start: float | None  # of its first symbol, in the unit of the times given to spell_words; None: unknown
+    end: float | None
+    kind: str  # "han": no space before it | "word": a space after it | "other"
+
+
+def _is_han(text: str) -> bool:
+    """Whether FunASR takes text for Chinese: also digits and @; of a longer text mostly the first character counts."""
+    return "\u4e00" <= text <= "\u9fff" or "0" <= text <= "9" or text == "@"
+
+
+def _kind(symbol: str) -> str:
+    """"piece", or as SpelledWord.kind."""
+    if all(map(_is_han, symbol)):
+        return "han"
+    if PIECE in symbol:
+        return "piece"
+    return "word" if all(c.isalpha() or c == "'" for c in symbol) else "other"
+
+
+def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
+                lossless: bool = True) -> list[SpelledWord]:
+    """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
+
+    UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
+    lossless=False drops what FunASR drops: a broken-off word (his@@ 不) is lost or glued to a later word, and a mark
+    between a word and Chinese is lost (ok % 不).
+    Source: FunASR's sentence_postprocess; lossless=False equals it, and True does wherever neither case occurs.
+    """
+    spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
+    if times is None:
+        times = [(None, None)] * len(spoken)
+    kinds = ["han"] * len(spoken) if all(map(_is_han, spoken)) else list(map(_kind, spoken))
+    return merge_letters((_group if lossless else _group_as_funasr)(spoken, kinds, times))
+
+
+def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
+    words: list[SpelledWord] = []
+    unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
+    for symbol, kind, (start, end) in zip(symbols, kinds, times):
+        text = symbol.replace(PIECE, "") if kind == "piece" else symbol
+        if unfinished and kind in ("piece", "word"):
+            begun = words.pop()
+            text, start = begun.text + text, begun.start
+        words.append(SpelledWord(text, start, end, "word" if kind == "piece" else kind))
+        unfinished = kind == "piece"
+    return words
+
+
+def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
+                     times: Sequence[Sequence[float]]) -> list[SpelledWord]:
+    words: list[SpelledWord] = []
+    held, waiting, after_word = "", None, False  # text and (start, end) of pieces; whether a "word" came last
+    for symbol, kind, (start, end) in zip(symbols, kinds, times):
+        if kind == "piece":
+            held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
+        elif kind == "word":
+            words.append(SpelledWord(held + symbol, waiting[0] if waiting else start, end, "word"))
+            held, waiting, after_word = "", None, True
+        elif kind == "han":
+            glued = not words or words[-1].kind != "word" or after_word
+            if after_word and words[-1].kind == "other":  # FunASR means to drop a space, but drops this
+                words.pop()
+                glued = False
+            words.append(SpelledWord(symbol, *(waiting or (start, end)), "han" if glued else "other"))
+            waiting, after_word = None, False
+        else:
+            words.append(SpelledWord(symbol, None, None, "other"))
+    return words
+
+
+def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
+    """Runs of two or more words of one ASCII letter become one word in capitals: a b c -> ABC."""
+    merged: list[SpelledWord] = []
+    is_letter = lambda word: word.kind == "word" and len(word.text) == 1 and word.text.isascii()
+    for letters, run in itertools.groupby(words, is_letter):
+        run = list(run)
+        if letters and len(run) > 1:
+            run = [SpelledWord("".join(word.text for word in run).upper(), run[0].start, run[-1].end, "word")]
+        merged += run
+    return merged
+
+
+def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
+    """Whether a space separates two words: after a word of letters, unless a Chinese character follows."""
+    return before.kind == "word" and after.kind != "han"
+
+
+def write_sentence(words: Sequence[SpelledWord]) -> str:
+    return "".join(" " * (i > 0 and are_spaced(words[i - 1], word)) + word.text for i, word in enumerate(words))
+
+
+# ---- times ----
+
+FIRED = np.float32(1 - 1e-4)  # sum of the timing head's weights, in float32, that fires; all four are FunASR's
+FIRE_SHIFT = -1.5  # frames of the timing head, added to that of a firing, which comes late
+LONGEST, EDGE = 12, 5  # such frames: the longest token, and the longest silence at the end that the last token takes
+
+
+def firings(weights: np.ndarray) -> np.ndarray:
+    """When the running sum of weights (n,) float32 reaches FIRED, which is then taken off it -> (m,), in frames."""
+    places, total = [], np.float32(0)
+    for t, weight in enumerate(weights):
+        total = total + weight
+        if total >= FIRED:
+            total = total - FIRED
+            places.append(t + FIRE_SHIFT)
+    return np.array(places)
+
+
+def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
+    """Begin and end of n tokens, in frames of the timing head, from its weights, float32.
+
+    A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
+    """
+    fired = firings(weights)
+    if len(fired) != n + 1:  # another number of tokens than the decoder's: scale the weights to that
+        weights = weights if weights.any() else np.ones_like(weights)
+        fired = firings(weights / (weights.sum() / np.float32(n + 1)))
+    missing = max(0, n + 1 - len(fired))  # firings, even after scaling: they are set to the end
+    fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
+    spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
+    if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
+        left = len(weights) - fired[-1]
+        spans[-1] = spans[-1][0], float(len(weights) - left / 2 if left > EDGE else len(weights))
+    return spans
