@@ -1,11 +1,11 @@
 """Attention, feed-forward and position modules, and the blocks built from them.
 
 Needs torch and numpy and imports nothing of ours, so it can be copied alone. Reading order: checks and masks,
-positions, attention (plain, relative, with a sequence memory), feed-forwards, blocks.
+positions, attention, feed-forwards, blocks.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width,
 W hypotheses of an utterance; in decoders U tokens, L encoder frames. `memory` is the sequence that
-cross-attention reads; a *sequence memory* is something else, SAN-M's convolution over the values (FSMN).
+cross-attention reads.
 Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only:
 
     encoder self-attention    key_mask(lens, T)                                       (B,1,T), None without padding
@@ -13,11 +13,11 @@ Masks are bool, True = real (may be seen), and are made by `padding_mask`, `caus
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
     cross-attention           key_mask(memory_lens, S)                                (B,1,S), None without padding
 
-Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer"; Gao et
-al. 2020 "SAN-M" (self-attention with a memory, the FSMN of Zhang et al. 2018); Dai et al. 2019 (relative positions).
+Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer".
 """
 import contextlib
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,20 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
     return contextlib.nullcontext() if training else torch.autocast(x.device.type, enabled=False)
 
 
+def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
+    check_shapes(feats=(feats, "B", "T", input_dim))
+    check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
+    if feats.shape[1] == 0:
+        raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
+
+
+def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
+    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch; leak: as it is."""
+    check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
+    mask = None if leak else key_mask(lens, hidden.shape[1])
+    return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
+
+
 # ---- positions ----
 
 def sinusoids(places: Tensor, dim: int) -> Tensor:
@@ -87,29 +101,6 @@ def sinusoids(places: Tensor, dim: int) -> Tensor:
     rate = torch.exp(torch.arange(0, dim, 2, device=places.device) * (-math.log(10000.0) / dim))
     angle = places[..., None] * rate  # (...,dim/2)
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(-2)
-
-
-def halved_sinusoids(T: int, dim: int) -> Tensor:
-    """(T,dim) float32: column i of row t is sin, column dim/2 + i cos of (t + 1) * 10000^(-i / (dim/2 - 1)).
-    Source: tensor2tensor; SAN-M adds them to its input features, dim wide."""
-    if dim % 2 or dim < 4:
-        raise ValueError(f"halved_sinusoids: dim must be even and 4 or more, got {dim}")
-    rate = torch.exp(torch.arange(dim // 2).float() * (-math.log(10000.0) / (dim // 2 - 1)))
-    angle = torch.arange(1, T + 1)[:, None] * rate  # (T, dim/2)
-    return torch.cat((angle.sin(), angle.cos()), dim=-1)
-
-
-RELATIVE_SPAN = 5000  # ESPnet's max_len: positions count down from here, or from the length of a longer utterance
-
-
-def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
-    """lens (B,) int64 -> (B,T,dim) float32: row r is the sinusoid of position P-1-r, P = max(RELATIVE_SPAN, length).
-
-    Source: ESPnet's first ("legacy") relative attention, which published conformers were trained with; in Dai et al.
-    2019, P is the length.
-    """
-    check_shapes(lens=(lens, "B"))
-    return sinusoids(lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device), dim)
 
 
 class PositionalEncoding(nn.Module):
@@ -213,46 +204,6 @@ class MultiHeadAttention(nn.Module):
         return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias
 
 
-def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
-    """Scores of queries against position codes (B,H,T,T) -> scores against keys (B,H,T,T), lens (B,).
-
-    For each utterance, n = lens[b], prepend a zero column to its (n,n) scores, view the result as (n+1,n) and drop the
-    first row: key s <= t of query t gets the score of code n-1-(t-s). Key t+1 gets 0 and later keys get scores of query
-    t+1. Source: Dai et al. 2019, appendix B, as in ESPnet's first version, on which published weights rely.
-    """
-    check_shapes(scores=(scores, "B", "H", "T", "T"), lens=(lens, "B"))
-    B, H, T, _ = scores.shape
-    step, length = torch.arange(T, device=lens.device), lens[:, None, None]
-    flat = (step[:, None] + 1) * length + step  # (B,T,T): index into the flattened (n,n+1) table
-    row, column = flat // (length + 1), flat % (length + 1) - 1
-    place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)
-    moved = scores.flatten(2).gather(2, place.flatten(1)[:, None].expand(B, H, T * T)).view(B, H, T, T)
-    return moved.masked_fill((column < 0)[:, None], 0.0)
-
-
-class RelativeAttention(MultiHeadAttention):
-    """Self-attention whose scores also depend on the distance of query and key. Source: Dai et al. 2019, 3.3."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
-        super().__init__(dim, num_heads)
-        self.dropout = dropout
-        self.position = nn.Linear(dim, dim, bias=False)
-        self.content_bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, dim // num_heads)))
-        self.position_bias = nn.Parameter(nn.init.xavier_uniform_(torch.empty(num_heads, dim // num_heads)))
-
-    def forward(self, x: Tensor, codes: Tensor, lens: Tensor, mask: Tensor | None = None,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), codes (B,T,D) = relative_codes(lens, T, D), lens (B,), mask (B,1,T)
-        -> out (B,T,D), weights (B,H,T,T) where asked for, else None."""
-        check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
-        q, p = self.split_heads(self.query(x)), self.split_heads(self.position(codes))  # (B,H,T,K)
-        k, v = self.keys_values(x)
-        scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, relative_shift(scores, lens),
-                              self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).flatten(2)), weights
-
-
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or as it is if float64: half precision loses the low bits of long sums."""
     return x if x.dtype == torch.float64 else x.float()
@@ -280,52 +231,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, i
     return F.conv2d(x, weight[:, :, None], bias, (1, stride), groups=len(weight))[:, :, 0].transpose(1, 2)
 
 
-class SequenceMemory(nn.Module):
-    """x plus a depthwise convolution of it over time. Source: the FSMN of Zhang et al. 2018.
-
-    The window of kernel_size steps begins (kernel_size - 1) // 2 + shift steps before the current one.
-    """
-
-    def __init__(self, dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
-        super().__init__()
-        left = (kernel_size - 1) // 2 + shift
-        if not 0 <= left < kernel_size:
-            raise ValueError(f"shift must be within half of kernel_size {kernel_size}, got {shift}")
-        self.reach = left, kernel_size - 1 - left
-        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(dim, 1, kernel_size), math.sqrt(5)))  # Conv1d's
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B,T,D), mask (B,1,T) or None -> (B,T,D); padded steps enter as zeros and come out as zeros."""
-        check_shapes(x=(x, "B", "T", self.weight.shape[0]))
-        x = zero_padding(x, mask)
-        if x.shape[1] == 0:
-            return x
-        return zero_padding(self.dropout(x + convolve(x, self.weight, None, self.reach)), mask)
-
-
-class SanmAttention(nn.Module):
-    """Self-attention from width in_dim to dim, plus a sequence memory over its values. Source: Gao et al. 2020."""
-
-    def __init__(self, in_dim: int, dim: int, num_heads: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
-        self.num_heads, self.dropout = num_heads, dropout
-        self.query_key_value = nn.Linear(in_dim, 3 * dim)
-        self.memory = SequenceMemory(dim, kernel_size, shift, dropout)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
-        check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
-        with full_precision(x, self.training):
-            q, k, v = self.query_key_value(x if self.training else at_least_float32(x)).chunk(3, dim=-1)  # (B,T,dim)
-            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
-            out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
-            return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
-
-
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them: (B,T,D) -> (B,T,D). ffn_dim 0 means 4 * dim."""
 
@@ -337,22 +242,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_shapes(x=(x, "B", "T", self.layers[0].in_features))
         return self.layers(x)
-
-
-class NormedFeedForward(nn.Module):
-    """Linear, ReLU, LayerNorm, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders.
-    ffn_dim 0 means 4 * dim."""
-
-    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
-        super().__init__()
-        ffn_dim = ffn_dim or 4 * dim
-        self.up, self.norm = nn.Linear(dim, ffn_dim), nn.LayerNorm(ffn_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.down = nn.Linear(ffn_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_shapes(x=(x, "B", "T", self.up.in_features))
-        return self.down(self.norm(self.dropout(F.relu(self.up(x)))))
 
 
 # ---- blocks ----
@@ -427,39 +316,6 @@ class ConvolutionModule(nn.Module):
         return self.norm(x)
 
 
-class StepNorm(nn.BatchNorm1d):
-    """BatchNorm1d, but a single step, which has no variance, is normalised by the running statistics in training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != self.num_features:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-class Pointwise(nn.Conv1d):
-    """A Conv1d of kernel size 1 on (...,in), computed as an nn.Linear; its weight (out,in,1) fits published ones."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, :, 0], self.bias)
-
-
-class BatchNormConvolution(ConvolutionModule):
-    """The convolution module as Gulati et al. 2020 published it, with BatchNorm in place of LayerNorm.
-
-    In training the statistics of the batch are those of its real steps only.
-    """
-
-    def __init__(self, dim: int, kernel_size: int):
-        super().__init__(dim, kernel_size)
-        self.gate, self.norm, self.out = Pointwise(dim, 2 * dim, 1), StepNorm(dim), Pointwise(dim, dim, 1)
-
-    def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None or not self.training:
-            return self.norm(x.transpose(1, 2)).transpose(1, 2)
-        real = mask[:, 0]  # (B,T)
-        return x.masked_scatter(real[:, :, None], self.norm(x[real]).to(x.dtype))
-
-
 class ConformerBlock(nn.Module):
     """Half feed-forward, self-attention, convolution, half feed-forward, norm. Source: Gulati et al. 2020, Fig. 1."""
 
@@ -487,70 +343,12 @@ class ConformerBlock(nn.Module):
         return self.norm_out(x), weights
 
 
-class RelativeConformerBlock(ConformerBlock):
-    """A conformer block with relative positions and BatchNorm, as in the paper and in published checkpoints."""
-
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15,
-                 attention_dropout: float = 0.0):
-        super().__init__(dim, num_heads, ffn_dim, dropout, kernel_size)
-        self.self_attention = RelativeAttention(dim, num_heads, attention_dropout)
-        self.convolution = BatchNormConvolution(dim, kernel_size)
-
-    def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, extent: Tensor,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), mask (B,1,T), codes (B,T,D) = relative_codes(extent, T, D), extent (B,): how many steps positions
-        and convolution cover -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
-        check_shapes(x=(x, "B", "T", self.self_attention.dim), extent=(extent, "B"))
-        x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
-        with full_precision(x, self.training):
-            x = x if self.training else at_least_float32(x)
-            out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
-            x = x + self.dropout(out)
-            x = x + self.dropout(self.convolution(self.norm_conv(x), key_mask(extent, x.shape[1])))
-        x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
-        return self.norm_out(x), weights
-
-
-class SanmBlock(nn.Module):
-    """Pre-norm SanmAttention, then feed-forward; attention has no residual if in_dim differs from dim."""
-
-    def __init__(self, in_dim: int, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0,
-                 dropout: float = 0.0, attention_dropout: float = 0.0):
-        super().__init__()
-        self.norm_self = nn.LayerNorm(in_dim)
-        self.self_attention = SanmAttention(in_dim, dim, num_heads, kernel_size, shift, attention_dropout)
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout)
-        self.residual = in_dim == dim
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
-        check_shapes(x=(x, "B", "T", self.self_attention.query_key_value.in_features))
-        out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
-        x = x + self.dropout(out) if self.residual else self.dropout(out)
-        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
-
-
-class SanmDecoderBlock(nn.Module):
-    """Feed-forward, a sequence memory in place of self-attention, and cross-attention if num_heads is not 0."""
-
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0,
-                 attention_dropout: float = 0.0):
-        super().__init__()
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), NormedFeedForward(dim, ffn_dim, dropout)
-        self.norm_memory, self.memory = nn.LayerNorm(dim), SequenceMemory(dim, kernel_size, shift, attention_dropout)
-        self.norm_cross = nn.LayerNorm(dim) if num_heads else None
-        self.cross_attention = MultiHeadAttention(dim, num_heads) if num_heads else None
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
-                need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L)
-        -> (B,U,D), cross-attention weights (B,H,U,L) where asked for, else None."""
-        check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
-        y = self.feed_forward(self.norm_ffn(x))
-        x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
-        if self.cross_attention is None:
-            return x, None
-        out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
-        return x + self.dropout(out), weights
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
+               need_weights: bool) -> tuple[Tensor, list[Tensor]]:
+    """x (B,T,D) through one block after another, each called with `rest` -> x, the attention weights they return."""
+    layers = []
+    for block in blocks:
+        x, weights = block(x, *rest, need_weights=need_weights)
+        if weights is not None:
+            layers.append(weights)
+    return x, layers

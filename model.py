@@ -17,8 +17,7 @@ checkpoints they load.
 """
 import math
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from attention import (ConformerBlock, NormedFeedForward, PositionalEncoding, RelativeConformerBlock, SanmBlock,
-                       SanmDecoderBlock, TransformerBlock, at_least_float32, causal_mask, check_lens, check_shapes,
-                       convolve, full_precision, halved_sinusoids, key_mask, near_mask, padding_mask, relative_codes,
-                       sinusoids)
+from attention import (ConformerBlock, PositionalEncoding, TransformerBlock, at_least_float32, causal_mask, check_feats,
+                       check_lens, check_shapes, convolve, full_precision, hide_padding, key_mask, near_mask,
+                       padding_mask, run_blocks, sinusoids)
 from data import read_file
 from funasr import funasr_names, read_weights
+from funasr_layers import FramePredictor, RelativeConformerEncoder, SanmDecoder, SanmEncoder, TimingHead
 
 BLANK = 0  # CTC blank and padding
 SOS, EOS = 1, 2  # the start and the end token, where a model has them
@@ -46,31 +45,6 @@ def pick(choices: dict, field: str, name):
 
 
 # ---- encoders ----
-
-def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
-    check_shapes(feats=(feats, "B", "T", input_dim))
-    check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
-    if feats.shape[1] == 0:
-        raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
-
-
-def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
-    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch; leak: as it is."""
-    check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
-    mask = None if leak else key_mask(lens, hidden.shape[1])
-    return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
-
-
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *rest: Tensor | None,
-               need_weights: bool) -> tuple[Tensor, list[Tensor]]:
-    """x (B,T,D) through one block after another, each called with `rest` -> x, the attention weights they return."""
-    layers = []
-    for block in blocks:
-        x, weights = block(x, *rest, need_weights=need_weights)
-        if weights is not None:
-            layers.append(weights)
-    return x, layers
-
 
 class Subsampling(nn.Module):
     """Convolutions over 3 frames from F bins to D channels, of which every frame, every 2nd or every 4th is kept."""
@@ -119,78 +93,6 @@ class Encoder(nn.Module):
         return hide_padding(self.norm(x), lens, leak), lens, layers
 
 
-class SanmEncoder(nn.Module):
-    """SanmBlocks without subsampling; positions are added to the features themselves. Source: Gao et al. 2020."""
-
-    def __init__(self, input_dim: int, options):
-        super().__init__()
-        self.input_dim, self.dim = input_dim, options.hidden_dim
-        sizes = (self.dim, options.num_heads, options.ffn_dim, options.kernel_size,
-                 options.memory_shift, options.dropout, options.attention_dropout)
-        self.first = SanmBlock(input_dim, *sizes)  # to the model's width
-        self.blocks = nn.ModuleList(SanmBlock(self.dim, *sizes) for _ in range(options.num_layers - 1))
-        self.norm = nn.LayerNorm(self.dim)
-
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
-                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """As Encoder.forward, with L = T."""
-        check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
-        mask = key_mask(lens, feats.shape[1])
-        x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
-        x, first = run_blocks([self.first], x, mask, need_weights=need_weights)
-        x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
-        x, layers = run_blocks(self.blocks, x, mask, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens, leak), lens, first + layers
-
-
-class ImageSubsampling(nn.Module):
-    """Two 3 x 3 convolutions of stride 2 over the (time, bins) image without padding, and a projection to D."""
-
-    def __init__(self, input_dim: int, dim: int):
-        super().__init__()
-        self.input_dim = input_dim
-        self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
-        self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
-
-    def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
-        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2, clear of padding; leak: as FunASR counts,
-        (len + 1) // 2 twice, at most L."""
-        check_shapes(x=(x, "B", "T", self.input_dim), lens=(lens, "B"))
-        x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
-        for convolution in self.convolutions:
-            x = F.relu(convolution(x))
-            lens = ((lens + 1) // 2 if leak else (lens - 1).div(2, rounding_mode="floor")).clamp(0, x.shape[2])
-        return self.out(x.transpose(1, 2).flatten(2)), lens  # (B,D,L,bins) -> (B,L,D*bins) -> (B,L,D)
-
-
-class RelativeConformerEncoder(nn.Module):
-    """Image subsampling and conformer blocks with relative positions. Source: Gulati et al. 2020."""
-
-    def __init__(self, input_dim: int, options):
-        super().__init__()
-        self.input_dim, self.dim = input_dim, options.hidden_dim
-        self.subsampling = ImageSubsampling(input_dim, self.dim)
-        self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(
-            RelativeConformerBlock(self.dim, options.num_heads, options.ffn_dim, options.dropout,
-                                   options.kernel_size, options.attention_dropout) for _ in range(options.num_layers))
-        self.norm = nn.LayerNorm(self.dim)
-
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
-                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """As Encoder.forward, but with no encoder frame for an utterance of fewer than 7 frames."""
-        check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
-        with full_precision(feats, self.training):
-            x, lens = self.subsampling(feats, lens, leak)
-        extent = torch.full_like(lens, x.shape[1]) if leak else lens
-        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
-        mask, x = key_mask(lens, x.shape[1]), self.dropout(x * math.sqrt(self.dim))
-        x, layers = run_blocks(self.blocks, x, mask, codes, extent, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers
-
-
 # ---- predictors: the weight of every frame ----
 
 class Predictor(nn.Module):
@@ -214,50 +116,6 @@ class Predictor(nn.Module):
             x = convolve(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
             x = self.dropout(F.relu(x))
         return self.weight(x).squeeze(-1).float().sigmoid() * mask
-
-
-class FramePredictor(nn.Module):
-    """FunASR's predictors: firing weights from one convolution, `dense`, or `depthwise` with a residual."""
-
-    def __init__(self, dim: int, options):
-        super().__init__()
-        self.options, self.dim = options, dim
-        groups = dim if options.kind == "depthwise" else 1
-        self.convolution = nn.Conv1d(dim, dim, options.left + 1 + options.right, groups=groups)
-        self.dropout = nn.Dropout(options.dropout)
-        self.firing = nn.Linear(dim, 1)
-
-    def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 in padded frames; hidden itself is not masked here."""
-        check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
-        y = convolve(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
-        y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
-        weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
-        return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
-
-
-class TimingHead(nn.Module):
-    """Firing weights at `upsampling` times the encoder's rate, fine enough to tell when a token begins and ends."""
-
-    def __init__(self, dim: int, options):
-        super().__init__()
-        self.options = options
-        self.upsample = nn.ConvTranspose1d(dim, dim, options.upsampling, stride=options.upsampling)
-        self.lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
-        self.firing = nn.Linear(2 * dim, 1)
-
-    def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,), extent (B,) frames under the LSTM -> (B,upsampling*L) float32, 0 in padding."""
-        check_shapes(hidden=(hidden, "B", "L", self.upsample.in_channels), lens=(lens, "B"))
-        check_lens("extent", extent, *hidden.shape[:2])
-        rate = self.options.upsampling
-        x = self.upsample(hidden.transpose(1, 2)).transpose(1, 2)  # (B,rate*L,D)
-        steps = (extent * rate).clamp(min=1).cpu()
-        packed = nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True, enforce_sorted=False)
-        x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
-        weight = self.firing(x).squeeze(-1).float().sigmoid()
-        weight = F.relu(weight * self.options.timing_smooth - self.options.timing_noise)
-        return weight * padding_mask(lens * rate, x.shape[1])
 
 
 # ---- continuous integrate-and-fire ----
@@ -376,36 +234,6 @@ class Decoder(nn.Module):
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
         x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
-
-
-class SanmDecoder(nn.Module):
-    """SanmDecoderBlocks, of which the first attention_layers have cross-attention to the encoder."""
-
-    def __init__(self, memory_dim: int, vocab_size: int, options):
-        super().__init__()
-        D, width, heads = options.hidden_dim, options.ffn_dim, options.num_heads
-        attention_layers = options.attention_layers or options.num_layers
-        rest = options.dropout, options.attention_dropout
-        self.memory_dim = memory_dim
-        self.blocks = nn.ModuleList(SanmDecoderBlock(D, heads, width, options.kernel_size, options.memory_shift, *rest)
-                                    for _ in range(attention_layers))
-        self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
-                                           for _ in range(options.num_layers - attention_layers))  # as in FunASR
-        feed_forward = NormedFeedForward(D, width, options.dropout)
-        self.last = nn.Sequential(OrderedDict(norm_ffn=nn.LayerNorm(D), feed_forward=feed_forward))  # no residual
-        self.norm = nn.LayerNorm(D)
-        self.output = nn.Linear(D, vocab_size)
-
-    def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
-                need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """As Decoder.forward."""
-        check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
-                     hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
-        mask = key_mask(counts, embeds.shape[1])
-        hidden_mask = key_mask(hidden_lens, hidden.shape[1])
-        blocks = [*self.blocks, *self.memory_blocks]
-        x, layers = run_blocks(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
-        return self.output(self.norm(self.last(x))), layers
 
 
 # ---- the glancing sampler ----

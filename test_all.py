@@ -54,6 +54,7 @@ import corpora
 import data
 import decode
 import funasr
+import funasr_layers
 import model
 import plot
 import serve
@@ -1891,17 +1892,17 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: ConvolutionModule(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
     (lambda: ConformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
     (lambda: ConformerBlock(4, 2, 8)(X, MASK.expand(2, 2, 3)), "mask must be (2,1,3) or (2,3,3) bool, got (2, 2, 3)"),
-    (lambda: attention.relative_codes(MASK, 3, 4), "lens must be (B), got (2, 1, 3)"),
-    (lambda: attention.relative_shift(X, ints(3, 2)), "scores must be (B,H,T,T), got (2, 3, 4)"),
-    (lambda: attention.relative_shift(X[None], ints(3)), "scores must be (B,H,T,T), got (1, 2, 3, 4)"),
-    (lambda: attention.relative_shift(X[None, :, :, :3], ints(3, 2)), "lens must be (1), got (2,)"),
-    (lambda: attention.RelativeAttention(4, 2)(X, X[:1], ints(3, 2)), "codes must be (2,3,4), got (1, 3, 4)"),
-    (lambda: attention.RelativeConformerBlock(6, 2, 8)(X, MASK, X, ints(3, 2)), "x must be (B,T,6), got (2, 3, 4)"),
-    (lambda: attention.RelativeConformerBlock(4, 2, 8)(X, MASK, X, ints(3)), "extent must be (2), got (1,)"),
-    (lambda: attention.SequenceMemory(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
-    (lambda: attention.SanmBlock(6, 4, 2, 8, 3)(X, MASK), "x must be (B,T,6), got (2, 3, 4)"),
-    (lambda: attention.SanmDecoderBlock(6, 2, 8, 3)(X, MASK, X, MASK), "x must be (B,U,6), got (2, 3, 4)"),
-    (lambda: attention.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "memory must be (2,S,4), got (1, 3, 4)"),
+    (lambda: funasr_layers.relative_codes(MASK, 3, 4), "lens must be (B), got (2, 1, 3)"),
+    (lambda: funasr_layers.relative_shift(X, ints(3, 2)), "scores must be (B,H,T,T), got (2, 3, 4)"),
+    (lambda: funasr_layers.relative_shift(X[None], ints(3)), "scores must be (B,H,T,T), got (1, 2, 3, 4)"),
+    (lambda: funasr_layers.relative_shift(X[None, :, :, :3], ints(3, 2)), "lens must be (1), got (2,)"),
+    (lambda: funasr_layers.RelativeAttention(4, 2)(X, X[:1], ints(3, 2)), "codes must be (2,3,4), got (1, 3, 4)"),
+    (lambda: funasr_layers.RelativeConformerBlock(6, 2, 8)(X, MASK, X, ints(3, 2)), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: funasr_layers.RelativeConformerBlock(4, 2, 8)(X, MASK, X, ints(3)), "extent must be (2), got (1,)"),
+    (lambda: funasr_layers.SequenceMemory(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
+    (lambda: funasr_layers.SanmBlock(6, 4, 2, 8, 3)(X, MASK), "x must be (B,T,6), got (2, 3, 4)"),
+    (lambda: funasr_layers.SanmDecoderBlock(6, 2, 8, 3)(X, MASK, X, MASK), "x must be (B,U,6), got (2, 3, 4)"),
+    (lambda: funasr_layers.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "memory must be (2,S,4), got (1, 3, 4)"),
 ])
 def test_attention_errors_name_what_was_wanted_and_got(call, message):
     with pytest.raises(ValueError) as error:
@@ -2130,7 +2131,7 @@ def test_boundaries_lie_half_way_between_the_peaks():
 def test_an_encoder_frame_stands_at_the_middle_of_the_features_that_it_sees(kind, factor):
     feats = torch.rand(1, 60, 8, requires_grad=True)
     image = kind == "relative_conformer"
-    layer = model.ImageSubsampling(8, 4) if image else model.Subsampling(8, 4, factor)
+    layer = funasr_layers.ImageSubsampling(8, 4) if image else model.Subsampling(8, 4, factor)
     for parameter in layer.parameters():
         parameter.data.abs_()  # no path is dead
     hidden, _ = layer(feats, ints(60), False) if image else layer(feats, ints(60))
@@ -2450,9 +2451,9 @@ def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
 
 FEATS, HIDDEN, ALPHA = torch.zeros(2, 6, 5).double(), torch.zeros(2, 4, 8).double(), torch.zeros(2, 4)
 LENS, TOKENS, LOGITS = ints(4, 3), torch.zeros(2, 3).long(), torch.zeros(2, 3, 7)
-FRAMES = model.FramePredictor(8, config.PredictorConfig(kind="dense"))
-TIMING = model.TimingHead(8, config.PredictorConfig(kind="dense", upsampling=3))
-TOKENWISE = model.SanmDecoder(8, 7, config.DecoderConfig(kind="sanm", hidden_dim=8, num_heads=2, num_layers=1))
+FRAMES = funasr_layers.FramePredictor(8, config.PredictorConfig(kind="dense"))
+TIMING = funasr_layers.TimingHead(8, config.PredictorConfig(kind="dense", upsampling=3))
+TOKENWISE = funasr_layers.SanmDecoder(8, 7, config.DecoderConfig(kind="sanm", hidden_dim=8, num_heads=2, num_layers=1))
 WRONG = {
     "feats rank": (lambda m: m(FEATS[0], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (6, 5)"),
     "feats bins": (lambda m: m(FEATS[..., :4], LENS, TOKENS, ints(3, 2)), "feats must be (B,T,5), got (2, 6, 4)"),
@@ -2488,10 +2489,10 @@ WRONG = {
     "ctc tokens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS[:1], LENS), "tokens must be (2,U), got (1, 3)"),
     "ctc lens": (lambda m: ctc_sum(LOGITS, ints(4, 3), TOKENS, ints(3, 3)), "lens must lie in 0..3, got [4, 3]"),
     "ctc token_lens": (lambda m: ctc_sum(LOGITS, ints(3, 3), TOKENS, ints(4, 3)), "token_lens must lie in 0..3"),
-    "hide hidden": (lambda m: model.hide_padding(ALPHA, LENS, False), "hidden must be (B,L,D), got (2, 4)"),
-    "hide lens": (lambda m: model.hide_padding(HIDDEN, ints(4), True), "lens must be (2), got (1,)"),
-    "image": (lambda m: model.ImageSubsampling(9, 8)(FEATS, LENS, False), "x must be (B,T,9), got (2, 6, 5)"),
-    "image lens": (lambda m: model.ImageSubsampling(8, 8)(HIDDEN.float(), ints(4), False),
+    "hide hidden": (lambda m: attention.hide_padding(ALPHA, LENS, False), "hidden must be (B,L,D), got (2, 4)"),
+    "hide lens": (lambda m: attention.hide_padding(HIDDEN, ints(4), True), "lens must be (2), got (1,)"),
+    "image": (lambda m: funasr_layers.ImageSubsampling(9, 8)(FEATS, LENS, False), "x must be (B,T,9), got (2, 6, 5)"),
+    "image lens": (lambda m: funasr_layers.ImageSubsampling(8, 8)(HIDDEN.float(), ints(4), False),
                    "lens must be (2), got (1,)"),
     "frame predictor": (lambda m: FRAMES(FEATS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
     "frame predictor lens": (lambda m: FRAMES(HIDDEN, ints(4)), "lens must be (2), got (1,)"),
@@ -4649,11 +4650,11 @@ WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order 
 @needs_kit
 def test_positions_of_sanm_equal_funasr():
     expected = np.load(KIT / "units/units.npz")["pe_560"]
-    np.testing.assert_allclose(attention.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
+    np.testing.assert_allclose(funasr_layers.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
 
 
 def test_relative_codes_count_down_from_5000_or_the_length():
-    codes = attention.relative_codes(torch.tensor([3, 5002]), 5002, 8)
+    codes = funasr_layers.relative_codes(torch.tensor([3, 5002]), 5002, 8)
     table = attention.sinusoids(torch.arange(5002), 8)
     torch.testing.assert_close(codes[0, :3], table[[4999, 4998, 4997]], atol=1e-3, rtol=0)
     torch.testing.assert_close(codes[1], table.flip(0), atol=1e-3, rtol=0)
@@ -4661,7 +4662,7 @@ def test_relative_codes_count_down_from_5000_or_the_length():
 
 def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length():
     scores, lens = torch.randn(3, 2, 7, 7), torch.tensor([7, 4, 1])
-    moved = attention.relative_shift(scores, lens)
+    moved = funasr_layers.relative_shift(scores, lens)
     for b, L in enumerate(lens.tolist()):
         own = scores[b, :, :L, :L]
         trick = torch.nn.functional.pad(own, (1, 0)).reshape(2, L + 1, L)[:, 1:]
@@ -4670,7 +4671,7 @@ def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length
 
 @pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
 def test_sequence_memory_equals_a_loop_and_never_sees_padding(kernel_size, shift):
-    memory, x = attention.SequenceMemory(3, kernel_size, shift), torch.randn(1, 6, 3)
+    memory, x = funasr_layers.SequenceMemory(3, kernel_size, shift), torch.randn(1, 6, 3)
     left = (kernel_size - 1) // 2 + shift
     taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
     expected = x[0].clone()
@@ -4684,10 +4685,10 @@ def test_sequence_memory_equals_a_loop_and_never_sees_padding(kernel_size, shift
 
 
 def test_batch_norm_learns_from_real_steps_only():
-    module, x = attention.BatchNormConvolution(4, 3), torch.randn(2, 6, 4)
+    module, x = funasr_layers.BatchNormConvolution(4, 3), torch.randn(2, 6, 4)
     mask = attention.padding_mask(torch.tensor([6, 3]), 6)[:, None]
     module(x, mask)
-    other = attention.BatchNormConvolution(4, 3)
+    other = funasr_layers.BatchNormConvolution(4, 3)
     fresh = {"norm.running_mean": torch.zeros(4), "norm.running_var": torch.ones(4)}
     other.load_state_dict({**module.state_dict(), **fresh})
     other(torch.where(mask.transpose(1, 2), x, 1e3), mask)
@@ -4698,7 +4699,7 @@ def test_batch_norm_learns_from_real_steps_only():
 # C25
 @pytest.mark.parametrize("lens", [[1], [1, 0]])
 def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothing(lens):
-    module, x = attention.BatchNormConvolution(4, 3), torch.randn(len(lens), 1, 4)
+    module, x = funasr_layers.BatchNormConvolution(4, 3), torch.randn(len(lens), 1, 4)
     module(torch.randn(2, 6, 4), None)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     mask = attention.key_mask(torch.tensor(lens), 1)
