@@ -19,7 +19,6 @@ Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
 import contextlib
-import ctypes
 import datetime
 import html
 import itertools
@@ -34,7 +33,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from timeit import timeit
 from typing import NamedTuple
@@ -46,289 +44,26 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import audio
 import config as configs
 import data
 from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
-from funasr import (PieceTokenizer, UNSPOKEN, are_spaced, dump_published, firing_spans, funasr_names, is_published,
-                    published_files, read_cmvn, read_published, read_tokenizer, spell_words, write_cmvn)
-from model import (Hypotheses, Int8Linear, PackedLinear, Paraformer, build, in_feature_frames, lay_out, load_published,
-                   load_weights, padding_mask, pick_device, read_checkpoint)
+from baselines import NBest, SEARCHES, Search, ctc_scores, ranked
+from checkpoint import (PRECISIONS, PackedLinear, SEGMENT_SEC, System, build, export, export_directory, load_system,
+                        runs_on)
+from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
+from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
-from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, align, char_errors, count_errors, format_alignment,
-                       normalise_text, spoken_places, token_accuracy, word_errors)
+from tokenizer import (Counts, align, char_errors, count_errors, format_alignment, normalise_text, spoken_places,
+                       token_accuracy, word_errors)
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
-SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
 
 
-# ---- a checkpoint, ready to recognise ----
-
-class Search(NamedTuple):
-    """How hypotheses are found. Search(), all defaults, is greedy decoding by the model itself."""
-
-    beam: int = 1  # hypotheses kept at a time; of a Paraformer, for each number of tokens
-    nbest: int = 1  # alternatives in a Result, if more than 1; the beam is at least as wide
-    length_penalty: float = 0.6  # transformer: log probability is divided by ((5 + length) / 6) ** length_penalty
-    coverage_penalty: float = 0.0  # transformer: weight of sum over frames of log(min(1, attention that it got))
-    ctc_weight: float = 0.0  # share of the CTC head in the score, 0 to 1
-
-    @property
-    def width(self) -> int:
-        return max(self.beam, self.nbest)
-
-
-class System(NamedTuple):
-    config: configs.Config
-    tokenizer: Tokenizer | PieceTokenizer
-    stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
-    model: nn.Module  # in eval mode
-    lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
-    precision: str = "float32"  # of the matrix products, a key of PRECISIONS
-    search: Search = Search()
-    segment_sec: tuple[float, float] = SEGMENT_SEC
-    batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
-    batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
-
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
-
-
-def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
-    """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
-    files = published_files(folder)
-    config = read_published(files["config"])
-    tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-    stats = read_cmvn(files["stats"], feature_dim(config.data))
-    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
-    return System(config, tokenizer, stats, model)
-
-
-def load_checkpoint(path: str | os.PathLike) -> System:
-    """The system in a checkpoint of train.py. Raises ValueError if it is none or its weights do not fit its config."""
-    state = read_checkpoint(path)
-    config = configs.from_dict(state["config"], f"{path}: config")
-    tokenizer = read_tokenizer(state["tokenizer"], f"{path}: tokenizer")
-    model = build(config.model, state["stats"].shape[1], len(tokenizer))
-    load_weights(model, state["model"], str(path))
-    return System(config, tokenizer, state["stats"], model)
-
-
-def runs_on(precision: str, device: torch.device) -> bool:
-    """Whether the processor has instructions for matrix products in this precision; emulated ones are slow."""
-    if device.type != "cpu":
-        return {"int8": False, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}.get(precision, True)
-    return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
-            "float16": torch.cpu._is_amx_fp16_supported(),
-            "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]
-
-
-def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
-                prepack: bool = False) -> System:
-    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
-
-    If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
-    int8 and, on a CPU, prepack lay the weights out for faster products; without them the weights of a directory are
-    memory-mapped, which starts sooner.
-    """
-    target, linear = pick_device(device), None
-    if not runs_on(precision, target):
-        print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
-        precision = "float32"
-    if prepack and (target.type != "cpu" or not torch.backends.mkldnn.is_available()):
-        print(f"warning: this {target.type} has no layout of its own for weights", file=sys.stderr)
-    elif prepack and precision == "float32":
-        linear = PackedLinear
-    if precision == "int8":
-        linear = Int8Linear
-    system = load_directory(path, linear is None) if is_published(path) else load_checkpoint(path)
-    model = system.model.to(target).eval()
-    if linear is not None:
-        if not lay_out(model, linear):
-            print("warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32",
-                  file=sys.stderr)
-            precision = "float32"
-        elif isinstance(model, Paraformer):
-            model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
-        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory
-    return system._replace(stats=system.stats.to(target), model=model, precision=precision)
-
-
 # ---- search ----
-
-class NBest(NamedTuple):
-    """N hypotheses of each utterance, best first; where there are fewer, log_probs and scores of the rest are -inf."""
-
-    tokens: Tensor  # (B,N,U) int64, 0 behind the end
-    lens: Tensor  # (B,N) int64
-    log_probs: Tensor  # (B,N) of the whole hypothesis
-    norms: Tensor  # (B,N) divisors, by length
-    extras: Tensor  # (B,N) penalties, of coverage or the number of tokens
-    scores: Tensor  # (B,N) log_probs / norms + extras, to which find_nbest adds CTC
-
-
-def pick_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B,W,...), index (B,N) -> (B,N,...): x[b, index[b, n]]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
-
-
-def ranked(found: NBest) -> NBest:
-    order = found.scores.argsort(dim=1, descending=True, stable=True)
-    return NBest(*(pick_rows(x, order) for x in found))
-
-
-def certain(n: int, place: int, like: Tensor) -> Tensor:
-    """(n,) log probabilities of a certain outcome: 0 at place, -inf elsewhere; dtype and device of `like`."""
-    return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
-
-
-UNSEEN = 0.01  # the attention that a frame counts as having got at least, or the log of one frame would decide
-
-
-def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
-    """The most probable texts of an autoregressive model.
-
-    step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
-    past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
-    A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
-    longer ones that go on, and W = 1 is greedy. The search ends when no open hypothesis could still pass the best ended
-    one (or the W-th best), even if its remaining tokens were certain. Source: Wu et al. 2016 "GNMT", section 7.
-    """
-    B, W = len(frames), search.width
-    norm = lambda length: ((5 + length) / 6) ** search.length_penalty
-    last, tokens = torch.full((B, W), SOS, device=frames.device), frames.new_zeros(B, W, 0)
-    lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
-    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # the beam begins with one empty text
-    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L), of padding 1
-    wanted = W if search.ctc_weight or search.nbest > 1 else 1  # to settle: CTC ranks anew, texts may be equal
-    for t in range(int(frames.max()) + 1):
-        log_p, past, attention = step(last, past)
-        V, end = log_p.shape[2], certain(log_p.shape[2], EOS, log_p)
-        log_p = torch.where((t >= frames)[:, None, None], log_p + end, log_p)  # it must end
-        log_p = torch.where(ended[:, :, None], end, log_p)  # it has ended: no change, at no cost
-        total, length = log_prob[:, :, None] + log_p, lens + ~ended  # (B,W,V), (B,W)
-        covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
-        coverage = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)  # (B,W,1) <= 0
-        score, place = (total / norm(length)[:, :, None] + coverage).flatten(1).topk(W)
-        parent, last = place // V, place % V
-        log_prob = total.flatten(1).gather(1, place)
-        lens, extra, covered, tokens, *past = (pick_rows(x, parent) for x in (length, coverage, covered, tokens, *past))
-        tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
-        least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
-        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():  # an open one's score can rise to this
-            break
-    lens_said, open_ = lens - 1, ~ended  # without the end token
-    real = torch.arange(tokens.shape[2], device=tokens.device) < lens_said[:, :, None]
-    return ranked(NBest(tokens * real, lens_said, log_prob.masked_fill(open_, -math.inf), norm(lens), extra[:, :, 0],
-                        score.masked_fill(open_, -math.inf)))
-
-
-def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """If prefix j of the beam is prefix i and one token more, that extension of i is j: its probability goes to j.
-
-    more (B,W,V) log probabilities of each prefix with one token more, tokens (B,W,U), n (B,W) their lengths, alive
-    (B,W) -> more, with -inf for these extensions, and (B,W) what each prefix j gets from them.
-    """
-    at = (n[:, :, None] - 1).clamp(min=0)
-    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): [b,i,j], last token of j
-    cut = tokens.scatter(2, at, BLANK)  # each prefix without its last token
-    grown = (tokens[:, :, None] == cut[:, None]).all(3) & (n[:, :, None] + 1 == n[:, None]) & alive[:, None]
-    joined = more.gather(2, way).masked_fill(~grown, -math.inf).logsumexp(1)
-    return more.scatter_reduce(2, way, torch.where(grown, -math.inf, math.inf).to(more), "amin"), joined
-
-
-def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
-    """The most probable texts of a CTC model, each with the sum over all paths that spell it (prefix beam search).
-
-    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the log probabilities `blank` of their
-    paths that end in a blank and `spoken` of the others. Source: Graves & Jaitly 2014; Hannun et al. 2014.
-    """
-    B, L, V = log_p.shape
-    log_p = torch.where(padding_mask(lens, L)[:, :, None], log_p, certain(V, BLANK, log_p))  # padding says nothing
-    tokens, n = lens.new_zeros(B, W, 1), lens.new_zeros(B, W)
-    blank, spoken = certain(W, 0, log_p).expand(B, W), log_p.new_full((B, W), -math.inf)
-    for frame in log_p.unbind(1):  # (B,V)
-        total = torch.logaddexp(blank, spoken)
-        last = tokens.gather(2, (n[:, :, None] - 1).clamp(min=0))  # (B,W,1), BLANK of the empty prefix
-        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # a repeat needs a blank
-        more = (more + frame[:, None]).scatter(2, torch.full_like(last, BLANK), -math.inf)
-        more, joined = join_prefixes(more, tokens, n, total > -math.inf)
-        blank, spoken = total + frame[:, BLANK, None], torch.logaddexp(spoken + frame.gather(1, last[:, :, 0]), joined)
-        score, place = torch.cat((torch.logaddexp(blank, spoken), more.flatten(1)), 1).topk(W)
-        same = place < W  # the prefix itself, else the prefix and one token more
-        parent, token = torch.where(same, place, (place - W) // V), (place - W) % V
-        tokens, n = F.pad(pick_rows(tokens, parent), (0, 1)), n.gather(1, parent)
-        tokens = tokens.scatter_add(2, n[:, :, None], token.masked_fill(same, 0)[:, :, None])
-        blank = blank.gather(1, parent).masked_fill(~same, -math.inf)
-        spoken = torch.where(same, spoken.gather(1, parent), score)
-        n = n + ~same
-        tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
-    return ranked(NBest(tokens, n, score, torch.ones_like(score), torch.zeros_like(score), score))
-
-
-def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
-    """The W most probable texts when the positions are independent: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
-    log probabilities (B,W), best first, -inf where there are fewer than W."""
-    U, K = log_p.shape[1], min(W, log_p.shape[2])
-    best, ids = log_p.topk(K, 2)
-    mask = padding_mask(counts, U)[:, :, None]
-    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end, one choice of probability 1
-    total, tokens = certain(W, 0, log_p).expand(len(counts), W), counts.new_zeros(len(counts), W, 0)
-    for u in range(U):
-        total, place = (total[:, :, None] + best[:, u, None]).flatten(1).topk(W)
-        token = ids[:, u].gather(1, place % K)
-        tokens = torch.cat((pick_rows(tokens, place // K), token[:, :, None]), 2)
-    return tokens * mask.transpose(1, 2), total
-
-
-COUNT_PRICE = 0.3  # off the score for each token more or fewer than the sum of the firing weights: tuned on digits
-
-
-def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
-    """The most probable texts of a Paraformer with its own number of tokens, counts (B,), with one fewer and with one
-    more; only where counts is 0 is the empty text among them, as it has no mean log probability.
-
-    emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
-    score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
-    """
-    B = len(counts)
-    near = counts[:, None] + torch.tensor([0, -1, 1], device=counts.device)  # (B,3)
-    number = near.clamp(min=0).flatten()
-    tokens, log_prob = best_expansions(emit(number), number, W)
-    tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
-    log_prob = log_prob.masked_fill((near < counts.clamp(max=1)[:, None])[:, :, None], -math.inf).flatten(1)
-    lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
-    norms = lens.clamp(min=1)
-    price = -COUNT_PRICE * (alpha.double().sum(1, keepdim=True) - lens).abs().float()
-    return ranked(NBest(tokens, lens, log_prob, norms, price, log_prob / norms + price))
-
-
-def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor) -> Tensor:
-    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U) as in NBest -> (B,N), -inf if they do not fit the
-    frames."""
-    said = tokens > EOS  # CTC emits neither SOS nor EOS, and BLANK pads
-    tokens = tokens.gather(2, (~said).long().argsort(dim=2, stable=True))  # those go last
-    losses = [F.ctc_loss(log_p.transpose(0, 1), text, lens, n, reduction="none")
-              for text, n in zip(tokens.unbind(1), said.sum(2).unbind(1))]
-    return -torch.stack(losses, 1)
-
-
-def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
-    alpha = model.predictor(hidden, lens)
-    three = [x.repeat_interleave(3, 0) for x in (hidden, lens, alpha)]
-    return count_search(lambda counts: model.emit(*three, counts)[1], alpha, model.count(alpha), search.width)
-
-
-SEARCHES = {"paraformer": search_paraformer,
-            "transformer": lambda model, hidden, lens, search: beam_search(*model.begin(hidden, lens, search.width),
-                                                                           lens, search),
-            "ctc": lambda model, hidden, lens, search: prefix_search(model.log_probs(hidden), lens, search.width)}
-
 
 def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
     """What system.search finds from the encoder's output: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
@@ -952,52 +687,6 @@ def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset
         cases.append((s, draw(system, item)["alignment"] if item else ""))
     page = report_html(f"{len(scores)} utterances and their references", lines, cases)
     data.write_atomic(folder / "report.html", page)
-
-
-# ---- exports ----
-
-def export_directory(system: System, folder: Path) -> None:
-    """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
-    weights = {}
-    for name, x in system.model.state_dict().items():
-        theirs = funasr_names(name, system.config.model)
-        weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
-    config, tokenizer = dump_published(system.config), system.tokenizer
-    folder.mkdir(parents=True, exist_ok=True)
-    special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
-    symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
-    of_words = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]} if tokenizer.unit == "word" else None
-    pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
-    data.write_atomic(folder / "config.yaml", config)
-    data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
-    write_cmvn(folder / "am.mvn", system.stats.cpu())
-    if pieces is not None:
-        lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
-        data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    data.save_atomic(folder / "model.pt", weights)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
-    if pieces is None:
-        (folder / "seg_dict").unlink(missing_ok=True)
-
-
-def export(system: System, path: str) -> str:
-    """Write the model without optimizer state -> what was written, in words.
-
-    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
-    with checkpoint.pt of ours where not.
-    """
-    place, reason = Path(path), ""
-    if place.suffix != ".pt":
-        try:
-            export_directory(system, place)
-            return f"{place}: a FunASR directory"
-        except ValueError as error:
-            place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
-             "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    data.save_atomic(place, state)
-    return f"{place}: a checkpoint{reason}"
 
 
 # ---- figures ----

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config, _dump_lines, _show, check, from_dict, parse_yaml
 from data import read_file, write_atomic
-from tokenizer import SPECIALS, Tokenizer, UNK, _read, spoken_symbols
+from tokenizer import SPECIALS, UNK, _read, spoken_symbols
 
 
 # ---- options and files ----
@@ -350,12 +350,6 @@ class PieceTokenizer:
         if pieces is not None and not (isinstance(pieces, dict) and all(isinstance(x, list) for x in pieces.values())):
             raise ValueError(f"{where}: wanted a list of pieces by word, got {pieces!r:.60}")
         return cls(tuple(symbols), pieces)
-
-
-def read_tokenizer(state: dict, where: str) -> Tokenizer | PieceTokenizer:
-    """The tokenizer whose state() this is. Raises ValueError that begins with where if it is none."""
-    is_piece = isinstance(state, dict) and state.get("unit") == PieceTokenizer.unit
-    return (PieceTokenizer if is_piece else Tokenizer).from_state(state, where)
 
 
 class SpelledWord(NamedTuple):

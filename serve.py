@@ -60,7 +60,8 @@ from torch import Tensor
 import audio
 import decode
 from audio import frame_sec, frontend, normalise, read_header
-from decode import Result, System, cues, join_words, log_confidence, subtitles, word_entry
+from checkpoint import PRECISIONS, System, load_system
+from decode import Result, cues, join_words, log_confidence, subtitles, word_entry
 
 MIB = 2 ** 20
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # request line and whole head in bytes; header lines
@@ -1262,7 +1263,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--dtype", default="float32", choices=list(decode.PRECISIONS), help="of matrix products (default float32)")
+    add("--dtype", default="float32", choices=list(PRECISIONS), help="of matrix products (default float32)")
     add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
     add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice, one less for a small model")
     numbers = {"max-batch-size": (16, "utterances in a batch"),
@@ -1362,7 +1363,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
-    system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
     try:
         server = start(Server(system, options, start_log(), created, slack))
@@ -1449,7 +1450,7 @@ ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's firs
 
 def benchmark(options: argparse.Namespace) -> int:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = decode.load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
     tune(system, options)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 

@@ -49,6 +49,8 @@ from torch import nn
 
 import attention
 import audio
+import baselines
+import checkpoint
 import config
 import corpora
 import data
@@ -63,7 +65,8 @@ import train
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
                        TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
                        padding_mask, sinusoids)
-from model import Hypotheses, boundaries, build, cif, cross_entropy_sum, ctc_sum, glance, read_checkpoint, scale_weights
+from checkpoint import build, read_checkpoint
+from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
 
@@ -716,9 +719,9 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
         funasr.PieceTokenizer.load(*files)
     with pytest.raises(ValueError, match=r"x.pt: wanted a list of pieces by word, got \[\['ab'\]\]"):
-        funasr.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
+        checkpoint.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3}"):
-        funasr.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
+        checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
 
 
 def letters(text: str) -> list[int]:
@@ -2034,7 +2037,7 @@ def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout
         decoder=config.DecoderConfig(num_layers=layers, hidden_dim=8, num_heads=2, dropout=dropout),
         **{"sampling_ratio": 0.5, "ctc_weight": 0.3, **options})
     torch.manual_seed(seed)
-    built = model.build(section, 5, 7).to(dtype)
+    built = checkpoint.build(section, 5, 7).to(dtype)
     for p in built.parameters():
         p.data += 0.2 * torch.randn(p.shape)
     built.predictor.weight.bias.data.fill_(-0.8)
@@ -2517,7 +2520,7 @@ WRONG = {
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"),
              "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
-    "name": (lambda m: model.build(config.ModelConfig(name="x"), 5, 7),
+    "name": (lambda m: checkpoint.build(config.ModelConfig(name="x"), 5, 7),
              "must be one of ['paraformer', 'transformer', 'ctc'], got 'x'"),
 }
 
@@ -2541,7 +2544,7 @@ def rival(name, seed=0, **options):
                                                 dropout=0.0, subsampling=2), **options,
         decoder=config.DecoderConfig(num_layers=2, hidden_dim=12, num_heads=2, dropout=0.0))
     torch.manual_seed(seed)
-    built = model.build(section, 5, 7).double().eval()
+    built = checkpoint.build(section, 5, 7).double().eval()
     for p in built.parameters():
         p.data += 0.3 * torch.randn(p.shape)
     return built
@@ -2606,7 +2609,7 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
     assert int(found.lens.max()) > 2
     log_p, tokens, n = normal(4, 3, 5, 4).log_softmax(-1), torch.tensor([[1, 1], [2, 3], [3, 0]]), ints(2, 2, 1)
-    paths = model.ctc_path(log_p, ints(5, 3, 1), tokens, n)
+    paths = baselines.ctc_path(log_p, ints(5, 3, 1), tokens, n)
     for i, L in enumerate([5, 3, 1]):
         spells = [p for p in itertools.product(range(4), repeat=L)
                   if [s for s, _ in itertools.groupby(p) if s] == tokens[i, :n[i]].tolist()]
@@ -2668,7 +2671,7 @@ def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
                                  predictor=config.PredictorConfig(hidden_dim=32, num_layers=1, dropout=0.0),
                                  decoder=config.DecoderConfig(num_layers=1, hidden_dim=32, num_heads=2,
                                                              dropout=0.0))
-    paraformer = model.build(section, 3, 3)
+    paraformer = checkpoint.build(section, 3, 3)
     optimizer = torch.optim.Adam(paraformer.parameters())
     for step in range(120):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 120)
@@ -3658,7 +3661,7 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
     run = run_of(tmp_path / "runs")
     names = sorted(path.name for path in (run / "pictures").glob("*_alignment_*"))
     assert names == [f"{i}_alignment_{epoch}.svg" for i in (1, 2, 3) for epoch in ("0002", "0004")]
-    system = decode.load_system(run / "checkpoints/latest.pt", "cpu")
+    system = checkpoint.load_system(run / "checkpoints/latest.pt", "cpu")
     dev = data.open_dataset(system.config.data, "dev", system.tokenizer.encode, 0, system.stats)
     for i in range(3):
         root = ElementTree.parse(run / f"pictures/{i + 1}_alignment_0004.svg").getroot()
@@ -3674,7 +3677,7 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
 # ---- decode: recognition ----
 
 def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict = {}, decoder: dict = {},
-                **options) -> decode.System:
+                **options) -> checkpoint.System:
     """A model with random weights that fires about every fourth frame; the same at every call."""
     sizes = dict(num_layers=1, hidden_dim=16, num_heads=2)
     section = config.ModelConfig(name=name, encoder=config.EncoderConfig(**{"subsampling": 2, **sizes, **encoder}),
@@ -3685,11 +3688,11 @@ def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict 
     torch.manual_seed(3)
     network = build(section, 8, len(tokenizer)).eval()
     stats = torch.tensor([[0.0] * 8, [1.0] * 8])
-    return decode.System(config.Config(model=section, data=options), tokenizer, stats, network)
+    return checkpoint.System(config.Config(model=section, data=options), tokenizer, stats, network)
 
 
-def saved(system: decode.System, path: Path) -> str:
-    decode.export(system, str(path))
+def saved(system: checkpoint.System, path: Path) -> str:
+    checkpoint.export(system, str(path))
     return str(path)
 
 
@@ -3771,7 +3774,7 @@ def test_the_report_adds_errors_and_divides_once():
     assert len(decode.report_lines(scores[1:2])) == 4
 
 
-def recognised(system: decode.System, path: str | os.PathLike) -> list[decode.Outcome]:
+def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[decode.Outcome]:
     return decode.recognise(system, decode.open_inputs(system, [path], None), [0])
 
 
@@ -4171,7 +4174,7 @@ def every_text(told, b, frames, V, search):
         for text in itertools.product([i for i in range(V) if i != EOS], repeat=n):
             parts = [told(b, (SOS, *text[:u])) for u in range(n + 1)]
             log_prob = sum(float(log_p[i]) for (log_p, _), i in zip(parts, (*text, EOS)))
-            covered = sum(look for _, look in parts)[:frames].clamp(decode.UNSEEN, 1)
+            covered = sum(look for _, look in parts)[:frames].clamp(baselines.UNSEEN, 1)
             found[text] = log_prob, (log_prob / ((5 + n + 1) / 6) ** search.length_penalty
                                      + search.coverage_penalty * float(covered.log().sum()))
     return found
@@ -4183,8 +4186,8 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
     frames, V = ints(3, 1, 2, 0), 4
     for seed in range(3):
         step, told = table_model(4, V, 3, 1000 * seed)
-        search = decode.Search(60, 3, *penalties)
-        found = decode.beam_search(step, [torch.zeros(4, 60, 0, dtype=torch.long)], frames, search)
+        search = baselines.Search(60, 3, *penalties)
+        found = baselines.beam_search(step, [torch.zeros(4, 60, 0, dtype=torch.long)], frames, search)
         for b, L in enumerate(frames.tolist()):
             wanted = every_text(told, b, L, V, search)
             best = sorted(wanted, key=lambda text: -wanted[text][1])[:3]
@@ -4196,10 +4199,10 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
 
 # C64
 def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
-    frames, V, search = ints(4, 4), 4, decode.Search(3, 3, 0.6, 0.2)
+    frames, V, search = ints(4, 4), 4, baselines.Search(3, 3, 0.6, 0.2)
     for seed in range(5):
         step, told = table_model(2, V, 4, 1000 * seed)
-        found = decode.beam_search(step, [torch.zeros(2, 3, 0, dtype=torch.long)], frames, search)
+        found = baselines.beam_search(step, [torch.zeros(2, 3, 0, dtype=torch.long)], frames, search)
         for b in range(2):
             wanted = every_text(told, b, 4, V, search)
             for w in range(3):
@@ -4212,9 +4215,9 @@ def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
 # C67
 def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes_longer():
     for seed in range(10):  # of the best ones some may have one text: the rest of the beam is asked for too
-        (step, _), search = table_model(2, 4, 6, 1000 * seed), decode.Search(4, 2, 0.6)
+        (step, _), search = table_model(2, 4, 6, 1000 * seed), baselines.Search(4, 2, 0.6)
         past = torch.zeros(2, 4, 0, dtype=torch.long)
-        alone, both = (decode.beam_search(step, [past[:B]], ints(3, 6)[:B], search) for B in (1, 2))
+        alone, both = (baselines.beam_search(step, [past[:B]], ints(3, 6)[:B], search) for B in (1, 2))
         texts = [[found.tokens[0, w, :found.lens[0, w]].tolist() for w in range(4)] for found in (alone, both)]
         assert texts[0] == texts[1] and alone.scores[0].tolist() == pytest.approx(both.scores[0].tolist(), abs=1e-5)
 
@@ -4222,8 +4225,8 @@ def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes
 # C65
 def test_prefix_search_equals_the_sum_over_all_paths():
     log_p, lens = (2 * normal(0, 3, 5, 3)).log_softmax(-1), ints(5, 3, 1)
-    found = decode.prefix_search(log_p, lens, 80)
-    narrow = decode.prefix_search(log_p, lens, 3)
+    found = baselines.prefix_search(log_p, lens, 80)
+    narrow = baselines.prefix_search(log_p, lens, 3)
     for b, L in enumerate(lens.tolist()):
         wanted = collections.defaultdict(float)
         for path in itertools.product(range(3), repeat=L):
@@ -4247,7 +4250,7 @@ def test_expansions_are_the_best_of_all_products_and_counts_compare_by_mean_and_
 
     log_p = normal(0, 9, 3, 4).float().log_softmax(-1)
     alpha, counts = torch.tensor([[1.5, 0.7], [0.1, 0.1], [0.3, 0.3]]), ints(2, 0, 1)
-    found = decode.count_search(emit, alpha, counts, 5)
+    found = baselines.count_search(emit, alpha, counts, 5)
     for b in range(3):
         wanted = {}
         for row, n in ((3 * b, int(counts[b])), (3 * b + 1, int(counts[b]) - 1), (3 * b + 2, int(counts[b]) + 1)):
@@ -4269,7 +4272,7 @@ def test_ctc_scores_equal_the_loss_of_each_text_alone():
     tokens = torch.zeros(2, 3, 4, dtype=torch.long)
     for b, w in itertools.product(range(2), range(3)):
         tokens[b, w, :len(texts[b][w])] = torch.tensor(texts[b][w], dtype=torch.long)
-    got = decode.ctc_scores(log_p, lens, tokens)
+    got = baselines.ctc_scores(log_p, lens, tokens)
     for b, w in itertools.product(range(2), range(3)):
         text = torch.tensor([[i for i in texts[b][w] if i > EOS]])
         wanted = -F.ctc_loss(log_p[b, :, None], text, lens[b:b + 1], torch.tensor([text.shape[1]]), reduction="sum")
@@ -4277,15 +4280,15 @@ def test_ctc_scores_equal_the_loss_of_each_text_alone():
     assert got[1, 0] == got[1, 1] == -math.inf  # equal neighbours want a blank between them: 5 frames
 
 
-def searching_system(name: str, kind: str = "manifest", **options) -> decode.System:
+def searching_system(name: str, kind: str = "manifest", **options) -> checkpoint.System:
     system = tiny_system(kind, name, **options)
     for p in system.model.parameters():
         p.data += 0.2 * torch.randn(p.shape)
     return system
 
 
-SEARCHES_TRIED = {"paraformer": decode.Search(4, 3, ctc_weight=0.3), "transformer": decode.Search(4, 3, 0.6, 0.1, 0.2),
-                  "ctc": decode.Search(6, 3)}
+SEARCHES_TRIED = {"paraformer": baselines.Search(4, 3, ctc_weight=0.3), "transformer": baselines.Search(4, 3, 0.6, 0.1, 0.2),
+                  "ctc": baselines.Search(6, 3)}
 
 
 # C67
@@ -4307,7 +4310,7 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name)
 # C66
 @pytest.mark.parametrize("name", ["paraformer", "transformer"])
 def test_texts_that_ctc_alone_does_not_tell_apart_are_ranked_by_the_decoder(name):
-    system = decode.with_search(searching_system(name), decode.Search(40, ctc_weight=1.0))
+    system = decode.with_search(searching_system(name), baselines.Search(40, ctc_weight=1.0))
     hidden, lens = normal(2, 2, 5, 16).float(), ints(5, 3)
     found, ties = decode.find_nbest(system, hidden, lens), collections.defaultdict(list)
     for b, n in itertools.product(range(2), range(found.lens.shape[1])):
@@ -4321,13 +4324,13 @@ def test_texts_that_ctc_alone_does_not_tell_apart_are_ranked_by_the_decoder(name
 
 @pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
-    system = tiny_system()._replace(search=decode.Search(nbest=2))
+    system = tiny_system()._replace(search=baselines.Search(nbest=2))
     predictor = replace(system.config.model.predictor, upsampling=upsampling)
     system = system._replace(tokenizer=funasr.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
     tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
     found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
-    nbest = decode.read_alternatives(system, decode.NBest(tokens, lens, 2 * scores, lens, 0 * scores, scores), 0)
+    nbest = decode.read_alternatives(system, baselines.NBest(tokens, lens, 2 * scores, lens, 0 * scores, scores), 0)
     assert decode.read_result(system, found, 0).text == texts[0]
     assert [(a.text, a.score, a.confidence) for a in nbest] == [
         (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
@@ -4336,12 +4339,12 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
 
 # C67
 def test_a_beam_of_one_is_greedy():
-    for name, search in (("transformer", decode.Search(1, 1, 0.0)), ("paraformer", decode.Search(2))):
+    for name, search in (("transformer", baselines.Search(1, 1, 0.0)), ("paraformer", baselines.Search(2))):
         system, feats = searching_system(name), ragged_feats([31, 7, 1, 50, 22])
         greedy = decode.transcribe(system, feats)
         if name == "paraformer":  # of its own count only: a price that no other count can pay
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decode, "COUNT_PRICE", 1e4)
+                patch.setattr(baselines, "COUNT_PRICE", 1e4)
                 assert decode.transcribe(decode.with_search(system, search), feats) == greedy
         else:
             assert decode.transcribe(decode.with_search(system, search), feats) == greedy
@@ -4831,7 +4834,7 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
-    assert funasr.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
+    assert checkpoint.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
 
 
 # ---- data: am.mvn (FunASR) ----
@@ -4852,7 +4855,7 @@ def published(variant, **changes):
     """(config, model in eval mode) of a kit variant"""
     found = funasr.read_published(KIT / variant / "config.yaml")
     found = replace(found, model=replace(found.model, **changes))
-    loaded = model.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
+    loaded = checkpoint.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()
 
 
@@ -5001,7 +5004,7 @@ def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_keeps_the_ids(variant, precision):
-    system = decode.load_system(KIT / variant, "cpu")._replace(precision=precision)
+    system = checkpoint.load_system(KIT / variant, "cpu")._replace(precision=precision)
     for name in WAVS:
         wanted = recorded(variant, name)
         found = decode.decode_batch(system, [wanted["feats"]])
@@ -5080,7 +5083,7 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
     values = {**SMALL, "encoder": {**SMALL["encoder"], "kind": encoder, "subsampling": subsampling},
               "predictor": {"kind": predictor, "upsampling": upsampling, "tail": 0.45, "dropout": 0.0},
               "decoder": {**SMALL["decoder"], "kind": decoder}, "end_token": True}
-    net = model.build(config.from_dict({"model": values}, "test").model, 20, 12)
+    net = checkpoint.build(config.from_dict({"model": values}, "test").model, 20, 12)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     feats, lens = torch.randn(4, 20 * subsampling, 20), torch.tensor([20, 18, 16, 12]) * subsampling
     tokens, token_lens = torch.randint(4, 12, (4, 6)), torch.tensor([6, 5, 4, 3])
@@ -5111,7 +5114,7 @@ def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
     state["extra.weight"] = state.pop("predictor.cif_output.bias")
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(ValueError) as caught:
-        model.load_published(options.model, 560, 58, tmp_path / "model.pt")
+        checkpoint.load_published(options.model, 560, 58, tmp_path / "model.pt")
     assert str(caught.value).split("config: ")[1] == (
         "missing predictor.cif_output.bias; unused extra.weight; decoder.embed.0.weight (58, 5), wanted (58, 64)")
 
@@ -5125,7 +5128,7 @@ def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
     state = {prefix + name: x for name, x in torch.load(KIT / "sanm/model.pt", weights_only=True).items()}
     state = {wrapper: state, "optimizer": {"step": 1}} if wrapper else state
     torch.save(state, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
-    loaded = model.load_published(options.model, 560, 58, tmp_path / "model.pt").state_dict()
+    loaded = checkpoint.load_published(options.model, 560, 58, tmp_path / "model.pt").state_dict()
     assert all(torch.equal(x, loaded[name]) for name, x in net.state_dict().items())
 
 
@@ -5143,7 +5146,7 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
 def test_paraformer_large_has_956_tensors_and_220_million_parameters():
     options = config.load(str(HERE / "configs/paraformer_large.yaml"))
     with torch.device("meta"):
-        net = model.build(options.model, audio.feature_dim(options.data), 8404)
+        net = checkpoint.build(options.model, audio.feature_dim(options.data), 8404)
     assert len(net.state_dict()) == 956
     assert sum(p.numel() for p in net.parameters()) == 220_084_533  # by the shapes of shared/FUNASR.md, 1.1: 220.09 M
 
@@ -5166,8 +5169,8 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     unit = (high - low).clamp(min=1e-12) / 127
     wanted = F.linear(((x - low) / unit).round() * unit + low, weight, layer.bias)
-    found, alone = (model.Int8Linear(layer)(part) for part in (x, x[1:2, 3:4]))
-    nothing = model.Int8Linear(layer)(torch.zeros(1, 48))
+    found, alone = (checkpoint.Int8Linear(layer)(part) for part in (x, x[1:2, 3:4]))
+    nothing = checkpoint.Int8Linear(layer)(torch.zeros(1, 48))
     assert_same(nothing[0], torch.zeros(40) if layer.bias is None else layer.bias.detach())
     scale = layer(x).detach().abs().amax(-1, keepdim=True)
     assert ((found - wanted) / scale).abs().max() < 0.01  # where a level lies half way, rounding may differ
@@ -5183,10 +5186,10 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
 def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
     8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are laid out here only."""
-    monkeypatch.setattr(model, "LARGE", 0)
-    exact, packed = (decode.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
-    small = decode.load_system(KIT / variant, "cpu", "int8")
-    assert any(isinstance(layer, model.PackedLinear) for layer in packed.model.modules())
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    exact, packed = (checkpoint.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
+    small = checkpoint.load_system(KIT / variant, "cpu", "int8")
+    assert any(isinstance(layer, checkpoint.PackedLinear) for layer in packed.model.modules())
     assert packed.model.embedding.weight.is_meta and not exact.model.embedding.weight.is_meta  # the sampler's
     clear, kept = 0, 0
     for name in WAVS:
@@ -5207,12 +5210,12 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
 def test_only_large_matrices_are_laid_out_and_where_there_is_none_a_warning_says_so(ckpt, capsys):
     net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
                          "c": nn.Sequential(nn.Linear(256, 1024))})
-    assert model.lay_out(net, lambda linear: nn.Identity()) == 2
+    assert checkpoint.lay_out(net, lambda linear: nn.Identity()) == 2
     assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
         "Identity", "Linear", "Linear", "Identity"]
     for options in (("int8",), ("float32", True)):
-        if decode.runs_on(options[0], torch.device("cpu")):
-            assert decode.load_system(ckpt, "cpu", *options).precision == "float32"
+        if checkpoint.runs_on(options[0], torch.device("cpu")):
+            assert checkpoint.load_system(ckpt, "cpu", *options).precision == "float32"
             assert capsys.readouterr().err == (
                 "warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32\n")
 
@@ -5223,14 +5226,14 @@ def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckp
                   "_is_avx2_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False)
     for precision in ("bfloat16", "float16", "int8"):
-        assert decode.load_system(ckpt, "cpu", precision).precision == "float32"
+        assert checkpoint.load_system(ckpt, "cpu", precision).precision == "float32"
         assert capsys.readouterr().err == f"warning: this cpu has no {precision} products; going on in float32\n"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert decode.load_system(ckpt, "cpu", "bfloat16").precision == "bfloat16" and not capsys.readouterr().err
+    assert checkpoint.load_system(ckpt, "cpu", "bfloat16").precision == "bfloat16" and not capsys.readouterr().err
     for able in (False, True):  # a GPU before Ampere emulates bfloat16
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: including_emulation or able)
-        assert [decode.runs_on(precision, torch.device("cuda")) for precision in decode.PRECISIONS] == [
+        assert [checkpoint.runs_on(precision, torch.device("cuda")) for precision in checkpoint.PRECISIONS] == [
             True, able, True, False]
 
 
@@ -5268,7 +5271,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
     monkeypatch.setattr(decode, "TIMINGS", 2)
     assert decode.main(["--benchmark", "--threads=1"]) == 0
     text = capfd.readouterr().out
-    layouts = [" +".join(layout) for layout in decode.LAYOUTS if decode.runs_on(layout[0], torch.device("cpu"))]
+    layouts = [" +".join(layout) for layout in decode.LAYOUTS if checkpoint.runs_on(layout[0], torch.device("cpu"))]
     for layout in layouts:
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
@@ -5325,7 +5328,7 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_texts_and_times_do_not_depend_on_the_batch(variant):
     """Random batches of random parts of the kit's features, against each part alone."""
-    system, rng = decode.load_system(KIT / variant, "cpu"), random.Random(1)
+    system, rng = checkpoint.load_system(KIT / variant, "cpu"), random.Random(1)
     sources = [recorded(variant, name)["feats"] for name in WAVS]
     for _ in range(4):
         spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
@@ -5351,41 +5354,41 @@ def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, caps
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(variant, tmp_path):
-    system = decode.load_system(KIT / variant, "cpu")
-    decode.export(system, str(tmp_path / "dir"))
+    system = checkpoint.load_system(KIT / variant, "cpu")
+    checkpoint.export(system, str(tmp_path / "dir"))
     state = torch.load(tmp_path / "dir/model.pt", weights_only=True)
     assert {name: list(x.shape) for name, x in state.items()} == json.loads(
         (KIT / variant / "expected/keys.json").read_text())
     for path in ("dir", "model.pt"):
-        decode.export(system, str(tmp_path / path))
-        again = decode.load_system(tmp_path / path, "cpu")
+        checkpoint.export(system, str(tmp_path / path))
+        again = checkpoint.load_system(tmp_path / path, "cpu")
         assert (again.config.model, again.tokenizer) == (system.config.model, system.tokenizer)
         assert torch.equal(again.stats, system.stats)
         assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in system.model.state_dict().items())
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"config", "tokenizer", "stats", "model"}
 
 
-def sanm_system(unit: str) -> decode.System:
+def sanm_system(unit: str) -> checkpoint.System:
     """In the layout that FunASR knows."""
     sections = {"encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
                 "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
     options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
     tokens = Tokenizer.build(["a b"], unit)
-    return decode.System(options, tokens, torch.rand(2, 20), model.build(options.model, 20, len(tokens)).eval())
+    return checkpoint.System(options, tokens, torch.rand(2, 20), checkpoint.build(options.model, 20, len(tokens)).eval())
 
 
 # C50
 def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
     system, other = sanm_system("word"), tiny_system()
-    decode.export(system, str(tmp_path / "dir"))
-    again = decode.load_system(tmp_path / "dir", "cpu")
+    checkpoint.export(system, str(tmp_path / "dir"))
+    again = checkpoint.load_system(tmp_path / "dir", "cpu")
     assert again.tokenizer.symbols == ("<blank>", "<s>", "</s>", "<unk>", "a", "b")
     feats = torch.randn(1, 40, 20)
     ours, theirs = (net.greedy(feats, torch.tensor([40])) for net in (system.model, again.model))
     assert torch.equal(ours.tokens, theirs.tokens)
     close(ours.log_probs, theirs.log_probs, 1e-5)
-    assert "encoder.kind transformer: FunASR has no such layer" in decode.export(other, str(tmp_path / "x"))
-    again = decode.load_system(tmp_path / "x", "cpu")
+    assert "encoder.kind transformer: FunASR has no such layer" in checkpoint.export(other, str(tmp_path / "x"))
+    again = checkpoint.load_system(tmp_path / "x", "cpu")
     assert again.tokenizer == other.tokenizer
     assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
@@ -5394,9 +5397,9 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
 def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):
     for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
         system = sanm_system(unit)
-        decode.export(tiny_system(), str(tmp_path))  # checkpoint.pt
-        decode.export(system, str(tmp_path))
-        again = decode.load_system(tmp_path, "cpu")
+        checkpoint.export(tiny_system(), str(tmp_path))  # checkpoint.pt
+        checkpoint.export(system, str(tmp_path))
+        again = checkpoint.load_system(tmp_path, "cpu")
         assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
         assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
 
@@ -5430,14 +5433,14 @@ def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path, caps
     assert train.main(arguments) == 0
     rows = json.loads((tmp_path / "runs/latest/metrics.json").read_text())
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
-    tuned = decode.load_system(tmp_path / "runs/latest/checkpoints/latest.pt", "cpu")
-    published_system = decode.load_system(KIT / "sanm", "cpu")
+    tuned = checkpoint.load_system(tmp_path / "runs/latest/checkpoints/latest.pt", "cpu")
+    published_system = checkpoint.load_system(KIT / "sanm", "cpu")
     assert tuned.config.model == published_system.config.model and tuned.tokenizer == published_system.tokenizer
 
 
 # ---- serve.py: requests, batching and answers ----
 
-def serving_system(unit: str = "char") -> decode.System:
+def serving_system(unit: str = "char") -> checkpoint.System:
     """Random weights, a text of several tokens for a second of noise: no file is needed."""
     torch.manual_seed(3)
     sizes = {"hidden_dim": 32, "num_heads": 2, "num_layers": 1}
@@ -5450,7 +5453,7 @@ def serving_system(unit: str = "char") -> decode.System:
     with torch.no_grad():
         model.predictor.weight.bias -= 1.5          # about 20 frames a token
         model.decoder.output.bias[:4] = -9.0        # no special tokens
-    return decode.System(built, tokenizer, torch.stack([torch.zeros(40), torch.ones(40)]), model)
+    return checkpoint.System(built, tokenizer, torch.stack([torch.zeros(40), torch.ones(40)]), model)
 
 
 def serve_options(**changes) -> argparse.Namespace:
@@ -5459,7 +5462,7 @@ def serve_options(**changes) -> argparse.Namespace:
 
 
 @contextlib.contextmanager
-def serving(system: decode.System | None = None, **changes):
+def serving(system: checkpoint.System | None = None, **changes):
     """A server on a free port, in this process, that logs into a list."""
     log: list[str] = []
     server = serve.start(serve.Server(system or serving_system(), serve_options(**changes), log.append))
@@ -6067,7 +6070,7 @@ def test_openai_formats_by_hand():
 
 @needs_kit
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
-    system = decode.load_system(KIT / "sanm", "cpu")
+    system = checkpoint.load_system(KIT / "sanm", "cpu")
     feats = recorded("sanm", WAVS[0])["feats"]
     found, wanted = serve.recognise(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
@@ -6172,7 +6175,7 @@ def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(ser
     assert time.monotonic() - started < 6
 
 
-def slow_system(seconds: float) -> decode.System:
+def slow_system(seconds: float) -> checkpoint.System:
     """A system whose model takes so long."""
     system = serving_system()
     fast = system.model.greedy

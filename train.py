@@ -60,9 +60,10 @@ import audio
 import config as configs
 import data
 from audio import compute_stats, feature_dim
-from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published, read_tokenizer
-from model import (CHECKPOINT_FORMAT, Paraformer, build, in_feature_frames, load_published, load_weights, pick_device,
-                   read_checkpoint)
+from checkpoint import (CHECKPOINT_FORMAT, build, load_published, load_weights, pick_device, read_checkpoint,
+                        read_tokenizer)
+from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published
+from model import Paraformer, in_feature_frames
 from plot import alignment_svg, attention_svg, column_names, curves_svg
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 

@@ -1,0 +1,305 @@
+"""A model from its name, from a checkpoint of train.py or from a directory of FunASR's; and back into files.
+
+Reading order: by name, checkpoints and strict loading, FunASR's weights, weights repacked for CPUs, a system that is
+ready to recognise, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
+"""
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import config as configs
+import data
+from audio import feature_dim
+from baselines import CTC, Search, Transformer
+from data import read_file
+from funasr import (PieceTokenizer, dump_published, funasr_names, is_published, published_files, read_cmvn,
+                    read_published, read_weights, write_cmvn)
+from model import Paraformer, pick
+from tokenizer import SPECIALS, Tokenizer
+
+
+# ---- by name, and from a file ----
+
+ARCHITECTURES = {"paraformer": Paraformer, "transformer": Transformer, "ctc": CTC}
+
+
+def build(options, input_dim: int, vocab_size: int) -> nn.Module:
+    """The model that options.name asks for, with fresh weights. Raises ValueError if there is none of that name."""
+    model = pick(ARCHITECTURES, "model.name", options.name)(options, input_dim, vocab_size)
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        norm.eps = options.norm_eps
+    return model
+
+
+def read_tokenizer(state: dict, where: str) -> Tokenizer | PieceTokenizer:
+    """The tokenizer whose state() this is. Raises ValueError that begins with where if it is none."""
+    is_piece = isinstance(state, dict) and state.get("unit") == PieceTokenizer.unit
+    return (PieceTokenizer if is_piece else Tokenizer).from_state(state, where)
+
+
+def pick_device(name: str, field: str = "device") -> torch.device:
+    """`auto` is the GPU where there is one. Raises ValueError for a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda") or name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{field}: wanted auto, cpu or, where torch finds a GPU, cuda; got {name}; "
+                         f"torch finds {'a' if torch.cuda.is_available() else 'no'} GPU")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
+CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The state that train.py saved, as `read_file` reads it; of a directory, its checkpoint.pt."""
+    path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
+    state = read_file(path, "a checkpoint, which python train.py CONFIG makes")
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
+    if state.get("format", 1) > CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: "
+                         "it is from a newer version of this project; update")
+    return state
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
+                 names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
+    """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
+
+    names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
+    themselves replace the model's own and are not copied.
+    """
+    own = model.state_dict()
+    sources = {name: names(name) for name in own}
+    wanted = {part: tuple(own[name].chunk(len(parts))[0].shape) if len(parts) > 1 else tuple(own[name].shape)
+              for name, parts in sources.items() for part in parts}
+    wrong = [f"missing {name}" for name in wanted if name not in weights]
+    wrong += [f"unused {name}" for name in weights if name not in wanted]
+    wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
+              if name in weights and weights[name].shape != shape]
+    if wrong:
+        raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
+    found = {name: weights[parts[0]] if len(parts) == 1 else torch.cat([weights[part] for part in parts])
+             for name, parts in sources.items()}
+    model.load_state_dict({name: x.to(own[name].dtype) for name, x in found.items()}, assign=adopt)
+
+
+# ---- weights that FunASR publishes ----
+
+class WithoutInit(TorchFunctionMode):
+    """Within it, new modules leave their weights uninitialised and draw no random numbers."""
+
+    INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
+                   mapped: bool = True) -> nn.Module:
+    """The model of these options with the weights of FunASR's model.pt. Raises as `read_weights` and `load_weights`."""
+    with WithoutInit():  # every tensor comes from the file
+        model = build(options, input_dim, vocab_size)
+    load_weights(model, read_weights(path, mapped), str(path), lambda name: funasr_names(name, options), adopt=True)
+    return model
+
+
+# ---- weights repacked for recognition on a CPU ----
+
+class PackedLinear(nn.Module):
+    """An nn.Linear with its weights in the order in which oneDNN's matrix products read them. Relies on
+    torch.ops.mkldnn, as frozen models of torch.compile do."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear in int8 arithmetic, equal to about 1%: float32 in, float32 out.
+
+    Each output channel of the weights has its own scale, and so has each row of the input, which therefore does not
+    depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
+    without VNNI add them. Relies on torch.ops.onednn, as quantised models of torch.compile do.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, weight = linear.in_features, linear.weight.detach().float()
+        self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
+        levels = (weight / self.scale[:, None]).round()
+        self.sums = levels.sum(1) * self.scale  # (out,): output for an input of ones
+        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().clone()
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
+        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
+        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
+                                               torch.float32, "none", [], "")
+        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
+
+
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts not repacked: they read features or place tokens
+LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them
+
+
+def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> int:
+    """Replace every nn.Linear of LARGE or more weights outside KEPT by linear(it), in place, for evaluation only
+    -> how many were replaced."""
+    count = 0
+    for name, child in model.named_children():
+        if name in KEPT:
+            continue
+        if not isinstance(child, nn.Linear):
+            count += lay_out(child, linear)
+        elif child.weight.numel() >= LARGE:
+            setattr(model, name, linear(child))  # one by one, so that no two layouts of the whole are held
+            count += 1
+    return count
+
+
+# ---- a checkpoint, ready to recognise ----
+
+class System(NamedTuple):
+    config: configs.Config
+    tokenizer: Tokenizer | PieceTokenizer
+    stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
+    model: nn.Module  # in eval mode
+    lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
+    precision: str = "float32"  # of the matrix products, a key of PRECISIONS
+    search: Search = Search()
+    segment_sec: tuple[float, float] = SEGMENT_SEC
+    batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
+    batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
+
+
+SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
+
+
+def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
+    """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
+    files = published_files(folder)
+    config = read_published(files["config"])
+    tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
+    stats = read_cmvn(files["stats"], feature_dim(config.data))
+    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
+    return System(config, tokenizer, stats, model)
+
+
+def load_checkpoint(path: str | os.PathLike) -> System:
+    """The system in a checkpoint of train.py. Raises ValueError if it is none or its weights do not fit its config."""
+    state = read_checkpoint(path)
+    config = configs.from_dict(state["config"], f"{path}: config")
+    tokenizer = read_tokenizer(state["tokenizer"], f"{path}: tokenizer")
+    model = build(config.model, state["stats"].shape[1], len(tokenizer))
+    load_weights(model, state["model"], str(path))
+    return System(config, tokenizer, state["stats"], model)
+
+
+def runs_on(precision: str, device: torch.device) -> bool:
+    """Whether the processor has instructions for matrix products in this precision; emulated ones are slow."""
+    if device.type != "cpu":
+        return {"int8": False, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}.get(precision, True)
+    return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
+            "float16": torch.cpu._is_amx_fp16_supported(),
+            "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]
+
+
+def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
+                prepack: bool = False) -> System:
+    """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
+
+    If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
+    int8 and, on a CPU, prepack lay the weights out for faster products; without them the weights of a directory are
+    memory-mapped, which starts sooner.
+    """
+    target, linear = pick_device(device), None
+    if not runs_on(precision, target):
+        print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
+        precision = "float32"
+    if prepack and (target.type != "cpu" or not torch.backends.mkldnn.is_available()):
+        print(f"warning: this {target.type} has no layout of its own for weights", file=sys.stderr)
+    elif prepack and precision == "float32":
+        linear = PackedLinear
+    if precision == "int8":
+        linear = Int8Linear
+    system = load_directory(path, linear is None) if is_published(path) else load_checkpoint(path)
+    model = system.model.to(target).eval()
+    if linear is not None:
+        if not lay_out(model, linear):
+            print("warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32",
+                  file=sys.stderr)
+            precision = "float32"
+        elif isinstance(model, Paraformer):
+            model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory
+    return system._replace(stats=system.stats.to(target), model=model, precision=precision)
+
+
+# ---- exports ----
+
+def export_directory(system: System, folder: Path) -> None:
+    """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
+    weights = {}
+    for name, x in system.model.state_dict().items():
+        theirs = funasr_names(name, system.config.model)
+        weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
+    config, tokenizer = dump_published(system.config), system.tokenizer
+    folder.mkdir(parents=True, exist_ok=True)
+    special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
+    symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
+    of_words = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]} if tokenizer.unit == "word" else None
+    pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
+    data.write_atomic(folder / "config.yaml", config)
+    data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+    write_cmvn(folder / "am.mvn", system.stats.cpu())
+    if pieces is not None:
+        lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
+        data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
+    data.save_atomic(folder / "model.pt", weights)
+    (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
+    if pieces is None:
+        (folder / "seg_dict").unlink(missing_ok=True)
+
+
+def export(system: System, path: str) -> str:
+    """Write the model without optimizer state -> what was written, in words.
+
+    Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
+    with checkpoint.pt of ours where not.
+    """
+    place, reason = Path(path), ""
+    if place.suffix != ".pt":
+        try:
+            export_directory(system, place)
+            return f"{place}: a FunASR directory"
+        except ValueError as error:
+            place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
+             "stats": system.stats.cpu(), "model": system.model.state_dict()}
+    data.save_atomic(place, state)
+    return f"{place}: a checkpoint{reason}"
