@@ -53,6 +53,7 @@ from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
 from baselines import NBest, SEARCHES, Search, ctc_scores, ranked
 from checkpoint import (PRECISIONS, PackedLinear, SEGMENT_SEC, System, build, export, export_directory, load_system,
                         runs_on)
+from data import RECORDINGS, write_atomic
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
@@ -499,7 +500,7 @@ def file_names(keys: Sequence[str]) -> list[str]:
     names, numbers = [], {}  # numbers: the last one given to each name, as thousands of files may be called audio.wav
     for key in keys:
         last = Path(key)
-        stem = last.stem if last.suffix.lower() in data.RECORDINGS else last.name
+        stem = last.stem if last.suffix.lower() in RECORDINGS else last.name
         stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:55] or "_"
         while name.lower() in numbers:
             numbers[stem.lower()] += 1
@@ -515,6 +516,12 @@ def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | 
     """The utterance, if it has frames: a recording that is decoded in segments comes without."""
     item = dataset[index]
     return item if isinstance(item, data.Utterance) and len(item.feats) else None
+
+
+def alignment_picture(system: System, dataset: torch.utils.data.Dataset, index: int) -> str:
+    """The alignment of an utterance as SVG, "" where it is not drawable."""
+    item = drawable(dataset, index)
+    return draw(system, item)["alignment"] if item else ""
 
 
 def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
@@ -587,9 +594,10 @@ def readable_units(text: str) -> list[str]:
     return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
 
 
-def score(system: System, outcome: Outcome) -> Score:
+def score(outcome: Outcome, encode: Callable[[str], list[int]]) -> Score:
+    """encode: the tokenizer's, so that tokens are compared as the model knows them."""
     text, reference = outcome.result.text, outcome.reference
-    tokens = count_errors(system.tokenizer.encode(reference), [token.id for token in outcome.result.tokens])
+    tokens = count_errors(encode(reference), [token.id for token in outcome.result.tokens])
     units = count_errors(readable_units(reference), readable_units(text))
     return Score(outcome.index, outcome.key, reference, text, tokens, char_errors(reference, text),
                  word_errors(reference, text), units)
@@ -674,19 +682,17 @@ def report_html(title: str, lines: Sequence[str], cases: Sequence[tuple[Score, s
             f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
 
 
-def write_report(folder: Path, system: System, dataset: torch.utils.data.Dataset, scores: Sequence[Score],
-                 lines: Sequence[str]) -> None:
-    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with its alignment."""
-    data.write_atomic(folder / "alignments.txt", "".join(
+def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str], picture: Callable[[int], str]) -> None:
+    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with picture(its index), an
+    SVG or ""."""
+    write_atomic(folder / "alignments.txt", "".join(
         f"{s.key}: {s.units.errors} of {s.units.ref} ({s.units.sub} sub, {s.units.ins} ins, {s.units.del_} del)\n"
         f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n" for s in scores))
-    data.write_atomic(folder / "summary.txt", "\n".join([*lines, ""]))
-    cases = []
-    for s in sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]:
-        item = drawable(dataset, s.index)
-        cases.append((s, draw(system, item)["alignment"] if item else ""))
+    write_atomic(folder / "summary.txt", "\n".join([*lines, ""]))
+    worst = sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]
+    cases = [(s, picture(s.index)) for s in worst]
     page = report_html(f"{len(scores)} utterances and their references", lines, cases)
-    data.write_atomic(folder / "report.html", page)
+    write_atomic(folder / "report.html", page)
 
 
 # ---- figures ----
@@ -868,7 +874,7 @@ def compare(arguments: argparse.Namespace) -> int:
                 times[turn, s] = time.perf_counter() - started
                 for i, item in enumerate(items if turn == 0 else ()):
                     outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
-                    scores[s].append(score(system, outcome))
+                    scores[s].append(score(outcome, system.tokenizer.encode))
                     shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
             spent += np.median(times, 0)
     if not scores[0]:
@@ -1042,7 +1048,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
                 if merged:
                     file.write(FORMS[form](outcome))
                 if outcome.reference:
-                    scores.append(score(system, outcome))
+                    scores.append(score(outcome, system.tokenizer.encode))
         except KeyboardInterrupt:
             code = 130
     if rank:
@@ -1052,7 +1058,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data
         write_pictures(Path(arguments.plot), system, dataset, [(i, names[i]) for i, _ in heard], arguments.plot_layer)
     lines = report_lines(scores) if scores else []
     if arguments.report:
-        write_report(Path(arguments.report), system, dataset, scores, lines)
+        write_report(Path(arguments.report), scores, lines,
+                     lambda index: alignment_picture(system, dataset, index))
     print(*lines, f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
           f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
           file=sys.stderr)

@@ -3757,7 +3757,7 @@ def scored(*pairs: tuple[str, str]) -> list[decode.Score]:
     system, encode = tiny_system(), tiny_system().tokenizer.encode
     tokens = lambda text: [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))]
     result = lambda text: decode.Result(text, 1.0, tokens(text), [])
-    return [decode.score(system, decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp)))
+    return [decode.score(decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp)), system.tokenizer.encode)
             for i, (ref, hyp) in enumerate(pairs)]
 
 
@@ -4606,7 +4606,8 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
     svg = plot.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
     pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
     result = lambda text: decode.Result(text, 1.0, [], [])
-    cases = [(decode.score(tiny_system(), decode.Outcome(0, key, 1.0, ref, result(hyp))), svg if key == hostile else "")
+    encode = tiny_system().tokenizer.encode
+    cases = [(decode.score(decode.Outcome(0, key, 1.0, ref, result(hyp)), encode), svg if key == hostile else "")
              for key, (ref, hyp) in pairs.items()]
     page = decode.report_html(hostile, [f"WER {hostile}", "甲"], cases)
     read = PageReader(page)
@@ -4632,15 +4633,16 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
     dataset = decode.open_inputs(system, paths, tmp_path)
     results = decode.transcribe(system, [dataset[i].feats for i in range(5)])
     missing = [2, 0, 9, 1, 4]
-    scores = [decode.score(system, decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result))
+    scores = [decode.score(decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result), system.tokenizer.encode)
               for i, (n, result) in enumerate(zip(missing, results))]
-    decode.write_report(tmp_path, system, dataset, scores, ["planted", "lines"])
+    picture = functools.partial(decode.alignment_picture, system, dataset)
+    decode.write_report(tmp_path, scores, ["planted", "lines"], picture)
     read = PageReader((tmp_path / "report.html").read_text())
     assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
     titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
     assert titles == [plot.fit(f"{paths[i]}: {results[i].text}", plot.WIDTH) for i in (2, 4, 0)]
     assert ("pre", "planted\nlines") in read.texts
-    decode.write_report(tmp_path, system, dataset, [], [])
+    decode.write_report(tmp_path, [], [], picture)
     assert "article" not in PageReader((tmp_path / "report.html").read_text()).tags
 
 
