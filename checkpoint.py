@@ -179,6 +179,9 @@ def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> int:
 
 # ---- a checkpoint, ready to recognise ----
 
+SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
+
+
 class System(NamedTuple):
     config: configs.Config
     tokenizer: Tokenizer | PieceTokenizer
@@ -190,9 +193,6 @@ class System(NamedTuple):
     segment_sec: tuple[float, float] = SEGMENT_SEC
     batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
     batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
-
-
-SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}

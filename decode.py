@@ -20,9 +20,7 @@ Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 import argparse
 import contextlib
 import datetime
-import html
 import itertools
-import json
 import math
 import os
 import signal
@@ -31,11 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from timeit import timeit
-from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -53,12 +49,12 @@ from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
 from baselines import NBest, SEARCHES, Search, ctc_scores, ranked
 from checkpoint import (PRECISIONS, PackedLinear, SEGMENT_SEC, System, build, export, export_directory, load_system,
                         runs_on)
-from data import RECORDINGS, write_atomic
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
 from model import Hypotheses, in_feature_frames
-from plot import alignment_svg, attention_svg, escape
-from tokenizer import (Counts, align, char_errors, count_errors, format_alignment, normalise_text, spoken_places,
-                       token_accuracy, word_errors)
+from plot import alignment_svg, attention_svg
+from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, join_words,
+                    log_confidence, mean_confidence, report_lines, score, write_report)
+from tokenizer import Counts, spoken_places
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
@@ -101,36 +97,6 @@ def with_search(system: System, search: Search) -> System:
 
 # ---- recognition ----
 
-class Token(NamedTuple):
-    token: str
-    id: int
-    confidence: float  # probability of this token, 0 to 1
-    start: float  # seconds from the start of the recording
-    end: float
-
-
-class Word(NamedTuple):
-    text: str
-    start: float
-    end: float
-    confidence: float  # geometric mean of its tokens' probabilities
-    spaced: bool = True  # a space stands between it and the word before it
-
-
-class Alternative(NamedTuple):
-    text: str
-    score: float  # by which they are ranked: higher is better, comparable within an utterance
-    confidence: float  # probability of the whole, to the power 1 / its tokens; 0 without tokens
-
-
-class Result(NamedTuple):
-    text: str
-    confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
-    tokens: list[Token]
-    words: list[Word]  # what spaces separate, and every ideograph
-    nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
-
-
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
     options, frame_sec = system.config.model, audio.frame_sec(system.config.data)
@@ -143,20 +109,6 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     spans = firing_spans(weights, len(spoken))
     whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # whole ms, cut as in FunASR, but not below 0
     return [(whole(a), whole(b)) for a, b in spans]
-
-
-def log_confidence(item: Token | Result) -> float:
-    return math.log(max(item.confidence, 5e-5))  # confidences are rounded to 4 digits
-
-
-def mean_confidence(tokens: Sequence[Token]) -> float:
-    """exp(mean log p), 0 without tokens."""
-    return round(math.exp(statistics.fmean(map(log_confidence, tokens))), 4) if tokens else 0.0
-
-
-def is_ideograph(text: str) -> bool:
-    """Whether text is one Han character or kana, which are written without spaces."""
-    return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
 
 
 def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
@@ -185,10 +137,6 @@ def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -
         start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, if not lossless
         words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
     return words
-
-
-def join_words(words: Sequence[Word]) -> str:
-    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
 
 
 def words_apart(system: System) -> bool:
@@ -341,17 +289,6 @@ def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> R
 
 # ---- many inputs ----
 
-class Outcome(NamedTuple):
-    """What became of one input."""
-
-    index: int  # its place among the inputs
-    key: str
-    seconds: float = 0.0
-    reference: str = ""  # its true text, "" where none is known
-    result: Result | None = None  # None: not recognised
-    reason: str = ""  # why not
-
-
 def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
     """The inputs at `indices`, in one batch; if the model fails on that, each alone, so that only the bad one fails."""
     items = [dataset[i] for i in indices]
@@ -428,88 +365,6 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
             yield from sorted(outcomes)
 
 
-# ---- forms ----
-
-def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
-    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
-    found: list[list[Word]] = []
-    for word in words:
-        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
-        if full or not found:
-            found.append([])
-        found[-1].append(word)
-    return found
-
-
-def timestamp(seconds: float, mark: str) -> str:
-    """00:00:01,234 with mark ',' (srt), 00:00:01.234 with '.' (vtt)."""
-    ms = round(seconds * 1000)
-    return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
-
-
-def subtitles(words: Sequence[Word], form: str) -> str:
-    """Numbered cues, times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
-    head, mark, spell = "", ",", join_words
-    if form == "vtt":
-        head, mark, spell = "WEBVTT\n\n", ".", lambda cue: html.escape(join_words(cue), quote=False)
-    return head + "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
-                          for i, cue in enumerate(cues(words), 1))
-
-
-def word_entry(word: Word) -> dict:
-    return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
-
-
-def json_row(outcome: Outcome) -> str:
-    result = outcome.result
-    row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
-           "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
-           "words": [word_entry(word) for word in result.words]}
-    if result.nbest:
-        row["nbest"] = [alternative._asdict() for alternative in result.nbest]
-    if outcome.reference:
-        row["reference"] = outcome.reference
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def tsv(outcome: Outcome) -> str:
-    """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
-    lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
-             for cue in cues(outcome.result.words)]
-    return "".join(["start\tend\ttext\n", *lines])
-
-
-def ctm(outcome: Outcome) -> str:
-    """A line of key, channel, begin, duration (seconds), word and confidence per word: NIST's."""
-    key = "_".join(outcome.key.split()) or "_"
-    return "".join(f"{key} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} {word.confidence:.4f}\n"
-                   for word in outcome.result.words)
-
-
-FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
-    "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
-    "srt": lambda outcome: subtitles(outcome.result.words, "srt"),
-    "vtt": lambda outcome: subtitles(outcome.result.words, "vtt"), "tsv": tsv, "ctm": ctm}
-
-
-def file_names(keys: Sequence[str]) -> list[str]:
-    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
-
-    Cut to 55 characters, at most 220 bytes: of the 255 that file systems take, number, suffix and .tmp need the rest.
-    """
-    names, numbers = [], {}  # numbers: the last one given to each name, as thousands of files may be called audio.wav
-    for key in keys:
-        last = Path(key)
-        stem = last.stem if last.suffix.lower() in RECORDINGS else last.name
-        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:55] or "_"
-        while name.lower() in numbers:
-            numbers[stem.lower()] += 1
-            name = f"{stem}-{numbers[stem.lower()]}"
-        numbers[name.lower()] = 1
-        names.append(name)
-    return names
-
-
 # ---- pictures ----
 
 def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | None:
@@ -567,132 +422,6 @@ def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Datas
     if without:
         print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
               file=sys.stderr)
-
-
-# ---- the report ----
-
-class Score(NamedTuple):
-    """One utterance against its reference."""
-
-    index: int  # its place among the inputs
-    key: str
-    reference: str
-    text: str
-    tokens: Counts
-    chars: Counts
-    words: Counts
-    units: Counts  # of readable_units
-
-    @property
-    def steps(self) -> list[tuple[str, str | None, str | None]]:
-        """The alignment for a reader: (op, reference's unit, recognised one), as `align` gives it."""
-        return align(readable_units(self.reference), readable_units(self.text))
-
-
-def readable_units(text: str) -> list[str]:
-    """The words of a text, an ideograph being a word: what is aligned for a reader."""
-    return "".join(f" {c} " if is_ideograph(c) else c for c in normalise_text(text)).split()
-
-
-def score(outcome: Outcome, encode: Callable[[str], list[int]]) -> Score:
-    """encode: the tokenizer's, so that tokens are compared as the model knows them."""
-    text, reference = outcome.result.text, outcome.reference
-    tokens = count_errors(encode(reference), [token.id for token in outcome.result.tokens])
-    units = count_errors(readable_units(reference), readable_units(text))
-    return Score(outcome.index, outcome.key, reference, text, tokens, char_errors(reference, text),
-                 word_errors(reference, text), units)
-
-
-def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
-    """The 95% interval of the error rate by bootstrap: 1,000 sets as large, drawn from the utterances with replacement.
-    Source: Bisani & Ney 2004, percentiles."""
-    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
-    rng = np.random.default_rng(0)
-    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
-    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
-    return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
-
-
-def error_figure(counts: Sequence[Counts]) -> str:
-    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
-    return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
-            f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
-
-
-def report_lines(scores: Sequence[Score]) -> list[str]:
-    """The error rates of one or more utterances, sums divided once, and their ten most frequent errors."""
-    tokens = sum((s.tokens for s in scores), Counts())
-    exact, right = sum(s.tokens.errors == 0 for s in scores), sum(s.chars.errors == 0 for s in scores)
-    confused = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in s.steps if op != "hit")
-    worst = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:10]
-    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
-            f"({len(scores)} utterances with a reference)",
-            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
-            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)",
-            *["most frequent confusions (*** is nothing):"] * bool(worst),
-            *(f"{times:6}  {ref or '***'} -> {hyp or '***'}" for (ref, hyp), times in worst)]
-
-
-# ---- report.html ----
-
-WORST = 50  # utterances of the page at most, about 30 kB each
-REPORT_STYLE = """
-:root{--ground:#fff;--ink:#222;--faint:#667;--line:#ddd;--sub:#ffedb8;--del:#ffd9d9;--ins:#d3efd9}
-@media(prefers-color-scheme:dark){:root{--ground:#1b1b1b;--ink:#ddd;--faint:#99a;--line:#444;--sub:#5c4a10;
---del:#6b2525;--ins:#1f5130;color-scheme:dark}}
-body{margin:0 auto;padding:0 1rem 3rem;max-width:66rem;background:var(--ground);color:var(--ink);overflow-wrap:anywhere;
-font:16px/1.6 sans-serif,"Noto Sans CJK SC","PingFang SC","Microsoft YaHei"}
-h1{font-size:1.4rem} h2{font-size:1.1rem;margin-top:2rem} h3{font-size:1rem;margin:0} p{margin:.2rem 0}
-small,summary{color:var(--faint);font-size:.85rem}
-article{border-top:1px solid var(--line);padding:.7rem 0} summary{cursor:pointer} details div{overflow-x:auto}
-pre{white-space:pre-wrap}
-del,ins{padding:0 .25em;border-radius:.2em} del{background:var(--del)} ins{background:var(--ins);text-decoration:none}
-span del,span ins{background:var(--sub)} h3,pre,del,ins,bdi{unicode-bidi:isolate}
-"""
-
-
-def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
-    """One step of an alignment: a deletion is struck out, an insertion green, a substitution both, on yellow."""
-    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
-    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
-            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
-
-
-def case_html(s: Score, svg: str) -> str:
-    """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
-    n = s.units
-    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
-                    for name, text in (("reference", s.reference), ("recognised", s.text)))
-    return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
-            f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in s.steps)}</p>"
-            f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
-            "</article>\n")
-
-
-def report_html(title: str, lines: Sequence[str], cases: Sequence[tuple[Score, str]]) -> str:
-    """A page that needs no other file: the lines of the summary, the utterances with their pictures."""
-    summary = escape("\n".join(lines))
-    safe = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{escape(title)}</title>'
-            f'<meta http-equiv="Content-Security-Policy" content="{safe}">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<style>{REPORT_STYLE}</style></head>\n<body><h1>{escape(title)}</h1><pre>{summary}</pre>\n"
-            f"<h2>The worst first: {len(cases)}</h2><p><small><span><del>replaced</del><ins>by</ins></span> "
-            "<del>missing</del> <ins>too many</ins></small></p>\n"
-            f"{''.join(case_html(*case) for case in cases)}</body></html>\n")
-
-
-def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str], picture: Callable[[int], str]) -> None:
-    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with picture(its index), an
-    SVG or ""."""
-    write_atomic(folder / "alignments.txt", "".join(
-        f"{s.key}: {s.units.errors} of {s.units.ref} ({s.units.sub} sub, {s.units.ins} ins, {s.units.del_} del)\n"
-        f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n" for s in scores))
-    write_atomic(folder / "summary.txt", "\n".join([*lines, ""]))
-    worst = sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]
-    cases = [(s, picture(s.index)) for s in worst]
-    page = report_html(f"{len(scores)} utterances and their references", lines, cases)
-    write_atomic(folder / "report.html", page)
 
 
 # ---- figures ----

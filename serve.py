@@ -61,7 +61,7 @@ import audio
 import decode
 from audio import frame_sec, frontend, normalise, read_header
 from checkpoint import PRECISIONS, System, load_system
-from decode import Result, cues, join_words, log_confidence, subtitles, word_entry
+from report import Result, cues, join_words, log_confidence, subtitles, word_entry
 
 MIB = 2 ** 20
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # request line and whole head in bytes; header lines

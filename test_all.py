@@ -59,6 +59,7 @@ import funasr
 import funasr_layers
 import model
 import plot
+import report
 import serve
 import tokenizer
 import train
@@ -3715,7 +3716,7 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
         assert [t.id for t in together[i].tokens] == [t.id for t in alone.tokens] and together[i].text == alone.text
         for a, b in zip(together[i].tokens, alone.tokens):
             assert (a.confidence, a.start, a.end) == pytest.approx((b.confidence, b.start, b.end), abs=2e-3)
-    assert together[1] == together[6] == decode.Result("", 0.0, [], []) and len(together[4].tokens) > 3
+    assert together[1] == together[6] == report.Result("", 0.0, [], []) and len(together[4].tokens) > 3
     assert decode.transcribe(system, []) == []
 
 
@@ -3752,29 +3753,29 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
 
 
-def scored(*pairs: tuple[str, str]) -> list[decode.Score]:
+def scored(*pairs: tuple[str, str]) -> list[report.Score]:
     """(reference, recognised) each -> their Scores."""
     system, encode = tiny_system(), tiny_system().tokenizer.encode
-    tokens = lambda text: [decode.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))]
-    result = lambda text: decode.Result(text, 1.0, tokens(text), [])
-    return [decode.score(decode.Outcome(i, f"u{i}", 1.0, ref, result(hyp)), system.tokenizer.encode)
+    tokens = lambda text: [report.Token(c, i, 1.0, 0, 0) for c, i in zip(text, encode(text))]
+    result = lambda text: report.Result(text, 1.0, tokens(text), [])
+    return [report.score(report.Outcome(i, f"u{i}", 1.0, ref, result(hyp)), system.tokenizer.encode)
             for i, (ref, hyp) in enumerate(pairs)]
 
 
 # C75
 def test_the_report_adds_errors_and_divides_once():
     scores, heading = scored(("ab cd", "ab"), ("a", "a"), ("b", "c d")), "most frequent confusions (*** is nothing):"
-    assert [re.sub("  95% interval .*", "", line) for line in decode.report_lines(scores)] == [
+    assert [re.sub("  95% interval .*", "", line) for line in report.report_lines(scores)] == [
         "token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
         "%WER 75.00 [ 3 / 4, 1 ins, 1 del, 1 sub ]", "%CER 85.71 [ 6 / 7, 2 ins, 3 del, 1 sub ]",
         "sentence accuracy 0.3333 (1 of 3 texts without an error)", heading,
         "     1  *** -> c", "     1  b -> d", "     1  cd -> ***"]
-    assert decode.report_lines(scores + scored(("b b", "d")))[4:] == [
+    assert report.report_lines(scores + scored(("b b", "d")))[4:] == [
         heading, "     2  b -> d", "     1  *** -> c", "     1  b -> ***", "     1  cd -> ***"]
-    assert len(decode.report_lines(scores[1:2])) == 4
+    assert len(report.report_lines(scores[1:2])) == 4
 
 
-def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[decode.Outcome]:
+def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[report.Outcome]:
     return decode.recognise(system, decode.open_inputs(system, [path], None), [0])
 
 
@@ -3807,10 +3808,10 @@ def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, r
     wrong = round(n * rate)
     counts = [Counts(10, 0, 0, 10)] * wrong + [Counts(0, 0, 0, 10)] * (n - wrong)
     half = 1.96 * math.sqrt(rate * (1 - rate) / n)
-    assert decode.bootstrap_interval(counts) == pytest.approx((rate - half, rate + half), abs=0.15 * half)
-    assert decode.bootstrap_interval(counts) == decode.bootstrap_interval(counts)
-    assert decode.bootstrap_interval([Counts(1, 0, 0, 4)] * 9) == (0.25, 0.25)
-    assert decode.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
+    assert report.bootstrap_interval(counts) == pytest.approx((rate - half, rate + half), abs=0.15 * half)
+    assert report.bootstrap_interval(counts) == report.bootstrap_interval(counts)
+    assert report.bootstrap_interval([Counts(1, 0, 0, 4)] * 9) == (0.25, 0.25)
+    assert report.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
 
 
 # C32 C34
@@ -3853,7 +3854,7 @@ def test_bad_decoding_arguments_exit_with_2(arguments):
 
 # ---- decode: words and forms ----
 
-def planted_words(symbols, tokenizer, lossless: bool = True) -> decode.Result:
+def planted_words(symbols, tokenizer, lossless: bool = True) -> report.Result:
     """What read_result makes of symbols that last a second each, with probabilities 1, 1/2, 1/3, ..."""
     ids = torch.tensor([[tokenizer.symbols.index(symbol) for symbol in symbols]])
     n = len(symbols)
@@ -3892,43 +3893,43 @@ def test_a_mark_that_funasr_gives_no_time_has_its_own():
 
 # C71
 def test_cues_end_before_seven_seconds_or_84_characters():
-    words = [decode.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
-    assert [len(cue) for cue in decode.cues(words)] == [7, 7, 6]         # the 8th would end 7.5 s after the first
-    fast = [decode.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
-    assert [len(cue) for cue in decode.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
-    assert [len(cue) for cue in decode.cues([decode.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
-    assert decode.cues([]) == []
-    tagged = decode.subtitles([decode.Word("<unk>", 0.0, 3661.0, 1.0)], "vtt")
+    words = [report.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
+    assert [len(cue) for cue in report.cues(words)] == [7, 7, 6]         # the 8th would end 7.5 s after the first
+    fast = [report.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
+    assert [len(cue) for cue in report.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
+    assert [len(cue) for cue in report.cues([report.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
+    assert report.cues([]) == []
+    tagged = report.subtitles([report.Word("<unk>", 0.0, 3661.0, 1.0)], "vtt")
     assert tagged == "WEBVTT\n\n1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 
 # C33 C71
 def test_every_form_is_written_as_its_readers_want_it():
-    words = [decode.Word("one", 0.1, 0.4, 0.5), decode.Word("<two>", 3661.0, 3661.5, 0.8)]
-    nbest = (decode.Alternative("one <two>", -0.1, 0.6), decode.Alternative("one", -0.2, 0.5))
-    outcome = decode.Outcome(0, "a b", 3662.0, "", decode.Result("one <two>", 0.6, [], words, nbest))
-    written = {name: form(outcome) for name, form in decode.FORMS.items()}
+    words = [report.Word("one", 0.1, 0.4, 0.5), report.Word("<two>", 3661.0, 3661.5, 0.8)]
+    nbest = (report.Alternative("one <two>", -0.1, 0.6), report.Alternative("one", -0.2, 0.5))
+    outcome = report.Outcome(0, "a b", 3662.0, "", report.Result("one <two>", 0.6, [], words, nbest))
+    written = {name: form(outcome) for name, form in report.FORMS.items()}
     assert json.loads(written.pop("json")) == {
         "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0, "tokens": [],
         "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
         "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
                   {"text": "one", "score": -0.2, "confidence": 0.5}]}
-    assert json.loads(decode.FORMS["json"](outcome._replace(reference="one too")))["reference"] == "one too"
+    assert json.loads(report.FORMS["json"](outcome._replace(reference="one too")))["reference"] == "one too"
     assert written == {
         "txt": "one <two>\n", "tsv": "start\tend\ttext\n100\t400\tone\n3661000\t3661500\t<two>\n",
         "srt": "1\n00:00:00,100 --> 00:00:00,400\none\n\n2\n01:01:01,000 --> 01:01:01,500\n<two>\n\n",
         "vtt": "WEBVTT\n\n1\n00:00:00.100 --> 00:00:00.400\none\n\n"
                "2\n01:01:01.000 --> 01:01:01.500\n&lt;two&gt;\n\n",
         "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
-    assert decode.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
+    assert report.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
 
 
 # C73
 def test_file_names_are_safe_and_never_the_same():
     keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
-    assert decode.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 55, "a-2-2"]
-    assert decode.file_names(["\U00020000" * 60, "\U00020000" * 61]) == ["\U00020000" * 55, "\U00020000" * 55 + "-2"]
-    assert decode.file_names([f"{i}/audio.wav" for i in range(50000)])[-1] == "audio-50000"  # not quadratic: 0.4 s
+    assert report.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 55, "a-2-2"]
+    assert report.file_names(["\U00020000" * 60, "\U00020000" * 61]) == ["\U00020000" * 55, "\U00020000" * 55 + "-2"]
+    assert report.file_names([f"{i}/audio.wav" for i in range(50000)])[-1] == "audio-50000"  # not quadratic: 0.4 s
 
 
 # ---- decode: inputs and outputs ----
@@ -3987,7 +3988,7 @@ def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path
 
 
 # C73
-@pytest.mark.parametrize("form", list(decode.FORMS))
+@pytest.mark.parametrize("form", list(report.FORMS))
 def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsys, form):
     out = tmp_path / "out"
     (tmp_path / "sub").mkdir()
@@ -3995,7 +3996,7 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsy
     code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
     outcomes = [outcome for file in files for outcome in recognised(tiny_system(), file)]
     written = {path.name: path.read_text() for path in out.iterdir()}
-    parts = [decode.FORMS[form](outcome) for outcome in outcomes]
+    parts = [report.FORMS[form](outcome) for outcome in outcomes]
     assert code == 0 and [text for _, text in texts] == [outcome.result.text for outcome in outcomes]
     assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
                        {f"a.{form}": parts[0], f"a-2.{form}": parts[1]})
@@ -4061,8 +4062,8 @@ def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_pat
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
     everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
     monkeypatch.setattr(decode, "WINDOW", 3)
-    monkeypatch.setitem(decode.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
-                        or decode.json_row(outcome))
+    monkeypatch.setitem(report.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
+                        or report.json_row(outcome))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before
     assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
     assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
@@ -4401,7 +4402,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
         assert [t.id for t in part.tokens] == [t.id for t in alone.tokens]
         shift = [t._replace(start=t.start + piece.start_sec, end=t.end + piece.start_sec) for t in alone.tokens]
         if tokens and shift and " " not in (tokens[-1].token, shift[0].token):
-            tokens.append(decode.Token(" ", 4, 1.0, tokens[-1].end, shift[0].start))
+            tokens.append(report.Token(" ", 4, 1.0, tokens[-1].end, shift[0].start))
         tokens, log_probs = tokens + shift, log_probs + [math.log(t.confidence) for t in alone.tokens]
     whole = decode.transcribe_recording(system._replace(segment_sec=(0.5, 3.0)), path)
     assert whole.text == "".join(t.token for t in whole.tokens) and len(whole.tokens) > 40
@@ -4424,7 +4425,7 @@ def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
     speller = funasr.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
     found = decode.join_results(tiny_system()._replace(tokenizer=speller), parts)
-    assert found.text == wanted and decode.join_words(found.words) == wanted.strip()
+    assert found.text == wanted and report.join_words(found.words) == wanted.strip()
     said = [token._replace(start=token.start + start, end=token.end + start) for start, part in parts
             for token in part.tokens]
     added = [token for token in found.tokens if token not in said]
@@ -4605,11 +4606,11 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
     hostile = "<script src='http://x/'>&\"]]>--></article>"
     svg = plot.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
     pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
-    result = lambda text: decode.Result(text, 1.0, [], [])
+    result = lambda text: report.Result(text, 1.0, [], [])
     encode = tiny_system().tokenizer.encode
-    cases = [(decode.score(decode.Outcome(0, key, 1.0, ref, result(hyp)), encode), svg if key == hostile else "")
+    cases = [(report.score(report.Outcome(0, key, 1.0, ref, result(hyp)), encode), svg if key == hostile else "")
              for key, (ref, hyp) in pairs.items()]
-    page = decode.report_html(hostile, [f"WER {hostile}", "甲"], cases)
+    page = report.report_html(hostile, [f"WER {hostile}", "甲"], cases)
     read = PageReader(page)
     assert not read.open and read.tags["script"] == 0 and read.tags["article"] == 3 and read.tags["svg"] == 3
     texts = lambda tag: [text for name, text in read.texts if name == tag]
@@ -4628,21 +4629,21 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
 # C98
 def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
     """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
-    monkeypatch.setattr(decode, "WORST", 3)
+    monkeypatch.setattr(report, "WORST", 3)
     system, paths = tiny_system(), [spoken(tmp_path / f"{i}.wav", 0.3 + 0.1 * i) for i in range(5)]
     dataset = decode.open_inputs(system, paths, tmp_path)
     results = decode.transcribe(system, [dataset[i].feats for i in range(5)])
     missing = [2, 0, 9, 1, 4]
-    scores = [decode.score(decode.Outcome(i, paths[i], 1.0, result.text + "好" * n, result), system.tokenizer.encode)
+    scores = [report.score(report.Outcome(i, paths[i], 1.0, result.text + "好" * n, result), system.tokenizer.encode)
               for i, (n, result) in enumerate(zip(missing, results))]
     picture = functools.partial(decode.alignment_picture, system, dataset)
-    decode.write_report(tmp_path, scores, ["planted", "lines"], picture)
+    report.write_report(tmp_path, scores, ["planted", "lines"], picture)
     read = PageReader((tmp_path / "report.html").read_text())
     assert [text for tag, text in read.texts if tag == "h3"] == [paths[i] for i in (2, 4, 0)]
     titles = [text for tag, text in read.texts if tag == "text" and "wav:" in text]
     assert titles == [plot.fit(f"{paths[i]}: {results[i].text}", plot.WIDTH) for i in (2, 4, 0)]
     assert ("pre", "planted\nlines") in read.texts
-    decode.write_report(tmp_path, [], [], picture)
+    report.write_report(tmp_path, [], [], picture)
     assert "article" not in PageReader((tmp_path / "report.html").read_text()).tags
 
 
@@ -6004,7 +6005,7 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
         seen.append([len(x) for x in feats])
         if 13 in seen[-1]:
             raise RuntimeError("poison")
-        return [serve.Recognition(decode.Result(str(len(x)), 1.0, [], []), []) for x in feats]
+        return [serve.Recognition(report.Result(str(len(x)), 1.0, [], []), []) for x in feats]
 
     now = time.monotonic()
     batcher = serve.Batcher(infer, serve_options(), serve.Metrics())
@@ -6039,15 +6040,15 @@ def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
 
 # ---- serve.py: formats ----
 
-SPOKEN = [decode.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
+SPOKEN = [report.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
-SPOKEN_WORDS = [decode.Word(t.token[1:], t.start, t.end, t.confidence) for t in SPOKEN]
+SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in SPOKEN]
 
 
 # C57
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
-        result = decode.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
+        result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
         chosen = serve.parse_openai_form({"language": "en"}) | changes
         return serve.openai_response(result, 62.0, **chosen).body.decode()
 
@@ -6078,7 +6079,7 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
     verbose = serve.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
     body = json.loads(serve.openai_response(found, 9.0, **verbose).body)
-    assert body["words"] == [decode.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
+    assert body["words"] == [report.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
 
 # C53
