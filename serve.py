@@ -187,7 +187,7 @@ class Connection(socketserver.BaseRequestHandler):
                 sent = True
         self.server.note(head, response, response.status if sent else 499)
         if sent and unread:
-            self.read_away(DRAIN_SEC if status != 408 else 0.5)     # 408: a client that is slow already
+            self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
         return sent and not close
 
