@@ -742,12 +742,13 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: 
 
 
 class Job:
-    """A piece of an utterance in the queue. Times are monotonic; `gone` asks whether its client has hung up."""
+    """A piece of an utterance in the queue; pieces of one have the same `utterance`. Times are monotonic; `gone` asks
+    whether its client has hung up; `outcome` will be what the model makes of the piece."""
 
-    def __init__(self, feats: Tensor, utterance: Utterance, now: float, deadline: float, gone: Callable[[], bool]):
+    def __init__(self, feats: Tensor, utterance: object, now: float, deadline: float, gone: Callable[[], bool]):
         self.feats, self.utterance, self.queued, self.deadline, self.gone = feats, utterance, now, deadline, gone
         self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
-        self.outcome: Future[Recognition] = Future()
+        self.outcome: Future = Future()
 
 
 def num_utterances(jobs: Sequence[Job]) -> int:
@@ -758,8 +759,8 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 class Batcher:
     """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model."""
 
-    def __init__(self, infer: "Callable[[list[Tensor]], list[Recognition]]", options: argparse.Namespace,
-                 metrics: "Metrics", slack: int = 0):
+    def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics",
+                 slack: int = 0):
         self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
