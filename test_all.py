@@ -50,6 +50,7 @@ from torch import nn
 import attention
 import audio
 import baselines
+import batcher
 import checkpoint
 import config
 import corpora
@@ -63,6 +64,7 @@ import report
 import serve
 import tokenizer
 import train
+import web
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
                        TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
                        padding_mask, sinusoids)
@@ -5870,7 +5872,7 @@ def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
     rng = np.random.default_rng(5)
     for slack in [0, 12] * 30:
         lengths = rng.integers(1, 40, rng.integers(1, 9)).tolist()
-        chosen = serve.choose_batch(lengths, 4, 90, slack)
+        chosen = batcher.choose_batch(lengths, 4, 90, slack)
 
         def allowed(group) -> bool:
             sizes = [lengths[i] for i in group]
@@ -5910,7 +5912,7 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches(slack):
     rng, cost = np.random.default_rng(6), lambda lengths: 6.0 + 0.017 * max(lengths) * len(lengths)
     waiting, now, waits = [(0.0, int(n)) for n in rng.integers(10, 261, 16)], 0.0, []
     while len(waits) < 3000:
-        chosen = serve.choose_batch([n for _, n in waiting], 16, 20000, slack)
+        chosen = batcher.choose_batch([n for _, n in waiting], 16, 20000, slack)
         now += cost([waiting[i][1] for i in chosen])
         waits += [now - waiting[i][0] for i in chosen]
         waiting = [one for i, one in enumerate(waiting) if i not in chosen]
@@ -5918,13 +5920,13 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches(slack):
     assert max(waits) < 3 * cost([260] * 16) and 3000 / now > 1.3 / cost([135])
 
 
-def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> serve.Job:
-    return serve.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, gone)
+def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> batcher.Job:
+    return batcher.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, gone)
 
 
 # C55
 def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_alone():
-    batcher = serve.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), serve.Metrics())
+    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), batcher.Metrics())
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
     end = batcher.answered
     batcher.submit([job(10, end - 0.1)])                    # who waited meanwhile does not go before one is back
@@ -5947,7 +5949,7 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
 
 # C55
 def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_waits_for_nobody():
-    batcher = serve.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), serve.Metrics())
+    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), batcher.Metrics())
     threading.Thread(target=batcher.run, daemon=True).start()
     with batcher.preparing():       # somebody else arrives all the while
         batcher.submit([job(10, time.monotonic())])
@@ -5962,7 +5964,7 @@ def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_wa
 
 # C55
 def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
-    batcher = serve.Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), serve.Metrics())
+    batcher = batcher.Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), batcher.Metrics())
     assert batcher.poll(0.0) == ([], None)
     first, second = job(10, 0.0), job(10, 0.001)
     batcher.submit([first])
@@ -5987,7 +5989,7 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
 
 
 def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
-    batcher = serve.Batcher(lambda feats: [None] * len(feats), serve_options(), serve.Metrics())
+    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(), batcher.Metrics())
     threading.Thread(target=batcher.run, daemon=True).start()
     broken, sound = job(10, 0.0, gone=lambda: 1 / 0), job(10, 0.0)
     for one in (broken, sound):
@@ -6008,7 +6010,7 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
         return [serve.Recognition(report.Result(str(len(x)), 1.0, [], []), []) for x in feats]
 
     now = time.monotonic()
-    batcher = serve.Batcher(infer, serve_options(), serve.Metrics())
+    batcher = batcher.Batcher(infer, serve_options(), batcher.Metrics())
     jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, gone=lambda: True), job(13, now), job(14, now)]
     batcher.run_batch(jobs)
     assert seen == [[10, 13, 14], [10], [13], [14]]
@@ -6020,9 +6022,9 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
 
 # C56
 def test_queue_takes_all_of_a_request_or_none():
-    batcher = serve.Batcher(None, serve_options(max_queue=3), serve.Metrics())
+    batcher = batcher.Batcher(None, serve_options(max_queue=3), batcher.Metrics())
     batcher.submit([job(1, 0.0), job(1, 0.0)])
-    with pytest.raises(serve.Refusal) as refused:
+    with pytest.raises(web.Refusal) as refused:
         batcher.submit([job(1, 0.0), job(1, 0.0)])
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
 
@@ -6367,7 +6369,7 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
     text = exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()
     assert text.endswith("\n") and "/secret" not in text
     kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
-    assert set(serve.HELP) == set(kinds)
+    assert set(batcher.HELP) == set(kinds)
     samples = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -6419,8 +6421,8 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
         server.parser.submit(time.sleep, 0.6)
         found = exchange(server, late)  # its deadline counts from the request, not from its parsing
         assert check_error(*found) == (504, "deadline_exceeded")
-        with pytest.raises(serve.Gone):  # and what nobody waits for is not even parsed
-            serve.enqueue(server, serve.unread_head(), b"{", time.monotonic(), lambda: True)
+        with pytest.raises(web.Gone):  # and what nobody waits for is not even parsed
+            serve.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
 
 
 def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
@@ -6438,7 +6440,7 @@ def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(some, range(size)))
         time.sleep(0.5)
-        return threading.active_count(), len(os.listdir("/proc/self/fd")), serve.resident_bytes()
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), batcher.resident_bytes()
 
     sizes = (300, 1700) if os.environ.get("SLOW") else (60, 240)
     threads, files, memory = burst(sizes[0])

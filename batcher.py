@@ -1,0 +1,251 @@
+"""One queue, one model, batches of like lengths; and metrics of it all.
+
+The batching rule takes the time as an argument. Needs numpy, torch and web.py.
+Source: Prometheus text format 0.0.4.
+"""
+import argparse
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from web import Gone, Refusal
+
+
+# ---- batching ----
+
+RATIO = 1.5         # longest to shortest of a batch: above it, a large model's padding costs more than the batch saves
+
+
+def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: int = 0) -> list[int]:
+    """The next batch of those that wait -> its indices in `lengths` (frames, oldest first), always with the oldest.
+
+    It is the largest set of like lengths around the oldest: the longest at most RATIO times the shortest, or `slack`
+    frames above it (pass_worth); at most max_size utterances and max_frames padded frames (a longer one goes alone).
+    Nobody starves, as everybody becomes the oldest. Where a pass costs more than the padding it saves, few large
+    batches answer the slowest client sooner, though many small ones would do somewhat less work.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    oldest, best = order.index(0), [0]
+    for low in range(max(0, oldest - max_size + 1), oldest + 1):
+        shortest, high = lengths[order[low]], low
+        longest = max(RATIO * shortest, shortest + slack)
+        while (high < len(order) and high - low < max_size and lengths[order[high]] <= longest
+               and (high - low + 1) * lengths[order[high]] <= max_frames):
+            high += 1
+        if high > oldest and high - low > len(best):
+            best = order[low:high]
+    return best
+
+
+class Job:
+    """A piece of an utterance in the queue; pieces of one have the same `utterance`. Times are monotonic; `gone` asks
+    whether its client has hung up; `outcome` will be what the model makes of the piece."""
+
+    def __init__(self, feats: Tensor, utterance: object, now: float, deadline: float, gone: Callable[[], bool]):
+        self.feats, self.utterance, self.queued, self.deadline, self.gone = feats, utterance, now, deadline, gone
+        self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
+        self.outcome: Future = Future()
+
+
+def num_utterances(jobs: Sequence[Job]) -> int:
+    """How many utterances the jobs belong to: the pieces of one count once."""
+    return len({id(job.utterance) for job in jobs})
+
+
+class Batcher:
+    """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model."""
+
+    def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics",
+                 slack: int = 0):
+        self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
+        self.waiting: list[Job] = []        # oldest first
+        self.arriving = 0                   # requests that are being parsed
+        self.expected, self.answered = 0, -math.inf     # utterances of the last batch less those since; its end
+        self.padded = self.padding = 0      # frames run so far with padding, and those that were padding
+        self.changed = threading.Condition()        # guards waiting, arriving, back and answered
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Held around parsing and `submit`: the next batch waits a little for the requests in here."""
+        with self.changed:
+            self.arriving += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.arriving -= 1
+                if self.waiting and not self.arriving:
+                    self.changed.notify()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue all of them, or none: Refusal 429."""
+        with self.changed:
+            waiting, more = num_utterances(self.waiting), num_utterances(jobs)
+            if waiting + more > self.options.max_queue:
+                message = (f"{waiting} utterances wait and this request brings {more}, at most "
+                           f"{self.options.max_queue} may wait; send it again later")
+                raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
+            self.waiting += jobs
+            self.expected -= more
+            if not waiting or len(self.waiting) >= self.options.max_batch_size:
+                self.changed.notify()       # only then: waking `run` while it must wait takes the GIL from the parsers
+
+    def poll(self, now: float) -> tuple[list[Job], float | None]:
+        """The batch to run at `now`, or [] and the seconds to wait for more (None: until `changed`). Needs the lock.
+
+        It waits only while a request is being parsed, or a client of the last batch may be back (many ask again at
+        once); while fewer than max_batch_size jobs wait; and until max_wait_ms have passed since the newest job or
+        the last answer, whichever came later, or eight times that since the oldest job.
+        """
+        if not self.waiting:
+            return [], None
+        wait = self.options.max_wait_ms / 1e3
+        first, last = self.waiting[0].queued, max(self.waiting[-1].queued, self.answered)
+        patience = min(last + wait, first + 8 * wait) - now
+        returning = self.expected > 0 and first < self.answered + wait
+        if (self.arriving or returning) and len(self.waiting) < self.options.max_batch_size and patience > 0:
+            return [], patience
+        chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
+                              self.options.max_batch_frames, self.slack)
+        batch = [self.waiting[i] for i in chosen]
+        self.waiting = [job for i, job in enumerate(self.waiting) if i not in chosen]
+        return batch, 0.0
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                batch, wait = self.poll(time.monotonic())
+                if not batch:
+                    self.changed.wait(wait)
+            try:
+                self.run_batch(batch)
+            except Exception as error:      # of any kind: the only inference thread must survive
+                for job in batch:
+                    if not job.outcome.done():
+                        job.outcome.set_exception(error)
+            del batch           # else its features stay in memory until the next one
+
+    def run_batch(self, batch: Sequence[Job]) -> None:
+        """Drop late and gone jobs, run the rest; if that fails, each alone, so that none can harm another."""
+        now, kept = time.monotonic(), []
+        for job in batch:
+            stale = deadline_passed() if now >= job.deadline else Gone() if job.gone() else None
+            if stale:
+                job.outcome.set_exception(stale)
+            else:
+                kept.append(job)
+        if not kept:
+            return
+        try:
+            found = self.infer([job.feats for job in kept])
+        except Exception as error:
+            if len(kept) == 1:
+                kept[0].outcome.set_exception(error)
+            else:
+                for job in kept:
+                    self.run_batch([job])
+            return
+        seconds = time.monotonic() - now
+        self.measure(kept, now, seconds)
+        with self.changed:
+            unanswered = {job.gone for job in self.waiting}     # by request: those with other jobs that wait
+            self.expected = num_utterances([job for job in kept if job.gone not in unanswered])
+            self.answered = now + seconds
+        for job, recognition in zip(kept, found):
+            job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
+            job.outcome.set_result(recognition)
+
+    def measure(self, jobs: Sequence[Job], now: float, seconds: float) -> None:
+        lengths = [len(job.feats) for job in jobs]
+        self.metrics.observe("asr_batch_size", len(jobs))
+        self.metrics.observe("asr_inference_seconds", seconds)
+        self.padded += max(lengths) * len(jobs)
+        self.padding += max(lengths) * len(jobs) - sum(lengths)
+        for job in jobs:
+            self.metrics.observe("asr_queue_seconds", now - job.queued)
+
+
+def deadline_passed() -> Refusal:
+    return Refusal(504, "deadline_exceeded", "the answer was not ready within the deadline of the request",
+                   headers=[("x-should-retry", "false")])
+
+
+# ---- metrics ----
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+HISTOGRAMS = {"asr_request_duration_seconds": SECONDS, "asr_queue_seconds": SECONDS, "asr_inference_seconds": SECONDS,
+              "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64)}
+HELP = {"asr_requests_total": "answers by route and status; 499: the client left",
+        "asr_request_duration_seconds": "from the end of a request's header to its answer",
+        "asr_queue_seconds": "from the queue to the model", "asr_inference_seconds": "of one forward pass",
+        "asr_batch_size": "utterances in one forward pass", "asr_audio_seconds_total": "seconds of speech recognised",
+        "asr_tokens_total": "tokens recognised", "asr_rejected_total": "refused for load, time or shutdown",
+        "asr_batch_padding_ratio": "share of padding in all frames run so far",
+        "asr_queue_depth": "utterances that wait", "asr_inflight_requests": "complete requests without an answer",
+        "asr_connections": "open connections",
+        "process_resident_memory_bytes": "memory", "process_start_time_seconds": "since 1970"}
+REASONS = {429: "queue_full", 503: "draining", 504: "deadline_exceeded", 408: "request_timeout", 413: "too_large"}
+
+
+def sample(name: str, labels: str, value: str) -> str:
+    """A line of Prometheus' text format; labels: 'a="1",b="2"', or "" for none."""
+    return f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
+
+
+class Metrics:
+    """Counters and histograms, by name and labels, under one lock that is never held for long."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.sums: dict[str, dict[str, float]] = {name: {} for name in HELP}
+        self.sums["asr_audio_seconds_total"][""] = self.sums["asr_tokens_total"][""] = 0
+        # each list: a count per bucket, the count above the last bound, the sum of the values
+        self.histograms: dict[str, dict[str, list[float]]] = {name: {} for name in HISTOGRAMS}
+
+    def add(self, name: str, labels: str = "", amount: float = 1) -> None:
+        with self.lock:
+            self.sums[name][labels] = self.sums[name].get(labels, 0) + amount
+
+    def observe(self, name: str, value: float, labels: str = "") -> None:
+        bounds = HISTOGRAMS[name]
+        with self.lock:
+            row = self.histograms[name].setdefault(labels, [0] * (len(bounds) + 2))
+            row[sum(bound < value for bound in bounds)] += 1
+            row[-1] += value
+
+    def count_request(self, route: str, status: int, seconds: float) -> None:
+        self.add("asr_requests_total", f'route="{route}",status="{status}"')
+        self.observe("asr_request_duration_seconds", seconds, f'route="{route}"')
+        if status in REASONS:
+            self.add("asr_rejected_total", f'reason="{REASONS[status]}"')
+
+    def text(self, gauges: dict[str, float]) -> str:
+        """Everything in Prometheus' text format 0.0.4."""
+        lines = []
+        with self.lock:
+            for name, meaning in HELP.items():
+                kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
+                lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+                sums = {"": gauges[name]} if name in gauges else self.sums[name]
+                lines += [sample(name, labels, f"{value:.17g}") for labels, value in sums.items()]
+                for labels, row in self.histograms.get(name, {}).items():
+                    totals = np.cumsum(row[:-1])
+                    lines += [sample(f"{name}_bucket", labels + "," * bool(labels) + f'le="{bound}"', f"{total:.0f}")
+                              for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
+                    lines += [sample(f"{name}_sum", labels, f"{row[-1]:.10g}"),
+                              sample(f"{name}_count", labels, f"{totals[-1]:.0f}")]
+        return "\n".join(lines) + "\n"
+
+
+def resident_bytes() -> int:
+    """Memory of this process in bytes; 0 where there is no /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0

@@ -1,0 +1,469 @@
+"""HTTP/1.1 on a socket: connections with deadlines, requests parsed strictly, forms, error objects, a log.
+
+The file follows a request: what is answered, its connection (one thread each), its head, a body that is a form. Parsers
+are functions from bytes to values. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline,
+no limit on the size of a header, and answers errors in HTML. What is served is up to a subclass of `Door`.
+
+Needs the standard library only and imports nothing of ours, so it can be copied alone.
+Sources: RFC 9110 and 9112 (HTTP), 2046 and 7578 (forms); the error object of OpenAI's API.
+"""
+import argparse
+import contextlib
+import json
+import queue
+import re
+import select
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from http.server import ThreadingHTTPServer
+from typing import Any, NamedTuple
+
+MIB = 2 ** 20
+MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # request line and whole head in bytes; header lines
+MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; the header of a part in bytes
+MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # bytes of a refused body to discard, so that the answer arrives
+
+
+class Refusal(Exception):
+    """An answer other than 2xx: the error object of OpenAI's API. Messages name what was found and what is allowed."""
+
+    KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None,
+                 headers: Sequence[tuple[str, str]] = ()):
+        super().__init__(message)
+        self.status, self.code, self.param, self.headers = status, code, param, tuple(headers)
+
+    def response(self, beside: dict[str, Any] | None = None) -> "Response":
+        kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
+        return json_response({**(beside or {}), "error": error}, self.status, self.headers)
+
+
+class Gone(Exception):
+    """The client has disconnected: there is nobody to answer."""
+
+
+class Head(NamedTuple):
+    id: str                         # of the request: the client's X-Request-Id if it is safe to echo, else a new one
+    started: float                  # monotonic seconds at which the whole head had arrived
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]         # lower-case names
+    length: int | None              # Content-Length: bytes of the body
+    close: bool                     # close after the answer: the client asks for it, or the head could not be read
+
+
+class Response(NamedTuple):
+    status: int
+    media_type: str
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    note: str = ""                  # for the log
+
+
+def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
+    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return Response(status, "application/json", body, tuple(headers))
+
+
+def unread_head() -> Head:
+    """A placeholder for a head that could not be read, or was not: its answer needs a request id as well."""
+    return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, True)
+
+
+def to_bytes(head: Head, response: Response, close: bool) -> bytes:
+    """The answer to `head` as sent: status line, headers and, except to HEAD, the body."""
+    lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {head.id}",
+             f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
+             "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
+    if response.status != 204:
+        lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
+    lines += [f"{name}: {value}" for name, value in response.headers]
+    lines += ["Connection: close"] if close else []
+    body = b"" if head.method == "HEAD" else response.body
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+# ---- the connection: the life of a request ----
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection on its own thread. Every wait for the client has an absolute deadline, whatever trickles in.
+
+    server.phases holds its state: idle (between requests), reading (a request has begun), busy (it has come whole).
+    """
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.buffer = bytearray()       # received and not parsed yet
+
+    def handle(self) -> None:
+        while self.serve_one():
+            pass
+
+    def serve_one(self) -> bool:
+        """Read a request, admit it, read its body, answer it -> whether the connection stays open for another."""
+        head, body, unread = unread_head(), b"", True
+        try:
+            block = self.read_head()
+            if block is None:
+                return False
+            head = parse_head(block)
+            unread = bool(head.length) or "transfer-encoding" in head.headers
+            self.server.admit(head)
+            if head.method == "POST":
+                body, unread = self.read_body(head), False
+            self.server.phases[self.request] = "busy"
+            response = self.server.answer(head, body, self.hung_up)
+        except Refusal as refusal:
+            response = refusal.response()
+        except (Gone, ConnectionError):
+            response = Response(499, "", b"")       # nginx's code for a client that closed; logged, never sent
+        except Exception:
+            self.server.log(f"{head.id} {traceback.format_exc()}")
+            bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
+            response = bug.response()
+        return self.finish_one(head, response, unread)
+
+    def finish_one(self, head: Head, response: Response, unread: bool) -> bool:
+        """Write, count and log the answer -> whether the connection stays open; never with a body left unread."""
+        close = head.close or unread or self.server.draining.is_set()
+        sent = False
+        if response.status != 499:
+            cors = cors_headers(head, self.server.options.cors_origin, self.server.allowed(head))
+            response = response._replace(headers=response.headers + cors)
+            with contextlib.suppress(OSError):
+                self.request.settimeout(self.server.options.write_timeout)      # of the whole sendall
+                # one write: a second one could wait for the client's delayed ACK
+                self.request.sendall(to_bytes(head, response, close))
+                sent = True
+        self.server.note(head, response, response.status if sent else 499)
+        if sent and unread:
+            self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
+        self.server.phases[self.request] = "idle"
+        return sent and not close
+
+    def read_some(self, deadline: float) -> bytes:
+        """The next bytes; b"" when the client sends no more. Raises TimeoutError at `deadline` (monotonic seconds)."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self.request.settimeout(remaining)
+        return self.request.recv(262144)
+
+    def receive(self, deadline: float, what: str) -> bytes:
+        """The next bytes of a request, never b"". Raises Refusal if the client is late or sends no more."""
+        try:
+            piece = self.read_some(deadline)
+        except TimeoutError:
+            raise Refusal(408, "request_timeout", f"{what} did not come whole in time") from None
+        if not piece:
+            raise draining() if self.server.draining.is_set() else bad_framing(f"the connection ended within {what}")
+        return piece
+
+    def read_head(self) -> bytes | None:
+        """The request line and header lines, without the empty line that ends them; None if no request begins."""
+        begun, deadline = False, time.monotonic() + self.server.options.idle_timeout
+        while True:
+            self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
+            if self.buffer and not begun:
+                begun, deadline = True, time.monotonic() + self.server.options.header_timeout
+                self.server.phases[self.request] = "reading"
+            end = self.buffer.find(b"\r\n\r\n")
+            check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
+            if end >= 0:
+                block = bytes(self.buffer[:end])
+                del self.buffer[:end + 4]
+                return block
+            try:
+                self.buffer += self.receive(deadline, "the header")
+            except (Refusal, ConnectionError):
+                if begun:
+                    raise
+                return None         # idle for too long, or gone: no request
+
+    def read_body(self, head: Head) -> bytes:
+        """The body, exactly head.length bytes."""
+        deadline = time.monotonic() + self.server.options.body_timeout
+        if len(self.buffer) < head.length and head.headers.get("expect", "").lower() == "100-continue":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while len(self.buffer) < head.length:
+            self.buffer += self.receive(deadline, f"the body of {head.length} bytes")
+        body = bytes(memoryview(self.buffer)[:head.length])
+        del self.buffer[:head.length]
+        return body
+
+    def read_away(self, seconds: float) -> None:
+        """Discard what comes, within bounds: closing with bytes unread sends a TCP reset, and the answer is lost."""
+        deadline, left = time.monotonic() + seconds, MAX_DRAIN
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_WR)
+            while left > 0 and (piece := self.read_some(deadline)):
+                left -= len(piece)
+
+    def hung_up(self) -> bool:
+        """Whether the client has closed its side; parser and inference threads ask before they work on the request."""
+        try:
+            poll = select.poll()
+            poll.register(self.request, select.POLLIN)
+            return bool(poll.poll(0)) and not self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except (OSError, ValueError):
+            return True
+
+
+class Door(ThreadingHTTPServer):
+    """The open connections, at most options.max_connections of them. A subclass says what is behind it: `admit`,
+    `answer`, `allowed` and `note`."""
+
+    request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
+
+    def __init__(self, options: argparse.Namespace, log: Callable[[str], None]):
+        self.options, self.log, self.draining = options, log, threading.Event()
+        self.phases: dict[socket.socket, str] = {}                  # by open connection: idle, reading or busy
+        self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
+        self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        super().__init__((options.host, options.port), Connection)
+
+    def admit(self, head: Head) -> None:
+        """Check all that can be checked before the body is read. Raises Refusal."""
+        raise NotImplementedError
+
+    def answer(self, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+        """A whole, admitted request -> its answer; gone() asks whether its client has left. Raises Refusal or Gone."""
+        raise NotImplementedError
+
+    def allowed(self, head: Head) -> str:
+        """The methods of the path, as the header Allow has them."""
+        raise NotImplementedError
+
+    def note(self, head: Head | None, response: Response, status: int) -> None:
+        """Count and log an answer; status is 499 where it could not be sent, head None where no request was read."""
+        raise NotImplementedError
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)    # HTTPServer's also resolves the host's name, which can take seconds
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        if len(self.phases) >= self.options.max_connections:
+            self.refuse(request)
+            return
+        self.phases[request] = "idle"
+        super().process_request(request, client_address)
+
+    def refuse(self, request: socket.socket) -> None:
+        """Answer 503 without a thread, and leave the client a second to read it (service_actions then closes)."""
+        message = f"{self.options.max_connections} connections are open, which is the most"
+        response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
+        self.note(None, response, response.status)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(to_bytes(unread_head(), response, close=True))
+            request.shutdown(socket.SHUT_WR)
+        self.refused.append((time.monotonic() + 1.0, request))
+
+    def service_actions(self) -> None:
+        while self.refused and (self.refused[0][0] < time.monotonic() or len(self.refused) > 256):
+            self.refused.pop(0)[1].close()
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.phases.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: socket.socket, client_address: Any) -> None:
+        self.log(traceback.format_exc())
+
+    def cut(self, phases: Sequence[str]) -> None:
+        """End the connections in these phases: their reads return b"" from now on."""
+        for request, phase in list(self.phases.items()):
+            with contextlib.suppress(OSError):
+                if phase in phases:
+                    request.shutdown(socket.SHUT_RD)
+
+
+# ---- the head of a request ----
+
+REQUEST_LINE = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+) ([!-~]+) (HTTP/1\.[01])")
+HEADER_LINE = re.compile(rb"([A-Za-z0-9!#$%&'*+.^_`|~-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
+def bad_framing(message: str) -> Refusal:
+    return Refusal(400, "bad_framing", message)
+
+
+def check_head_size(block: bytes) -> None:
+    """Refuse a head (or what has come of it) that is too large or has bare line feeds. Raises Refusal."""
+    if len(block[:MAX_LINE + 2].split(b"\r\n", 1)[0]) > MAX_LINE:
+        raise Refusal(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes")
+    if len(block) > MAX_HEAD or block.count(b"\r\n") > MAX_HEADERS + 1:
+        raise Refusal(431, "headers_too_large", f"wanted at most {MAX_HEAD} bytes and {MAX_HEADERS} lines of header")
+    if block.count(b"\n") != block.count(b"\r\n"):
+        raise bad_framing("lines of the header must end in CR LF")
+
+
+def parse_head(block: bytes) -> Head:
+    """Request line and header lines -> Head. Strict: what two parsers could read differently raises Refusal 400.
+
+    Source: RFC 9112. Transfer-Encoding is never decoded: alone it gets 411 (in `admit`), with Content-Length 400.
+    """
+    first, *lines = block.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(first)
+    if not match:
+        raise bad_framing("wanted a request line like 'GET /health HTTP/1.1'")
+    method, target, version = (group.decode() for group in match.groups())
+    headers: dict[str, str] = {}
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise bad_framing("a header line is not 'Name: value'")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
+        if name in headers and name in ("content-length", "transfer-encoding", "host", "content-type", "authorization"):
+            raise bad_framing(f"header {name} stands twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if version == "HTTP/1.1" and "host" not in headers:
+        raise bad_framing("HTTP/1.1 needs a Host header")
+    if version == "HTTP/1.0":
+        headers.pop("expect", None)     # to be ignored: HTTP/1.0 has no 100 Continue (RFC 9110, 10.1.1)
+    path, query = parse_target(target)
+    close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
+    client_id = headers.get("x-request-id", "")
+    id = client_id if re.fullmatch("[A-Za-z0-9._-]{1,64}", client_id) else uuid.uuid4().hex
+    return Head(id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
+
+
+def parse_length(headers: dict[str, str]) -> int | None:
+    text = headers.get("content-length")
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]+", text):
+        raise bad_framing("Content-Length must be one number in digits")
+    if "transfer-encoding" in headers:
+        raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
+    return int(text.lstrip("0")[:19] or 0)      # 19 exceed any limit; int() raises on 4301
+
+
+def parse_target(target: str) -> tuple[str, dict[str, str]]:
+    """/path?name=value&... (or an absolute URI, as sent to a proxy) -> decoded path, query (a name's last value)."""
+    target = re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE)
+    path, _, query = target.partition("?")
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        return urllib.parse.unquote(path, errors="strict") or "/", dict(pairs)
+    except ValueError:
+        raise bad_framing("the URI is not UTF-8, or its query has more than 100 fields") from None
+
+
+def media_type(head: Head) -> str:
+    return head.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def draining() -> Refusal:
+    return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
+
+
+def cors_headers(head: Head, origins: Sequence[str], allowed: str) -> tuple[tuple[str, str], ...]:
+    """CORS headers for pages of these origins; none without any. allowed: the methods of the path."""
+    origin = head.headers.get("origin")
+    found = [("Vary", "Origin")] if origins else []
+    if origin in origins:
+        found += [("Access-Control-Allow-Origin", origin),
+                  ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
+        if head.method == "OPTIONS":
+            found += [("Access-Control-Allow-Methods", allowed),
+                      ("Access-Control-Max-Age", "600"),
+                      ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
+    return tuple(found)
+
+
+# ---- forms ----
+
+DISPOSITION = re.compile(r"^content-disposition[ \t]*:[ \t]*form-data[ \t]*(;.*)$", re.IGNORECASE | re.MULTILINE)
+PARAMETER = re.compile(r';\s*([\w*]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')        # name, quoted or bare value
+
+
+def bad_form(message: str) -> Refusal:
+    return Refusal(400, "invalid_multipart", f"multipart: {message}")
+
+
+def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
+
+    The body is split as bytes, whatever is in it; file names are never used.
+    """
+    match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
+    if not match:
+        raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
+    delimiter, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
+    _, *pieces = (b"\r\n" + body).split(delimiter, MAX_PARTS + 1)        # the preamble before the first is ignored
+    for piece in pieces:
+        if piece.startswith(b"--"):
+            return parts
+        head, blank, content = piece.partition(b"\r\n\r\n")
+        line, _, head = head.partition(b"\r\n")
+        complete = blank or head.endswith(b"\r\n")     # an empty part may share its last CR LF with the boundary
+        if line.strip(b" \t") or not complete or len(head) > MAX_PART_HEAD:
+            raise bad_form(f"a boundary line is broken, or a part's header does not end within {MAX_PART_HEAD} bytes")
+        match = DISPOSITION.search(head.decode("utf-8", "replace"))
+        pairs = PARAMETER.findall(match[1]) if match else []
+        values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
+        if not values.get("name"):
+            raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
+        parts.append((values["name"], bool(values.keys() & {"filename", "filename*"}), content))
+    raise bad_form(f"wanted at most {MAX_PARTS} parts and the closing boundary, as in Content-Type, got {len(parts)} "
+                   "parts and no closing one")
+
+
+def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
+    """A form with one part "file" -> its content, and the fields: a text each, or a list of texts for names in "[]".
+
+    Files under other names are ignored. Raises Refusal 400.
+    """
+    files, fields = [], {}
+    for name, is_file, content in parse_multipart(body, content_type):
+        if is_file:
+            files += [content] if name == "file" else []
+            continue
+        if name == "file":
+            raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            raise bad_form("a field is not UTF-8") from None
+        fields[name] = [*fields.get(name, []), text] if name.endswith("[]") else text
+    if len(files) != 1:
+        raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
+    return files[0], fields
+
+
+def parse_flag(name: str, value: Any) -> bool:
+    """A JSON boolean, or true, false, 1 or 0 as text in any case; None and "" are false. Raises Refusal 400."""
+    text = "" if value is None else str(value).lower()
+    if text not in ("true", "1", "false", "0", ""):
+        raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
+    return text in ("true", "1")
+
+
+# ---- the log ----
+
+def start_log() -> Callable[[str], None]:
+    """A function whose own thread writes each line to standard error; above 1000 unwritten ones lines are dropped."""
+    lines: queue.Queue[str] = queue.Queue(1000)
+
+    def write() -> None:
+        while True:
+            print(lines.get(), file=sys.stderr, flush=True)
+
+    def log(line: str) -> None:
+        with contextlib.suppress(queue.Full):
+            lines.put_nowait(line)
+
+    threading.Thread(target=write, daemon=True, name="log").start()
+    return log
