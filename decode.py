@@ -9,12 +9,11 @@
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
-    python decode.py --benchmark a.pt b.pt          a table of their speed and errors, greedily and by beam
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
 Reading order: load_system, search, transcribe, long recordings, many inputs; that is recognition, and a first reading
-may end there. Then come forms of a result (serving needs no more), pictures, the report, exports, figures, main.
+may end there. Then come forms of a result (serving needs no more), pictures, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 """
 import argparse
@@ -24,14 +23,11 @@ import itertools
 import math
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from timeit import timeit
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -40,21 +36,19 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import audio
-import config as configs
 import data
-from audio import Segment, feature_dim, frame_sec, frontend, normalise, segments
+from audio import Segment, frame_sec, frontend, segments
 from baselines import NBest, SEARCHES, Search, ctc_scores, ranked
-from checkpoint import (PRECISIONS, PackedLinear, SEGMENT_SEC, System, build, export, export_directory, load_system,
-                        runs_on)
+from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg
-from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, join_words,
+from report import (Alternative, FORMS, Outcome, Result, Token, Word, file_names, is_ideograph, join_words,
                     log_confidence, mean_confidence, report_lines, score, write_report)
-from tokenizer import Counts, spoken_places
+from tokenizer import spoken_places
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
@@ -424,197 +418,6 @@ def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Datas
               file=sys.stderr)
 
 
-# ---- figures ----
-
-MEASURE = """
-import re, sys, time, torch
-in_mb = lambda field: int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-torch.set_num_threads(int(sys.argv[4]))
-torch_mb, started = in_mb("VmRSS"), time.perf_counter()
-import data, decode
-system = decode.load_system(sys.argv[1], "cpu", sys.argv[2], sys.argv[3] == "laid out")
-loaded = time.perf_counter()
-audio = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
-decode.transcribe(system, [data.frontend(audio, 16000, system.config.data, system.stats)])
-print(f"{sys.argv[2]:9}{sys.argv[3]:11}{loaded - started:8.2f}{time.perf_counter() - loaded:10.2f}"
-      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}")
-"""
-LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
-LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds of each
-TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
-RUNS = 3  # of what is compared batch by batch, of which the median is its time
-
-
-def benchmark(arguments: argparse.Namespace) -> int:
-    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
-    to recognise, beside the matrix products that it cannot do without, and for batches of mixed lengths."""
-    here = Path(__file__).resolve().parent
-    config = configs.load(str(here / "configs/paraformer_large.yaml"))
-    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
-    torch.manual_seed(0)
-    model = build(config.model, feature_dim(config.data), len(symbols))
-    stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
-    system = System(config, PieceTokenizer(symbols, None), stats, model)
-    with tempfile.TemporaryDirectory() as folder:
-        export_directory(system, Path(folder))
-        print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
-              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
-              "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
-              "precision  weights   to load   to text        MB    peak", flush=True)
-        layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
-        for layout in layouts:
-            command = [sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())]
-            if subprocess.run(command, cwd=here).returncode:
-                raise ValueError(f"--benchmark: the process that measures {' '.join(layout)} has failed")
-        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
-        time_loads(systems)
-        time_batches(systems["float32", "laid out"]._replace(**batch_options(arguments)))
-        time_busy(systems["float32", "laid out"])
-    return 0
-
-
-def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
-    """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
-    times = [[timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
-    return np.array(times[1:]).T
-
-
-def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
-    """A call that does all matrix products of the model's linear layers, for so many frames and tokens; its GFLOP."""
-    linears = [(layer, frames if name.startswith("encoder") or name.endswith("key_value") else tokens)
-               for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, PackedLinear))
-               and name.startswith(("encoder", "decoder"))]
-    inputs = {(rows, layer.in_features): torch.randn(1, rows, layer.in_features) for layer, rows in linears}
-    count = sum(2e-9 * rows * layer.in_features * layer.out_features for layer, rows in linears)
-
-    def run() -> None:
-        for layer, rows in linears:  # no output is kept: 140 MB of fresh memory would be measured as well
-            layer(inputs[rows, layer.in_features])
-    return run, count
-
-
-@torch.inference_mode()
-def time_loads(systems: dict[tuple[str, str], System]) -> None:
-    """Print the time of each system for each of LOADS, and what share of it the fastest products alone take."""
-    print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
-          "batch  audio  precision  weights   front end  model                      text  real time    limit")
-    system, packed = systems["float32", "mapped"], systems["float32", "laid out"]
-    for B, seconds in LOADS:
-        audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
-        front = lambda: [frontend(x, 16000, system.config.data, system.stats) for x in audio]
-        feats = front()
-        found = decode_batch(system, feats)
-        text = lambda: [read_result(system, found, i) for i in range(B)]
-        sizes = B * len(feats[0]), found.tokens.numel()
-        (plain, count), (laid_out, _) = products(system.model, *sizes), products(packed.model, *sizes)
-        runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
-        ms = 1000 * time_turns(TIMINGS, front, text, plain, laid_out, *runs)
-        front_ms, text_ms, plain_ms, laid_out_ms, *_ = np.median(ms, 1)
-        limit = min(plain_ms, laid_out_ms)
-        print(f"{B:5}{seconds:5} s  products of {count:.0f} GFLOP: {1000 * count / plain_ms:.0f} GFLOP/s mapped, "
-              f"{1000 * count / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
-        for layout, model_ms in zip(systems, ms[4:]):
-            middle, extent = np.median(model_ms), f"({model_ms.min():.0f} to {model_ms.max():.0f})"
-            share = (middle + front_ms + text_ms) / (10 * B * seconds)
-            print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
-                  f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
-
-
-@torch.inference_mode()
-def time_batches(system: System) -> None:
-    """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
-    print()
-    for longest in (20, 4):
-        feats = [torch.randn(int(seconds / frame_sec(system.config.data)), system.stats.shape[1])
-                 for seconds in np.geomspace(1, longest, 48)]
-        lengths = np.array([len(x) for x in feats])
-        batches, = plan_batches(lengths, *batch_limits(system))
-        times = time_turns(RUNS, lambda: [decode_batch(system, [x]) for x in feats],
-                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches])
-        single, together = np.median(times, 1)
-        padded = sum(len(rows) * lengths[rows].max() for rows in batches)
-        print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
-              f"s, {single / together:.2f} x as fast, {100 - 100 * lengths.sum() / padded:.1f}% padding", flush=True)
-
-
-@torch.inference_mode()
-def time_busy(system: System) -> None:
-    """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
-    feats = [torch.randn(167, system.stats.shape[1])]  # frames of 60 ms
-    idle = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        beside = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
-    finally:
-        busy.kill()
-        busy.wait()
-    print(f"10 s of audio beside a process that keeps one core busy: {beside:.2f} s, {beside / idle:.2f} x the time")
-
-
-COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
-
-
-def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
-    """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
-    system = greedy_system(arguments, path)
-    search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
-    return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
-
-
-def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
-    """Distances in encoder frames of the inner token boundaries that a model fired, of `edges` (n+1,), from the true
-    ones: (n-1,); (0,) if those are unknown, the number of tokens is wrong, or the model does not fire."""
-    true, fires = item.boundaries, system.config.model.name == "paraformer"
-    if not fires or true is None or len(true) != len(edges):
-        return torch.zeros(0)
-    return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
-
-
-def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
-    words, chars, tokens = (sum(part, Counts()) for part in zip(*((s.words, s.chars, s.tokens) for s in scores)))
-    length, shift = (tokens.ref + tokens.ins - tokens.del_) / len(scores), torch.cat(list(shifts))
-    return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
-            f"{length:7.2f} {f'{shift.median():.2f}' if len(shift) else '-':>10}  {name}")
-
-
-def compare(arguments: argparse.Namespace) -> int:
-    """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
-
-    Timed is what makes Hypotheses of normalised features; all take turns at each batch, RUNS times.
-    """
-    paths = [path for path in arguments.inputs if path.endswith(".pt")]
-    systems = {name: one for path in paths or [arguments.ckpt] for name, one in both_searches(arguments, path).items()}
-    first = next(iter(systems.values()))
-    unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
-    spent, scores, shifts = np.zeros(len(systems)), [[] for _ in systems], [[] for _ in systems]
-    with tempfile.TemporaryDirectory() as scratch:
-        others = [path for path in arguments.inputs if path not in paths]
-        dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
-        lengths = dataset.lengths()[:arguments.limit or None]
-        for batch in itertools.chain.from_iterable(plan_batches(lengths, *batch_limits(first))):
-            items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
-            if not items:
-                continue
-            times = np.zeros((RUNS, len(systems)))
-            for turn, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
-                feats = [normalise(item.feats, system.stats.cpu()) for item in items]
-                started = time.perf_counter()
-                found = decode_batch(system, feats)
-                times[turn, s] = time.perf_counter() - started
-                for i, item in enumerate(items if turn == 0 else ()):
-                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
-                    scores[s].append(score(outcome, system.tokenizer.encode))
-                    shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
-            spent += np.median(times, 0)
-    if not scores[0]:
-        raise ValueError("--benchmark: wanted utterances with frames and a text, got none")
-    print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
-          f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
-          "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
-    print(*map(figures_row, systems, spent, [spent[0]] * len(spent), scores, shifts), sep="\n")
-    return 0
-
-
 # ---- main ----
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -639,9 +442,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
     add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some seconds at the "
         "start of a large model, for about a tenth of the time from then on")
-    add("--benchmark", action="store_true", help="print speed and errors of the checkpoints (.pt) in INPUT, searching "
-        "greedily and by beam, on the rest of INPUT or the first one's own data; without INPUT, how one of "
-        "configs/paraformer_large.yaml with random weights loads and runs")
     numbers = {"limit": (0, "only the first so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
                "plot-layer": (0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last"),
                "batch-size": (16, "utterances, or segments of a long recording, in a batch"),
@@ -680,12 +480,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
             (arguments.export, "--export writes the weights as they are", ("prepack",)),
             (arguments.export and arguments.dtype == "int8", "--export writes the weights as they are", ("dtype",)),
             (arguments.export and not arguments.inputs, "--export recognises nothing without INPUT",
-             ("output", "report", "plot", "batch_size", "batch_seconds", *recognising)),
-            (arguments.benchmark, "--benchmark prints a table only", ("output", "report", "plot", "export")),
-            (arguments.benchmark and not arguments.inputs, "--benchmark without INPUT has weights of its own",
-             ("ckpt", "device", "dtype", "prepack", *recognising)),
-            (arguments.benchmark and any(path.endswith(".pt") for path in arguments.inputs),
-             "--benchmark takes the checkpoints in INPUT", ("ckpt",))):
+             ("output", "report", "plot", "batch_size", "batch_seconds", *recognising))):
         given = [name.replace("_", "-") for name in names if getattr(arguments, name) != parser.get_default(name)]
         if idle and given:
             parser.error(f"{why}; leave out --{', --'.join(given)}")
@@ -825,8 +620,6 @@ def main(argv: Sequence[str]) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        if arguments.benchmark:
-            return compare(arguments) if arguments.inputs else benchmark(arguments)
         return load_and_run(arguments)
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)

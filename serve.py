@@ -4,11 +4,10 @@
     curl -H "Content-Type: audio/wav" --data-binary @a.wav http://localhost:8000/transcribe?alignment=true
     curl -F file=@a.wav -F response_format=srt http://localhost:8000/v1/audio/transcriptions     (OpenAI's)
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
-    python serve.py --benchmark            overhead, throughput and latency of this machine
 
 The file follows a request: its connection (one thread each), its head, its body parsed to features (on a parser
 thread), the queue and the one inference thread that owns the model, the answer, the routes, the metrics; then come the
-command line and the benchmark; the page is page.html. Parsers are functions from bytes to values; the batching rule
+command line; the page is page.html. Parsers are functions from bytes to values; the batching rule
 takes the time as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
 size of a header, and answers errors in HTML.
 
@@ -19,7 +18,6 @@ import argparse
 import contextlib
 import ctypes
 import hmac
-import http.client
 import io
 import itertools
 import json
@@ -28,13 +26,12 @@ import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from timeit import repeat, timeit
@@ -608,7 +605,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name, (default, meaning) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
     add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
-    add("--benchmark", action="store_true", help="measure a server of this checkpoint on a free port and stop")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port must be 0 to 65535, got {arguments.port}")
@@ -711,111 +707,10 @@ def run(options: argparse.Namespace) -> NoReturn:
 def main(argv: Sequence[str]) -> int:
     options = parse_arguments(argv)
     try:
-        return benchmark(options) if options.benchmark else run(options)
+        run(options)
     except (ValueError, OSError, OverflowError) as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return 2
-
-
-# ---- benchmark ----
-
-@contextlib.contextmanager
-def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """A server in a process of its own -> its port, and the seconds from its start until it listened."""
-    started = time.perf_counter()
-    names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
-    command = [sys.executable, __file__, "--port=0", *given, *["--prepack"] * options.prepack]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
-    try:
-        output = ""
-        while not (match := re.search(r"http://[^:]+:(\d+)", output)):
-            line = process.stderr.readline()
-            if not line:
-                raise ValueError(f"the server did not start: {output.strip()}")
-            output += line
-        ready = time.perf_counter() - started
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield int(match[1]), ready
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies over `clients` kept connections -> seconds in all, and (ms, the answer's timing) of each body."""
-    def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
-        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
-        for body in mine:
-            started = time.perf_counter()
-            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            answered, spent = reply.read(), (time.perf_counter() - started) * 1e3
-            if reply.status != 200:
-                raise ValueError(f"wanted 200, got {reply.status} {answered[:200]!r}")
-            found.append((spent, json.loads(answered)["timing"]))
-        connection.close()
-        return found
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        found = [one for each in pool.map(work, [bodies[i::clients] for i in range(clients)]) for one in each]
-    return time.perf_counter() - started, found
-
-
-ASK_HEALTH = """
-import http.client, sys, time
-connection, times = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1])), []
-for _ in range(200):
-    started = time.perf_counter()
-    connection.request("GET", "/health")
-    connection.getresponse().read()
-    times.append(1e3 * (time.perf_counter() - started))
-    time.sleep(0.02)
-print(*times)
-"""
-ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's first takes longer and is its only one
-
-
-def benchmark(options: argparse.Namespace) -> int:
-    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
-    tune(system, options)
-    mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
-
-    def body(frames: int) -> bytes:
-        feats = mean + rng.standard_normal((frames, len(mean)))
-        return json.dumps({"features": feats.round(4).tolist()}).encode()
-
-    bodies = {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
-    largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
-    importing = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=3))
-    rounds: dict[tuple[str, int], list] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
-    batches: list[float] = []
-    with running(options) as (port, ready):
-        time_clients(port, bodies["mixed"][:32], 4)
-        until = time.monotonic() + ROUNDS_SEC
-        while not batches or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
-            batches.append(timeit(lambda: recognise(system, largest), number=1))
-            for (kind, clients), found in rounds.items():
-                found.append(time_clients(port, bodies[kind], clients))
-        asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
-        while asker.poll() is None:
-            time_clients(port, bodies["mixed"], 16)
-    health = sorted(map(float, asker.stdout.read().split())) or [math.nan]      # nan: it failed, and has said why
-    overhead = statistics.median(ms - timing["infer_ms"] for _, found in rounds["equal", 1] for ms, timing in found)
-    crowd = sorted(ms for _, found in rounds["mixed", 16] for ms, _ in found)
-    p99, full = crowd[int(0.99 * len(crowd))], 1e3 * statistics.median(batches)
-    print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
-    print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 3; 100 frames, JSON)")
-    for kind, asked in (("mixed", 1.3), ("equal", 2.0)):
-        one, many = (160 / statistics.median(seconds for seconds, _ in rounds[kind, clients]) for clients in (1, 16))
-        print(f"throughput, {kind} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
-              f"{asked}; medians of {len(batches)} rounds)")
-    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
-    print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
-          f"median (at most 50; {len(health)} asked)")
-    return 0
 
 
 if __name__ == "__main__":

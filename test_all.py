@@ -51,6 +51,7 @@ import attention
 import audio
 import baselines
 import batcher
+import bench
 import checkpoint
 import config
 import corpora
@@ -69,6 +70,7 @@ from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHead
                        TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
                        padding_mask, sinusoids)
 from checkpoint import build, read_checkpoint
+from batcher import Batcher, Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
@@ -3026,7 +3028,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
 @pytest.mark.parametrize("arguments", [
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
     ["a.yaml", "--average", "2"], ["--resume", "a", "--average", "0"], ["a.yaml", "--overfit", "-1"],
-    ["a.yaml", "--dry-run", "--runs", "b"], ["--resume", "a", "--runs", "runs"], ["a.yaml", "--dry-run", "--benchmark"],
+    ["a.yaml", "--dry-run", "--runs", "b"], ["--resume", "a", "--runs", "runs"], ["a.yaml", "--dry-run", "--average", "2"],
     ["--resume", "a", "--average", "2", "--runs", "b"], ["--resume="]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
@@ -3621,9 +3623,9 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
 # C112
 def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):
     """With two planted times, as three processes that import torch would take longer than the rest."""
-    monkeypatch.setattr(train, "first_step_sec", lambda options, folder: 7.0)
+    monkeypatch.setattr(bench, "first_step_sec", lambda options, folder: 7.0)
     monkeypatch.setattr(subprocess, "run", lambda command: time.sleep(0.1))
-    assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--benchmark"]) == 0
+    assert bench.main(["train", tiny_yaml(tmp_path / "tiny.yaml")]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     rows = [re.match(r"(.*?)\s+([\d.]+) ?(x|%|s)\s+[<>][= ]+([\d.]+)", line).groups() for line in lines]
     assert head.split() == ["figure", "measured", "asked"]
@@ -3841,13 +3843,11 @@ def misfit(path: Path) -> None:
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
-    ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"], ["--benchmark", "--plot=x"],
-    ["--benchmark", "--report=x"],
+    ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"],
     ["--max-segment-sec=1.9"], ["--min-segment-sec=0.09"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
     ["--threads=99999999999999999999"], ["--batch-seconds=1e308"],
     ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
-    ["--benchmark", "--dtype=int8"], ["--benchmark", "--ckpt=x"], ["--benchmark", "--beam=2"],
-    ["--benchmark", "x.pt", "--ckpt=y"], ["--export=x", "--nbest=3"], ["--export=x", "--batch-size=3"]])
+    ["--export=x", "--nbest=3"], ["--export=x", "--batch-size=3"]])
 def test_bad_decoding_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         decode.main(arguments)
@@ -4554,10 +4554,10 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
         return Hypotheses(padded, ints(*map(len, tokens)), torch.zeros(padded.shape), edges, torch.zeros(9, 4), [], [])
 
     assert len(known) == 9
-    monkeypatch.setattr(decode, "decode_batch", planted)
-    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(bench, "decode_batch", planted)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     paths = [saved(system, tmp_path / f"{i}.pt") for i, system in enumerate(systems)]
-    assert decode.main(["--benchmark", *paths, "--batch-size=1", "--batch-seconds=1e6", "--device=cpu"]) == 0
+    assert bench.main(["decode", *paths, "--batch-size=1", "--batch-seconds=1e6", "--device=cpu"]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
     n = sum(len(item.tokens) for item in known.values())
     assert head.startswith(f"9 utterances of {n / 9:.2f} tokens, batches of 1, cpu, ")
@@ -4571,12 +4571,20 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
 def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked_for(ckpt, tmp_path, capsys):
     wav = spoken(tmp_path / "a.wav", 0.7)
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}, {"audio": wav}])
-    assert decode.main(["--benchmark", ckpt, str(manifest), "--nbest=3"]) == 0
+    assert bench.main(["decode", ckpt, str(manifest), "--nbest=3"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
     for what in ([wav], [str(manifest), "--min-segment-sec=0.1", "--max-segment-sec=0.6"]):  # longer ones are cut
-        assert decode.main(["--benchmark", ckpt, *what]) == 2
+        assert bench.main(["decode", ckpt, *what]) == 2
         assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [
+    ["decode", "--plot=x"], ["decode", "--report=x"], ["decode", "--dtype=int8"], ["decode", "--ckpt=x"],
+    ["decode", "--beam=2"], ["decode", "x.pt", "--ckpt=y"], ["decode", "x.pt", "--output=y"], ["train"]])
+def test_measuring_refuses_what_has_no_effect_on_it(arguments, capsys):
+    assert bench.main(arguments) == 2
+    assert re.fullmatch(r"bench\.py: .*wanted .*\n", capsys.readouterr().err)
 
 
 # ---- decode: report.html ----
@@ -5260,10 +5268,10 @@ def test_the_benchmark_has_the_threads_and_the_batches_that_are_asked_for(monkey
     monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command)
                         or SimpleNamespace(returncode=0))
     for name in ("time_loads", "time_busy", "decode_batch"):
-        monkeypatch.setattr(decode, name, lambda *_: None)
+        monkeypatch.setattr(bench, name, lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", None)  # nobody asks for a number
-    assert decode.main(["--benchmark", option]) == 0
+    assert bench.main(["decode", option]) == 0
     out = capsys.readouterr().out
     assert ", 3 threads\n" in out and {command[-1] for command in commands} == {"3"}
     assert re.findall(r", in (\d+) batches .*, ([\d.]+)% padding$", out, re.M) == [("48", "0.0")] * 2
@@ -5272,11 +5280,11 @@ def test_the_benchmark_has_the_threads_and_the_batches_that_are_asked_for(monkey
 @slow
 def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch, capfd):
     shrink_benchmark(monkeypatch)
-    monkeypatch.setattr(decode, "LOADS", ((1, 2), (2, 2)))
-    monkeypatch.setattr(decode, "TIMINGS", 2)
-    assert decode.main(["--benchmark", "--threads=1"]) == 0
+    monkeypatch.setattr(bench, "LOADS", ((1, 2), (2, 2)))
+    monkeypatch.setattr(bench, "TIMINGS", 2)
+    assert bench.main(["decode", "--threads=1"]) == 0
     text = capfd.readouterr().out
-    layouts = [" +".join(layout) for layout in decode.LAYOUTS if checkpoint.runs_on(layout[0], torch.device("cpu"))]
+    layouts = [" +".join(layout) for layout in bench.LAYOUTS if checkpoint.runs_on(layout[0], torch.device("cpu"))]
     for layout in layouts:
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
@@ -5926,7 +5934,7 @@ def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> b
 
 # C55
 def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_alone():
-    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), batcher.Metrics())
+    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), Metrics())
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
     end = batcher.answered
     batcher.submit([job(10, end - 0.1)])                    # who waited meanwhile does not go before one is back
@@ -5949,7 +5957,7 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
 
 # C55
 def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_waits_for_nobody():
-    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), batcher.Metrics())
+    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), Metrics())
     threading.Thread(target=batcher.run, daemon=True).start()
     with batcher.preparing():       # somebody else arrives all the while
         batcher.submit([job(10, time.monotonic())])
@@ -5964,7 +5972,7 @@ def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_wa
 
 # C55
 def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
-    batcher = batcher.Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), batcher.Metrics())
+    batcher = Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), Metrics())
     assert batcher.poll(0.0) == ([], None)
     first, second = job(10, 0.0), job(10, 0.001)
     batcher.submit([first])
@@ -5989,7 +5997,7 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
 
 
 def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
-    batcher = batcher.Batcher(lambda feats: [None] * len(feats), serve_options(), batcher.Metrics())
+    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(), Metrics())
     threading.Thread(target=batcher.run, daemon=True).start()
     broken, sound = job(10, 0.0, gone=lambda: 1 / 0), job(10, 0.0)
     for one in (broken, sound):
@@ -6010,7 +6018,7 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
         return [serve.Recognition(report.Result(str(len(x)), 1.0, [], []), []) for x in feats]
 
     now = time.monotonic()
-    batcher = batcher.Batcher(infer, serve_options(), batcher.Metrics())
+    batcher = Batcher(infer, serve_options(), Metrics())
     jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, gone=lambda: True), job(13, now), job(14, now)]
     batcher.run_batch(jobs)
     assert seen == [[10, 13, 14], [10], [13], [14]]
@@ -6022,7 +6030,7 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
 
 # C56
 def test_queue_takes_all_of_a_request_or_none():
-    batcher = batcher.Batcher(None, serve_options(max_queue=3), batcher.Metrics())
+    batcher = Batcher(None, serve_options(max_queue=3), Metrics())
     batcher.submit([job(1, 0.0), job(1, 0.0)])
     with pytest.raises(web.Refusal) as refused:
         batcher.submit([job(1, 0.0), job(1, 0.0)])
@@ -6643,7 +6651,8 @@ def test_masks_and_features_have_one_source(name):
     """Nobody else calls what the front end is made of, or draws triangles for masks."""
     called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
               if isinstance(node, ast.Call)}
-    assert name == "audio" or not called & {"fbank", "lfr", "resample", "mel_matrix"}
+    assert name == "audio" or not called & {"fbank", "lfr", "mel_matrix"}
+    assert name in ("audio", "data", "corpora") or "resample" not in called
     assert name == "attention" or not called & {"tril", "triu"}
 
 

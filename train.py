@@ -2,12 +2,11 @@
 
 Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
 evaluation, a run and its files (metrics, curves), what is trained and its checkpoints, the loop, starting and
-going on, the dry run, the benchmark, main.
+going on, the dry run, main.
 Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
     python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
-    python train.py CONFIG --benchmark      the loop against a plain one, and what loading and checkpoints cost
 
     torchrun --nproc_per_node=2 train.py CONFIG     the same run in two processes (gloo on CPUs, nccl on GPUs)
 
@@ -25,7 +24,6 @@ import contextlib
 import copy
 import errno
 import functools
-import io
 import itertools
 import json
 import math
@@ -33,16 +31,14 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from timeit import repeat, timeit
+from timeit import timeit
 from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
@@ -52,7 +48,6 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -936,101 +931,6 @@ def describe(config: configs.Config) -> Iterator[str]:
            f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
 
 
-# ---- the benchmark ----
-
-class PlainModel(nn.Module):
-    """torch.nn.Transformer layers as they come, as wide as the run's model, with about as many parameters. Its decoder
-    runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and subsamples by dropping frames."""
-
-    def __init__(self, run: Run):
-        super().__init__()
-        encoder, decoder = run.config.model.encoder, run.config.model.decoder
-        make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
-                                       part.dropout, batch_first=True, norm_first=True)
-        self.subsampling = encoder.subsampling
-        self.input = nn.Linear(run.stats.shape[1], encoder.hidden_dim)
-        self.embedding = nn.Embedding(len(run.tokenizer), decoder.hidden_dim)
-        self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
-        self.output = nn.Linear(decoder.hidden_dim, len(run.tokenizer))
-        layer = make(nn.TransformerEncoderLayer, encoder)
-        count = max(1, round((num_parameters(run.model) - num_parameters(self)) / num_parameters(layer)))
-        self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
-
-    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
-        x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
-        pads = torch.arange(x.shape[1]) >= lens[:, None]  # (B,L), True = padding, as torch.nn wants it
-        x = self.encoder(x, src_key_padding_mask=pads)
-        decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
-        with torch.no_grad():
-            guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
-        return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
-
-
-def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
-    """Steps a second of ours and of the plain loop, (2,): in turns at each batch, each at its best of all rounds."""
-    batches = list(data.loader(run.train_set, epoch_batches(run, 0)[:num_batches]))
-    plain = PlainModel(run)
-    optimizer = torch.optim.AdamW(plain.parameters())
-
-    def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
-        loss = plain(*inputs(batch, plain)[:3])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        optimizer.step()
-        loss.item()
-    ways = lambda batch: rehearse(run, [batch], 1e-4), plain_step
-    seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
-    return len(batches) / np.min(seconds, 0).sum(0)
-
-
-def first_step_sec(config: configs.Config, folder: Path) -> float:
-    """Seconds from the command to the checkpoint after the first step. Raises ValueError if the run ends before it."""
-    folder.mkdir()
-    stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
-    data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
-    command = [sys.executable, __file__, str(folder / "config.yaml"), "--runs", str(folder)]
-    started, done = time.perf_counter(), False
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not done and process.poll() is None:
-            time.sleep(0.005)
-            done = any(folder.glob("2*/checkpoints/previous.pt"))
-        spent = time.perf_counter() - started
-        process.terminate()  # it finishes its step: a killed one leaves its loader process to complain
-    if not done:
-        raise ValueError("--benchmark: the run that was to take one step ended before it; its message is above")
-    return spent
-
-
-def benchmark(config: configs.Config) -> Iterator[str]:
-    """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
-    config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
-    form = "{:<64}{:>14}{:>12}".format
-    yield form("figure", "measured", "asked")
-    run = make_run(config)
-    ours, plain = speeds(run)
-    yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
-               ">= 1.0 x")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
-        run = run._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
-        with contextlib.redirect_stdout(io.StringIO()):
-            history = fit(run, Progress()).history
-        epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
-        save_sec = timeit(lambda: save(run, Progress(1, history=history[:1])), number=1)
-        yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
-                   f"{history[-1]['data_wait']:.1%}", "< 5%")
-        yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
-                   "< 2%")
-        torch_sec = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
-        first_sec = first_step_sec(config, Path(runs) / "first")
-        yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
-                   f"{first_sec - torch_sec:.1f} s", "< 3 s")
-    if config.data.kind == "toy" and len(run.dev_set) > 1:
-        items = list(run.dev_set)
-        accuracy = data.linear_probe(items[::2], items[1::2])
-        yield form("toy: tokens right by a linear classifier of single frames", f"{accuracy:.1%}", "< 60%")
-
-
 # ---- main ----
 
 def catch_signals() -> threading.Event:
@@ -1081,14 +981,13 @@ def finish(run: Run, progress: Progress) -> int:
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
-        usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run | --benchmark]\n"
+        usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run]\n"
         "       train.py --resume RUN [--average N]")
     parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
-    parser.add_argument("--benchmark", action="store_true", help="measure this config on this machine, and stop")
     parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
                         "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
@@ -1098,7 +997,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error("--overfit and --average want 1 or more")
     given = {name for name, value in {**vars(arguments), "overrides": rest}.items() if value}
     fresh = {"config", "overrides", "overfit"}
-    ways = fresh | {"runs"}, fresh | {"dry_run"}, fresh | {"benchmark"}, {"resume", "average"}
+    ways = fresh | {"runs"}, fresh | {"dry_run"}, {"resume", "average"}
     if not given & {"config", "resume"} or not any(given <= way for way in ways):
         parser.error(f"wanted one of these, got {' '.join(argv) or 'none'}")
     return arguments, rest
@@ -1116,8 +1015,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
-            if arguments.dry_run or arguments.benchmark:
-                for line in describe(config) if arguments.dry_run else benchmark(config):
+            if arguments.dry_run:
+                for line in describe(config):
                     print(line, flush=True)
                 return 0
             run, progress = begin(config, arguments, catch_signals())

@@ -1,0 +1,494 @@
+"""How fast training, recognition and serving are on this machine.
+
+    python bench.py train CONFIG          the loop against a plain one, and what loading and checkpoints cost
+    python bench.py decode                how a model of configs/paraformer_large.yaml with random weights loads and runs
+    python bench.py decode a.pt b.pt      a table of their speed and errors, greedily and by beam
+    python bench.py serve CHECKPOINT      overhead, throughput and latency of a server
+
+Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
+"""
+import argparse
+import contextlib
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from timeit import repeat, timeit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import config as configs
+import data
+import decode
+import serve
+from audio import feature_dim, frame_sec, frontend, normalise
+from baselines import Search
+from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
+from decode import (batch_limits, batch_options, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
+                    read_result, with_search)
+from funasr import PieceTokenizer
+from report import Outcome, Score, score
+from serve import recognise, tune
+from tokenizer import Counts
+from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, num_parameters, rehearse, save
+
+
+HERE = Path(__file__).resolve().parent
+
+
+# ---- training ----
+
+class PlainModel(nn.Module):
+    """torch.nn.Transformer layers as they come, as wide as the run's model, with about as many parameters. Its decoder
+    runs twice, as a Paraformer's; it has no convolution, CIF or CTC, and subsamples by dropping frames."""
+
+    def __init__(self, run: Run):
+        super().__init__()
+        encoder, decoder = run.config.model.encoder, run.config.model.decoder
+        make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
+                                       part.dropout, batch_first=True, norm_first=True)
+        self.subsampling = encoder.subsampling
+        self.input = nn.Linear(run.stats.shape[1], encoder.hidden_dim)
+        self.embedding = nn.Embedding(len(run.tokenizer), decoder.hidden_dim)
+        self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
+        self.output = nn.Linear(decoder.hidden_dim, len(run.tokenizer))
+        layer = make(nn.TransformerEncoderLayer, encoder)
+        count = max(1, round((num_parameters(run.model) - num_parameters(self)) / num_parameters(layer)))
+        self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
+
+    def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
+        x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
+        pads = torch.arange(x.shape[1]) >= lens[:, None]  # (B,L), True = padding, as torch.nn wants it
+        x = self.encoder(x, src_key_padding_mask=pads)
+        decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
+        with torch.no_grad():
+            guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
+        return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
+
+
+def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
+    """Steps a second of ours and of the plain loop, (2,): in turns at each batch, each at its best of all rounds."""
+    batches = list(data.loader(run.train_set, epoch_batches(run, 0)[:num_batches]))
+    plain = PlainModel(run)
+    optimizer = torch.optim.AdamW(plain.parameters())
+
+    def plain_step(batch: data.Batch) -> None:  # of the loop that everybody writes first
+        loss = plain(*inputs(batch, plain)[:3])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+    ways = lambda batch: rehearse(run, [batch], 1e-4), plain_step
+    seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
+    return len(batches) / np.min(seconds, 0).sum(0)
+
+
+def first_step_sec(config: configs.Config, folder: Path) -> float:
+    """Seconds from the command to the checkpoint after the first step. Raises ValueError if the run ends before it."""
+    folder.mkdir()
+    stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
+    data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
+    command = [sys.executable, str(HERE / "train.py"), str(folder / "config.yaml"), "--runs", str(folder)]
+    started, done = time.perf_counter(), False
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not done and process.poll() is None:
+            time.sleep(0.005)
+            done = any(folder.glob("2*/checkpoints/previous.pt"))
+        spent = time.perf_counter() - started
+        process.terminate()  # it finishes its step: a killed one leaves its loader process to complain
+    if not done:
+        raise ValueError("the run that was to take one step ended before it; its message is above")
+    return spent
+
+
+def training_figures(config: configs.Config) -> Iterator[str]:
+    """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
+    config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
+    form = "{:<64}{:>14}{:>12}".format
+    yield form("figure", "measured", "asked")
+    run = make_run(config)
+    ours, plain = speeds(run)
+    yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
+               ">= 1.0 x")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
+        run = run._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
+        with contextlib.redirect_stdout(io.StringIO()):
+            history = fit(run, Progress()).history
+        epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
+        save_sec = timeit(lambda: save(run, Progress(1, history=history[:1])), number=1)
+        yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
+                   f"{history[-1]['data_wait']:.1%}", "< 5%")
+        yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
+                   "< 2%")
+        torch_sec = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
+        first_sec = first_step_sec(config, Path(runs) / "first")
+        yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
+                   f"{first_sec - torch_sec:.1f} s", "< 3 s")
+    if config.data.kind == "toy" and len(run.dev_set) > 1:
+        items = list(run.dev_set)
+        accuracy = data.linear_probe(items[::2], items[1::2])
+        yield form("toy: tokens right by a linear classifier of single frames", f"{accuracy:.1%}", "< 60%")
+
+
+# ---- recognition ----
+
+MEASURE = """
+import re, sys, time, torch
+in_mb = lambda field: int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
+torch.set_num_threads(int(sys.argv[4]))
+torch_mb, started = in_mb("VmRSS"), time.perf_counter()
+import audio, checkpoint, decode
+system = checkpoint.load_system(sys.argv[1], "cpu", sys.argv[2], sys.argv[3] == "laid out")
+loaded = time.perf_counter()
+audio = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+decode.transcribe(system, [audio.frontend(audio, 16000, system.config.data, system.stats)])
+print(f"{sys.argv[2]:9}{sys.argv[3]:11}{loaded - started:8.2f}{time.perf_counter() - loaded:10.2f}"
+      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}")
+"""
+LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
+LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds of each
+TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
+RUNS = 3  # of what is compared batch by batch, of which the median is its time
+
+
+def loading_figures(arguments: argparse.Namespace) -> None:
+    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
+    to recognise, beside the matrix products that it cannot do without, and for batches of mixed lengths."""
+    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
+    torch.manual_seed(0)
+    model = build(config.model, feature_dim(config.data), len(symbols))
+    stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
+    system = System(config, PieceTokenizer(symbols, None), stats, model)
+    with tempfile.TemporaryDirectory() as folder:
+        export_directory(system, Path(folder))
+        print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
+              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
+              "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
+              "precision  weights   to load   to text        MB    peak", flush=True)
+        layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
+        for layout in layouts:
+            command = [sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())]
+            if subprocess.run(command, cwd=HERE).returncode:
+                raise ValueError(f"the process that measures {' '.join(layout)} has failed")
+        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
+        time_loads(systems)
+        time_batches(systems["float32", "laid out"]._replace(**batch_options(arguments)))
+        time_busy(systems["float32", "laid out"])
+
+
+def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
+    """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
+    times = [[timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
+    return np.array(times[1:]).T
+
+
+def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
+    """A call that does all matrix products of the model's linear layers, for so many frames and tokens; its GFLOP."""
+    linears = [(layer, frames if name.startswith("encoder") or name.endswith("key_value") else tokens)
+               for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, PackedLinear))
+               and name.startswith(("encoder", "decoder"))]
+    inputs = {(rows, layer.in_features): torch.randn(1, rows, layer.in_features) for layer, rows in linears}
+    count = sum(2e-9 * rows * layer.in_features * layer.out_features for layer, rows in linears)
+
+    def run() -> None:
+        for layer, rows in linears:  # no output is kept: 140 MB of fresh memory would be measured as well
+            layer(inputs[rows, layer.in_features])
+    return run, count
+
+
+@torch.inference_mode()
+def time_loads(systems: dict[tuple[str, str], System]) -> None:
+    """Print the time of each system for each of LOADS, and what share of it the fastest products alone take."""
+    print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
+          "batch  audio  precision  weights   front end  model                      text  real time    limit")
+    system, packed = systems["float32", "mapped"], systems["float32", "laid out"]
+    for B, seconds in LOADS:
+        audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
+        front = lambda: [frontend(x, 16000, system.config.data, system.stats) for x in audio]
+        feats = front()
+        found = decode_batch(system, feats)
+        text = lambda: [read_result(system, found, i) for i in range(B)]
+        sizes = B * len(feats[0]), found.tokens.numel()
+        (plain, count), (laid_out, _) = products(system.model, *sizes), products(packed.model, *sizes)
+        runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
+        ms = 1000 * time_turns(TIMINGS, front, text, plain, laid_out, *runs)
+        front_ms, text_ms, plain_ms, laid_out_ms, *_ = np.median(ms, 1)
+        limit = min(plain_ms, laid_out_ms)
+        print(f"{B:5}{seconds:5} s  products of {count:.0f} GFLOP: {1000 * count / plain_ms:.0f} GFLOP/s mapped, "
+              f"{1000 * count / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
+        for layout, model_ms in zip(systems, ms[4:]):
+            middle, extent = np.median(model_ms), f"({model_ms.min():.0f} to {model_ms.max():.0f})"
+            share = (middle + front_ms + text_ms) / (10 * B * seconds)
+            print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
+                  f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
+
+
+@torch.inference_mode()
+def time_batches(system: System) -> None:
+    """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
+    print()
+    for longest in (20, 4):
+        feats = [torch.randn(int(seconds / frame_sec(system.config.data)), system.stats.shape[1])
+                 for seconds in np.geomspace(1, longest, 48)]
+        lengths = np.array([len(x) for x in feats])
+        batches, = plan_batches(lengths, *batch_limits(system))
+        times = time_turns(RUNS, lambda: [decode_batch(system, [x]) for x in feats],
+                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches])
+        single, together = np.median(times, 1)
+        padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+        print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
+              f"s, {single / together:.2f} x as fast, {100 - 100 * lengths.sum() / padded:.1f}% padding", flush=True)
+
+
+@torch.inference_mode()
+def time_busy(system: System) -> None:
+    """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
+    feats = [torch.randn(167, system.stats.shape[1])]  # frames of 60 ms
+    idle = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        beside = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
+    finally:
+        busy.kill()
+        busy.wait()
+    print(f"10 s of audio beside a process that keeps one core busy: {beside:.2f} s, {beside / idle:.2f} x the time")
+
+
+COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
+
+
+def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
+    """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
+    system = greedy_system(arguments, path)
+    search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
+    return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
+
+
+def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
+    """Distances in encoder frames of the inner token boundaries that a model fired, of `edges` (n+1,), from the true
+    ones: (n-1,); (0,) if those are unknown, the number of tokens is wrong, or the model does not fire."""
+    true, fires = item.boundaries, system.config.model.name == "paraformer"
+    if not fires or true is None or len(true) != len(edges):
+        return torch.zeros(0)
+    return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
+
+
+def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
+    words, chars, tokens = (sum(part, Counts()) for part in zip(*((s.words, s.chars, s.tokens) for s in scores)))
+    length, shift = (tokens.ref + tokens.ins - tokens.del_) / len(scores), torch.cat(list(shifts))
+    return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
+            f"{length:7.2f} {f'{shift.median():.2f}' if len(shift) else '-':>10}  {name}")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
+
+    Timed is what makes Hypotheses of normalised features; all take turns at each batch, RUNS times.
+    """
+    paths = [path for path in arguments.inputs if path.endswith(".pt")]
+    systems = {name: one for path in paths or [arguments.ckpt] for name, one in both_searches(arguments, path).items()}
+    first = next(iter(systems.values()))
+    unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
+    spent, scores, shifts = np.zeros(len(systems)), [[] for _ in systems], [[] for _ in systems]
+    with tempfile.TemporaryDirectory() as scratch:
+        others = [path for path in arguments.inputs if path not in paths]
+        dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
+        lengths = dataset.lengths()[:arguments.limit or None]
+        for batch in itertools.chain.from_iterable(plan_batches(lengths, *batch_limits(first))):
+            items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
+            if not items:
+                continue
+            times = np.zeros((RUNS, len(systems)))
+            for turn, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
+                feats = [normalise(item.feats, system.stats.cpu()) for item in items]
+                started = time.perf_counter()
+                found = decode_batch(system, feats)
+                times[turn, s] = time.perf_counter() - started
+                for i, item in enumerate(items if turn == 0 else ()):
+                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
+                    scores[s].append(score(outcome, system.tokenizer.encode))
+                    shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
+            spent += np.median(times, 0)
+    if not scores[0]:
+        raise ValueError("wanted utterances with frames and a text, got none")
+    print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
+          f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
+          "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
+    print(*map(figures_row, systems, spent, [spent[0]] * len(spent), scores, shifts), sep="\n")
+
+
+# ---- serving ----
+
+@contextlib.contextmanager
+def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
+    """A server in a process of its own -> its port, and the seconds from its start until it listened."""
+    started = time.perf_counter()
+    names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    command = [sys.executable, str(HERE / "serve.py"), "--port=0", *given, *["--prepack"] * options.prepack]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
+    try:
+        output = ""
+        while not (match := re.search(r"http://[^:]+:(\d+)", output)):
+            line = process.stderr.readline()
+            if not line:
+                raise ValueError(f"the server did not start: {output.strip()}")
+            output += line
+        ready = time.perf_counter() - started
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield int(match[1]), ready
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies over `clients` kept connections -> seconds in all, and (ms, the answer's timing) of each body."""
+    def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
+        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
+        for body in mine:
+            started = time.perf_counter()
+            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            answered, spent = reply.read(), (time.perf_counter() - started) * 1e3
+            if reply.status != 200:
+                raise ValueError(f"wanted 200, got {reply.status} {answered[:200]!r}")
+            found.append((spent, json.loads(answered)["timing"]))
+        connection.close()
+        return found
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        found = [one for each in pool.map(work, [bodies[i::clients] for i in range(clients)]) for one in each]
+    return time.perf_counter() - started, found
+
+
+ASK_HEALTH = """
+import http.client, sys, time
+connection, times = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1])), []
+for _ in range(200):
+    started = time.perf_counter()
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    times.append(1e3 * (time.perf_counter() - started))
+    time.sleep(0.02)
+print(*times)
+"""
+ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's first takes longer and is its only one
+
+
+def serving_figures(options: argparse.Namespace) -> None:
+    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
+    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    tune(system, options)
+    mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
+
+    def body(frames: int) -> bytes:
+        feats = mean + rng.standard_normal((frames, len(mean)))
+        return json.dumps({"features": feats.round(4).tolist()}).encode()
+
+    bodies = {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
+    largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
+    importing = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=3))
+    rounds: dict[tuple[str, int], list] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
+    batches: list[float] = []
+    with running(options) as (port, ready):
+        time_clients(port, bodies["mixed"][:32], 4)
+        until = time.monotonic() + ROUNDS_SEC
+        while not batches or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
+            batches.append(timeit(lambda: recognise(system, largest), number=1))
+            for (kind, clients), found in rounds.items():
+                found.append(time_clients(port, bodies[kind], clients))
+        asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
+        while asker.poll() is None:
+            time_clients(port, bodies["mixed"], 16)
+    health = sorted(map(float, asker.stdout.read().split())) or [math.nan]      # nan: it failed, and has said why
+    overhead = statistics.median(ms - timing["infer_ms"] for _, found in rounds["equal", 1] for ms, timing in found)
+    crowd = sorted(ms for _, found in rounds["mixed", 16] for ms, _ in found)
+    p99, full = crowd[int(0.99 * len(crowd))], 1e3 * statistics.median(batches)
+    print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
+    print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 3; 100 frames, JSON)")
+    for kind, asked in (("mixed", 1.3), ("equal", 2.0)):
+        one, many = (160 / statistics.median(seconds for seconds, _ in rounds[kind, clients]) for clients in (1, 16))
+        print(f"throughput, {kind} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
+              f"{asked}; medians of {len(batches)} rounds)")
+    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
+    print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
+          f"median (at most 50; {len(health)} asked)")
+
+
+# ---- main ----
+
+def check_decode(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
+    idle = ["output", "report", "plot", "export"]
+    if not arguments.inputs:
+        idle += ["ckpt", "device", "dtype", "prepack", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
+                 *Search._fields]
+    elif any(path.endswith(".pt") for path in arguments.inputs):
+        idle += ["ckpt"]
+    usual = decode.parse_arguments([])
+    for name in idle:
+        if getattr(arguments, name) != getattr(usual, name):
+            raise ValueError(f"--{name.replace('_', '-')}: wanted none, as it has no effect on what is measured")
+
+
+def measure_decode(argv: Sequence[str]) -> None:
+    arguments = decode.parse_arguments(argv)
+    check_decode(arguments)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.inputs:
+        compare(arguments)
+    else:
+        loading_figures(arguments)
+
+
+def measure_train(argv: Sequence[str]) -> None:
+    if not argv:
+        raise ValueError("wanted a config behind train, got nothing")
+    for line in training_figures(configs.load(argv[0], argv[1:])):
+        print(line, flush=True)
+
+
+def measure_serve(argv: Sequence[str]) -> None:
+    serving_figures(serve.parse_arguments(argv))
+
+
+MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.py", description="How fast this machine trains, recognises and serves.")
+    parser.add_argument("what", choices=list(MEASURES), help="what to measure")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="a config and its overrides, or those of decode.py "
+                        "(none: a large model; checkpoints: compare them) or serve.py")
+    arguments = parser.parse_args(argv)
+    try:
+        MEASURES[arguments.what](arguments.arguments)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
