@@ -273,7 +273,7 @@ def _unused_rules(config: Config) -> Iterator[Rule]:
         for other, value in values.items():
             if not is_dataclass(value) and f"{other}.".startswith(unused):
                 yield (other, value == defaults[other],
-                       f"its default {_show(defaults[other])}, as {path} {values[path]} has no use for it")
+                       f"its default {show_value(defaults[other])}, as {path} {values[path]} has no use for it")
 
 
 def _data_rules(data: DataConfig) -> Iterator[Rule]:
@@ -315,14 +315,14 @@ def check(config: Config, place: str = "config") -> None:
     values = dict(_walk(config))
     rules = (*_value_rules(config), *_unused_rules(config), *_model_rules(config.model), *_data_rules(config.data),
              *_cross_rules(config))
-    errors = [f"{path}: wanted {wanted}, got {_show(values[path])}" for path, right, wanted in rules if not right]
+    errors = [f"{path}: wanted {wanted}, got {show_value(values[path])}" for path, right, wanted in rules if not right]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
 
 
 # ---- from and to plain dicts ----
 
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
     """A scalar or list as an error names it: as YAML writes it, text in single quotes."""
     text = repr(list(value) if isinstance(value, tuple) else value)
     return {"None": "null", "True": "true", "False": "false"}.get(text, text)
@@ -375,7 +375,7 @@ def _merge(base: Any, values: dict, place: str, path: tuple[str, ...] = ()) -> A
             new[key] = _convert(hints[key], value)
         except TypeError:
             wanted = _type_name(hints[key])
-            raise ValueError(f"{where}: {'.'.join(here)}: wanted {wanted}, got {_show(value)}") from None
+            raise ValueError(f"{where}: {'.'.join(here)}: wanted {wanted}, got {show_value(value)}") from None
     return replace(base, **new)
 
 
@@ -383,7 +383,7 @@ def from_dict(values: dict, place: str) -> Config:
     """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules: raises
     ValueError that begins with `place` for an unknown key or a wrong type."""
     if not isinstance(values, dict):
-        raise ValueError(f"{place}: wanted a map of sections, got {_show(values)}")
+        raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
     return _merge(Config(), values, place)
 
 
@@ -409,16 +409,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
 
 def dump(config: Config) -> str:
     """YAML text that load turns back into exactly this config; PyYAML reads the same values from it."""
-    return "\n".join(_dump_lines(asdict(config))) + "\n"
+    return dump_yaml(asdict(config))
 
 
-def _dump_lines(values: dict) -> Iterator[str]:
+def dump_yaml(values: dict, indent: str = "") -> str:
+    """YAML text of nested dicts, lists and scalars, which parse_yaml reads back; every line begins with indent."""
+    text = ""
     for key, value in values.items():
-        if isinstance(value, dict):
-            yield f"{key}:"
-            yield from ("  " + line for line in _dump_lines(value))
+        if isinstance(value, dict) and value:
+            text += f"{indent}{key}:\n" + dump_yaml(value, indent + "  ")
         else:
-            yield f"{key}: {_dump_value(value)}"
+            text += f"{indent}{key}: {_dump_value(value)}\n"
+    return text
 
 
 def _dump_value(value: Any) -> str:
@@ -427,7 +429,7 @@ def _dump_value(value: Any) -> str:
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + re.sub(OUTSIDE, lambda match: rf"\U{ord(match[0]):08x}", quoted) + '"'
-    text = _show(value)
+    text = show_value(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text   # PyYAML: 1e-05 is text
 
 

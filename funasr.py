@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, _dump_lines, _show, check, from_dict, parse_yaml
+from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
 from data import read_file, write_atomic
-from tokenizer import SPECIALS, UNK, _read, spoken_symbols
+from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols
 
 
 # ---- options and files ----
@@ -125,7 +125,7 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
         raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
                          "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
     if name not in classes:
-        raise ValueError(f"{place}: {part} {_show(name)} is not implemented; wanted {' or '.join(classes)}")
+        raise ValueError(f"{place}: {part} {show_value(name)} is not implemented; wanted {' or '.join(classes)}")
     fixed, table = classes[name]
     ours = dict(fixed)
     for option, (default, field) in table.items():
@@ -133,8 +133,8 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
         value = str(value) if isinstance(value, (list, dict)) else value      # to look it up; we know none of these
         known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
         if value not in known:
-            raise ValueError(f"{place}: {part}_conf.{option} {_show(value)} is not implemented; "
-                             f"wanted {' or '.join(map(_show, known))}")
+            raise ValueError(f"{place}: {part}_conf.{option} {show_value(value)} is not implemented; "
+                             f"wanted {' or '.join(map(show_value, known))}")
         if isinstance(field, str):
             ours[field] = known[value]
     return ours
@@ -159,7 +159,8 @@ def dump_published(config: Config) -> str:
     for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),
                           ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
-            raise ValueError(f"model.{field}: wanted {_show(wanted)} for FunASR, got {_show(getattr(model, field))}")
+            got = show_value(getattr(model, field))
+            raise ValueError(f"model.{field}: wanted {show_value(wanted)} for FunASR, got {got}")
     encoder = replace(model.encoder, ffn_dim=model.encoder.ffn_dim or width)
     decoder = replace(model.decoder, ffn_dim=model.decoder.ffn_dim or width,
                       attention_layers=model.decoder.attention_layers or model.decoder.num_layers)
@@ -180,7 +181,7 @@ def dump_published(config: Config) -> str:
     values["predictor_conf"]["idim"] = encoder.hidden_dim      # from here on: what FunASR asks for, and we do not
     values["frontend_conf"]["dither"] = 0.0
     values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
-    return "\n".join(_dump_lines(values)) + "\n"
+    return dump_yaml(values)
 
 
 # ---- tensor names ----
@@ -302,10 +303,10 @@ class PieceTokenizer:
         Raises ValueError that names the file.
         """
         lines = lambda text: text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
-        symbols = _read(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
+        symbols = parse_file(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
         pieces = None
         if dictionary:
-            rows = [line.split() for line in _read(dictionary, "a dictionary", lines)]
+            rows = [line.split() for line in parse_file(dictionary, "a dictionary", lines)]
             pieces = {row[0]: row[1:] for row in rows if row}
         return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
 

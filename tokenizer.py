@@ -57,6 +57,16 @@ def split_units(text: str, unit: str) -> list[str]:
 
 # ---- tokenizer ----
 
+def parse_file(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
+    """parse(text of a UTF-8 file). Raises ValueError that names the file and what was wanted."""
+    try:
+        return parse(Path(path).read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: wanted {wanted}, got no JSON ({error})") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary: symbols[id] is what id stands for, the four SPECIALS first.
@@ -132,19 +142,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Read what save wrote. Raises a one-line ValueError that names the file."""
-        return cls.from_state(_read(path, "a tokenizer written by Tokenizer.save", json.loads), str(path))
-
-
-# ---- published vocabularies ----
-
-def _read(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
-    """parse(text of a UTF-8 file). Raises ValueError that names the file and what was wanted."""
-    try:
-        return parse(Path(path).read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: wanted {wanted}, got no JSON ({error})") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
+        return cls.from_state(parse_file(path, "a tokenizer written by Tokenizer.save", json.loads), str(path))
 
 
 # ---- alignment ----
