@@ -141,10 +141,6 @@ def training_figures(config: configs.Config) -> Iterator[str]:
         first_sec = first_step_sec(config, Path(runs) / "first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
-    if config.data.kind == "toy" and len(run.dev_set) > 1:
-        items = list(run.dev_set)
-        accuracy = data.linear_probe(items[::2], items[1::2])
-        yield form("toy: tokens right by a linear classifier of single frames", f"{accuracy:.1%}", "< 60%")
 
 
 # ---- recognition ----

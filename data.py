@@ -265,20 +265,6 @@ class ToySeq2SeqDataset(Dataset):
                          boundaries, len(feats) * SHIFT_SEC)
 
 
-def linear_probe(train: list[Utterance], test: list[Utterance]) -> float:
-    """Token accuracy of a linear classifier (least squares) of single frames, which is given the true boundaries.
-
-    A token's class is the one with the largest sum of outputs over its frames.
-    """
-    frames = lambda items: torch.cat([torch.nn.functional.pad(u.feats, (0, 1), value=1.0) for u in items])    # 1: bias
-    durations = lambda items: torch.cat([u.boundaries.diff() for u in items]).long()
-    tokens = lambda items: torch.cat([u.tokens for u in items])
-    labels = torch.nn.functional.one_hot(tokens(train).repeat_interleave(durations(train)))
-    weights = torch.linalg.lstsq(frames(train), labels.float()).solution
-    said = [part.sum(0).argmax() for part in (frames(test) @ weights).split(durations(test).tolist())]
-    return float((torch.stack(said) == tokens(test)).float().mean())
-
-
 # ---- manifests ----
 
 class Row(NamedTuple):
