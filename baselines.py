@@ -105,6 +105,10 @@ class Transformer(Recogniser):
             found, lens = found + [last], lens + goes_on
         return torch.cat(found, 1) if found else lens.new_zeros(len(lens), 0), lens
 
+    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> "NBest":
+        """What beam search finds: hidden (B,L,D), hidden_lens (B,)."""
+        return beam_search(*self.begin(hidden, hidden_lens, search.width), hidden_lens, search)
+
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
         """As Paraformer.decode: one pass over all tokens that were found.
@@ -170,6 +174,10 @@ class CTC(Recogniser):
         """hidden (B,L,D) -> (B,L,V) float32."""
         return self.output(hidden).float().log_softmax(-1)
 
+    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> "NBest":
+        """What prefix search finds: hidden (B,L,D), hidden_lens (B,)."""
+        return prefix_search(self.log_probs(hidden), hidden_lens, search.width)
+
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
         """As Paraformer.decode: the tokens of the best path, or of the best path of those that were found.
@@ -203,11 +211,10 @@ class CTC(Recogniser):
 class Search(NamedTuple):
     """How hypotheses are found. Search(), all defaults, is greedy decoding by the model itself."""
 
-    beam: int = 1  # hypotheses kept at a time; of a Paraformer, for each number of tokens
+    beam: int = 1  # hypotheses kept at a time
     nbest: int = 1  # alternatives in a Result, if more than 1; the beam is at least as wide
     length_penalty: float = 0.6  # transformer: log probability is divided by ((5 + length) / 6) ** length_penalty
     coverage_penalty: float = 0.0  # transformer: weight of sum over frames of log(min(1, attention that it got))
-    ctc_weight: float = 0.0  # share of the CTC head in the score, 0 to 1
 
     @property
     def width(self) -> int:
@@ -220,9 +227,7 @@ class NBest(NamedTuple):
     tokens: Tensor  # (B,N,U) int64, 0 behind the end
     lens: Tensor  # (B,N) int64
     log_probs: Tensor  # (B,N) of the whole hypothesis
-    norms: Tensor  # (B,N) divisors, by length
-    extras: Tensor  # (B,N) penalties, of coverage or the number of tokens
-    scores: Tensor  # (B,N) log_probs / norms + extras, to which find_nbest adds CTC
+    scores: Tensor  # (B,N) by which they are ranked
 
 
 def pick_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -258,7 +263,7 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
     lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
     log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # the beam begins with one empty text
     covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L), of padding 1
-    wanted = W if search.ctc_weight or search.nbest > 1 else 1  # to settle: CTC ranks anew, texts may be equal
+    wanted = W if search.nbest > 1 else 1  # to settle: texts may be equal
     for t in range(int(frames.max()) + 1):
         log_p, past, attention = step(last, past)
         V, end = log_p.shape[2], certain(log_p.shape[2], EOS, log_p)
@@ -270,14 +275,14 @@ def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Sear
         score, place = (total / norm(length)[:, :, None] + coverage).flatten(1).topk(W)
         parent, last = place // V, place % V
         log_prob = total.flatten(1).gather(1, place)
-        lens, extra, covered, tokens, *past = (pick_rows(x, parent) for x in (length, coverage, covered, tokens, *past))
+        lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
         tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
         least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
         if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():  # an open one's score can rise to this
             break
     lens_said, open_ = lens - 1, ~ended  # without the end token
     real = torch.arange(tokens.shape[2], device=tokens.device) < lens_said[:, :, None]
-    return ranked(NBest(tokens * real, lens_said, log_prob.masked_fill(open_, -math.inf), norm(lens), extra[:, :, 0],
+    return ranked(NBest(tokens * real, lens_said, log_prob.masked_fill(open_, -math.inf),
                         score.masked_fill(open_, -math.inf)))
 
 
@@ -321,63 +326,4 @@ def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
         spoken = torch.where(same, spoken.gather(1, parent), score)
         n = n + ~same
         tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
-    return ranked(NBest(tokens, n, score, torch.ones_like(score), torch.zeros_like(score), score))
-
-
-def best_expansions(log_p: Tensor, counts: Tensor, W: int) -> tuple[Tensor, Tensor]:
-    """The W most probable texts when the positions are independent: log_p (B,U,V), counts (B,) -> tokens (B,W,U),
-    log probabilities (B,W), best first, -inf where there are fewer than W."""
-    U, K = log_p.shape[1], min(W, log_p.shape[2])
-    best, ids = log_p.topk(K, 2)
-    mask = padding_mask(counts, U)[:, :, None]
-    best = torch.where(mask, best, certain(K, 0, log_p))  # past the end, one choice of probability 1
-    total, tokens = certain(W, 0, log_p).expand(len(counts), W), counts.new_zeros(len(counts), W, 0)
-    for u in range(U):
-        total, place = (total[:, :, None] + best[:, u, None]).flatten(1).topk(W)
-        token = ids[:, u].gather(1, place % K)
-        tokens = torch.cat((pick_rows(tokens, place // K), token[:, :, None]), 2)
-    return tokens * mask.transpose(1, 2), total
-
-
-COUNT_PRICE = 0.3  # off the score for each token more or fewer than the sum of the firing weights: tuned on digits
-
-
-def count_search(emit: Callable, alpha: Tensor, counts: Tensor, W: int) -> NBest:
-    """The most probable texts of a Paraformer with its own number of tokens, counts (B,), with one fewer and with one
-    more; only where counts is 0 is the empty text among them, as it has no mean log probability.
-
-    emit(counts (3B,)) -> log probabilities (3B,U,V) of three copies of each utterance with so many tokens; alpha (B,L).
-    score = mean log probability of the tokens - COUNT_PRICE * |sum of alpha - number of tokens|.
-    """
-    B = len(counts)
-    near = counts[:, None] + torch.tensor([0, -1, 1], device=counts.device)  # (B,3)
-    number = near.clamp(min=0).flatten()
-    tokens, log_prob = best_expansions(emit(number), number, W)
-    tokens, log_prob = tokens.view(B, 3 * W, tokens.shape[2]), log_prob.view(B, 3, W)
-    log_prob = log_prob.masked_fill((near < counts.clamp(max=1)[:, None])[:, :, None], -math.inf).flatten(1)
-    lens = near.clamp(min=0).repeat_interleave(W, 1)  # (B,3W)
-    norms = lens.clamp(min=1)
-    price = -COUNT_PRICE * (alpha.double().sum(1, keepdim=True) - lens).abs().float()
-    return ranked(NBest(tokens, lens, log_prob, norms, price, log_prob / norms + price))
-
-
-def ctc_scores(log_p: Tensor, lens: Tensor, tokens: Tensor) -> Tensor:
-    """log P(tokens) by CTC: log_p (B,L,V), lens (B,), tokens (B,N,U) as in NBest -> (B,N), -inf if they do not fit the
-    frames."""
-    said = tokens > EOS  # CTC emits neither SOS nor EOS, and BLANK pads
-    tokens = tokens.gather(2, (~said).long().argsort(dim=2, stable=True))  # those go last
-    losses = [F.ctc_loss(log_p.transpose(0, 1), text, lens, n, reduction="none")
-              for text, n in zip(tokens.unbind(1), said.sum(2).unbind(1))]
-    return -torch.stack(losses, 1)
-
-
-def search_paraformer(model: nn.Module, hidden: Tensor, lens: Tensor, search: Search) -> NBest:
-    alpha = model.predictor(hidden, lens)
-    three = [x.repeat_interleave(3, 0) for x in (hidden, lens, alpha)]
-    return count_search(lambda counts: model.emit(*three, counts)[1], alpha, model.count(alpha), search.width)
-
-
-SEARCHES = {"paraformer": search_paraformer,
-            "transformer": lambda model, hidden, lens, search: beam_search(*model.begin(hidden, lens, search.width),
-                                                                           lens, search),
-            "ctc": lambda model, hidden, lens, search: prefix_search(model.log_probs(hidden), lens, search.width)}
+    return ranked(NBest(tokens, n, score, score))

@@ -268,14 +268,17 @@ def time_busy(system: System) -> None:
     print(f"10 s of audio beside a process that keeps one core busy: {beside:.2f} s, {beside / idle:.2f} x the time")
 
 
-COMPARED = {"paraformer": Search(beam=5), "transformer": Search(beam=10), "ctc": Search(beam=10)}  # with greedy search
+BEAM = 10  # of the models that have a search, unless another is asked for
 
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
-    """The system of a checkpoint, searching greedily and as the arguments ask, else as in COMPARED; by their names."""
+    """The system of a checkpoint, greedy and, where it has a search, as the arguments ask, else with BEAM; by names."""
     system = greedy_system(arguments, path)
-    search = COMPARED[system.config.model.name] if arguments.search == Search() else arguments.search
-    return {f"{path}, greedy": system, f"{path}, beam {search.width}": with_search(system, search)}
+    found = {f"{path}, greedy": system}
+    if hasattr(system.model, "search"):
+        search = Search(BEAM) if arguments.search == Search() else arguments.search
+        found[f"{path}, beam {search.width}"] = with_search(system, search)
+    return found
 
 
 def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
-    python decode.py --nbest 5 --ctc-weight 0.3 a.wav    search, where greedy is the default (class Search)
+    python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
@@ -41,7 +41,7 @@ from torch import Tensor
 import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
-from baselines import NBest, SEARCHES, Search, ctc_scores, ranked
+from baselines import NBest, Search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
 from model import Hypotheses, in_feature_frames
@@ -56,36 +56,20 @@ POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches
 
 # ---- search ----
 
-def find_nbest(system: System, hidden: Tensor, lens: Tensor) -> NBest:
-    """What system.search finds from the encoder's output: hidden (B,L,D), lens (B,) -> hypotheses, best first. With
-    ctc_weight w the score has (1 - w) log_prob + w log P_ctc in the place of log_prob; of equal scores, as equal texts
-    have at w = 1, the order without CTC stays."""
-    search, model = system.search, system.model
-    found = SEARCHES[system.config.model.name](model, hidden, lens, search)
-    if not search.ctc_weight:
-        return found
-    by_ctc = ctc_scores(model.ctc(hidden).float().log_softmax(-1), lens, found.tokens)
-    by_ctc = by_ctc.clamp(min=-1e4)  # not -inf: a text that does not fit the frames ranks last, but counts
-    joint = ((1 - search.ctc_weight) * found.log_probs + search.ctc_weight * by_ctc) / found.norms + found.extras
-    return ranked(found._replace(scores=torch.where(found.scores.isfinite(), joint, -math.inf)))
-
-
 def with_search(system: System, search: Search) -> System:
     """The system with this search. Raises ValueError for what is out of range or has no effect on its model."""
     name = system.config.model.name
-    rules = {"beam": (1 <= search.beam < 2**31, "1 or more, below 2^31"),
-             "nbest": (1 <= search.nbest < 2**31, "1 or more, below 2^31"),
-             "ctc_weight": (0 <= search.ctc_weight <= 1, "between 0 and 1"),
-             "length_penalty": (0 <= search.length_penalty < math.inf, "0 or more"),
-             "coverage_penalty": (0 <= search.coverage_penalty < math.inf, "0 or more")}
-    for field in ("length_penalty", "coverage_penalty") if name != "transformer" else ():
-        usual = Search._field_defaults[field]
-        rules[field] = (getattr(search, field) == usual, f"{usual}, as it has no effect on a {name}")
-    if search.ctc_weight and getattr(system.model, "ctc", None) is None:
-        rules["ctc_weight"] = (False, f"0, as this {name} has no CTC head beside its decoder")
-    for field, (fits, wanted) in rules.items():
-        if not fits:
-            raise ValueError(f"--{field.replace('_', '-')}: wanted {wanted}, got {getattr(search, field)}")
+    if search != Search() and not hasattr(system.model, "search"):
+        raise ValueError(f"a {name} decodes greedily; leave out --beam, --nbest, --length-penalty and --coverage-penalty")
+    for field in ("beam", "nbest"):
+        if not 1 <= getattr(search, field) < 2**31:
+            raise ValueError(f"--{field}: wanted 1 or more, below 2^31, got {getattr(search, field)}")
+    for field in ("length_penalty", "coverage_penalty"):
+        option, value, usual = field.replace("_", "-"), getattr(search, field), Search._field_defaults[field]
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{option}: wanted 0 or more, got {value}")
+        if name != "transformer" and value != usual:
+            raise ValueError(f"--{option}: wanted {usual}, as it has no effect on a {name}, got {value}")
     return system._replace(search=search)
 
 
@@ -185,7 +169,7 @@ def search_batch(system: System, feats: Sequence[Tensor],
         if system.search == Search():
             return Hypotheses(*on_cpu(model.greedy(padded, lens, need_weights))), None
         hidden, hidden_lens = model.encode(padded, lens)
-    best = find_nbest(system, hidden, hidden_lens)  # without autocast, as greedy does it behind the encoder
+    best = model.search(hidden, hidden_lens, system.search)  # without autocast, as greedy does it behind the encoder
     found = model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
     return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))
 
@@ -448,11 +432,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                "batch-seconds": (300.0, "audio in a batch, padding included; one that is longer goes alone"),
                "min-segment-sec": (SEGMENT_SEC[0], "shortest segment of a long recording"),
                "max-segment-sec": (SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses"),
-               "beam": (Search().beam, "hypotheses kept at a time; 1: greedy"),
+               "beam": (Search().beam, "hypotheses kept at a time by a transformer or a CTC model; 1: greedy"),
                "nbest": (Search().nbest, "alternatives of each utterance"),
                "length-penalty": (Search().length_penalty, "of a transformer's beam: 0 favours short texts"),
-               "coverage-penalty": (Search().coverage_penalty, "of a transformer's beam: for frames little attended"),
-               "ctc-weight": (Search().ctc_weight, "share of the CTC head, if the model has one, in the score")}
+               "coverage-penalty": (Search().coverage_penalty, "of a transformer's beam: for frames little attended")}
     for name, (default, meaning) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
     arguments = parser.parse_args(argv)
