@@ -80,9 +80,13 @@ INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread 
 def parse_json(body: bytes) -> dict:
     """A JSON object, all numbers as float; overflow gives inf, which its reader refuses. Raises Refusal 400.
 
-    In a large body a Python function converts each number: json's C code alone does not yield the GIL.
+    In a large body a Python function converts each number: json's C code alone does not yield the GIL, and /health
+    would wait for it.
     """
-    number = float if len(body) < INTERRUPTIBLE else lambda text: float(text)
+    def to_float(text: str) -> float:
+        return float(text)
+
+    number = float if len(body) < INTERRUPTIBLE else to_float
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
@@ -90,73 +94,6 @@ def parse_json(body: bytes) -> dict:
     if not isinstance(value, dict):
         raise Refusal(400, "invalid_json", 'the body must be a JSON object like {"features": [[...], ...]}')
     return value
-
-
-def parse_body(body: bytes, dim: int, max_frames: int) -> dict:
-    """parse_json, but features of plain decimals at the start are read as an array, in a third of the time."""
-    opening, end = re.match(rb'\s*{\s*"features"\s*:\s*(?=\[\[)', body), body.rfind(b"]]") + 2
-    if opening and not re.search(rb"\\|features", body[end:]):      # JSON takes the last "features", maybe escaped
-        feats = parse_decimals(body[opening.end():end], dim, max_frames)
-        if feats is not None:
-            with contextlib.suppress(Refusal):      # parse it whole: the error then has the right position
-                return {**parse_json(body[:opening.end()] + b"[]" + body[end:]), "features": feats}
-    return parse_json(body)
-
-
-POWERS = 10.0 ** np.arange(23)      # up to 1e22, the last power of ten that float64 holds exactly
-DIGITS = np.array([0x0F0F0F0F0F0F0F0F & -1 << 8 * (8 - n) for n in range(9)], np.uint64)    # values of the last n bytes
-PAIRS = ((10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF), (10000, 32, 0x00000000FFFFFFFF))
-
-
-def eight_digits(words: np.ndarray, ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """The integers of the `sizes` digits, clipped to 0 to 8, before the offsets `ends`; words[i] is bytes i to i + 7.
-
-    Neighbours are joined three times: 10 * a + b, 100 * ab + cd, ... Source: Lemire 2022, "SWAR explained".
-    """
-    word = words[ends - 8] & DIGITS.take(sizes, mode="clip")
-    for factor, shift, keep in PAIRS:
-        word = word * np.uint64((factor << shift) + 1) >> np.uint64(shift) & np.uint64(keep)
-    return word
-
-
-def parse_decimals(block: bytes, dim: int, max_frames: int) -> np.ndarray | None:
-    """b"[[-0.25, 3.0, ...], ...]" -> (T,dim) float32, equal to json.loads' numbers as float32.
-
-    None unless it has 1 to max_frames rows of `dim` numbers like -12.34 (at most 22 digits, some on each side), none so
-    close to halfway between two float32 that the relative error of this sum (below 2^-48) could change its rounding.
-    """
-    text = np.frombuffer(b" " * 8 + block, np.uint8)        # eight bytes stand before each number's end
-    is_mark = (text | 2 == ord(".")) | (text == ord("]"))     # "," | 2 == "."
-    rows, row_marks = np.count_nonzero(is_mark) // (2 * dim + 1), b".," * (dim - 1) + b".]"
-    if not 1 <= rows <= max_frames:         # checked before np.flatnonzero takes eight bytes for each mark
-        return None
-    marks = np.flatnonzero(is_mark)
-    if text[marks].tobytes() != b",".join([row_marks] * rows) + b"]":
-        return None
-    marks, end = marks.reshape(rows, 2 * dim + 1), marks[-1] + 1
-    dots, stops = marks[:, :-1:2].ravel(), marks[:, 1::2].ravel()
-    opens = np.append(8, marks[:-1, -1]) + 1        # where each row has its "["
-    opens += text[opens] == ord(" ")
-    starts = np.append(0, stops[:-1]) + 1
-    starts[::dim] = opens + 1
-    starts += text[starts] == ord(" ")
-    minus = text[starts] == ord("-")
-    starts += minus
-    whole, fraction = dots - starts, stops - dots - 1
-    digits = whole + fraction
-    if not ((text[opens] == ord("[")).all() and (marks[:, -1] == marks[:, -2] + 1).all() and end == len(text)
-            and whole.min() > 0 and fraction.min() > 0 and digits.max() < 23
-            and digits.sum() == np.count_nonzero(text - ord("0") < 10)        # each byte of a number is a digit
-            and ((whole == 1) | (text[starts] != ord("0"))).all()):     # JSON has no leading zeros
-        return None
-    words, value = np.ndarray(len(text) - 7, "<u8", text, strides=(1,)), np.zeros(len(digits))
-    for k in range(0, fraction.max(), 8):
-        value += eight_digits(words, stops - k, fraction - k) * POWERS[k]
-    for k in range(0, whole.max(), 8):
-        value += eight_digits(words, dots - k, whole - k) * POWERS.take(fraction + k, mode="clip")
-    value = np.where(minus, -value, value) / POWERS[fraction]
-    low, high = ((value * scale).astype(np.float32) for scale in (1 - 2.0 ** -47, 1 + 2.0 ** -47))
-    return low.reshape(rows, dim) if np.array_equal(low, high) else None
 
 
 def kind_of(value: Any) -> str:
@@ -167,8 +104,6 @@ def kind_of(value: Any) -> str:
 
 def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
     """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Raises Refusal, which names `place`."""
-    if isinstance(value, np.ndarray):       # parse_body has read it
-        return value
     if not isinstance(value, list):
         raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {kind_of(value)}", place)
     if not value:
@@ -205,7 +140,7 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
 def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
     """{"features": ...} or {"batch": [{"features": ...}, ...]}, with options beside -> Ask. Raises Refusal."""
     dim = system.stats.shape[1]
-    fields = parse_body(body, dim, options.max_frames)      # not kept in Ask: each number has 24 bytes
+    fields = parse_json(body)       # not kept in Ask: each number has 24 bytes
     others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
 
     def utterance(item: dict, place: str) -> Utterance:

@@ -6124,33 +6124,6 @@ def test_mutations_of_good_requests_are_answered_or_refused(server):
     assert healthy(server)
 
 
-# C130
-def test_plain_decimals_are_read_as_json_reads_them_or_left_to_it():
-    """Oracle: json.loads; what it refuses is never taken. Mutants, both spacings, and numbers at float32's middles."""
-    rng, taken = np.random.default_rng(2), 0
-    for trial in range(1000):
-        frames, dim = rng.integers(1, 4, 2)
-        values = (rng.standard_normal((frames, dim)) * 10.0 ** rng.integers(-3, 9)).round(int(rng.integers(9)))
-        text = bytearray(json.dumps(values.tolist(), separators=((", ", ": "), (",", ":"))[trial % 2]).encode())
-        for _ in range(rng.integers(3)):
-            at = rng.integers(len(text))
-            text[at:at + rng.integers(2)] = rng.choice([*"0123456789-., []e"]).encode()
-        block = bytes(text)
-        found = serve.parse_decimals(block, int(dim), 3) if block.startswith(b"[[") else None
-        if found is not None:
-            wanted = serve.parse_features(serve.parse_json(b'{"features": %s}' % block)["features"], int(dim), 3, "")
-            assert np.array_equal(found, wanted) and found.dtype == wanted.dtype, block
-            taken += 1
-    assert taken > 300
-    for number in ("16777217.0", "0.50000002980232238770"):        # exactly between two float32
-        assert serve.parse_decimals(f"[[{number}]]".encode(), 1, 3) is None
-    assert serve.parse_decimals(b"[[16777217.5, -0.1]]", 2, 3).tolist() == [[16777218.0, float(np.float32(-0.1))]]
-    sizes = serve.parse_decimals(b"[[123456789012345.5, 0.12345678901234567891]]", 2, 3)      # together above 22
-    assert sizes.tolist() == np.float32([[123456789012345.5, 0.12345678901234567891]]).tolist()
-    for more in (b', "features": null', b', "\\u0066eatures": null'):      # the last of two is the one that counts
-        assert serve.parse_body(b'{"features": [[1.0]]' + more + b"}", 1, 3)["features"] is None
-
-
 # C53
 @pytest.mark.parametrize("body", [rows(1, 1, "3e38"), rows(1, 1, "-3e38"), rows(0, 0, "1e-45"),
                                   rows(0, 0, "12345678901234567890")])
