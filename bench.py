@@ -342,7 +342,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
     started = time.perf_counter()
     names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
-    command = [sys.executable, str(HERE / "serve.py"), "--port=0", *given, *["--prepack"] * options.prepack]
+    command = [sys.executable, str(HERE / "serve.py"), "--port=0", *given]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
     try:
         output = ""
@@ -396,7 +396,7 @@ ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's firs
 
 def serving_figures(options: argparse.Namespace) -> None:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
     tune(system, options)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
@@ -440,7 +440,7 @@ def check_decode(arguments: argparse.Namespace) -> None:
     """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
     idle = ["output", "report", "plot", "export"]
     if not arguments.inputs:
-        idle += ["ckpt", "device", "dtype", "prepack", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
+        idle += ["ckpt", "device", "dtype", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
                  *Search._fields]
     elif any(path.endswith(".pt") for path in arguments.inputs):
         idle += ["ckpt"]

@@ -228,31 +228,29 @@ def runs_on(precision: str, device: torch.device) -> bool:
 
 
 def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
-                prepack: bool = False) -> System:
+                laid_out: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
 
     If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
-    int8 and, on a CPU, prepack lay the weights out for faster products; without them the weights of a directory are
-    memory-mapped, which starts sooner.
+    int8 and, on a CPU in float32, laid_out put large weights into the order that its products want, which pays for
+    many short recordings. Else the weights of a directory are memory-mapped, which starts sooner.
     """
     target, linear = pick_device(device), None
     if not runs_on(precision, target):
         print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
         precision = "float32"
-    if prepack and (target.type != "cpu" or not torch.backends.mkldnn.is_available()):
-        print(f"warning: this {target.type} has no layout of its own for weights", file=sys.stderr)
-    elif prepack and precision == "float32":
-        linear = PackedLinear
     if precision == "int8":
         linear = Int8Linear
+    elif laid_out and precision == "float32" and target.type == "cpu" and torch.backends.mkldnn.is_available():
+        linear = PackedLinear
     system = load_directory(path, linear is None) if is_published(path) else load_checkpoint(path)
     model = system.model.to(target).eval()
     if linear is not None:
-        if not lay_out(model, linear):
-            print("warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32",
-                  file=sys.stderr)
+        count = lay_out(model, linear)
+        if not count and precision == "int8":
+            print("warning: no matrix of this model is large enough for int8 to pay; going on in float32", file=sys.stderr)
             precision = "float32"
-        elif isinstance(model, Paraformer):
+        if count and isinstance(model, Paraformer):
             model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory

@@ -424,8 +424,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
-    add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products: some seconds at the "
-        "start of a large model, for about a tenth of the time from then on")
     numbers = {"limit": (0, "only the first so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
                "plot-layer": (0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last"),
                "batch-size": (16, "utterances, or segments of a long recording, in a batch"),
@@ -459,8 +457,6 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
             (Path(arguments.output or "").suffix == ".jsonl" and arguments.format != "json",
              "--output FILE.jsonl is for --format json", ("format",)),
             (not arguments.plot, "--plot-layer needs --plot", ("plot_layer",)),
-            (arguments.prepack, "--prepack is for --dtype float32", ("dtype",)),
-            (arguments.export, "--export writes the weights as they are", ("prepack",)),
             (arguments.export and arguments.dtype == "int8", "--export writes the weights as they are", ("dtype",)),
             (arguments.export and not arguments.inputs, "--export recognises nothing without INPUT",
              ("output", "report", "plot", "batch_size", "batch_seconds", *recognising))):
@@ -475,7 +471,7 @@ def batch_options(arguments: argparse.Namespace) -> dict[str, float]:
 
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     """The system at path, as the arguments ask for it but for the search."""
-    system = load_system(path, arguments.device, arguments.dtype, arguments.prepack)
+    system = load_system(path, arguments.device, arguments.dtype)
     return system._replace(lossless=not arguments.funasr_text, **batch_options(arguments),
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 

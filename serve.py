@@ -525,7 +525,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", default="float32", choices=list(PRECISIONS), help="of matrix products (default float32)")
-    add("--prepack", action="store_true", help="lay the weights out for a CPU's matrix products, as decode.py does")
     add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice, one less for a small model")
     numbers = {"max-batch-size": (16, "utterances in a batch"),
                "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
@@ -543,8 +542,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port must be 0 to 65535, got {arguments.port}")
-    if arguments.prepack and arguments.dtype != "float32":
-        parser.error(f"--prepack is for --dtype float32, got {arguments.dtype}")
     for name in ("threads", *numbers):
         least = 0 if name in ("threads", "max-wait-ms") else 1e-3
         if not least <= getattr(arguments, name.replace("-", "_")) < math.inf:
@@ -623,7 +620,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
-    system = load_system(options.checkpoint, options.device, options.dtype, options.prepack)
+    system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
     slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
     try:
         server = start(Server(system, options, start_log(), created, slack))

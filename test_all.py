@@ -1856,8 +1856,7 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert serve.main(["--checkpoint", ckpt, "--port", str(port), "--threads=1"]) == 2
         wanted = f"serve.py: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free port\n"
         assert capsys.readouterr().err == wanted
-    for arguments in (["--port", "70000"], ["--max-queue", "0"], ["--request-timeout", "nan"],
-                      ["--prepack", "--dtype=int8"]):
+    for arguments in (["--port", "70000"], ["--max-queue", "0"], ["--request-timeout", "nan"]):
         with pytest.raises(SystemExit) as stopped:
             serve.main(arguments)
         assert stopped.value.code == 2
@@ -4104,7 +4103,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
     8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are laid out here only."""
     monkeypatch.setattr(checkpoint, "LARGE", 0)
-    exact, packed = (checkpoint.load_system(KIT / variant, "cpu", prepack=prepack) for prepack in (False, True))
+    exact, packed = (checkpoint.load_system(KIT / variant, "cpu", laid_out=laid_out) for laid_out in (False, True))
     small = checkpoint.load_system(KIT / variant, "cpu", "int8")
     assert any(isinstance(layer, checkpoint.PackedLinear) for layer in packed.model.modules())
     assert packed.model.embedding.weight.is_meta and not exact.model.embedding.weight.is_meta  # the sampler's
@@ -4124,17 +4123,17 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
 
 
 # C140
-def test_only_large_matrices_are_laid_out_and_where_there_is_none_a_warning_says_so(ckpt, capsys):
+def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_says_so(ckpt, capsys):
     net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
                          "c": nn.Sequential(nn.Linear(256, 1024))})
     assert checkpoint.lay_out(net, lambda linear: nn.Identity()) == 2
     assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
         "Identity", "Linear", "Linear", "Identity"]
-    for options in (("int8",), ("float32", True)):
-        if checkpoint.runs_on(options[0], torch.device("cpu")):
-            assert checkpoint.load_system(ckpt, "cpu", *options).precision == "float32"
-            assert capsys.readouterr().err == (
-                "warning: no matrix of this model is large enough for int8 or --prepack to pay; going on in float32\n")
+    warning = "warning: no matrix of this model is large enough for int8 to pay; going on in float32\n"
+    for precision, said in (("int8", warning), ("float32", "")):
+        if checkpoint.runs_on(precision, torch.device("cpu")):
+            assert checkpoint.load_system(ckpt, "cpu", precision, laid_out=True).precision == "float32"
+            assert capsys.readouterr().err == said
 
 
 # C141
@@ -5300,7 +5299,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, caps
 @pytest.mark.parametrize("arguments", [
     ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
     ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
-    ["--export=x", "--dtype=int8"], ["--export=x", "--prepack"],
+    ["--export=x", "--dtype=int8"],
     ["--max-segment-sec=1.9"], ["--min-segment-sec=0.09"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
     ["--threads=99999999999999999999"], ["--batch-seconds=1e308"],
     ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
