@@ -37,10 +37,10 @@ import config as configs
 import data
 import decode
 import serve
-from audio import feature_dim, frame_sec, frontend, normalise
+from audio import feature_dim, frontend, normalise
 from baselines import Search
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
-from decode import (batch_limits, batch_options, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
+from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
                     read_result, with_search)
 from funasr import PieceTokenizer
 from report import Outcome, Score, score
@@ -164,9 +164,9 @@ TIMINGS = 9  # of what is short, of which the benchmark prints the median and th
 RUNS = 3  # of what is compared batch by batch, of which the median is its time
 
 
-def loading_figures(arguments: argparse.Namespace) -> None:
+def loading_figures() -> None:
     """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
-    to recognise, beside the matrix products that it cannot do without, and for batches of mixed lengths."""
+    and to recognise, beside the matrix products that it cannot do without."""
     config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
@@ -184,10 +184,7 @@ def loading_figures(arguments: argparse.Namespace) -> None:
             command = [sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())]
             if subprocess.run(command, cwd=HERE).returncode:
                 raise ValueError(f"the process that measures {' '.join(layout)} has failed")
-        systems = {layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts}
-        time_loads(systems)
-        time_batches(systems["float32", "laid out"]._replace(**batch_options(arguments)))
-        time_busy(systems["float32", "laid out"])
+        time_loads({layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts})
 
 
 def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
@@ -235,37 +232,6 @@ def time_loads(systems: dict[tuple[str, str], System]) -> None:
             share = (middle + front_ms + text_ms) / (10 * B * seconds)
             print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
                   f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
-
-
-@torch.inference_mode()
-def time_batches(system: System) -> None:
-    """Print the time of utterances of mixed lengths in the batches that decode.py makes, against one by one."""
-    print()
-    for longest in (20, 4):
-        feats = [torch.randn(int(seconds / frame_sec(system.config.data)), system.stats.shape[1])
-                 for seconds in np.geomspace(1, longest, 48)]
-        lengths = np.array([len(x) for x in feats])
-        batches, = plan_batches(lengths, *batch_limits(system))
-        times = time_turns(RUNS, lambda: [decode_batch(system, [x]) for x in feats],
-                           lambda: [decode_batch(system, [feats[i] for i in rows]) for rows in batches])
-        single, together = np.median(times, 1)
-        padded = sum(len(rows) * lengths[rows].max() for rows in batches)
-        print(f"48 utterances of 1 to {longest} s: one by one {single:.2f} s, in {len(batches)} batches {together:.2f} "
-              f"s, {single / together:.2f} x as fast, {100 - 100 * lengths.sum() / padded:.1f}% padding", flush=True)
-
-
-@torch.inference_mode()
-def time_busy(system: System) -> None:
-    """Print the time of 10 s of audio beside a process that keeps one core busy, against the time without it."""
-    feats = [torch.randn(167, system.stats.shape[1])]  # frames of 60 ms
-    idle = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        beside = np.median(time_turns(TIMINGS, lambda: decode_batch(system, feats)))
-    finally:
-        busy.kill()
-        busy.wait()
-    print(f"10 s of audio beside a process that keeps one core busy: {beside:.2f} s, {beside / idle:.2f} x the time")
 
 
 BEAM = 10  # of the models that have a search, unless another is asked for
@@ -441,7 +407,7 @@ def check_decode(arguments: argparse.Namespace) -> None:
     idle = ["output", "report", "plot", "export"]
     if not arguments.inputs:
         idle += ["ckpt", "device", "dtype", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
-                 *Search._fields]
+                 "batch_size", "batch_seconds", *Search._fields]
     elif any(path.endswith(".pt") for path in arguments.inputs):
         idle += ["ckpt"]
     usual = decode.parse_arguments([])
@@ -458,7 +424,7 @@ def measure_decode(argv: Sequence[str]) -> None:
     if arguments.inputs:
         compare(arguments)
     else:
-        loading_figures(arguments)
+        loading_figures()
 
 
 def measure_train(argv: Sequence[str]) -> None:

@@ -465,14 +465,11 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
             parser.error(f"{why}; leave out --{', --'.join(given)}")
 
 
-def batch_options(arguments: argparse.Namespace) -> dict[str, float]:
-    return {"batch_size": arguments.batch_size, "batch_seconds": arguments.batch_seconds}
-
-
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     """The system at path, as the arguments ask for it but for the search."""
     system = load_system(path, arguments.device, arguments.dtype)
-    return system._replace(lossless=not arguments.funasr_text, **batch_options(arguments),
+    return system._replace(lossless=not arguments.funasr_text, batch_size=arguments.batch_size,
+                           batch_seconds=arguments.batch_seconds,
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 
 
