@@ -14,12 +14,12 @@ Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a 
 """
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 
 # ---- sections ----
@@ -450,7 +450,11 @@ AMBIGUOUS = re.compile(r"yes|no|on|off|<<|=|[-+]?\.(?:inf|nan)|[-+]?\.?[0-9][0-9
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-F]|0010)[0-9a-fA-F]{4})|(.))")
 ESCAPES = dict(zip('0abtnvfre "\\/N_LP', '\0\a\b\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
-Line = tuple[str, float, str]       # file:number, column of the text, the text from there on (see _lines for dashes)
+
+class Line(NamedTuple):
+    where: str      # file:number
+    indent: int     # spaces before text
+    text: str       # not blank, and not only a comment
 
 
 class Key(str):
@@ -461,20 +465,20 @@ class Key(str):
 def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
     """Nested dicts, lists and scalars of a YAML text whose top level is a map. Raises ValueError `place:line: ...` for
     anything outside the YAML subset that this file's docstring describes."""
-    lines = list(_lines(text, place))
+    lines = _read_lines(text, place)
+    first = lines[0] if lines else Line(f"{place}:1", 0, "")
     try:
-        values = _block(lines)
+        values = _parse_block(lines, -1)
     except RecursionError:
         raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
     if not isinstance(values, dict):
-        where, _, got = lines[0] if lines else (f"{place}:1", 0, "")
-        raise ValueError(f"{where}: wanted 'key: value' lines, got '{got}'")
+        raise ValueError(f"{first.where}: wanted 'key: value' lines, got '{first.text}'")
     return values
 
 
-def _lines(text: str, place: str) -> Iterator[Line]:
-    """The lines, without blank and comment lines. `- - a` is split into three, each dash half a column to the right of
-    where it is written: so a list written in the column of its key is still indented deeper than the key."""
+def _read_lines(text: str, place: str) -> deque[Line]:
+    """The lines without blank and comment lines."""
+    lines = deque()
     for number, line in enumerate(text.split("\n"), 1):
         where = f"{place}:{number}"
         line = line.removesuffix("\r")
@@ -482,11 +486,9 @@ def _lines(text: str, place: str) -> Iterator[Line]:
         if line.startswith(("---", "...")):
             raise ValueError(f"{where}: wanted one document, got a document mark '{line}'")
         rest = line.lstrip(" ")
-        while rest == "-" or rest.startswith("- "):
-            yield where, len(line) - len(rest) + 0.5, "-"
-            rest = rest[1:].lstrip(" ")
         if rest and rest[0] != "#":
-            yield where, len(line) - len(rest), rest
+            lines.append(Line(where, len(line) - len(rest), rest))
+    return lines
 
 
 def _refuse_outside(text: str, where: str) -> None:
@@ -496,37 +498,61 @@ def _refuse_outside(text: str, where: str) -> None:
         raise ValueError(f"{where}: wanted printable text and spaces, got {name} (in double quotes write an escape)")
 
 
-def _refuse(lines: list[Line]) -> None:
-    """Raises ValueError at the first of these lines, which have an indentation that no line may have there."""
-    for where, _, text in lines:
-        raise ValueError(f"{where}: wanted an indentation used above, got '{text}'")
+def _starts_with_dash(line: Line) -> bool:
+    return line.text == "-" or line.text.startswith("- ")
 
 
-def _block(lines: list[Line]) -> Any:
-    """The list, map or scalar that these lines spell; null if there are none. Each entry of a list or map begins with a
-    line in the column of the first line and holds the deeper lines below it."""
-    if not lines:
+# Each of the next three takes the lines of its value off the front of `lines`.
+
+def _parse_block(lines: deque[Line], outer: int) -> Any:
+    """The list, map or scalar in the lines that are indented deeper than outer; null if there are none."""
+    if not lines or lines[0].indent <= outer:
         return None
-    where, column, text = lines[0]
-    if len(lines) == 1 and text != "-" and not KEY.fullmatch(text):
-        return _value(text, where)
-    _refuse([line for line in lines if line[1] < column])
-    starts = [i for i, line in enumerate(lines) if line[1] == column]
-    entries = [(*lines[start], lines[start + 1:end]) for start, end in pairwise([*starts, len(lines)])]
-    if text == "-":
-        return [_block(below) for _, _, _, below in entries]
+    where, indent, text = lines[0]
+    is_one_line = len(lines) == 1 or lines[1].indent <= outer
+    if _starts_with_dash(lines[0]):
+        value = _parse_list(lines, indent)
+    elif is_one_line and not KEY.fullmatch(text):
+        value = _value(text, where)
+        lines.popleft()
+    else:
+        value = _parse_map(lines, indent)
+    if lines and lines[0].indent > outer:
+        raise ValueError(f"{lines[0].where}: wanted an indentation used above, got '{lines[0].text}'")
+    return value
+
+
+def _parse_list(lines: deque[Line], indent: int) -> list:
+    """A list whose dashes stand at indent."""
+    values = []
+    while lines and lines[0].indent == indent and _starts_with_dash(lines[0]):
+        where, _, text = lines.popleft()
+        rest = text[1:].lstrip(" ")
+        if rest and rest[0] != "#":      # `- a: 1` spells the same as a dash and, on the next line, `  a: 1`
+            lines.appendleft(Line(where, indent + len(text) - len(rest), rest))
+        values.append(_parse_block(lines, indent))
+    return values
+
+
+def _parse_map(lines: deque[Line], indent: int) -> dict[Key, Any]:
+    """A map whose keys stand at indent."""
     values: dict[Key, Any] = {}
-    for where, _, text, below in entries:
+    while lines and lines[0].indent == indent:
+        where, _, text = lines.popleft()
         match = KEY.fullmatch(text)
-        name = match and _value(match[1].rstrip(" "), where)
+        name = _value(match[1].rstrip(" "), where) if match else None
         if type(name) is not str:
             raise ValueError(f"{where}: wanted 'key: value' with text for a key, got '{text}'")
         if name in values:
             raise ValueError(f"{where}: wanted every key once, got '{name}' again")
         key = Key(name)
         key.where = where
-        values[key] = _value(match[2], where) if match[2] else _block(below)
-        _refuse(below if match[2] else [])
+        if match[2]:
+            values[key] = _value(match[2], where)
+        elif lines and lines[0].indent == indent and _starts_with_dash(lines[0]):
+            values[key] = _parse_list(lines, indent)      # the one thing below a key that need not be indented
+        else:
+            values[key] = _parse_block(lines, indent)
     return values
 
 
