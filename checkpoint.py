@@ -56,10 +56,20 @@ def pick_device(name: str, field: str = "device") -> torch.device:
 
 CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
+RETIRED = ("model.predictor.firing",)  # fields that configs of older checkpoints hold and this version has no use for
+
+
+def without_retired(values: dict, section: str = "") -> dict:
+    """A config's nested dict without the RETIRED fields; what is no dict stays, for from_dict to refuse."""
+    if not isinstance(values, dict):
+        return values
+    return {name: without_retired(value, f"{section}{name}.") for name, value in values.items()
+            if f"{section}{name}" not in RETIRED}
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """The state that train.py saved, as `read_file` reads it; of a directory, its checkpoint.pt."""
+    """The state that train.py saved, as `read_file` reads it, its config without RETIRED fields; of a directory, its
+    checkpoint.pt."""
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     state = read_file(path, "a checkpoint, which python train.py CONFIG makes")
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
@@ -68,7 +78,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     if state.get("format", 1) > CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: "
                          "it is from a newer version of this project; update")
-    return state
+    return {**state, "config": without_retired(state["config"])}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,

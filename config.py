@@ -51,7 +51,6 @@ class PredictorConfig:
     smooth: float = 1.0                  # dense, depthwise: weight = max(0, smooth * sigmoid - noise)
     noise: float = 0.0                   # dense, depthwise: see smooth
     tail: float = 0.0                    # token count = floor(sum of weights + tail), [0, 1); 0 = the rounded sum
-    firing: Literal["split", "merge", "delay"] = "split"    # if a frame completes several tokens: model.fire
     upsampling: int = 0                  # dense: weights of the timing head per encoder frame; 0 = no such head
     timing_smooth: float = 0.25          # timing head: weight = max(0, timing_smooth * sigmoid - timing_noise)
     timing_noise: float = 0.01           # timing head: see timing_smooth

@@ -52,9 +52,9 @@ PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone d
             "pos_enc_layer_type": ("rel_pos", ["rel_pos"]), "rel_pos_type": ("legacy", ["legacy"]),
             "selfattention_layer_type": ("rel_selfattn", ["rel_selfattn"])})},
     "predictor": {
-        "CifPredictor": ({"kind": "depthwise", "firing": "delay"}, CIF | {"tail_threshold": (0.45, "tail")}),
-        "CifPredictorV2": ({"kind": "dense", "firing": "merge"}, CIF | {"tail_threshold": (0.0, "tail")}),
-        "CifPredictorV3": ({"kind": "dense", "firing": "delay"}, CIF | {
+        "CifPredictor": ({"kind": "depthwise"}, CIF | {"tail_threshold": (0.45, "tail")}),
+        "CifPredictorV2": ({"kind": "dense"}, CIF | {"tail_threshold": (0.0, "tail")}),
+        "CifPredictorV3": ({"kind": "dense"}, CIF | {
             "tail_threshold": (0.0, "tail"), "smooth_factor2": (1.0, "timing_smooth"),
             "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
             "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
@@ -144,8 +144,7 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
     """FunASR's class for a part of our config. Raises ValueError if there is none."""
     for name, (fixed, table) in PUBLISHED[part].items():
         timed = name == "BiCifParaformer" or "upsample_times" in table      # has a timing head
-        fits = all(getattr(ours, field) in (value, "split")      # split: as any firing while no weight exceeds 1
-                   for field, value in fixed.items())
+        fits = all(getattr(ours, field) == value for field, value in fixed.items())
         if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
             return name
     raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "

@@ -1,6 +1,6 @@
 """Paraformer: encoder, CIF predictor, glancing sampler, parallel decoder; tensors in, losses or greedy token ids out.
 
-Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, fire, boundaries), decoders, the sampler
+Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, boundaries), decoders, the sampler
 (glance), the losses, Paraformer, which puts them together, the two models that it is compared with (Transformer, CTC),
 ARCHITECTURES, from which `build` chooses, checkpoints, FunASR's weights, weights repacked for CPUs.
 Needs torch, numpy and attention.py. `options` is the model section of a config, or a part of it (config.py).
@@ -148,32 +148,6 @@ def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
         overlap = (stop - torch.maximum(start[..., low:high], unit)).clamp(min=0)  # (B,u,frames)
         tokens.append(overlap.to(hidden.dtype) @ hidden[:, low:high])
     return torch.cat(tokens, 1)
-
-
-def fire(hidden: Tensor, alpha: Tensor, U: int, rule: str) -> Tensor:
-    """Integrate and fire at most once per frame, as FunASR does: hidden (B,L,D), alpha (B,L) -> (B,U,D).
-
-    Equal to `cif` while no weight exceeds 1. If a frame completes several tokens, rule `merge` makes them one, and
-    `delay` leaves each but the first to a following frame. Tokens that never fire are zero.
-    Source: FunASR's cif_v1 (merge) and cif (delay), written without a loop: with n_t tokens fired up to t, delay is
-    n_t = min(n_{t-1} + 1, floor(c_t)), a running minimum.
-    """
-    check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
-    if rule not in ("merge", "delay"):
-        raise ValueError(f"rule must be merge or delay, got {rule!r}")
-    L, D = hidden.shape[1:]
-    alpha = alpha.double()
-    total = alpha.cumsum(1)  # (B,L)
-    done = (total + 1e-9).floor()  # 1e-9: weights scaled to n may sum to a bit less, and would fire a frame late
-    step = torch.arange(L, device=alpha.device)
-    if rule == "delay":
-        done = torch.minimum((done - step).cummin(1).values + step, step + 1)
-    number = (done > F.pad(done, (1, 0))[:, :-1]).cumsum(1)  # (B,L) firings so far
-    unit = torch.arange(U, device=alpha.device).repeat(len(alpha), 1)
-    frame = torch.searchsorted(number, unit, right=True)[:, :, None]  # (B,U,1) that completes each token; L: none
-    given = (alpha[:, :, None] * hidden).cumsum(1) - (total - done)[:, :, None] * hidden  # (B,L,D) to all tokens so far
-    tokens = F.pad(given.gather(1, frame.clamp(max=L - 1).expand(-1, -1, D)), (0, 0, 1, 0)).diff(dim=1)
-    return (tokens * (frame < L)).to(hidden.dtype)
 
 
 def boundaries(alpha: Tensor, n: int) -> Tensor:
@@ -448,30 +422,26 @@ class Paraformer(Recogniser):
         check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
-    def integrate(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
-                  counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden (B,L,D), hidden_lens (B,), alpha (B,L), counts (B,), by default self.count -> counts, embeds (B,U,D).
+    def integrate(self, hidden: Tensor, alpha: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """hidden (B,L,D), alpha (B,L), counts (B,), by default self.count -> counts, embeds (B,U,D).
 
         The weights are scaled to the counts; with a tail, only where the counts differ from self.count.
         """
-        options, alpha = self.options.predictor, alpha.double()
+        alpha = alpha.double()
         own = self.count(alpha)
         counts = own if counts is None else counts
-        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), hidden_lens=(hidden_lens, "B"),
-                     counts=(counts, "B"))
+        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), counts=(counts, "B"))
         U = int(counts.max()) if len(counts) else 0
-        as_they_are = (counts == own)[:, None] & (options.tail > 0)
+        as_they_are = (counts == own)[:, None] & (self.options.predictor.tail > 0)
         alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
-        if options.firing == "split":  # the tail completes a token with a frame of zeros, so nothing need be appended
-            return counts, cif(hidden, alpha, U)
-        tail = F.one_hot(hidden_lens, hidden.shape[1] + 1) * options.tail
-        return counts, fire(F.pad(hidden, (0, 0, 0, 1)), F.pad(alpha, (0, 1)) + tail, U, options.firing)
+        return counts, cif(hidden, alpha, U)  # the tail completes a token with a frame of zeros: nothing to append
 
     def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
              need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Integrate and decode: arguments as `integrate` -> counts (B,), log probabilities (B,U,V) float32, the
-        cross-attention (B,H,U,L) of each layer where asked for."""
-        counts, embeds = self.integrate(hidden, hidden_lens, alpha, counts)
+        """Integrate and decode: hidden (B,L,D), hidden_lens (B,), alpha (B,L), counts (B,) or None as in `integrate`
+        -> counts (B,), log probabilities (B,U,V) float32, the cross-attention (B,H,U,L) of each layer where asked for.
+        """
+        counts, embeds = self.integrate(hidden, alpha, counts)
         logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
         return counts, logits.float().log_softmax(-1), attention
 
