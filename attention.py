@@ -85,10 +85,10 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
         raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
 
 
-def hide_padding(hidden: Tensor, lens: Tensor, leak: bool) -> Tensor:
-    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch; leak: as it is."""
+def hide_padding(hidden: Tensor, lens: Tensor) -> Tensor:
+    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch."""
     check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
-    mask = None if leak else key_mask(lens, hidden.shape[1])
+    mask = key_mask(lens, hidden.shape[1])
     return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
 
 

@@ -56,7 +56,7 @@ def pick_device(name: str, field: str = "device") -> torch.device:
 
 CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
-RETIRED = ("model.predictor.firing",)  # fields that configs of older checkpoints hold and this version has no use for
+RETIRED = ("model.padding_leaks", "model.predictor.firing")  # fields that only configs of older checkpoints hold
 
 
 def without_retired(values: dict, section: str = "") -> dict:

@@ -89,7 +89,6 @@ class ModelConfig:
     share_embedding: bool = False        # glancing sampler: true embeddings are rows of the decoder's output matrix
     place_embedding: bool = False        # glancing sampler: true embeddings are scaled by sqrt(D) and get positions
     norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
-    padding_leaks: bool = False          # training: convolutions see a batch's padding, as in FunASR; never in decoding
 
 
 @dataclass(frozen=True)
@@ -200,9 +199,9 @@ LEARNED_POSITIONS = 2000      # = max_len of attention.PositionalEncoding, which
 UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
         "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
-            share_embedding place_embedding padding_leaks""",
+            share_embedding place_embedding""",
         "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
-            end_token share_embedding place_embedding padding_leaks"""},
+            end_token share_embedding place_embedding"""},
     "model.encoder.kind": {
         "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
         "sanm": "position context", "relative_conformer": "memory_shift position context"},

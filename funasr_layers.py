@@ -193,17 +193,17 @@ class RelativeConformerBlock(ConformerBlock):
         self.self_attention = RelativeAttention(dim, num_heads, attention_dropout)
         self.convolution = BatchNormConvolution(dim, kernel_size)
 
-    def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, extent: Tensor,
+    def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), mask (B,1,T), codes (B,T,D) = relative_codes(extent, T, D), extent (B,): how many steps positions
-        and convolution cover -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
-        check_shapes(x=(x, "B", "T", self.self_attention.dim), extent=(extent, "B"))
+        """x (B,T,D), mask (B,1,T), codes (B,T,D) = relative_codes(lens, T, D), lens (B,)
+        -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T)."""
+        check_shapes(x=(x, "B", "T", self.self_attention.dim), lens=(lens, "B"))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         with full_precision(x, self.training):
             x = x if self.training else at_least_float32(x)
-            out, weights = self.self_attention(self.norm_self(x), codes, extent, mask, need_weights)
+            out, weights = self.self_attention(self.norm_self(x), codes, lens, mask, need_weights)
             x = x + self.dropout(out)
-            x = x + self.dropout(self.convolution(self.norm_conv(x), key_mask(extent, x.shape[1])))
+            x = x + self.dropout(self.convolution(self.norm_conv(x), mask))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 
@@ -267,17 +267,16 @@ class SanmEncoder(nn.Module):
         self.blocks = nn.ModuleList(SanmBlock(self.dim, *sizes) for _ in range(options.num_layers - 1))
         self.norm = nn.LayerNorm(self.dim)
 
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
-                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
+        feats = hide_padding(feats, lens)  # padded frames may hold anything
         mask = key_mask(lens, feats.shape[1])
         x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
         x, first = run_blocks([self.first], x, mask, need_weights=need_weights)
         x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
         x, layers = run_blocks(self.blocks, x, mask, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens, leak), lens, first + layers
+        return hide_padding(self.norm(x), lens), lens, first + layers
 
 
 class ImageSubsampling(nn.Module):
@@ -289,14 +288,14 @@ class ImageSubsampling(nn.Module):
         self.convolutions = nn.ModuleList([nn.Conv2d(1, dim, 3, stride=2), nn.Conv2d(dim, dim, 3, stride=2)])
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
-    def forward(self, x: Tensor, lens: Tensor, leak: bool) -> tuple[Tensor, Tensor]:
-        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2, clear of padding; leak: as FunASR counts,
-        (len + 1) // 2 twice, at most L."""
+    def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2, at least 0: of frames that see no padding.
+        """
         check_shapes(x=(x, "B", "T", self.input_dim), lens=(lens, "B"))
         x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
         for convolution in self.convolutions:
             x = F.relu(convolution(x))
-            lens = ((lens + 1) // 2 if leak else (lens - 1).div(2, rounding_mode="floor")).clamp(0, x.shape[2])
+            lens = (lens - 1).div(2, rounding_mode="floor").clamp(min=0)
         return self.out(x.transpose(1, 2).flatten(2)), lens  # (B,D,L,bins) -> (B,L,D*bins) -> (B,L,D)
 
 
@@ -313,18 +312,16 @@ class RelativeConformerEncoder(nn.Module):
                                    options.kernel_size, options.attention_dropout) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(self.dim)
 
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
-                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, but with no encoder frame for an utterance of fewer than 7 frames."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens, leak)  # padded frames may hold anything
+        feats = hide_padding(feats, lens)  # padded frames may hold anything
         with full_precision(feats, self.training):
-            x, lens = self.subsampling(feats, lens, leak)
-        extent = torch.full_like(lens, x.shape[1]) if leak else lens
-        codes = self.dropout(relative_codes(extent, *x.shape[1:]).to(x))
+            x, lens = self.subsampling(feats, lens)
+        codes = self.dropout(relative_codes(lens, *x.shape[1:]).to(x))
         mask, x = key_mask(lens, x.shape[1]), self.dropout(x * math.sqrt(self.dim))
-        x, layers = run_blocks(self.blocks, x, mask, codes, extent, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers
+        x, layers = run_blocks(self.blocks, x, mask, codes, lens, need_weights=need_weights)
+        return hide_padding(self.norm(x), lens), lens, layers
 
 
 # ---- predictors: the weight of every frame ----
@@ -359,13 +356,13 @@ class TimingHead(nn.Module):
         self.lstm = nn.LSTM(dim, dim, batch_first=True, bidirectional=True)
         self.firing = nn.Linear(2 * dim, 1)
 
-    def forward(self, hidden: Tensor, lens: Tensor, extent: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,), extent (B,) frames under the LSTM -> (B,upsampling*L) float32, 0 in padding."""
-        check_shapes(hidden=(hidden, "B", "L", self.upsample.in_channels), lens=(lens, "B"))
-        check_lens("extent", extent, *hidden.shape[:2])
+    def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
+        """hidden (B,L,D), lens (B,) -> (B,upsampling*L) float32, 0 in padded frames, which the LSTM does not see."""
+        check_shapes(hidden=(hidden, "B", "L", self.upsample.in_channels))
+        check_lens("lens", lens, *hidden.shape[:2])
         rate = self.options.upsampling
         x = self.upsample(hidden.transpose(1, 2)).transpose(1, 2)  # (B,rate*L,D)
-        steps = (extent * rate).clamp(min=1).cpu()
+        steps = (lens * rate).clamp(min=1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(x, steps, batch_first=True, enforce_sorted=False)
         x, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])
         weight = self.firing(x).squeeze(-1).float().sigmoid()

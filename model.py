@@ -54,7 +54,7 @@ class Subsampling(nn.Module):
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
         check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
         for convolution in self.convolutions:
-            x = hide_padding(x, lens, leak=False)  # padded frames may hold anything
+            x = hide_padding(x, lens)  # padded frames may hold anything
             x = F.gelu(convolve(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
             lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
         return x, lens
@@ -75,17 +75,16 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(make[options.kind]() for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
 
-    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False,
-                leak: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 in padded frames (leak: as computed there), its lens (B,), the
-        attention weights (B,H,L,L) of each layer where asked for."""
+    def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 in padded frames, its lens (B,), the attention weights
+        (B,H,L,L) of each layer where asked for."""
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
         mask = key_mask(lens, x.shape[1])  # (B,1,L)
         if self.context:
             mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
         x, layers = run_blocks(self.blocks, self.dropout(self.position(x)), mask, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens, leak), lens, layers
+        return hide_padding(self.norm(x), lens), lens, layers
 
 
 # ---- predictors: the weight of every frame ----
@@ -373,7 +372,7 @@ class Paraformer(Recogniser):
         is the sampler's random draw, taken from torch's generator if None.
         -> sums by name (`loss` is their weighted total) and the number of tokens to divide them by.
         """
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens, leak=self.options.padding_leaks)
+        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
         alpha = self.predictor(hidden, hidden_lens)
@@ -393,8 +392,7 @@ class Paraformer(Recogniser):
         if self.ctc is not None:  # without the end token
             sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
         if self.timing is not None:
-            extent = torch.full_like(hidden_lens, hidden.shape[1]) if self.options.padding_leaks else hidden_lens
-            sums["timing"] = (self.timing(hidden, hidden_lens, extent).sum(1) - counts).abs().sum()
+            sums["timing"] = (self.timing(hidden, hidden_lens).sum(1) - counts).abs().sum()
         return self.total(sums), self.divisor(counts)
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
@@ -462,6 +460,6 @@ class Paraformer(Recogniser):
         edges = [in_feature_frames(boundaries(a[:L], n), self.options.encoder).clamp(0, T) for a, L, n, T in rows]
         timing = []
         if self.timing is not None:
-            fine = self.timing(hidden, hidden_lens, hidden_lens)
+            fine = self.timing(hidden, hidden_lens)
             timing = [row[:n] for row, n in zip(fine, (hidden_lens * self.options.predictor.upsampling).tolist())]
         return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, attention)
