@@ -67,7 +67,7 @@ class DecoderConfig:
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 11                # sanm: window of the memory, tokens, odd
     memory_shift: int = 0                # sanm: the window of the memory is moved this many tokens into the past
-    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"
+    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # learnable: up to 2000 tokens (encoder: frames)
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # sanm: on the memory, [0, 1)
 
@@ -195,7 +195,6 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
 
-LEARNED_POSITIONS = 2000      # = max_len of attention.PositionalEncoding, which this file may not import
 UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
         "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
@@ -296,16 +295,6 @@ def _cross_rules(config: Config) -> Iterator[Rule]:
     needed = ("train",) if config.training.init_from else ("train", "dev")      # fine-tuning: dev may be missing
     for name in needed if data.kind == "manifest" else ():
         yield f"data.{name}", getattr(data, name) != "", "a manifest or a Kaldi folder, as data.kind is manifest"
-    slowest = min((speed for speed in data.augment.speeds if speed > 0), default=1.0)
-    frames, longest = 100 * data.max_sec / slowest, f"data.max_sec {data.max_sec} at speed {slowest}"     # of 10 ms
-    if data.kind == "toy":
-        frames, longest = data.toy.max_symbols * data.toy.max_frames, "data.toy.max_symbols x max_frames"
-    most = frames / max(1, data.lfr_n) / encoder.subsampling      # as many tokens at most, and <eos>
-    decoder_position = config.model.decoder.position if config.model.name == "transformer" else ""
-    for part, position, steps, what in (("encoder", encoder.position, most, "encoder frames"),
-                                        ("decoder", decoder_position, most + 1, "tokens")):
-        yield (f"model.{part}.position", position != "learnable" or steps <= LEARNED_POSITIONS, "sinusoidal, or more "
-               f"subsampling, as {longest} is {steps:.0f} {what} and the learnable table ends at {LEARNED_POSITIONS}")
 
 
 def check(config: Config, place: str = "config") -> None:
