@@ -19,12 +19,14 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from audio import (FRAME_SEC, SHIFT_SEC, audio_seconds, frontend, normalise, num_frames, open_recording, read_samples,
@@ -113,13 +115,16 @@ def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
     same channel and the same bands masked.
     Source: Park et al. 2019, without time warping; the channel is ours.
     """
-    mels, augment = options.num_mels, options.augment
+    mels = options.num_mels
+    augment = options.augment
     if feats.dim() != 2 or feats.shape[1] % mels:
         raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
     T, F = feats.shape
     if augment.channel_std:
-        feats = feats + torch.from_numpy(np.tile(random_channel(mels, augment.channel_std, rng), F // mels)).to(feats)
-    bins, frames = np.ones(mels, bool), np.ones(T, bool)
+        channel = np.tile(random_channel(mels, augment.channel_std, rng), F // mels)
+        feats = feats + torch.from_numpy(channel).to(feats)
+    bins = np.ones(mels, bool)
+    frames = np.ones(T, bool)
     for _ in range(augment.freq_masks):
         bins &= mask_span(mels, augment.freq_width, rng)
     for _ in range(augment.time_masks):
@@ -144,6 +149,10 @@ class Skip(NamedTuple):
     reason: str
 
 
+class Unusable(Exception):
+    """Why a recording is skipped."""
+
+
 def address(item: int | tuple[int, int], size: int) -> tuple[int, int]:
     """The item of dataset[index] or dataset[epoch, index] -> (epoch, index). Raises IndexError, which ends a `for`."""
     epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -158,28 +167,34 @@ TOY_STEPS = 64          # positions at which a symbol's trajectory is tabulated
 TOY_DIP = 2.0           # natural log: how much weaker a symbol is at its ends than in its middle
 
 
+def random_trajectory(num_mels: int, rng: np.random.Generator) -> np.ndarray:
+    """Three formants that glide in place and strength under an envelope: (TOY_STEPS, num_mels) float32."""
+    places = rng.uniform([0.05, 0.3, 0.6], [0.4, 0.7, 0.95], (2, 3))    # of the formants at the start and at the end
+    strengths = rng.uniform(1.5, 4.0, (2, 3))
+    glide = np.linspace(0, 1, TOY_STEPS)[:, None]                       # (TOY_STEPS, 1)
+    place = (1 - glide) * places[0] + glide * places[1]                 # (TOY_STEPS, 3)
+    strength = (1 - glide) * strengths[0] + glide * strengths[1]
+    distance = np.linspace(0, 1, num_mels) - place[..., None]           # (TOY_STEPS, 3, num_mels)
+    bumps = strength[..., None] * np.exp(-0.5 * (distance / 0.05) ** 2)
+    return (bumps.sum(1) - TOY_DIP * (2 * glide - 1) ** 2).astype(np.float32)
+
+
 @functools.lru_cache(maxsize=4)
 def toy_inventory(num_symbols: int, num_mels: int) -> np.ndarray:
     """Spectral trajectories (num_symbols, TOY_STEPS, num_mels) float32, the same for every seed.
 
-    Three formants glide in place and strength under an envelope. Symbols 2k and 2k+1 are time reversals of each other:
-    the same frames in another order, so single frames cannot tell them apart. Each pair is, of 32 random ones, the
-    farthest from those before it and from its own reversal.
+    Symbols 2k and 2k+1 are time reversals of each other: the same frames in another order, so single frames cannot
+    tell them apart. Each pair is, of 32 random ones, the farthest from those before it and from its own reversal.
     """
     rng = np.random.default_rng(2206)
-    place, glide = np.linspace(0, 1, num_mels), np.linspace(0, 1, TOY_STEPS)[:, None]
-
-    def draw() -> np.ndarray:
-        ends = rng.uniform([0.05, 0.3, 0.6], [0.4, 0.7, 0.95], (2, 3))
-        centre, strength = ((1 - glide) * a + glide * b for a, b in (ends, rng.uniform(1.5, 4.0, (2, 3))))   # (64, 3)
-        bumps = strength[..., None] * np.exp(-0.5 * ((place - centre[..., None]) / 0.05) ** 2)      # (64, 3, num_mels)
-        return (bumps.sum(1) - TOY_DIP * (2 * glide - 1) ** 2).astype(np.float32)
-
     chosen: list[np.ndarray] = []
     while len(chosen) < num_symbols:
-        pool = [draw() for _ in range(32)]
-        nearest = [min(np.square(x - other).mean() for other in [x[::-1], *chosen]) for x in pool]
-        best = pool[int(np.argmax(nearest))]
+        farthest = -math.inf
+        for _ in range(32):
+            drawn = random_trajectory(num_mels, rng)
+            nearest = min(np.square(drawn - other).mean() for other in [drawn[::-1], *chosen])
+            if nearest > farthest:
+                best, farthest = drawn, nearest
         chosen += [best, best[::-1]]
     return np.stack(chosen[:num_symbols])
 
@@ -193,18 +208,19 @@ def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.ra
     """symbols (U,), durations (U,) frames -> (T, num_mels) float32, natural-log energies above a floor around 0."""
     if symbols.ndim != 1 or symbols.shape != durations.shape or len(symbols) == 0:
         raise ValueError(f"symbols and durations must be (U,), U >= 1, got {symbols.shape} and {durations.shape}")
-    toy, inventory = options.toy, toy_inventory(options.toy.num_symbols, options.num_mels)
+    toy = options.toy
+    inventory = toy_inventory(toy.num_symbols, options.num_mels)
     ends = durations.cumsum()
+    starts = ends - durations
     t = np.arange(ends[-1]) + 0.5                               # (T,) middles of the frames
     here = np.repeat(np.arange(len(symbols)), durations)        # (T,) position in the text
-    start, end = ends[here] - durations[here], ends[here]
-    late = t > (start + end) / 2                                # the nearer neighbour is the next symbol
+    late = t > (starts[here] + ends[here]) / 2                  # the nearer neighbour is the next symbol
     there = np.clip(here + np.where(late, 1, -1), 0, len(symbols) - 1)
-    distance = np.where(late, end - t, t - start)               # to the boundary with that neighbour
+    distance = np.where(late, ends[here] - t, t - starts[here])     # to the boundary with that neighbour
     share = np.clip(0.5 + distance / max(toy.blend_frames, 1e-6), 0, 1).astype(np.float32)[:, None]
 
     def trajectory(at: np.ndarray) -> np.ndarray:
-        position = np.clip((t - ends[at] + durations[at]) / durations[at], 0, 1)
+        position = np.clip((t - starts[at]) / durations[at], 0, 1)
         return inventory[symbols[at], np.rint(position * (TOY_STEPS - 1)).astype(np.int64)]     # (T, num_mels)
 
     tilt = rng.normal(0, toy.gain_std) + rng.normal(0, toy.tilt_std) * np.linspace(-0.5, 0.5, options.num_mels)
@@ -212,19 +228,21 @@ def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.ra
     return share * trajectory(here) + (1 - share) * trajectory(there) + tilt.astype(np.float32) + noise
 
 
+@dataclass(eq=False)
 class ToySeq2SeqDataset(Dataset):
     """Synthetic speech-like features: index -> Utterance, a pure function of (seed, index).
 
     A text of random symbols, each a trajectory of `toy_inventory` stretched to its duration (in every text of two or
     more, one lasts min_frames and one at least three times that), neighbours cross-faded over blend_frames around the
-    true boundaries; loudness and spectral tilt drawn per utterance, white noise on top. stats (2,F) normalise; augment
-    adds SpecAugment, which in dataset[epoch, index] depends on the epoch too. Reads options.num_mels, toy and augment.
+    true boundaries; loudness and spectral tilt drawn per utterance, white noise on top.
     """
 
-    def __init__(self, num_utterances: int, options, encode: Callable[[str], list[int]], seed: int = 0,
-                 augment: bool = False, stats: Tensor | None = None):
-        self.num_utterances, self.options, self.encode, self.seed = num_utterances, options, encode, seed
-        self.augment, self.stats = augment, stats
+    num_utterances: int
+    options: Any                            # reads num_mels, toy and augment
+    encode: Callable[[str], list[int]]
+    seed: int = 0
+    augment: bool = False                   # adds SpecAugment, which in dataset[epoch, index] depends on the epoch too
+    stats: Tensor | None = None             # (2,F), to normalise by
 
     def __len__(self) -> int:
         return self.num_utterances
@@ -243,13 +261,15 @@ class ToySeq2SeqDataset(Dataset):
 
     def _plan(self, index: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
         """-> symbols (U,), durations (U,) in frames, and the generator that goes on to draw the rest."""
-        toy, rng = self.options.toy, generator(self.seed, 0, index)
+        toy = self.options.toy
+        rng = generator(self.seed, 0, index)
         U = rng.integers(toy.min_symbols, toy.max_symbols + 1)
         symbols = rng.integers(toy.num_symbols, size=U)
         durations = np.rint(np.exp(rng.uniform(*np.log([toy.min_frames, toy.max_frames]), U))).astype(np.int64)
         if U > 1:
             short, long = rng.choice(U, 2, replace=False)
-            durations[[short, long]] = toy.min_frames, rng.integers(3 * toy.min_frames, toy.max_frames + 1)
+            durations[short] = toy.min_frames
+            durations[long] = rng.integers(3 * toy.min_frames, toy.max_frames + 1)
         return symbols, durations, rng
 
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance:
@@ -274,7 +294,8 @@ class Row(NamedTuple):
     duration: float | None          # seconds
 
 
-AUDIO_NAMES, TEXT_NAMES = ("audio", "audio_filepath", "source"), ("text", "target")     # ours, NeMo's, FunASR's
+AUDIO_NAMES = ("audio", "audio_filepath", "source")     # ours, NeMo's, FunASR's
+TEXT_NAMES = ("text", "target")
 
 
 def printable(text: str) -> str:
@@ -317,7 +338,7 @@ def parse_row(line: str, folder: str, place: str) -> Row:
         raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r}")
     audio = next((fields[name] for name in AUDIO_NAMES if name in fields), None)
     text = next((fields[name] for name in TEXT_NAMES if name in fields), "")
-    duration, key = fields.get("duration"), fields.get("key")
+    duration = fields.get("duration")
     if not isinstance(audio, str) or not audio:
         raise ValueError(f"{place}: wanted a path under {' or '.join(AUDIO_NAMES)}, got {audio!r} in {line[:60]}")
     if not isinstance(text, str):
@@ -326,8 +347,10 @@ def parse_row(line: str, folder: str, place: str) -> Row:
         raise ValueError(f"{place}: wanted seconds as duration, from 0 to below 1e9, got {duration!r:.60}")
     if fields.get("offset"):
         raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
-    key = os.path.splitext(os.path.basename(audio))[0] if key is None else str(key)     # os.path: Path is 8 x slower
-    return Row(printable(key), os.path.join(folder, audio), printable(text), duration)
+    key = fields.get("key")
+    if key is None:
+        key = os.path.splitext(os.path.basename(audio))[0]      # os.path: Path is 8 x slower
+    return Row(printable(str(key)), os.path.join(folder, audio), printable(text), duration)
 
 
 def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
@@ -347,12 +370,16 @@ def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
         raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp and text, got a folder without")
     if os.path.exists(f"{folder}/segments"):
         raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
-    audio, texts = read_table(f"{folder}/wav.scp"), read_table(f"{folder}/text")
-    for key in audio | texts:
-        (path, place), (text, _) = audio.get(key, ("", "")), texts.get(key, ("", ""))
-        if key in audio and (path.endswith("|") or not path):
+    audio = read_table(f"{folder}/wav.scp")
+    texts = read_table(f"{folder}/text")
+    for key, (path, place) in audio.items():
+        if path.endswith("|") or not path:
             raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
-        yield Row(key, path and os.path.join(folder, path), text, None)
+        text, _ = texts.get(key, ("", ""))
+        yield Row(key, os.path.join(folder, path), text, None)
+    for key, (text, _) in texts.items():
+        if key not in audio:
+            yield Row(key, "", text, None)
 
 
 def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
@@ -372,8 +399,11 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
     names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
     if "" in names:
         raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders between commas, got an empty name")
-    found = ([name] if os.path.exists(name) else sorted(glob.glob(name)) or [name] for name in names)
-    return list(itertools.chain.from_iterable(found))
+    paths = []
+    for name in names:
+        matching = [] if os.path.exists(name) else sorted(glob.glob(name))
+        paths += matching or [name]
+    return paths
 
 
 class Manifest:
@@ -425,8 +455,9 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
         raise ValueError("wanted recordings, folders or manifests, got an empty name")
     if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
         return [row for _, row in scan_rows(path)]
-    found = [path] if not path.is_dir() else sorted(
-        p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
+    found = [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
     if not found:
         raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
     return [Row(printable(str(p)), str(p), "", None) for p in found]
@@ -442,28 +473,39 @@ def read_stdin(stdin: BinaryIO, copy: Path) -> list[Row]:
         raise ValueError("standard input: wanted a recording or lines, got nothing")
     if b"\0" in head:       # every recording has zero bytes, no text has
         return [Row("stdin", str(copy), "", None)]
-    return [row for place, _, line in scan_lines(copy, "-")
-            for row in ([parse_row(line, "", place)] if line.startswith("{") else read_inputs(line))]
+    rows = []
+    for place, _, line in scan_lines(copy, "-"):
+        if line.startswith("{"):
+            rows.append(parse_row(line, "", place))
+        else:
+            rows += read_inputs(line)
+    return rows
 
 
+@dataclass(eq=False)
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
 
-    source: manifests as in find_manifests, or rows. stats (2,F) normalise. augment: one of the speeds, noise, and
-    SpecAugment, all pure functions of (seed, epoch, index). frames_per_token: feature frames that a token needs (the
-    encoder's subsampling). Raises ValueError on a bad line of the manifest.
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token. With for_training=False only a recording that cannot be read is skipped; no
     text is needed, and one shorter than a window, or longer than whole_sec (which is not read), has T == 0.
+    Raises ValueError on a bad line of the manifest.
     """
 
-    def __init__(self, source: str | os.PathLike | list[Row], options, encode: Callable[[str], list[int]],
-                 seed: int = 0, augment: bool = False, stats: Tensor | None = None, frames_per_token: int = 1,
-                 for_training: bool = True, whole_sec: float = math.inf):
+    source: InitVar[str | os.PathLike | list[Row]]      # manifests as in find_manifests, or rows
+    options: Any
+    encode: Callable[[str], list[int]]
+    seed: int = 0
+    augment: bool = False           # a speed, noise and SpecAugment, pure functions of (seed, epoch, index)
+    stats: Tensor | None = None     # (2,F), to normalise by
+    frames_per_token: int = 1       # feature frames that a token needs: the encoder's subsampling
+    for_training: bool = True
+    whole_sec: float = math.inf
+
+    def __post_init__(self, source: str | os.PathLike | list[Row]):
         self.rows = source if isinstance(source, list) else Manifest(source)
-        self.options, self.encode, self.seed, self.augment = options, encode, seed, augment
-        self.stats, self.frames_per_token, self.for_training = stats, frames_per_token, for_training
-        self.whole_sec = options.max_sec if for_training else whole_sec
+        if self.for_training:
+            self.whole_sec = self.options.max_sec
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -489,41 +531,71 @@ class ManifestDataset(Dataset):
         return num_frames(self.durations / speeds, self.options)
 
     def _speed(self, epoch: int, index: int) -> tuple[float, np.random.Generator]:
-        rng, speeds = generator(self.seed, epoch, index), self.options.augment.speeds
+        """The speed at which it is played, and the generator that goes on to draw the rest."""
+        rng = generator(self.seed, epoch, index)
+        speeds = self.options.augment.speeds
         return float(speeds[rng.integers(len(speeds))]) if self.augment else 1.0, rng
 
     def __getitem__(self, item: int | tuple[int, int]) -> Utterance | Skip:
         epoch, index = address(item, len(self))
-        row, options = self.rows[index], self.options
-        skip = lambda reason: Skip(row.key, printable(reason))
+        row = self.rows[index]
+        try:
+            samples, rate_hz, seconds = self._read(row)
+            feats = self._features(samples, rate_hz, epoch, index)
+            tokens = self._tokens(row.text, len(feats))
+        except Unusable as reason:
+            return Skip(row.key, printable(str(reason)))
+        return Utterance(row.key, feats, tokens, row.text, None, seconds)
+
+    def _read(self, row: Row) -> tuple[Tensor, int, float]:
+        """-> samples (N,), their rate in Hz, and the recording's seconds. Raises Unusable."""
         if self.for_training and not row.text.strip():
-            return skip("no text")
+            raise Unusable("no text")
         if not row.audio:
-            return skip("no audio: wav.scp has no line for it")
+            raise Unusable("no audio: wav.scp has no line for it")
+        samples = torch.zeros(0)
         try:
             with open_recording(row.audio) as (file, header):
-                rate_hz, seconds = header.rate_hz, header.num_samples / header.rate_hz
-                samples = read_samples(file, header) if seconds <= self.whole_sec else torch.zeros(0)
+                seconds = header.num_samples / header.rate_hz
+                if seconds <= self.whole_sec:
+                    samples = read_samples(file, header)
         except FileNotFoundError:
-            return skip(f"missing: {row.audio}")
+            raise Unusable(f"missing: {row.audio}") from None
         except (OSError, ValueError) as error:
-            return skip(f"unreadable: {error}")
-        shortest, longest = max(options.min_sec, FRAME_SEC), options.max_sec
-        if self.for_training and not shortest <= seconds <= longest:
-            found = "too long" if seconds > longest else "too short" if seconds else "empty"
-            return skip(f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
+            raise Unusable(f"unreadable: {error}") from None
+        if self.for_training:
+            self._check_duration(seconds)
+        return samples, header.rate_hz, seconds
+
+    def _check_duration(self, seconds: float) -> None:
+        shortest, longest = max(self.options.min_sec, FRAME_SEC), self.options.max_sec
+        if shortest <= seconds <= longest:
+            return
+        found = "empty"
+        if seconds:
+            found = "too short" if seconds < shortest else "too long"
+        raise Unusable(f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
+
+    def _features(self, samples: Tensor, rate_hz: int, epoch: int, index: int) -> Tensor:
+        """samples (N,) -> features (T,F), augmented if the dataset is. Raises Unusable if they are not finite."""
+        options = self.options
         speed, rng = self._speed(epoch, index)
         if self.augment and options.augment.snr_db:
-            samples, rate_hz = resample(samples, rate_hz, options.sample_rate), options.sample_rate
+            samples = resample(samples, rate_hz, options.sample_rate)
+            rate_hz = options.sample_rate
             samples = add_noise(samples, options.augment.snr_db, rng)
         feats = frontend(samples, round(rate_hz * speed), options, self.stats)      # a higher rate plays faster
         if not feats.isfinite().all():
-            return skip("features not finite: are the samples of a float WAV far beyond 1?")
-        tokens, room = torch.tensor(self.encode(row.text), dtype=torch.int64), len(feats) // self.frames_per_token
+            raise Unusable("features not finite: are the samples of a float WAV far beyond 1?")
+        return spec_augment(feats, options, rng) if self.augment else feats
+
+    def _tokens(self, text: str, num_frames: int) -> Tensor:
+        """-> (U,) int64. Raises Unusable if the frames cannot hold them."""
+        tokens = torch.tensor(self.encode(text), dtype=torch.int64)
+        room = num_frames // self.frames_per_token
         if self.for_training and len(tokens) > room:
-            return skip(f"text too long: {len(tokens)} tokens, {len(feats)} frames hold at most {room}")
-        feats = spec_augment(feats, options, rng) if self.augment else feats
-        return Utterance(row.key, feats, tokens, row.text, None, seconds)
+            raise Unusable(f"text too long: {len(tokens)} tokens, {num_frames} frames hold at most {room}")
+        return tokens
 
 
 def training_texts(options) -> Iterable[str]:
@@ -576,32 +648,50 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
     if lengths.ndim != 1:
         raise ValueError(f"lengths must be (number of utterances,), got {lengths.shape}")
     rng = np.random.default_rng((seed, epoch))
-    jitter = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(lengths)) if shuffle else 1.0
+    if shuffle:
+        order = np.argsort(lengths * rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(lengths)), kind="stable")
+    else:
+        order = np.argsort(lengths, kind="stable")
     batches: list[list[int]] = []
-    longest = total = 0
-    for index in np.argsort(lengths * jitter, kind="stable").tolist():
+    batch: list[int] = []
+    longest = total = 0             # frames of the batch
+    for index in order.tolist():
         length = int(lengths[index])
-        longest, total = max(longest, length), total + length
-        padded = (len(batches[-1]) + 1) * longest if batches else math.inf
-        if padded > batch_frames or len(batches[-1]) == batch_size or not shuffle and total < 0.9 * padded:
-            batches.append([])
-            longest = total = length
-        batches[-1].append(index)
+        padded = (len(batch) + 1) * max(longest, length)
+        full = len(batch) == batch_size or padded > batch_frames
+        wasteful = not shuffle and total + length < 0.9 * padded
+        if batch and (full or wasteful):
+            batches.append(batch)
+            batch = []
+            longest = total = 0
+        batch.append(index)
+        longest = max(longest, length)
+        total += length
+    if batch:
+        batches.append(batch)
     return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
+
+
+def check_items(items: list[Utterance]) -> None:
+    """Raises ValueError unless the features are (T,F) of one F, and the tokens (U,)."""
+    shapes = [(tuple(u.feats.shape), tuple(u.tokens.shape)) for u in items]
+    for feats, tokens in shapes:
+        if len(feats) != 2 or feats[1:] != shapes[0][0][1:] or len(tokens) != 1:
+            raise ValueError(f"feats must be (T,F) of one width and tokens (U,), got {shapes}")
 
 
 def collate(items: list[Utterance | Skip]) -> Batch:
     """Utterances -> one padded Batch; Skips go to `skipped`. Skips alone give a batch with B == 0."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
-    feats, tokens = [u.feats for u in kept], [u.tokens for u in kept]
-    if len({x.shape[1:] for x in feats}) > 1 or any(x.dim() != 2 for x in feats) or any(x.dim() != 1 for x in tokens):
-        raise ValueError("feats must be (T,F) of one width and tokens (U,), got "
-                         f"{[(tuple(x.shape), tuple(y.shape)) for x, y in zip(feats, tokens)]}")
-    pad = lambda rows, empty: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else empty
-    lens = lambda rows: torch.tensor([len(x) for x in rows], dtype=torch.int64)
-    return Batch([u.key for u in kept], pad(feats, torch.zeros(0, 0, 0)), lens(feats),
-                 pad(tokens, torch.zeros(0, 0, dtype=torch.int64)), lens(tokens), [u.text for u in kept], skipped)
+    check_items(kept)
+    feats, tokens = torch.zeros(0, 0, 0), torch.zeros(0, 0, dtype=torch.int64)
+    if kept:
+        feats = pad_sequence([u.feats for u in kept], batch_first=True)
+        tokens = pad_sequence([u.tokens for u in kept], batch_first=True)
+    feat_lens = torch.tensor([len(u.feats) for u in kept], dtype=torch.int64)
+    token_lens = torch.tensor([len(u.tokens) for u in kept], dtype=torch.int64)
+    return Batch([u.key for u in kept], feats, feat_lens, tokens, token_lens, [u.text for u in kept], skipped)
 
 
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
