@@ -24,19 +24,18 @@ from web import Gone, Refusal
 RATIO = 1.5         # longest to shortest of a batch: above it, a large model's padding costs more than the batch saves
 
 
-def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int, slack: int = 0) -> list[int]:
+def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list[int]:
     """The next batch of those that wait -> its indices in `lengths` (frames, oldest first), always with the oldest.
 
-    It is the largest set of like lengths around the oldest: the longest at most RATIO times the shortest, or `slack`
-    frames above it (pass_worth); at most max_size utterances and max_frames padded frames (a longer one goes alone).
-    Nobody starves, as everybody becomes the oldest. Where a pass costs more than the padding it saves, few large
-    batches answer the slowest client sooner, though many small ones would do somewhat less work.
+    It is the largest set of like lengths around the oldest: the longest at most RATIO times the shortest; at most
+    max_size utterances and max_frames padded frames (a longer one goes alone). Nobody starves, as everybody becomes
+    the oldest.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     oldest, best = order.index(0), [0]
     for low in range(max(0, oldest - max_size + 1), oldest + 1):
-        shortest, high = lengths[order[low]], low
-        longest = max(RATIO * shortest, shortest + slack)
+        high = low
+        longest = RATIO * lengths[order[low]]
         while (high < len(order) and high - low < max_size and lengths[order[high]] <= longest
                and (high - low + 1) * lengths[order[high]] <= max_frames):
             high += 1
@@ -63,9 +62,8 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 class Batcher:
     """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model."""
 
-    def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics",
-                 slack: int = 0):
-        self.infer, self.options, self.metrics, self.slack = infer, options, metrics, slack
+    def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics"):
+        self.infer, self.options, self.metrics = infer, options, metrics
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
         self.expected, self.answered = 0, -math.inf     # utterances of the last batch less those since; its end
@@ -114,7 +112,7 @@ class Batcher:
         if (self.arriving or returning) and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
-                              self.options.max_batch_frames, self.slack)
+                              self.options.max_batch_frames)
         batch = [self.waiting[i] for i in chosen]
         self.waiting = [job for i, job in enumerate(self.waiting) if i not in chosen]
         return batch, 0.0

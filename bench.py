@@ -44,7 +44,7 @@ from decode import (batch_limits, decode_batch, drawable, greedy_system, open_in
                     read_result, with_search)
 from funasr import PieceTokenizer
 from report import Outcome, Score, score
-from serve import recognise, tune
+from serve import load_warm, recognise
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, num_parameters, rehearse, save
 
@@ -362,8 +362,7 @@ ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's firs
 
 def serving_figures(options: argparse.Namespace) -> None:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
-    tune(system, options)
+    system = load_warm(options)
     mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
 
     def body(frames: int) -> bytes:

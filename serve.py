@@ -34,7 +34,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from timeit import repeat, timeit
 from typing import Any, NamedTuple, NoReturn
 
 # Set before torch is loaded: idle OpenMP threads then spin for 10 us and sleep. By default they spin for so long that
@@ -328,13 +327,12 @@ def route_of(head: Head) -> str:
 class Server(Door):
     """What the routes need, and the routes."""
 
-    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0,
-                 slack: int = 0):
+    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0):
         self.system, self.model = system, system.config.model.name
         self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
         self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.metrics = Metrics()
-        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics, slack)
+        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
         self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
@@ -525,7 +523,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", default="float32", choices=list(PRECISIONS), help="of matrix products (default float32)")
-    add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice, one less for a small model")
+    add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice")
     numbers = {"max-batch-size": (16, "utterances in a batch"),
                "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
                "max-batch-frames": (20000, "padded frames in a batch"),
@@ -574,34 +572,13 @@ def drain(server: Server, timeout: float) -> None:
     server.server_close()
 
 
-def pass_worth(system: System) -> int:
-    """How many frames of padding cost as much as another pass through the model, measured: many for a small model.
-
-    Measured on zeros; a transformer's time includes the decoding steps of tokens it imagines there.
-    """
-    def seconds(frames: int) -> float:
-        feats = torch.zeros(frames, system.stats.shape[1])
-        return min(repeat(lambda: recognise(system, [feats]), number=1, repeat=10))
-
-    fixed, longer = seconds(1), seconds(401)
-    return min(1000, int(400 * fixed / max(longer - fixed, 1e-6)))        # 401 frames say little about thousands
-
-
-def tune(system: System, options: argparse.Namespace) -> int:
-    """Set torch's threads (with --threads 0, a small model leaves one core to the parsers) -> slack of choose_batch.
-
-    Runs the model, so that the first client does not wait for torch.
-    """
+def load_warm(options: argparse.Namespace) -> System:
+    """The system after one pass, on as many threads as are asked for, so that the first client does not wait for torch."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    short = torch.zeros(50, system.stats.shape[1])
-    recognise(system, [short])
-    slow = timeit(lambda: recognise(system, [short]), number=1) > 0.1       # a large model: slack 0, unmeasured
-    slack = 0 if slow else pass_worth(system)
-    if not options.threads and slack > 100:         # frames: then a pass takes no longer than parsing does
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-        slack = pass_worth(system)
-    return slack
+    system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
+    recognise(system, [torch.zeros(50, system.stats.shape[1])])
+    return system
 
 
 def bound_memory() -> None:
@@ -620,10 +597,10 @@ def run(options: argparse.Namespace) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
-    system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
-    slack, created = tune(system, options), int(Path(options.checkpoint).stat().st_mtime)
+    system = load_warm(options)
+    created = int(Path(options.checkpoint).stat().st_mtime)
     try:
-        server = start(Server(system, options, start_log(), created, slack))
+        server = start(Server(system, options, start_log(), created))
     except OSError as error:
         raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror}; "
                          "--port 0 takes a free port") from None
