@@ -154,10 +154,7 @@ class TrainingConfig:
     precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"   # auto: bfloat16 on a GPU that has it
     accumulate: int = 1                  # parts that a batch is split into, to save memory; the step is the same
     recompute_blocks: bool = False       # encoder blocks keep no activations; the backward pass computes them again
-    compile: bool = False                # torch.compile; needs a C++ compiler on a CPU
     checkpoint_steps: int = 0            # also a checkpoint every this many steps; 0 = none
-    checkpoint_minutes: float = 0.0      # also a checkpoint this many minutes after the last one; 0 = none
-    keep_epochs: int = 0                 # epochs whose weights are kept, the last ones, for --average; 0 = none
     picture_epochs: int = 0              # epochs between alignment pictures of three dev utterances; 0 = never
     overfit: int = 0                     # train and evaluate on this many utterances only, the first; 0 = all
     max_bad_steps: int = 10              # non-finite steps in a row that stop the run
@@ -183,7 +180,7 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
     "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim quantity_weight mwer_weight blend_frames
         noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
-        warmup_steps weight_decay checkpoint_steps checkpoint_minutes keep_epochs picture_epochs overfit patience
+        warmup_steps weight_decay checkpoint_steps picture_epochs overfit patience
         memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
@@ -366,12 +363,26 @@ def _merge(base: Any, values: dict, place: str, path: tuple[str, ...] = ()) -> A
     return replace(base, **new)
 
 
+GONE = ("training.compile", "training.checkpoint_minutes", "training.keep_epochs")  # fields of older versions
+
+
+def _drop_gone(values: dict, prefix: str = "") -> dict:
+    """values without the fields of GONE."""
+    kept = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if path not in GONE:
+            kept[key] = _drop_gone(value, f"{path}.") if isinstance(value, dict) else value
+    return kept
+
+
 def from_dict(values: dict, place: str) -> Config:
-    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules: raises
-    ValueError that begins with `place` for an unknown key or a wrong type."""
+    """Config from the nested plain dicts of a checkpoint; what they leave out has its default, fields of GONE have no
+    effect. Checks keys and types, not the rules: raises ValueError that begins with `place` for an unknown key or a
+    wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
-    return _merge(Config(), values, place)
+    return _merge(Config(), _drop_gone(values), place)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:

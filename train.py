@@ -237,7 +237,6 @@ class Step(NamedTuple):
     tokens: int
     grad_norm: float
     finite: bool  # False: the step was skipped
-    parts: int = 1  # that the batch was worked through in; 0: a single utterance of it does not fit into memory
 
 
 def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -265,16 +264,13 @@ def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -
     return [order]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
-
-
-def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int) -> dict[str, float]:
-    """Add the gradient of the summed loss of a batch, in so many parts, to p.grad -> sums of losses and tokens."""
+def add_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> dict[str, float]:
+    """Add the gradient of the summed loss of a batch, in options.accumulate parts, to p.grad -> sums of losses and
+    tokens."""
     device, sums = next(model.parameters()).device, {}
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
-    for part in split(batch, parts):
+    for part in split(batch, options.accumulate):
         order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             losses, tokens = model(*inputs(part, model), *order)
@@ -285,47 +281,29 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int, par
     return {name: x.item() for name, x in sums.items()}
 
 
-def fit_gradients(model: nn.Module, batch: data.Batch, options, number: int, parts: int,
-                  undo: Callable[[], None]) -> tuple[dict[str, float], float, int]:
-    """add_gradients; while memory does not suffice, undo() and again in twice as many parts -> losses, tokens, parts.
-    Tokens are NaN, which share_gradients spreads to all ranks, if the loss is not finite or a single utterance does not
-    fit into memory (0 parts)."""
-    try:
-        sums = add_gradients(model, batch, options, number, parts)
-        tokens = sums.pop("tokens", 0.0)
-        return sums, tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan, parts
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    model.zero_grad()
-    undo()
-    torch.cuda.empty_cache()
-    if parts >= len(batch.keys):
-        return {}, math.nan, 0
-    return fit_gradients(model, batch, options, number, 2 * parts, undo)
-
-
 def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options, number: int = 0) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    Nothing is updated if, in any rank, loss or gradient is not finite or an utterance does not fit into memory.
+    Nothing is updated if, in any rank, loss or gradient is not finite.
     """
     undo = keep_statistics(model)
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
     model.zero_grad()
-    sums, own_tokens, parts = fit_gradients(model, batch, options, number, options.accumulate, undo)
-    tokens = share_gradients(model, own_tokens)
+    sums = add_gradients(model, batch, options, number)
+    own_tokens = sums.pop("tokens", 0.0)
+    loss_is_finite = math.isfinite(sums.get("loss", 0.0))
+    tokens = share_gradients(model, own_tokens if loss_is_finite else math.nan)  # NaN spreads to all ranks
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
     if not math.isfinite(tokens) or not math.isfinite(grad_norm):
         undo()
-        return Step({}, 0, 0.0, False, parts)
+        return Step({}, 0, 0.0, False)
     clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
     if gradients:  # not where the whole batch was skipped
         torch._foreach_mul_(gradients, clip / max(1.0, tokens))
     optimizer.step(rate)
-    return Step(sums, int(own_tokens), grad_norm, True, parts)
+    return Step(sums, int(own_tokens), grad_norm, True)
 
 
 # ---- one evaluation ----
@@ -496,13 +474,11 @@ def origin(config: configs.Config, place: str,
     return config, tokenizer, stats, model
 
 
-def save_memory_and_time(model: nn.Module, training) -> None:
-    """training.recompute_blocks and compile; parameters keep their names. A copy made later would call these blocks."""
-    if training.recompute_blocks:
-        for block in model.encoder.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if training.compile:
-        model.compile(dynamic=True)
+def recompute_blocks(model: nn.Module) -> None:
+    """Encoder blocks keep no activations; the backward pass computes them again. A copy made later would call these
+    blocks."""
+    for block in model.encoder.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def make_run(config: configs.Config, state: dict | None = None, place: str = "") -> Run:
@@ -529,32 +505,28 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     if state is not None:
         load_weights(model, state["trained"], place)
         optimizer.load_state_dict(state["optimizer"])
-    save_memory_and_time(model, training)
+    if training.recompute_blocks:
+        recompute_blocks(model)
     return Run(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
 
 
 def save(run: Run, progress: Progress) -> None:
     """Write latest.pt; the one before becomes previous.pt. All ranks call it, rank 0 writes.
 
-    At the end of an epoch, best.pt, if it is the best, and epoch_<number>.pt, of which training.keep_epochs stay, are
-    written first: a run killed in between repeats the epoch. If writing fails, latest.pt and previous.pt stay.
+    At the end of an epoch, if it is the best, best.pt is written first: a run killed in between repeats the epoch. If
+    writing fails, latest.pt and previous.pt stay.
     """
     reached = progress._replace(totals=add_up(progress.totals))._asdict()
     if own_rank():
         return
-    folder, keep, history = run.folder / "checkpoints", run.config.training.keep_epochs, reached.pop("history")
-    to_decode = {"format": CHECKPOINT_FORMAT, "config": asdict(run.config), "tokenizer": run.tokenizer.state(),
-                 "stats": run.stats, "model": run.average.state_dict(), "history": history}
-    state = {**to_decode, "trained": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+    folder, history = run.folder / "checkpoints", reached.pop("history")
+    state = {"format": CHECKPOINT_FORMAT, "config": asdict(run.config), "tokenizer": run.tokenizer.state(),
+             "stats": run.stats, "model": run.average.state_dict(), "history": history,
+             "trained": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
              "progress": reached, "utterances": len(run.train_set),
              "log_bytes": (run.folder / "train.log").stat().st_size}
-    epoch_ends = bool(history) and not progress.batch
-    if epoch_ends and best_row(history) is history[-1]:
+    if history and not progress.batch and best_row(history) is history[-1]:
         data.save_atomic(folder / "best.pt", state)
-    if epoch_ends and keep:
-        data.save_atomic(folder / f"epoch_{progress.epoch:04d}.pt", to_decode)
-        for old in sorted(folder.glob("epoch_*.pt"))[:-keep]:
-            old.unlink()
     data.save_atomic(folder / "next.pt", state)
     if (folder / "latest.pt").exists():
         os.replace(folder / "latest.pt", folder / "previous.pt")
@@ -577,7 +549,8 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
         raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
                          f"run with its weights: --training.init_from={path}")
     config = configs.from_dict(state["config"], str(path))
-    if (folder / "config.yaml").exists() and configs.load(str(folder / "config.yaml")) != config:
+    written = folder / "config.yaml"
+    if written.exists() and configs.from_dict(configs.parse_yaml(written.read_text("utf-8")), str(written)) != config:
         raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={path}")
     return path, state, config
@@ -636,54 +609,12 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-MAX_DEATHS = 3  # of loader processes at the same batch
-
-
-def reloading(run: Run, load: Callable[[int], Iterable[data.Batch]], start: int) -> Iterator[data.Batch]:
-    """The batches of load(start). When a loader process dies, that is logged, and load begins again with the batch that
-    is due. Raises OSError after MAX_DEATHS at the same batch.
-
-    torch's handler of SIGCHLD raises wherever the main process is just then: it is held back while a batch is in use.
-    """
-    deaths = 0
-    while True:
-        try:
-            for batch in load(start):
-                report_death = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                try:
-                    yield batch
-                finally:
-                    signal.signal(signal.SIGCHLD, report_death)
-                start, deaths = start + 1, 0
-                if callable(report_death):
-                    report_death(signal.SIGCHLD, None)
-            return
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            deaths, message = deaths + 1, str(error).splitlines()[0]
-        if deaths == MAX_DEATHS:
-            raise OSError(f"loader process died {deaths} times over batch {start + 1}, the last time: {message}; too "
-                          "little memory? data.num_workers=0 loads without one")
-        say(run, f"loader process died at batch {start + 1}, {deaths} of {MAX_DEATHS} times, started again: {message}",
-            own=True)
-
-
 def log_skips(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
     """The same batches; every recording that they skip is logged with the reason."""
     for batch in batches:
         for skip in batch.skipped:
             say(run, f"skipped {skip.key}: {skip.reason}", own=True)
         yield batch
-
-
-def trouble(step: Step, accumulate: int) -> str:
-    """What the log says of a step that was not as it should be, "" if it was."""
-    if not step.parts:
-        return "out of memory with a single utterance, skipped"
-    if not step.finite:
-        return "loss or gradient not finite, skipped"
-    return f"out of memory, worked through in {step.parts} parts instead" if step.parts > accumulate else ""
 
 
 def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Step:
@@ -695,8 +626,8 @@ def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Ste
         share = newest_share(run.optimizer.steps - 1, training.average_decay)  # skipped steps do not count
         for own, new in zip(run.average.state_dict().values(), run.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
-    if problem := trouble(step, training.accumulate):
-        say(run, f"step {number + 1}: {problem}; batch: {' '.join(batch.keys)}", own=True)
+    if not step.finite:
+        say(run, f"step {number + 1}: loss or gradient not finite, skipped; batch: {' '.join(batch.keys)}", own=True)
     return step
 
 
@@ -704,10 +635,10 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
     """Train from progress.batch to the end of the epoch and write the checkpoints that fall due -> the new progress.
     If run.stop is set in any rank, it is set in all, and the epoch ends after that step."""
     training, batches = run.config.training, epoch_batches(run, progress.epoch)
-    shown = saved = started = time.monotonic()
+    shown = started = time.monotonic()
     run.model.train()
-    load = lambda start: data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, start)
-    for batch in log_skips(run, reloading(run, load, progress.batch)):
+    batches_due = data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, progress.batch)
+    for batch in log_skips(run, batches_due):
         wait = time.monotonic() - started
         step = take_step(run, batch, progress.step, total_steps)
         now = time.monotonic()
@@ -718,15 +649,11 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
         if progress.bad_steps >= training.max_bad_steps:
             raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                             f"{' '.join(batch.keys)}")
-        due = (training.checkpoint_steps and progress.step % training.checkpoint_steps == 0
-               or training.checkpoint_minutes and now - saved >= 60 * training.checkpoint_minutes)
-        wanted = add_up({"save": bool(due), "stop": run.stop.is_set()})  # clocks and signals differ
-        if wanted["stop"]:
+        if add_up({"stop": run.stop.is_set()})["stop"]:  # one rank may have the signal before another
             run.stop.set()
             break
-        if wanted["save"]:
+        if training.checkpoint_steps and progress.step % training.checkpoint_steps == 0:
             save(run, progress)
-            saved = time.monotonic()
         started = time.monotonic()
         if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):  # seconds; fewer lines in a file
             shown, step_sec = now, totals["seconds"] / progress.batch
@@ -820,21 +747,6 @@ def fit(run: Run, progress: Progress) -> Progress:
 
 
 # ---- starting and going on ----
-
-def average_epochs(folder: Path, count: int) -> str:
-    """Write average.pt, the mean of the weights of the best `count` epochs that were kept -> what to do with it."""
-    states = [read_checkpoint(path) for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))]
-    if len(states) < count:
-        raise ValueError(f"{folder}/checkpoints: wanted {count} files epoch_*.pt, got {len(states)}; train with "
-                         f"--training.keep_epochs={count} or more")
-    best = sorted(states, key=lambda state: score(state["history"][-1]), reverse=True)[:count]
-    mean = {name: torch.stack([each["model"][name].double() for each in best]).mean(0).to(first.dtype)
-            for name, first in best[0]["model"].items()}
-    target = folder / "checkpoints/average.pt"
-    data.save_atomic(target, {**best[0], "model": mean})
-    epochs = " ".join(str(each["history"][-1]["epoch"]) for each in best)
-    return f"mean of epochs {epochs}; decode with: python decode.py --ckpt {target}"
-
 
 def headline(run: Run) -> str:
     return (f"{run.folder}: {run.config.model.name}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
@@ -945,11 +857,22 @@ def catch_signals() -> threading.Event:
     return stop
 
 
-def complain(error: Exception, run: Run | None) -> None:
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
+
+
+def is_lost_loader(error: Exception) -> bool:
+    """A data loader process was killed; torch names it by this."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def print_error(error: Exception, run: Run | None) -> None:
     """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
     what = str(error).splitlines()[-1] if "Traceback" in str(error) else str(error)
     if is_out_of_memory(error):
-        what = "out of memory: wanted a smaller training.batch_size or batch_frames"
+        what = "out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate"
+    if is_lost_loader(error):
+        what = f"{str(error).splitlines()[0]}; too little memory? data.num_workers=0 loads without it"
     if run is not None:
         space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
         what += f"; the last checkpoint is good: {space}{resume_hint(run)}"
@@ -982,22 +905,20 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
         usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run]\n"
-        "       train.py --resume RUN [--average N]")
+        "       train.py --resume RUN")
     parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
-    parser.add_argument("--average", type=int, metavar="N", help="with --resume RUN: do not train, write the mean of "
-                        "the best N epochs that training.keep_epochs kept to RUN/checkpoints/average.pt")
     arguments, rest = parser.parse_known_args(argv)
     if unknown := [a for a in rest if not (a.startswith("--") and "." in a and "=" in a)]:
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
-    if any(count is not None and count < 1 for count in (arguments.overfit, arguments.average)):
-        parser.error("--overfit and --average want 1 or more")
+    if arguments.overfit is not None and arguments.overfit < 1:
+        parser.error(f"--overfit wants 1 or more, got {arguments.overfit}")
     given = {name for name, value in {**vars(arguments), "overrides": rest}.items() if value}
     fresh = {"config", "overrides", "overfit"}
-    ways = fresh | {"runs"}, fresh | {"dry_run"}, {"resume", "average"}
+    ways = fresh | {"runs"}, fresh | {"dry_run"}, {"resume"}
     if not given & {"config", "resume"} or not any(given <= way for way in ways):
         parser.error(f"wanted one of these, got {' '.join(argv) or 'none'}")
     return arguments, rest
@@ -1007,9 +928,6 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
     run = None
     try:
-        if arguments.average:
-            print(average_epochs(Path(arguments.resume).resolve(), arguments.average))
-            return 0
         if arguments.resume:
             run, progress = resume(Path(arguments.resume).resolve(), catch_signals())
         else:
@@ -1022,12 +940,12 @@ def main(argv: Sequence[str]) -> int:
             run, progress = begin(config, arguments, catch_signals())
         return finish(run, fit(run, progress))
     except RunFailed as error:
-        complain(error, run)
+        print_error(error, run)
         return 1
     except (ValueError, OSError, RuntimeError) as error:  # fit raises them too: too long a recording, a full disk
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_loader(error)):
             raise
-        complain(error, run)
+        print_error(error, run)
         return 2
 
 
