@@ -10,6 +10,7 @@ Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolatio
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import shutil
@@ -63,7 +64,8 @@ def read_header(file: BinaryIO) -> WavHeader | None:
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
-    head, fmt = file.read(12), b""
+    head = file.read(12)
+    fmt = b""
     if end == 0:
         raise ValueError("wanted a recording, got an empty file")
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
@@ -71,7 +73,8 @@ def read_header(file: BinaryIO) -> WavHeader | None:
     for _ in range(MAX_CHUNKS):
         if len(head := file.read(8)) < 8:
             break
-        size, start = int.from_bytes(head[4:], "little"), file.tell()
+        size = int.from_bytes(head[4:], "little")
+        start = file.tell()
         if head[:4] == b"fmt ":
             fmt = file.read(min(size, 40))
         elif head[:4] == b"data":
@@ -157,7 +160,8 @@ def audio_seconds(path: str | os.PathLike) -> float | None:
         with open(path, "rb") as file:
             head = file.read(26)
         word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
-        rate_hz, num_samples = word >> 44, word % 2**36
+        rate_hz = word >> 44
+        num_samples = word % 2**36
         if head[:4] == b"fLaC" and rate_hz and num_samples:
             return num_samples / rate_hz
         with open_recording(path) as (_, header):
@@ -193,7 +197,8 @@ def sinc_block(up: int, down: int, first: int, count: int) -> tuple[int, Tensor]
     band = ROLL_OFF * min(1.0, up / down)               # cut-off, as a fraction of the input's Nyquist frequency
     half = ZERO_CROSSINGS / band                        # half the kernel's width, in input samples
     centres = (first + np.arange(count)) * (down / up)
-    offset, stop = math.ceil(centres[0] - half), math.floor(centres[-1] + half) + 1
+    offset = math.ceil(centres[0] - half)
+    stop = math.floor(centres[-1] + half) + 1
     t = np.arange(offset, stop)[:, None] - centres      # (span, count)
     window = np.i0(KAISER_BETA * np.sqrt(np.clip(1 - (t / half) ** 2, 0, None))) * (np.abs(t) <= half)
     weights = np.sinc(band * t) * window
@@ -205,7 +210,7 @@ def check_samples(samples: Tensor) -> None:
         raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
 
 
-def reach(up: int, down: int) -> int:
+def half_width(up: int, down: int) -> int:
     """The most input samples that one output depends on, on either side."""
     return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
 
@@ -224,7 +229,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     up, down = Fraction(rate_out, rate_in).as_integer_ratio()
     num_out = -(-len(samples) * up // down)
     periods = -(-num_out // up)
-    margin = reach(up, down)
+    margin = half_width(up, down)
     padded = torch.nn.functional.pad(samples.float(), (margin, margin + periods * down - len(samples)))
     out = padded.new_empty(periods, up)
     for first in range(0, min(up, num_out), PHASES):
@@ -243,10 +248,11 @@ def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
     """The samples that load_wav and resample make of a recording, in pieces, in constant memory. Raises as load_wav."""
     with open_recording(source) as (file, header):
         up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
-        around = -(-reach(up, down) // down) * down         # whole periods of `down` inputs, as is `step`
+        around = -(-half_width(up, down) // down) * down    # whole periods of `down` inputs, as is `step`
         step = CHUNK_SEC * header.rate_hz
         for start in range(0, header.num_samples, step):
-            first, stop = max(0, start - around), min(header.num_samples, start + step + around)
+            first = max(0, start - around)
+            stop = min(header.num_samples, start + step + around)
             piece = resample(read_samples(file, header, first, stop), header.rate_hz, rate_hz)
             skipped = (start - first) // down * up
             yield piece[skipped:skipped + step // down * up]
@@ -271,6 +277,18 @@ def levels(samples: Tensor, size: int) -> np.ndarray:
     return 10 * padded.view(-1, size).square().mean(1).clamp(1e-9, 1e9).log10().numpy()
 
 
+def runs(quiet: np.ndarray) -> list[tuple[int, int]]:
+    """quiet (n,) bool -> (start, end) of each run of True; end is the first entry behind it."""
+    found = []
+    start = 0
+    for is_quiet, entries in itertools.groupby(quiet.tolist()):
+        end = start + len(list(entries))
+        if is_quiet:
+            found.append((start, end))
+        start = end
+    return found
+
+
 def find_cut(level: np.ndarray, least: int, most: int) -> int:
     """How many levels a segment takes: level (n,) in dB, one per LEVEL_SEC -> n, or least..min(most, n - least).
 
@@ -279,22 +297,27 @@ def find_cut(level: np.ndarray, least: int, most: int) -> int:
     quiet levels after a sound (and before one, if n <= most: the recording ends here). Levels are smoothed over 50 ms.
     Quiet is relative to the floor and to the loudest level, so that the gain does not matter.
     """
-    n, smooth = len(level), np.convolve(np.pad(level, 2, mode="edge"), np.full(5, 0.2), "valid")
+    n = len(level)
+    smooth = np.convolve(np.pad(level, 2, mode="edge"), np.full(5, 0.2), "valid")
     floor = np.percentile(smooth, FLOOR_PERCENT)
     quiet = smooth <= floor + QUIET_SHARE * (smooth.max() - floor)
     loud = np.flatnonzero(~quiet)
-    quiet[:loud[0] if len(loud) else 0] = False
-    quiet[loud[-1] if len(loud) and n <= most else n:] = False
+    if len(loud):
+        quiet[:loud[0]] = False
+        if n <= most:
+            quiet[loud[-1]:] = False
     stop = max(least, min(most, n - least)) + 1
-    edges = least + np.flatnonzero(np.diff(np.pad(quiet[least:stop], 1).astype(np.int8)))
-    starts, ends = edges[::2], edges[1::2]
-    long = np.flatnonzero(ends - starts >= PAUSE_SEC / LEVEL_SEC)
-    if not len(long) and n <= most:
+    pauses = runs(quiet[least:stop])
+    long = [(start, end) for start, end in pauses if end - start >= PAUSE_SEC / LEVEL_SEC]
+    if long:
+        start, end = long[0]
+    elif n <= most:
         return n
-    if not len(starts):
+    elif pauses:
+        start, end = max(pauses, key=lambda pause: pause[1] - pause[0])
+    else:
         return least + int(smooth[least:stop].argmin())
-    best = long[0] if len(long) else (ends - starts).argmax()
-    return int(starts[best] + ends[best]) // 2
+    return least + (start + end) // 2
 
 
 def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
@@ -305,18 +328,26 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
     """
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
-    size, whole = int(rate_hz * LEVEL_SEC), int(max_sec * rate_hz + 1e-6)      # 2.01 * 8000 is below 16080
-    least, most = math.ceil(min_sec * rate_hz / size - 1e-6), whole // size
-    chunks, held, start = iter(chunks), torch.zeros(0), 0
+    size = int(rate_hz * LEVEL_SEC)
+    whole = int(max_sec * rate_hz + 1e-6)       # 2.01 * 8000 is below 16080
+    most = whole // size
+    least = math.ceil(min_sec * rate_hz / size - 1e-6)
+    ahead = (least + most) * size
+    chunks = iter(chunks)
+    held = torch.zeros(0)
+    start = 0
     while True:
-        while len(held) < (least + most) * size and (chunk := next(chunks, None)) is not None:
+        while len(held) < ahead and (chunk := next(chunks, None)) is not None:
             held = torch.cat([held, chunk])
         if not len(held):
             return
-        level = levels(held[:(least + most) * size], size)
-        end = len(held) if start == 0 and len(held) <= whole else find_cut(level, least, most) * size
+        if start == 0 and len(held) <= whole:
+            end = len(held)
+        else:
+            end = find_cut(levels(held[:ahead], size), least, most) * size
         yield Segment(start / rate_hz, held[:end].clone())
-        start, held = start + end, held[end:]
+        held = held[end:]
+        start += end
 
 
 def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec: float) -> Iterator[Segment]:
@@ -326,7 +357,8 @@ def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec
 
 # ---- features ----
 
-FRAME_SEC, SHIFT_SEC = 0.025, 0.010
+FRAME_SEC = 0.025
+SHIFT_SEC = 0.010
 LOG_FLOOR = 2.0 ** -23          # float32 epsilon, Kaldi's floor
 MIN_DEVIATION = 1e-3            # natural log: normalisation does not blow up a constant bin
 
@@ -353,7 +385,8 @@ def fbank(samples: Tensor, rate_hz: int, num_mels: int) -> Tensor:
     Source: equal to kaldi-native-fbank within 2e-3. FunASR differs below one window, where it shrinks the window.
     """
     check_samples(samples)
-    window, shift = int(rate_hz * FRAME_SEC), int(rate_hz * SHIFT_SEC)
+    window = int(rate_hz * FRAME_SEC)
+    shift = int(rate_hz * SHIFT_SEC)
     if shift < 1 or num_mels < 1:
         raise ValueError(f"wanted rate_hz >= 100 and num_mels >= 1, got {rate_hz} and {num_mels}")
     if len(samples) < window:
@@ -394,12 +427,15 @@ def normalise(feats: Tensor, stats: Tensor) -> Tensor:
 
 def compute_stats(features: Iterable[Tensor]) -> Tensor:
     """Mean and reciprocal deviation over all frames of arrays (T,F) -> (2,F) float32. ValueError if no frame came."""
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total = squares = 0.0
     for feats in features:
         if feats.dim() != 2 or count and feats.shape[1:] != total.shape:
             raise ValueError(f"feats must be (T,F) of one F, got {tuple(feats.shape)}")
         x = feats.double()      # float64: a million frames
-        count, total, squares = count + len(x), total + x.sum(0), squares + x.square().sum(0)
+        count += len(x)
+        total = total + x.sum(0)        # (F,), 0.0 at first
+        squares = squares + x.square().sum(0)
     if count == 0:
         raise ValueError("wanted feature frames to normalise by, got none: was every recording skipped?")
     mean = total / count
@@ -420,8 +456,10 @@ def frame_sec(options) -> float:
 def num_frames(seconds: np.ndarray, options) -> np.ndarray:
     """seconds (n,) -> frames (n,) int64 that `frontend` makes of them; one off where a duration was rounded."""
     samples = np.rint(seconds * options.sample_rate).astype(np.int64)
-    window, shift = int(options.sample_rate * FRAME_SEC), int(options.sample_rate * SHIFT_SEC)
-    return np.where(samples < window, 0, -(-(1 + (samples - window) // shift) // options.lfr_n))
+    window = int(options.sample_rate * FRAME_SEC)
+    shift = int(options.sample_rate * SHIFT_SEC)
+    frames = 1 + (samples - window) // shift
+    return np.where(samples < window, 0, -(-frames // options.lfr_n))
 
 
 def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None) -> Tensor:
