@@ -7,7 +7,6 @@ Dims: T feature frames, F feature bins, L encoder frames, U tokens, H heads.
 """
 import base64
 import html
-import itertools
 import math
 import re
 import struct
@@ -53,23 +52,35 @@ def escape(text: str) -> str:
     return html.escape(NOT_XML.sub("\ufffd", text))
 
 
+def char_width(char: str) -> float:
+    """Estimated width of a character in pixels, in a wide sans-serif of 12 px."""
+    if unicodedata.combining(char):
+        return 0
+    if unicodedata.east_asian_width(char) in "WF" or char in "mMW@%…":
+        return 12
+    return 9.5 if char.isupper() or char == "w" else 7.5
+
+
 def text_width(text: str) -> float:
-    """Estimated width of text in pixels, in a wide sans-serif of 12 px; a CJK character takes 12."""
-    return sum(0 if unicodedata.combining(c) else 12 if unicodedata.east_asian_width(c) in "WF" or c in "mMW@%…"
-               else 9.5 if c.isupper() or c == "w" else 7.5 for c in text)
+    return sum(map(char_width, text))
 
 
 def fit(text: str, room: float) -> str:
     """text, or as much of it as fits into `room` pixels with an ellipsis, which takes 12."""
     if text_width(text) <= room:
         return text
-    return text[:sum(end <= room - 12 for end in itertools.accumulate(map(text_width, text)))] + "…"
+    count, width = 0, 0.0
+    while width + char_width(text[count]) <= room - 12:
+        width += char_width(text[count])
+        count += 1
+    return text[:count] + "…"
 
 
 def place(sizes: Sequence[float], centres: Sequence[float], lines: int) -> list[tuple[int, int]]:
     """Stack labels so that none overlap: (index, line) of each label that finds room, on the lowest line possible.
     sizes and centres in pixels, from left to right; labels without room are left out."""
-    ends, placed = [-math.inf] * lines, []
+    ends = [-math.inf] * lines      # where the last label of each line ends
+    placed = []
     for i, (size, centre) in enumerate(zip(sizes, centres)):
         line = next((n for n, end in enumerate(ends) if centre - size / 2 >= end + 4), None)
         if line is not None:
@@ -116,11 +127,12 @@ def image_svg(panel: Panel, values: Tensor, across: tuple[float, float], down: t
     """
     if not values.numel():
         return ""
-    most = round(panel.height), round(panel.width)
-    values = F.adaptive_max_pool2d(values.float()[None], [min(pair) for pair in zip(values.shape, most)])[0]
-    y = lambda sec: panel.top + panel.height * sec / panel.seconds
-    x0, x1, y0, y1 = *map(panel.x, across), *map(y, down)
-    return clip(panel, f'<image x="{x0:.2f}" y="{y0:.2f}" width="{x1 - x0:.2f}" height="{y1 - y0:.2f}" '
+    rows, columns = values.shape
+    pixels = min(rows, round(panel.height)), min(columns, round(panel.width))
+    values = F.adaptive_max_pool2d(values.float()[None], pixels)[0]
+    left, right = map(panel.x, across)
+    top, bottom = (panel.top + panel.height * sec / panel.seconds for sec in down)
+    return clip(panel, f'<image x="{left:.2f}" y="{top:.2f}" width="{right - left:.2f}" height="{bottom - top:.2f}" '
                        'preserveAspectRatio="none" style="image-rendering:pixelated" '
                        f'href="{heat_map(values.numpy())}"/>')
 
@@ -131,23 +143,28 @@ def label_svg(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 def time_axis(panel: Panel) -> str:
     """A line under the panel with labelled ticks, at least 75 pixels apart."""
-    x, bottom = panel.x, panel.top + panel.height + 2
+    bottom = panel.top + panel.height + 2
     steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600)
     step = next((s for s in steps if panel.seconds / s <= panel.width / 75), 3600)
-    ticks = [k * step for k in range(int(panel.seconds / step) + 1)]
-    marks = "".join(f'<path class="axis" d="M{x(t):.1f} {bottom}v5"/>{label_svg(x(t), bottom + 18, f"{t:.4g}")}'
-                    for t in ticks)
-    unit = label_svg(panel.left - 8, bottom + 18, "seconds", "end") if panel.left == LEFT else ""
-    return f'<path class="axis" d="M{panel.left} {bottom}h{panel.width}"/>{marks}{unit}'
+    axis = [f'<path class="axis" d="M{panel.left} {bottom}h{panel.width}"/>']
+    for k in range(int(panel.seconds / step) + 1):
+        x = panel.x(k * step)
+        axis += [f'<path class="axis" d="M{x:.1f} {bottom}v5"/>', label_svg(x, bottom + 18, f"{k * step:.4g}")]
+    if panel.left == LEFT:
+        axis.append(label_svg(panel.left - 8, bottom + 18, "seconds", "end"))
+    return "".join(axis)
 
 
 def token_labels(panel: Panel, tokens: Sequence[Span], lines: int) -> tuple[list[str], int]:
     """The tokens' texts above the panel, each centred on its token's time -> labels, number of lines they take."""
     texts = [fit(text, 120) for text, _, _ in tokens]
     sizes = [text_width(text) for text in texts]
-    left, right = panel.left - 12, panel.left + panel.width + 12
-    centres = [min(max(panel.x((start + end) / 2), left + size / 2), right - size / 2)
-               for (_, start, end), size in zip(tokens, sizes)]
+    left = panel.left - 12
+    right = panel.left + panel.width + 12
+    centres = []
+    for (_, start, end), size in zip(tokens, sizes):
+        middle = panel.x((start + end) / 2)
+        centres.append(min(max(middle, left + size / 2), right - size / 2))
     placed = place(sizes, centres, lines)
     labels = [label_svg(centres[i], panel.top - 12 - 13 * line, texts[i]) for i, line in placed]
     return labels, max((line for _, line in placed), default=0) + 1
@@ -155,29 +172,38 @@ def token_labels(panel: Panel, tokens: Sequence[Span], lines: int) -> tuple[list
 
 def firing_svg(panel: Panel, alpha: Tensor, across: tuple[float, float]) -> list[str]:
     """Firing weights alpha (L,) of frames from across[0] to across[1] s as bars, their running sum as a line."""
-    bottom, total = panel.top + panel.height, alpha.double().cumsum(0).tolist()
-    edges = np.linspace(panel.x(across[0]), panel.x(across[1]), len(alpha) + 1)
-    largest, full = max(1.0, float(alpha.max())), 1.03 * max(1.0, total[-1])
+    bottom = panel.top + panel.height
+    total = alpha.double().cumsum(0).tolist()
+    full = 1.03 * max(1.0, total[-1])       # the sum at the top of the panel
+
+    def height(value: float) -> float:
+        return bottom - panel.height * value / full
+
     every = next((n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500) if full / n <= 8), 1000)
-    level = lambda value: bottom - panel.height * value / full
-    grid = [f'<path class="grid" d="M{panel.left} {level(n):.1f}h{panel.width}"/>'
-            f'{label_svg(panel.left + panel.width + 6, level(n) + 4, str(n), "start")}'
-            for n in range(0, math.floor(full) + 1, every)]
-    heights, width = (panel.height * alpha / largest).tolist(), max(edges[1] - edges[0] - 0.5, 0.5)
+    grid = []
+    for n in range(0, math.floor(full) + 1, every):
+        grid += [f'<path class="grid" d="M{panel.left} {height(n):.1f}h{panel.width}"/>',
+                 label_svg(panel.left + panel.width + 6, height(n) + 4, str(n), "start")]
+    edges = np.linspace(panel.x(across[0]), panel.x(across[1]), len(alpha) + 1)
+    width = max(edges[1] - edges[0] - 0.5, 0.5)
+    heights = (panel.height * alpha / max(1.0, float(alpha.max()))).tolist()
     bars = [f'<rect class="weight" x="{x:.1f}" y="{bottom - h:.1f}" width="{width:.1f}" height="{h:.1f}"/>'
             for x, h in zip(edges, heights) if h > 0.1]
-    line = "".join(f"L{x:.1f} {level(value):.1f}" for x, value in zip(edges[1:], total))
-    names = [label_svg(panel.left - 8, panel.top + panel.height / 2 + 18 * i, name, "end")
-             for i, name in enumerate(("weights", f"sum {total[-1]:.2f}"))]
+    line = "".join(f"L{x:.1f} {height(value):.1f}" for x, value in zip(edges[1:], total))
+    middle = panel.top + panel.height / 2
+    names = [label_svg(panel.left - 8, middle, "weights", "end"),
+             label_svg(panel.left - 8, middle + 18, f"sum {total[-1]:.2f}", "end")]
     return grid + [clip(panel, "".join(bars) + f'<path class="sum" d="M{edges[0]:.1f} {bottom}{line}"/>'), *names]
 
 
 def legend_svg(y: float, meanings: dict[str, str]) -> str:
     """The row {CSS class of a line: its meaning}. True boundaries are white, so they get a dark background."""
-    xs = range(LEFT, LEFT + WIDTH, 230)
-    return "".join((f'<rect class="ground" x="{x}" y="{y - 11}" width="30" height="14"/>' if name == "true" else "")
-                   + f'<path class="{name}" d="M{x} {y - 4}h30"/>{label_svg(x + 36, y, meaning, "start")}'
-                   for x, (name, meaning) in zip(xs, meanings.items()))
+    parts = []
+    for x, (name, meaning) in zip(range(LEFT, LEFT + WIDTH, 230), meanings.items()):
+        if name == "true":
+            parts.append(f'<rect class="ground" x="{x}" y="{y - 11}" width="30" height="14"/>')
+        parts += [f'<path class="{name}" d="M{x} {y - 4}h30"/>', label_svg(x + 36, y, meaning, "start")]
+    return "".join(parts)
 
 
 def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Span], seconds: float,
@@ -192,9 +218,9 @@ def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Spa
     lines = token_labels(Panel(LEFT, 0, width, 0, seconds), tokens, 6)[1]
     image = Panel(LEFT, 38 + 13 * lines, width, 200, seconds)
     firing = Panel(LEFT, image.top + 212, width, 118, seconds)
-    bottom, whole = firing.top + firing.height, (0, seconds)
+    bottom = firing.top + firing.height
     edges = [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]
-    body = [image_svg(image, feats.T.flip(0), whole, whole), *token_labels(image, tokens, 6)[0],
+    body = [image_svg(image, feats.T.flip(0), (0, seconds), (0, seconds)), *token_labels(image, tokens, 6)[0],
             label_svg(LEFT - 8, image.top + 100, "features", "end"), *firing_svg(firing, alpha, frames),
             time_axis(firing)]
     body += [f'<path class="fire" d="M{image.x(t):.1f} {image.top - 10}V{bottom}"/>' for t in edges]
@@ -213,18 +239,23 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
     width = (WIDTH - 30 * (columns - 1)) / columns
     height = min(420, max(60, 16 * len(tokens))) if cross else 320
     lines = token_labels(Panel(LEFT, 0, width, 0, seconds), tokens, 3)[1]
-    pitch, body = 13 * lines + height + 64, []
-    middles = [(i + 0.5) / len(tokens) if cross else (start + end) / 2 / seconds
-               for i, (_, start, end) in enumerate(tokens)]
+    pitch = 13 * lines + height + 64        # from one row of panels to the next
+    if cross:
+        middles = [height * ((i + 0.5) / len(tokens)) for i in range(len(tokens))]
+    else:
+        middles = [height * ((start + end) / 2 / seconds) for _, start, end in tokens]
+    body = []
     for h, head in enumerate(weights):
-        left, top = LEFT + h % columns * (width + 30), 58 + 13 * lines + h // columns * pitch
+        row, column = divmod(h, columns)
+        left = LEFT + column * (width + 30)
+        top = 58 + 13 * lines + row * pitch
         panel = Panel(left, top, width, height, seconds)
         largest = f", up to {head.max():.2g}" if head.numel() else ""
         body += [label_svg(left, top - 13 * lines - 14, f"head {h + 1}{largest}", "start"), time_axis(panel),
                  image_svg(panel, head, frames, (0, seconds) if cross else frames), *token_labels(panel, tokens, 3)[0]]
-        if h % columns == 0:
-            body += [label_svg(LEFT - 8, top + height * middles[i] + 4, fit(tokens[i][0], LEFT - 12), "end")
-                     for i, _ in place([10] * len(tokens), [height * m for m in middles], 1)]
+        if column == 0:
+            body += [label_svg(LEFT - 8, top + middles[i] + 4, fit(tokens[i][0], LEFT - 12), "end")
+                     for i, _ in place([10] * len(tokens), middles, 1)]
     return picture(title, 30 + math.ceil(len(weights) / columns) * pitch, body)
 
 
@@ -233,14 +264,26 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
 
 
+def curve_points(values: Sequence[float], log_scale: bool) -> list[tuple[int, float]]:
+    """(epoch from 0, value or its decimal logarithm) of the values that can be drawn."""
+    drawable = [(i, v) for i, v in enumerate(values) if math.isfinite(v)]
+    if not log_scale:
+        return drawable
+    return [(i, math.log10(v)) for i, v in drawable if v > 0]
+
+
 def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> Iterator[str]:
     """A line for each series, with its name and last value beside the panel. The panel's `seconds` are epochs here."""
-    lines = {name: [(i, math.log10(v) if log_scale else v) for i, v in enumerate(values)
-                    if math.isfinite(v) and (v > 0 or not log_scale)] for name, values in series.items()}
-    levels = [v for line in lines.values() for _, v in line] if log_scale else [0.0, 1.0]
+    lines = {name: curve_points(values, log_scale) for name, values in series.items()}
+    levels = [0.0, 1.0]
+    if log_scale:
+        levels = [v for line in lines.values() for _, v in line]
     low = min(levels, default=0.0)
     high = max([low + 0.1, *levels])
-    y = lambda v: panel.top + panel.height * (high - v) / (high - low)
+
+    def y(v: float) -> float:
+        return panel.top + panel.height * (high - v) / (high - low)
+
     for v in np.linspace(low, high, 5):
         yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
         yield label_svg(panel.left - 6, y(v) + 4, f"{10 ** v if log_scale else v:.2g}", "end")
@@ -248,8 +291,10 @@ def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> 
         yield label_svg(panel.x(i), panel.top + panel.height + 16, str(i + 1))
     for n, (name, line) in enumerate(lines.items()):
         points = "L".join(f"{panel.x(i):.1f} {y(v):.1f}" for i, v in line) or "0 0"
-        pen, dot = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"', "h0.1" if len(line) == 1 else ""
-        right, down = panel.left + panel.width, panel.top + 8 + 20 * n
+        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
+        dot = "h0.1" if len(line) == 1 else ""      # a line of one point is not drawn
+        right = panel.left + panel.width
+        down = panel.top + 8 + 20 * n
         yield f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/><path {pen} d="M{right + 14} {down}h16"/>'
         yield label_svg(right + 36, down + 4, f"{name} {series[name][-1]:.4g}", "start")
 
@@ -260,8 +305,10 @@ def column_names(history: Sequence[dict]) -> list[str]:
 
 def curves_svg(history: Sequence[dict]) -> str:
     """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
-    names, body = column_names(history), []
+    body: list[str] = []
     for top, part, log_scale in ((40, "loss", True), (290, "accuracy", False)):
-        series = {name: [row.get(name, math.nan) for row in history] for name in names if part in name}
-        body += panel_svg(Panel(LEFT, top, 460, 200, max(1, len(history) - 1)), series, log_scale)
+        panel = Panel(LEFT, top, 460, 200, max(1, len(history) - 1))
+        names = [name for name in column_names(history) if part in name]
+        series = {name: [row.get(name, math.nan) for row in history] for name in names}
+        body += panel_svg(panel, series, log_scale)
     return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)
