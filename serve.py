@@ -591,11 +591,23 @@ def bound_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
 
 
+def catch_signals() -> int:
+    """SIGTERM and SIGINT from now on -> a descriptor with a byte to read for each.
+
+    The system may hand a signal to any thread. Python calls its handler in the main thread, which would sleep on in
+    Event.wait(); only set_wakeup_fd's byte is written by the thread that the signal has reached.
+    """
+    to_read, to_write = os.pipe()
+    os.set_blocking(to_write, False)
+    signal.set_wakeup_fd(to_write)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+    return to_read
+
+
 def run(options: argparse.Namespace) -> NoReturn:
     bound_memory()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signals = catch_signals()
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
     system = load_warm(options)
     created = int(Path(options.checkpoint).stat().st_mtime)
@@ -608,7 +620,7 @@ def run(options: argparse.Namespace) -> NoReturn:
     shown = f"[{host}]" if ":" in host else host
     print(f"listening on http://{shown}:{port} ({server.model}, {options.checkpoint}, {system.stats.device})",
           file=sys.stderr, flush=True)
-    stop.wait()
+    os.read(signals, 1)         # waits for the first
     drain(server, options.drain_timeout)
     os._exit(0)         # a normal exit would wait for the parsers, and abort if a thread is still inside torch
 

@@ -1706,14 +1706,35 @@ def own_process(tmp_path, *program: str):
     command = [sys.executable, *program, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0",
                "--drain-timeout=6"]
     with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(120, process.kill)
+        limit.start()
         try:
             port = int(re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())[1])
             yield process, argparse.Namespace(server_address=("127.0.0.1", port))
         finally:
+            limit.cancel()
             process.kill()
 
 
-def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
+# C59
+def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_waits():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    received = serve.catch_signals()
+    try:
+        hit = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+        hit.start()
+        assert select.select([received], [], [], 10)[0] and os.read(received, 9) == bytes([signal.SIGTERM])
+        hit.join()
+    finally:
+        os.close(signal.set_wakeup_fd(-1))
+        os.close(received)
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+            signal.signal(number, handler)
+
+
+# C59
+@pytest.mark.parametrize("trial", range(30 if os.environ.get("SLOW") else 1))
+def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path, trial):
     """With stuck clients and nobody who reads its log."""
     with (own_process(tmp_path, serve.__file__) as (process, server), contextlib.ExitStack() as kept,
           concurrent.futures.ThreadPoolExecutor(24) as pool):
@@ -1841,7 +1862,8 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert error.startswith("serve.py: ") and error.count("\n") == 1 and "Traceback" not in error
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(serve.signal, "signal", lambda number, handler: None)
+        monkeypatch.setattr(serve, "catch_signals", lambda: None)
+        monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
         assert serve.main(["--checkpoint", ckpt, "--port", str(port), "--threads=1"]) == 2
         wanted = f"serve.py: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free port\n"
         assert capsys.readouterr().err == wanted
