@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from web import Gone, Refusal
+from web import ClientLeft, Refusal
 
 
 # ---- batching ----
@@ -45,11 +45,11 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list
 
 
 class Job:
-    """A piece of an utterance in the queue; pieces of one have the same `utterance`. Times are monotonic; `gone` asks
-    whether its client has hung up; `outcome` will be what the model makes of the piece."""
+    """A piece of an utterance in the queue; pieces of one have the same `utterance`. Times are monotonic; `has_left`
+    asks for its client; `outcome` will be what the model makes of the piece."""
 
-    def __init__(self, feats: Tensor, utterance: object, now: float, deadline: float, gone: Callable[[], bool]):
-        self.feats, self.utterance, self.queued, self.deadline, self.gone = feats, utterance, now, deadline, gone
+    def __init__(self, feats: Tensor, utterance: object, now: float, deadline: float, has_left: Callable[[], bool]):
+        self.feats, self.utterance, self.queued, self.deadline, self.has_left = feats, utterance, now, deadline, has_left
         self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
         self.outcome: Future = Future()
 
@@ -135,7 +135,7 @@ class Batcher:
         """Drop late and gone jobs, run the rest; if that fails, each alone, so that none can harm another."""
         now, kept = time.monotonic(), []
         for job in batch:
-            stale = deadline_passed() if now >= job.deadline else Gone() if job.gone() else None
+            stale = deadline_passed() if now >= job.deadline else ClientLeft() if job.has_left() else None
             if stale:
                 job.outcome.set_exception(stale)
             else:
@@ -154,8 +154,8 @@ class Batcher:
         seconds = time.monotonic() - now
         self.measure(kept, now, seconds)
         with self.changed:
-            unanswered = {job.gone for job in self.waiting}     # by request: those with other jobs that wait
-            self.expected = num_utterances([job for job in kept if job.gone not in unanswered])
+            unanswered = {job.has_left for job in self.waiting}     # by request: those with other jobs that wait
+            self.expected = num_utterances([job for job in kept if job.has_left not in unanswered])
             self.answered = now + seconds
         for job, recognition in zip(kept, found):
             job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)

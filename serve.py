@@ -51,8 +51,8 @@ from audio import frame_sec, frontend, normalise, read_header
 from batcher import Batcher, Job, Metrics, deadline_passed, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, load_system
 from report import Result, cues, join_words, log_confidence, subtitles, word_entry
-from web import (Door, Gone, Head, MIB, Refusal, Response, draining, json_response, media_type, parse_flag, parse_form,
-                 start_log)
+from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, json_response, media_type, parse_flag,
+                 parse_form, shutting_down, start_log)
 
 MAX_ITEMS = 64                                          # utterances in one request
 CUT_SEC = 2.0                                           # for requests that are still being sent at SIGTERM
@@ -328,15 +328,19 @@ class Server(Door):
     """What the routes need, and the routes."""
 
     def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0):
-        self.system, self.model = system, system.config.model.name
-        self.created, self.started = created, time.monotonic()      # checkpoint, seconds since 1970; server, monotonic
+        self.options = options
+        self.system = system
+        self.model = system.config.model.name
+        self.created = created                          # the checkpoint, seconds since 1970
+        self.started = time.monotonic()
         self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.metrics = Metrics()
         self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
         self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
-        super().__init__(options, log)
+        limits = Limits(*(getattr(options, name) for name in Limits._fields))
+        super().__init__(options.host, options.port, limits, log)
 
     def admit(self, head: Head) -> None:
         """Check all that can be checked before the body is read: route, method, key, length, type. Raises Refusal."""
@@ -354,7 +358,7 @@ class Server(Door):
                           "wanted the header 'Authorization: Bearer KEY' with this server's key",
                           headers=[("WWW-Authenticate", "Bearer")])
         if self.draining.is_set():
-            raise draining()
+            raise shutting_down()
         if head.method != "POST":
             return
         limit = int(self.options.max_body_mb * MIB)
@@ -366,8 +370,8 @@ class Server(Door):
         if head.length > limit:
             raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
 
-    def answer(self, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
-        """A whole, admitted request -> its answer. Raises Refusal or Gone."""
+    def answer(self, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
+        """A whole, admitted request -> its answer. Raises Refusal or ClientLeft."""
         route = route_of(head)
         if head.method == "OPTIONS":
             return Response(204, "", b"", (("Allow", ROUTES[route]),))
@@ -383,18 +387,15 @@ class Server(Door):
             if head.path != f"/v1/models/{self.model}":
                 raise Refusal(404, "not_found", f"the one model here is {self.model}", "model")
             return json_response(model_card(self))
-        return recognise_route(self, head, body, gone)
+        return recognise_route(self, head, body, has_left)
 
-    def allowed(self, head: Head) -> str:
-        return ROUTES.get(route_of(head), "")
-
-    def note(self, head: Head | None, response: Response, status: int) -> None:
+    def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
         if head is None:
             self.metrics.add("asr_rejected_total", 'reason="overloaded"')
             return
         route, seconds = route_of(head), time.monotonic() - head.started
         self.metrics.count_request(route, status, seconds)
-        self.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.note}")
+        self.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.remark}")
 
 
 def health(server: Server) -> Response:
@@ -402,7 +403,7 @@ def health(server: Server) -> Response:
     about = {"status": "draining" if ending else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
              "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
              "uptime": round(time.monotonic() - server.started, 3)}
-    return draining().response(beside=about) if ending else json_response(about)
+    return shutting_down().response(beside=about) if ending else json_response(about)
 
 
 def page_response(page: str) -> Response:
@@ -419,15 +420,15 @@ def model_card(server: Server) -> dict:
 
 
 def enqueue(server: Server, head: Head, body: bytes, complete: float,
-            gone: Callable[[], bool]) -> tuple[Ask, dict[str, Any], list[list[Job]]]:
+            has_left: Callable[[], bool]) -> tuple[Ask, dict[str, Any], list[list[Job]]]:
     """Parse a body and queue its jobs, on a parser thread -> its Ask; the options for `entry` or openai_response;
     per utterance, a job for each piece (one without frames is not queued, as its outcome is known).
 
     complete: monotonic seconds at which the whole request had arrived; its deadline counts from there.
-    Raises Refusal, or Gone if the client left before its turn.
+    Raises Refusal, or ClientLeft if the client left before its turn.
     """
-    if gone():
-        raise Gone
+    if has_left():
+        raise ClientLeft
     ask = read_ask(head, body, server.system, server.options)
     fields, now = ask.fields, time.monotonic()
     if head.path == "/transcribe":
@@ -435,7 +436,7 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
     else:
         chosen = parse_openai_form(fields)
     deadline = complete + parse_timeout(fields.get("timeout"), server.options.request_timeout)
-    jobs = [[Job(feats, utterance, now, deadline, gone) for _, feats in utterance.pieces]
+    jobs = [[Job(feats, utterance, now, deadline, has_left) for _, feats in utterance.pieces]
             for utterance in ask.utterances]
     for job in itertools.chain(*jobs):
         if not len(job.feats):
@@ -460,13 +461,13 @@ def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognitio
     return Recognition(decode.clip_times(system, joined, utterance.seconds), weights)
 
 
-def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
+def recognise_route(server: Server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
     large = len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"
     parser = server.large_json_parser if large else server.parser
     try:
         with server.batcher.preparing():
-            parsing = parser.submit(enqueue, server, head, body, time.monotonic(), gone)
+            parsing = parser.submit(enqueue, server, head, body, time.monotonic(), has_left)
             ask, chosen, jobs = parsing.result(server.options.request_timeout)
         recognised = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
     except TimeoutError:
@@ -482,7 +483,7 @@ def recognise_route(server: Server, head: Head, body: bytes, gone: Callable[[], 
         response = json_response({"id": head.id, "model": server.model, **answered})
     else:
         response = openai_response(found[0].result, ask.utterances[0].seconds, **chosen)
-    return response._replace(note=f" batch {jobs[0][0].batch_size}")
+    return response._replace(remark=f" batch {jobs[0][0].batch_size}")
 
 
 def entry(system: System, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
@@ -566,7 +567,7 @@ def drain(server: Server, timeout: float) -> None:
     with server.batcher.changed:
         late, server.batcher.waiting = server.batcher.waiting, []
     for job in late:
-        job.outcome.set_exception(draining())
+        job.outcome.set_exception(shutting_down())
     time.sleep(0.2 if late else 0.0)        # for their answers
     server.shutdown()
     server.server_close()

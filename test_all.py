@@ -1827,7 +1827,7 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
         server.parser.submit(time.sleep, 0.6)
         found = exchange(server, late)  # its deadline counts from the request, not from its parsing
         assert check_error(*found) == (504, "deadline_exceeded")
-        with pytest.raises(web.Gone):  # and what nobody waits for is not even parsed
+        with pytest.raises(web.ClientLeft):  # and what nobody waits for is not even parsed
             serve.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
 
 
@@ -2428,8 +2428,8 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
     assert max(waits) < 3 * cost([260] * 16) and 3000 / now > 1.3 / cost([135])
 
 
-def job(frames: int, now: float, deadline: float = 1e9, gone=lambda: False) -> batcher.Job:
-    return batcher.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, gone)
+def job(frames: int, now: float, deadline: float = 1e9, has_left=lambda: False) -> batcher.Job:
+    return batcher.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, has_left)
 
 
 # C55
@@ -2499,7 +2499,7 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
 def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
     batcher = Batcher(lambda feats: [None] * len(feats), serve_options(), Metrics())
     threading.Thread(target=batcher.run, daemon=True).start()
-    broken, sound = job(10, 0.0, gone=lambda: 1 / 0), job(10, 0.0)
+    broken, sound = job(10, 0.0, has_left=lambda: 1 / 0), job(10, 0.0)
     for one in (broken, sound):
         batcher.submit([one])
         concurrent.futures.wait([one.outcome], 10)
@@ -2519,12 +2519,12 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
 
     now = time.monotonic()
     batcher = Batcher(infer, serve_options(), Metrics())
-    jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, gone=lambda: True), job(13, now), job(14, now)]
+    jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, has_left=lambda: True), job(13, now), job(14, now)]
     batcher.run_batch(jobs)
     assert seen == [[10, 13, 14], [10], [13], [14]]
     outcomes = [j.outcome.exception(0) or j.outcome.result(0) for j in jobs]
     outcomes = [getattr(outcome, "status", None) or type(outcome).__name__ for outcome in outcomes]
-    assert outcomes == ["Recognition", 504, "Gone", "RuntimeError", "Recognition"]
+    assert outcomes == ["Recognition", 504, "ClientLeft", "RuntimeError", "Recognition"]
     assert jobs[4].outcome.result().result.text == "14"
 
 

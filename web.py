@@ -7,7 +7,6 @@ no limit on the size of a header, and answers errors in HTML. What is served is 
 Needs the standard library only and imports nothing of ours, so it can be copied alone.
 Sources: RFC 9110 and 9112 (HTTP), 2046 and 7578 (forms); the error object of OpenAI's API.
 """
-import argparse
 import contextlib
 import json
 import queue
@@ -48,8 +47,19 @@ class Refusal(Exception):
         return json_response({**(beside or {}), "error": error}, self.status, self.headers)
 
 
-class Gone(Exception):
+class ClientLeft(Exception):
     """The client has disconnected: there is nobody to answer."""
+
+
+class Limits(NamedTuple):
+    """What clients may take of a Door; times in seconds."""
+
+    idle_timeout: float             # between requests
+    header_timeout: float
+    body_timeout: float
+    write_timeout: float            # of an answer
+    max_connections: int
+    cors_origin: Sequence[str]      # origins whose pages may call
 
 
 class Head(NamedTuple):
@@ -68,7 +78,7 @@ class Response(NamedTuple):
     media_type: str
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
-    note: str = ""                  # for the log
+    remark: str = ""                # for the log
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
@@ -89,9 +99,10 @@ def to_bytes(head: Head, response: Response, close: bool) -> bytes:
     if response.status != 204:
         lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
     lines += [f"{name}: {value}" for name, value in response.headers]
-    lines += ["Connection: close"] if close else []
-    body = b"" if head.method == "HEAD" else response.body
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+    if close:
+        lines.append("Connection: close")
+    sent = "\r\n".join([*lines, "", ""]).encode("latin-1")
+    return sent if head.method == "HEAD" else sent + response.body
 
 
 # ---- the connection: the life of a request ----
@@ -112,7 +123,9 @@ class Connection(socketserver.BaseRequestHandler):
 
     def serve_one(self) -> bool:
         """Read a request, admit it, read its body, answer it -> whether the connection stays open for another."""
-        head, body, unread = unread_head(), b"", True
+        head = unread_head()
+        body = b""
+        unread = True
         try:
             block = self.read_head()
             if block is None:
@@ -121,12 +134,13 @@ class Connection(socketserver.BaseRequestHandler):
             unread = bool(head.length) or "transfer-encoding" in head.headers
             self.server.admit(head)
             if head.method == "POST":
-                body, unread = self.read_body(head), False
+                body = self.read_body(head)
+                unread = False
             self.server.phases[self.request] = "busy"
-            response = self.server.answer(head, body, self.hung_up)
+            response = self.server.answer(head, body, self.has_left)
         except Refusal as refusal:
             response = refusal.response()
-        except (Gone, ConnectionError):
+        except (ClientLeft, ConnectionError):
             response = Response(499, "", b"")       # nginx's code for a client that closed; logged, never sent
         except Exception:
             self.server.log(f"{head.id} {traceback.format_exc()}")
@@ -139,14 +153,14 @@ class Connection(socketserver.BaseRequestHandler):
         close = head.close or unread or self.server.draining.is_set()
         sent = False
         if response.status != 499:
-            cors = cors_headers(head, self.server.options.cors_origin, self.server.allowed(head))
+            cors = cors_headers(head, response, self.server.limits.cors_origin)
             response = response._replace(headers=response.headers + cors)
             with contextlib.suppress(OSError):
-                self.request.settimeout(self.server.options.write_timeout)      # of the whole sendall
+                self.request.settimeout(self.server.limits.write_timeout)      # of the whole sendall
                 # one write: a second one could wait for the client's delayed ACK
                 self.request.sendall(to_bytes(head, response, close))
                 sent = True
-        self.server.note(head, response, response.status if sent else 499)
+        self.server.count_and_log(head, response, response.status if sent else 499)
         if sent and unread:
             self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
@@ -167,16 +181,20 @@ class Connection(socketserver.BaseRequestHandler):
         except TimeoutError:
             raise Refusal(408, "request_timeout", f"{what} did not come whole in time") from None
         if not piece:
-            raise draining() if self.server.draining.is_set() else bad_framing(f"the connection ended within {what}")
+            if self.server.draining.is_set():
+                raise shutting_down()
+            raise bad_framing(f"the connection ended within {what}")
         return piece
 
     def read_head(self) -> bytes | None:
         """The request line and header lines, without the empty line that ends them; None if no request begins."""
-        begun, deadline = False, time.monotonic() + self.server.options.idle_timeout
+        begun = False
+        deadline = time.monotonic() + self.server.limits.idle_timeout
         while True:
             self.buffer = self.buffer.removeprefix(b"\r\n")     # an empty line before a request is allowed
             if self.buffer and not begun:
-                begun, deadline = True, time.monotonic() + self.server.options.header_timeout
+                begun = True
+                deadline = time.monotonic() + self.server.limits.header_timeout
                 self.server.phases[self.request] = "reading"
             end = self.buffer.find(b"\r\n\r\n")
             check_head_size(self.buffer if end < 0 else self.buffer[:end + 2])
@@ -193,7 +211,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         """The body, exactly head.length bytes."""
-        deadline = time.monotonic() + self.server.options.body_timeout
+        deadline = time.monotonic() + self.server.limits.body_timeout
         if len(self.buffer) < head.length and head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         while len(self.buffer) < head.length:
@@ -204,14 +222,15 @@ class Connection(socketserver.BaseRequestHandler):
 
     def read_away(self, seconds: float) -> None:
         """Discard what comes, within bounds: closing with bytes unread sends a TCP reset, and the answer is lost."""
-        deadline, left = time.monotonic() + seconds, MAX_DRAIN
+        deadline = time.monotonic() + seconds
+        left = MAX_DRAIN
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
             while left > 0 and (piece := self.read_some(deadline)):
                 left -= len(piece)
 
-    def hung_up(self) -> bool:
-        """Whether the client has closed its side; parser and inference threads ask before they work on the request."""
+    def has_left(self) -> bool:
+        """Whether the client has closed its side: other threads may ask before they work on its request."""
         try:
             poll = select.poll()
             poll.register(self.request, select.POLLIN)
@@ -221,39 +240,36 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 class Door(ThreadingHTTPServer):
-    """The open connections, at most options.max_connections of them. A subclass says what is behind it: `admit`,
-    `answer`, `allowed` and `note`."""
+    """The open connections. A subclass says what is behind them: `admit`, `answer` and `count_and_log`."""
 
     request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
 
-    def __init__(self, options: argparse.Namespace, log: Callable[[str], None]):
-        self.options, self.log, self.draining = options, log, threading.Event()
+    def __init__(self, host: str, port: int, limits: Limits, log: Callable[[str], None]):
+        self.limits = limits
+        self.log = log
+        self.draining = threading.Event()       # set: no connection stays open after its answer
         self.phases: dict[socket.socket, str] = {}                  # by open connection: idle, reading or busy
         self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
-        self.address_family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-        super().__init__((options.host, options.port), Connection)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Connection)
 
     def admit(self, head: Head) -> None:
         """Check all that can be checked before the body is read. Raises Refusal."""
         raise NotImplementedError
 
-    def answer(self, head: Head, body: bytes, gone: Callable[[], bool]) -> Response:
-        """A whole, admitted request -> its answer; gone() asks whether its client has left. Raises Refusal or Gone."""
+    def answer(self, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
+        """A whole, admitted request -> its answer; has_left asks for its client. Raises Refusal or ClientLeft."""
         raise NotImplementedError
 
-    def allowed(self, head: Head) -> str:
-        """The methods of the path, as the header Allow has them."""
-        raise NotImplementedError
-
-    def note(self, head: Head | None, response: Response, status: int) -> None:
-        """Count and log an answer; status is 499 where it could not be sent, head None where no request was read."""
+    def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
+        """Take note of an answer; status is 499 where it could not be sent, head None where no request was read."""
         raise NotImplementedError
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)    # HTTPServer's also resolves the host's name, which can take seconds
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        if len(self.phases) >= self.options.max_connections:
+        if len(self.phases) >= self.limits.max_connections:
             self.refuse(request)
             return
         self.phases[request] = "idle"
@@ -261,9 +277,9 @@ class Door(ThreadingHTTPServer):
 
     def refuse(self, request: socket.socket) -> None:
         """Answer 503 without a thread, and leave the client a second to read it (service_actions then closes)."""
-        message = f"{self.options.max_connections} connections are open, which is the most"
+        message = f"{self.limits.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
-        self.note(None, response, response.status)
+        self.count_and_log(None, response, response.status)
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(to_bytes(unread_head(), response, close=True))
@@ -284,8 +300,8 @@ class Door(ThreadingHTTPServer):
     def cut(self, phases: Sequence[str]) -> None:
         """End the connections in these phases: their reads return b"" from now on."""
         for request, phase in list(self.phases.items()):
-            with contextlib.suppress(OSError):
-                if phase in phases:
+            if phase in phases:
+                with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)
 
 
@@ -312,7 +328,7 @@ def check_head_size(block: bytes) -> None:
 def parse_head(block: bytes) -> Head:
     """Request line and header lines -> Head. Strict: what two parsers could read differently raises Refusal 400.
 
-    Source: RFC 9112. Transfer-Encoding is never decoded: alone it gets 411 (in `admit`), with Content-Length 400.
+    Source: RFC 9112. Transfer-Encoding is never decoded: alone it gets 411, with Content-Length 400.
     """
     first, *lines = block.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
@@ -335,8 +351,8 @@ def parse_head(block: bytes) -> Head:
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
     client_id = headers.get("x-request-id", "")
-    id = client_id if re.fullmatch("[A-Za-z0-9._-]{1,64}", client_id) else uuid.uuid4().hex
-    return Head(id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
+    request_id = client_id if re.fullmatch("[A-Za-z0-9._-]{1,64}", client_id) else uuid.uuid4().hex
+    return Head(request_id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
 
 
 def parse_length(headers: dict[str, str]) -> int | None:
@@ -347,7 +363,8 @@ def parse_length(headers: dict[str, str]) -> int | None:
         raise bad_framing("Content-Length must be one number in digits")
     if "transfer-encoding" in headers:
         raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
-    return int(text.lstrip("0")[:19] or 0)      # 19 exceed any limit; int() raises on 4301
+    digits = text.lstrip("0") or "0"
+    return int(digits[:19])         # 19 exceed any limit; int() raises on 4301
 
 
 def parse_target(target: str) -> tuple[str, dict[str, str]]:
@@ -365,19 +382,21 @@ def media_type(head: Head) -> str:
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def draining() -> Refusal:
+def shutting_down() -> Refusal:
     return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
 
 
-def cors_headers(head: Head, origins: Sequence[str], allowed: str) -> tuple[tuple[str, str], ...]:
-    """CORS headers for pages of these origins; none without any. allowed: the methods of the path."""
+def cors_headers(head: Head, response: Response, origins: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """CORS headers for pages of these origins; none without any. The answer to OPTIONS has the methods in Allow."""
+    if not origins:
+        return ()
+    found = [("Vary", "Origin")]
     origin = head.headers.get("origin")
-    found = [("Vary", "Origin")] if origins else []
     if origin in origins:
         found += [("Access-Control-Allow-Origin", origin),
                   ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
         if head.method == "OPTIONS":
-            found += [("Access-Control-Allow-Methods", allowed),
+            found += [("Access-Control-Allow-Methods", dict(response.headers).get("Allow", "")),
                       ("Access-Control-Max-Age", "600"),
                       ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
@@ -393,15 +412,24 @@ def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
 
-def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
-    """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
+class Part(NamedTuple):
+    """A field or file of a form."""
+
+    name: str
+    is_file: bool
+    content: bytes
+
+
+def parse_multipart(body: bytes, content_type: str) -> list[Part]:
+    """The parts of a form. Raises Refusal 400. Source: RFC 2046, 7578.
 
     The body is split as bytes, whatever is in it; file names are never used.
     """
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
-    delimiter, parts = b"\r\n--" + (match[1] or match[2]).encode("latin-1"), []
+    delimiter = b"\r\n--" + (match[1] or match[2]).encode("latin-1")
+    parts = []
     _, *pieces = (b"\r\n" + body).split(delimiter, MAX_PARTS + 1)        # the preamble before the first is ignored
     for piece in pieces:
         if piece.startswith(b"--"):
@@ -416,7 +444,7 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
         values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
         if not values.get("name"):
             raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-        parts.append((values["name"], bool(values.keys() & {"filename", "filename*"}), content))
+        parts.append(Part(values["name"], "filename" in values or "filename*" in values, content))
     raise bad_form(f"wanted at most {MAX_PARTS} parts and the closing boundary, as in Content-Type, got {len(parts)} "
                    "parts and no closing one")
 
@@ -426,10 +454,12 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
 
     Files under other names are ignored. Raises Refusal 400.
     """
-    files, fields = [], {}
+    files = []
+    fields: dict[str, Any] = {}
     for name, is_file, content in parse_multipart(body, content_type):
         if is_file:
-            files += [content] if name == "file" else []
+            if name == "file":
+                files.append(content)
             continue
         if name == "file":
             raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
@@ -437,7 +467,10 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
             text = content.decode()
         except UnicodeDecodeError:
             raise bad_form("a field is not UTF-8") from None
-        fields[name] = [*fields.get(name, []), text] if name.endswith("[]") else text
+        if name.endswith("[]"):
+            fields.setdefault(name, []).append(text)
+        else:
+            fields[name] = text
     if len(files) != 1:
         raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
     return files[0], fields
