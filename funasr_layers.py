@@ -10,6 +10,7 @@ Dai et al. 2019 (relative positions); FunASR 1.4.
 """
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -244,13 +245,17 @@ class SanmDecoderBlock(nn.Module):
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,U,D), mask (B,1,U), hidden (B,L,D), hidden_mask (B,1,L)
         -> (B,U,D), cross-attention weights (B,H,U,L) where asked for, else None."""
-        check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
-        y = self.feed_forward(self.norm_ffn(x))
-        x = x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
+        x = self.remember(x, mask)
         if self.cross_attention is None:
             return x, None
         out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
         return x + self.dropout(out), weights
+
+    def remember(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The block before its cross-attention: x (B,U,D), mask (B,1,U) -> (B,U,D)."""
+        check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
+        y = self.feed_forward(self.norm_ffn(x))
+        return x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
 
 
 # ---- encoders ----
@@ -393,10 +398,16 @@ class SanmDecoder(nn.Module):
     def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """As Decoder.forward."""
+        x, layers = self.states(self.blocks, embeds, counts, hidden, hidden_lens, need_weights)
+        return self.output(x), layers
+
+    def states(self, blocks: Iterable[nn.Module], embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+               need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """forward before `output`, through these blocks with cross-attention -> (B,U,D), as Decoder.forward."""
         check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
                      hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
-        blocks = [*self.blocks, *self.memory_blocks]
+        blocks = [*blocks, *self.memory_blocks]
         x, layers = run_blocks(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
-        return self.output(self.norm(self.last(x))), layers
+        return self.norm(self.last(x)), layers

@@ -16,6 +16,7 @@ the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunAS
 checkpoints they load.
 """
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -284,6 +285,14 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
 
 # ---- the model ----
 
+class Prediction(NamedTuple):
+    """What a decoder makes of acoustic embeddings."""
+
+    logits: Tensor  # (B,U,V)
+    attention: list[Tensor]  # as in Hypotheses
+    hotword: Tensor | None = None  # (B,U) bool, as in Hypotheses
+
+
 class Hypotheses(NamedTuple):
     """What free-running decoding found; tokens and log_probs past an utterance's count are 0. Transformer.decode and
     CTC.decode say what stands in for alpha and attention there."""
@@ -295,6 +304,7 @@ class Hypotheses(NamedTuple):
     alpha: Tensor  # (B,L) float32, the firing weights as predicted
     timing: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
     attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer that has one, where asked for
+    hotword: Sequence[Tensor] = ()  # (count,) bool each, which tokens the decoder of hotwords put there; or no such
 
 
 ENCODERS = {"transformer": Encoder, "conformer": Encoder, "sanm": SanmEncoder,
@@ -379,11 +389,11 @@ class Paraformer(Recogniser):
         targets, counts = self.targets(tokens, token_lens)
         embeds = cif(hidden, scale_weights(alpha, counts), targets.shape[1])
         with torch.no_grad():
-            first, _ = self.decoder(embeds, counts, hidden, hidden_lens)
+            first = self.predict(embeds, counts, hidden, hidden_lens).logits
             wrong = ((first.argmax(-1) != targets) & padding_mask(counts, targets.shape[1])).sum(1)
         order = torch.rand(targets.shape, device=targets.device) if order is None else order
         mixed = glance(embeds, self.truth(targets), counts, wrong, self.options.sampling_ratio, order)
-        logits, _ = self.decoder(mixed, counts, hidden, hidden_lens)
+        logits = self.predict(mixed, counts, hidden, hidden_lens).logits
         sums = {"ce": cross_entropy_sum(logits, targets, counts, self.options.label_smoothing),
                 "quantity": (alpha.sum(1) - counts).abs().sum()}
         if self.options.mwer_weight:
@@ -435,13 +445,16 @@ class Paraformer(Recogniser):
         return counts, cif(hidden, alpha, U)  # the tail completes a token with a frame of zeros: nothing to append
 
     def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
-             need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
+             need_weights: bool = False) -> tuple[Tensor, Prediction]:
         """Integrate and decode: hidden (B,L,D), hidden_lens (B,), alpha (B,L), counts (B,) or None as in `integrate`
-        -> counts (B,), log probabilities (B,U,V) float32, the cross-attention (B,H,U,L) of each layer where asked for.
-        """
+        -> counts (B,) and what `predict` returns."""
         counts, embeds = self.integrate(hidden, alpha, counts)
-        logits, attention = self.decoder(embeds, counts, hidden, hidden_lens, need_weights)
-        return counts, logits.float().log_softmax(-1), attention
+        return counts, self.predict(embeds, counts, hidden, hidden_lens, need_weights)
+
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+                need_weights: bool = False) -> Prediction:
+        """The decoder's part, where the models of hotwords.py differ: arguments as Decoder.forward."""
+        return Prediction(*self.decoder(embeds, counts, hidden, hidden_lens, need_weights))
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
@@ -452,7 +465,8 @@ class Paraformer(Recogniser):
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         alpha = self.predictor(hidden, hidden_lens)
-        counts, log_p, attention = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
+        counts, found = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
+        log_p = found.logits.float().log_softmax(-1)
         tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]
         log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)
         mask = padding_mask(counts, tokens.shape[1])
@@ -462,4 +476,5 @@ class Paraformer(Recogniser):
         if self.timing is not None:
             fine = self.timing(hidden, hidden_lens)
             timing = [row[:n] for row, n in zip(fine, (hidden_lens * self.options.predictor.upsampling).tolist())]
-        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, attention)
+        hotword = [] if found.hotword is None else [row[:n] for row, n in zip(found.hotword, counts.tolist())]
+        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, found.attention, hotword)

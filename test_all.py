@@ -4088,7 +4088,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         count, both = found.lens, []
         for system in (exact, small):
             hidden, lens = system.model.encode(wanted["feats"][None], ints(len(wanted["feats"])))
-            both.append(system.model.emit(hidden, lens, system.model.predictor(hidden, lens), count)[1][0])
+            both.append(system.model.emit(hidden, lens, system.model.predictor(hidden, lens), count)[1].logits[0])
         best = both[0].topk(2).values
         sure = best[:, 0] - best[:, 1] > 0.1
         clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
