@@ -23,13 +23,15 @@ from baselines import CTC, Search, Transformer
 from data import read_file
 from funasr import (PieceTokenizer, dump_published, funasr_names, is_published, published_files, read_cmvn,
                     read_published, read_weights, write_cmvn)
+from hotwords import ContextualParaformer, SeacoParaformer
 from model import Paraformer, pick
 from tokenizer import SPECIALS, Tokenizer
 
 
 # ---- by name, and from a file ----
 
-ARCHITECTURES = {"paraformer": Paraformer, "transformer": Transformer, "ctc": CTC}
+ARCHITECTURES = {"paraformer": Paraformer, "seaco": SeacoParaformer, "contextual": ContextualParaformer,
+                 "transformer": Transformer, "ctc": CTC}
 
 
 def build(options, input_dim: int, vocab_size: int) -> nn.Module:
@@ -260,7 +262,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
         if not count and precision == "int8":
             print("warning: no matrix of this model is large enough for int8 to pay; going on in float32", file=sys.stderr)
             precision = "float32"
-        if count and isinstance(model, Paraformer):
+        if count and type(model) is Paraformer:  # the others may read hotwords through it
             model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory

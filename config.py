@@ -73,8 +73,16 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class HotwordConfig:                     # of the models seaco and contextual, which only FunASR publishes
+    no_bias: int = 8377                  # seaco: the token by which its second decoder leaves a place to the first
+    both_ways: bool = False              # seaco: hotwords are read in both directions
+    decoder: DecoderConfig = DecoderConfig()     # seaco: the second decoder, of kind sanm and the encoder's hidden_dim
+    share_embedding: bool = False        # contextual: hotwords are read through the sampler's embedding
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    name: str = "paraformer"             # paraformer | transformer | ctc; what the last two do not use: UNUSED
+    name: str = "paraformer"             # paraformer | seaco | contextual | transformer | ctc; what they ignore: UNUSED
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -89,6 +97,7 @@ class ModelConfig:
     share_embedding: bool = False        # glancing sampler: true embeddings are rows of the decoder's output matrix
     place_embedding: bool = False        # glancing sampler: true embeddings are scaled by sqrt(D) and get positions
     norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
+    hotwords: HotwordConfig = HotwordConfig()
 
 
 @dataclass(frozen=True)
@@ -194,10 +203,12 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
 
 UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
-        "transformer": """predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples end_token
-            share_embedding place_embedding""",
-        "ctc": """predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight mwer_samples
-            end_token share_embedding place_embedding"""},
+        "paraformer": "hotwords", "seaco": "hotwords.share_embedding",
+        "contextual": "hotwords.decoder hotwords.both_ways hotwords.no_bias",
+        "transformer": """hotwords predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples
+            end_token share_embedding place_embedding""",
+        "ctc": """hotwords predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight
+            mwer_samples end_token share_embedding place_embedding"""},
     "model.encoder.kind": {
         "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
         "sanm": "position context", "relative_conformer": "memory_shift position context"},
@@ -257,6 +268,14 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield "model.decoder.hidden_dim", same or own_width, f"the encoder's {encoder.hidden_dim} for {reason}"
     attends = decoder.attention_layers <= decoder.num_layers
     yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
+    if model.name in ("seaco", "contextual"):
+        yield "model.decoder.kind", decoder.kind == "sanm", f"sanm for a {model.name}"
+    if model.name == "seaco":
+        second, width = model.hotwords.decoder, encoder.hidden_dim
+        yield "model.hotwords.decoder.kind", second.kind == "sanm", "sanm"
+        yield "model.hotwords.decoder.hidden_dim", second.hidden_dim == width, f"the encoder's {width}"
+        yield ("model.hotwords.decoder.attention_layers", (second.attention_layers or second.num_layers) >= 6,
+               "6 or more: the sixth layer's attention chooses from a long list")
 
 
 def _unused_rules(config: Config) -> Iterator[Rule]:

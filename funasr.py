@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,8 +41,17 @@ CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]
 MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
          "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
          "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
+SANM_DECODER = LAYERS | {
+    "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"), "sanm_shfit": (0, "memory_shift"),
+    "self_attention_dropout_rate": (0.0, "attention_dropout")}
 PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone decides, table of its options)
-    "model": {"Paraformer": ({}, MODEL), "BiCifParaformer": ({}, MODEL)},
+    "model": {
+        "Paraformer": ({"name": "paraformer"}, MODEL), "BiCifParaformer": ({"name": "paraformer"}, MODEL),
+        "SeacoParaformer": ({"name": "seaco"}, MODEL | {
+            "NO_BIAS": (8377, "hotwords.no_bias"), "bias_encoder_bid": (False, "hotwords.both_ways"),
+            "bias_encoder_type": ("lstm", ["lstm"])}),
+        "ContextualParaformer": ({"name": "contextual"}, MODEL | {
+            "use_decoder_embedding": (False, "hotwords.share_embedding"), "bias_encoder_type": ("lstm", ["lstm"])})},
     "encoder": {
         "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, ENCODER | {
             "kernel_size": (11, "kernel_size"), "sanm_shfit": (0, "memory_shift"), "input_layer": ("conv2d", ["pe"]),
@@ -59,10 +69,12 @@ PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone d
             "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
             "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
     "decoder": {
-        "ParaformerSANMDecoder": ({"kind": "sanm"}, LAYERS | {
-            "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"),
-            "sanm_shfit": (0, "memory_shift"), "self_attention_dropout_rate": (0.0, "attention_dropout")}),
+        "ParaformerSANMDecoder": ({"kind": "sanm"}, SANM_DECODER),
+        "ContextualParaformerDecoder": ({"kind": "sanm"}, SANM_DECODER),
         "ParaformerSANDecoder": ({"kind": "bare"}, LAYERS)},
+    "seaco_decoder": {
+        "ParaformerSANMDecoder": ({"kind": "sanm"}, SANM_DECODER | {
+            "use_output_layer": (True, [False]), "wo_input_layer": (False, [True])})},
     "frontend": {
         "WavFrontend": ({}, {
             "fs": (16000, "sample_rate"), "n_mels": (80, "num_mels"), "lfr_m": (1, "lfr_m"), "lfr_n": (1, "lfr_n"),
@@ -70,6 +82,13 @@ PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone d
             "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
     "tokenizer": {"CharTokenizer": ({}, {})},
 }
+HOTWORD_MODELS = {"seaco": "SeacoParaformer", "contextual": "ContextualParaformer"}    # our names -> FunASR's
+IGNORED = {     # part of these models -> options that change nothing at inference; others that are unknown are errors
+    "model": """inner_dim bias_encoder_dropout_rate seaco_lsm_weight seaco_length_normal seaco_length_normalized_loss
+        seaco_weight train_decoder crit_attn_weight crit_attn_smooth target_buffer_length use_1st_decoder_loss""",
+    "encoder": "positional_dropout_rate pos_enc_class", "predictor": "idim",
+    "decoder": "positional_dropout_rate src_attention_dropout_rate",
+    "seaco_decoder": "positional_dropout_rate src_attention_dropout_rate"}
 CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # FunASR's -> ours
 
 
@@ -107,15 +126,38 @@ def read_published(path: str | Path) -> Config:
         values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
-    parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()}
-    decoder = {"hidden_dim": parts["encoder"]["hidden_dim"], **parts["decoder"]}
+    parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()
+             if part != "seaco_decoder" or values.get("model") == "SeacoParaformer"}
+    width = parts["encoder"]["hidden_dim"]
+    decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
         decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
+    if model["name"] in HOTWORD_MODELS:
+        _check_hotwords(values, width, str(path))
+        model["hotwords"] = {field.split(".")[1]: model.pop(field) for field in list(model) if "." in field}
+    if model["name"] == "seaco":
+        model["hotwords"]["decoder"] = {"hidden_dim": width, **parts["seaco_decoder"]}
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
     check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
     return config
+
+
+def _check_hotwords(values: dict, width: int, place: str) -> None:
+    """Raises ValueError that names what FunASR's config of a model with hotwords, `width` wide, has and we have not."""
+    wanted = "ContextualParaformerDecoder" if values["model"] == "ContextualParaformer" else "ParaformerSANMDecoder"
+    if values["decoder"] != wanted:
+        raise ValueError(f"{place}: decoder {values['decoder']} is not implemented for a {values['model']}; "
+                         f"wanted {wanted}")
+    inner = values["model_conf"].get("inner_dim", 256)
+    if inner != width:
+        raise ValueError(f"{place}: model_conf.inner_dim: wanted the encoder's output_size {width}, got {inner}")
+    for part, ignored in IGNORED.items():
+        known = {*PUBLISHED[part].get(values.get(part), ({}, {}))[1], *ignored.split()}
+        for option in values.get(f"{part}_conf") or {}:
+            if option not in known:
+                raise ValueError(f"{place}: {part}_conf.{option} is not implemented for a {values['model']}")
 
 
 def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
@@ -145,7 +187,8 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
     for name, (fixed, table) in PUBLISHED[part].items():
         timed = name == "BiCifParaformer" or "upsample_times" in table      # has a timing head
         fits = all(getattr(ours, field) == value for field, value in fixed.items())
-        if fits and (part not in ("model", "predictor") or timed == (upsampling > 0)):
+        either = part not in ("model", "predictor") or name == "SeacoParaformer"      # with a timing head or without
+        if fits and (either or timed == (upsampling > 0)):
             return name
     raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "
                      f"got kind {getattr(ours, 'kind', '')}")
@@ -155,8 +198,7 @@ def dump_published(config: Config) -> str:
     """The config.yaml from which FunASR builds this model; read_published reads the same model and front end from it.
     Raises ValueError for a model that FunASR has no classes for."""
     model, width = config.model, 4 * config.model.encoder.hidden_dim
-    for field, wanted in (("name", "paraformer"), ("norm_eps", 1e-12),
-                          ("place_embedding", model.decoder.kind == "bare")):
+    for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
             got = show_value(getattr(model, field))
             raise ValueError(f"model.{field}: wanted {show_value(wanted)} for FunASR, got {got}")
@@ -165,18 +207,24 @@ def dump_published(config: Config) -> str:
                       attention_layers=model.decoder.attention_layers or model.decoder.num_layers)
     sections = {"model": model, "encoder": encoder, "predictor": model.predictor, "decoder": decoder,
                 "frontend": config.data, "tokenizer": config.data}
+    if model.name == "seaco":
+        sections["seaco_decoder"] = model.hotwords.decoder
     values: dict = {}
     for part, ours in sections.items():
         name = _published_class(part, ours, model.predictor.upsampling)
+        if part == "decoder" and model.name == "contextual":
+            name = "ContextualParaformerDecoder"
         values[part], conf = name, {}
         for option, (_, field) in PUBLISHED[part][name][1].items():
             if isinstance(field, str):
-                value = getattr(ours, field)
+                value = attrgetter(field)(ours)
                 theirs = [key for key, converted in CONVERTED.get(field, {}).items() if converted == value]
                 conf[option] = theirs[0] if theirs else value
             else:
                 conf[option] = field[0]
         values[f"{part}_conf"] = conf
+    if model.name in HOTWORD_MODELS:
+        values["model_conf"]["inner_dim"] = encoder.hidden_dim
     values["predictor_conf"]["idim"] = encoder.hidden_dim      # from here on: what FunASR asks for, and we do not
     values["frontend_conf"]["dither"] = 0.0
     values["tokenizer_conf"] = {"unk_symbol": "<unk>", "split_with_space": True}
@@ -185,6 +233,13 @@ def dump_published(config: Config) -> str:
 
 # ---- tensor names ----
 
+SANM_DECODER_NAMES = {
+    "blocks": "decoders", "memory_blocks": "decoders2", "last": "decoders3.0", "norm": "after_norm",
+    "output": "output_layer", "norm_ffn": "norm1", "norm_memory": "norm2", "norm_cross": "norm3",
+    "memory": "self_attn.fsmn_block", "cross_attention.query": "src_attn.linear_q",
+    "cross_attention.key_value": "src_attn.linear_k_v", "cross_attention.out": "src_attn.linear_out",
+    "feed_forward.up": "feed_forward.w_1", "feed_forward.norm": "feed_forward.norm",
+    "feed_forward.down": "feed_forward.w_2"}
 RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its tensors, concatenated along dim 0, are ours
     "encoder sanm": {
         "first": "encoders0.0", "blocks": "encoders", "norm": "after_norm", "norm_self": "norm1", "norm_ffn": "norm2",
@@ -205,13 +260,7 @@ RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its ten
     "predictor depthwise": {"convolution": "cif_conv1d", "firing": "cif_output"},
     "timing": {"timing.upsample": "predictor.upsample_cnn", "timing.lstm": "predictor.blstm",
                "timing.firing": "predictor.cif_output2"},
-    "decoder sanm": {
-        "blocks": "decoders", "memory_blocks": "decoders2", "last": "decoders3.0", "norm": "after_norm",
-        "output": "output_layer", "norm_ffn": "norm1", "norm_memory": "norm2", "norm_cross": "norm3",
-        "memory": "self_attn.fsmn_block", "cross_attention.query": "src_attn.linear_q",
-        "cross_attention.key_value": "src_attn.linear_k_v", "cross_attention.out": "src_attn.linear_out",
-        "feed_forward.up": "feed_forward.w_1", "feed_forward.norm": "feed_forward.norm",
-        "feed_forward.down": "feed_forward.w_2"},
+    "decoder sanm": SANM_DECODER_NAMES,
     "decoder bare": {
         "blocks": "decoders", "norm": "after_norm", "output": "output_layer", "norm_self": "norm1",
         "norm_cross": "norm2", "norm_ffn": "norm3", "self_attention.query": "self_attn.linear_q",
@@ -220,6 +269,17 @@ RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its ten
         "cross_attention.out": "src_attn.linear_out", "layers.0": "w_1", "layers.3": "w_2"},
     "embedding": {"embedding": "decoder.embed.0"},
     "ctc": {"ctc": "ctc.ctc_lo"},
+    "hotword_embedding": {"hotword_embedding": "bias_embed"},
+    "hotword_encoder": {"hotword_encoder": "bias_encoder"},
+    "hotword_projection": {"hotword_projection": "lstm_proj"},
+    "hotword_decoder": SANM_DECODER_NAMES | {
+        "hotword_decoder": "seaco_decoder", "hotword_decoder.output": "hotword_output_layer"},
+    "hotword_block": SANM_DECODER_NAMES | {
+        "hotword_block": "decoder.last_decoder", "hotword_block.norm_hotwords": "decoder.bias_decoder.norm3",
+        "hotword_block.hotword_attention.query": "decoder.bias_decoder.src_attn.linear_q",
+        "hotword_block.hotword_attention.key_value": "decoder.bias_decoder.src_attn.linear_k_v",
+        "hotword_block.hotword_attention.out": "decoder.bias_decoder.src_attn.linear_out",
+        "hotword_block.merge": "decoder.bias_output"},
 }
 
 
@@ -330,8 +390,25 @@ class PieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR."""
-        unknown = self._ids.get(SPECIALS[UNK], len(self) - 1)
-        return [self._ids.get(symbol, unknown) for symbol in self.encode_symbols(text)]
+        return [self._ids.get(symbol, self.unknown) for symbol in self.encode_symbols(text)]
+
+    @property
+    def unknown(self) -> int:
+        """The id of what has no symbol."""
+        return self._ids.get(SPECIALS[UNK], len(self) - 1)
+
+    def encode_hotword(self, phrase: str) -> list[int]:
+        """The ids of a phrase that a model is to listen for, as FunASR reads it: words at any white space; one that is
+        not in pieces is spelled if it is all Chinese and digits, and else unknown as a whole. Without pieces, the words
+        themselves are looked up."""
+        if self.pieces is None:
+            return [self._ids.get(word, self.unknown) for word in phrase.split()]
+        symbols = []
+        for word in phrase.lower().split():
+            is_spelled = word not in self.pieces and re.fullmatch("[\u4e00-\u9fa50-9]+", word)
+            for unit in word if is_spelled else [word]:
+                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
+        return [self._ids.get(symbol, self.unknown) for symbol in symbols]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""

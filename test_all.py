@@ -59,6 +59,7 @@ import data
 import decode
 import funasr
 import funasr_layers
+import hotwords
 import model
 import plot
 import report
@@ -3040,7 +3041,7 @@ WRONG = {
     "kind": (lambda m: tiny("rnn"),
              "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
     "name": (lambda m: checkpoint.build(config.ModelConfig(name="x"), 5, 7),
-             "must be one of ['paraformer', 'transformer', 'ctc'], got 'x'"),
+             "must be one of ['paraformer', 'seaco', 'contextual', 'transformer', 'ctc'], got 'x'"),
 }
 
 
@@ -3220,7 +3221,7 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
 @needs_kit
 @pytest.mark.parametrize("old, new, words", [
     ("model: Paraformer", "model: ParaformerStreaming", "model 'ParaformerStreaming' is not implemented"),
-    ("model: Paraformer", "model: SeacoParaformer", "model 'SeacoParaformer' is not implemented"),
+    ("model: Paraformer", "model: ParaformerStreaming", "model 'ParaformerStreaming' is not implemented"),
     ("encoder: SANMEncoder", "encoder: SANMEncoderChunkOpt", "encoder 'SANMEncoderChunkOpt' is not implemented"),
     ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
     ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
@@ -3598,6 +3599,238 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == ["x.pt"]
+
+
+# ---- hotwords: the two models ----
+
+HOTWORD_KITS = ("seaco", "seaco_alt", "contextual", "contextual_alt")
+
+
+def hotword_results(variant: str) -> dict[str, dict]:
+    """{recording: its case of results.json, with that of each list in "hot"}"""
+    results = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
+    return {name: case for name, case in results.items() if not name.startswith("_")}
+
+
+def hotword_phrases(variant: str, case: str) -> list[str] | None:
+    """The phrases of a list of results.json; of "several_x2.5" those of "several"."""
+    given = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))["_hotwords"]
+    if case == "file":
+        return (KIT / variant / "hotwords.txt").read_text(encoding="utf-8").splitlines()
+    words = given[case.partition("_x")[0]]
+    return None if words is None else words.split()
+
+
+def outputs(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
+    """Where the (first) output of each call of the module will be."""
+    seen, forward = [], module.forward
+
+    def recording(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        seen.append(out[0] if isinstance(out, tuple) else out)
+        return out
+    monkeypatch.setattr(module, "forward", recording)
+    return seen
+
+
+# C43 C150
+@needs_kit
+@pytest.mark.parametrize("variant", HOTWORD_KITS)
+@torch.no_grad()
+def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatch):
+    """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
+    system = checkpoint.load_system(KIT / variant, "cpu")
+    net, changed = system.model, 0
+    if isinstance(net, hotwords.SeacoParaformer):
+        stages = {"dec_hidden": outputs(net.decoder.norm, monkeypatch),
+                  "attended": outputs(net.hotword_decoder.norm, monkeypatch),
+                  "dha_logits": outputs(net.hotword_decoder.output, monkeypatch)}
+        tolerance = {"dec_hidden": 3e-3, "cif_attended": 3e-3, "dec_attended": 3e-3, "dha_logits": 1e-2}
+    else:
+        block = net.hotword_block
+        stages = {"x_src": outputs(block.cross_attention, monkeypatch),
+                  "cx": outputs(block.hotword_attention, monkeypatch)}
+        tolerance = {"x_src": 3e-3, "cx": 3e-3}
+    for name, result in hotword_results(variant).items():
+        wanted = recorded(variant, name)
+        samples, rate_hz = audio.load_wav(KIT / f"wavs/{name}.wav")
+        feats = audio.frontend(samples, rate_hz, system.config.data, system.stats)
+        for case, expected in result["hot"].items():
+            phrases, lists = hotword_phrases(variant, case), [None]
+            if phrases is not None:
+                ids = [system.tokenizer.encode_hotword(phrase) for phrase in phrases]
+                assert [*ids, [SOS]] == expected["hotword_ids"]
+                lists = [net.encode_hotwords(ids)]
+                close(lists[0], wanted[f"hot_{case}_hw_embed"], 1e-5)
+            for seen in stages.values():
+                seen.clear()
+            scale = float(case.partition("_x")[2] or 1)
+            found = net.with_hotwords(lists, scale).greedy(feats[None], torch.tensor([len(feats)]))
+            assert found.tokens[0].tolist() == expected["ids_raw"], (name, case)
+            changed += expected["changed"] > 0
+            got = {stage: seen[0][0] for stage, seen in stages.items() if seen}
+            if "attended" in got:
+                got["cif_attended"], got["dec_attended"] = (x[0] for x in stages["attended"])
+            for stage, atol in tolerance.items():
+                if f"hot_{case}_{stage}" in wanted:
+                    close(got[stage], wanted[f"hot_{case}_{stage}"], atol)
+            recorded_scores = wanted[f"hot_{case}_logp" if "seaco" in variant else f"hot_{case}_logits"]
+            close(found.log_probs[0], recorded_scores.log_softmax(-1).amax(-1), 1e-2)
+            if "no_bias_rows" in expected:
+                assert (~found.hotword[0]).int().tolist() == expected["no_bias_rows"]
+            if f"hot_{case}_asf_scores" in wanted:
+                counts, entries = found.lens, lists[0][None]
+                scores = net.scores(stages["dec_hidden"][0], counts, entries, torch.tensor([entries.shape[1]]))
+                close(scores[0], wanted[f"hot_{case}_asf_scores"], 3e-3)
+    assert changed > 10
+
+
+# C45 C151
+@needs_kit
+@pytest.mark.parametrize("variant", HOTWORD_KITS)
+@torch.no_grad()
+def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
+    """Random cuts, each with a list of its own or none; lists above 50 are filtered for each utterance by itself."""
+    system, rng = checkpoint.load_system(KIT / variant, "cpu"), random.Random(0)
+    net = system.model
+    lists = [None]
+    for case in ("empty", "one", "several", "many"):
+        lists.append(net.encode_hotwords([system.tokenizer.encode_hotword(x) for x in hotword_phrases(variant, case)]))
+    lists.append(torch.cat([lists[4][:-1], lists[3]]))
+    sources = [recorded(variant, name)["enc"] for name in hotword_results(variant)]
+    replaced = 0
+    for _ in range(8):
+        parts = [x[:rng.randint(1, len(x))] for x in rng.choices(sources, k=6)]
+        chosen, lens = rng.sample(lists, k=6), torch.tensor([len(x) for x in parts])
+        hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        both = net.with_hotwords(chosen).decode(hidden, lens, lens)
+        plain = net.decode(hidden, lens, lens)
+        for i, x in enumerate(parts):
+            alone = net.with_hotwords(chosen[i:i + 1]).decode(x[None], lens[i:i + 1], lens[i:i + 1])
+            n = int(alone.lens[0])
+            assert both.lens[i] == n and torch.equal(both.tokens[i, :n], alone.tokens[0])
+            close(both.log_probs[i, :n], alone.log_probs[0], 1e-4)
+            if both.hotword:
+                assert torch.equal(both.hotword[i], alone.hotword[0])
+            if chosen[i] is None:
+                assert torch.equal(both.tokens[i], plain.tokens[i])
+            replaced += int((both.tokens[i] != plain.tokens[i]).sum())
+    assert replaced > 10
+    with pytest.raises(ValueError, match="with_hotwords: wanted a list or None for each of 6 utterances, got 1"):
+        net.with_hotwords(lists[1:2]).decode(hidden, lens, lens)
+
+
+# C152
+@needs_kit
+@pytest.mark.parametrize("old, new, error", [
+    ("  inner_dim: 32", "  inner_dim: 64", "model_conf.inner_dim: wanted the encoder's output_size 32, got 64"),
+    ("  inner_dim: 32\n", "", "model_conf.inner_dim: wanted the encoder's output_size 32, got 256"),
+    ("bias_encoder_type: lstm", "bias_encoder_type: mean",
+     "model_conf.bias_encoder_type 'mean' is not implemented; wanted 'lstm'"),
+    ("  train_decoder: false", "  train_decoders: false",
+     "model_conf.train_decoders is not implemented for a SeacoParaformer"),
+    ("  wo_input_layer: true", "  wo_input_layer: false",
+     "seaco_decoder_conf.wo_input_layer false is not implemented; wanted true"),
+    ("  wo_input_layer: true", "  wo_input_layers: true", "seaco_decoder_conf.wo_input_layer"),
+    ("seaco_decoder: ParaformerSANMDecoder\n", "",
+     "wanted FunASR's 'seaco_decoder: CLASS' and 'seaco_decoder_conf: options'"),
+    ("  num_blocks: 4\n", "  num_blocks: 4\n  att_layer_num: 3\n",
+     "model.hotwords.decoder.attention_layers: wanted 6 or more"),
+    ("\ndecoder: ParaformerSANMDecoder", "\ndecoder: ContextualParaformerDecoder",
+     "decoder ContextualParaformerDecoder is not implemented for a SeacoParaformer; wanted ParaformerSANMDecoder"),
+    ("NO_BIAS: 54", "NO_BIAS: 58", "model.hotwords.no_bias: wanted a token below 58, got 58")])
+def test_what_a_config_of_a_model_with_hotwords_has_and_we_have_not_is_refused_by_name(tmp_path, old, new, error):
+    folder = tmp_path / "seaco"
+    shutil.copytree(KIT / "seaco", folder, ignore=shutil.ignore_patterns("expected"))
+    (folder / "config.yaml").chmod(0o644)
+    text = (folder / "config.yaml").read_text()
+    assert old in text
+    (folder / "config.yaml").write_text(text.replace(old, new))
+    with pytest.raises(ValueError, match=re.escape(error)):
+        checkpoint.load_system(folder, "cpu")
+
+
+# C152
+@needs_kit
+def test_every_missing_and_unused_tensor_of_the_hotword_part_is_named(tmp_path):
+    shutil.copytree(KIT / "seaco", tmp_path / "seaco", ignore=shutil.ignore_patterns("expected", "model.pt"))
+    state = torch.load(KIT / "seaco/model.pt", weights_only=True)
+    for name in ("bias_encoder.bias_ih_l1", "seaco_decoder.decoders.5.norm1.bias", "hotword_output_layer.bias"):
+        state["old." + name] = state.pop(name)
+    torch.save(state, tmp_path / "seaco/model.pt")
+    with pytest.raises(ValueError) as raised:
+        checkpoint.load_system(tmp_path / "seaco", "cpu")
+    for name in ("bias_encoder.bias_ih_l1", "seaco_decoder.decoders.5.norm1.bias", "hotword_output_layer.bias"):
+        assert f"missing {name}" in str(raised.value) and f"unused old.{name}" in str(raised.value)
+
+
+# C152
+@needs_kit
+@pytest.mark.parametrize("variant", HOTWORD_KITS)
+def test_a_model_with_hotwords_is_exported_tensor_for_tensor(variant, tmp_path):
+    system = checkpoint.load_system(KIT / variant, "cpu")
+    for path in ("dir", "model.pt"):
+        checkpoint.export(system, str(tmp_path / path))
+        again = checkpoint.load_system(tmp_path / path, "cpu")
+        assert (again.config.model, again.tokenizer) == (system.config.model, system.tokenizer)
+    ours = torch.load(tmp_path / "dir/model.pt", weights_only=True)
+    theirs = funasr.read_weights(KIT / variant / "model.pt")
+    assert set(ours) == set(theirs) and all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    written, published_conf = (config.parse_yaml((folder / "config.yaml").read_text(), "")
+                               for folder in (tmp_path / "dir", KIT / variant))
+    parts = ("model", "encoder", "decoder", "predictor", "seaco_decoder")
+    assert [written.get(part) for part in parts] == [published_conf.get(part) for part in parts]
+
+
+# C153
+@needs_kit
+@pytest.mark.parametrize("variant", HOTWORD_KITS)
+def test_training_moves_all_but_the_hotword_part(variant):
+    """SeACo's losses and gradients are those of the same model without its hotword part, to the bit."""
+    system = checkpoint.load_system(KIT / variant, "cpu")
+    net = system.model
+    frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
+    tables = {"embedding.weight"} if isinstance(net, hotwords.SeacoParaformer) or net.shared else set()
+    assert tables <= frozen and all(re.search("hotword|merge", name) for name in frozen - tables)
+    feats = [recorded(variant, name)["enc"].repeat(1, 20)[:, :560] for name in hotword_results(variant)][:2]
+    lens = torch.tensor([len(x) for x in feats])
+    batch = (torch.nn.utils.rnn.pad_sequence(feats, batch_first=True), lens, ints(4, 5, 6, 7, 8, 9).view(2, 3),
+             ints(3, 2), torch.rand(2, 4))
+    sums, count = net(*batch)
+    (sums["loss"] / count).backward()
+    trained = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert set(trained) == {name for name, p in net.named_parameters() if p.requires_grad}
+    assert all(g.abs().max() > 0 for name, g in trained.items() if name != "embedding.weight")
+    if isinstance(net, hotwords.SeacoParaformer):
+        section = replace(system.config.model, name="paraformer", hotwords=config.HotwordConfig())
+        plain = checkpoint.build(section, 560, 58).eval()
+        plain.load_state_dict({name: net.state_dict()[name] for name in plain.state_dict()})
+        alike, _ = plain(*batch)
+        (alike["loss"] / count).backward()
+        assert torch.equal(alike["loss"], sums["loss"])
+        assert all(torch.equal(plain.get_parameter(name).grad, g) for name, g in trained.items())
+
+
+# C140
+@needs_kit
+@pytest.mark.parametrize("variant", ["seaco", "contextual"])
+@torch.no_grad()
+def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(variant, monkeypatch):
+    if not checkpoint.runs_on("int8", torch.device("cpu")):
+        pytest.skip("this processor has no int8 products")
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    system, exact = (checkpoint.load_system(KIT / variant, "cpu", precision) for precision in ("int8", "float32"))
+    part = system.model.hotword_decoder if variant == "seaco" else system.model.hotword_block
+    assert not any(type(layer) is nn.Linear for layer in part.modules())
+    kept = total = 0
+    for name, result in hotword_results(variant).items():
+        hidden = recorded(variant, name)["enc"][None]
+        lens, case = torch.tensor([hidden.shape[1]]), result["hot"]["several"]
+        found = [x.model.with_hotwords([x.model.encode_hotwords(case["hotword_ids"][:-1])]).decode(hidden, lens, lens)
+                 for x in (exact, system)]
+        assert found[0].tokens[0].tolist() == case["ids_raw"]
+        kept, total = kept + int((found[0].tokens == found[1].tokens).sum()), total + len(case["ids_raw"])
+    assert kept >= 0.8 * total
 
 
 # ---- report: words and forms ----
@@ -6438,7 +6671,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "report": 4, "checkpoint": 5, "train": 6, "decode": 6, "serve": 7, "bench": 8}
+          "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 

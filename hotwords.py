@@ -1,0 +1,179 @@
+"""Hotwords: phrases that a model should listen for, in the two Paraformers of FunASR's that can be told them.
+
+    phrases -> token ids -> embedding, LSTM -> a list (n,D): a row per phrase, and one for "none of them"
+
+SeacoParaformer reads the list with a decoder of its own, which either names a token or leaves the place to the first
+decoder. ContextualParaformer attends to the list in the last block of its only decoder. Both are a Paraformer but for
+`predict`, where acoustic embeddings become logits; utterances of one batch may have different lists.
+
+Dims as in model.py; n entries of a list. Needs torch, attention.py, funasr_layers.py and model.py.
+Sources: Shi et al. 2023 "SeACo-Paraformer"; Gao et al. 2023 "FunASR", 3.3; equal to FunASR 1.4, but long lists are
+filtered for each utterance, where FunASR filters for the first of a batch.
+"""
+import copy
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attention import MultiHeadAttention, key_mask, padding_mask, run_blocks
+from funasr_layers import Pointwise, SanmDecoder, SanmDecoderBlock
+from model import SOS, Paraformer, Prediction
+
+NONE_OF_THEM = (SOS,)  # the last entry of every list
+LONGEST = 50  # entries that SeACo's second decoder chooses from a longer list, before "none of them" is added
+CHOOSER = 5  # its layer whose attention chooses them
+
+
+# ---- the two models ----
+
+class HotwordParaformer(Paraformer):
+    """What the two have in common: the encoder of a list, and the lists of a batch. A subclass adds `predict`."""
+
+    lists: Sequence[Tensor | None] = ()  # an encoded list or None for each utterance; none at all: as all None
+    scale: float = 1.0  # of what hotwords contribute (contextual only); FunASR's clas_scale
+
+    def with_hotwords(self, lists: Sequence[Tensor | None], scale: float = 1.0) -> "HotwordParaformer":
+        """This model, weights shared, for a batch with these lists of `encode_hotwords`."""
+        bound = copy.copy(self)
+        bound.lists, bound.scale = lists, scale
+        return bound
+
+    @torch.no_grad()
+    def encode_hotwords(self, phrases: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids of each phrase, at least one -> (n+1,D), last the row for none of them."""
+        weight = self.hotword_embedding_table().weight
+        rows = [torch.tensor(ids, device=weight.device) for ids in (*phrases, NONE_OF_THEM)]
+        lens = torch.tensor([len(row) for row in rows])
+        x = nn.functional.embedding(nn.utils.rnn.pad_sequence(rows, batch_first=True), weight)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lens, batch_first=True, enforce_sorted=False)
+        x, _ = nn.utils.rnn.pad_packed_sequence(self.hotword_encoder(packed)[0], batch_first=True)
+        x = x[torch.arange(len(rows)), lens - 1]
+        return x if self.hotword_projection is None else self.hotword_projection(x)
+
+    def stack_lists(self, B: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> the batch's lists (B,n,D), an empty one where there is none, their lens (B,), where there is one (B,)."""
+        lists = self.lists or [None] * B
+        if len(lists) != B:
+            raise ValueError(f"with_hotwords: wanted a list or None for each of {B} utterances, got {len(lists)}")
+        given = torch.tensor([entries is not None for entries in lists])
+        empty = None if given.all() else self.encode_hotwords([])
+        lists = [empty if entries is None else entries for entries in lists]
+        lens = torch.tensor([len(entries) for entries in lists])
+        stacked = nn.utils.rnn.pad_sequence(lists, batch_first=True)
+        return stacked, lens.to(stacked.device), given.to(stacked.device)
+
+    def freeze(self, parts: Sequence[nn.Module]) -> None:
+        """Training leaves these as they are: learning them takes hotwords in the training data."""
+        for part in parts:
+            part.requires_grad_(False)
+
+
+class SeacoParaformer(HotwordParaformer):
+    """A Paraformer beside which a second decoder reads hotwords and replaces tokens. Source: Shi et al. 2023."""
+
+    def __init__(self, options, input_dim: int, vocab_size: int):
+        super().__init__(options, input_dim, vocab_size)
+        D, both_ways = options.encoder.hidden_dim, options.hotwords.both_ways
+        self.no_bias = options.hotwords.no_bias
+        if not 0 <= self.no_bias < vocab_size:
+            raise ValueError(f"model.hotwords.no_bias: wanted a token below {vocab_size}, got {self.no_bias}")
+        self.hotword_encoder = nn.LSTM(D, D, 2, batch_first=True, bidirectional=both_ways)
+        self.hotword_projection = nn.Linear(2 * D, D) if both_ways else None
+        self.hotword_decoder = SanmDecoder(D, vocab_size, options.hotwords.decoder)
+        parts = [self.embedding, self.hotword_encoder, self.hotword_decoder]
+        self.freeze(parts if self.hotword_projection is None else [*parts, self.hotword_projection])
+
+    def hotword_embedding_table(self) -> nn.Embedding:
+        return self.embedding
+
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+                need_weights: bool = False) -> Prediction:
+        """As Paraformer.predict; the logits are the second decoder's wherever its best token is not no_bias."""
+        states, attention = self.decoder.states(self.decoder.blocks, embeds, counts, hidden, hidden_lens, need_weights)
+        logits = self.decoder.output(states)
+        if all(entries is None for entries in self.lists):
+            return Prediction(logits, attention, torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device))
+        entries, lens, given = self.stack_lists(len(embeds))
+        entries, lens = self.choose(states, counts, entries, lens)
+        second = self.hotword_decoder
+        from_sound, _ = second.states(second.blocks, embeds, counts, entries, lens)
+        from_words, _ = second.states(second.blocks, states, counts, entries, lens)
+        said = second.output(from_sound + from_words)  # (B,U,V)
+        named = (said.argmax(-1) != self.no_bias) & given[:, None]
+        return Prediction(torch.where(named[:, :, None], said, logits), attention, named)
+
+    def choose(self, states: Tensor, counts: Tensor, entries: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Shorten long lists: states (B,U,D), counts (B,), entries (B,n,D), lens (B,) -> entries, lens.
+
+        Of more than LONGEST entries, those stay that the states attend to most, and "none of them" comes once more.
+        """
+        if lens.max() <= LONGEST:
+            return entries, lens
+        scores = self.scores(states, counts, entries, lens)
+        best = torch.cat([scores.topk(LONGEST, 1).indices, lens[:, None] - 1], 1)  # (B,LONGEST+1)
+        as_it_is = torch.arange(LONGEST + 1, device=lens.device).expand_as(best)
+        long = lens > LONGEST
+        index = torch.where(long[:, None], best, as_it_is)
+        chosen = entries.gather(1, index[:, :, None].expand(-1, -1, entries.shape[2]))
+        return chosen, torch.where(long, LONGEST + 1, lens)
+
+    def scores(self, states: Tensor, counts: Tensor, entries: Tensor, lens: Tensor) -> Tensor:
+        """The attention to each entry, summed over tokens and heads: arguments as `choose` -> (B,n), -inf past a list.
+        """
+        mask, entry_mask = key_mask(counts, states.shape[1]), key_mask(lens, entries.shape[1])
+        blocks = self.hotword_decoder.blocks
+        x, _ = run_blocks(blocks[:CHOOSER], states, mask, entries, entry_mask, need_weights=False)
+        _, weights = blocks[CHOOSER](x, mask, entries, entry_mask, need_weights=True)  # (B,H,U,n)
+        weights = weights * padding_mask(counts, states.shape[1])[:, None, :, None]
+        return weights.sum((1, 2)).masked_fill(~padding_mask(lens, entries.shape[1]), -torch.inf)
+
+
+class ContextualBlock(SanmDecoderBlock):
+    """A SanmDecoderBlock that attends to hotwords beside the sound, and merges what it finds in the two."""
+
+    def __init__(self, options):
+        D, heads = options.hidden_dim, options.num_heads
+        super().__init__(D, heads, options.ffn_dim, options.kernel_size, options.memory_shift, options.dropout,
+                         options.attention_dropout)
+        self.norm_hotwords, self.hotword_attention = nn.LayerNorm(D), MultiHeadAttention(D, heads)
+        self.merge = Pointwise(2 * D, D, 1, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
+                need_weights: bool = False, *, entries: Tensor, entry_mask: Tensor | None,
+                scale: float) -> tuple[Tensor, Tensor | None]:
+        """As SanmDecoderBlock.forward, with entries (B,n,D), entry_mask (B,1,n) and the scale of what they say."""
+        x = self.remember(x, mask)
+        sound, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
+        hotwords, _ = self.hotword_attention(self.norm_hotwords(x), entries, entry_mask)
+        return x + self.dropout(self.merge(torch.cat([sound, scale * hotwords], -1))), weights
+
+
+class ContextualParaformer(HotwordParaformer):
+    """A Paraformer whose decoder has a ContextualBlock in the place of its last block with attention."""
+
+    hotword_projection = None
+
+    def __init__(self, options, input_dim: int, vocab_size: int):
+        super().__init__(options, input_dim, vocab_size)
+        D, self.shared = options.encoder.hidden_dim, options.hotwords.share_embedding
+        self.decoder.blocks.pop(-1)
+        self.hotword_block = block = ContextualBlock(options.decoder)
+        self.hotword_embedding = nn.Embedding(vocab_size, D)
+        self.hotword_encoder = nn.LSTM(D, D, batch_first=True)
+        self.freeze([self.hotword_embedding_table(), self.hotword_embedding, self.hotword_encoder, block.norm_hotwords,
+                     block.hotword_attention, block.merge])
+
+    def hotword_embedding_table(self) -> nn.Embedding:
+        return self.embedding if self.shared else self.hotword_embedding
+
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+                need_weights: bool = False) -> Prediction:
+        """As Paraformer.predict; an utterance without a list has the empty one, in training too."""
+        entries, lens, _ = self.stack_lists(len(embeds))
+        block = functools.partial(self.hotword_block, entries=entries, entry_mask=key_mask(lens, entries.shape[1]),
+                                  scale=self.scale)
+        blocks = [*self.decoder.blocks, block]
+        states, attention = self.decoder.states(blocks, embeds, counts, hidden, hidden_lens, need_weights)
+        return Prediction(self.decoder.output(states), attention)
