@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from timeit import repeat, timeit
 
@@ -43,6 +44,7 @@ from checkpoint import PackedLinear, System, build, export_directory, load_syste
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
                     read_result, with_search)
 from funasr import PieceTokenizer
+from model import Hypotheses
 from report import Outcome, Score, score
 from serve import load_warm, recognise
 from tokenizer import Counts
@@ -52,7 +54,17 @@ from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, 
 HERE = Path(__file__).resolve().parent
 
 
+def import_sec() -> float:
+    """Seconds that a process takes to import torch."""
+    return min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
+
+
 # ---- training ----
+
+def layer_options(part: configs.EncoderConfig | configs.DecoderConfig) -> dict:
+    return {"d_model": part.hidden_dim, "nhead": part.num_heads, "dim_feedforward": part.ffn_dim or 4 * part.hidden_dim,
+            "dropout": part.dropout, "batch_first": True, "norm_first": True}
+
 
 class PlainModel(nn.Module):
     """torch.nn.Transformer layers as they come, as wide as the run's model, with about as many parameters. Its decoder
@@ -60,26 +72,29 @@ class PlainModel(nn.Module):
 
     def __init__(self, run: Run):
         super().__init__()
-        encoder, decoder = run.config.model.encoder, run.config.model.decoder
-        make = lambda kind, part: kind(part.hidden_dim, part.num_heads, part.ffn_dim or 4 * part.hidden_dim,
-                                       part.dropout, batch_first=True, norm_first=True)
+        encoder = run.config.model.encoder
+        decoder = run.config.model.decoder
         self.subsampling = encoder.subsampling
         self.input = nn.Linear(run.stats.shape[1], encoder.hidden_dim)
         self.embedding = nn.Embedding(len(run.tokenizer), decoder.hidden_dim)
-        self.decoder = nn.TransformerDecoder(make(nn.TransformerDecoderLayer, decoder), max(1, decoder.num_layers))
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer_options(decoder)),
+                                             max(1, decoder.num_layers))
         self.output = nn.Linear(decoder.hidden_dim, len(run.tokenizer))
-        layer = make(nn.TransformerEncoderLayer, encoder)
+        layer = nn.TransformerEncoderLayer(**layer_options(encoder))
         count = max(1, round((num_parameters(run.model) - num_parameters(self)) / num_parameters(layer)))
         self.encoder = nn.TransformerEncoder(layer, count, enable_nested_tensor=False)
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor) -> Tensor:
-        x, lens = self.input(feats[:, ::self.subsampling]), (feat_lens - 1) // self.subsampling + 1
+        x = self.input(feats[:, ::self.subsampling])
+        lens = (feat_lens - 1) // self.subsampling + 1
         pads = torch.arange(x.shape[1]) >= lens[:, None]  # (B,L), True = padding, as torch.nn wants it
         x = self.encoder(x, src_key_padding_mask=pads)
-        decode = lambda ids: self.output(self.decoder(self.embedding(ids), x, memory_key_padding_mask=pads))
         with torch.no_grad():
-            guess = decode(tokens).argmax(-1)  # (B,U,V) -> (B,U)
-        return F.cross_entropy(decode(guess).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
+            guess = self.logits(tokens, x, pads).argmax(-1)  # (B,U,V) -> (B,U)
+        return F.cross_entropy(self.logits(guess, x, pads).transpose(1, 2), tokens, ignore_index=0)  # 0 pads
+
+    def logits(self, tokens: Tensor, x: Tensor, pads: Tensor) -> Tensor:
+        return self.output(self.decoder(self.embedding(tokens), x, memory_key_padding_mask=pads))
 
 
 def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
@@ -95,9 +110,13 @@ def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         loss.item()
-    ways = lambda batch: rehearse(run, [batch], 1e-4), plain_step
-    seconds = [[[timeit(lambda: way(batch), number=1) for way in ways] for batch in batches] for _ in range(rounds)]
-    return len(batches) / np.min(seconds, 0).sum(0)
+
+    seconds = np.zeros((rounds, len(batches), 2))
+    for turn in range(rounds):
+        for i, batch in enumerate(batches):
+            seconds[turn, i, 0] = timeit(lambda: rehearse(run, [batch], 1e-4), number=1)
+            seconds[turn, i, 1] = timeit(lambda: plain_step(batch), number=1)
+    return len(batches) / seconds.min(0).sum(0)
 
 
 def first_step_sec(config: configs.Config, folder: Path) -> float:
@@ -106,7 +125,8 @@ def first_step_sec(config: configs.Config, folder: Path) -> float:
     stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
     data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
     command = [sys.executable, str(HERE / "train.py"), str(folder / "config.yaml"), "--runs", str(folder)]
-    started, done = time.perf_counter(), False
+    started = time.perf_counter()
+    done = False
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while not done and process.poll() is None:
             time.sleep(0.005)
@@ -137,31 +157,36 @@ def training_figures(config: configs.Config) -> Iterator[str]:
                    f"{history[-1]['data_wait']:.1%}", "< 5%")
         yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
                    "< 2%")
-        torch_sec = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
+        torch_sec = import_sec()
         first_sec = first_step_sec(config, Path(runs) / "first")
         yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
                    f"{first_sec - torch_sec:.1f} s", "< 3 s")
 
 
-# ---- recognition ----
+# ---- recognition: a large model ----
 
 MEASURE = """
 import re, sys, time, torch
-in_mb = lambda field: int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-torch.set_num_threads(int(sys.argv[4]))
-torch_mb, started = in_mb("VmRSS"), time.perf_counter()
-import audio, checkpoint, decode
-system = checkpoint.load_system(sys.argv[1], "cpu", sys.argv[2], sys.argv[3] == "laid out")
+def in_mb(field):
+    return int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
+folder, dtype, layout, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+torch_mb = in_mb("VmRSS")
+started = time.perf_counter()
+from audio import frontend
+from checkpoint import load_system
+from decode import transcribe
+system = load_system(folder, "cpu", dtype, layout == "laid out")
 loaded = time.perf_counter()
-audio = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
-decode.transcribe(system, [audio.frontend(audio, 16000, system.config.data, system.stats)])
-print(f"{sys.argv[2]:9}{sys.argv[3]:11}{loaded - started:8.2f}{time.perf_counter() - loaded:10.2f}"
-      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}")
+samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+transcribe(system, [frontend(samples, 16000, system.config.data, system.stats)])
+done = time.perf_counter()
+print(f"{dtype:9}{layout:11}{loaded - started:8.2f}{done - loaded:10.2f}{in_mb('VmRSS') - torch_mb:10.0f}"
+      f"{in_mb('VmHWM'):8.0f}")
 """
 LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
 LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds of each
 TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
-RUNS = 3  # of what is compared batch by batch, of which the median is its time
 
 
 def loading_figures() -> None:
@@ -195,46 +220,60 @@ def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
     """A call that does all matrix products of the model's linear layers, for so many frames and tokens; its GFLOP."""
-    linears = [(layer, frames if name.startswith("encoder") or name.endswith("key_value") else tokens)
-               for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, PackedLinear))
-               and name.startswith(("encoder", "decoder"))]
-    inputs = {(rows, layer.in_features): torch.randn(1, rows, layer.in_features) for layer, rows in linears}
-    count = sum(2e-9 * rows * layer.in_features * layer.out_features for layer, rows in linears)
+    work = []  # (layer, its input)
+    gflop = 0.0
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, PackedLinear)) and name.startswith(("encoder", "decoder")):
+            of_frames = name.startswith("encoder") or name.endswith("key_value")
+            rows = frames if of_frames else tokens
+            work.append((layer, torch.randn(1, rows, layer.in_features)))
+            gflop += 2e-9 * rows * layer.in_features * layer.out_features
 
     def run() -> None:
-        for layer, rows in linears:  # no output is kept: 140 MB of fresh memory would be measured as well
-            layer(inputs[rows, layer.in_features])
-    return run, count
+        for layer, x in work:  # no output is kept: 140 MB of fresh memory would be measured as well
+            layer(x)
+    return run, gflop
 
 
 @torch.inference_mode()
+def time_load(systems: dict[tuple[str, str], System], B: int, seconds: int) -> None:
+    """Print the time of each system for B utterances, and what share of it the fastest products alone take."""
+    system = systems["float32", "mapped"]
+    audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
+
+    def front() -> list[Tensor]:
+        return [frontend(x, 16000, system.config.data, system.stats) for x in audio]
+
+    feats = front()
+    found = decode_batch(system, feats)
+    sizes = B * len(feats[0]), found.tokens.numel()
+    plain, gflop = products(system.model, *sizes)
+    laid_out, _ = products(systems["float32", "laid out"].model, *sizes)
+    calls = [front, lambda: [read_result(system, found, i) for i in range(B)], plain, laid_out]
+    calls += [partial(decode_batch, one, feats) for one in systems.values()]
+    ms = 1000 * time_turns(TIMINGS, *calls)
+    front_ms, text_ms, plain_ms, laid_out_ms, *model_ms = np.median(ms, 1)
+    limit = min(plain_ms, laid_out_ms)
+    print(f"{B:5}{seconds:5} s  products of {gflop:.0f} GFLOP: {1000 * gflop / plain_ms:.0f} GFLOP/s mapped, "
+          f"{1000 * gflop / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
+    for (dtype, layout), middle, turns in zip(systems, model_ms, ms[4:]):
+        extent = f"({turns.min():.0f} to {turns.max():.0f})"
+        share = (middle + front_ms + text_ms) / (10 * B * seconds)
+        print(f"{B:5}{seconds:5} s  {dtype:9}  {layout:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
+              f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
+
+
 def time_loads(systems: dict[tuple[str, str], System]) -> None:
-    """Print the time of each system for each of LOADS, and what share of it the fastest products alone take."""
     print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
           "batch  audio  precision  weights   front end  model                      text  real time    limit")
-    system, packed = systems["float32", "mapped"], systems["float32", "laid out"]
     for B, seconds in LOADS:
-        audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
-        front = lambda: [frontend(x, 16000, system.config.data, system.stats) for x in audio]
-        feats = front()
-        found = decode_batch(system, feats)
-        text = lambda: [read_result(system, found, i) for i in range(B)]
-        sizes = B * len(feats[0]), found.tokens.numel()
-        (plain, count), (laid_out, _) = products(system.model, *sizes), products(packed.model, *sizes)
-        runs = [lambda one=one: decode_batch(one, feats) for one in systems.values()]
-        ms = 1000 * time_turns(TIMINGS, front, text, plain, laid_out, *runs)
-        front_ms, text_ms, plain_ms, laid_out_ms, *_ = np.median(ms, 1)
-        limit = min(plain_ms, laid_out_ms)
-        print(f"{B:5}{seconds:5} s  products of {count:.0f} GFLOP: {1000 * count / plain_ms:.0f} GFLOP/s mapped, "
-              f"{1000 * count / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
-        for layout, model_ms in zip(systems, ms[4:]):
-            middle, extent = np.median(model_ms), f"({model_ms.min():.0f} to {model_ms.max():.0f})"
-            share = (middle + front_ms + text_ms) / (10 * B * seconds)
-            print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
-                  f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
+        time_load(systems, B, seconds)
 
+
+# ---- recognition: checkpoints compared ----
 
 BEAM = 10  # of the models that have a search, unless another is asked for
+RUNS = 3  # of each batch, of which the median is its time
 
 
 def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
@@ -250,29 +289,51 @@ def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]
 def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
     """Distances in encoder frames of the inner token boundaries that a model fired, of `edges` (n+1,), from the true
     ones: (n-1,); (0,) if those are unknown, the number of tokens is wrong, or the model does not fire."""
-    true, fires = item.boundaries, system.config.model.name == "paraformer"
-    if not fires or true is None or len(true) != len(edges):
+    true = item.boundaries
+    if system.config.model.name != "paraformer" or true is None or len(true) != len(edges):
         return torch.zeros(0)
     return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
 
 
+def decode_in_turns(systems: Sequence[System], items: Sequence[data.Utterance]) -> tuple[list[Hypotheses], np.ndarray]:
+    """What each system makes of a batch, and the median of its seconds in RUNS turns."""
+    seconds = np.zeros((RUNS, len(systems)))
+    for turn in range(RUNS):
+        found = []
+        for s, system in enumerate(systems):
+            feats = [normalise(item.feats, system.stats.cpu()) for item in items]
+            started = time.perf_counter()
+            found.append(decode_batch(system, feats))
+            seconds[turn, s] = time.perf_counter() - started
+    return found, np.median(seconds, 0)
+
+
 def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
-    words, chars, tokens = (sum(part, Counts()) for part in zip(*((s.words, s.chars, s.tokens) for s in scores)))
-    length, shift = (tokens.ref + tokens.ins - tokens.del_) / len(scores), torch.cat(list(shifts))
+    words = sum((s.words for s in scores), Counts())
+    chars = sum((s.chars for s in scores), Counts())
+    tokens = sum((s.tokens for s in scores), Counts())
+    length = (tokens.ref + tokens.ins - tokens.del_) / len(scores)
+    shift = torch.cat(list(shifts))
+    shown = f"{shift.median():.2f}" if len(shift) else "-"
     return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
-            f"{length:7.2f} {f'{shift.median():.2f}' if len(shift) else '-':>10}  {name}")
+            f"{length:7.2f} {shown:>10}  {name}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
 
-    Timed is what makes Hypotheses of normalised features; all take turns at each batch, RUNS times.
+    Timed is what makes Hypotheses of normalised features.
     """
     paths = [path for path in arguments.inputs if path.endswith(".pt")]
-    systems = {name: one for path in paths or [arguments.ckpt] for name, one in both_searches(arguments, path).items()}
-    first = next(iter(systems.values()))
+    named: dict[str, System] = {}
+    for path in paths or [arguments.ckpt]:
+        named |= both_searches(arguments, path)
+    systems = list(named.values())
+    first = systems[0]
     unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
-    spent, scores, shifts = np.zeros(len(systems)), [[] for _ in systems], [[] for _ in systems]
+    spent = np.zeros(len(systems))
+    scores: list[list[Score]] = [[] for _ in systems]
+    shifts: list[list[Tensor]] = [[] for _ in systems]
     with tempfile.TemporaryDirectory() as scratch:
         others = [path for path in arguments.inputs if path not in paths]
         dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
@@ -281,23 +342,20 @@ def compare(arguments: argparse.Namespace) -> None:
             items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
             if not items:
                 continue
-            times = np.zeros((RUNS, len(systems)))
-            for turn, (s, system) in itertools.product(range(RUNS), enumerate(systems.values())):
-                feats = [normalise(item.feats, system.stats.cpu()) for item in items]
-                started = time.perf_counter()
-                found = decode_batch(system, feats)
-                times[turn, s] = time.perf_counter() - started
-                for i, item in enumerate(items if turn == 0 else ()):
-                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
+            found, seconds = decode_in_turns(systems, items)
+            spent += seconds
+            for s, system in enumerate(systems):
+                for i, item in enumerate(items):
+                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found[s], i))
                     scores[s].append(score(outcome, system.tokenizer.encode))
-                    shifts[s].append(boundary_shifts(system, item, found.boundaries[i]))
-            spent += np.median(times, 0)
+                    shifts[s].append(boundary_shifts(system, item, found[s].boundaries[i]))
     if not scores[0]:
         raise ValueError("wanted utterances with frames and a text, got none")
     print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
           f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
           "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
-    print(*map(figures_row, systems, spent, [spent[0]] * len(spent), scores, shifts), sep="\n")
+    for s, name in enumerate(named):
+        print(figures_row(name, spent[s], spent[0], scores[s], shifts[s]))
 
 
 # ---- serving ----
@@ -325,24 +383,29 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies over `clients` kept connections -> seconds in all, and (ms, the answer's timing) of each body."""
-    def work(mine: Sequence[bytes]) -> list[tuple[float, dict]]:
-        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
-        for body in mine:
-            started = time.perf_counter()
-            connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            answered, spent = reply.read(), (time.perf_counter() - started) * 1e3
-            if reply.status != 200:
-                raise ValueError(f"wanted 200, got {reply.status} {answered[:200]!r}")
-            found.append((spent, json.loads(answered)["timing"]))
-        connection.close()
-        return found
+def post_all(port: int, bodies: Sequence[bytes]) -> list[tuple[float, dict]]:
+    """Send bodies over one kept connection, one after another -> (ms, the answer's timing) of each."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    found = []
+    for body in bodies:
+        started = time.perf_counter()
+        connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        answer = reply.read()
+        ms = 1e3 * (time.perf_counter() - started)
+        if reply.status != 200:
+            raise ValueError(f"wanted 200, got {reply.status} {answer[:200]!r}")
+        found.append((ms, json.loads(answer)["timing"]))
+    connection.close()
+    return found
 
+
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies from so many clients at once -> seconds in all, and (ms, the answer's timing) of each body."""
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        found = [one for each in pool.map(work, [bodies[i::clients] for i in range(clients)]) for one in each]
+        shares = [bodies[i::clients] for i in range(clients)]
+        found = list(itertools.chain.from_iterable(pool.map(partial(post_all, port), shares)))
     return time.perf_counter() - started, found
 
 
@@ -360,41 +423,54 @@ print(*times)
 ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's first takes longer and is its only one
 
 
-def serving_figures(options: argparse.Namespace) -> None:
-    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = load_warm(options)
-    mean, rng = system.stats[0].cpu().numpy(), np.random.default_rng(0)
+def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
+    """160 requests of mixed lengths and 160 of equal ones: features as JSON around the statistics' mean (F,)."""
+    rng = np.random.default_rng(0)
 
     def body(frames: int) -> bytes:
         feats = mean + rng.standard_normal((frames, len(mean)))
         return json.dumps({"features": feats.round(4).tolist()}).encode()
 
-    bodies = {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
-    largest = [torch.randn(260, len(mean)) for _ in range(options.max_batch_size)]
-    importing = min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=3))
+    return {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
+
+
+def health_ms(port: int, bodies: Sequence[bytes]) -> list[float]:
+    """How long /health takes to answer while 16 clients send the bodies, sorted; [nan] if the asking process failed."""
+    asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
+    while asker.poll() is None:
+        time_clients(port, bodies, 16)
+    return sorted(map(float, asker.stdout.read().split())) or [math.nan]
+
+
+def serving_figures(options: argparse.Namespace) -> None:
+    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
+    system = load_warm(options)
+    bodies = make_bodies(system.stats[0].cpu().numpy())
+    largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
+    torch_sec = import_sec()
     rounds: dict[tuple[str, int], list] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
-    batches: list[float] = []
-    with running(options) as (port, ready):
+    full_ms: list[float] = []
+    with running(options) as (port, ready_sec):
         time_clients(port, bodies["mixed"][:32], 4)
         until = time.monotonic() + ROUNDS_SEC
-        while not batches or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
-            batches.append(timeit(lambda: recognise(system, largest), number=1))
+        while not full_ms or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
+            full_ms.append(1e3 * timeit(lambda: recognise(system, largest), number=1))
             for (kind, clients), found in rounds.items():
                 found.append(time_clients(port, bodies[kind], clients))
-        asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
-        while asker.poll() is None:
-            time_clients(port, bodies["mixed"], 16)
-    health = sorted(map(float, asker.stdout.read().split())) or [math.nan]      # nan: it failed, and has said why
-    overhead = statistics.median(ms - timing["infer_ms"] for _, found in rounds["equal", 1] for ms, timing in found)
-    crowd = sorted(ms for _, found in rounds["mixed", 16] for ms, _ in found)
-    p99, full = crowd[int(0.99 * len(crowd))], 1e3 * statistics.median(batches)
-    print(f"start to ready beyond import torch     {ready - importing:8.2f} s     (asked for: at most 1)")
-    print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 3; 100 frames, JSON)")
+        health = health_ms(port, bodies["mixed"])
+    alone = itertools.chain.from_iterable(found for _, found in rounds["equal", 1])
+    overhead = statistics.median(ms - timing["infer_ms"] for ms, timing in alone)
+    crowd = itertools.chain.from_iterable(found for _, found in rounds["mixed", 16])
+    p99 = np.quantile([ms for ms, _ in crowd], 0.99, method="higher")
+    print(f"start to ready beyond import torch     {ready_sec - torch_sec:8.2f} s     (asked for: at most 1)")
+    print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 5; 100 frames, JSON)")
     for kind, asked in (("mixed", 1.3), ("equal", 2.0)):
-        one, many = (160 / statistics.median(seconds for seconds, _ in rounds[kind, clients]) for clients in (1, 16))
+        one = 160 / statistics.median(seconds for seconds, _ in rounds[kind, 1])
+        many = 160 / statistics.median(seconds for seconds, _ in rounds[kind, 16])
         print(f"throughput, {kind} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
-              f"{asked}; medians of {len(batches)} rounds)")
-    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / full:.2f} x a full batch (at most 3)")
+              f"{asked}; medians of {len(full_ms)} rounds)")
+    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / statistics.median(full_ms):.2f} x a full "
+          "batch (at most 3)")
     print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
           f"median (at most 50; {len(health)} asked)")
 
