@@ -232,93 +232,125 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
-Rule = tuple[str, bool, str]      # dotted path of a field, whether its value keeps the rule, the values wanted
+Error = tuple[str, str]      # dotted path of a field, the values wanted
 
 
-def _value_rules(config: Config) -> Iterator[Rule]:
-    """The rules for each value by itself: RANGES, and integers below 2^31."""
+def _value_errors(config: Config) -> list[Error]:
+    """Values wrong by themselves: outside RANGES, or integers of 2^31 and more."""
+    errors = []
     for path, value in _walk(config):
-        if type(value) is int and path != "training.seed":
-            yield path, value < 2**31, "below 2^31"
+        name = path.split(".")[-1]
+        if type(value) is int and value >= 2**31 and name != "seed":
+            errors.append((path, "below 2^31"))
         numbers = value if isinstance(value, tuple) else (value,)
-        for wanted, (test, names) in RANGES.items():
-            if path.split(".")[-1] in names.split():
-                yield path, len(numbers) > 0 and all(map(test, numbers)), wanted
+        for wanted, (is_inside, names) in RANGES.items():
+            if name in names.split() and not (numbers and all(map(is_inside, numbers))):
+                errors.append((path, wanted))
+    return errors
 
 
-def _model_rules(model: ModelConfig) -> Iterator[Rule]:
-    encoder, predictor, decoder = model.encoder, model.predictor, model.decoder
-    subsampling = {"sanm": 1, "relative_conformer": 4}.get(encoder.kind, encoder.subsampling)
-    yield "model.encoder.subsampling", encoder.subsampling == subsampling, f"{subsampling} for kind {encoder.kind}"
-    no_blocks = decoder.kind != "sanm" and model.name == "paraformer"      # its output layer can do without
-    for name, part in (("encoder", encoder), ("predictor", predictor), ("decoder", decoder)):
-        yield f"model.{name}.num_layers", part.num_layers != 0 or (name == "decoder" and no_blocks), "1 or more"
-    for name, part in (("encoder", encoder), ("decoder", decoder)):
-        fits = part.memory_shift <= part.kernel_size // 2
-        yield f"model.{name}.memory_shift", fits, f"at most half of kernel_size {part.kernel_size}"
-        divides = part.num_heads <= 0 or part.hidden_dim % part.num_heads == 0      # RANGES reports 0 and below
-        yield f"model.{name}.num_heads", divides, f"a divisor of hidden_dim {part.hidden_dim}"
-        fixed = {"relative_conformer": "sinusoidal", "sanm": "none", "bare": "none"}      # of the model's width
-        placed = name == "encoder" and model.place_embedding      # the sampler adds sinusoids to embeddings
-        sinusoidal = placed or fixed.get(part.kind, part.position) == "sinusoidal"
-        yield f"model.{name}.hidden_dim", not sinusoidal or part.hidden_dim % 2 == 0, "an even width for sinusoids"
-    own_width = decoder.kind == "transformer" and not model.share_embedding      # it projects its input
-    same = decoder.hidden_dim == encoder.hidden_dim
-    reason = "share_embedding" if decoder.kind == "transformer" else f"kind {decoder.kind}"
-    yield "model.decoder.hidden_dim", same or own_width, f"the encoder's {encoder.hidden_dim} for {reason}"
-    attends = decoder.attention_layers <= decoder.num_layers
-    yield "model.decoder.attention_layers", attends, f"at most num_layers {decoder.num_layers}"
-    if model.name in ("seaco", "contextual"):
-        yield "model.decoder.kind", decoder.kind == "sanm", f"sanm for a {model.name}"
-    if model.name == "seaco":
-        second, width = model.hotwords.decoder, encoder.hidden_dim
-        yield "model.hotwords.decoder.kind", second.kind == "sanm", "sanm"
-        yield "model.hotwords.decoder.hidden_dim", second.hidden_dim == width, f"the encoder's {width}"
-        yield ("model.hotwords.decoder.attention_layers", (second.attention_layers or second.num_layers) >= 6,
-               "6 or more: the sixth layer's attention chooses from a long list")
-
-
-def _unused_rules(config: Config) -> Iterator[Rule]:
-    values, defaults = dict(_walk(config)), dict(_walk(Config()))
+def _unused_errors(config: Config) -> list[Error]:
+    """Values that have no effect and yet are not their defaults: see UNUSED."""
+    values, defaults, errors = dict(_walk(config)), dict(_walk(Config())), []
     for path, choices in UNUSED.items():
-        section = path[:path.rfind(".") + 1]
-        unused = tuple(f"{section}{name}." for name in choices.get(values[path], "").split())
-        for other, value in values.items():
-            if not is_dataclass(value) and f"{other}.".startswith(unused):
-                yield (other, value == defaults[other],
-                       f"its default {show_value(defaults[other])}, as {path} {values[path]} has no use for it")
+        section = path.rpartition(".")[0]
+        for name in choices.get(values[path], "").split():
+            unused = f"{section}.{name}"
+            for other, value in values.items():
+                is_inside = other == unused or other.startswith(f"{unused}.")
+                if is_inside and not is_dataclass(value) and value != defaults[other]:
+                    default = show_value(defaults[other])
+                    errors.append((other, f"its default {default}, as {path} {values[path]} has no use for it"))
+    return errors
 
 
-def _data_rules(data: DataConfig) -> Iterator[Rule]:
-    toy = data.toy
-    yield "data.toy.max_symbols", toy.max_symbols >= toy.min_symbols, f"at least min_symbols {toy.min_symbols}"
-    yield "data.toy.max_frames", toy.max_frames >= 3 * toy.min_frames, f"at least 3 x min_frames {toy.min_frames}"
-    yield "data.toy.blend_frames", toy.blend_frames <= toy.min_frames, f"at most min_frames {toy.min_frames}"
-    yield "data.max_sec", data.max_sec >= data.min_sec, f"at least min_sec {data.min_sec}"
-    snr = data.augment.snr_db
-    yield ("data.augment.snr_db", not snr or len(snr) == 2 and -100 <= snr[0] <= snr[1] <= 100,
-           "[] or two numbers from -100 to 100, the lower first")
-    yield "data.augment.freq_width", data.augment.freq_width <= data.num_mels, f"at most num_mels {data.num_mels}"
+def _model_errors(model: ModelConfig) -> list[Error]:
+    encoder, predictor, decoder, errors = model.encoder, model.predictor, model.decoder, []
+    if encoder.kind == "sanm" and encoder.subsampling != 1:
+        errors.append(("model.encoder.subsampling", "1 for kind sanm"))
+    if encoder.kind == "relative_conformer" and encoder.subsampling != 4:
+        errors.append(("model.encoder.subsampling", "4 for kind relative_conformer"))
+    if encoder.num_layers == 0:
+        errors.append(("model.encoder.num_layers", "1 or more"))
+    if predictor.num_layers == 0:
+        errors.append(("model.predictor.num_layers", "1 or more"))
+    if decoder.num_layers == 0 and (decoder.kind == "sanm" or model.name != "paraformer"):
+        errors.append(("model.decoder.num_layers", "1 or more"))
+    if decoder.attention_layers > decoder.num_layers:
+        errors.append(("model.decoder.attention_layers", f"at most num_layers {decoder.num_layers}"))
+    for name, part in (("encoder", encoder), ("decoder", decoder)):
+        if part.memory_shift > part.kernel_size // 2:
+            errors.append((f"model.{name}.memory_shift", f"at most half of kernel_size {part.kernel_size}"))
+        if part.num_heads > 0 and part.hidden_dim % part.num_heads != 0:      # RANGES reports 0 and below
+            errors.append((f"model.{name}.num_heads", f"a divisor of hidden_dim {part.hidden_dim}"))
+        has_sinusoids = part.kind in ("transformer", "conformer") and part.position == "sinusoidal"
+        if part is encoder:      # place_embedding: the sampler adds sinusoids of this width to embeddings
+            has_sinusoids = has_sinusoids or part.kind == "relative_conformer" or model.place_embedding
+        if has_sinusoids and part.hidden_dim % 2 != 0:
+            errors.append((f"model.{name}.hidden_dim", "an even width for sinusoids"))
+    if decoder.hidden_dim != encoder.hidden_dim:      # only the kind transformer projects its input
+        if decoder.kind != "transformer":
+            errors.append(("model.decoder.hidden_dim", f"the encoder's {encoder.hidden_dim} for kind {decoder.kind}"))
+        elif model.share_embedding:
+            errors.append(("model.decoder.hidden_dim", f"the encoder's {encoder.hidden_dim} for share_embedding"))
+    return errors
 
 
-def _cross_rules(config: Config) -> Iterator[Rule]:
-    """The rules between data, model and training."""
-    data, encoder = config.data, config.model.encoder
-    width = data.num_mels * data.lfr_m      # must suit halved_sinusoids (sanm), two 3 x 3 windows (relative_conformer)
-    right, wanted = {"sanm": (width % 2 == 0 and width >= 4, "even and 4 or more"),
-                     "relative_conformer": (width >= 7, "7 or more")}.get(encoder.kind, (True, ""))
-    yield "data.num_mels", right, f"a product with lfr_m {data.lfr_m} that is {wanted} for kind {encoder.kind}"
-    needed = ("train",) if config.training.init_from else ("train", "dev")      # fine-tuning: dev may be missing
-    for name in needed if data.kind == "manifest" else ():
-        yield f"data.{name}", getattr(data, name) != "", "a manifest or a Kaldi folder, as data.kind is manifest"
+def _hotword_errors(model: ModelConfig) -> list[Error]:
+    """Broken rules of the models seaco and contextual."""
+    second, width, errors = model.hotwords.decoder, model.encoder.hidden_dim, []
+    if model.name in ("seaco", "contextual") and model.decoder.kind != "sanm":
+        errors.append(("model.decoder.kind", f"sanm for a {model.name}"))
+    if model.name == "seaco" and second.kind != "sanm":
+        errors.append(("model.hotwords.decoder.kind", "sanm"))
+    if model.name == "seaco" and second.hidden_dim != width:
+        errors.append(("model.hotwords.decoder.hidden_dim", f"the encoder's {width}"))
+    if model.name == "seaco" and (second.attention_layers or second.num_layers) < 6:
+        errors.append(("model.hotwords.decoder.attention_layers",
+                       "6 or more: the sixth layer's attention chooses from a long list"))
+    return errors
+
+
+def _data_errors(data: DataConfig) -> list[Error]:
+    toy, snr_db, errors = data.toy, data.augment.snr_db, []
+    if toy.max_symbols < toy.min_symbols:
+        errors.append(("data.toy.max_symbols", f"at least min_symbols {toy.min_symbols}"))
+    if toy.max_frames < 3 * toy.min_frames:
+        errors.append(("data.toy.max_frames", f"at least 3 x min_frames {toy.min_frames}"))
+    if toy.blend_frames > toy.min_frames:
+        errors.append(("data.toy.blend_frames", f"at most min_frames {toy.min_frames}"))
+    if data.max_sec < data.min_sec:
+        errors.append(("data.max_sec", f"at least min_sec {data.min_sec}"))
+    if snr_db and not (len(snr_db) == 2 and -100 <= snr_db[0] <= snr_db[1] <= 100):
+        errors.append(("data.augment.snr_db", "[] or two numbers from -100 to 100, the lower first"))
+    if data.augment.freq_width > data.num_mels:
+        errors.append(("data.augment.freq_width", f"at most num_mels {data.num_mels}"))
+    return errors
+
+
+def _cross_errors(config: Config) -> list[Error]:
+    """Broken rules between data, model and training."""
+    data, kind, errors = config.data, config.model.encoder.kind, []
+    width = data.num_mels * data.lfr_m
+    product = f"a product with lfr_m {data.lfr_m} that is"
+    if kind == "sanm" and (width < 4 or width % 2 != 0):      # for halved_sinusoids
+        errors.append(("data.num_mels", f"{product} even and 4 or more for kind sanm"))
+    if kind == "relative_conformer" and width < 7:      # for two 3 x 3 windows
+        errors.append(("data.num_mels", f"{product} 7 or more for kind relative_conformer"))
+    manifest = "a manifest or a Kaldi folder, as data.kind is manifest"
+    if data.kind == "manifest" and data.train == "":
+        errors.append(("data.train", manifest))
+    if data.kind == "manifest" and data.dev == "" and config.training.init_from == "":     # fine-tuning can do without
+        errors.append(("data.dev", manifest))
+    return errors
 
 
 def check(config: Config, place: str = "config") -> None:
     """Raises one ValueError, beginning with place, that lists every value out of range and every broken rule."""
     values = dict(_walk(config))
-    rules = (*_value_rules(config), *_unused_rules(config), *_model_rules(config.model), *_data_rules(config.data),
-             *_cross_rules(config))
-    errors = [f"{path}: wanted {wanted}, got {show_value(values[path])}" for path, right, wanted in rules if not right]
+    broken = [*_value_errors(config), *_unused_errors(config), *_model_errors(config.model),
+              *_hotword_errors(config.model), *_data_errors(config.data), *_cross_errors(config)]
+    errors = [f"{path}: wanted {wanted}, got {show_value(values[path])}" for path, wanted in broken]
     if errors:
         raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
 
