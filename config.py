@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses, the rules that a config must keep, and a reader for the YAML subset it needs.
 
-Reading order: the sections of a config; the range of every number (`RANGES`) and the rules between fields (`check`);
-conversion from and to plain dicts; from and to the configs that FunASR publishes; YAML. To add a field, give it a line
-with its unit in its dataclass and, if it is a number, put its name in `RANGES`.
+Reading order: the sections of a config; the range of every number (`RANGES`), the options that a kind has no use for
+(`UNUSED`) and the rules between fields; `load` and `dump`; YAML. To add a field, give it a line with its unit in its
+dataclass and, if it is a number, put its name in `RANGES`.
 
 The YAML subset: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. Values are those of PyYAML's safe loader, except that `1e-4` is a float.
@@ -15,7 +15,7 @@ Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a 
 import math
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -374,43 +374,47 @@ def _type_name(hint: Any) -> str:
 
 def _convert(hint: Any, value: Any) -> Any:
     """value as a field with this type hint holds it: an int becomes a float, a list a tuple. Raises TypeError."""
-    if get_origin(hint) is Literal and value in get_args(hint):
-        hint = type(get_args(hint)[0])      # then True is not taken for 1
-    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(get_args(hint)[0], x) for x in value)
+    kind, choices = get_origin(hint), get_args(hint)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(choices[0], x) for x in value)
     if hint is float and type(value) is int:
         return float(value)
-    if type(value) is not hint:
+    if kind is Literal:
+        fits = value in choices and type(value) is type(choices[0])      # True equals 1
+    else:
+        fits = type(value) is hint
+    if not fits:
         raise TypeError
     return value
 
 
-def _nearest(path: tuple[str, ...], names: Sequence[str]) -> str:
-    """The key to suggest for an unknown one: a similar one of its section, whose keys are `names`, else one of the same
-    name in another section, else the least different of its section."""
-    def similar(cutoff: float) -> list[str]:
-        return [".".join((*path[:-1], name)) for name in get_close_matches(path[-1], names, 1, cutoff)]
-    elsewhere = [known for known, _ in _walk(Config()) if known.split(".")[-1] == path[-1]]
-    return (similar(0.75) or elsewhere or similar(0))[0]
+def _nearest(section: str, key: str, names: Iterable[str]) -> str:
+    """The path to suggest for an unknown key: a similar one in its section, which has these names, else the same key of
+    another section, else the least different in its section. section: "" or "path."."""
+    similar = get_close_matches(key, names, 1, 0.75)
+    elsewhere = [path for path, _ in _walk(Config()) if path.split(".")[-1] == key]
+    if elsewhere and not similar:
+        return elsewhere[0]
+    return section + (similar or get_close_matches(key, names, 1, 0))[0]
 
 
-def _merge(base: Any, values: dict, place: str, path: tuple[str, ...] = ()) -> Any:
-    """A copy of base, the dataclass at path, with `values` in place of its own. Errors begin with the line of a Key, or
-    with place where a key is a plain str."""
+def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
+    """A copy of base, the dataclass of this section, with `values` in place of its own. Errors begin with the line of a
+    Key, or with place where a key is a plain str."""
     hints, new = get_type_hints(type(base)), {}
     for key, value in values.items():
-        here = (*path, str(key))
+        path = f"{section}{key}"
         where = key.where if isinstance(key, Key) else place
         if key not in hints:
-            raise ValueError(f"{where}: unknown key '{'.'.join(here)}' (did you mean '{_nearest(here, list(hints))}'?)")
+            raise ValueError(f"{where}: unknown key '{path}' (did you mean '{_nearest(section, str(key), hints)}'?)")
         if is_dataclass(hints[key]) and isinstance(value, dict):
-            new[key] = _merge(getattr(base, key), value, place, here)
+            new[key] = _merge(getattr(base, key), value, place, f"{path}.")
             continue
         try:
             new[key] = _convert(hints[key], value)
         except TypeError:
             wanted = _type_name(hints[key])
-            raise ValueError(f"{where}: {'.'.join(here)}: wanted {wanted}, got {show_value(value)}") from None
+            raise ValueError(f"{where}: {path}: wanted {wanted}, got {show_value(value)}") from None
     return replace(base, **new)
 
 
@@ -445,10 +449,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
     config = _merge(Config(), parse_yaml(text, path), path)
     for override in overrides:
-        match = re.fullmatch(r"--([^=]+)=(.*)", override)
+        match = re.fullmatch(r"--([^=]+)= *(.*)", override)
         if not match:
             raise ValueError(f"{override}: wanted --section.key=value")
-        values = _value(match[2].strip(" "), override) if match[2].strip(" ") else ""      # in YAML it would be null
+        values = ""      # of `--section.key=`; in YAML it would be null
+        if match[2]:
+            values = _value(match[2].rstrip(" "), override)
         for key in reversed(match[1].split(".")):
             values = {key: values}
         config = _merge(config, values, override)
@@ -479,7 +485,9 @@ def _dump_value(value: Any) -> str:
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + re.sub(OUTSIDE, lambda match: rf"\U{ord(match[0]):08x}", quoted) + '"'
     text = show_value(value)
-    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text   # PyYAML: 1e-05 is text
+    if isinstance(value, float) and "." not in text:
+        return text.replace("e", ".0e")      # 1e-05 is text to PyYAML
+    return text
 
 
 # ---- YAML ----
