@@ -190,7 +190,7 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
     "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim quantity_weight mwer_weight blend_frames
         noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
         warmup_steps weight_decay checkpoint_steps picture_epochs overfit patience
-        memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
+        no_bias memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
