@@ -1,19 +1,21 @@
 """One queue, one model, batches of like lengths; and metrics of it all.
 
-The batching rule takes the time as an argument. Needs numpy, torch and web.py.
+The batching rule takes the time as an argument. Needs torch and web.py.
 Source: Prometheus text format 0.0.4.
 """
 import argparse
+import bisect
 import contextlib
+import itertools
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from web import ClientLeft, Refusal
@@ -31,27 +33,33 @@ def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list
     max_size utterances and max_frames padded frames (a longer one goes alone). Nobody starves, as everybody becomes
     the oldest.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    oldest, best = order.index(0), [0]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)        # shortest first
+    oldest = order.index(0)
+    best = [0]
     for low in range(max(0, oldest - max_size + 1), oldest + 1):
-        high = low
-        longest = RATIO * lengths[order[low]]
-        while (high < len(order) and high - low < max_size and lengths[order[high]] <= longest
-               and (high - low + 1) * lengths[order[high]] <= max_frames):
-            high += 1
-        if high > oldest and high - low > len(best):
-            best = order[low:high]
+        group = []
+        for i in order[low:low + max_size]:
+            if lengths[i] > RATIO * lengths[order[low]] or lengths[i] * (len(group) + 1) > max_frames:
+                break
+            group.append(i)
+        if 0 in group and len(group) > len(best):
+            best = group
     return best
 
 
+@dataclass(eq=False)
 class Job:
-    """A piece of an utterance in the queue; pieces of one have the same `utterance`. Times are monotonic; `has_left`
-    asks for its client; `outcome` will be what the model makes of the piece."""
+    """A piece of an utterance in the queue. Times are monotonic seconds."""
 
-    def __init__(self, feats: Tensor, utterance: object, now: float, deadline: float, has_left: Callable[[], bool]):
-        self.feats, self.utterance, self.queued, self.deadline, self.has_left = feats, utterance, now, deadline, has_left
-        self.taken, self.infer_sec, self.batch_size = now, 0.0, 0
-        self.outcome: Future = Future()
+    feats: Tensor                       # (T,F)
+    utterance: object                   # the same object for all its pieces
+    queued: float
+    deadline: float
+    has_left: Callable[[], bool]        # asks for its client; the same function for all jobs of a request
+    taken: float = math.nan             # when its batch began, of batch_size pieces, which took infer_sec
+    infer_sec: float = 0.0
+    batch_size: int = 0
+    outcome: Future = field(default_factory=Future)         # of what the model makes of it
 
 
 def num_utterances(jobs: Sequence[Job]) -> int:
@@ -60,15 +68,22 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 
 
 class Batcher:
-    """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model."""
+    """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model.
+
+    options: max_batch_size (utterances), max_batch_frames (with padding), max_wait_ms, max_queue (utterances that wait).
+    """
 
     def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics"):
-        self.infer, self.options, self.metrics = infer, options, metrics
+        self.infer = infer
+        self.options = options
+        self.metrics = metrics
         self.waiting: list[Job] = []        # oldest first
         self.arriving = 0                   # requests that are being parsed
-        self.expected, self.answered = 0, -math.inf     # utterances of the last batch less those since; its end
-        self.padded = self.padding = 0      # frames run so far with padding, and those that were padding
-        self.changed = threading.Condition()        # guards waiting, arriving, back and answered
+        self.num_expected = 0               # utterances of the last batch less those since: many clients ask again
+        self.last_answer = -math.inf        # when the last batch ended
+        self.padded = 0                     # frames run so far with padding
+        self.padding = 0                    # those of them that were padding
+        self.changed = threading.Condition()        # guards waiting, arriving, num_expected and last_answer
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -86,13 +101,14 @@ class Batcher:
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all of them, or none: Refusal 429."""
         with self.changed:
-            waiting, more = num_utterances(self.waiting), num_utterances(jobs)
+            waiting = num_utterances(self.waiting)
+            more = num_utterances(jobs)
             if waiting + more > self.options.max_queue:
                 message = (f"{waiting} utterances wait and this request brings {more}, at most "
                            f"{self.options.max_queue} may wait; send it again later")
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
             self.waiting += jobs
-            self.expected -= more
+            self.num_expected -= more
             if not waiting or len(self.waiting) >= self.options.max_batch_size:
                 self.changed.notify()       # only then: waking `run` while it must wait takes the GIL from the parsers
 
@@ -105,10 +121,11 @@ class Batcher:
         """
         if not self.waiting:
             return [], None
-        wait = self.options.max_wait_ms / 1e3
-        first, last = self.waiting[0].queued, max(self.waiting[-1].queued, self.answered)
-        patience = min(last + wait, first + 8 * wait) - now
-        returning = self.expected > 0 and first < self.answered + wait
+        wait_sec = self.options.max_wait_ms / 1e3
+        first = self.waiting[0].queued
+        last = max(self.waiting[-1].queued, self.last_answer)
+        patience = min(last + wait_sec, first + 8 * wait_sec) - now
+        returning = self.num_expected > 0 and first < self.last_answer + wait_sec
         if (self.arriving or returning) and len(self.waiting) < self.options.max_batch_size and patience > 0:
             return [], patience
         chosen = choose_batch([len(job.feats) for job in self.waiting], self.options.max_batch_size,
@@ -133,11 +150,13 @@ class Batcher:
 
     def run_batch(self, batch: Sequence[Job]) -> None:
         """Drop late and gone jobs, run the rest; if that fails, each alone, so that none can harm another."""
-        now, kept = time.monotonic(), []
+        now = time.monotonic()
+        kept = []
         for job in batch:
-            stale = deadline_passed() if now >= job.deadline else ClientLeft() if job.has_left() else None
-            if stale:
-                job.outcome.set_exception(stale)
+            if now >= job.deadline:
+                job.outcome.set_exception(deadline_passed())
+            elif job.has_left():
+                job.outcome.set_exception(ClientLeft())
             else:
                 kept.append(job)
         if not kept:
@@ -155,11 +174,13 @@ class Batcher:
         self.measure(kept, now, seconds)
         with self.changed:
             unanswered = {job.has_left for job in self.waiting}     # by request: those with other jobs that wait
-            self.expected = num_utterances([job for job in kept if job.has_left not in unanswered])
-            self.answered = now + seconds
-        for job, recognition in zip(kept, found):
-            job.taken, job.infer_sec, job.batch_size = now, seconds, len(kept)
-            job.outcome.set_result(recognition)
+            self.num_expected = num_utterances([job for job in kept if job.has_left not in unanswered])
+            self.last_answer = now + seconds
+        for job, outcome in zip(kept, found):
+            job.taken = now
+            job.infer_sec = seconds
+            job.batch_size = len(kept)
+            job.outcome.set_result(outcome)
 
     def measure(self, jobs: Sequence[Job], now: float, seconds: float) -> None:
         lengths = [len(job.feats) for job in jobs]
@@ -198,6 +219,16 @@ def sample(name: str, labels: str, value: str) -> str:
     return f"{name}{{{labels}}} {value}" if labels else f"{name} {value}"
 
 
+def histogram_lines(name: str, labels: str, row: Sequence[float]) -> list[str]:
+    """A row of Metrics.histograms: how many values are at most each bound, the sum, the count."""
+    others = labels + "," if labels else ""
+    totals = list(itertools.accumulate(row[:-1]))
+    lines = []
+    for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals):
+        lines.append(sample(f"{name}_bucket", f'{others}le="{bound}"', str(total)))
+    return [*lines, sample(f"{name}_sum", labels, f"{row[-1]:.10g}"), sample(f"{name}_count", labels, str(totals[-1]))]
+
+
 class Metrics:
     """Counters and histograms, by name and labels, under one lock that is never held for long."""
 
@@ -216,7 +247,7 @@ class Metrics:
         bounds = HISTOGRAMS[name]
         with self.lock:
             row = self.histograms[name].setdefault(labels, [0] * (len(bounds) + 2))
-            row[sum(bound < value for bound in bounds)] += 1
+            row[bisect.bisect_left(bounds, value)] += 1
             row[-1] += value
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
@@ -230,16 +261,16 @@ class Metrics:
         lines = []
         with self.lock:
             for name, meaning in HELP.items():
-                kind = "histogram" if name in HISTOGRAMS else "gauge" if name in gauges else "counter"
-                lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-                sums = {"": gauges[name]} if name in gauges else self.sums[name]
-                lines += [sample(name, labels, f"{value:.17g}") for labels, value in sums.items()]
-                for labels, row in self.histograms.get(name, {}).items():
-                    totals = np.cumsum(row[:-1])
-                    lines += [sample(f"{name}_bucket", labels + "," * bool(labels) + f'le="{bound}"', f"{total:.0f}")
-                              for bound, total in zip((*HISTOGRAMS[name], "+Inf"), totals)]
-                    lines += [sample(f"{name}_sum", labels, f"{row[-1]:.10g}"),
-                              sample(f"{name}_count", labels, f"{totals[-1]:.0f}")]
+                lines.append(f"# HELP {name} {meaning}")
+                if name in HISTOGRAMS:
+                    lines.append(f"# TYPE {name} histogram")
+                    for labels, row in self.histograms[name].items():
+                        lines += histogram_lines(name, labels, row)
+                elif name in gauges:
+                    lines += [f"# TYPE {name} gauge", sample(name, "", f"{gauges[name]:.17g}")]
+                else:
+                    lines.append(f"# TYPE {name} counter")
+                    lines += [sample(name, labels, f"{value:.17g}") for labels, value in self.sums[name].items()]
         return "\n".join(lines) + "\n"
 
 

@@ -440,6 +440,7 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
             for utterance in ask.utterances]
     for job in itertools.chain(*jobs):
         if not len(job.feats):
+            job.taken = now
             job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
     server.batcher.submit([job for job in itertools.chain(*jobs) if len(job.feats)])
     return ask, chosen, jobs

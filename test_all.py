@@ -2437,20 +2437,20 @@ def job(frames: int, now: float, deadline: float = 1e9, has_left=lambda: False) 
 def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_alone():
     batcher = Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), Metrics())
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
-    end = batcher.answered
+    end = batcher.last_answer
     batcher.submit([job(10, end - 0.1)])                    # who waited meanwhile does not go before one is back
     assert batcher.poll(end + 0.01) == ([], pytest.approx(0.04))
     batcher.submit([job(10, end + 0.02)])
     assert len(batcher.poll(end + 0.02)[0]) == 2            # both are back, and nobody arrives
     batcher.run_batch([job(10, 0.0)])
-    batcher.submit([job(10, batcher.answered)])
-    assert len(batcher.poll(batcher.answered)[0]) == 1      # one client, again and again
+    batcher.submit([job(10, batcher.last_answer)])
+    assert len(batcher.poll(batcher.last_answer)[0]) == 1      # one client, again and again
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
-    batcher.submit([job(10, batcher.answered)])
-    assert len(batcher.poll(batcher.answered + 0.0501)[0]) == 1         # the other one has left
+    batcher.submit([job(10, batcher.last_answer)])
+    assert len(batcher.poll(batcher.last_answer + 0.0501)[0]) == 1         # the other one has left
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
-    batcher.submit([job(10, batcher.answered + 0.06)])
-    assert len(batcher.poll(batcher.answered + 0.06)[0]) == 1           # too late to belong to them
+    batcher.submit([job(10, batcher.last_answer + 0.06)])
+    assert len(batcher.poll(batcher.last_answer + 0.06)[0]) == 1           # too late to belong to them
     batcher.submit([job(10, 0.0) for _ in range(2)] + [job(100, 0.0)])      # one request of two batches
     batcher.run_batch(batcher.poll(0.0)[0])
     assert len(batcher.poll(0.0)[0]) == 1                   # is not waited for by its own rest
