@@ -30,8 +30,10 @@ def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
     """A line of a manifest in `out`. A recording that cannot be read gets no duration; the dataset will skip it."""
     seconds = audio_seconds(audio)
     path = os.path.relpath(audio.parent.resolve() / audio.name, out.resolve())      # `..` of a link is in its target
-    return {"audio": path, "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem,
-            **({} if seconds is None else {"duration": round(seconds, 4)})}
+    row = {"audio": path, "text": " ".join(text.split()), "speaker": speaker, "key": audio.stem}
+    if seconds is not None:
+        row["duration"] = round(seconds, 4)
+    return row
 
 
 def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
@@ -46,13 +48,15 @@ def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
         raise ValueError(f"{out}: wanted recordings to list, got none: is it the right folder and layout?")
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        path, kept = out / f"{split}.jsonl", [row for row in rows if row["text"]]
+        path = out / f"{split}.jsonl"
+        kept = [row for row in rows if row["text"]]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         write_atomic(path, lines.encode(errors="backslashreplace"))     # a file name that is not UTF-8: \udcff
         hours = sum(row.get("duration", 0.0) for row in kept) / 3600
         print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
-    for path in (out / f"{split}.jsonl" for split in SPLITS if split not in splits):
-        if path.exists():
+    for split in SPLITS:
+        path = out / f"{split}.jsonl"
+        if split not in splits and path.exists():
             print(f"corpora.py: {path}: not of this run, whose manifests may list the same recordings", file=sys.stderr)
 
 
@@ -61,9 +65,9 @@ def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Gener
     each and -9 to 3 dB overall, and low-pass noise of -65 to -45 dBFS."""
     fade = rate_hz // 200
     ramp = np.sin(0.5 * np.pi * (np.arange(fade) + 0.5) / fade) ** 2
-    gaps = [np.zeros(int(rate_hz * gap_sec)) for gap_sec in rng.uniform(0.06, 0.25, len(recordings) + 1)]
-    pieces = gaps[:1]
-    for recording, gap in zip(recordings, gaps[1:]):
+    first, *gaps = [np.zeros(int(rate_hz * gap_sec)) for gap_sec in rng.uniform(0.06, 0.25, len(recordings) + 1)]
+    pieces = [first]
+    for recording, gap in zip(recordings, gaps):
         envelope = np.concatenate([ramp, np.ones(max(0, len(recording) - 2 * fade)), ramp[::-1]])[:len(recording)]
         pieces += [recording * envelope * 10 ** (rng.normal(0, 2) / 20), gap]
     x = np.concatenate(pieces) * 10 ** (rng.uniform(-9, 3) / 20)
@@ -72,36 +76,56 @@ def join_digits(recordings: list[np.ndarray], rate_hz: int, rng: np.random.Gener
     return x + hiss * 10 ** (rng.uniform(-65, -45) / 20)
 
 
-def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
-    """Connected digits, three to seven by one speaker, from recordings <digit>_<speaker>_<index>.wav -> rows.
-
-    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
-    """
-    source, out, hold_out = options.source, options.out, options.hold_out_speaker
-    if min(options.utterances) < 0:
-        raise ValueError(f"--utterances: wanted 0 or more each, got {options.utterances}")
-    folder = source / "recordings" if (source / "recordings").is_dir() else source
+def pool_digits(folder: Path, hold_out: str) -> dict[str, dict[str, list[Path]]]:
+    """The recordings <digit>_<speaker>_<index>.wav of a folder -> {split: {speaker: paths}}, every one of SPLITS."""
     pools: dict[str, dict[str, list[Path]]] = {split: {} for split in SPLITS}
     for path in sorted(folder.glob("[0-9]_*_*.wav")):
         name = re.fullmatch(r"\d_(.+)_(\d+)", path.stem)
         if not name:
             raise ValueError(f"{path}: wanted <digit>_<speaker>_<index>.wav")
-        speaker, index = name.groups()
-        split = "test" if int(index) < 5 else "dev" if int(index) < 10 else "train"
-        pools["unseen_speaker" if speaker == hold_out else split].setdefault(speaker, []).append(path)
+        speaker, index = name[1], int(name[2])
+        if speaker == hold_out:
+            split = "unseen_speaker"
+        elif index < 5:
+            split = "test"
+        else:
+            split = "dev" if index < 10 else "train"
+        pools[split].setdefault(speaker, []).append(path)
     if hold_out and not pools["unseen_speaker"]:
         raise ValueError(f"{folder}: wanted <digit>_{hold_out}_<index>.wav for --hold-out-speaker, got none")
-    for number, ((split, speakers), size) in enumerate(zip(pools.items(), options.utterances)):
-        (out / "wav" / split).mkdir(parents=True, exist_ok=True)
-        for i in range(size if speakers else 0):
-            rng = generator(options.seed, number, i)
-            speaker = str(rng.choice(sorted(speakers)))
-            picks = [speakers[speaker][j] for j in rng.integers(len(speakers[speaker]), size=rng.integers(3, 8))]
-            loaded = [load_wav(path) for path in picks]
-            audio, rate_hz = out / "wav" / split / f"{split}_{i:04d}.wav", loaded[0][1]
-            recordings = [resample(x, own_hz, rate_hz).numpy() for x, own_hz in loaded]
-            save_wav(audio, join_digits(recordings, rate_hz, rng), rate_hz)
-            yield split, manifest_row(out, audio, " ".join(DIGITS[int(path.name[0])] for path in picks), speaker)
+    return pools
+
+
+def compose(speakers: dict[str, list[Path]], audio: Path, rng: np.random.Generator) -> tuple[str, str]:
+    """Write three to seven digits of one speaker to `audio` -> text, speaker."""
+    speaker = str(rng.choice(sorted(speakers)))
+    pool = speakers[speaker]
+    picks = [pool[i] for i in rng.integers(len(pool), size=rng.integers(3, 8))]
+    loaded = [load_wav(path) for path in picks]
+    rate_hz = loaded[0][1]
+    recordings = [resample(samples, own_hz, rate_hz).numpy() for samples, own_hz in loaded]
+    save_wav(audio, join_digits(recordings, rate_hz, rng), rate_hz)
+    return " ".join(DIGITS[int(path.name[0])] for path in picks), speaker
+
+
+def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Connected digits, composed of recordings <digit>_<speaker>_<index>.wav -> rows.
+
+    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
+    """
+    if min(options.utterances) < 0:
+        raise ValueError(f"--utterances: wanted 0 or more each, got {options.utterances}")
+    folder = options.source / "recordings"
+    pools = pool_digits(folder if folder.is_dir() else options.source, options.hold_out_speaker)
+    for number, split in enumerate(SPLITS):
+        target = options.out / "wav" / split
+        target.mkdir(parents=True, exist_ok=True)
+        if not pools[split]:
+            continue
+        for i in range(options.utterances[number]):
+            audio = target / f"{split}_{i:04d}.wav"
+            text, speaker = compose(pools[split], audio, generator(options.seed, number, i))
+            yield split, manifest_row(options.out, audio, text, speaker)
 
 
 def prepare_librispeech(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
@@ -122,22 +146,28 @@ def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 
 def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
-    dev, test = options.dev_share, options.test_share
+    dev = options.dev_share
+    test = options.test_share
     if not (min(dev, test) >= 0 and dev + test <= 1):       # `not`: refuses NaN too
         raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
     recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
-    num_dev, num_test = round(dev * len(recordings)), round(test * len(recordings))
-    for rank, index in enumerate(generator(options.seed, 0, 0).permutation(len(recordings))):
-        split = "dev" if rank < num_dev else "test" if rank < num_dev + num_test else "train"
+    num_dev = round(dev * len(recordings))
+    num_test = round(test * len(recordings))
+    splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * len(recordings)
+    order = generator(options.seed, 0, 0).permutation(len(recordings))
+    for split, index in zip(splits, order):
         audio = recordings[index]
-        lines = scan_lines(audio.with_suffix(".txt")) if audio.with_suffix(".txt").is_file() else ()
+        table = audio.with_suffix(".txt")
+        lines = scan_lines(table) if table.is_file() else ()
         yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="corpora.py", description="Turn public corpora into manifests (JSON lines with "
-                                     "audio, text, speaker, key, duration), one for each split.")
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="corpora.py", usage="python corpora.py COMMAND SOURCE OUT [options]      (COMMAND --help lists them)",
+        description="Turn public corpora and folders of recordings into manifests (JSON lines with audio, text, speaker, "
+        "key, duration), one for each split.")
+    commands = parser.add_subparsers(prog="python corpora.py", metavar="COMMAND", required=True)
 
     def add(name: str, about: str, prepare: Callable) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
