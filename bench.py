@@ -481,7 +481,7 @@ def check_decode(arguments: argparse.Namespace) -> None:
     """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
     idle = ["output", "report", "plot", "export"]
     if not arguments.inputs:
-        idle += ["ckpt", "device", "dtype", "limit", "funasr_text", "min_segment_sec", "max_segment_sec",
+        idle += ["ckpt", "device", "dtype", "limit", "min_segment_sec", "max_segment_sec",
                  "batch_size", "batch_seconds", *Search._fields]
     elif any(path.endswith(".pt") for path in arguments.inputs):
         idle += ["ckpt"]

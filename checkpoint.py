@@ -199,7 +199,6 @@ class System(NamedTuple):
     tokenizer: Tokenizer | PieceTokenizer
     stats: Tensor  # (2,F) mean and reciprocal deviation that the features are normalised with
     model: nn.Module  # in eval mode
-    lossless: bool = True  # False: texts of a PieceTokenizer lose the characters that FunASR loses
     precision: str = "float32"  # of the matrix products, a key of PRECISIONS
     search: Search = Search()
     segment_sec: tuple[float, float] = SEGMENT_SEC

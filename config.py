@@ -34,7 +34,7 @@ class EncoderConfig:
     kernel_size: int = 15                # conformer convolution or sanm memory, encoder frames, odd
     memory_shift: int = 0                # sanm: the window of the memory is moved this many frames into the past
     subsampling: Literal[1, 2, 4] = 1    # input frames per encoder frame; 1 for sanm, 4 for relative_conformer
-    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # sanm, relative_conformer have their own
+    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # learnable: up to 2000 frames
     context: int = 0                     # transformer, conformer: encoder frames attended to on either side; 0 = all
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # sanm, relative_conformer: on attention weights and memory, [0, 1)
@@ -67,7 +67,7 @@ class DecoderConfig:
     ffn_dim: int = 0                     # width inside the feed-forward; 0 = 4 x hidden_dim
     kernel_size: int = 11                # sanm: window of the memory, tokens, odd
     memory_shift: int = 0                # sanm: the window of the memory is moved this many tokens into the past
-    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # learnable: up to 2000 tokens (encoder: frames)
+    position: Literal["sinusoidal", "learnable", "none"] = "sinusoidal"     # learnable: up to 2000 tokens
     dropout: float = 0.1                 # probability, [0, 1)
     attention_dropout: float = 0.0       # sanm: on the memory, [0, 1)
 

@@ -105,14 +105,14 @@ def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
             for spaced, group in groups]
 
 
-def words_of_pieces(tokens: Sequence[Token], lossless: bool, all_spaced: bool) -> list[Word]:
+def words_of_pieces(tokens: Sequence[Token], all_spaced: bool) -> list[Word]:
     """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
-    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))], lossless)
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))])
     spaced = [True, *(all_spaced or are_spaced(a, b) for a, b in zip(spelled, spelled[1:]))]
     heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
-    words, end = [], 0
+    words = []
     for word, gap in zip(spelled, spaced):
-        start, end = (end, end + 1) if word.start is None else (word.start, word.end)  # None: a mark, if not lossless
+        start, end = word.start, word.end
         words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
     return words
 
@@ -125,7 +125,7 @@ def words_apart(system: System) -> bool:
 
 def words_of(system: System, tokens: Sequence[Token]) -> list[Word]:
     if isinstance(system.tokenizer, PieceTokenizer):
-        return words_of_pieces(tokens, system.lossless, words_apart(system))
+        return words_of_pieces(tokens, words_apart(system))
     return words_of_units(tokens, system.tokenizer.unit)
 
 
@@ -414,7 +414,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     add("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
-    add("--funasr-text", action="store_true", help="also lose the characters that FunASR's text loses")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
         "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
     add("--format", choices=list(FORMS), help="of the files in --output (default json)")
@@ -451,7 +450,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
-    recognising = ("limit", "funasr_text", "min_segment_sec", "max_segment_sec", *Search._fields)
+    recognising = ("limit", "min_segment_sec", "max_segment_sec", *Search._fields)
     for idle, why, names in (
             (not arguments.output, "--format needs --output", ("format",)),
             (Path(arguments.output or "").suffix == ".jsonl" and arguments.format != "json",
@@ -468,7 +467,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     """The system at path, as the arguments ask for it but for the search."""
     system = load_system(path, arguments.device, arguments.dtype)
-    return system._replace(lossless=not arguments.funasr_text, batch_size=arguments.batch_size,
+    return system._replace(batch_size=arguments.batch_size,
                            batch_seconds=arguments.batch_seconds,
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 

@@ -450,55 +450,29 @@ def _kind(symbol: str) -> str:
     return "word" if all(c.isalpha() or c == "'" for c in symbol) else "other"
 
 
-def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None,
-                lossless: bool = True) -> list[SpelledWord]:
+def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None) -> list[SpelledWord]:
     """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
 
     UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
-    lossless=False drops what FunASR drops: a broken-off word (his@@ 不) is lost or glued to a later word, and a mark
-    between a word and Chinese is lost (ok % 不).
-    Source: FunASR's sentence_postprocess; lossless=False equals it, and True does wherever neither case occurs.
+    Source: FunASR's sentence_postprocess, which also loses characters: of a word that breaks off (his@@ 不) and of a
+    mark between a word and Chinese (ok % 不). Here all are kept; the rest is equal.
     """
     spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
     if times is None:
         times = [(None, None)] * len(spoken)
-    kinds = ["han"] * len(spoken) if all(map(_is_han, spoken)) else list(map(_kind, spoken))
-    return merge_letters((_group if lossless else _group_as_funasr)(spoken, kinds, times))
-
-
-def _group(symbols: Sequence[str], kinds: Sequence[str], times: Sequence[Sequence[float]]) -> list[SpelledWord]:
+    all_han = all(map(_is_han, spoken))
     words: list[SpelledWord] = []
     unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
-    for symbol, kind, (start, end) in zip(symbols, kinds, times):
-        text = symbol.replace(PIECE, "") if kind == "piece" else symbol
+    for symbol, (start, end) in zip(spoken, times):
+        kind, text = "han" if all_han else _kind(symbol), symbol
+        if kind == "piece":
+            text = symbol.replace(PIECE, "")
         if unfinished and kind in ("piece", "word"):
             begun = words.pop()
             text, start = begun.text + text, begun.start
-        words.append(SpelledWord(text, start, end, "word" if kind == "piece" else kind))
         unfinished = kind == "piece"
-    return words
-
-
-def _group_as_funasr(symbols: Sequence[str], kinds: Sequence[str],
-                     times: Sequence[Sequence[float]]) -> list[SpelledWord]:
-    words: list[SpelledWord] = []
-    held, waiting, after_word = "", None, False  # text and (start, end) of pieces; whether a "word" came last
-    for symbol, kind, (start, end) in zip(symbols, kinds, times):
-        if kind == "piece":
-            held, waiting, after_word = held + symbol.replace(PIECE, ""), (waiting[0] if waiting else start, end), False
-        elif kind == "word":
-            words.append(SpelledWord(held + symbol, waiting[0] if waiting else start, end, "word"))
-            held, waiting, after_word = "", None, True
-        elif kind == "han":
-            glued = not words or words[-1].kind != "word" or after_word
-            if after_word and words[-1].kind == "other":  # FunASR means to drop a space, but drops this
-                words.pop()
-                glued = False
-            words.append(SpelledWord(symbol, *(waiting or (start, end)), "han" if glued else "other"))
-            waiting, after_word = None, False
-        else:
-            words.append(SpelledWord(symbol, None, None, "other"))
-    return words
+        words.append(SpelledWord(text, start, end, "word" if unfinished else kind))
+    return merge_letters(words)
 
 
 def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
