@@ -49,6 +49,7 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import audio
@@ -112,10 +113,6 @@ def newest_share(step: int, decay: float) -> float:
 
 # ---- several processes ----
 
-class RunFailed(RuntimeError):
-    """The run cannot go on: another of its processes has ended, or training.max_bad_steps in a row were skipped."""
-
-
 def join_ranks(training) -> None:
     """Join the process group if torchrun started this process (on one machine, a GPU each)."""
     device = pick_device(training.device, "training.device")
@@ -123,8 +120,7 @@ def join_ranks(training) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with naming_lost_ranks():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def own_rank() -> int:
@@ -134,15 +130,6 @@ def own_rank() -> int:
 
 def num_ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-@contextlib.contextmanager
-def naming_lost_ranks() -> Iterator[None]:
-    """Turn what torch raises when another rank has gone, a RuntimeError, into RunFailed."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RunFailed(f"another process of the run has ended: {str(error).splitlines()[0]}") from None
 
 
 def add(totals: dict, more: dict) -> dict:
@@ -155,30 +142,44 @@ def add_up(sums: dict) -> dict:
     if num_ranks() == 1:
         return sums
     parts = [None] * num_ranks()
-    with naming_lost_ranks():
-        distributed.all_gather_object(parts, sums)
+    distributed.all_gather_object(parts, sums)
     return functools.reduce(add, parts)
 
 
-def share_gradients(model: nn.Module, tokens: float) -> float:
-    """Replace every p.grad by its sum over all ranks (None where none has one), and the statistics of BatchNorms by
-    their mean -> the sum of tokens. In place of DistributedDataParallel, which needs equally many parts in all ranks.
-    """
+def sum_tensor(x: Tensor) -> Tensor:
+    """The sum of x over all ranks."""
+    if num_ranks() > 1:
+        distributed.all_reduce(x)
+    return x
+
+
+class Share(nn.Module):
+    """A model whose gradients DistributedDataParallel exchanges. Without a batch the loss is 0 and has a gradient, of
+    0, for one parameter: a rank without utterances takes part in the exchange and counts for nothing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        if batch:
+            return self.model(*batch)
+        return {"loss": 0 * next(self.model.parameters()).sum()}, None
+
+
+def share_model(model: nn.Module) -> nn.Module:
+    """What a step of several ranks calls in place of the model, whose weights it has: p.grad is then the mean of all."""
     if num_ranks() == 1:
-        return tokens
-    parameters, statistics = list(model.parameters()), batch_statistics(model)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    used = torch.tensor([*(float(p.grad is not None) for p in parameters), tokens])
-    flat = [x.flatten().to(grads[0]) for x in (*grads, *statistics, used)]
-    total = torch.cat(flat)
-    with naming_lost_ranks():
-        distributed.all_reduce(total)
-    *pieces, used = total.split([len(x) for x in flat])
-    for parameter, piece, is_used in zip(parameters, pieces, used.tolist()):
-        parameter.grad = piece.view_as(parameter) if is_used else None
-    for buffer, piece in zip(statistics, pieces[len(parameters):]):
-        buffer.copy_(piece.view_as(buffer) / num_ranks())
-    return used[-1].item()
+        return model
+    # statistics of BatchNorm are not those of rank 0: see average_statistics
+    return DistributedDataParallel(Share(model), forward_sync_buffers=False, find_unused_parameters=True)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """The running statistics of BatchNorms become their mean over all ranks."""
+    if num_ranks() > 1:
+        for buffer in batch_statistics(model):
+            buffer.copy_(sum_tensor(buffer.double()) / num_ranks())
 
 
 def batch_statistics(model: nn.Module) -> list[Tensor]:
@@ -199,37 +200,29 @@ def keep_statistics(model: nn.Module) -> Callable[[], None]:
 
 # ---- one optimizer step ----
 
-class AdamW:
-    """torch.optim.AdamW with decay on matrices only, not on biases, norms and other vectors. Loshchilov & Hutter 2019.
+class Diverged(RuntimeError):
+    """training.max_bad_steps in a row were skipped."""
 
-    It calls torch's kernel: torch's class imports torch._dynamo, which takes 1.6 s. One step count serves all.
-    """
 
-    def __init__(self, model: nn.Module, weight_decay: float):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.groups = ((weight_decay, [p for p in parameters if p.dim() > 1]),
-                       (0.0, [p for p in parameters if p.dim() < 2]))
-        self.moments = {p: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                        for _, group in self.groups for p in group}
-        self.steps = torch.zeros((), device=parameters[0].device)
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, not on biases, norms and other vectors. Source: Loshchilov & Hutter 2019."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        self.steps += 1
-        for decay, group in self.groups:
-            if rows := [(p, p.grad, *self.moments[p].values()) for p in group if p.grad is not None]:
-                torch._fused_adamw_(*map(list, zip(*rows)), [], [self.steps] * len(rows), lr=rate, beta1=0.9,
-                                    beta2=0.98, weight_decay=decay, eps=1e-8, amsgrad=False, maximize=False)
 
-    def state_dict(self) -> dict:
-        """As the "state" of torch.optim.AdamW.state_dict(), which load_state_dict takes as well."""
-        return {"state": {i: {"step": self.steps, **moments} for i, moments in enumerate(self.moments.values())}}
+def load_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:
+    """Take over the optimizer state of a checkpoint; those of older versions have moments only, in the same order."""
+    moments = {}
+    for index, values in state["state"].items():
+        moments[index] = {name: value.clone() for name, value in values.items()}  # older: one tensor of steps for all
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
-    def load_state_dict(self, state: dict) -> None:
-        own = self.state_dict()["state"]
-        for i, given in state["state"].items():
-            for name, value in own[i].items():
-                value.copy_(given[name])
+
+def num_updates(optimizer: torch.optim.AdamW) -> int:
+    """Steps that the optimizer took: those that were skipped do not count."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 class Step(NamedTuple):
@@ -266,22 +259,31 @@ def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -
 
 def add_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> dict[str, float]:
     """Add the gradient of the summed loss of a batch, in options.accumulate parts, to p.grad -> sums of losses and
-    tokens."""
-    device, sums = next(model.parameters()).device, {}
+    tokens. With several ranks (`share_model`), p.grad becomes the mean over them in the last part's backward pass."""
+    device = next(model.parameters()).device
     capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
-    for part in split(batch, options.accumulate):
-        order = [x.to(device) for x in sampler_order(model, part, options.seed, number)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            losses, tokens = model(*inputs(part, model), *order)
-        undo = keep_statistics(model)
+    shared = isinstance(model, DistributedDataParallel)
+    sums = {}
+    parts = split(batch, options.accumulate)
+    if shared and not parts:
+        losses, _ = model()
         losses["loss"].backward()
+    for k, part in enumerate(parts):
+        exchange = not shared or k == len(parts) - 1
+        order = [x.to(device) for x in sampler_order(model.module.model if shared else model, part, options.seed, number)]
+        with contextlib.nullcontext() if exchange else model.no_sync():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                losses, tokens = model(*inputs(part, model), *order)
+            undo = keep_statistics(model)
+            losses["loss"].backward()
         undo()  # with recompute_blocks, the backward pass updates them a second time
         sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
 
-def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: float, options, number: int = 0) -> Step:
+def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch, rate: float, options,
+               number: int = 0) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
 
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
@@ -292,17 +294,23 @@ def train_step(model: nn.Module, optimizer: AdamW, batch: data.Batch, rate: floa
     model.zero_grad()
     sums = add_gradients(model, batch, options, number)
     own_tokens = sums.pop("tokens", 0.0)
-    loss_is_finite = math.isfinite(sums.get("loss", 0.0))
-    tokens = share_gradients(model, own_tokens if loss_is_finite else math.nan)  # NaN spreads to all ranks
+    counted = own_tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan  # which spreads to all ranks
+    counts = torch.tensor([counted, len(batch.keys)], dtype=torch.float64, device=next(model.parameters()).device)
+    tokens, utterances = sum_tensor(counts).tolist()
+    average_statistics(model)
+    if not utterances:  # all of them were skipped
+        return Step({}, 0, 0.0, True)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    grad_norm = nn.utils.get_total_norm(gradients).item() / max(1.0, tokens)
+    scale = num_ranks() / max(1.0, tokens)  # from the mean over ranks of sums over tokens to the mean over tokens
+    grad_norm = nn.utils.get_total_norm(gradients).item() * scale
     if not math.isfinite(tokens) or not math.isfinite(grad_norm):
         undo()
         return Step({}, 0, 0.0, False)
     clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-    if gradients:  # not where the whole batch was skipped
-        torch._foreach_mul_(gradients, clip / max(1.0, tokens))
-    optimizer.step(rate)
+    torch._foreach_mul_(gradients, clip * scale)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
     return Step(sums, int(own_tokens), grad_norm, True)
 
 
@@ -372,7 +380,8 @@ class Run(NamedTuple):
     stats: Tensor  # (2,F) mean and reciprocal deviation of the training set's features
     model: nn.Module
     average: nn.Module  # what is evaluated: the moving average of the weights, or the model where none is kept
-    optimizer: AdamW
+    shared: nn.Module  # what a step calls: the model, or what `share_model` makes of it
+    optimizer: torch.optim.AdamW
     train_set: torch.utils.data.Dataset
     dev_set: torch.utils.data.Dataset
     folder: Path = Path()  # a dry run has none
@@ -500,14 +509,14 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
-    optimizer = AdamW(model, training.weight_decay)
+    optimizer = make_optimizer(model, training.weight_decay)
     average = copy.deepcopy(model) if training.average_decay else model
     if state is not None:
         load_weights(model, state["trained"], place)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
     if training.recompute_blocks:
         recompute_blocks(model)
-    return Run(config, tokenizer, stats, model, average, optimizer, train_set, dev_set)
+    return Run(config, tokenizer, stats, model, average, share_model(model), optimizer, train_set, dev_set)
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -621,9 +630,9 @@ def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Ste
     """Step `number` of the run, counted from 0, and the moving average behind it; what went wrong is logged."""
     training = run.config.training
     rate = learning_rate(number, total_steps, training)
-    step = train_step(run.model, run.optimizer, batch, rate, training, number)
+    step = train_step(run.shared, run.optimizer, batch, rate, training, number)
     if run.average is not run.model and step.finite:
-        share = newest_share(run.optimizer.steps - 1, training.average_decay)  # skipped steps do not count
+        share = newest_share(num_updates(run.optimizer) - 1, training.average_decay)
         for own, new in zip(run.average.state_dict().values(), run.model.state_dict().values()):
             own.lerp_(new, share) if new.is_floating_point() else own.copy_(new)
     if not step.finite:
@@ -647,7 +656,7 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
         progress = progress._replace(batch=progress.batch + 1, step=progress.step + 1, bad_steps=bad_steps,
                                      totals=totals)
         if progress.bad_steps >= training.max_bad_steps:
-            raise RunFailed(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
+            raise Diverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                             f"{' '.join(batch.keys)}")
         if add_up({"stop": run.stop.is_set()})["stop"]:  # one rank may have the signal before another
             run.stop.set()
@@ -857,26 +866,31 @@ def catch_signals() -> threading.Event:
     return stop
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("not enough memory|can't allocate", str(error)))
+def is_lost_rank(error: Exception) -> bool:
+    return isinstance(error, distributed.DistError) or bool(re.search("gloo|NCCL", str(error)))
 
 
-def is_lost_loader(error: Exception) -> bool:
-    """A data loader process was killed; torch names it by this."""
-    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+def explain(error: Exception) -> str:
+    """What a user can do something about, in a line; "" for an error that is none of these."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or re.search("not enough memory|can't allocate", text):
+        return "out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate"
+    if "DataLoader worker (pid" in text:
+        return f"{text.splitlines()[0]}; too little memory? data.num_workers=0 loads without it"
+    if is_lost_rank(error):
+        return f"another process of the run has ended: {text.splitlines()[0]}"
+    if isinstance(error, (ValueError, OSError, Diverged)):
+        return text.splitlines()[-1] if "Traceback" in text else text  # of a loader process
+    return ""
 
 
 def print_error(error: Exception, run: Run | None) -> None:
-    """One line, without the traceback that a loader process adds to its errors, and how to go on with the run."""
-    what = str(error).splitlines()[-1] if "Traceback" in str(error) else str(error)
-    if is_out_of_memory(error):
-        what = "out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate"
-    if is_lost_loader(error):
-        what = f"{str(error).splitlines()[0]}; too little memory? data.num_workers=0 loads without it"
+    """A line, and how to go on with the run."""
+    line = explain(error)
     if run is not None:
         space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        what += f"; the last checkpoint is good: {space}{resume_hint(run)}"
-    print(f"train.py: {what}", file=sys.stderr)
+        line += f"; the last checkpoint is good: {space}{resume_hint(run)}"
+    print(f"train.py: {line}", file=sys.stderr)
 
 
 def resume_hint(run: Run) -> str:
@@ -939,14 +953,11 @@ def main(argv: Sequence[str]) -> int:
                 return 0
             run, progress = begin(config, arguments, catch_signals())
         return finish(run, fit(run, progress))
-    except RunFailed as error:
-        print_error(error, run)
-        return 1
     except (ValueError, OSError, RuntimeError) as error:  # fit raises them too: too long a recording, a full disk
-        if isinstance(error, RuntimeError) and not (is_out_of_memory(error) or is_lost_loader(error)):
+        if not explain(error):
             raise
         print_error(error, run)
-        return 2
+        return 1 if isinstance(error, Diverged) or is_lost_rank(error) else 2
 
 
 if __name__ == "__main__":
