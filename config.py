@@ -276,6 +276,8 @@ def _model_errors(model: ModelConfig) -> list[Error]:
         errors.append(("model.predictor.num_layers", "1 or more"))
     if decoder.num_layers == 0 and (decoder.kind == "sanm" or model.name != "paraformer"):
         errors.append(("model.decoder.num_layers", "1 or more"))
+    if predictor.kind != "stacked" and predictor.smooth - predictor.noise > 1:      # a weight above 1 fires twice
+        errors.append(("model.predictor.smooth", f"at most 1 + noise {predictor.noise}, as weights are at most 1"))
     if decoder.attention_layers > decoder.num_layers:
         errors.append(("model.decoder.attention_layers", f"at most num_layers {decoder.num_layers}"))
     for name, part in (("encoder", encoder), ("decoder", decoder)):

@@ -140,6 +140,10 @@ def read_published(path: str | Path) -> Config:
     if model["name"] == "seaco":
         model["hotwords"]["decoder"] = {"hidden_dim": width, **parts["seaco_decoder"]}
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
+    predictor = config.model.predictor
+    if predictor.smooth - predictor.noise > 1:      # a weight above 1, which fires otherwise in FunASR than in `cif`
+        raise ValueError(f"{path}: predictor_conf.smooth_factor {predictor.smooth} is not implemented; "
+                         f"wanted at most 1 + noise_threshold {predictor.noise}")
     check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
     return config
 

@@ -470,6 +470,9 @@ RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampl
      "data.num_mels: wanted a product with lfr_m 1 that is 7 or more for kind relative_conformer, got 6"),
     ([*RELATIVE, "--model.encoder.num_heads=1", "--model.encoder.hidden_dim=33"],
      "model.encoder.hidden_dim: wanted an even width for sinusoids, got 33"),
+    (["--model.predictor.kind=dense", "--model.predictor.smooth=1.25", "--model.predictor.noise=0.25"], ""),
+    (["--model.predictor.kind=depthwise", "--model.predictor.smooth=1.25", "--model.predictor.noise=0.2"],
+     "model.predictor.smooth: wanted at most 1 + noise 0.2, as weights are at most 1, got 1.25"),
     (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
      "model.encoder.context: wanted its default 0, as model.encoder.kind sanm has no use for it, got 3"),
     (["--model.predictor.upsampling=3"],
@@ -3225,6 +3228,7 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
     ("encoder: SANMEncoder", "encoder: SANMEncoderChunkOpt", "encoder 'SANMEncoderChunkOpt' is not implemented"),
     ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
     ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
+    ("  threshold: 1.0", "  threshold: 1.0\n  smooth_factor: 1.1", "predictor_conf.smooth_factor 1.1 is not implemented"),
     ("window: hamming", "window: povey", "frontend_conf.window 'povey' is not implemented"),
     ("tokenizer: CharTokenizer", "tokenizer: SentencepiecesTokenizer", "tokenizer 'SentencepiecesTokenizer' is not")])
 def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, words):
