@@ -1,10 +1,9 @@
 """Texts to token ids and back, and the edit distance between two texts.
 
-Reading order: the one text normalisation, Tokenizer, PieceTokenizer (the vocabularies that FunASR publishes) and the
-sentences it writes, alignment, error counts, a picture of an alignment.
-Needs numpy; imports nothing of ours, so it can be copied alone.
+Reading order: the one text normalisation, Tokenizer, alignment, error counts, a picture of an alignment. Vocabularies
+that FunASR publishes are in funasr.py. Needs numpy; imports nothing of ours, so it can be copied alone.
 
-Glossary: the unit of a vocabulary is what its ids stand for, char, word or piece; a symbol is the text of one id;
+Glossary: the unit of a vocabulary is what its ids stand for, char or word; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.
 """
 import json
@@ -98,7 +97,9 @@ class Tokenizer:
     @classmethod
     def build(cls, texts: Iterable[str], unit: str = "char") -> "Tokenizer":
         """The vocabulary of texts: their units, in code point order."""
-        units = {u for text in texts for u in split_units(normalise_text(text), unit)}
+        units: set[str] = set()
+        for text in texts:
+            units.update(split_units(normalise_text(text), unit))
         return cls(unit, SPECIALS + tuple(sorted(units.difference(SPECIALS))))
 
     def __len__(self) -> int:
@@ -150,13 +151,16 @@ class Tokenizer:
 def _edit_costs(ref: Sequence[Hashable], hyp: Sequence[Hashable], gap: int) -> Iterator[np.ndarray]:
     """Row i = 0, 1, ... of the edit-distance table: [j] is the least cost of turning ref[:i] into hyp[:j], where a
     deletion or an insertion costs gap and a substitution gap + 1."""
-    codes: dict[Hashable, int] = {}
-    refs, hyps = (np.array([codes.setdefault(x, len(codes)) for x in items], np.int64) for items in (ref, hyp))
-    row = inserted = gap * np.arange(len(hyp) + 1)
+    codes: dict[Hashable, int] = {}  # equal items have equal codes, which numpy compares faster
+    ref_codes = [codes.setdefault(item, len(codes)) for item in ref]
+    hyp_codes = np.array([codes.setdefault(item, len(codes)) for item in hyp], np.int64)
+    inserted = gap * np.arange(len(hyp) + 1)  # the cost of the first j items of hyp out of nothing
+    row = inserted
     yield row
-    for code in refs:
+    for code in ref_codes:
         best = row + gap  # deletion
-        best[1:] = np.minimum(best[1:], row[:-1] + (hyps != code) * (gap + 1))  # hit or substitution
+        paired = row[:-1] + np.where(hyp_codes == code, 0, gap + 1)  # hit or substitution
+        best[1:] = np.minimum(best[1:], paired)
         row = np.minimum.accumulate(best - inserted) + inserted  # insertions: min over k <= j, best[k] + gap * (j - k)
         yield row
 
@@ -170,13 +174,18 @@ def align(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> list[tuple[str, H
     """
     gap = min(len(ref), len(hyp)) + 1  # more than there can be substitutions, so that their + 1 only breaks ties
     costs = list(_edit_costs(ref, hyp, gap))
-    i, j, steps = len(ref), len(hyp), []
-    while i or j:
-        differ = i and j and ref[i - 1] != hyp[j - 1]
-        if i and j and costs[i][j] == costs[i - 1][j - 1] + differ * (gap + 1):
-            i, j = i - 1, j - 1
-            steps.append(("sub" if differ else "hit", ref[i], hyp[j]))
-        elif j and costs[i][j] == costs[i][j - 1] + gap:
+    steps = []
+    i, j = len(ref), len(hyp)
+    while i > 0 or j > 0:
+        is_pair = False
+        if i > 0 and j > 0:
+            op, cost = ("hit", 0) if ref[i - 1] == hyp[j - 1] else ("sub", gap + 1)
+            is_pair = costs[i][j] == costs[i - 1][j - 1] + cost
+        if is_pair:
+            i -= 1
+            j -= 1
+            steps.append((op, ref[i], hyp[j]))
+        elif j > 0 and costs[i][j] == costs[i][j - 1] + gap:
             j -= 1
             steps.append(("ins", None, hyp[j]))
         else:
@@ -242,15 +251,24 @@ def _display_width(text: str) -> int:
     return len(text) + wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
 
 
+MARKS = {"hit": "", "sub": "S", "ins": "I", "del": "D"}
+
+
 def format_alignment(ref: Sequence, hyp: Sequence) -> str:
     """align(ref, hyp) as three lines REF, HYP, OPS in columns of a monospace terminal.
 
     OPS marks S, I, D; an empty slot is ***, and an item that is a space is drawn as ␣.
     """
-    columns = [("REF:", "HYP:", "OPS:")]
-    for op, r, h in align(ref, hyp):
-        shown = ["***" if op == none else "␣" if item == " " else str(item) for none, item in (("ins", r), ("del", h))]
-        columns.append((*shown, {"hit": "", "sub": "S", "ins": "I", "del": "D"}[op]))
-    widths = [max(map(_display_width, column)) for column in columns]
-    rows = ((cell + " " * (w - _display_width(cell)) for cell, w in zip(row, widths)) for row in zip(*columns))
-    return "\n".join(" ".join(row).rstrip() for row in rows)
+    lines = ["REF:", "HYP:", "OPS:"]
+    for op, ref_item, hyp_item in align(ref, hyp):
+        shown_ref = "***" if op == "ins" else _show_item(ref_item)
+        shown_hyp = "***" if op == "del" else _show_item(hyp_item)
+        cells = [shown_ref, shown_hyp, MARKS[op]]
+        width = max(map(_display_width, cells))
+        for n, cell in enumerate(cells):
+            lines[n] += " " + cell + " " * (width - _display_width(cell))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _show_item(item: Hashable) -> str:
+    return "␣" if item == " " else str(item)
