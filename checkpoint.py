@@ -21,6 +21,7 @@ import data
 from audio import feature_dim
 from baselines import CTC, Search, Transformer
 from data import read_file
+from downloads import check_name, check_pointer
 from funasr import (PieceTokenizer, dump_published, funasr_names, is_published, published_files, read_cmvn,
                     read_published, read_weights, write_cmvn)
 from hotwords import ContextualParaformer, SeacoParaformer
@@ -72,9 +73,14 @@ def without_retired(values: dict, section: str = "") -> dict:
 def read_checkpoint(path: str | os.PathLike) -> dict:
     """The state that train.py saved, as `read_file` reads it, its config without RETIRED fields; of a directory, its
     checkpoint.pt."""
+    check_name(str(path))
+    check_pointer(Path(path))
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
     state = read_file(path, "a checkpoint, which python train.py CONFIG makes")
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
+    if missing and (Path(path).parent / "config.yaml").exists():
+        raise ValueError(f"{path}: wanted a checkpoint of train.py or a directory of FunASR's, got its weights alone: "
+                         f"pass the folder, {Path(path).parent}")
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
     if state.get("format", 1) > CHECKPOINT_FORMAT:
@@ -121,10 +127,20 @@ class WithoutInit(TorchFunctionMode):
 
 def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
                    mapped: bool = True) -> nn.Module:
-    """The model of these options with the weights of FunASR's model.pt. Raises as `read_weights` and `load_weights`."""
+    """The model of these options with the weights of FunASR's model.pt. Raises as `read_weights`, with the sizes wanted
+    and found if the file is too short, and `load_weights`."""
     with WithoutInit():  # every tensor comes from the file
         model = build(options, input_dim, vocab_size)
-    load_weights(model, read_weights(path, mapped), str(path), lambda name: funasr_names(name, options), adopt=True)
+    try:
+        weights = read_weights(path, mapped)
+    except ValueError as error:
+        found = os.path.getsize(path) if os.path.exists(path) else 0
+        needed = sum(x.nbytes for x in model.state_dict().values())
+        if not 0 < found < needed:
+            raise
+        raise ValueError(f"{error}; half a download? Its config asks for {needed:,} bytes at least, it has {found:,}"
+                         ) from None
+    load_weights(model, weights, str(path), lambda name: funasr_names(name, options), adopt=True)
     return model
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
 from data import read_file, write_atomic
+from downloads import check_files, check_kind
 from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols
 
 
@@ -99,7 +100,7 @@ def is_published(path: str | Path) -> bool:
 
 def published_files(folder: str) -> dict[str, Path]:
     """{key of FILES: its path in this directory}, without seg_dict if there is none. Raises ValueError that names a bad
-    configuration.json."""
+    configuration.json, or as downloads.check_files."""
     folder, names = Path(folder), dict(FILES)
     if not (folder / FILES["tokens"]).exists() and (folder / "tokens.txt").exists():
         names["tokens"] = "tokens.txt"
@@ -116,7 +117,9 @@ def published_files(folder: str) -> dict[str, Path]:
             raise ValueError(f"{path}: wanted JSON with file_path_metas, got {error}") from None
     if not (folder / names["seg_dict"]).exists():
         del names["seg_dict"]
-    return {part: folder / name for part, name in names.items()}
+    files = {part: folder / name for part, name in names.items()}
+    check_files(folder, files)
+    return files
 
 
 def read_published(path: str | Path) -> Config:
@@ -171,6 +174,7 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
         raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
                          "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
     if name not in classes:
+        check_kind(name, place)
         raise ValueError(f"{place}: {part} {show_value(name)} is not implemented; wanted {' or '.join(classes)}")
     fixed, table = classes[name]
     ours = dict(fixed)

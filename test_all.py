@@ -57,6 +57,7 @@ import config
 import corpora
 import data
 import decode
+import downloads
 import funasr
 import funasr_layers
 import hotwords
@@ -1877,6 +1878,86 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert stopped.value.code == 2
 
 
+# ---- downloads: names, and paths that hold no model ----
+
+def kit_copy(variant: str, folder: Path, *left_out: str) -> Path:
+    shutil.copytree(KIT / variant, folder, ignore=shutil.ignore_patterns("expected", *left_out))
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755)
+    return folder
+
+
+def pointer_in_place_of_weights(folder: Path) -> Path:
+    (kit_copy("sanm", folder, "model.pt") / "model.pt").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:3d49\nsize 880502012\n")
+    return folder
+
+
+def half_of_the_weights(folder: Path) -> Path:
+    content = (KIT / "sanm/model.pt").read_bytes()
+    (kit_copy("sanm", folder, "model.pt") / "model.pt").write_bytes(content[:len(content) // 2])
+    return folder
+
+
+def export_to_onnx(folder: Path) -> Path:
+    for name in ("model.onnx", "model_quant.onnx"):
+        (kit_copy("sanm", folder, "model.pt") if not folder.exists() else folder).joinpath(name).touch()
+    return folder
+
+
+def unfinished_download(folder: Path) -> Path:
+    place = kit_copy("sanm", folder, "model.pt") / ".cache/huggingface/download/xyz.incomplete"
+    place.parent.mkdir(parents=True)
+    place.touch()
+    return folder
+
+
+def sense_voice(folder: Path) -> Path:
+    (kit_copy("sanm", folder) / "config.yaml").write_text("model: SenseVoiceSmall\nmodel_conf:\n  sos: 1\n")
+    return folder
+
+
+TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-"
+        "vocab8404-pytorch --local_dir paraformer-zh  or  hf download funasr/paraformer-zh --local-dir paraformer-zh")
+
+
+# C154
+@needs_kit
+@pytest.mark.parametrize("make, error", [
+    (pointer_in_place_of_weights, "model.pt: a pointer, not the weights of 880,502,012 bytes: git lfs pull in "),
+    (half_of_the_weights, "half a download? Its config asks for 1,119,340 bytes at least, it has "),
+    (export_to_onnx, "wanted model.pt, got an ONNX export (model.onnx, model_quant.onnx), which onnxruntime runs and PyTorch "
+                     f"does not; {TAKE}"),
+    (unfinished_download, "wanted model.pt, got a download that has not finished (.cache/huggingface/download/xyz.incomplete)"),
+    (sense_voice, "model SenseVoiceSmall: wanted a recogniser that runs here, got FunASR's SenseVoiceSmall, which recognises "
+                  f"five languages with an encoder alone; {TAKE}"),
+    (lambda folder: KIT / "vad", "got FunASR's fsmn-vad, which finds where somebody speaks and writes no text; take"),
+    (lambda folder: KIT / "punc", "got FunASR's ct-punc, which puts punctuation into text and hears nothing; take"),
+    (lambda folder: KIT / "streaming", "FunASR's paraformer-zh-streaming, which is a Paraformer that is run chunk by chunk"),
+    (lambda folder: KIT / "sanm/model.pt", f"got its weights alone: pass the folder, {KIT / 'sanm'}")])
+def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, capsys, make, error):
+    assert decode.main(["--device", "cpu", "--ckpt", str(make(tmp_path / "model")), "a.wav"]) == 2
+    said = capsys.readouterr().err
+    assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
+
+
+# C154
+@pytest.mark.parametrize("name, error", [
+    ("paraformer-zh", "paraformer-zh: wanted a path, got FunASR's name of a model (989 MB); download it with " +
+     TAKE.partition(": ")[2] + ", and pass paraformer-zh\n"),
+    ("funasr/paraformer-zh", "and pass paraformer-zh\n"),
+    ("damo/speech_paraformer-large-contextual_asr_nat-zh-cn-16k-common-vocab8404",
+     "(912 MB); download it with modelscope download --model iic/speech_paraformer-large-contextual_asr"),
+    ("iic/SenseVoiceSmall", f"FunASR's SenseVoiceSmall, which recognises five languages with an encoder alone; {TAKE}\n"),
+    ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
+    ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, got no such file")])
+def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_path, monkeypatch, capsys, name, error):
+    monkeypatch.chdir(tmp_path)
+    assert decode.main(["--device", "cpu", "--ckpt", name, "a.wav"]) == 2
+    said = capsys.readouterr().err
+    assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
+
+
 # ---- data: augmentation ----
 
 def test_noise_is_as_loud_as_drawn_and_between_white_and_dull():
@@ -3223,8 +3304,7 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
 # C37
 @needs_kit
 @pytest.mark.parametrize("old, new, words", [
-    ("model: Paraformer", "model: ParaformerStreaming", "model 'ParaformerStreaming' is not implemented"),
-    ("model: Paraformer", "model: ParaformerStreaming", "model 'ParaformerStreaming' is not implemented"),
+    ("model: Paraformer", "model: Transducer", "model 'Transducer' is not implemented"),
     ("encoder: SANMEncoder", "encoder: SANMEncoderChunkOpt", "encoder 'SANMEncoderChunkOpt' is not implemented"),
     ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
     ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
@@ -4260,12 +4340,24 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
 
 
 # C49
-def test_paraformer_large_has_956_tensors_and_220_million_parameters():
+@pytest.mark.parametrize("name, tensors, parameters", [
+    ("paraformer", 956, 220_084_533), ("bicif", 968, 225_074_998), ("seaco", 1095, 247_339_018),
+    ("contextual", 970, 228_064_565)])
+def test_published_models_have_the_tensors_parameters_and_sizes_that_they_are_said_to_have(name, tensors, parameters):
+    """By the shapes of shared/FUNASR.md, 1.1, and shared/FUNASR_MORE.md, 1; sizes: downloads.DOWNLOADS."""
     options = config.load(str(HERE / "configs/paraformer_large.yaml"))
+    section, second = options.model, replace(options.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
+    if name in ("bicif", "seaco"):
+        section = replace(section, predictor=replace(section.predictor, upsampling=3))
+    if name != "bicif":
+        section = replace(section, name=name)
+    if name == "seaco":
+        section = replace(section, hotwords=config.HotwordConfig(decoder=second))
     with torch.device("meta"):
-        net = checkpoint.build(options.model, audio.feature_dim(options.data), 8404)
-    assert len(net.state_dict()) == 956
-    assert sum(p.numel() for p in net.parameters()) == 220_084_533  # by the shapes of shared/FUNASR.md, 1.1: 220.09 M
+        net = checkpoint.build(section, audio.feature_dim(options.data), 8404)
+    assert (len(net.state_dict()), sum(p.numel() for p in net.parameters())) == (tensors, parameters)
+    size = sum(x.nbytes for x in net.state_dict().values()) / 1e6
+    assert any(abs(model.megabytes - size) < 1 for model in downloads.DOWNLOADS)
 
 
 # ---- checkpoint: weights laid out for recognition ----
@@ -6695,7 +6787,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 
 # ---- the project: layout, floors, documents ----
 
-FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1,
+FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
@@ -6798,7 +6890,8 @@ README_RUNS = {  # of configs as README names them: options that make a run of s
 def small(command: str) -> str:
     """A command of README with README_RUNS's options; "" for what installs, tests, serves and measures."""
     command = command.removeprefix("python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && ")
-    if command.startswith(("python -m pytest", "pip ", "python serve.py", "python bench.py", "curl ")):
+    if command.startswith(("python -m pytest", "pip ", "python serve.py", "python bench.py", "curl ", "modelscope ", "hf ",
+                           "git ")):
         return ""
     for name, options in README_RUNS.items():
         command = command.replace(name, f"{name} {options}")
@@ -6820,7 +6913,7 @@ def readme_folder(tmp_path_factory) -> Path:
         rows.append({"audio": f"{name}.wav", "text": "ab ba", "duration": 1.0 + 0.01 * i})
     for name in ("train", "dev", "test"):
         write_manifest(folder / f"{name}.jsonl", rows[3:9])
-    shutil.copytree(KIT / "sanm", folder / "paraformer-large")
+    shutil.copytree(KIT / "seaco", folder / "paraformer-zh")
     return folder
 
 
