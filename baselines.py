@@ -109,9 +109,9 @@ class Transformer(Recogniser):
         """What beam search finds: hidden (B,L,D), hidden_lens (B,)."""
         return beam_search(*self.begin(hidden, hidden_lens, search.width), hidden_lens, search)
 
-    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """As Paraformer.decode: one pass over all tokens that were found.
+        """As Paraformer.decode, or of tokens (B,U), lens (B,) that a search found: one pass over all of them.
 
         A token is centred where the last layer's attention peaks, but not before the previous token. alpha is the
         attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
@@ -126,7 +126,11 @@ class Transformer(Recogniser):
         centres = (attention.argmax(-1) + 0.5).cummax(1).values
         rows = zip(centres.cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
         edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
-        return Hypotheses(tokens, lens, log_p, edges, attention.sum(1), [], layers if need_weights else [])
+        return Hypotheses(tokens, lens, log_p, edges, attention.sum(1), [])
+
+    def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
+        """As Paraformer.cross_attention."""
+        return self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)[1]
 
 
 def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
@@ -178,12 +182,12 @@ class CTC(Recogniser):
         """What prefix search finds: hidden (B,L,D), hidden_lens (B,)."""
         return prefix_search(self.log_probs(hidden), hidden_lens, search.width)
 
-    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
                tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
         """As Paraformer.decode: the tokens of the best path, or of the best path of those that were found.
 
         A token has its centre and probability from its most probable frame on the path. alpha is the probability of
-        not being blank; attention, (B,1,U,L), is the probability of each token in each frame.
+        not being blank.
         """
         log_p = self.log_probs(hidden)
         real = padding_mask(hidden_lens, hidden.shape[1])
@@ -201,9 +205,14 @@ class CTC(Recogniser):
         rows = zip((frame + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
         edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
         alpha = (1 - log_p[:, :, BLANK].exp()) * real
-        attention = (token_log_p.exp() * mask[:, :, None] * real[:, None, :])[:, None]
-        return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [],
-                          [attention] if need_weights else [])
+        return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [])
+
+    def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
+        """In place of Paraformer.cross_attention, (B,1,U,L): the probability of each token in each frame."""
+        L = hidden.shape[1]
+        log_p = self.log_probs(hidden).transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, L))  # (B,U,L)
+        real = padding_mask(lens, tokens.shape[1])[:, :, None] & padding_mask(hidden_lens, L)[:, None, :]
+        return [(log_p.exp() * real)[:, None]]
 
 
 # ---- search ----

@@ -158,8 +158,7 @@ def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative
 
 
 @torch.inference_mode()
-def search_batch(system: System, feats: Sequence[Tensor],
-                 need_weights: bool = False) -> tuple[Hypotheses, NBest | None]:
+def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, NBest | None]:
     """Normalised features (T,F) each -> on the CPU, Hypotheses and their n-best, or None after greedy search."""
     device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
     lens = torch.tensor([len(x) for x in feats], device=device)
@@ -167,16 +166,16 @@ def search_batch(system: System, feats: Sequence[Tensor],
     on_cpu = lambda found: (x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if system.search == Search():
-            return Hypotheses(*on_cpu(model.greedy(padded, lens, need_weights))), None
+            return Hypotheses(*on_cpu(model.greedy(padded, lens))), None
         hidden, hidden_lens = model.encode(padded, lens)
     best = model.search(hidden, hidden_lens, system.search)  # without autocast, as greedy does it behind the encoder
-    found = model.decode(hidden, hidden_lens, lens, need_weights, best.tokens[:, 0], best.lens[:, 0])
+    found = model.decode(hidden, hidden_lens, lens, best.tokens[:, 0], best.lens[:, 0])
     return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))
 
 
-def decode_batch(system: System, feats: Sequence[Tensor], need_weights: bool = False) -> Hypotheses:
+def decode_batch(system: System, feats: Sequence[Tensor]) -> Hypotheses:
     """Normalised features (T,F) each, not all of T = 0, -> Hypotheses, on the CPU; where T = 0 there are no tokens."""
-    return search_batch(system, feats, need_weights)[0]
+    return search_batch(system, feats)[0]
 
 
 def clip_times(system: System, result: Result, seconds: float) -> Result:
@@ -367,7 +366,7 @@ def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
 def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict[str, str]:
     """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, with
     a layer, the heads of that attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
-    found = decode_batch(system, [item.feats], need_weights=layer is not None)
+    found = decode_batch(system, [item.feats])
     result, frame_sec = read_result(system, found, 0), audio.frame_sec(system.config.data)
     title, tokens = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
     encoder, L = system.config.model.encoder, found.alpha.shape[1]
@@ -380,10 +379,13 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
     feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
     name, heads = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
     pictures["encoder"] = attention_svg(f"encoder, {name}, {title}", heads[0].cpu(), *rest, cross=False)
-    if found.attention:
-        name, heads = layer_of(found.attention, layer)
+    hidden, hidden_lens = system.model.encode(feats, lens)
+    tokens, counts = found.tokens.to(feats.device), found.lens.to(feats.device)
+    layers = system.model.cross_attention(hidden, hidden_lens, tokens, counts)
+    if layers:
+        name, heads = layer_of(layers, layer)
         rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
-        pictures["cross"] = attention_svg(f"cross, {name}, {title}", heads[0, :, rows], *rest, cross=True)
+        pictures["cross"] = attention_svg(f"cross, {name}, {title}", heads[0, :, rows].cpu(), *rest, cross=True)
     return pictures
 
 

@@ -289,13 +289,13 @@ class Prediction(NamedTuple):
     """What a decoder makes of acoustic embeddings."""
 
     logits: Tensor  # (B,U,V)
-    attention: list[Tensor]  # as in Hypotheses
+    attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer that has one, where asked for
     hotword: Tensor | None = None  # (B,U) bool, as in Hypotheses
 
 
 class Hypotheses(NamedTuple):
     """What free-running decoding found; tokens and log_probs past an utterance's count are 0. Transformer.decode and
-    CTC.decode say what stands in for alpha and attention there."""
+    CTC.decode say what stands in for alpha there."""
 
     tokens: Tensor  # (B,U) int64
     lens: Tensor  # (B,) int64, predicted counts
@@ -303,7 +303,6 @@ class Hypotheses(NamedTuple):
     boundaries: list[Tensor]  # (count+1,) float64 each, feature frames: token u lies in [u, u+1]
     alpha: Tensor  # (B,L) float32, the firing weights as predicted
     timing: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
-    attention: list[Tensor]  # cross-attention (B,H,U,L) of each decoder layer that has one, where asked for
     hotword: Sequence[Tensor] = ()  # (count,) bool each, which tokens the decoder of hotwords put there; or no such
 
 
@@ -322,7 +321,7 @@ def in_feature_frames(edges: Tensor, encoder) -> Tensor:
 
 class Recogniser(nn.Module):
     """What the architectures share: an encoder, how losses are added up and divided, and greedy decoding. A subclass
-    adds `forward` and `decode`, as Paraformer has them."""
+    adds `forward`, `decode` and `cross_attention`, as Paraformer has them."""
 
     def __init__(self, options, input_dim: int):
         super().__init__()
@@ -341,11 +340,11 @@ class Recogniser(nn.Module):
         return at_least_float32(hidden), hidden_lens
 
     @torch.no_grad()
-    def greedy(self, feats: Tensor, feat_lens: Tensor, need_weights: bool = False) -> Hypotheses:
+    def greedy(self, feats: Tensor, feat_lens: Tensor) -> Hypotheses:
         """Decode without a search: feats (B,T,F), feat_lens (B,) -> Hypotheses, see `decode`. Raises as `encode`."""
         hidden, hidden_lens = self.encode(feats, feat_lens)
         with full_precision(hidden, training=False):
-            return self.decode(hidden, hidden_lens, feat_lens, need_weights)
+            return self.decode(hidden, hidden_lens, feat_lens)
 
     def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses and before them `loss` = (1 - w) ce + w ctc + quantity_weight (quantity + timing / 2) +
@@ -430,44 +429,38 @@ class Paraformer(Recogniser):
         check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
-    def integrate(self, hidden: Tensor, alpha: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden (B,L,D), alpha (B,L), counts (B,), by default self.count -> counts, embeds (B,U,D).
+    def integrate(self, hidden: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B,L,D), alpha (B,L) -> counts (B,), embeds (B,U,D), from weights that are scaled to the counts.
 
-        The weights are scaled to the counts; with a tail, only where the counts differ from self.count.
+        With a tail they stay as they are: it completes a token with a frame of zeros, which adds nothing to a sum.
         """
-        alpha = alpha.double()
-        own = self.count(alpha)
-        counts = own if counts is None else counts
-        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"), counts=(counts, "B"))
+        check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
+        counts = self.count(alpha)
+        alpha = alpha.double() if self.options.predictor.tail else scale_weights(alpha, counts)
         U = int(counts.max()) if len(counts) else 0
-        as_they_are = (counts == own)[:, None] & (self.options.predictor.tail > 0)
-        alpha = torch.where(as_they_are, alpha, scale_weights(alpha, counts))
-        return counts, cif(hidden, alpha, U)  # the tail completes a token with a frame of zeros: nothing to append
+        return counts, cif(hidden, alpha, U)
 
-    def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor, counts: Tensor | None = None,
-             need_weights: bool = False) -> tuple[Tensor, Prediction]:
-        """Integrate and decode: hidden (B,L,D), hidden_lens (B,), alpha (B,L), counts (B,) or None as in `integrate`
-        -> counts (B,) and what `predict` returns."""
-        counts, embeds = self.integrate(hidden, alpha, counts)
-        return counts, self.predict(embeds, counts, hidden, hidden_lens, need_weights)
+    def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor) -> tuple[Tensor, Prediction]:
+        """Integrate and decode: hidden (B,L,D), hidden_lens (B,), alpha (B,L) -> counts (B,) and what `predict` returns.
+        """
+        counts, embeds = self.integrate(hidden, alpha)
+        return counts, self.predict(embeds, counts, hidden, hidden_lens)
 
     def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> Prediction:
         """The decoder's part, where the models of hotwords.py differ: arguments as Decoder.forward."""
         return Prediction(*self.decoder(embeds, counts, hidden, hidden_lens, need_weights))
 
-    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor, need_weights: bool = False,
-               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
+    def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor) -> Hypotheses:
         """Greedy decoding after the encoder, in one pass: `count` gives the number of tokens, each the argmax.
 
-        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses. With tokens (B,U) and lens (B,), which a search
-        found, the Hypotheses are of these.
+        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses.
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         alpha = self.predictor(hidden, hidden_lens)
-        counts, found = self.emit(hidden, hidden_lens, alpha, lens, need_weights)
+        counts, found = self.emit(hidden, hidden_lens, alpha)
         log_p = found.logits.float().log_softmax(-1)
-        tokens = log_p.argmax(-1) if tokens is None else tokens[:, :log_p.shape[1]]
+        tokens = log_p.argmax(-1)
         log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)
         mask = padding_mask(counts, tokens.shape[1])
         rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
@@ -477,4 +470,10 @@ class Paraformer(Recogniser):
             fine = self.timing(hidden, hidden_lens)
             timing = [row[:n] for row, n in zip(fine, (hidden_lens * self.options.predictor.upsampling).tolist())]
         hotword = [] if found.hotword is None else [row[:n] for row, n in zip(found.hotword, counts.tolist())]
-        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, found.attention, hotword)
+        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, hotword)
+
+    def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
+        """For pictures: the cross-attention (B,H,U,L) of each decoder layer that has one, where decoding behind the
+        encoder, hidden (B,L,D), hidden_lens (B,), found tokens (B,U), lens (B,)."""
+        counts, embeds = self.integrate(hidden, self.predictor(hidden, hidden_lens))
+        return self.predict(embeds, counts, hidden, hidden_lens, need_weights=True).attention

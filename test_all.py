@@ -2852,9 +2852,8 @@ def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
         feat_lens = torch.randint(1, 24, (6,), generator=torch.Generator().manual_seed(seed))
         feats = normal(seed, 6, 24, 5, dtype=torch.float32)
         feats[~padding_mask(feat_lens, 24)] = math.nan
-        batch = paraformer.greedy(feats, feat_lens, need_weights=True)
-        plain = paraformer.greedy(feats, feat_lens)
-        assert torch.equal(plain.tokens, batch.tokens) and plain.attention == []
+        batch = paraformer.greedy(feats, feat_lens)
+        looks, = paraformer.cross_attention(*paraformer.encode(feats, feat_lens), batch.tokens, batch.lens)
         assert batch.tokens.shape[1] == batch.lens.max()
         for i, T in enumerate(feat_lens.tolist()):
             single = paraformer.greedy(feats[i:i + 1, :T], feat_lens[i:i + 1])
@@ -2873,7 +2872,7 @@ def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
             embeds = cif(hidden, scale_weights(single.alpha, single.lens), n)
             logits, _ = paraformer.decoder(embeds, single.lens, hidden, lens)
             assert_same(single.log_probs, logits.log_softmax(-1).amax(-1), 1e-5)
-            assert_same(batch.attention[0][i, :, :n].sum(-1), torch.ones(2, n), 1e-5)
+            assert_same(looks[i, :, :n].sum(-1), torch.ones(2, n), 1e-5)
     assert len(seen) > 2
 
 
@@ -3041,7 +3040,7 @@ def test_greedy_without_a_token_is_empty(subsampling):
     mixed = paraformer.greedy(feats, feat_lens)
     assert mixed.lens[1] == 0 < mixed.lens[0] and not mixed.tokens[1].any() and mixed.boundaries[1].tolist() == [0]
     paraformer.predictor.weight.bias.data.fill_(-200.0)
-    empty = paraformer.greedy(feats, feat_lens, need_weights=True)
+    empty = paraformer.greedy(feats, feat_lens)
     assert empty.lens.tolist() == [0] * 4 and empty.tokens.tolist() == empty.log_probs.tolist() == [[]] * 4
     assert [edges.tolist() for edges in empty.boundaries] == [[0]] * 4 and empty.alpha.isfinite().all()
     nobody = paraformer.greedy(feats[:0], feat_lens[:0])
@@ -3117,10 +3116,9 @@ WRONG = {
     "truth": (lambda m: m.truth(LENS), "tokens must be (B,U), got (2,)"),
     "integrate alpha": (lambda m: m.integrate(HIDDEN, ALPHA[0]), "alpha must be (B,L), got (4,)"),
     "integrate hidden": (lambda m: m.integrate(HIDDEN[:1], ALPHA), "hidden must be (2,4,D), got (1, 4, 8)"),
-    "integrate counts": (lambda m: m.integrate(HIDDEN, ALPHA, ints(1, 2, 1)), "counts must be (2), got (3,)"),
-    "decode hidden": (lambda m: m.decode(FEATS, LENS, LENS, False), "hidden must be (B,L,8), got (2, 6, 5)"),
-    "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS, False), "lens must lie in 0..4, got [4, 5]"),
-    "decode feat_lens": (lambda m: m.decode(HIDDEN, LENS, ints(4), False), "feat_lens must be (2), got (1,)"),
+    "decode hidden": (lambda m: m.decode(FEATS, LENS, LENS), "hidden must be (B,L,8), got (2, 6, 5)"),
+    "decode lens": (lambda m: m.decode(HIDDEN, ints(4, 5), LENS), "lens must lie in 0..4, got [4, 5]"),
+    "decode feat_lens": (lambda m: m.decode(HIDDEN, LENS, ints(4)), "feat_lens must be (2), got (1,)"),
     "factor": (lambda m: model.Subsampling(5, 8, 3), "subsampling must be one of [1, 2, 4], got 3"),
     "kind": (lambda m: tiny("rnn"),
              "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
@@ -3447,7 +3445,7 @@ def test_step_by_step_decoding_equals_the_full_pass():
 # C61
 def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
     transformer, (feats, feat_lens, _, _) = rival("transformer", seed=31), ragged(2)
-    found = transformer.greedy(feats, feat_lens, need_weights=True)
+    found = transformer.greedy(feats, feat_lens)
     ends = set()
     for i, T in enumerate(feat_lens.tolist()):
         hidden, lens = transformer.encode(feats[i:i + 1, :T], feat_lens[i:i + 1])
@@ -3470,8 +3468,10 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
 # C62
 def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
     ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
-    found = ctc.greedy(feats, feat_lens, need_weights=True)
-    log_p = ctc.log_probs(ctc.encode(feats, feat_lens)[0]).detach()
+    found = ctc.greedy(feats, feat_lens)
+    hidden, hidden_lens = ctc.encode(feats, feat_lens)
+    looks, = ctc.cross_attention(hidden, hidden_lens, found.tokens, found.lens)
+    log_p = ctc.log_probs(hidden).detach()
     for i, L in enumerate(((feat_lens + 1) // 2).tolist()):
         path = log_p[i, :L].argmax(-1).tolist()
         runs = [[(t, s) for t, s in run] for _, run in itertools.groupby(enumerate(path), lambda x: x[1])]
@@ -3483,6 +3483,7 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         middles = [2 * t + 0.5 for t, _ in peaks]  # encoder frame t stands on feature frames 2 t and 2 t + 1, less 1/2
         inner = [(a + b) / 2 for a, b in zip(middles, middles[1:])]
         assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
+        assert_same(looks[i, 0, :len(peaks), :L], log_p[i, :L].exp()[:, [s for _, s in peaks]].T, 1e-6)
     assert int(found.lens.max()) > 2
     log_p, tokens, n = normal(4, 3, 5, 4).log_softmax(-1), torch.tensor([[1, 1], [2, 3], [3, 0]]), ints(2, 2, 1)
     paths = baselines.ctc_path(log_p, ints(5, 3, 1), tokens, n)
@@ -3650,7 +3651,7 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = system._replace(tokenizer=funasr.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
     tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
-    found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [], [])
+    found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [])
     nbest = decode.read_alternatives(system, baselines.NBest(tokens, lens, 2 * scores, scores), 0)
     assert decode.read_result(system, found, 0).text == texts[0]
     assert [(a.text, a.score, a.confidence) for a in nbest] == [
@@ -3922,7 +3923,7 @@ def planted_words(symbols, tokenizer) -> report.Result:
     ids = torch.tensor([[tokenizer.symbols.index(symbol) for symbol in symbols]])
     n = len(symbols)
     found = Hypotheses(ids, torch.tensor([n]), -torch.arange(1.0, n + 1).log()[None],
-                       [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [], [])
+                       [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [])
     return decode.read_result(tiny_system()._replace(tokenizer=tokenizer), found, 0)
 
 
@@ -4408,7 +4409,9 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         count, both = found.lens, []
         for system in (exact, small):
             hidden, lens = system.model.encode(wanted["feats"][None], ints(len(wanted["feats"])))
-            both.append(system.model.emit(hidden, lens, system.model.predictor(hidden, lens), count)[1].logits[0])
+            weights = scale_weights(system.model.predictor(hidden, lens), count)
+            logits, _ = system.model.decoder(cif(hidden, weights, int(count)), count, hidden, lens)
+            both.append(logits[0])
         best = both[0].topk(2).values
         sure = best[:, 0] - best[:, 1] > 0.1
         clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
@@ -4624,7 +4627,7 @@ def test_evaluation_counts_a_planted_set_by_alignment():
         def greedy(self, feats, feat_lens):
             ids = [torch.tensor(tokenizer.encode(h), dtype=torch.int64) for h in hyps]
             tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [], [])
+            return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [])
 
     items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
     row = train.rates(train.evaluate(Planted(), [data.collate([*items, data.Skip("d", "empty")])], tokenizer.decode))
@@ -5436,7 +5439,7 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
 def test_results_are_planted_tokens_in_seconds_with_probabilities():
     log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.9, 1]]))
     found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
-                       [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [], [])
+                       [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
     result = decode.read_result(tiny_system(), found, 0)
     assert result.tokens == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
     assert (result.text, result.confidence) == (" a", 0.25)
@@ -5901,14 +5904,16 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
     item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
     with torch.no_grad():
         encoder = system.model.encoder(feats[None], torch.tensor([31]), need_weights=True)[2]
-        found = system.model.greedy(feats[None], torch.tensor([31]), need_weights=True)
+        found = system.model.greedy(feats[None], torch.tensor([31]))
+        hidden, lens = system.model.encode(feats[None], torch.tensor([31]))
+        cross = system.model.cross_attention(hidden, lens, found.tokens, found.lens)
     spoken = found.tokens[0] > EOS
     for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
         calls.clear()
         decode.draw(system, item, layer)
-        (ours, cross), (theirs, also) = calls
-        assert (cross, also) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
-        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], found.attention[j][0][:, spoken])
+        (ours, first), (theirs, second) = calls
+        assert (first, second) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
+        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, spoken])
 
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
@@ -5951,7 +5956,7 @@ def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
     section = replace(system.config.model, predictor=config.PredictorConfig(kind="dense", upsampling=2))
     system = system._replace(config=replace(system.config, model=section))  # 10 ms a weight
     timing = [torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])]  # fires in steps 0, 1 and 2, at -1.5, -0.5, 0.5
-    found = Hypotheses(ints(4, 5, 2)[None], ints(3), torch.zeros(1, 3), [], torch.zeros(1, 4), timing, [])
+    found = Hypotheses(ints(4, 5, 2)[None], ints(3), torch.zeros(1, 3), [], torch.zeros(1, 4), timing)
     assert decode.token_times(system, found, 0, [0, 1]) == [(0.0, 0.0), (0.0, 0.042)]
 
 
@@ -6710,7 +6715,7 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
         tokens = [item.tokens[:len(item.tokens) - lost] for item in items]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         edges = [item.boundaries[:len(item.boundaries) - lost] + 3 for item in items]
-        return Hypotheses(padded, ints(*map(len, tokens)), torch.zeros(padded.shape), edges, torch.zeros(9, 4), [], [])
+        return Hypotheses(padded, ints(*map(len, tokens)), torch.zeros(padded.shape), edges, torch.zeros(9, 4), [])
 
     assert len(known) == 9
     monkeypatch.setattr(bench, "decode_batch", planted)

@@ -698,7 +698,8 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 def draw(run: Run, item: data.Utterance) -> dict[str, str]:
     """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
     model, frame_sec = run.average.eval(), audio.frame_sec(run.config.data)
-    found = model.greedy(*inputs(data.collate([item]), model)[:2], True)
+    feats, feat_lens = inputs(data.collate([item]), model)[:2]
+    found = model.greedy(feats, feat_lens)
     ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
     rows = spoken_places(ids)
     tokens = [(run.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
@@ -708,8 +709,9 @@ def draw(run: Run, item: data.Utterance) -> dict[str, str]:
     truth = None if item.boundaries is None else item.boundaries * frame_sec
     title = f"{item.key}: {item.text}, recognised as {run.tokenizer.decode(ids)}"
     pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), *rest, truth)}
-    if found.attention and rows:
-        pictures["cross"] = attention_svg(title, found.attention[-1][0, :, rows].float().cpu(), *rest, cross=True)
+    layers = model.cross_attention(*model.encode(feats, feat_lens), found.tokens, found.lens)
+    if layers and rows:
+        pictures["cross"] = attention_svg(title, layers[-1][0, :, rows].float().cpu(), *rest, cross=True)
     return pictures
 
 
