@@ -70,7 +70,7 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 class Batcher:
     """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model.
 
-    options: max_batch_size (utterances), max_batch_frames (with padding), max_wait_ms, max_queue (utterances that wait).
+    options: max_batch_size (utterances), max_batch_frames (padded), max_wait_ms, max_queue (utterances that may wait).
     """
 
     def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics"):

@@ -46,7 +46,7 @@ from decode import (batch_limits, decode_batch, drawable, greedy_system, open_in
 from funasr import PieceTokenizer
 from model import Hypotheses
 from report import Outcome, Score, score
-from serve import load_warm, recognise
+from serve import load_warm, recognise_batch
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, num_parameters, rehearse, save
 
@@ -454,7 +454,7 @@ def serving_figures(options: argparse.Namespace) -> None:
         time_clients(port, bodies["mixed"][:32], 4)
         until = time.monotonic() + ROUNDS_SEC
         while not full_ms or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
-            full_ms.append(1e3 * timeit(lambda: recognise(system, largest), number=1))
+            full_ms.append(1e3 * timeit(lambda: recognise_batch(system, largest), number=1))
             for (kind, clients), found in rounds.items():
                 found.append(time_clients(port, bodies[kind], clients))
         health = health_ms(port, bodies["mixed"])

@@ -5,21 +5,18 @@
     curl -F file=@a.wav -F response_format=srt http://localhost:8000/v1/audio/transcriptions     (OpenAI's)
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
 
-The file follows a request: its connection (one thread each), its head, its body parsed to features (on a parser
-thread), the queue and the one inference thread that owns the model, the answer, the routes, the metrics; then come the
-command line; the page is page.html. Parsers are functions from bytes to values; the batching rule
-takes the time as an argument. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline, no limit on the
-size of a header, and answers errors in HTML.
+The file follows a request: its body becomes features (on a parser thread), these become text (on the one inference
+thread, which owns the model), the text takes one of OpenAI's forms; then come the routes and the command line. How
+requests arrive is in web.py, how they wait and are batched in batcher.py; the page is page.html.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
-Sources: RFC 9110 and 9112 (HTTP), 7578 (forms); OpenAI's API reference for audio transcriptions; Prometheus text 0.0.4.
+Source: OpenAI's API reference for audio transcriptions.
 """
 import argparse
 import contextlib
 import ctypes
 import hmac
 import io
-import itertools
 import json
 import math
 import os
@@ -60,20 +57,27 @@ CUT_SEC = 2.0                                           # for requests that are 
 
 # ---- the body: bytes to features ----
 
-class Utterance(NamedTuple):
+class Upload(NamedTuple):
+    """One utterance of a request."""
+
     pieces: list[tuple[float, Tensor]]      # start in seconds, features (T,F) float32 on the CPU, normalised
-    seconds: float                          # of the whole recording
+    seconds: float                          # of all of it
 
 
-class Ask(NamedTuple):
-    """A parsed body: what one POST asks for."""
+class Request(NamedTuple):
+    """What a POST asks for."""
 
-    utterances: list[Utterance]
-    fields: dict[str, Any]          # options, not checked yet
-    many: bool = False              # from {"batch": ...}: the answer is a list
+    uploads: list[Upload]
+    form: "bool | OpenAIForm"       # of the answer; /transcribe: whether with the firing weights
+    timeout: float                  # seconds
+    is_batch: bool                  # from {"batch": ...}: the answer is a list
 
 
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
+
+
+def to_float(text: str) -> float:
+    return float(text)
 
 
 def parse_json(body: bytes) -> dict:
@@ -82,9 +86,6 @@ def parse_json(body: bytes) -> dict:
     In a large body a Python function converts each number: json's C code alone does not yield the GIL, and /health
     would wait for it.
     """
-    def to_float(text: str) -> float:
-        return float(text)
-
     number = float if len(body) < INTERRUPTIBLE else to_float
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
@@ -95,7 +96,7 @@ def parse_json(body: bytes) -> dict:
     return value
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """The JSON type of a value, for messages."""
     names = {dict: "an object", list: "an array", str: "a string", float: "a number", bool: "a boolean"}
     return names.get(type(value), "null")
@@ -104,7 +105,7 @@ def kind_of(value: Any) -> str:
 def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
     """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Raises Refusal, which names `place`."""
     if not isinstance(value, list):
-        raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {kind_of(value)}", place)
+        raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {json_type(value)}", place)
     if not value:
         raise Refusal(422, "empty_features", f"{place}: wanted at least one row", place)
     if len(value) > max_frames:
@@ -113,12 +114,13 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
     with np.errstate(over="ignore"):        # gives inf, found below
         for i, row in enumerate(value):
             if not isinstance(row, list):
-                raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {kind_of(row)}", place)
+                raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {json_type(row)}", place)
             if len(row) != dim:
                 raise Refusal(422, "wrong_dim", f"{place}: row {i} has {len(row)} values, the model needs {dim}", place)
-            if set(map(type, row)) != {float}:
-                j, found = next((j, x) for j, x in enumerate(row) if type(x) is not float)
-                message = f"{place}: row {i}, column {j} must be a number, got {kind_of(found)}"
+            types = list(map(type, row))
+            if types.count(float) < dim:
+                j = next(j for j, found in enumerate(types) if found is not float)
+                message = f"{place}: row {i}, column {j} must be a number, got {json_type(row[j])}"
                 raise Refusal(422, "invalid_type", message, place)
             feats[i] = row
     finite = np.isfinite(feats)
@@ -136,29 +138,29 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
 
 
-def parse_utterances(body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """{"features": ...} or {"batch": [{"features": ...}, ...]}, with options beside -> Ask. Raises Refusal."""
+def features_upload(item: dict, system: System, max_frames: int, place: str) -> Upload:
+    """{"features": ...} -> Upload. Raises Refusal."""
     dim = system.stats.shape[1]
-    fields = parse_json(body)       # not kept in Ask: each number has 24 bytes
-    others = {name: value for name, value in fields.items() if name not in ("features", "batch")}
+    if "features" not in item:
+        raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
+    feats = parse_features(item["features"], dim, max_frames, place)
+    seconds = len(feats) * frame_sec(system.config.data)
+    return Upload([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
-    def utterance(item: dict, place: str) -> Utterance:
-        if "features" not in item:
-            raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
-        feats = parse_features(item["features"], dim, options.max_frames, place)
-        seconds = len(feats) * frame_sec(system.config.data)
-        return Utterance([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
 
-    if "batch" not in fields:
-        return Ask([utterance(fields, "features")], others)
-    batch, most = fields["batch"], min(MAX_ITEMS, options.max_queue)
-    if "features" in fields or not isinstance(batch, list) or not 1 <= len(batch) <= most:
+def json_uploads(value: dict, system: System, options: argparse.Namespace) -> list[Upload]:
+    """{"features": ...} or {"batch": [{"features": ...}, ...]} -> its utterances. Raises Refusal."""
+    if "batch" not in value:
+        return [features_upload(value, system, options.max_frames, "features")]
+    batch = value["batch"]
+    most = min(MAX_ITEMS, options.max_queue)
+    if "features" in value or not isinstance(batch, list) or not 1 <= len(batch) <= most:
         message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
         raise Refusal(422, "invalid_value", message, "batch")
     for i, item in enumerate(batch):
         if not isinstance(item, dict):
-            raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {kind_of(item)}", f"batch[{i}]")
-    return Ask([utterance(item, f"batch[{i}].features") for i, item in enumerate(batch)], others, True)
+            raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {json_type(item)}", f"batch[{i}]")
+    return [features_upload(item, system, options.max_frames, f"batch[{i}].features") for i, item in enumerate(batch)]
 
 
 MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
@@ -166,11 +168,8 @@ MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\
          (rb"RIFF", "WAV with another sample format"), (rb"", "something else"))       # first bytes, for the message
 
 
-def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utterance:
-    """A WAV file -> features, one piece per segment (those of data.segments with system.segment_sec). Raises Refusal.
-
-    All that the header tells is checked before any sample is decoded.
-    """
+def wav_seconds(body: bytes, longest: float) -> float:
+    """The length of a WAV file, once its header has been checked. Raises Refusal."""
     if not body:
         raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
     try:
@@ -178,134 +177,187 @@ def parse_wav(body: bytes, system: System, options: argparse.Namespace) -> Utter
     except ValueError as error:
         raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
-        known = next(name for start, name in MAGIC if re.match(start, body, re.DOTALL))
-        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else known
+        if header:
+            found = f"{header.channels} channels at {header.rate_hz} Hz"
+        else:
+            found = next(name for start, name in MAGIC if re.match(start, body, re.DOTALL))
         raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
                       f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
-    seconds, config = header.num_samples / header.rate_hz, system.config.data
+    seconds = header.num_samples / header.rate_hz
     if not seconds:
         raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
-    if seconds > options.max_audio_seconds:
-        message = f"file: {seconds:.1f} s, at most {options.max_audio_seconds:g} s are allowed"
-        raise Refusal(413, "audio_too_long", message, "file")
+    if seconds > longest:
+        raise Refusal(413, "audio_too_long", f"file: {seconds:.1f} s, at most {longest:g} s are allowed", "file")
+    return seconds
+
+
+def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
+    """A WAV file -> Upload, one piece per segment (those of audio.segments with system.segment_sec). Raises Refusal.
+
+    All that the header tells is checked before any sample is decoded.
+    """
+    seconds = wav_seconds(body, options.max_audio_seconds)
+    config = system.config.data
+    pieces = []
     try:
-        pieces = [(piece.start_sec, frontend(piece.samples, config.sample_rate, config))
-                  for piece in audio.segments(body, config, *system.segment_sec)]
+        for piece in audio.segments(body, config, *system.segment_sec):
+            pieces.append((piece.start_sec, frontend(piece.samples, config.sample_rate, config)))
     except ValueError as error:
         message = str(error).removeprefix("<bytes>: ")
         raise Refusal(422, "not_finite", f"file: {message}", "file") from None
-    return Utterance([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
-
-
-def read_ask(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Ask:
-    """The body of a POST of any media type -> Ask; /transcribe takes options from the query too, the body's win."""
-    if media_type(head) == "application/json":
-        ask = parse_utterances(body, system, options)
-    elif media_type(head) == "multipart/form-data":
-        audio, fields = parse_form(body, head.headers["content-type"])
-        ask = Ask([parse_wav(audio, system, options)], fields)
-    else:
-        ask = Ask([parse_wav(body, system, options)], {})
-    return ask._replace(fields={**head.query, **ask.fields}) if head.path == "/transcribe" else ask
+    return Upload([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
 def parse_timeout(value: Any, longest: float) -> float:
     """Seconds above 0, as float or text, None = `longest` -> those, at most `longest`. Raises Refusal 422."""
-    try:
-        seconds = longest if value is None else float(value) if type(value) in (float, str) else math.nan
-    except ValueError:
-        seconds = math.nan
+    seconds = longest if value is None else math.nan
+    if type(value) in (float, str):         # in JSON, in a query or form
+        with contextlib.suppress(ValueError):
+            seconds = float(value)
     if not 0 < seconds < math.inf:
         raise Refusal(422, "invalid_value", "timeout: wanted seconds above 0", "timeout")
     return min(seconds, longest)
 
 
-# ---- recognition and its forms ----
+def parse_request(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Request:
+    """A POST of any media type; /transcribe takes fields from the query too, the body's win. Raises Refusal."""
+    fields: dict[str, Any] = {}         # not kept: each number of features has 24 bytes
+    is_batch = False
+    if media_type(head) == "application/json":
+        fields = parse_json(body)
+        is_batch = "batch" in fields
+        uploads = json_uploads(fields, system, options)
+    elif media_type(head) == "multipart/form-data":
+        file, fields = parse_form(body, head.headers["content-type"])
+        uploads = [wav_upload(file, system, options)]
+    else:
+        uploads = [wav_upload(body, system, options)]
+    if head.path == "/transcribe":
+        fields = {**head.query, **fields}
+        form = parse_flag("alignment", fields.get("alignment"))
+    else:
+        form = parse_openai_form(fields)
+    return Request(uploads, form, parse_timeout(fields.get("timeout"), options.request_timeout), is_batch)
+
+
+# ---- recognition ----
 
 class Recognition(NamedTuple):
     result: Result              # tokens that spell its text when joined, "▁" for the space before a word
     weights: list[float]        # (L,) firing weight of each encoder frame
 
 
-def recognise(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
-    """Normalised features (T,F), T >= 1 -> a Recognition each, in one batch.
+def recognise_batch(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
+    """Normalised features (T,F), T >= 1 -> a Recognition each.
 
     Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
     """
-    found, mark = decode.decode_batch(system, feats), "▁" if system.tokenizer.unit == "word" else ""
-    results = []
+    found = decode.decode_batch(system, feats)
+    mark = "▁" if system.tokenizer.unit == "word" else ""
+    recognised = []
     for i, x in enumerate(feats):
         result = decode.read_result(system, found, i)
         tokens = [token._replace(token=mark + token.token) for token in result.tokens]
-        weights = found.alpha[i, :-(-len(x) // system.config.model.encoder.subsampling)].tolist()
-        results.append(Recognition(result._replace(tokens=tokens), weights))
-    return results
+        frames = math.ceil(len(x) / system.config.model.encoder.subsampling)
+        recognised.append(Recognition(result._replace(tokens=tokens), found.alpha[i, :frames].tolist()))
+    return recognised
 
 
-def segments(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
-    found, rows = cues(result.words), []
-    starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
-    for i, cue in enumerate(found):
-        text, tokens = join_words(cue), [t for t in result.tokens if starts[i] <= t.start < starts[i + 1]]
-        rows.append({"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text,
-                     "tokens": [t.id for t in tokens], "temperature": temperature,
-                     "avg_logprob": round(statistics.fmean(map(log_confidence, tokens)), 4) if tokens else 0.0,
-                     "no_speech_prob": 0.0,
-                     "compression_ratio": round(len(text.encode()) / len(zlib.compress(text.encode())), 4)})
-    return rows
+def frame_step(system: System) -> float:
+    """Seconds from one firing weight to the next."""
+    return frame_sec(system.config.data) * system.config.model.encoder.subsampling
 
 
-def parse_openai_form(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the form -> what openai_response takes beside the result.
+def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) -> Recognition:
+    """An upload's Recognition of those of its pieces, times from its start; weights between pieces are 0."""
+    weights: list[float] = []
+    parts = []
+    for (start, _), piece in zip(upload.pieces, found):
+        place = round(start / frame_step(system))
+        weights += [0.0] * (place - len(weights)) + piece.weights
+        parts.append((start, piece.result))
+    joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
+    return Recognition(decode.clip_times(system, joined, upload.seconds), weights)
 
-    Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400.
-    """
-    form = fields.get("response_format", "json")
+
+# ---- OpenAI's forms ----
+
+class OpenAIForm(NamedTuple):
+    response_format: str            # json, text, srt, vtt or verbose_json
+    granularities: list[str]        # of verbose_json: segment, word
+    logprobs: bool                  # in json, for each token
+    temperature: float              # has no effect
+    stream: bool                    # as server-sent events
+    language: str                   # echoed in verbose_json
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
+
+
+def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
+    """Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400."""
+    response_format = fields.get("response_format", "json")
     granularities = fields.get("timestamp_granularities[]", ["segment"])
     include = fields.get("include[]", [])
-    for name, values, allowed in (("response_format", [form], ("json", "text", "srt", "vtt", "verbose_json")),
-                                  ("timestamp_granularities[]", granularities, ("segment", "word")),
-                                  ("include[]", include, ("logprobs",))):
-        for value in values:
-            if value not in allowed:
-                raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
-    try:
+    check_choice("response_format", response_format, ("json", "text", "srt", "vtt", "verbose_json"))
+    for value in granularities:
+        check_choice("timestamp_granularities[]", value, ("segment", "word"))
+    for value in include:
+        check_choice("include[]", value, ("logprobs",))
+    temperature = math.nan
+    with contextlib.suppress(ValueError):
         temperature = float(fields.get("temperature", "0"))
-    except ValueError:
-        temperature = math.nan
     if not 0 <= temperature <= 1:
         raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
-    return {"form": form, "granularities": granularities, "temperature": temperature, "logprobs": bool(include),
-            "stream": parse_flag("stream", fields.get("stream")), "language": fields.get("language", "")}
+    stream = parse_flag("stream", fields.get("stream"))
+    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, fields.get("language", ""))
 
 
-def openai_response(result: Result, seconds: float, form: str, granularities: Sequence[str], temperature: float,
-                    logprobs: bool, stream: bool, language: str) -> Response:
-    """The result as response_format `form`, or (stream) as server-sent events; seconds: of the recording."""
+def segment_entries(result: Result, temperature: float) -> list[dict]:
+    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
+    found = cues(result.words)
+    starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
+    entries = []
+    for i, cue in enumerate(found):
+        text = join_words(cue)
+        raw = text.encode()
+        tokens = [token for token in result.tokens if starts[i] <= token.start < starts[i + 1]]
+        mean = statistics.fmean(map(log_confidence, tokens)) if tokens else 0.0
+        entries.append({"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text,
+                        "tokens": [token.id for token in tokens], "temperature": temperature,
+                        "avg_logprob": round(mean, 4), "no_speech_prob": 0.0,
+                        "compression_ratio": round(len(raw) / len(zlib.compress(raw)), 4)})
+    return entries
+
+
+def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Response:
+    """The result as `form` wants it; seconds: of the recording."""
     text = result.text.strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
-    if stream:
-        events = [{"type": "transcript.text.delta", "delta": text},
-                  {"type": "transcript.text.done", "text": text, "usage": usage}]
-        lines = "".join(f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events)
-        return Response(200, "text/event-stream; charset=utf-8", lines.encode())
-    if form == "json":
+    if form.stream:
+        events = ({"type": "transcript.text.delta", "delta": text},
+                  {"type": "transcript.text.done", "text": text, "usage": usage})
+        lines = [f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events]
+        return Response(200, "text/event-stream; charset=utf-8", "".join(lines).encode())
+    if form.response_format == "json":
         value = {"text": text, "usage": usage}
-        if logprobs:
+        if form.logprobs:
             value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()),
                                   "logprob": round(log_confidence(t), 4)} for t in result.tokens]
         return json_response(value)
-    if form == "verbose_json":
-        value = {"task": "transcribe", "language": language, "duration": round(seconds, 3), "text": text,
+    if form.response_format == "verbose_json":
+        value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
                  "usage": usage}
-        if "segment" in granularities:
-            value["segments"] = segments(result, temperature)
-        if "word" in granularities:
+        if "segment" in form.granularities:
+            value["segments"] = segment_entries(result, form.temperature)
+        if "word" in form.granularities:
             value["words"] = [word_entry(word) for word in result.words]
         return json_response(value)
-    content = text + "\n" if form == "text" else subtitles(result.words, form)
-    return Response(200, f"text/{'vtt' if form == 'vtt' else 'plain'}; charset=utf-8", content.encode())
+    content = text + "\n" if form.response_format == "text" else subtitles(result.words, form.response_format)
+    kind = "vtt" if form.response_format == "vtt" else "plain"
+    return Response(200, f"text/{kind}; charset=utf-8", content.encode())
 
 
 # ---- routes ----
@@ -328,17 +380,18 @@ class Server(Door):
     """What the routes need, and the routes."""
 
     def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0):
-        self.options = options
         self.system = system
+        self.options = options
         self.model = system.config.model.name
         self.created = created                          # the checkpoint, seconds since 1970
         self.started = time.monotonic()
         self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.metrics = Metrics()
-        self.batcher = Batcher(lambda feats: recognise(system, feats), options, self.metrics)
+        self.batcher = Batcher(lambda feats: recognise_batch(system, feats), options, self.metrics)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
-        self.parser, self.large_json_parser = ThreadPoolExecutor(1, "parser"), ThreadPoolExecutor(1, "large JSON")
+        self.parser = ThreadPoolExecutor(1, "parser")
+        self.large_json_parser = ThreadPoolExecutor(1, "large JSON")
         limits = Limits(*(getattr(options, name) for name in Limits._fields))
         super().__init__(options.host, options.port, limits, log)
 
@@ -352,11 +405,7 @@ class Server(Door):
             raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
         if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
             return
-        scheme, _, given_key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
-        if self.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(self.key.encode(), given_key)):
-            raise Refusal(401, "invalid_api_key",
-                          "wanted the header 'Authorization: Bearer KEY' with this server's key",
-                          headers=[("WWW-Authenticate", "Bearer")])
+        self.check_key(head)
         if self.draining.is_set():
             raise shutting_down()
         if head.method != "POST":
@@ -369,6 +418,13 @@ class Server(Door):
             raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
         if head.length > limit:
             raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
+
+    def check_key(self, head: Head) -> None:
+        scheme, _, key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if self.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(self.key.encode(), key)):
+            raise Refusal(401, "invalid_api_key",
+                          "wanted the header 'Authorization: Bearer KEY' with this server's key",
+                          headers=[("WWW-Authenticate", "Bearer")])
 
     def answer(self, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
         """A whole, admitted request -> its answer. Raises Refusal or ClientLeft."""
@@ -387,23 +443,26 @@ class Server(Door):
             if head.path != f"/v1/models/{self.model}":
                 raise Refusal(404, "not_found", f"the one model here is {self.model}", "model")
             return json_response(model_card(self))
-        return recognise_route(self, head, body, has_left)
+        return transcribe(self, head, body, has_left)
 
     def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
         if head is None:
             self.metrics.add("asr_rejected_total", 'reason="overloaded"')
             return
-        route, seconds = route_of(head), time.monotonic() - head.started
+        route = route_of(head)
+        seconds = time.monotonic() - head.started
         self.metrics.count_request(route, status, seconds)
         self.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.remark}")
 
 
 def health(server: Server) -> Response:
-    system, ending = server.system, server.draining.is_set()
-    about = {"status": "draining" if ending else "ok", "model": server.model, "feature_dim": system.stats.shape[1],
-             "sample_rate": system.config.data.sample_rate, "device": str(system.stats.device),
-             "uptime": round(time.monotonic() - server.started, 3)}
-    return shutting_down().response(beside=about) if ending else json_response(about)
+    system = server.system
+    about = {"status": "draining" if server.draining.is_set() else "ok", "model": server.model,
+             "feature_dim": system.stats.shape[1], "sample_rate": system.config.data.sample_rate,
+             "device": str(system.stats.device), "uptime": round(time.monotonic() - server.started, 3)}
+    if about["status"] == "ok":
+        return json_response(about)
+    return shutting_down().response(beside=about)
 
 
 def page_response(page: str) -> Response:
@@ -420,82 +479,68 @@ def model_card(server: Server) -> dict:
 
 
 def enqueue(server: Server, head: Head, body: bytes, complete: float,
-            has_left: Callable[[], bool]) -> tuple[Ask, dict[str, Any], list[list[Job]]]:
-    """Parse a body and queue its jobs, on a parser thread -> its Ask; the options for `entry` or openai_response;
-    per utterance, a job for each piece (one without frames is not queued, as its outcome is known).
+            has_left: Callable[[], bool]) -> tuple[Request, list[list[Job]]]:
+    """Parse a body and queue its jobs, on a parser thread -> its Request; for each upload, a job per piece.
 
-    complete: monotonic seconds at which the whole request had arrived; its deadline counts from there.
+    A piece without frames is not queued, as its outcome is known. complete: monotonic seconds at which the whole
+    request had arrived; its deadline counts from there.
     Raises Refusal, or ClientLeft if the client left before its turn.
     """
     if has_left():
         raise ClientLeft
-    ask = read_ask(head, body, server.system, server.options)
-    fields, now = ask.fields, time.monotonic()
-    if head.path == "/transcribe":
-        chosen = {"alignment": parse_flag("alignment", fields.get("alignment"))}
-    else:
-        chosen = parse_openai_form(fields)
-    deadline = complete + parse_timeout(fields.get("timeout"), server.options.request_timeout)
-    jobs = [[Job(feats, utterance, now, deadline, has_left) for _, feats in utterance.pieces]
-            for utterance in ask.utterances]
-    for job in itertools.chain(*jobs):
-        if not len(job.feats):
-            job.taken = now
-            job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
-    server.batcher.submit([job for job in itertools.chain(*jobs) if len(job.feats)])
-    return ask, chosen, jobs
+    request = parse_request(head, body, server.system, server.options)
+    now = time.monotonic()
+    queue, by_upload = [], []
+    for upload in request.uploads:
+        jobs = [Job(feats, upload, now, complete + request.timeout, has_left, taken=now) for _, feats in upload.pieces]
+        by_upload.append(jobs)
+        for job in jobs:
+            if len(job.feats):
+                queue.append(job)
+            else:
+                job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
+    server.batcher.submit(queue)
+    return request, by_upload
 
 
-def frame_step(system: System) -> float:
-    """Seconds from one firing weight to the next."""
-    return frame_sec(system.config.data) * system.config.model.encoder.subsampling
-
-
-def join_pieces(system: System, utterance: Utterance, found: Sequence[Recognition]) -> Recognition:
-    """An utterance's Recognition of those of its pieces, times from its start; weights between pieces are 0."""
-    starts, weights = [start for start, _ in utterance.pieces], []
-    for start, piece in zip(starts, found):
-        place = round(start / frame_step(system))
-        weights += [0.0] * (place - len(weights)) + piece.weights
-    parts = [(start, x.result) for start, x in zip(starts, found)]
-    joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
-    return Recognition(decode.clip_times(system, joined, utterance.seconds), weights)
-
-
-def recognise_route(server: Server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
-    """POST /transcribe and /v1/audio/transcriptions, which differ in their options and in the form of the answer."""
-    large = len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"
-    parser = server.large_json_parser if large else server.parser
+def transcribe(server: Server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
+    """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
+    is_large = len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"
+    parser = server.large_json_parser if is_large else server.parser
+    found = []
     try:
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, body, time.monotonic(), has_left)
-            ask, chosen, jobs = parsing.result(server.options.request_timeout)
-        recognised = [[job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in each] for each in jobs]
+            request, by_upload = parsing.result(server.options.request_timeout)
+        for upload, jobs in zip(request.uploads, by_upload):
+            pieces = [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
+            found.append(join_pieces(server.system, upload, pieces))
     except TimeoutError:
         parsing.cancel()        # has no effect once it has begun
         raise deadline_passed() from None
-    found = [join_pieces(server.system, *each) for each in zip(ask.utterances, recognised)]
-    server.metrics.add("asr_audio_seconds_total", amount=sum(utterance.seconds for utterance in ask.utterances))
+    server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
     if head.path == "/transcribe":
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, *each, total_ms, **chosen) for each in zip(ask.utterances, jobs, found)]
-        answered = {"results": results} if ask.many else results[0]
+        results = [entry(server.system, upload, jobs, recognition, total_ms, request.form)
+                   for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
+        answered = {"results": results} if request.is_batch else results[0]
         response = json_response({"id": head.id, "model": server.model, **answered})
     else:
-        response = openai_response(found[0].result, ask.utterances[0].seconds, **chosen)
-    return response._replace(remark=f" batch {jobs[0][0].batch_size}")
+        response = openai_response(found[0].result, request.uploads[0].seconds, request.form)
+    return response._replace(remark=f" batch {by_upload[0][0].batch_size}")
 
 
-def entry(system: System, utterance: Utterance, jobs: Sequence[Job], found: Recognition, total_ms: float,
+def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognition, total_ms: float,
           alignment: bool) -> dict:
-    """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
-    queued, batches = jobs[0].queued, {job.taken: job.infer_sec for job in jobs}  # pieces may share a batch
-    timing = {"queue_ms": round((min(batches) - queued) * 1e3, 2), "infer_ms": round(sum(batches.values()) * 1e3, 2),
+    """The answer for one upload. alignment adds the firing weights, one every `step` seconds, for pictures."""
+    batches = {job.taken: job.infer_sec for job in jobs}        # pieces may share a batch
+    timing = {"queue_ms": round((min(batches) - jobs[0].queued) * 1e3, 2),
+              "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
-    tokens = [token._asdict() for token in found.result.tokens]
-    value = {"text": found.result.text, "confidence": found.result.confidence, "tokens": tokens,
-             "frames": sum(len(feats) for _, feats in utterance.pieces), "duration": round(utterance.seconds, 3),
+    value = {"text": found.result.text, "confidence": found.result.confidence,
+             "tokens": [token._asdict() for token in found.result.tokens],
+             "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
              "timing": timing}
     if alignment:
         weights = [round(weight, 4) for weight in found.weights]
@@ -503,10 +548,9 @@ def entry(system: System, utterance: Utterance, jobs: Sequence[Job], found: Reco
     return value
 
 
-# ---- metrics and log ----
-
 def metrics_text(server: Server) -> str:
-    phases, batcher = list(server.phases.values()), server.batcher
+    phases = list(server.phases.values())
+    batcher = server.batcher
     return server.metrics.text({
         "asr_batch_padding_ratio": batcher.padding / max(1, batcher.padded),
         "asr_queue_depth": num_utterances(batcher.waiting), "asr_inflight_requests": phases.count("busy"),
@@ -560,26 +604,25 @@ def drain(server: Server, timeout: float) -> None:
     """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; takes `timeout` s at most."""
     started = time.monotonic()
     server.draining.set()
-    for phases, seconds in ((["idle"], min(CUT_SEC, 0.3 * timeout)),
-                          (["idle", "reading"], max(0.5 * timeout, timeout - 1.0))):
-        server.cut(phases)
-        while server.phases and time.monotonic() < started + seconds:
-            time.sleep(0.01)
+    server.cut(["idle"], started + min(CUT_SEC, 0.3 * timeout))
+    server.cut(["idle", "reading"], started + max(0.5 * timeout, timeout - 1.0))
     with server.batcher.changed:
-        late, server.batcher.waiting = server.batcher.waiting, []
+        late = server.batcher.waiting
+        server.batcher.waiting = []
     for job in late:
         job.outcome.set_exception(shutting_down())
-    time.sleep(0.2 if late else 0.0)        # for their answers
+    if late:
+        time.sleep(0.2)         # for their answers
     server.shutdown()
     server.server_close()
 
 
 def load_warm(options: argparse.Namespace) -> System:
-    """The system after one pass, on as many threads as are asked for, so that the first client does not wait for torch."""
+    """The system, after one pass on as many threads as are asked for: the first client does not wait for torch."""
     if options.threads:
         torch.set_num_threads(options.threads)
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
-    recognise(system, [torch.zeros(50, system.stats.shape[1])])
+    recognise_batch(system, [torch.zeros(50, system.stats.shape[1])])
     return system
 
 

@@ -1593,8 +1593,8 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
 
 # C58
 def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypatch):
-    read, parsed = serve.read_ask, []
-    monkeypatch.setattr(serve, "read_ask", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
+    read, parsed = serve.parse_request, []
+    monkeypatch.setattr(serve, "parse_request", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
     with serving(request_timeout=0.4) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         started = time.monotonic()
         found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:30]})), range(4)))
@@ -1756,11 +1756,11 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path, tria
 
 ENDLESS = """
 import sys, torch, serve
-passes, x = serve.recognise, torch.ones(300, 300)
-def recognise(system, feats):
+passes, x = serve.recognise_batch, torch.ones(300, 300)
+def recognise_batch(system, feats):
     while len(feats[0]) == 120: x @ x
     return passes(system, feats)
-serve.recognise = recognise
+serve.recognise_batch = recognise_batch
 sys.exit(serve.main(sys.argv[1:]))
 """
 
@@ -2514,7 +2514,7 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
 
 
 def job(frames: int, now: float, deadline: float = 1e9, has_left=lambda: False) -> batcher.Job:
-    return batcher.Job(torch.zeros(frames, 40), serve.Utterance([], 0.0), now, deadline, has_left)
+    return batcher.Job(torch.zeros(frames, 40), serve.Upload([], 0.0), now, deadline, has_left)
 
 
 # C55
@@ -6435,10 +6435,10 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
     """Oracle: each utterance alone."""
     system, rng = serving_system(), np.random.default_rng(0)
     feats = [torch.from_numpy(rng.standard_normal((n, 40))).float() for n in rng.integers(5, 260, 24)]
-    alone = [serve.recognise(system, [x])[0].result for x in feats]
+    alone = [serve.recognise_batch(system, [x])[0].result for x in feats]
     for trial in range(6):
         chosen = rng.permutation(24)[:rng.integers(2, 17)]
-        for i, found in zip(chosen, serve.recognise(system, [feats[i] for i in chosen])):
+        for i, found in zip(chosen, serve.recognise_batch(system, [feats[i] for i in chosen])):
             assert found.result.text == alone[i].text
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
@@ -6464,7 +6464,7 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     weights, step = found["alignment"]["weights"], found["alignment"]["step"]
     assert 8.9 < len(weights) * step < 9.05
     pieces = list(audio.segments(raw, system.config.data, *system.segment_sec))
-    alone = serve.recognise(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    alone = serve.recognise_batch(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
 
@@ -6488,21 +6488,21 @@ SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in 
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
-        chosen = serve.parse_openai_form({"language": "en"}) | changes
-        return serve.openai_response(result, 62.0, **chosen).body.decode()
+        form = serve.parse_openai_form({"language": "en"})._replace(**changes)
+        return serve.openai_response(result, 62.0, form).body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
-    assert body(form="text") == "one two six\n"
-    assert body(form="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
+    assert body(response_format="text") == "one two six\n"
+    assert body(response_format="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
                                   "2\n00:01:01,000 --> 00:01:01,500\nsix\n\n")
-    assert body(form="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
-    verbose = json.loads(body(form="verbose_json", granularities=["segment", "word"]))
+    assert body(response_format="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
+    verbose = json.loads(body(response_format="verbose_json", granularities=["segment", "word"]))
     assert verbose["words"][1] == {"word": "two", "start": 0.4, "end": 1.2, "confidence": 0.8}
     assert verbose["segments"][0] == {
         "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.0,
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
-    assert "segments" not in json.loads(body(form="verbose_json", granularities=["word"]))
+    assert "segments" not in json.loads(body(response_format="verbose_json", granularities=["word"]))
     logprobs = json.loads(body(logprobs=True))["logprobs"]
     assert logprobs[0] == {"token": "▁one", "bytes": list("▁one".encode()), "logprob": -0.6931}
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
@@ -6514,17 +6514,17 @@ def test_openai_formats_by_hand():
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     system = checkpoint.load_system(KIT / "sanm", "cpu")
     feats = recorded("sanm", WAVS[0])["feats"]
-    found, wanted = serve.recognise(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
+    found, wanted = serve.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
     verbose = serve.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
-    body = json.loads(serve.openai_response(found, 9.0, **verbose).body)
+    body = json.loads(serve.openai_response(found, 9.0, verbose).body)
     assert body["words"] == [report.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
 
 # C53
 def test_word_tokens_are_marked_so_that_they_spell_the_text():
     system = serving_system("word")
-    found = serve.recognise(system, [torch.from_numpy(np.array(ROWS)).float()])[0].result
+    found = serve.recognise_batch(system, [torch.from_numpy(np.array(ROWS)).float()])[0].result
     assert len(found.text.split()) > 2
     assert "".join(t.token for t in found.tokens).replace("▁", " ").strip() == found.text
 

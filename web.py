@@ -297,12 +297,15 @@ class Door(ThreadingHTTPServer):
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
         self.log(traceback.format_exc())
 
-    def cut(self, phases: Sequence[str]) -> None:
-        """End the connections in these phases: their reads return b"" from now on."""
+    def cut(self, phases: Sequence[str], until: float) -> None:
+        """End the connections in these phases (their reads return b"" from now on) and wait, until monotonic seconds
+        at most, for all to close."""
         for request, phase in list(self.phases.items()):
             if phase in phases:
                 with contextlib.suppress(OSError):
                     request.shutdown(socket.SHUT_RD)
+        while self.phases and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 # ---- the head of a request ----
