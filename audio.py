@@ -263,6 +263,8 @@ def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
 LEVEL_SEC = 0.010       # from one level to the next
 PAUSE_SEC = 0.4         # a pause of this length ends a segment, a shorter one only where there is none
 FLOOR_PERCENT = 10      # the floor, i.e. the level of the background, is this percentile of the levels
+RANGE_DB = 70           # from the loudest level to the lowest that is told from silence
+SILENCE = 1e-16         # power: below 24-bit samples, above what float32 leaves of a mean of 0.03
 QUIET_SHARE = 0.25      # quiet is what lies below this share of the way from the floor to the loudest level
 
 
@@ -272,9 +274,16 @@ class Segment(NamedTuple):
 
 
 def levels(samples: Tensor, size: int) -> np.ndarray:
-    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS, at least -90."""
-    padded = torch.nn.functional.pad(samples, (0, -len(samples) % size))
-    return 10 * padded.view(-1, size).square().mean(1).clamp(1e-9, 1e9).log10().numpy()
+    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS.
+
+    Without the mean of each block, so that an offset, also a drifting one, is no sound. At least RANGE_DB below the
+    loudest block, so that zeros between words do not make a faint noise loud.
+    """
+    missing = -len(samples) % size
+    blocks = torch.cat([samples, samples[-1:].expand(missing)]).view(-1, size)
+    blocks = blocks - blocks.mean(1, keepdim=True)
+    level = 10 * blocks.square().mean(1).clamp(SILENCE, 1e9).log10()
+    return level.clamp(min=level.max().item() - RANGE_DB).numpy()
 
 
 def runs(quiet: np.ndarray) -> list[tuple[int, int]]:

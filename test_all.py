@@ -916,15 +916,19 @@ def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8
 
 
 # C79
-@pytest.mark.parametrize("gain", [1.0, 0.01])
-@pytest.mark.parametrize("floor_db", [-200.0, -60.0, -40.0])
-def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_and_the_floor(floor_db, gain):
-    """Words of 0.3 s, 0.15 s apart, in phrases with half a second between them."""
+@pytest.mark.parametrize("gain", [1.0, 0.01, 0.0001])
+@pytest.mark.parametrize("floor_db,offset,drift", [
+    (-200.0, 0, 0), (-60.0, 0, 0), (-40.0, 0, 0), (-60.0, 0.3, 0), (-50.0, -0.1, 0.3), (-200.0, 0.3, 0)])
+def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_the_floor_and_the_offset(floor_db, offset, drift,
+                                                                                              gain):
+    """Words of 0.3 s, 0.15 s apart, in phrases with half a second between them. The drift goes up and down in 20 s."""
     rng, rate = np.random.default_rng(1), 8000
     phrases = [[(0.3, 0.15)] * int(n) + [(0.3, 0.5)] for n in rng.integers(1, 8, 30)]
     lengths = [sum(sound + rest for sound, rest in phrase) for phrase in phrases]
     pauses = np.cumsum(lengths)[:-1] - 0.25
-    samples = torch.from_numpy(gain * talk(rng, [word for phrase in phrases for word in phrase], floor_db)).float()
+    x = talk(rng, [word for phrase in phrases for word in phrase], floor_db)
+    x += offset + drift * np.sin(2 * np.pi * np.arange(len(x)) / (20 * rate))
+    samples = torch.from_numpy(gain * x).float()
     found = list(audio.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
     cuts = np.array([piece.start_sec for piece in found[1:]])
     wanted, last = [], 0.0
