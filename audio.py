@@ -30,8 +30,9 @@ from torch import Tensor
 # ---- wav ----
 
 class WavHeader(NamedTuple):
-    code: int           # format tag: 1 = integers, 3 = floats
+    code: int           # format tag: 1 = integers, 3 = floats, 6 = A-law, 7 = mu-law
     bits: int           # of one sample of one channel
+    size: int           # bytes that it takes
     channels: int
     rate_hz: int
     start: int          # byte where the samples begin
@@ -39,36 +40,66 @@ class WavHeader(NamedTuple):
 
 
 MAX_CHUNKS = 10000      # of a WAV file before its samples: a file of empty chunks must not keep a server busy
-SAMPLE_TYPES = {    # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
+UNKNOWN_SIZE = 2**32 - 1
+SAMPLE_TYPES = {        # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
     (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
-    (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0)}
+    (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0),
+    (6, 8): ("u1", 0, 2.0 ** 12), (7, 8): ("u1", 0, 2.0 ** 13)}     # once law_table has made numbers of the bytes
 
 
-def parse_fmt(fmt: bytes) -> tuple[int, int, int, int]:
-    """The 'fmt ' chunk -> code, bits, channels, rate_hz."""
+@functools.lru_cache
+def law_table(code: int) -> np.ndarray:
+    """The number that each byte of A-law (13 bits) or mu-law (14 bits) stands for, (256,). Source: ITU-T G.711."""
+    byte = np.arange(256) ^ (0x55 if code == 6 else 0xFF)
+    exponent = (byte >> 4) & 7
+    mantissa = byte & 15
+    if code == 6:
+        number = np.where(exponent == 0, 2 * mantissa + 1, (2 * mantissa + 33) << np.maximum(exponent - 1, 0))
+        return np.where(byte & 128, number, -number)
+    number = ((2 * mantissa + 33) << exponent) - 33
+    return np.where(byte & 128, -number, number)
+
+
+def sample_size(bits: int, channels: int, align: int) -> int:
+    """Bytes of a sample of one channel, whose fmt chunk says that one of all channels takes `align`.
+
+    24 bits may lie in 4 bytes. 0 and 1 mean nothing: some writers put them. Raises ValueError for a contradiction.
+    """
+    packed = bits // 8
+    if bits == 24 and align == 4 * channels:
+        return 4
+    if align not in (0, 1, packed * channels):
+        raise ValueError(f"wanted a block align of {packed * channels} for {channels} x {bits} bits, got {align}")
+    return packed
+
+
+def parse_fmt(fmt: bytes) -> tuple[int, int, int, int, int]:
+    """The 'fmt ' chunk -> code, bits, channels, rate_hz, align."""
     if len(fmt) < 16:
         raise ValueError(f"wanted a 'fmt ' chunk of 16 bytes or more before 'data', got {len(fmt)}")
-    code, channels, rate_hz, _, _, bits = struct.unpack("<HHIIHH", fmt[:16])
+    code, channels, rate_hz, _, align, bits = struct.unpack("<HHIIHH", fmt[:16])
     if code == 0xFFFE and len(fmt) >= 26:       # WAVE_FORMAT_EXTENSIBLE: the real code opens the sub-format
         code = int.from_bytes(fmt[24:26], "little")
     if channels < 1 or not 1000 <= rate_hz <= 1_000_000:
         raise ValueError(f"wanted one channel or more at 1000 to 1000000 Hz, got {channels} at {rate_hz} Hz")
-    return code, bits, channels, rate_hz
+    return code, bits, channels, rate_hz, align
 
 
 def read_header(file: BinaryIO) -> WavHeader | None:
     """Walk the RIFF chunks of a seekable file; None if it is no WAV of SAMPLE_TYPES, ValueError if it is a broken one.
 
     Our own walk, because `wave` (Python 3.11) refuses float and WAVE_FORMAT_EXTENSIBLE, which recorders write for 24
-    and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end".
+    and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end". RF64
+    has the size in a chunk of its own, ds64.
     """
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
     fmt = b""
+    long_size = 0
     if end == 0:
         raise ValueError("wanted a recording, got an empty file")
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
         return None
     for _ in range(MAX_CHUNKS):
         if len(head := file.read(8)) < 8:
@@ -77,26 +108,42 @@ def read_header(file: BinaryIO) -> WavHeader | None:
         start = file.tell()
         if head[:4] == b"fmt ":
             fmt = file.read(min(size, 40))
+        elif head[:4] == b"ds64":
+            long_size = int.from_bytes(file.read(16)[8:], "little")
         elif head[:4] == b"data":
-            code, bits, channels, rate_hz = parse_fmt(fmt)
+            code, bits, channels, rate_hz, align = parse_fmt(fmt)
             if (code, bits) not in SAMPLE_TYPES:
                 return None
-            num_samples = min(size or end, end - start) // (channels * bits // 8)
-            return WavHeader(code, bits, channels, rate_hz, start, num_samples)
+            if size == UNKNOWN_SIZE:
+                size = long_size
+            sample = sample_size(bits, channels, align)
+            num_samples = min(size or end, end - start) // (channels * sample)
+            return WavHeader(code, bits, sample, channels, rate_hz, start, num_samples)
         file.seek(start + size + size % 2)      # chunks are padded to an even size
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
 
 
+def widen(x: np.ndarray, size: int) -> np.ndarray:
+    """Bytes (n * size,) of 24-bit samples of 3 or 4 bytes -> (n * 4,), the sample in the upper three."""
+    x = x.reshape(-1, size)
+    if size == 4 and (x[:, 3] != np.where(x[:, 2] & 128, 255, 0)).any():
+        raise ValueError("wanted 24-bit samples in the lower three of 4 bytes, got others")
+    return np.pad(x[:, :3], ((0, 0), (1, 0)))
+
+
 def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
     """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
-    size = header.channels * header.bits // 8
+    size = header.channels * header.size
     stop = header.num_samples if stop is None else stop
     file.seek(header.start + start * size)
     x = np.frombuffer(file.read((stop - start) * size), np.uint8)
     if header.bits == 24:
-        x = np.pad(x.reshape(-1, 3), ((0, 0), (1, 0)))
+        x = widen(x, header.size)
     kind, zero, full_scale = SAMPLE_TYPES[header.code, header.bits]
-    x = (x.view(kind).astype(np.float64) - zero) / full_scale
+    x = x.view(kind)
+    if header.code in (6, 7):
+        x = law_table(header.code)[x]
+    x = (x.astype(np.float64) - zero) / full_scale
     with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
         x = x.reshape(-1, header.channels).mean(1).astype(np.float32)
     if not np.isfinite(x).all():
@@ -111,8 +158,8 @@ def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
     A playlist cannot make ffmpeg open other files or URLs. Raises ValueError if ffmpeg is missing or fails.
     """
     if shutil.which("ffmpeg") is None:
-        raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64), got another format: that needs ffmpeg, "
-                         "which is not installed")
+        raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law, mu-law), got another format: that needs "
+                         "ffmpeg, which is not installed")
     protocol, url = ("pipe", "pipe:0") if isinstance(source, bytes) else ("file", f"file:{source}")
     command = ["ffmpeg", "-v", "error", "-protocol_whitelist", protocol, "-i", url, "-vn", "-c:a", "pcm_f32le",
                "-f", "wav", "pipe:1"]
@@ -129,7 +176,7 @@ def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
 def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
     """The WAV of a recording, from a path or a file's bytes, and its header.
 
-    WAV with PCM 8/16/24/32 bits or float 32/64 is read here, every other format through ffmpeg where it is installed.
+    WAV and RF64 of SAMPLE_TYPES are read here, every other format through ffmpeg where it is installed.
     A ValueError, also one that the block of the `with` raises, is prefixed with the path.
     """
     in_memory = isinstance(source, bytes)

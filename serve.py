@@ -164,8 +164,8 @@ def json_uploads(value: dict, system: System, options: argparse.Namespace) -> li
 
 
 MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
-         (rb"....ftyp", "MP4"), (rb"RIFX", "big-endian WAV"), (rb"RF64", "RF64"), (rb"FORM", "AIFF"),
-         (rb"RIFF", "WAV with another sample format"), (rb"", "something else"))       # first bytes, for the message
+         (rb"....ftyp", "MP4"), (rb"RIFX", "big-endian WAV"), (rb"FORM", "AIFF"),
+         (rb"RIFF|RF64", "WAV with another sample format"), (rb"", "something else"))   # first bytes, for the message
 
 
 def wav_seconds(body: bytes, longest: float) -> float:
@@ -181,8 +181,8 @@ def wav_seconds(body: bytes, longest: float) -> float:
             found = f"{header.channels} channels at {header.rate_hz} Hz"
         else:
             found = next(name for start, name in MAGIC if re.match(start, body, re.DOTALL))
-        raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit or float 32/64, "
-                      f"1 to 8 channels, 4 to 384 kHz), got {found}", "file")
+        raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law or "
+                      f"mu-law, 1 to 8 channels, 4 to 384 kHz), got {found}", "file")
     seconds = header.num_samples / header.rate_hz
     if not seconds:
         raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")

@@ -757,15 +757,17 @@ def write_manifest(path: Path, rows: list) -> Path:
 # ---- audio: wav ----
 
 def wav(samples: np.ndarray | bytes, code: int = 1, bits: int = 16, channels: int = 1, rate_hz: int = 8000,
-        extensible: bool = False, size: int | None = None, before: bytes = b"", after: bytes = b"") -> bytes:
+        extensible: bool = False, size: int | None = None, before: bytes = b"", after: bytes = b"",
+        align: int | None = None, head: bytes = b"RIFF") -> bytes:
     """The bytes of a WAV file; size is what its data chunk says of itself, before and after are other chunks."""
-    content, block = bytes(samples), channels * bits // 8
+    content = bytes(samples)
+    block = channels * bits // 8 if align is None else align
     code_or_more, bytes_per_sec = 0xFFFE if extensible else code, rate_hz * block % 2**32
     fmt = struct.pack("<HHIIHH", code_or_more, channels, rate_hz, bytes_per_sec, block, bits)
     if extensible:
         fmt += struct.pack("<HHIH", 22, bits, 0, code) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
     chunk = b"data" + struct.pack("<I", len(content) if size is None else size) + content
-    return b"RIFF\xff\xff\xff\xffWAVE" + before + b"fmt " + struct.pack("<I", len(fmt)) + fmt + chunk + after
+    return head + b"\xff\xff\xff\xffWAVE" + before + b"fmt " + struct.pack("<I", len(fmt)) + fmt + chunk + after
 
 
 def encode_samples(values: list[int], code: int, bits: int) -> bytes:
@@ -794,6 +796,48 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, ch
         assert audio.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
 
+# C12
+def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused():
+    values = [-8, 7, 0, -16, 15, 3]
+    packed = encode_samples(values, 1, 24)
+    wide = b"".join((v << 19).to_bytes(4, "little", signed=True) for v in values)
+    for blob in [wav(packed, 1, 24, 2, align=align) for align in (6, 0, 1)] + [wav(wide, 1, 24, 2, align=8)]:
+        assert audio.load_wav(blob)[0].tolist() == [-0.5 / 16, -8 / 16, 9 / 16]
+    for blob, words in ((wav(packed, 1, 24, 2, align=4), "wanted a block align of 6 for 2 x 24 bits, got 4"),
+                        (wav(packed, 1, 16, 1, align=4), "wanted a block align of 2 for 1 x 16 bits, got 4"),
+                        (wav(wide[1:] + b"\0", 1, 24, 2, align=8), "in the lower three of 4 bytes, got others")):
+        with pytest.raises(ValueError, match=words):
+            audio.load_wav(blob)
+
+
+@pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases is not here")
+@pytest.mark.parametrize("name", ["a_24in4_low_arecord", "c_24in4_low_stereo"])
+def test_recordings_of_24_bits_in_4_bytes_equal_the_plain_one(name):
+    plain, rate_hz = audio.load_wav(SHARED / "cases/wav_24_in_4/k_plain16.wav")
+    samples, own_hz = audio.load_wav(SHARED / f"cases/wav_24_in_4/{name}.wav")
+    assert own_hz == rate_hz == 16000 and torch.equal(samples, plain)
+
+
+# C12
+@pytest.mark.parametrize("code,planted", [       # of 16 bits, from the tables of G.711
+    (6, {0xD5: 8, 0x55: -8, 0xD4: 24, 0xC5: 264, 0xF5: 528, 0xAA: 32256, 0x2A: -32256, 0xA5: 16896, 0x25: -16896}),
+    (7, {0xFF: 0, 0x7F: 0, 0xFE: 8, 0x7E: -8, 0xEF: 132, 0x80: 32124, 0x00: -32124, 0x8F: 16764, 0x9F: 8316})])
+def test_a_law_and_mu_law_have_the_numbers_of_their_tables(code, planted):
+    numbers = (audio.load_wav(wav(bytes(range(256)), code, 8))[0] * 32768).numpy()
+    assert {byte: numbers[byte] for byte in planted} == planted
+    positive = np.sort(numbers[128:])
+    assert np.array_equal(np.sort(-numbers[:128]), positive)
+    spaces = [np.unique(np.diff(part)).tolist() for part in positive.reshape(8, 16)]
+    assert spaces == [[16 << max(0, s - 1) if code == 6 else 8 << s] for s in range(8)]
+
+
+def test_rf64_has_the_size_of_its_samples_in_a_chunk_of_its_own():
+    payload = encode_samples([1, 2, 3, 4], 1, 16)
+    ds64 = b"ds64" + struct.pack("<IQQQI", 28, 2**33, len(payload), 4, 0)
+    blob = wav(payload, 1, 16, size=0xFFFFFFFF, before=ds64, after=b"LIST\4\0\0\0abcd", head=b"RF64")
+    assert audio.load_wav(blob)[0].tolist() == [1 / 16, 2 / 16, 3 / 16, 4 / 16]
+
+
 def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
@@ -802,7 +846,7 @@ def test_a_cut_last_sample_of_a_wav_is_dropped():
 # C12
 @pytest.mark.parametrize("blob,words", [
     (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
-    (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav(b"ab", 7, 8, 1), "ffmpeg"),
+    (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav(b"ab", 2, 4, 1), "ffmpeg"),
     (wav(b"ab", 1, 16, 0), "one channel"), (wav(b"ab", 1, 16, 1, 3), "got 1 at 3 Hz"),
     (wav(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2"),
     (wav(struct.pack("<dd", 0, 1e39), 3, 64, 1), "inf at sample 1")])
@@ -6312,8 +6356,8 @@ BAD_WAVS = {
     (400, "unsupported_format"): {
         "junk": b"x" * 100, "magic only": b"RIFF\0\0\0\0WAVE", "half a magic": b"RIFF", "mp3": b"ID3\x04" + bytes(99),
         "ogg": b"OggS" + bytes(99), "flac": b"fLaC" + bytes(99), "webm": b"\x1aE\xdf\xa3" + bytes(99),
-        "m4a": b"\0\0\0\x20ftypM4A " + bytes(99), "rf64": b"RF64" + wav(NOISE)[4:], "no data chunk": wav(NOISE)[:36],
-        "data before fmt": b"RIFF\0\0\0\0WAVEdata\4\0\0\0\0\0\0\0", "a-law": wav(bytes(99), 6, 8),
+        "m4a": b"\0\0\0\x20ftypM4A " + bytes(99), "rifx": b"RIFX" + wav(NOISE)[4:], "no data chunk": wav(NOISE)[:36],
+        "data before fmt": b"RIFF\0\0\0\0WAVEdata\4\0\0\0\0\0\0\0", "adpcm": wav(bytes(99), 2, 4), "align": wav(bytes(99), align=3),
         "12 bits": wav(bytes(99), 1, 12), "float 16": wav(bytes(99), 3, 16), "0 bits": wav(bytes(99), 1, 0),
         "0 channels": wav(bytes(99), channels=0), "9 channels": wav(bytes(180), channels=9),
         **{f"rate {rate_hz}": wav(NOISE, rate_hz=rate_hz) for rate_hz in (0, 3999, 384001, 2**32 - 1)},
