@@ -32,56 +32,80 @@ FILES = {"config": "config.yaml", "model": "model.pt", "tokens": "tokens.json", 
          "seg_dict": "seg_dict"}      # unless configuration.json says otherwise, in file_path_metas:
 FILE_KEYS = {"init_param": "model", "config": "config", "tokenizer_conf.token_list": "tokens",
              "tokenizer_conf.seg_dict_file": "seg_dict", "frontend_conf.cmvn_file": "stats"}
-# Tables of FunASR's options (sanm_shfit, upsacle_samples: its spelling): option -> (its default, our field of the same
-# meaning or, where we have none, a list of the one value that is implemented here).
-LAYERS = {"attention_heads": (4, "num_heads"), "linear_units": (2048, "ffn_dim"), "num_blocks": (6, "num_layers"),
-          "dropout_rate": (0.1, "dropout"), "normalize_before": (True, [True]), "concat_after": (False, [False])}
-ENCODER = LAYERS | {"output_size": (256, "hidden_dim"), "attention_dropout_rate": (0.0, "attention_dropout")}
-CIF = {"l_order": (1, "left"), "r_order": (1, "right"), "threshold": (1.0, [1.0]), "smooth_factor": (1.0, "smooth"),
-       "noise_threshold": (0.0, "noise"), "dropout": (0.1, "dropout")}
-MODEL = {"ctc_weight": (0.5, "ctc_weight"), "lsm_weight": (0.0, "label_smoothing"), "predictor_bias": (0, "end_token"),
-         "predictor_weight": (0.0, "quantity_weight"), "length_normalized_loss": (False, "loss_unit"),
-         "sampling_ratio": (0.2, "sampling_ratio"), "share_embedding": (False, "share_embedding")}
+
+
+class Option(NamedTuple):
+    """An option of FunASR's: what it means here."""
+    default: Any        # where FunASR's config leaves it out
+    field: str = ""     # ours of the same meaning; "": we have none
+    only: Any = None    # without a field: the one value that is implemented here
+
+
+class PublishedClass(NamedTuple):
+    """A class of FunASR's."""
+    ours: dict[str, Any]            # our fields that the class alone decides
+    options: dict[str, Option]      # by FunASR's names, in its spelling (sanm_shfit, upsacle_samples)
+
+
+LAYERS = {
+    "attention_heads": Option(4, "num_heads"), "linear_units": Option(2048, "ffn_dim"),
+    "num_blocks": Option(6, "num_layers"), "dropout_rate": Option(0.1, "dropout"),
+    "normalize_before": Option(True, only=True), "concat_after": Option(False, only=False)}
+ENCODER = LAYERS | {
+    "output_size": Option(256, "hidden_dim"), "attention_dropout_rate": Option(0.0, "attention_dropout")}
+CIF = {
+    "l_order": Option(1, "left"), "r_order": Option(1, "right"), "threshold": Option(1.0, only=1.0),
+    "smooth_factor": Option(1.0, "smooth"), "noise_threshold": Option(0.0, "noise"), "dropout": Option(0.1, "dropout")}
+MODEL = {
+    "ctc_weight": Option(0.5, "ctc_weight"), "lsm_weight": Option(0.0, "label_smoothing"),
+    "predictor_bias": Option(0, "end_token"), "predictor_weight": Option(0.0, "quantity_weight"),
+    "length_normalized_loss": Option(False, "loss_unit"), "sampling_ratio": Option(0.2, "sampling_ratio"),
+    "share_embedding": Option(False, "share_embedding")}
 SANM_DECODER = LAYERS | {
-    "att_layer_num": (6, "attention_layers"), "kernel_size": (21, "kernel_size"), "sanm_shfit": (0, "memory_shift"),
-    "self_attention_dropout_rate": (0.0, "attention_dropout")}
-PUBLISHED = {     # part -> FunASR's class -> (our fields that the class alone decides, table of its options)
+    "att_layer_num": Option(6, "attention_layers"), "kernel_size": Option(21, "kernel_size"),
+    "sanm_shfit": Option(0, "memory_shift"), "self_attention_dropout_rate": Option(0.0, "attention_dropout")}
+PUBLISHED = {     # part of a model -> FunASR's classes
     "model": {
-        "Paraformer": ({"name": "paraformer"}, MODEL), "BiCifParaformer": ({"name": "paraformer"}, MODEL),
-        "SeacoParaformer": ({"name": "seaco"}, MODEL | {
-            "NO_BIAS": (8377, "hotwords.no_bias"), "bias_encoder_bid": (False, "hotwords.both_ways"),
-            "bias_encoder_type": ("lstm", ["lstm"])}),
-        "ContextualParaformer": ({"name": "contextual"}, MODEL | {
-            "use_decoder_embedding": (False, "hotwords.share_embedding"), "bias_encoder_type": ("lstm", ["lstm"])})},
+        "Paraformer": PublishedClass({"name": "paraformer"}, MODEL),
+        "BiCifParaformer": PublishedClass({"name": "paraformer"}, MODEL),
+        "SeacoParaformer": PublishedClass({"name": "seaco"}, MODEL | {
+            "NO_BIAS": Option(8377, "hotwords.no_bias"), "bias_encoder_bid": Option(False, "hotwords.both_ways"),
+            "bias_encoder_type": Option("lstm", only="lstm")}),
+        "ContextualParaformer": PublishedClass({"name": "contextual"}, MODEL | {
+            "use_decoder_embedding": Option(False, "hotwords.share_embedding"),
+            "bias_encoder_type": Option("lstm", only="lstm")})},
     "encoder": {
-        "SANMEncoder": ({"kind": "sanm", "subsampling": 1}, ENCODER | {
-            "kernel_size": (11, "kernel_size"), "sanm_shfit": (0, "memory_shift"), "input_layer": ("conv2d", ["pe"]),
-            "selfattention_layer_type": ("sanm", ["sanm"]), "positionwise_layer_type": ("linear", ["linear"])}),
-        "ConformerEncoder": ({"kind": "relative_conformer", "subsampling": 4}, ENCODER | {
-            "cnn_module_kernel": (31, "kernel_size"), "input_layer": ("conv2d", ["conv2d"]),
-            "macaron_style": (False, [True]), "use_cnn_module": (True, [True]), "activation_type": ("swish", ["swish"]),
-            "pos_enc_layer_type": ("rel_pos", ["rel_pos"]), "rel_pos_type": ("legacy", ["legacy"]),
-            "selfattention_layer_type": ("rel_selfattn", ["rel_selfattn"])})},
+        "SANMEncoder": PublishedClass({"kind": "sanm", "subsampling": 1}, ENCODER | {
+            "kernel_size": Option(11, "kernel_size"), "sanm_shfit": Option(0, "memory_shift"),
+            "input_layer": Option("conv2d", only="pe"), "selfattention_layer_type": Option("sanm", only="sanm"),
+            "positionwise_layer_type": Option("linear", only="linear")}),
+        "ConformerEncoder": PublishedClass({"kind": "relative_conformer", "subsampling": 4}, ENCODER | {
+            "cnn_module_kernel": Option(31, "kernel_size"), "input_layer": Option("conv2d", only="conv2d"),
+            "macaron_style": Option(False, only=True), "use_cnn_module": Option(True, only=True),
+            "activation_type": Option("swish", only="swish"), "pos_enc_layer_type": Option("rel_pos", only="rel_pos"),
+            "rel_pos_type": Option("legacy", only="legacy"),
+            "selfattention_layer_type": Option("rel_selfattn", only="rel_selfattn")})},
     "predictor": {
-        "CifPredictor": ({"kind": "depthwise"}, CIF | {"tail_threshold": (0.45, "tail")}),
-        "CifPredictorV2": ({"kind": "dense"}, CIF | {"tail_threshold": (0.0, "tail")}),
-        "CifPredictorV3": ({"kind": "dense"}, CIF | {
-            "tail_threshold": (0.0, "tail"), "smooth_factor2": (1.0, "timing_smooth"),
-            "noise_threshold2": (0.0, "timing_noise"), "upsample_times": (5, "upsampling"),
-            "use_cif1_cnn": (True, [False]), "upsample_type": ("cnn", ["cnn_blstm"])})},
+        "CifPredictor": PublishedClass({"kind": "depthwise"}, CIF | {"tail_threshold": Option(0.45, "tail")}),
+        "CifPredictorV2": PublishedClass({"kind": "dense"}, CIF | {"tail_threshold": Option(0.0, "tail")}),
+        "CifPredictorV3": PublishedClass({"kind": "dense"}, CIF | {
+            "tail_threshold": Option(0.0, "tail"), "smooth_factor2": Option(1.0, "timing_smooth"),
+            "noise_threshold2": Option(0.0, "timing_noise"), "upsample_times": Option(5, "upsampling"),
+            "use_cif1_cnn": Option(True, only=False), "upsample_type": Option("cnn", only="cnn_blstm")})},
     "decoder": {
-        "ParaformerSANMDecoder": ({"kind": "sanm"}, SANM_DECODER),
-        "ContextualParaformerDecoder": ({"kind": "sanm"}, SANM_DECODER),
-        "ParaformerSANDecoder": ({"kind": "bare"}, LAYERS)},
+        "ParaformerSANMDecoder": PublishedClass({"kind": "sanm"}, SANM_DECODER),
+        "ContextualParaformerDecoder": PublishedClass({"kind": "sanm"}, SANM_DECODER),
+        "ParaformerSANDecoder": PublishedClass({"kind": "bare"}, LAYERS)},
     "seaco_decoder": {
-        "ParaformerSANMDecoder": ({"kind": "sanm"}, SANM_DECODER | {
-            "use_output_layer": (True, [False]), "wo_input_layer": (False, [True])})},
+        "ParaformerSANMDecoder": PublishedClass({"kind": "sanm"}, SANM_DECODER | {
+            "use_output_layer": Option(True, only=False), "wo_input_layer": Option(False, only=True)})},
     "frontend": {
-        "WavFrontend": ({}, {
-            "fs": (16000, "sample_rate"), "n_mels": (80, "num_mels"), "lfr_m": (1, "lfr_m"), "lfr_n": (1, "lfr_n"),
-            "window": ("hamming", ["hamming"]), "frame_length": (25, [25]), "frame_shift": (10, [10]),
-            "snip_edges": (True, [True]), "upsacle_samples": (True, [True])})},
-    "tokenizer": {"CharTokenizer": ({}, {})},
+        "WavFrontend": PublishedClass({}, {
+            "fs": Option(16000, "sample_rate"), "n_mels": Option(80, "num_mels"), "lfr_m": Option(1, "lfr_m"),
+            "lfr_n": Option(1, "lfr_n"), "window": Option("hamming", only="hamming"),
+            "frame_length": Option(25, only=25), "frame_shift": Option(10, only=10),
+            "snip_edges": Option(True, only=True), "upsacle_samples": Option(True, only=True)})},
+    "tokenizer": {"CharTokenizer": PublishedClass({}, {})},
 }
 HOTWORD_MODELS = {"seaco": "SeacoParaformer", "contextual": "ContextualParaformer"}    # our names -> FunASR's
 IGNORED = {     # part of these models -> options that change nothing at inference; others that are unknown are errors
@@ -90,7 +114,8 @@ IGNORED = {     # part of these models -> options that change nothing at inferen
     "encoder": "positional_dropout_rate pos_enc_class", "predictor": "idim",
     "decoder": "positional_dropout_rate src_attention_dropout_rate",
     "seaco_decoder": "positional_dropout_rate src_attention_dropout_rate"}
-CONVERTED = {"end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}    # FunASR's -> ours
+CONVERTED = {     # our field -> FunASR's value -> ours; of the other fields, values are the same
+    "end_token": {0: False, 1: True}, "loss_unit": {True: "token", False: "utterance"}}
 
 
 def is_published(path: str | Path) -> bool:
@@ -161,9 +186,10 @@ def _check_hotwords(values: dict, width: int, place: str) -> None:
     if inner != width:
         raise ValueError(f"{place}: model_conf.inner_dim: wanted the encoder's output_size {width}, got {inner}")
     for part, ignored in IGNORED.items():
-        known = {*PUBLISHED[part].get(values.get(part), ({}, {}))[1], *ignored.split()}
+        name = values.get(part)
+        known = PUBLISHED[part][name].options if name else {}      # no name: not a part of this model
         for option in values.get(f"{part}_conf") or {}:
-            if option not in known:
+            if option not in known and option not in ignored.split():
                 raise ValueError(f"{place}: {part}_conf.{option} is not implemented for a {values['model']}")
 
 
@@ -176,27 +202,30 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
     if name not in classes:
         check_kind(name, place)
         raise ValueError(f"{place}: {part} {show_value(name)} is not implemented; wanted {' or '.join(classes)}")
-    fixed, table = classes[name]
-    ours = dict(fixed)
-    for option, (default, field) in table.items():
-        value = options.get(option, default)
-        value = str(value) if isinstance(value, (list, dict)) else value      # to look it up; we know none of these
-        known = CONVERTED.get(field, {value: value}) if isinstance(field, str) else dict.fromkeys(field)
+    ours = dict(classes[name].ours)
+    for key, option in classes[name].options.items():
+        value = options.get(key, option.default)
+        known = [value]      # any, here; from_dict checks its type, config.check its range
+        if not option.field:
+            known = [option.only]
+        elif option.field in CONVERTED:
+            known = list(CONVERTED[option.field])
         if value not in known:
-            raise ValueError(f"{place}: {part}_conf.{option} {show_value(value)} is not implemented; "
+            raise ValueError(f"{place}: {part}_conf.{key} {show_value(value)} is not implemented; "
                              f"wanted {' or '.join(map(show_value, known))}")
-        if isinstance(field, str):
-            ours[field] = known[value]
+        if option.field:
+            ours[option.field] = CONVERTED.get(option.field, {value: value})[value]
     return ours
 
 
 def _published_class(part: str, ours: Any, upsampling: int) -> str:
     """FunASR's class for a part of our config. Raises ValueError if there is none."""
-    for name, (fixed, table) in PUBLISHED[part].items():
-        timed = name == "BiCifParaformer" or "upsample_times" in table      # has a timing head
-        fits = all(getattr(ours, field) == value for field, value in fixed.items())
-        either = part not in ("model", "predictor") or name == "SeacoParaformer"      # with a timing head or without
-        if fits and (either or timed == (upsampling > 0)):
+    for name, published in PUBLISHED[part].items():
+        fits = all(getattr(ours, field) == value for field, value in published.ours.items())
+        if part in ("model", "predictor") and name != "SeacoParaformer":      # the others: with a timing head or without
+            has_timing = name == "BiCifParaformer" or "upsample_times" in published.options
+            fits = fits and has_timing == (upsampling > 0)
+        if fits:
             return name
     raise ValueError(f"model.{part}: wanted the kind and options of {' or '.join(PUBLISHED[part])} of FunASR, "
                      f"got kind {getattr(ours, 'kind', '')}")
@@ -222,14 +251,14 @@ def dump_published(config: Config) -> str:
         name = _published_class(part, ours, model.predictor.upsampling)
         if part == "decoder" and model.name == "contextual":
             name = "ContextualParaformerDecoder"
-        values[part], conf = name, {}
-        for option, (_, field) in PUBLISHED[part][name][1].items():
-            if isinstance(field, str):
-                value = attrgetter(field)(ours)
-                theirs = [key for key, converted in CONVERTED.get(field, {}).items() if converted == value]
-                conf[option] = theirs[0] if theirs else value
-            else:
-                conf[option] = field[0]
+        conf = {}
+        for key, option in PUBLISHED[part][name].options.items():
+            conf[key] = option.only
+            if option.field:
+                value = attrgetter(option.field)(ours)
+                theirs = {mine: funasrs for funasrs, mine in CONVERTED.get(option.field, {}).items()}
+                conf[key] = theirs.get(value, value)
+        values[part] = name
         values[f"{part}_conf"] = conf
     if model.name in HOTWORD_MODELS:
         values["model_conf"]["inner_dim"] = encoder.hidden_dim
