@@ -22,8 +22,8 @@ from audio import feature_dim
 from baselines import CTC, Search, Transformer
 from data import read_file
 from downloads import check_name, check_pointer
-from funasr import (PieceTokenizer, dump_published, funasr_names, is_published, published_files, read_cmvn,
-                    read_published, read_weights, write_cmvn)
+from funasr import (PieceTokenizer, dump_published_config, funasr_names, is_published, published_files, read_cmvn,
+                    read_published_config, read_weights, write_cmvn)
 from hotwords import ContextualParaformer, SeacoParaformer
 from model import Paraformer, pick
 from tokenizer import SPECIALS, Tokenizer
@@ -228,7 +228,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = published_files(folder)
-    config = read_published(files["config"])
+    config = read_published_config(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
@@ -292,7 +292,7 @@ def export_directory(system: System, folder: Path) -> None:
     for name, x in system.model.state_dict().items():
         theirs = funasr_names(name, system.config.model)
         weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
-    config, tokenizer = dump_published(system.config), system.tokenizer
+    config, tokenizer = dump_published_config(system.config), system.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
     symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]

@@ -147,26 +147,24 @@ def published_files(folder: str) -> dict[str, Path]:
     return files
 
 
-def read_published(path: str | Path) -> Config:
+def read_published_config(path: str | Path) -> Config:
     """Config with model and front end from FunASR's config.yaml, and defaults for everything else. Raises ValueError
     that names a class or an option that is not implemented here."""
     try:
         values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
-    parts = {part: _translate(values, part, classes, str(path)) for part, classes in PUBLISHED.items()
-             if part != "seaco_decoder" or values.get("model") == "SeacoParaformer"}
+    parts = {part: _translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
     width = parts["encoder"]["hidden_dim"]
     decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
         decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
+    if model["name"] == "seaco":
+        model["hotwords"]["decoder"] = {"hidden_dim": width, **_translate(values, "seaco_decoder", str(path))}
     if model["name"] in HOTWORD_MODELS:
         _check_hotwords(values, width, str(path))
-        model["hotwords"] = {field.split(".")[1]: model.pop(field) for field in list(model) if "." in field}
-    if model["name"] == "seaco":
-        model["hotwords"]["decoder"] = {"hidden_dim": width, **parts["seaco_decoder"]}
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
     predictor = config.model.predictor
     if predictor.smooth - predictor.noise > 1:      # a weight above 1, which fires otherwise in FunASR than in `cif`
@@ -186,16 +184,16 @@ def _check_hotwords(values: dict, width: int, place: str) -> None:
     if inner != width:
         raise ValueError(f"{place}: model_conf.inner_dim: wanted the encoder's output_size {width}, got {inner}")
     for part, ignored in IGNORED.items():
-        name = values.get(part)
-        known = PUBLISHED[part][name].options if name else {}      # no name: not a part of this model
+        published = PUBLISHED[part].get(values.get(part))
+        known = published.options if published else {}      # else it is not a part of this model
         for option in values.get(f"{part}_conf") or {}:
             if option not in known and option not in ignored.split():
                 raise ValueError(f"{place}: {part}_conf.{option} is not implemented for a {values['model']}")
 
 
-def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
-    """{our field: value} for a part of FunASR's config; classes: what PUBLISHED has of the part. Raises ValueError."""
-    name, options = values.get(part), values.get(f"{part}_conf") or {}
+def _translate(values: dict, part: str, place: str) -> dict:
+    """{our field or section: value} for a part of FunASR's config. Raises ValueError."""
+    classes, name, options = PUBLISHED[part], values.get(part), values.get(f"{part}_conf") or {}
     if not isinstance(name, str) or not isinstance(options, dict):
         raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
                          "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
@@ -213,8 +211,13 @@ def _translate(values: dict, part: str, classes: dict, place: str) -> dict:
         if value not in known:
             raise ValueError(f"{place}: {part}_conf.{key} {show_value(value)} is not implemented; "
                              f"wanted {' or '.join(map(show_value, known))}")
-        if option.field:
-            ours[option.field] = CONVERTED.get(option.field, {value: value})[value]
+        if option.field in CONVERTED:
+            value = CONVERTED[option.field][value]
+        section, _, field = option.field.rpartition(".")
+        if section:
+            ours.setdefault(section, {})[field] = value
+        elif field:
+            ours[field] = value
     return ours
 
 
@@ -222,7 +225,7 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
     """FunASR's class for a part of our config. Raises ValueError if there is none."""
     for name, published in PUBLISHED[part].items():
         fits = all(getattr(ours, field) == value for field, value in published.ours.items())
-        if part in ("model", "predictor") and name != "SeacoParaformer":      # the others: with a timing head or without
+        if part in ("model", "predictor") and name != "SeacoParaformer":      # it: with or without timing
             has_timing = name == "BiCifParaformer" or "upsample_times" in published.options
             fits = fits and has_timing == (upsampling > 0)
         if fits:
@@ -231,9 +234,11 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
                      f"got kind {getattr(ours, 'kind', '')}")
 
 
-def dump_published(config: Config) -> str:
-    """The config.yaml from which FunASR builds this model; read_published reads the same model and front end from it.
-    Raises ValueError for a model that FunASR has no classes for."""
+def dump_published_config(config: Config) -> str:
+    """The config.yaml from which FunASR builds this model; read_published_config reads the same from it.
+
+    Raises ValueError for a model that FunASR has no classes for.
+    """
     model, width = config.model, 4 * config.model.encoder.hidden_dim
     for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:

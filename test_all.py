@@ -3327,7 +3327,7 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
 @needs_kit
 def test_published_configs_become_the_options_they_state():
     """What the kit's README says of the four variants."""
-    found = {v: funasr.read_published(KIT / v / "config.yaml") for v in VARIANTS}
+    found = {v: funasr.read_published_config(KIT / v / "config.yaml") for v in VARIANTS}
     alt = found["sanm_alt"].model
     assert (alt.encoder.kind, alt.encoder.kernel_size, alt.encoder.memory_shift) == ("sanm", 7, 2)
     assert (alt.decoder.attention_layers, alt.decoder.memory_shift, alt.decoder.num_heads) == (1, 4, 3)
@@ -3342,9 +3342,9 @@ def test_published_configs_become_the_options_they_state():
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_published_config_survives_a_round_trip(variant, tmp_path):
-    found = funasr.read_published(KIT / variant / "config.yaml")
-    path = written(tmp_path, funasr.dump_published(found))
-    assert funasr.read_published(path) == found
+    found = funasr.read_published_config(KIT / variant / "config.yaml")
+    path = written(tmp_path, funasr.dump_published_config(found))
+    assert funasr.read_published_config(path) == found
 
 
 # C37
@@ -3361,7 +3361,7 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
     text = (KIT / "sanm/config.yaml").read_text()
     assert old in text
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        funasr.read_published(written(tmp_path, text.replace(old, new, 1)))
+        funasr.read_published_config(written(tmp_path, text.replace(old, new, 1)))
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
 
 
@@ -3375,7 +3375,7 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     head += "".join(f"- {chr(0x4e00 + i)}\n" for i in range(8402)) + "- '0'\n- <unk>\n"
     deep = "\n".join(re.sub("^( *)", lambda m: 2 * m[1], line) for line in text.splitlines())
     path = written(tmp_path, head + deep + "\n")
-    assert funasr.read_published(path) == funasr.read_published(KIT / "sanm/config.yaml")
+    assert funasr.read_published_config(path) == funasr.read_published_config(KIT / "sanm/config.yaml")
     values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
     assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
 
@@ -4112,7 +4112,7 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
 @functools.cache
 def published(variant, **changes):
     """(config, model in eval mode) of a kit variant"""
-    found = funasr.read_published(KIT / variant / "config.yaml")
+    found = funasr.read_published_config(KIT / variant / "config.yaml")
     found = replace(found, model=replace(found.model, **changes))
     loaded = checkpoint.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()

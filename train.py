@@ -58,7 +58,7 @@ import data
 from audio import compute_stats, feature_dim
 from checkpoint import (CHECKPOINT_FORMAT, build, load_published, load_weights, pick_device, read_checkpoint,
                         read_tokenizer)
-from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published
+from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published_config
 from model import Paraformer, in_feature_frames
 from plot import alignment_svg, attention_svg, column_names, curves_svg
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
@@ -460,7 +460,7 @@ def origin(config: configs.Config, place: str,
     options = config.data
     if is_published(place):
         files = published_files(place)
-        config = with_model(config, read_published(files["config"]))
+        config = with_model(config, read_published_config(files["config"]))
         tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
         stats = read_cmvn(files["stats"], feature_dim(config.data))
         model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
