@@ -1,18 +1,22 @@
-"""The models that a Paraformer is compared with, an autoregressive transformer and CTC, and the searches for hypotheses.
+"""The models that a Paraformer is compared with, an autoregressive transformer and CTC, and their searches.
 
-Reading order: the models, then the searches. Needs torch, attention.py, model.py and tokenizer.py.
+Reading order: the models, then the searches. Needs torch, numpy, attention.py, model.py and tokenizer.py.
 
-Dims: B utterances, L encoder frames, U tokens, D model width, V vocabulary, W beam, N hypotheses.
+Dims: B utterances, L encoder frames, U tokens, D model width, V vocabulary, W beam.
 Sources: Vaswani et al. 2017 (transformer); Graves et al. 2006 (CTC); Wu et al. 2016 "GNMT" (beam search); Graves &
 Jaitly 2014, Hannun et al. 2014 (prefix search).
 """
+import collections
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from attention import (PositionalEncoding, TransformerBlock, causal_mask, check_lens, check_shapes, key_mask,
                        padding_mask, run_blocks)
@@ -44,6 +48,11 @@ class CausalDecoder(nn.Module):
         x = self.dropout(self.position(self.embedding(tokens)))
         x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
+
+
+def token_edges(centres: Sequence[float], L: int, T: int, encoder) -> Tensor:
+    """Boundaries (n+1,) in feature frames, in 0..T, of tokens with these centres in encoder frames, in 0..L."""
+    return in_feature_frames(halfway(np.array(centres), L), encoder).clamp(0, T)
 
 
 class Transformer(Recogniser):
@@ -105,27 +114,30 @@ class Transformer(Recogniser):
             found, lens = found + [last], lens + goes_on
         return torch.cat(found, 1) if found else lens.new_zeros(len(lens), 0), lens
 
-    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> "NBest":
-        """What beam search finds: hidden (B,L,D), hidden_lens (B,)."""
+    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> list[list["Candidate"]]:
+        """hidden (B,L,D), hidden_lens (B,) -> what beam search finds for each utterance, best first."""
         return beam_search(*self.begin(hidden, hidden_lens, search.width), hidden_lens, search)
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
-               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """As Paraformer.decode, or of tokens (B,U), lens (B,) that a search found: one pass over all of them.
+               texts: Sequence[list[int]] | None = None) -> Hypotheses:
+        """As Paraformer.decode: one pass over all tokens, those of greedy decoding or of the texts of a search.
 
         A token is centred where the last layer's attention peaks, but not before the previous token. alpha is the
         attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
         """
-        if tokens is None:
+        if texts is None:
             tokens, lens = self.greedy_tokens(hidden, hidden_lens)
+        else:
+            lens = hidden_lens.new_tensor([len(text) for text in texts])
+            tokens = pad_sequence([lens.new_tensor(text) for text in texts], batch_first=True)
         mask = padding_mask(lens, tokens.shape[1])
         tokens = tokens * mask
         logits, layers = self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)
         log_p = logits.float().log_softmax(-1).gather(2, tokens[:, :, None]).squeeze(2) * mask
         attention = layers[-1].float().mean(1) * mask[:, :, None]  # (B,U,L)
         centres = (attention.argmax(-1) + 0.5).cummax(1).values
-        rows = zip(centres.cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
-        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
+        rows = zip(centres.tolist(), lens.tolist(), hidden_lens.tolist(), feat_lens.tolist())
+        edges = [token_edges(row[:n], L, T, self.options.encoder) for row, n, L, T in rows]
         return Hypotheses(tokens, lens, log_p, edges, attention.sum(1), [])
 
     def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
@@ -133,31 +145,51 @@ class Transformer(Recogniser):
         return self.decoder(F.pad(tokens, (1, 0), value=SOS)[:, :-1], hidden, hidden_lens, need_weights=True)[1]
 
 
-def ctc_path(log_p: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
-    """The most probable CTC path that spells the tokens: log_p (B,L,V), tokens (B,U) -> (B,L) int64, BLANK past lens.
+def ctc_path(log_p: Tensor, tokens: Sequence[int]) -> list[int]:
+    """The most probable CTC path that spells the tokens: log_p (L,V) -> L ids.
 
-    Every utterance needs a frame for each token and one more between equal neighbours. Viterbi over the 2U + 1 states
-    blank, token 1, blank, ..., token U, blank.
+    There must be a frame for each token and one more between equal neighbours. Viterbi over the 2U + 1 states blank,
+    token 1, blank, ..., token U, blank.
     """
-    L = log_p.shape[1]
-    states = torch.stack((torch.full_like(tokens, BLANK), tokens), 2).flatten(1)  # (B,2U)
-    states = F.pad(states, (0, 1), value=BLANK)
-    leap = (states != BLANK) & (states != F.pad(states, (2, 0), value=BLANK)[:, :-2])  # over a blank to another token
-    score, moves = torch.full(states.shape, -math.inf, dtype=log_p.dtype, device=log_p.device), []
-    score[:, 0] = 0.0  # so a path begins in the first blank or, a move on, in the first token
-    for t in range(L):
-        before = F.pad(score, (2, 0), value=-math.inf)
-        best, move = torch.stack((score, before[:, 1:-1], before[:, :-2].masked_fill(~leap, -math.inf))).max(0)
-        real = (t < lens)[:, None]
-        score = torch.where(real, best + log_p[:, t].gather(1, states), score)
-        moves.append(torch.where(real, move, 0))
-    last = 2 * token_lens[:, None]
-    here = last - (score.gather(1, last) < score.gather(1, (last - 1).clamp(min=0))).long()
+    states = [BLANK]
+    for token in tokens:
+        states += [token, BLANK]
+    scores = [0.0] + [-math.inf] * (len(states) - 1)  # a path begins in the first blank or, a step on, in token 1
+    steps = []  # of each frame, for each state: how many states back its best path comes from
+    for frame in log_p.tolist():
+        taken = [best_step(scores, states, s) for s in range(len(states))]
+        scores = [scores[s - step] + frame[states[s]] for s, step in enumerate(taken)]
+        steps.append(taken)
+    here = len(states) - 1
+    if tokens and scores[here] < scores[here - 1]:
+        here -= 1
     path = []
-    for t in reversed(range(L)):
-        path.append(torch.where((t < lens)[:, None], states.gather(1, here), BLANK))
-        here = here - moves[t].gather(1, here)
-    return torch.cat(path[::-1], 1)
+    for taken in reversed(steps):
+        path.append(states[here])
+        here -= taken[here]
+    return path[::-1]
+
+
+def best_step(scores: Sequence[float], states: Sequence[int], s: int) -> int:
+    """How many states before s the most probable path that may go on to s has come: 0, 1 or 2."""
+    steps = [0]
+    if s >= 1:
+        steps.append(1)
+    if s >= 2 and states[s] not in (BLANK, states[s - 2]):  # over a blank to another token
+        steps.append(2)
+    return max(steps, key=lambda step: scores[s - step])
+
+
+def path_tokens(path: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(token, its first frame, the frame behind its last) of each token that a CTC path says."""
+    found = []
+    end = 0
+    for token, frames in itertools.groupby(path):
+        start = end
+        end += len(list(frames))
+        if token != BLANK:
+            found.append((token, start, end))
+    return found
 
 
 class CTC(Recogniser):
@@ -178,34 +210,36 @@ class CTC(Recogniser):
         """hidden (B,L,D) -> (B,L,V) float32."""
         return self.output(hidden).float().log_softmax(-1)
 
-    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> "NBest":
-        """What prefix search finds: hidden (B,L,D), hidden_lens (B,)."""
-        return prefix_search(self.log_probs(hidden), hidden_lens, search.width)
+    def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> list[list["Candidate"]]:
+        """hidden (B,L,D), hidden_lens (B,) -> what prefix search finds for each utterance, best first."""
+        log_p = self.log_probs(hidden)
+        return [prefix_search(log_p[i, :n], search.width) for i, n in enumerate(hidden_lens.tolist())]
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
-               tokens: Tensor | None = None, lens: Tensor | None = None) -> Hypotheses:
-        """As Paraformer.decode: the tokens of the best path, or of the best path of those that were found.
+               texts: Sequence[list[int]] | None = None) -> Hypotheses:
+        """As Paraformer.decode: the tokens of the best path, or of the best path of each text of a search.
 
         A token has its centre and probability from its most probable frame on the path. alpha is the probability of
         not being blank.
         """
+        B, L, _ = hidden.shape
         log_p = self.log_probs(hidden)
-        real = padding_mask(hidden_lens, hidden.shape[1])
-        path = log_p.argmax(-1) * real if tokens is None else ctc_path(log_p, hidden_lens, tokens, lens)
-        spoken = path != BLANK
-        number = (spoken & (path != F.pad(path, (1, 0))[:, :-1])).cumsum(1)  # (B,L): tokens that have begun
-        lens = number[:, -1]
-        U = int(lens.max()) if len(lens) else 0
-        unit = torch.arange(1, U + 1, device=path.device)[:, None]
-        on = (number[:, None, :] == unit) & spoken[:, None, :]  # (B,U,L): the frames that say token u
-        mask = padding_mask(lens, U)
-        tokens = (on * path[:, None, :]).amax(-1)
-        token_log_p = log_p.transpose(1, 2).gather(1, tokens[:, :, None].expand(-1, -1, path.shape[1]))  # (B,U,L)
-        best, frame = token_log_p.masked_fill(~on, -math.inf).max(-1)
-        rows = zip((frame + 0.5).cpu().double().numpy(), hidden_lens.tolist(), lens.tolist(), feat_lens.tolist())
-        edges = [in_feature_frames(halfway(c[:n], L), self.options.encoder).clamp(0, T) for c, L, n, T in rows]
-        alpha = (1 - log_p[:, :, BLANK].exp()) * real
-        return Hypotheses(tokens, lens, best.masked_fill(~mask, 0.0), edges, alpha, [])
+        tokens, log_probs = hidden_lens.new_zeros(B, L), log_p.new_zeros(B, L)  # at most a token a frame
+        counts, edges = [], []
+        for i, (n, T) in enumerate(zip(hidden_lens.tolist(), feat_lens.tolist())):
+            real = log_p[i, :n]
+            path = real.argmax(-1).tolist() if texts is None else ctc_path(real, texts[i])
+            spans = path_tokens(path)
+            said = [token for token, _, _ in spans]
+            frames = [start + int(real[start:end, token].argmax()) for token, start, end in spans]
+            U = len(said)
+            tokens[i, :U] = tokens.new_tensor(said)
+            log_probs[i, :U] = real[frames, said]
+            counts.append(U)
+            edges.append(token_edges([frame + 0.5 for frame in frames], n, T, self.options.encoder))
+        U = max(counts, default=0)
+        alpha = (1 - log_p[:, :, BLANK].exp()) * padding_mask(hidden_lens, L)
+        return Hypotheses(tokens[:, :U], hidden_lens.new_tensor(counts), log_probs[:, :U], edges, alpha, [])
 
     def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
         """In place of Paraformer.cross_attention, (B,1,U,L): the probability of each token in each frame."""
@@ -230,13 +264,26 @@ class Search(NamedTuple):
         return max(self.beam, self.nbest)
 
 
-class NBest(NamedTuple):
-    """N hypotheses of each utterance, best first; where there are fewer, log_probs and scores of the rest are -inf."""
+class Candidate(NamedTuple):
+    """A text that a search has found. Its result is a list of them for each utterance, best first."""
 
-    tokens: Tensor  # (B,N,U) int64, 0 behind the end
-    lens: Tensor  # (B,N) int64
-    log_probs: Tensor  # (B,N) of the whole hypothesis
-    scores: Tensor  # (B,N) by which they are ranked
+    tokens: list[int]
+    log_prob: float  # of the whole text
+    score: float  # by which it is ranked
+
+
+UNSEEN = 0.01  # the attention that a frame counts as having got at least, or the log of one frame would decide
+
+
+class Beam(NamedTuple):
+    """W hypotheses of each utterance. One that has ended stays as long as its score is among the W best."""
+
+    tokens: Tensor  # (B,W,1+t) int64 from the start token on; behind the end token, end tokens
+    lens: Tensor  # (B,W) int64 tokens, the end token counted
+    ended: Tensor  # (B,W) bool
+    log_probs: Tensor  # (B,W)
+    scores: Tensor  # (B,W)
+    covered: Tensor  # (B,W,L) the attention that each frame has got; 1 where it pads
 
 
 def pick_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -244,95 +291,119 @@ def pick_rows(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def ranked(found: NBest) -> NBest:
-    order = found.scores.argsort(dim=1, descending=True, stable=True)
-    return NBest(*(pick_rows(x, order) for x in found))
+def length_norm(lens: Tensor, search: Search) -> Tensor:
+    """What log probabilities of texts with so many tokens are divided by."""
+    return ((5 + lens) / 6) ** search.length_penalty
 
 
-def certain(n: int, place: int, like: Tensor) -> Tensor:
-    """(n,) log probabilities of a certain outcome: 0 at place, -inf elsewhere; dtype and device of `like`."""
-    return torch.where(torch.arange(n, device=like.device) == place, 0.0, -math.inf).to(like.dtype)
+def begin_beam(frames: Tensor, W: int) -> Beam:
+    """One empty text; the other W - 1 are impossible. frames (B,) of each utterance."""
+    B, L = len(frames), int(frames.max())
+    lens = frames.new_zeros(B, W)
+    log_probs = torch.full((B, W), -math.inf, device=frames.device)
+    log_probs[:, 0] = 0.0
+    covered = (~padding_mask(frames, L)).float()[:, None].expand(B, W, L)
+    return Beam(lens[:, :, None] + SOS, lens, lens.bool(), log_probs, log_probs, covered)
 
 
-UNSEEN = 0.01  # the attention that a frame counts as having got at least, or the log of one frame would decide
+def extend_beam(beam: Beam, log_p: Tensor, attention: Tensor, last: Tensor, search: Search) -> tuple[Beam, Tensor]:
+    """The best of all texts with one token more, and of those that have ended.
+
+    log_p (B,W,V) of the next token, attention (B,W,>=L), last (B,) bool: it must be the end token -> Beam, (B,W) which
+    hypothesis of the old one each comes from.
+    """
+    B, W, V = log_p.shape
+    end = log_p.new_full((V,), -math.inf)
+    end[EOS] = 0.0
+    log_p = torch.where(last[:, None, None], log_p + end, log_p)
+    log_p = torch.where(beam.ended[:, :, None], end, log_p)  # no change, at no cost
+    lens = torch.where(beam.ended, beam.lens, beam.lens + 1)
+    covered = beam.covered + attention[:, :, :beam.covered.shape[2]].masked_fill(beam.ended[:, :, None], 0.0)
+    coverage = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1)  # (B,W) <= 0
+    totals = beam.log_probs[:, :, None] + log_p  # (B,W,V)
+    scores, places = (totals / length_norm(lens, search)[:, :, None] + coverage[:, :, None]).flatten(1).topk(W)
+    parents, tokens = places // V, places % V
+    log_probs = totals.flatten(1).gather(1, places)
+    said = torch.cat((pick_rows(beam.tokens, parents), tokens[:, :, None]), 2)
+    return Beam(said, pick_rows(lens, parents), tokens == EOS, log_probs, scores, pick_rows(covered, parents)), parents
 
 
-def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> NBest:
+def is_settled(beam: Beam, frames: Tensor, search: Search) -> bool:
+    """Whether no open hypothesis could pass the best ended one, or the W-th best if alternatives are asked for, even if
+    its remaining tokens were certain."""
+    wanted = beam.lens.shape[1] if search.nbest > 1 else 1  # all W, as texts may be equal
+    least = beam.scores.masked_fill(~beam.ended, -math.inf).topk(wanted).values[:, -1:]
+    most = beam.log_probs / length_norm(frames + 1, search)[:, None]
+    return bool((beam.ended | (most <= least)).all())
+
+
+def finish_beam(beam: Beam) -> list[list[Candidate]]:
+    """The texts that have ended, without their end token."""
+    found = []
+    for tokens, lens, ended, log_probs, scores in zip(*beam[:5]):
+        rows = (ended & scores.isfinite()).nonzero()[:, 0].tolist()
+        found.append([Candidate(tokens[w, 1:lens[w]].tolist(), log_probs[w].item(), scores[w].item()) for w in rows])
+    return found
+
+
+def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> list[list[Candidate]]:
     """The most probable texts of an autoregressive model.
 
     step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
-    past of W = search.width hypotheses; frames (B,) bound the number of tokens. score = log_prob / norm + coverage.
-    A hypothesis that has ended stays in the beam as long as its score is among the W best, so it is compared with
-    longer ones that go on, and W = 1 is greedy. The search ends when no open hypothesis could still pass the best ended
-    one (or the W-th best), even if its remaining tokens were certain. Source: Wu et al. 2016 "GNMT", section 7.
+    past of W = search.width hypotheses; frames (B,) bound the number of tokens. The score is log probability /
+    `length_norm` + coverage_penalty * sum of log coverage; W = 1 is greedy. Source: Wu et al. 2016 "GNMT", section 7.
     """
-    B, W = len(frames), search.width
-    norm = lambda length: ((5 + length) / 6) ** search.length_penalty
-    last, tokens = torch.full((B, W), SOS, device=frames.device), frames.new_zeros(B, W, 0)
-    lens, ended = torch.zeros_like(last), torch.zeros_like(last, dtype=torch.bool)
-    log_prob = certain(W, 0, torch.empty(0, device=frames.device)).expand(B, W)  # the beam begins with one empty text
-    covered = (~padding_mask(frames, int(frames.max()))).float()[:, None].expand(B, W, -1)  # (B,W,L), of padding 1
-    wanted = W if search.nbest > 1 else 1  # to settle: texts may be equal
+    beam = begin_beam(frames, search.width)
     for t in range(int(frames.max()) + 1):
-        log_p, past, attention = step(last, past)
-        V, end = log_p.shape[2], certain(log_p.shape[2], EOS, log_p)
-        log_p = torch.where((t >= frames)[:, None, None], log_p + end, log_p)  # it must end
-        log_p = torch.where(ended[:, :, None], end, log_p)  # it has ended: no change, at no cost
-        total, length = log_prob[:, :, None] + log_p, lens + ~ended  # (B,W,V), (B,W)
-        covered = covered + attention[:, :, :covered.shape[2]] * ~ended[:, :, None]
-        coverage = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1, keepdim=True)  # (B,W,1) <= 0
-        score, place = (total / norm(length)[:, :, None] + coverage).flatten(1).topk(W)
-        parent, last = place // V, place % V
-        log_prob = total.flatten(1).gather(1, place)
-        lens, covered, tokens, *past = (pick_rows(x, parent) for x in (length, covered, tokens, *past))
-        tokens, ended = torch.cat((tokens, last[:, :, None]), 2), last == EOS
-        least = score.masked_fill(~ended, -math.inf).topk(wanted).values[:, -1:]
-        if (ended | (log_prob / norm(frames + 1)[:, None] <= least)).all():  # an open one's score can rise to this
+        log_p, past, attention = step(beam.tokens[:, :, -1], past)
+        beam, parents = extend_beam(beam, log_p, attention, t >= frames, search)
+        past = [pick_rows(x, parents) for x in past]
+        if is_settled(beam, frames, search):
             break
-    lens_said, open_ = lens - 1, ~ended  # without the end token
-    real = torch.arange(tokens.shape[2], device=tokens.device) < lens_said[:, :, None]
-    return ranked(NBest(tokens * real, lens_said, log_prob.masked_fill(open_, -math.inf),
-                        score.masked_fill(open_, -math.inf)))
+    return finish_beam(beam)
 
 
-def join_prefixes(more: Tensor, tokens: Tensor, n: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """If prefix j of the beam is prefix i and one token more, that extension of i is j: its probability goes to j.
+class Prefix(NamedTuple):
+    """Log probabilities of the CTC paths that spell a text so far."""
 
-    more (B,W,V) log probabilities of each prefix with one token more, tokens (B,W,U), n (B,W) their lengths, alive
-    (B,W) -> more, with -inf for these extensions, and (B,W) what each prefix j gets from them.
+    blank: float = -math.inf  # of those that end in a blank
+    spoken: float = -math.inf  # of the others
+
+    @property
+    def total(self) -> float:
+        return float(np.logaddexp(self.blank, self.spoken))
+
+
+def extend_prefixes(beam: dict[tuple, Prefix], frame: Sequence[float], likely: set[int]) -> dict[tuple, Prefix]:
+    """All texts of the beam, each as it is and with one of the tokens `likely` more, after one frame more of V log
+    probabilities."""
+    grown: dict[tuple, Prefix] = collections.defaultdict(Prefix)
+
+    def add(text: tuple, log_p: float) -> None:
+        spoken = float(np.logaddexp(grown[text].spoken, log_p))
+        grown[text] = grown[text]._replace(spoken=spoken)
+
+    for text, old in beam.items():
+        last = text[-1] if text else BLANK
+        grown[text] = grown[text]._replace(blank=old.total + frame[BLANK])
+        add(text, old.spoken + frame[last])  # of the empty text nothing is spoken
+        for token in likely:
+            before = old.blank if token == last else old.total  # a repeat needs a blank between
+            add((*text, token), before + frame[token])
+    return grown
+
+
+def prefix_search(log_p: Tensor, W: int) -> list[Candidate]:
+    """The most probable texts of a CTC model for one utterance, each with the sum over all paths that spell it.
+
+    log_p (L,V) -> at most W candidates, best first. Source: Graves & Jaitly 2014; Hannun et al. 2014.
     """
-    at = (n[:, :, None] - 1).clamp(min=0)
-    way = tokens.gather(2, at).transpose(1, 2).expand(-1, more.shape[1], -1)  # (B,W,W): [b,i,j], last token of j
-    cut = tokens.scatter(2, at, BLANK)  # each prefix without its last token
-    grown = (tokens[:, :, None] == cut[:, None]).all(3) & (n[:, :, None] + 1 == n[:, None]) & alive[:, None]
-    joined = more.gather(2, way).masked_fill(~grown, -math.inf).logsumexp(1)
-    return more.scatter_reduce(2, way, torch.where(grown, -math.inf, math.inf).to(more), "amin"), joined
-
-
-def prefix_search(log_p: Tensor, lens: Tensor, W: int) -> NBest:
-    """The most probable texts of a CTC model, each with the sum over all paths that spell it (prefix beam search).
-
-    log_p (B,L,V), lens (B,). At each frame the W best prefixes are kept, with the log probabilities `blank` of their
-    paths that end in a blank and `spoken` of the others. Source: Graves & Jaitly 2014; Hannun et al. 2014.
-    """
-    B, L, V = log_p.shape
-    log_p = torch.where(padding_mask(lens, L)[:, :, None], log_p, certain(V, BLANK, log_p))  # padding says nothing
-    tokens, n = lens.new_zeros(B, W, 1), lens.new_zeros(B, W)
-    blank, spoken = certain(W, 0, log_p).expand(B, W), log_p.new_full((B, W), -math.inf)
-    for frame in log_p.unbind(1):  # (B,V)
-        total = torch.logaddexp(blank, spoken)
-        last = tokens.gather(2, (n[:, :, None] - 1).clamp(min=0))  # (B,W,1), BLANK of the empty prefix
-        more = total[:, :, None].expand(-1, -1, V).scatter(2, last, blank[:, :, None])  # a repeat needs a blank
-        more = (more + frame[:, None]).scatter(2, torch.full_like(last, BLANK), -math.inf)
-        more, joined = join_prefixes(more, tokens, n, total > -math.inf)
-        blank, spoken = total + frame[:, BLANK, None], torch.logaddexp(spoken + frame.gather(1, last[:, :, 0]), joined)
-        score, place = torch.cat((torch.logaddexp(blank, spoken), more.flatten(1)), 1).topk(W)
-        same = place < W  # the prefix itself, else the prefix and one token more
-        parent, token = torch.where(same, place, (place - W) // V), (place - W) % V
-        tokens, n = F.pad(pick_rows(tokens, parent), (0, 1)), n.gather(1, parent)
-        tokens = tokens.scatter_add(2, n[:, :, None], token.masked_fill(same, 0)[:, :, None])
-        blank = blank.gather(1, parent).masked_fill(~same, -math.inf)
-        spoken = torch.where(same, spoken.gather(1, parent), score)
-        n = n + ~same
-        tokens = tokens[:, :, :int(n.max()) + 1]  # one column of 0 behind the longest
-    return ranked(NBest(tokens, n, score, score))
+    beam = {(): Prefix(blank=0.0)}
+    # Among the W best is no text with another token more, blank and its last one set aside, if it is not in the beam.
+    best = log_p.topk(min(W + 2, log_p.shape[1])).indices.tolist()
+    for frame, ids in zip(log_p.tolist(), best):
+        lasts = [text[-1] for text in beam if text]
+        grown = extend_prefixes(beam, frame, {*ids, *lasts} - {BLANK})
+        ranked = sorted(grown, key=lambda text: grown[text].total, reverse=True)[:W]
+        beam = {text: grown[text] for text in ranked if grown[text].total > -math.inf}
+    return [Candidate(list(text), prefix.total, prefix.total) for text, prefix in beam.items()]

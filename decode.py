@@ -41,7 +41,7 @@ from torch import Tensor
 import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
-from baselines import NBest, Search
+from baselines import Candidate, Search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
 from model import Hypotheses, in_feature_frames
@@ -133,44 +133,46 @@ def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> s
     return "".join(token.token for token in tokens) if system.tokenizer.unit == "char" else join_words(words)
 
 
-def read_result(system: System, found: Hypotheses, i: int, best: NBest | None = None) -> Result:
-    """Utterance i of a decoded batch in words and seconds, with alternatives where they are asked for and found."""
+def read_result(system: System, found: Hypotheses, i: int, candidates: Sequence[Candidate] = ()) -> Result:
+    """Utterance i of a decoded batch in words and seconds, with alternatives where they are asked for."""
     ids = found.tokens[i, :found.lens[i]].tolist()
     spoken = spoken_places(ids)
     times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     words, confidence = words_of(system, tokens), round(log_probs.mean().exp().item(), 4) if spoken else 0.0
-    nbest = read_alternatives(system, best, i) if best and system.search.nbest > 1 else ()
+    nbest = read_alternatives(system, candidates) if system.search.nbest > 1 else ()
     return Result(text_of(system, tokens, words), confidence, tokens, words, nbest)
 
 
-def read_alternatives(system: System, found: NBest, i: int) -> tuple[Alternative, ...]:
-    """The search.nbest best hypotheses of utterance i that differ in text, which is spelled as that of a Result."""
+def read_alternatives(system: System, candidates: Sequence[Candidate]) -> tuple[Alternative, ...]:
+    """The search.nbest best candidates of an utterance that differ in text, which is spelled as that of a Result."""
     kept: dict[str, Alternative] = {}
-    for rank in found.scores[i].isfinite().nonzero()[:, 0].tolist():
-        ids = found.tokens[i, rank, :found.lens[i, rank]].tolist()
+    for ids, log_prob, score in candidates:
         said = [Token(system.tokenizer.symbols[ids[u]], ids[u], 1.0, 0.0, 0.0) for u in spoken_places(ids)]
         text = text_of(system, said, words_of(system, said))
-        confidence = math.exp(found.log_probs[i, rank].item() / len(ids)) if ids else 0.0
-        kept.setdefault(text, Alternative(text, round(found.scores[i, rank].item(), 4), round(confidence, 4)))
+        confidence = math.exp(log_prob / len(ids)) if ids else 0.0
+        kept.setdefault(text, Alternative(text, round(score, 4), round(confidence, 4)))
     return tuple(kept.values())[:system.search.nbest]
 
 
+def on_cpu(found: Hypotheses) -> Hypotheses:
+    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [part.cpu() for part in x] for x in found))
+
+
 @torch.inference_mode()
-def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, NBest | None]:
-    """Normalised features (T,F) each -> on the CPU, Hypotheses and their n-best, or None after greedy search."""
+def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, list[list[Candidate]]]:
+    """Normalised features (T,F) each -> on the CPU, Hypotheses, and the candidates of each; greedy search has none."""
     device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
     lens = torch.tensor([len(x) for x in feats], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
-    on_cpu = lambda found: (x.cpu() if isinstance(x, Tensor) else [a.cpu() for a in x] for x in found)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if system.search == Search():
-            return Hypotheses(*on_cpu(model.greedy(padded, lens))), None
+            return on_cpu(model.greedy(padded, lens)), [[] for _ in feats]
         hidden, hidden_lens = model.encode(padded, lens)
-    best = model.search(hidden, hidden_lens, system.search)  # without autocast, as greedy does it behind the encoder
-    found = model.decode(hidden, hidden_lens, lens, best.tokens[:, 0], best.lens[:, 0])
-    return Hypotheses(*on_cpu(found)), NBest(*on_cpu(best))
+    candidates = model.search(hidden, hidden_lens, system.search)  # without autocast, as in greedy behind the encoder
+    best = [found[0].tokens for found in candidates]
+    return on_cpu(model.decode(hidden, hidden_lens, lens, best)), candidates
 
 
 def decode_batch(system: System, feats: Sequence[Tensor]) -> Hypotheses:
@@ -192,9 +194,9 @@ def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
     spoken = [i for i, x in enumerate(feats) if len(x)]
     results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
-        found, best = search_batch(system, [feats[i] for i in spoken])
+        found, candidates = search_batch(system, [feats[i] for i in spoken])
         for row, i in enumerate(spoken):
-            results[i] = read_result(system, found, row, best)
+            results[i] = read_result(system, found, row, candidates[row])
     return results
 
 

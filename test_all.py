@@ -3533,13 +3533,12 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
         assert_same(looks[i, 0, :len(peaks), :L], log_p[i, :L].exp()[:, [s for _, s in peaks]].T, 1e-6)
     assert int(found.lens.max()) > 2
-    log_p, tokens, n = normal(4, 3, 5, 4).log_softmax(-1), torch.tensor([[1, 1], [2, 3], [3, 0]]), ints(2, 2, 1)
-    paths = baselines.ctc_path(log_p, ints(5, 3, 1), tokens, n)
-    for i, L in enumerate([5, 3, 1]):
-        spells = [p for p in itertools.product(range(4), repeat=L)
-                  if [s for s, _ in itertools.groupby(p) if s] == tokens[i, :n[i]].tolist()]
-        best = max(spells, key=lambda p: sum(float(log_p[i, t, s]) for t, s in enumerate(p)))
-        assert paths[i].tolist() == [*best, *[BLANK] * (5 - L)]
+    log_p = normal(4, 4, 5, 4).log_softmax(-1)
+    for rows, text in ((log_p[0], [1, 1]), (log_p[1, :3], [2, 3]), (log_p[2, :1], [3]), (log_p[3], [])):
+        spells = [p for p in itertools.product(range(4), repeat=len(rows))
+                  if [s for s, _ in itertools.groupby(p) if s] == text]
+        best = max(spells, key=lambda p: sum(float(rows[t, s]) for t, s in enumerate(p)))
+        assert baselines.ctc_path(rows, text) == list(best)
 
 
 # C63
@@ -3617,10 +3616,9 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
         for b, L in enumerate(frames.tolist()):
             wanted = every_text(told, b, L, V, search)
             best = sorted(wanted, key=lambda text: -wanted[text][1])[:3]
-            got = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(best))]
-            assert got == best
-            assert found.scores[b, :len(best)].tolist() == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
-            assert found.log_probs[b, :len(best)].tolist() == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
+            assert [tuple(one.tokens) for one in found[b][:3]] == best
+            assert [one.score for one in found[b][:3]] == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
+            assert [one.log_prob for one in found[b][:3]] == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
 
 
 # C64
@@ -3631,11 +3629,9 @@ def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
         found = baselines.beam_search(step, [torch.zeros(2, 3, 0, dtype=torch.long)], frames, search)
         for b in range(2):
             wanted = every_text(told, b, 4, V, search)
-            for w in range(3):
-                if found.scores[b, w] > -math.inf:
-                    text = tuple(found.tokens[b, w, :found.lens[b, w]].tolist())
-                    assert found.scores[b, w].item() == pytest.approx(wanted[text][1], abs=1e-5)
-            assert found.scores[b, 0] > -math.inf and found.scores[b].tolist() == sorted(found.scores[b].tolist())[::-1]
+            scores = [one.score for one in found[b]]
+            assert scores == pytest.approx([wanted[tuple(one.tokens)][1] for one in found[b]], abs=1e-5)
+            assert 1 <= len(scores) <= 3 and scores == sorted(scores, reverse=True)
 
 
 # C67
@@ -3644,28 +3640,36 @@ def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes
         (step, _), search = table_model(2, 4, 6, 1000 * seed), baselines.Search(4, 2, 0.6)
         past = torch.zeros(2, 4, 0, dtype=torch.long)
         alone, both = (baselines.beam_search(step, [past[:B]], ints(3, 6)[:B], search) for B in (1, 2))
-        texts = [[found.tokens[0, w, :found.lens[0, w]].tolist() for w in range(4)] for found in (alone, both)]
-        assert texts[0] == texts[1] and alone.scores[0].tolist() == pytest.approx(both.scores[0].tolist(), abs=1e-5)
+        assert [one.tokens for one in alone[0]] == [one.tokens for one in both[0]]
+        assert [one.score for one in alone[0]] == pytest.approx([one.score for one in both[0]], abs=1e-5)
 
 
 # C65
 def test_prefix_search_equals_the_sum_over_all_paths():
-    log_p, lens = (2 * normal(0, 3, 5, 3)).log_softmax(-1), ints(5, 3, 1)
-    found = baselines.prefix_search(log_p, lens, 80)
-    narrow = baselines.prefix_search(log_p, lens, 3)
-    for b, L in enumerate(lens.tolist()):
+    for seed, L in ((0, 5), (1, 3), (2, 1), (3, 0)):
+        log_p = (2 * normal(seed, L, 3)).log_softmax(-1)
         wanted = collections.defaultdict(float)
         for path in itertools.product(range(3), repeat=L):
             text = tuple(s for s, _ in itertools.groupby(path) if s)
-            wanted[text] += math.exp(sum(float(log_p[b, t, s]) for t, s in enumerate(path)))
-        texts = [tuple(found.tokens[b, w, :found.lens[b, w]].tolist()) for w in range(len(wanted))]
+            wanted[text] += math.exp(sum(float(log_p[t, s]) for t, s in enumerate(path)))
+        found = baselines.prefix_search(log_p, 80)
+        texts = [tuple(one.tokens) for one in found]
         assert texts == sorted(wanted, key=lambda text: -wanted[text])
-        assert found.scores[b, :len(texts)].exp().tolist() == pytest.approx([wanted[t] for t in texts], rel=1e-9)
-        assert (found.scores[b, len(texts):] == -math.inf).all()
-        for w in range(3):
-            text = tuple(narrow.tokens[b, w, :narrow.lens[b, w]].tolist())
-            assert narrow.scores[b, w].exp().item() <= wanted[text] * (1 + 1e-9)
-        assert narrow.tokens[b, 0, :narrow.lens[b, 0]].tolist() == list(texts[0])
+        assert [math.exp(one.score) for one in found] == pytest.approx([wanted[t] for t in texts], rel=1e-9)
+        narrow = baselines.prefix_search(log_p, 3)
+        assert len(narrow) == min(3, len(texts)) and narrow[0].tokens == list(texts[0])
+        assert all(math.exp(one.score) <= wanted[tuple(one.tokens)] * (1 + 1e-9) for one in narrow)
+
+
+# C65
+def test_prefix_search_looks_at_no_token_that_could_not_be_among_the_best():
+    """Of 40 tokens and a beam of 2, against all tokens at every frame."""
+    for seed in range(20):
+        log_p, beam = (2 * normal(seed, 6, 40)).log_softmax(-1), {(): baselines.Prefix(blank=0.0)}
+        for frame in log_p.tolist():
+            grown = baselines.extend_prefixes(beam, frame, set(range(1, 40)))
+            beam = {text: grown[text] for text in sorted(grown, key=lambda text: -grown[text].total)[:2]}
+        assert [tuple(one.tokens) for one in baselines.prefix_search(log_p, 2)] == list(beam)
 
 
 def searching_system(name: str, kind: str = "manifest", **options) -> checkpoint.System:
@@ -3698,9 +3702,9 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     predictor = replace(system.config.model.predictor, upsampling=upsampling)
     system = system._replace(tokenizer=funasr.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
-    tokens, lens, scores = torch.tensor([[[4, 5], [4, EOS]]]), torch.tensor([[2, 2]]), torch.tensor([[-0.5, -0.7]])
-    found = Hypotheses(tokens[:, 0], lens[:, 0], torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [])
-    nbest = decode.read_alternatives(system, baselines.NBest(tokens, lens, 2 * scores, scores), 0)
+    found = Hypotheses(ints(4, 5)[None], ints(2), torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [])
+    candidates = [baselines.Candidate([4, 5], -1.0, -0.5), baselines.Candidate([4, EOS], -1.4, -0.7)]
+    nbest = decode.read_alternatives(system, candidates)
     assert decode.read_result(system, found, 0).text == texts[0]
     assert [(a.text, a.score, a.confidence) for a in nbest] == [
         (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
@@ -3721,7 +3725,7 @@ def test_a_beam_of_one_is_greedy():
     ("ctc", ["--beam=99999999999999999999"], "--beam: wanted 1 or more, below 2^31, got 99999999999999999999"),
     ("transformer", ["--nbest=-1"], "--nbest: wanted 1 or more, below 2^31, got -1"),
     ("ctc", ["--length-penalty=1"], "--length-penalty: wanted 0.6, as it has no effect on a ctc, got 1.0"),
-    ("paraformer", ["--beam=2"], "a paraformer decodes greedily; leave out --beam, --nbest, --length-penalty and "),
+    ("paraformer", ["--beam=2"], "a paraformer decodes greedily: leave out --beam, --nbest and penalties\n"),
     ("paraformer", ["--nbest=3"], "decodes greedily"), ("paraformer", ["--coverage-penalty=1"], "decodes greedily"),
     ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
 def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
