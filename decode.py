@@ -12,9 +12,8 @@
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
-Reading order: load_system, search, transcribe, long recordings, many inputs; that is recognition, and a first reading
-may end there. Then come forms of a result (serving needs no more), pictures, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
+Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
+Needs torch, numpy, audio.py, data.py, checkpoint.py, report.py and what these need.
 """
 import argparse
 import contextlib
@@ -28,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -37,17 +37,17 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
-from funasr import PieceTokenizer, UNSPOKEN, are_spaced, firing_spans, spell_words
-from model import Hypotheses, in_feature_frames
-from plot import alignment_svg, attention_svg
-from report import (Alternative, FORMS, Outcome, Result, Token, Word, file_names, is_ideograph, join_words,
-                    log_confidence, mean_confidence, report_lines, score, write_report)
+from funasr import firing_spans
+from model import Hypotheses
+from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
+                    report_lines, score, text_of, utterance_svgs, words_of, write_report)
 from tokenizer import spoken_places
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
@@ -60,7 +60,7 @@ def with_search(system: System, search: Search) -> System:
     """The system with this search. Raises ValueError for what is out of range or has no effect on its model."""
     name = system.config.model.name
     if search != Search() and not hasattr(system.model, "search"):
-        raise ValueError(f"a {name} decodes greedily; leave out --beam, --nbest, --length-penalty and --coverage-penalty")
+        raise ValueError(f"a {name} decodes greedily: leave out --beam, --nbest and penalties")
     for field in ("beam", "nbest"):
         if not 1 <= getattr(search, field) < 2**31:
             raise ValueError(f"--{field}: wanted 1 or more, below 2^31, got {getattr(search, field)}")
@@ -77,44 +77,19 @@ def with_search(system: System, search: Search) -> System:
 
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
-    options, frame_sec = system.config.model, audio.frame_sec(system.config.data)
+    options = system.config.model
+    frame_sec = audio.frame_sec(system.config.data)
     if not found.timing:
         edges = (found.boundaries[i] * frame_sec).tolist()
         return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
     weights = found.timing[i].float()
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
     rate = frame_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
-    spans = firing_spans(weights, len(spoken))
-    whole = lambda place: max(0, int(place * rate * 1000)) / 1000  # whole ms, cut as in FunASR, but not below 0
-    return [(whole(a), whole(b)) for a, b in spans]
 
+    def whole_ms(place: float) -> float:  # cut as in FunASR, but not below 0
+        return max(0, int(place * rate * 1000)) / 1000
 
-def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
-    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
-    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
-    space = True
-    for token in tokens:
-        if token.token == " ":
-            space = True
-            continue
-        if space or is_ideograph(token.token) or is_ideograph(groups[-1][1][-1].token):
-            groups.append((space, []))
-        groups[-1][1].append(token)
-        space = unit == "word"
-    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
-            for spaced, group in groups]
-
-
-def words_of_pieces(tokens: Sequence[Token], all_spaced: bool) -> list[Word]:
-    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
-    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))])
-    spaced = [True, *(all_spaced or are_spaced(a, b) for a, b in zip(spelled, spelled[1:]))]
-    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
-    words = []
-    for word, gap in zip(spelled, spaced):
-        start, end = word.start, word.end
-        words.append(Word(word.text, tokens[start].start, tokens[end - 1].end, mean_confidence(heard[start:end]), gap))
-    return words
+    return [(whole_ms(a), whole_ms(b)) for a, b in firing_spans(weights, len(spoken))]
 
 
 def words_apart(system: System) -> bool:
@@ -123,26 +98,18 @@ def words_apart(system: System) -> bool:
     return unit == "word" or unit == "piece" and system.config.model.predictor.upsampling > 0
 
 
-def words_of(system: System, tokens: Sequence[Token]) -> list[Word]:
-    if isinstance(system.tokenizer, PieceTokenizer):
-        return words_of_pieces(tokens, words_apart(system))
-    return words_of_units(tokens, system.tokenizer.unit)
-
-
-def text_of(system: System, tokens: Sequence[Token], words: Sequence[Word]) -> str:
-    return "".join(token.token for token in tokens) if system.tokenizer.unit == "char" else join_words(words)
-
-
 def read_result(system: System, found: Hypotheses, i: int, candidates: Sequence[Candidate] = ()) -> Result:
     """Utterance i of a decoded batch in words and seconds, with alternatives where they are asked for."""
     ids = found.tokens[i, :found.lens[i]].tolist()
     spoken = spoken_places(ids)
-    times, log_probs = token_times(system, found, i, spoken), found.log_probs[i, spoken].double()
+    times = token_times(system, found, i, spoken)
+    log_probs = found.log_probs[i, spoken].double()
     tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
-    words, confidence = words_of(system, tokens), round(log_probs.mean().exp().item(), 4) if spoken else 0.0
+    words = words_of(tokens, system.tokenizer, words_apart(system))
+    confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
     nbest = read_alternatives(system, candidates) if system.search.nbest > 1 else ()
-    return Result(text_of(system, tokens, words), confidence, tokens, words, nbest)
+    return Result(text_of(tokens, words, system.tokenizer.unit), confidence, tokens, words, nbest)
 
 
 def read_alternatives(system: System, candidates: Sequence[Candidate]) -> tuple[Alternative, ...]:
@@ -150,7 +117,8 @@ def read_alternatives(system: System, candidates: Sequence[Candidate]) -> tuple[
     kept: dict[str, Alternative] = {}
     for ids, log_prob, score in candidates:
         said = [Token(system.tokenizer.symbols[ids[u]], ids[u], 1.0, 0.0, 0.0) for u in spoken_places(ids)]
-        text = text_of(system, said, words_of(system, said))
+        words = words_of(said, system.tokenizer, words_apart(system))
+        text = text_of(said, words, system.tokenizer.unit)
         confidence = math.exp(log_prob / len(ids)) if ids else 0.0
         kept.setdefault(text, Alternative(text, round(score, 4), round(confidence, 4)))
     return tuple(kept.values())[:system.search.nbest]
@@ -185,7 +153,10 @@ def clip_times(system: System, result: Result, seconds: float) -> Result:
     stay, as in FunASR."""
     if system.config.model.predictor.upsampling:
         return result
-    cut = lambda items: [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
+
+    def cut(items: Sequence[Token] | Sequence[Word]) -> list:
+        return [x._replace(start=min(x.start, seconds), end=min(x.end, seconds)) for x in items]
+
     return result._replace(tokens=cut(result.tokens), words=cut(result.words))
 
 
@@ -220,9 +191,9 @@ def transcribe_segments(system: System, pieces: Iterable[Segment]) -> Iterator[t
             raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
         results: dict[int, Result] = {}
         for indices in data.make_batches([len(x) for x in feats], *batch_limits(system), shuffle=False):
-            results |= zip(indices, transcribe(system, [feats[i] for i in indices]))
-        yield from ((piece.start_sec, clip_times(system, results[i], len(piece.samples) / options.sample_rate))
-                    for i, piece in enumerate(pool))
+            results.update(zip(indices, transcribe(system, [feats[i] for i in indices])))
+        for i, piece in enumerate(pool):
+            yield piece.start_sec, clip_times(system, results[i], len(piece.samples) / options.sample_rate)
 
 
 def is_spaced(system: System, before: Word, after: Word) -> bool:
@@ -230,6 +201,11 @@ def is_spaced(system: System, before: Word, after: Word) -> bool:
     if system.tokenizer.unit == "char" and " " not in system.tokenizer.symbols:
         return False
     return words_apart(system) or not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
+
+
+def shifted(items: Sequence[Token] | Sequence[Word], seconds: float) -> list:
+    """Tokens or words, so many seconds later."""
+    return [x._replace(start=round(x.start + seconds, 3), end=round(x.end + seconds, 3)) for x in items]
 
 
 def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
@@ -241,19 +217,20 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
     words: list[Word] = []
     log_sum = count = 0
     for start, result in parts:
-        shifted, said = ([x._replace(start=round(start + x.start, 3), end=round(start + x.end, 3)) for x in row]
-                         for row in (result.tokens, result.words))
-        if words and said:
-            said[0] = said[0]._replace(spaced=is_spaced(system, words[-1], said[0]))
-            if system.tokenizer.unit == "char" and said[0].spaced and " " not in (tokens[-1].token, shifted[0].token):
+        new_tokens = shifted(result.tokens, start)
+        new_words = shifted(result.words, start)
+        if words and new_words:
+            spaced = is_spaced(system, words[-1], new_words[0])
+            new_words[0] = new_words[0]._replace(spaced=spaced)
+            if system.tokenizer.unit == "char" and spaced and " " not in (tokens[-1].token, new_tokens[0].token):
                 space = system.tokenizer.symbols.index(" ")
-                tokens.append(Token(" ", space, 1.0, tokens[-1].end, shifted[0].start))
-        tokens += shifted
-        words += said
-        log_sum += len(shifted) * log_confidence(result)
-        count += len(shifted)
+                tokens.append(Token(" ", space, 1.0, tokens[-1].end, new_tokens[0].start))
+        tokens += new_tokens
+        words += new_words
+        log_sum += len(new_tokens) * log_confidence(result)
+        count += len(new_tokens)
     confidence = round(math.exp(log_sum / count), 4) if count else 0.0
-    return Result(text_of(system, tokens, words), confidence, tokens, words)
+    return Result(text_of(tokens, words, system.tokenizer.unit), confidence, tokens, words)
 
 
 def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> Result:
@@ -268,21 +245,29 @@ def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> R
 
 # ---- many inputs ----
 
-def recognise(system: System, dataset: torch.utils.data.Dataset, indices: Sequence[int]) -> list[Outcome]:
+def recognise_inputs(system: System, dataset: Dataset, indices: Sequence[int]) -> list[Outcome]:
     """The inputs at `indices`, in one batch; if the model fails on that, each alone, so that only the bad one fails."""
     items = [dataset[i] for i in indices]
+    usable = [item for item in items if isinstance(item, data.Utterance)]
     try:
-        results = iter(transcribe(system, [item.feats for item in items if isinstance(item, data.Utterance)]))
+        results = iter(transcribe(system, [item.feats for item in usable]))
     except (RuntimeError, ValueError) as error:
-        if len(indices) > 1:
-            return [outcome for i in indices for outcome in recognise(system, dataset, [i])]
-        return [Outcome(indices[0], items[0].key, reason=f"the model failed: {error}")]
-    return [Outcome(i, item.key, reason=item.reason) if isinstance(item, data.Skip) else
-            outcome_of(system, dataset, i, item, next(results)) for i, item in zip(indices, items)]
+        if len(indices) == 1:
+            return [Outcome(indices[0], items[0].key, reason=f"the model failed: {error}")]
+        outcomes = []
+        for i in indices:
+            outcomes += recognise_inputs(system, dataset, [i])
+        return outcomes
+    outcomes = []
+    for i, item in zip(indices, items):
+        if isinstance(item, data.Skip):
+            outcomes.append(Outcome(i, item.key, reason=item.reason))
+        else:
+            outcomes.append(outcome_of(system, dataset, i, item, next(results)))
+    return outcomes
 
 
-def outcome_of(system: System, dataset: torch.utils.data.Dataset, index: int, item: data.Utterance,
-               result: Result) -> Outcome:
+def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utterance, result: Result) -> Outcome:
     """The Outcome of an item and its result. A recording too long to be read whole has no features: it is cut here."""
     if item.seconds > system.segment_sec[1] and not len(item.feats):
         try:
@@ -305,11 +290,19 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
 @contextlib.contextmanager
 def interrupted_later() -> Iterator[None]:
     """Ctrl-C (KeyboardInterrupt) is held back until the block ends; a second one comes at once."""
-    pressed, usual = [], signal.getsignal(signal.SIGINT)
+    usual = signal.getsignal(signal.SIGINT)
     if usual is not signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda *about: usual(*about) if pressed else pressed.append(about))
+    pressed = False
+
+    def remember(*about) -> None:
+        nonlocal pressed
+        if pressed:
+            usual(*about)
+        pressed = True
+
+    signal.signal(signal.SIGINT, remember)
     try:
         yield
     finally:
@@ -318,8 +311,8 @@ def interrupted_later() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: Iterator[list[list[int]]],
-                  shard: tuple[int, int], finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
+def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[int]]], shard: tuple[int, int],
+                  finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
     """Outcomes in the order of the inputs, a window of `plan_batches` at a time; `finish` gets each batch's at once.
 
     shard = (rank, processes): each process does its share of every window, and rank 0 yields the outcomes of all.
@@ -330,76 +323,68 @@ def recognise_all(system: System, dataset: torch.utils.data.Dataset, windows: It
         outcomes: list[Outcome] = []
         try:
             for batch in batches[rank::processes]:
-                done = recognise(system, dataset, batch)
+                done = recognise_inputs(system, dataset, batch)
                 outcomes += done
                 finish(done)
-            parts = [outcomes] * processes if rank == 0 else None
             if processes > 1:
-                torch.distributed.gather_object(outcomes, parts)
-            outcomes = [outcome for part in parts or () for outcome in part]
+                outcomes = gather(outcomes, shard)
         except KeyboardInterrupt:
-            yield from sorted(outcomes) if rank == 0 else ()
+            if rank == 0:
+                yield from sorted(outcomes)
             raise
         with interrupted_later():
             yield from sorted(outcomes)
 
 
+def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
+    """Those of all processes in rank 0, none in the others."""
+    rank, processes = shard
+    parts = [None] * processes if rank == 0 else None
+    torch.distributed.gather_object(outcomes, parts)
+    return list(itertools.chain(*parts)) if rank == 0 else []
+
+
 # ---- pictures ----
 
-def drawable(dataset: torch.utils.data.Dataset, index: int) -> data.Utterance | None:
+def drawable(dataset: Dataset, index: int) -> data.Utterance | None:
     """The utterance, if it has frames: a recording that is decoded in segments comes without."""
     item = dataset[index]
     return item if isinstance(item, data.Utterance) and len(item.feats) else None
 
 
-def alignment_picture(system: System, dataset: torch.utils.data.Dataset, index: int) -> str:
+def alignment_picture(system: System, dataset: Dataset, index: int) -> str:
     """The alignment of an utterance as SVG, "" where it is not drawable."""
     item = drawable(dataset, index)
     return draw(system, item)["alignment"] if item else ""
 
 
-def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
-    """(name, weights) of layer `number`, counted from 1; the last one for 0 and for a number beyond it."""
-    number = min(number or len(layers), len(layers))
-    return f"layer {number} of {len(layers)}", layers[number - 1]
-
-
 @torch.inference_mode()
 def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict[str, str]:
-    """SVGs of an utterance that has frames, as it is decoded alone: its alignment (features, tokens, firing) and, with
-    a layer, the heads of that attention layer (`layer_of`) of the encoder and, as cross, of a decoder with layers."""
+    """The `utterance_svgs` of an utterance that has frames, decoded alone; with a layer, also of its attention."""
     found = decode_batch(system, [item.feats])
-    result, frame_sec = read_result(system, found, 0), audio.frame_sec(system.config.data)
-    title, tokens = f"{item.key}: {result.text}", [(token.token, token.start, token.end) for token in result.tokens]
-    encoder, L = system.config.model.encoder, found.alpha.shape[1]
-    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))  # where the encoder's frames lie
-    rest = tokens, len(item.feats) * frame_sec, (first, last)
-    truth = None if item.boundaries is None else item.boundaries * frame_sec
-    pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0], *rest, truth)}
-    if layer is None:
-        return pictures
-    feats, lens = item.feats[None].to(system.stats.device), torch.tensor([len(item.feats)], device=system.stats.device)
-    name, heads = layer_of(system.model.encoder(feats, lens, need_weights=True)[2], layer)
-    pictures["encoder"] = attention_svg(f"encoder, {name}, {title}", heads[0].cpu(), *rest, cross=False)
-    hidden, hidden_lens = system.model.encode(feats, lens)
-    tokens, counts = found.tokens.to(feats.device), found.lens.to(feats.device)
-    layers = system.model.cross_attention(hidden, hidden_lens, tokens, counts)
-    if layers:
-        name, heads = layer_of(layers, layer)
-        rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
-        pictures["cross"] = attention_svg(f"cross, {name}, {title}", heads[0, :, rows].cpu(), *rest, cross=True)
-    return pictures
+    result = read_result(system, found, 0)
+    tokens = [(token.token, token.start, token.end) for token in result.tokens]
+    encoder_layers, cross_layers = [], []
+    if layer is not None:
+        device, model = system.stats.device, system.model
+        feats, lens = item.feats[None].to(device), torch.tensor([len(item.feats)], device=device)
+        encoder_layers = model.encoder(feats, lens, need_weights=True)[2]
+        cross_layers = model.cross_attention(*model.encode(feats, lens), found.tokens.to(device), found.lens.to(device))
+    title = f"{item.key}: {result.text}"
+    return utterance_svgs(title, item, found, tokens, system.config, encoder_layers, cross_layers, layer or 0)
 
 
-def write_pictures(folder: Path, system: System, dataset: torch.utils.data.Dataset, named: Sequence[tuple[int, str]],
+def write_pictures(folder: Path, system: System, dataset: Dataset, named: Sequence[tuple[int, str]],
                    layer: int) -> None:
     """name.alignment.svg, name.encoder.svg and, of a decoder with layers, name.cross.svg of each utterance (its place,
     name). One that was cut into segments or has no frames has none; their number goes to standard error."""
     without = 0
     for index, name in named:
         item = drawable(dataset, index)
-        without += item is None
-        for kind, svg in draw(system, item, layer).items() if item else ():
+        if item is None:
+            without += 1
+            continue
+        for kind, svg in draw(system, item, layer).items():
             data.write_atomic(folder / f"{name}.{kind}.svg", svg)
     if without:
         print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
@@ -427,18 +412,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
-    numbers = {"limit": (0, "only the first so many utterances; 0: all"), "threads": (0, "of torch; 0: its own choice"),
-               "plot-layer": (0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last"),
-               "batch-size": (16, "utterances, or segments of a long recording, in a batch"),
-               "batch-seconds": (300.0, "audio in a batch, padding included; one that is longer goes alone"),
-               "min-segment-sec": (SEGMENT_SEC[0], "shortest segment of a long recording"),
-               "max-segment-sec": (SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses"),
-               "beam": (Search().beam, "hypotheses kept at a time by a transformer or a CTC model; 1: greedy"),
-               "nbest": (Search().nbest, "alternatives of each utterance"),
-               "length-penalty": (Search().length_penalty, "of a transformer's beam: 0 favours short texts"),
-               "coverage-penalty": (Search().coverage_penalty, "of a transformer's beam: for frames little attended")}
-    for name, (default, meaning) in numbers.items():
-        add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
+
+    def number(name: str, default: float, meaning: str) -> None:
+        add(name, type=type(default), default=default, help=f"{meaning} (default {default:g})")
+
+    number("--limit", 0, "only the first so many utterances; 0: all")
+    number("--threads", 0, "of torch; 0: its own choice")
+    number("--plot-layer", 0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last")
+    number("--batch-size", 16, "utterances, or segments of a long recording, in a batch")
+    number("--batch-seconds", 300.0, "audio in a batch, padding included; one that is longer goes alone")
+    number("--min-segment-sec", SEGMENT_SEC[0], "shortest segment of a long recording")
+    number("--max-segment-sec", SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses")
+    number("--beam", Search().beam, "hypotheses that a transformer or a CTC model keeps at a time; 1: greedy")
+    number("--nbest", Search().nbest, "alternatives of each utterance that they give")
+    number("--length-penalty", Search().length_penalty, "of a transformer's beam: 0 favours short texts")
+    number("--coverage-penalty", Search().coverage_penalty, "of a transformer's beam: for frames little attended")
     arguments = parser.parse_args(argv)
     arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
     for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0), ("batch_seconds", 1e-3)):
@@ -454,29 +442,29 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
                      f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
-    recognising = ("limit", "min_segment_sec", "max_segment_sec", *Search._fields)
-    for idle, why, names in (
-            (not arguments.output, "--format needs --output", ("format",)),
-            (Path(arguments.output or "").suffix == ".jsonl" and arguments.format != "json",
-             "--output FILE.jsonl is for --format json", ("format",)),
-            (not arguments.plot, "--plot-layer needs --plot", ("plot_layer",)),
-            (arguments.export and arguments.dtype == "int8", "--export writes the weights as they are", ("dtype",)),
-            (arguments.export and not arguments.inputs, "--export recognises nothing without INPUT",
-             ("output", "report", "plot", "batch_size", "batch_seconds", *recognising))):
-        given = [name.replace("_", "-") for name in names if getattr(arguments, name) != parser.get_default(name)]
-        if idle and given:
-            parser.error(f"{why}; leave out --{', --'.join(given)}")
+    if arguments.format and not arguments.output:
+        parser.error("--format needs --output")
+    if arguments.format not in (None, "json") and Path(arguments.output).suffix == ".jsonl":
+        parser.error("--output FILE.jsonl is for --format json")
+    if arguments.plot_layer and not arguments.plot:
+        parser.error("--plot-layer needs --plot")
+    if arguments.export and arguments.dtype == "int8":
+        parser.error("--export writes the weights as they are; leave out --dtype")
+    if arguments.export and not arguments.inputs:
+        for name in ("output", "report", "plot", "batch_size", "batch_seconds", "limit", "min_segment_sec",
+                     "max_segment_sec", *Search._fields):
+            if getattr(arguments, name) != parser.get_default(name):
+                parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
 
 
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     """The system at path, as the arguments ask for it but for the search."""
     system = load_system(path, arguments.device, arguments.dtype)
-    return system._replace(batch_size=arguments.batch_size,
-                           batch_seconds=arguments.batch_seconds,
+    return system._replace(batch_size=arguments.batch_size, batch_seconds=arguments.batch_seconds,
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 
 
-def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.utils.data.Dataset:
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
     scratch: a folder for a copy of standard input, if that is among them.
@@ -488,85 +476,138 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> torch.u
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
     if "-" in inputs and sys.stdin is None:
         raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
-    rows = [row for path in inputs for row in (
-        data.read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs(path))]
+    rows = []
+    for path in inputs:
+        rows += data.read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs(path)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
                                 stats=stats, for_training=False, whole_sec=system.segment_sec[1])
+
+
+class Output(NamedTuple):
+    """Where results go beside standard output: at most one of the two."""
+
+    form: str  # a key of FORMS
+    folder: Path | None  # a file for each utterance
+    merged: Path | None  # one file for all, which rank 0 writes
+
+
+def prepare_output(arguments: argparse.Namespace, rank: int) -> Output:
+    """Make the folders. Raises ValueError for a file that must not be replaced."""
+    form = arguments.format or "json"
+    folder = Path(arguments.output) if arguments.output else None
+    merged = None
+    if form == "ctm":
+        merged = folder / "results.ctm"
+    elif folder and folder.suffix == ".jsonl":
+        merged = folder
+    if merged:
+        folder = None
+        if merged.is_dir():
+            raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
+        if merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
+            raise ValueError(f"--output: wanted another file than the inputs, got {merged}")
+        merged.parent.mkdir(parents=True, exist_ok=True)
+    for place in (folder, arguments.plot, arguments.report):
+        if place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+    return Output(form, folder, merged if rank == 0 else None)
 
 
 ERASE = "\r\x1b[K"  # a terminal's line
 
 
-def batch_finisher(folder: Path | None, form: str, names: Sequence[str], total: int,
-                   shard: tuple[int, int]) -> Callable:
-    """A function that takes the outcomes of each batch, writes their files into `folder` and moves a terminal's bar
-    (inputs done, and the time spent on a second of audio), as if the other processes had done as many."""
-    started, done, seconds, (rank, processes) = time.perf_counter(), 0, 0.0, shard
+class ProgressBar:
+    """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as
+    many as rank 0."""
 
-    def finish(outcomes: list[Outcome]) -> None:
-        nonlocal done, seconds
-        for outcome in outcomes:
-            if folder and outcome.result:
-                data.write_atomic(folder / f"{names[outcome.index]}.{form}", FORMS[form](outcome))
-        done = min(total, done + processes * len(outcomes))
-        seconds += processes * sum(outcome.seconds for outcome in outcomes)
+    def __init__(self, total: int, shard: tuple[int, int]):
+        self.total, self.shard = total, shard
+        self.started, self.done, self.seconds = time.perf_counter(), 0, 0.0
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        rank, processes = self.shard
+        self.done = min(self.total, self.done + processes * len(outcomes))
+        self.seconds += processes * sum(outcome.seconds for outcome in outcomes)
         if rank == 0 and sys.stderr.isatty():
-            factor = (time.perf_counter() - started) / max(seconds, 1e-9)
-            print(f"{ERASE}[{'#' * (30 * done // total):30}] {done}/{total}  real-time factor {factor:.4f}", end="",
-                  file=sys.stderr, flush=True)
-    return finish
+            factor = (time.perf_counter() - self.started) / max(self.seconds, 1e-9)
+            print(f"{ERASE}[{'#' * (30 * self.done // self.total):30}] {self.done}/{self.total}  "
+                  f"real-time factor {factor:.4f}", end="", file=sys.stderr, flush=True)
+
+    def erase(self) -> None:
+        if sys.stderr.isatty():
+            print(ERASE, end="", file=sys.stderr)
 
 
-def run(arguments: argparse.Namespace, system: System, dataset: torch.utils.data.Dataset,
-        shard: tuple[int, int]) -> int:
-    """Recognise everything, print in the order of the inputs, report -> exit code."""
-    started, rank, form = time.perf_counter(), shard[0], arguments.format or "json"
-    output = Path(arguments.output) if arguments.output else None
-    merged = output / "results.ctm" if form == "ctm" else output if output and output.suffix == ".jsonl" else None
-    folder = None if merged else output
-    if merged and merged.is_dir():
-        raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
-    if merged and merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
-        raise ValueError(f"--output: wanted another file than the inputs, got {merged}")
-    for place in (merged and merged.parent, folder, arguments.plot, arguments.report):
-        if place:
-            Path(place).mkdir(parents=True, exist_ok=True)
-    lengths = dataset.lengths()[:arguments.limit or None]
-    names = file_names(dataset.keys[:len(lengths)]) if folder or arguments.plot else []
-    finish = batch_finisher(folder, form, names, len(lengths), shard)
-    windows = plan_batches(lengths, *batch_limits(system))
-    outcomes = recognise_all(system, dataset, windows, shard, finish)
-    heard, failed, scores, code = [], 0, [], 0
-    growing = data.replacing(merged) if merged and rank == 0 else contextlib.nullcontext(os.devnull)
-    with growing as path, open(path, "w", encoding="utf-8", newline="\n") as file:
+class Tally(NamedTuple):
+    """What became of all inputs."""
+
+    heard: list[tuple[int, float]]  # (place, seconds) of each that was recognised
+    failed: int
+    scores: list[Score]  # of those that have a reference
+    interrupted: bool  # by Ctrl-C
+
+
+def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[[str], list[int]],
+                  bar: ProgressBar) -> Tally:
+    """Print each outcome, write it into the file for all, compare it with its reference."""
+    heard, failed, scores, interrupted = [], 0, [], False
+    merged = data.replacing(output.merged) if output.merged else contextlib.nullcontext(os.devnull)
+    with merged as path, open(path, "w", encoding="utf-8", newline="\n") as file:
         try:
             for outcome in outcomes:
-                print(ERASE * sys.stderr.isatty(), end="", file=sys.stderr)
+                bar.erase()
                 if outcome.result is None:
                     failed += 1
                     print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
                     continue
                 print(f"{outcome.key}\t{outcome.result.text}")
                 heard.append((outcome.index, outcome.seconds))
-                if merged:
-                    file.write(FORMS[form](outcome))
+                if output.merged:
+                    file.write(FORMS[output.form](outcome))
                 if outcome.reference:
-                    scores.append(score(outcome, system.tokenizer.encode))
+                    scores.append(score(outcome, encode))
         except KeyboardInterrupt:
-            code = 130
-    if rank:
-        return code
-    spent, seconds = time.perf_counter() - started, sum(seconds for _, seconds in heard)
-    if arguments.plot:
-        write_pictures(Path(arguments.plot), system, dataset, [(i, names[i]) for i, _ in heard], arguments.plot_layer)
-    lines = report_lines(scores) if scores else []
-    if arguments.report:
-        write_report(Path(arguments.report), scores, lines,
-                     lambda index: alignment_picture(system, dataset, index))
-    print(*lines, f"{len(heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, "
-          f"real-time factor {spent / max(seconds, 1e-9):.4f}; {failed} could not be recognised", sep="\n",
-          file=sys.stderr)
-    return code or (1 if failed else 0)
+            interrupted = True
+    return Tally(heard, failed, scores, interrupted)
+
+
+def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
+    """Recognise everything, print in the order of the inputs, report -> exit code."""
+    started = time.perf_counter()
+    output = prepare_output(arguments, shard[0])
+    lengths = dataset.lengths()[:arguments.limit or None]
+    names = file_names(dataset.keys[:len(lengths)]) if output.folder or arguments.plot else []
+    bar = ProgressBar(len(lengths), shard)
+
+    def finish(outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if output.folder and outcome.result:
+                file = output.folder / f"{names[outcome.index]}.{output.form}"
+                data.write_atomic(file, FORMS[output.form](outcome))
+        bar.add(outcomes)
+
+    windows = plan_batches(lengths, *batch_limits(system))
+    outcomes = recognise_all(system, dataset, windows, shard, finish)
+    tally = write_results(outcomes, output, system.tokenizer.encode, bar)
+    if shard[0] == 0:
+        spent = time.perf_counter() - started
+        if arguments.plot:
+            named = [(i, names[i]) for i, _ in tally.heard]
+            write_pictures(Path(arguments.plot), system, dataset, named, arguments.plot_layer)
+        report_figures(arguments.report, system, dataset, tally, spent)
+    if tally.interrupted:
+        return 130
+    return 1 if tally.failed else 0
+
+
+def report_figures(folder: str | None, system: System, dataset: Dataset, tally: Tally, spent: float) -> None:
+    """Print the error rates, if there are references, and the speed; write the report into a folder."""
+    lines = report_lines(tally.scores) if tally.scores else []
+    if folder:
+        write_report(Path(folder), tally.scores, lines, lambda index: alignment_picture(system, dataset, index))
+    seconds = sum(seconds for _, seconds in tally.heard)
+    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
+          f"{spent / max(seconds, 1e-9):.4f}; {tally.failed} could not be recognised", sep="\n", file=sys.stderr)
 
 
 def join_processes() -> tuple[int, int]:

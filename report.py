@@ -1,6 +1,7 @@
 """Results in files: txt, json, srt, vtt, tsv and ctm; error rates and confusions; report.html.
 
-Needs numpy, tokenizer.py and plot.py. Everything here is a function of results, which decode.py makes.
+Needs torch, numpy, tokenizer.py, audio.py, data.py, funasr.py, model.py and plot.py. Everything here is a function of
+results, which decode.py makes.
 Sources: Bisani & Ney 2004 (intervals); whisper's tsv; NIST's ctm.
 """
 import html
@@ -13,11 +14,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
-from data import RECORDINGS, write_atomic
-from plot import escape
-from tokenizer import (Counts, align, char_errors, count_errors, format_alignment, normalise_text, token_accuracy,
-                       word_errors)
+from audio import frame_sec
+from data import RECORDINGS, Utterance, write_atomic
+from funasr import PieceTokenizer, UNSPOKEN, are_spaced, spell_words
+from model import Hypotheses, in_feature_frames
+from plot import alignment_svg, attention_svg, escape
+from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
+                       spoken_places, token_accuracy, word_errors)
 
 
 # ---- results ----
@@ -67,7 +72,50 @@ def is_ideograph(text: str) -> bool:
 
 
 def join_words(words: Sequence[Word]) -> str:
-    return "".join(" " * (word.spaced and i > 0) + word.text for i, word in enumerate(words))
+    text = ""
+    for i, word in enumerate(words):
+        if i > 0 and word.spaced:
+            text += " "
+        text += word.text
+    return text
+
+
+def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
+    """The words of a Tokenizer's tokens: each is one (unit "word"), or those that a space or an ideograph separates."""
+    groups: list[tuple[bool, list[Token]]] = []  # (spaced, tokens)
+    space = True
+    for token in tokens:
+        if token.token == " ":
+            space = True
+            continue
+        if space or is_ideograph(token.token) or is_ideograph(groups[-1][1][-1].token):
+            groups.append((space, []))
+        groups[-1][1].append(token)
+        space = unit == "word"
+    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
+            for spaced, group in groups]
+
+
+def words_of_pieces(tokens: Sequence[Token], all_spaced: bool) -> list[Word]:
+    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
+    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))])
+    heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
+    words = []
+    for i, word in enumerate(spelled):
+        spaced = i == 0 or all_spaced or are_spaced(spelled[i - 1], word)
+        confidence = mean_confidence(heard[word.start:word.end])
+        words.append(Word(word.text, tokens[word.start].start, tokens[word.end - 1].end, confidence, spaced))
+    return words
+
+
+def words_of(tokens: Sequence[Token], tokenizer: Tokenizer | PieceTokenizer, all_spaced: bool) -> list[Word]:
+    if isinstance(tokenizer, PieceTokenizer):
+        return words_of_pieces(tokens, all_spaced)
+    return words_of_units(tokens, tokenizer.unit)
+
+
+def text_of(tokens: Sequence[Token], words: Sequence[Word], unit: str) -> str:
+    return "".join(token.token for token in tokens) if unit == "char" else join_words(words)
 
 
 class Outcome(NamedTuple):
@@ -161,6 +209,38 @@ def file_names(keys: Sequence[str]) -> list[str]:
         numbers[name.lower()] = 1
         names.append(name)
     return names
+
+
+# ---- pictures ----
+
+def layer_of(layers: Sequence[Tensor], number: int) -> tuple[str, Tensor]:
+    """(name, weights) of layer `number`, counted from 1; the last one for 0 and for a number beyond it."""
+    number = min(number or len(layers), len(layers))
+    return f"layer {number} of {len(layers)}", layers[number - 1]
+
+
+def utterance_svgs(title: str, item: Utterance, found: Hypotheses, tokens: Sequence[tuple[str, float, float]], config,
+                   encoder_layers: Sequence[Tensor] = (), cross_layers: Sequence[Tensor] = (),
+                   layer: int = 0) -> dict[str, str]:
+    """SVGs of an utterance decoded alone: its alignment (features, tokens, firing); as encoder and cross, the heads of
+    attention layer `layer_of` of the encoder (1,H,L,L) and of the decoder (1,H,U,L), where such layers are given.
+    tokens: (text, start, end) in seconds; config: with sections model and data."""
+    encoder, hop_sec = config.model.encoder, frame_sec(config.data)
+    seconds = len(item.feats) * hop_sec
+    L = found.alpha.shape[1]
+    span = in_feature_frames(0, encoder) * hop_sec, in_feature_frames(L, encoder) * hop_sec  # of the encoder's frames
+    truth = None if item.boundaries is None else item.boundaries * hop_sec
+    pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), tokens, seconds, span, truth)}
+    if encoder_layers:
+        name, heads = layer_of(encoder_layers, layer)
+        name = f"encoder, {name}, {title}"
+        pictures["encoder"] = attention_svg(name, heads[0].float().cpu(), tokens, seconds, span, cross=False)
+    if cross_layers:
+        name, heads = layer_of(cross_layers, layer)
+        rows = spoken_places(found.tokens[0].tolist())  # what pads is BLANK
+        name = f"cross, {name}, {title}"
+        pictures["cross"] = attention_svg(name, heads[0, :, rows].float().cpu(), tokens, seconds, span, cross=True)
+    return pictures
 
 
 # ---- the report ----

@@ -5543,7 +5543,7 @@ def test_the_report_adds_errors_and_divides_once():
 
 
 def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[report.Outcome]:
-    return decode.recognise(system, decode.open_inputs(system, [path], None), [0])
+    return decode.recognise_inputs(system, decode.open_inputs(system, [path], None), [0])
 
 
 def test_a_blank_text_is_no_reference(tmp_path):
@@ -5952,7 +5952,7 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
     """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
     system, [feats] = tiny_system(encoder={"num_layers": 3}, decoder={"num_layers": 2}), ragged_feats([31])
     calls = []
-    monkeypatch.setattr(decode, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
+    monkeypatch.setattr(report, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
     item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
     with torch.no_grad():
         encoder = system.model.encoder(feats[None], torch.tensor([31]), need_weights=True)[2]
