@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import warnings
 import wave
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -37,10 +38,13 @@ class WavHeader(NamedTuple):
     rate_hz: int
     start: int          # byte where the samples begin
     num_samples: int    # of one channel
+    channel: int | None = None      # the only one that is read; None = the mean of all
 
 
 MAX_CHUNKS = 10000      # of a WAV file before its samples: a file of empty chunks must not keep a server busy
 UNKNOWN_SIZE = 2**32 - 1
+CHUNK_SEC = 10          # of a recording are read at a time
+CANCELLED = 0.1         # share of the louder channel's power: -10 dB
 SAMPLE_TYPES = {        # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
     (1, 8): ("u1", 128, 2.0 ** 7), (1, 16): ("<i2", 0, 2.0 ** 15), (1, 24): ("<i4", 0, 2.0 ** 31),
     (1, 32): ("<i4", 0, 2.0 ** 31), (3, 32): ("<f4", 0, 1.0), (3, 64): ("<f8", 0, 1.0),
@@ -131,10 +135,9 @@ def widen(x: np.ndarray, size: int) -> np.ndarray:
     return np.pad(x[:, :3], ((0, 0), (1, 0)))
 
 
-def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
-    """Samples start..stop-1, or all -> (N,) float32, channels averaged. ValueError if one is not finite."""
+def read_channels(file: BinaryIO, header: WavHeader, start: int, stop: int) -> np.ndarray:
+    """Samples start..stop-1 -> (N, channels) float64."""
     size = header.channels * header.size
-    stop = header.num_samples if stop is None else stop
     file.seek(header.start + start * size)
     x = np.frombuffer(file.read((stop - start) * size), np.uint8)
     if header.bits == 24:
@@ -143,9 +146,38 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
     x = x.view(kind)
     if header.code in (6, 7):
         x = law_table(header.code)[x]
-    x = (x.astype(np.float64) - zero) / full_scale
+    return ((x.astype(np.float64) - zero) / full_scale).reshape(-1, header.channels)
+
+
+def choose_channel(file: BinaryIO, header: WavHeader, place: str) -> WavHeader:
+    """The header; for stereo whose channels cancel each other it asks for the louder one, with a warning.
+
+    So it is where the power of the mean, offsets left out, is below CANCELLED of the louder channel's: 0.25 is what
+    silence in the other leaves of it. Reads the recording once, in pieces.
+    """
+    if header.channels != 2 or header.num_samples == 0:
+        return header
+    total = squares = np.zeros(3)
+    step = CHUNK_SEC * header.rate_hz
+    for start in range(0, header.num_samples, step):
+        x = read_channels(file, header, start, min(start + step, header.num_samples))
+        x = np.column_stack([x, x.mean(1)])         # (n, 3): left, right, their mean
+        total = total + x.sum(0)
+        squares = squares + np.square(x).sum(0)
+    power = squares / header.num_samples - np.square(total / header.num_samples)
+    louder = int(power[:2].argmax())
+    if not power[2] < CANCELLED * power[louder]:    # `not`: of what is not finite too
+        return header
+    name = ("left", "right")[louder]
+    warnings.warn(f"{place}: the channels cancel each other (opposite phase), reading the {name} one")
+    return header._replace(channel=louder)
+
+
+def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | None = None) -> Tensor:
+    """Samples start..stop-1, or all -> (N,) float32, channels averaged, or the header's. ValueError if not finite."""
+    x = read_channels(file, header, start, header.num_samples if stop is None else stop)
     with np.errstate(over="ignore"):            # a float64 beyond float32 becomes infinite
-        x = x.reshape(-1, header.channels).mean(1).astype(np.float32)
+        x = (x.mean(1) if header.channel is None else x[:, header.channel]).astype(np.float32)
     if not np.isfinite(x).all():
         bad = int(np.argmin(np.isfinite(x)))
         raise ValueError(f"wanted finite samples, got {x[bad]} at sample {start + bad}")
@@ -172,6 +204,10 @@ def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
     return converted
 
 
+def place_of(source: str | os.PathLike | bytes) -> str:
+    return "<bytes>" if isinstance(source, bytes) else str(source)
+
+
 @contextlib.contextmanager
 def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
     """The WAV of a recording, from a path or a file's bytes, and its header.
@@ -180,7 +216,6 @@ def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO
     A ValueError, also one that the block of the `with` raises, is prefixed with the path.
     """
     in_memory = isinstance(source, bytes)
-    place = "<bytes>" if in_memory else str(source)
     try:
         with io.BytesIO(source) if in_memory else open(source, "rb") as file:
             if header := read_header(file):
@@ -189,15 +224,16 @@ def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO
         with ffmpeg_to_wav(source if in_memory else os.fspath(source)) as file:
             yield file, read_header(file)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{place_of(source)}: {error}") from None
 
 
 def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
-    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), channels averaged, and rate in Hz.
+    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), and their rate in Hz.
 
-    Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
+    Channels are averaged; of two that cancel each other the louder one is read, with a warning. Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
     """
     with open_recording(source) as (file, header):
+        header = choose_channel(file, header, place_of(source))
         return read_samples(file, header), header.rate_hz
 
 
@@ -288,12 +324,10 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     return out.view(-1)[:num_out]
 
 
-CHUNK_SEC = 10          # of a recording are read and resampled at a time
-
-
 def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
     """The samples that load_wav and resample make of a recording, in pieces, in constant memory. Raises as load_wav."""
     with open_recording(source) as (file, header):
+        header = choose_channel(file, header, place_of(source))
         up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
         around = -(-half_width(up, down) // down) * down    # whole periods of `down` inputs, as is `step`
         step = CHUNK_SEC * header.rate_hz

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from audio import (FRAME_SEC, SHIFT_SEC, audio_seconds, frontend, normalise, num_frames, open_recording, read_samples,
-                   resample)
+from audio import (FRAME_SEC, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames, open_recording,
+                   read_samples, resample)
 
 
 # ---- files ----
@@ -558,7 +558,7 @@ class ManifestDataset(Dataset):
             with open_recording(row.audio) as (file, header):
                 seconds = header.num_samples / header.rate_hz
                 if seconds <= self.whole_sec:
-                    samples = read_samples(file, header)
+                    samples = read_samples(file, choose_channel(file, header, row.audio))
         except FileNotFoundError:
             raise Unusable(f"missing: {row.audio}") from None
         except (OSError, ValueError) as error:

@@ -33,6 +33,7 @@ import threading
 import time
 import tracemalloc
 import unicodedata
+import warnings
 import wave
 import xml.etree.ElementTree as ElementTree
 import zlib
@@ -829,6 +830,32 @@ def test_a_law_and_mu_law_have_the_numbers_of_their_tables(code, planted):
     assert np.array_equal(np.sort(-numbers[:128]), positive)
     spaces = [np.unique(np.diff(part)).tolist() for part in positive.reshape(8, 16)]
     assert spaces == [[16 << max(0, s - 1) if code == 6 else 8 << s] for s in range(8)]
+
+
+# C12
+def test_of_stereo_in_opposite_phase_the_louder_channel_is_read_with_a_warning(tmp_path, monkeypatch):
+    """Also where a piece of a stream is silent; one channel alone, or two that differ, are averaged as ever."""
+    monkeypatch.setattr(audio, "CHUNK_SEC", 1)
+    speech = np.concatenate([np.zeros(9000), 0.25 * np.random.default_rng(0).standard_normal(20000)])
+    other = 0.25 * np.random.default_rng(1).standard_normal(29000)
+    quieter = -0.9 * speech
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}])
+    for left, right, wanted in ((speech, -speech, "left"), (quieter + 0.3, speech, "right"), (speech, 0 * speech, ""),
+                                (speech, other, ""), (speech, speech, ""), (speech, -0.2 * speech, "")):
+        stereo = np.stack([left, right], 1).astype("<f4")
+        (tmp_path / "a.wav").write_bytes(wav(stereo.tobytes(), 3, 32, 2))
+        expected = {"left": stereo[:, 0], "right": stereo[:, 1], "": stereo.astype(float).mean(1)}[wanted]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            samples, _ = audio.load_wav(tmp_path / "a.wav")
+            pieces = list(audio.stream(tmp_path / "a.wav", 8000))
+            item = data.ManifestDataset(path, data_options(max_sec=9.0), letters)[0]
+        np.testing.assert_allclose(samples, expected, atol=1e-7)
+        assert torch.equal(torch.cat(pieces), samples)
+        assert torch.equal(item.feats, audio.frontend(samples, 8000, data_options()))
+        said = [str(warning.message) for warning in caught]
+        assert said == 3 * [f"{tmp_path}/a.wav: the channels cancel each other (opposite phase), reading the {wanted} "
+                            "one"] if wanted else said == []
 
 
 def test_rf64_has_the_size_of_its_samples_in_a_chunk_of_its_own():
