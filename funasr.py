@@ -1,7 +1,10 @@
 """The model directories that FunASR publishes: options, files, tensor names, vocabularies, sentences, times.
 
-Everything here is a table or a plain function between FunASR's formats and ours; the layers of its models are in
-funasr_layers.py, and checkpoint.py puts a model together. Needs numpy, torch, config.py, tokenizer.py and data.py.
+Everything here is a table or a plain function between FunASR's formats and ours: nothing computes with a model. The
+layers of its models are in funasr_layers.py, checkpoint.py puts a model together.
+
+Reading order: the options of its config.yaml (`PUBLISHED`) to and from our Config; names of tensors (`RENAMES`); the
+normalisation am.mvn; `PieceTokenizer`, its vocabularies; symbols to words and sentences; times from a timing head.
 
 Source: FunASR 1.4, whose published checkpoints these functions read and write.
 """
@@ -135,7 +138,8 @@ def published_files(folder: str) -> dict[str, Path]:
             metas = json.loads(path.read_text("utf-8")).get("file_path_metas", {})
             for key, part in FILE_KEYS.items():
                 section, _, name = key.rpartition(".")
-                names[part] = (metas.get(section, {}) if section else metas).get(name, names[part])
+                named = metas.get(section, {}) if section else metas
+                names[part] = named.get(name, names[part])
                 if not isinstance(names[part], str):
                     raise ValueError(f"{key} {names[part]!r}")
         except (ValueError, AttributeError) as error:
@@ -221,6 +225,21 @@ def _translate(values: dict, part: str, place: str) -> dict:
     return ours
 
 
+def _translate_back(ours: Any, options: dict[str, Option]) -> dict:
+    """{FunASR's option: value} from a section of our config."""
+    values = {}
+    for key, option in options.items():
+        value = option.only
+        if option.field:
+            value = attrgetter(option.field)(ours)
+        for funasrs, converted in CONVERTED.get(option.field, {}).items():
+            if converted == value:
+                value = funasrs
+                break
+        values[key] = value
+    return values
+
+
 def _published_class(part: str, ours: Any, upsampling: int) -> str:
     """FunASR's class for a part of our config. Raises ValueError if there is none."""
     for name, published in PUBLISHED[part].items():
@@ -256,15 +275,8 @@ def dump_published_config(config: Config) -> str:
         name = _published_class(part, ours, model.predictor.upsampling)
         if part == "decoder" and model.name == "contextual":
             name = "ContextualParaformerDecoder"
-        conf = {}
-        for key, option in PUBLISHED[part][name].options.items():
-            conf[key] = option.only
-            if option.field:
-                value = attrgetter(option.field)(ours)
-                theirs = {mine: funasrs for funasrs, mine in CONVERTED.get(option.field, {}).items()}
-                conf[key] = theirs.get(value, value)
         values[part] = name
-        values[f"{part}_conf"] = conf
+        values[f"{part}_conf"] = _translate_back(ours, PUBLISHED[part][name].options)
     if model.name in HOTWORD_MODELS:
         values["model_conf"]["inner_dim"] = encoder.hidden_dim
     values["predictor_conf"]["idim"] = encoder.hidden_dim      # from here on: what FunASR asks for, and we do not
@@ -335,7 +347,9 @@ def funasr_names(name: str, options) -> list[str]:
                          f"{', '.join(key.split()[1] for key in RENAMES if key.startswith(part + ' '))}")
     ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
     theirs = re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
-    return [theirs.replace("{k,v}", part) for part in "kv"] if "{k,v}" in theirs else [theirs]
+    if "{k,v}" in theirs:
+        return [theirs.replace("{k,v}", "k"), theirs.replace("{k,v}", "v")]
+    return [theirs]
 
 
 def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
@@ -345,7 +359,8 @@ def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tens
     """
     state = read_file(path, "the weights of a model", mapped)
     for wrapper in ("state_dict", "model_state_dict", "model"):
-        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path}: wanted tensors by name, got {type(state).__name__}")
     return {name.removeprefix("module."): x for name, x in state.items()}
@@ -360,13 +375,19 @@ def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
     """
     try:
         text = Path(path).read_text("utf-8")
-        shift, scale = [np.array(text[text.index(mark):].split("[", 1)[1].split("]", 1)[0].split(), np.float64)
-                        for mark in ("<AddShift>", "<Rescale>")]
+        shift = _numbers_behind(text, "<AddShift>")
+        scale = _numbers_behind(text, "<Rescale>")
     except (OSError, ValueError, IndexError) as error:
         raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {error}") from None
     if not len(shift) == len(scale) == size:
         raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
     return torch.from_numpy(np.stack([-shift, scale])).float()
+
+
+def _numbers_behind(text: str, mark: str) -> np.ndarray:
+    """The numbers in the first [ ] behind mark (n,) float64. Raises ValueError or IndexError."""
+    behind = text[text.index(mark):].split("[", 1)[1]
+    return np.array(behind.split("]", 1)[0].split(), np.float64)
 
 
 def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
@@ -387,6 +408,10 @@ PIECE = "@@"  # at the end of a symbol: the next symbol continues the word
 UNSPOKEN = ("<s>", "</s>", "<unk>", "<OOV>")  # symbols that FunASR leaves out of a sentence
 
 
+def _split_lines(text: str) -> list[str]:
+    return text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
+
+
 @dataclass(frozen=True)
 class PieceTokenizer:
     """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: ids 0 to 2 are BLANK, SOS and EOS
@@ -403,11 +428,11 @@ class PieceTokenizer:
 
         Raises ValueError that names the file.
         """
-        lines = lambda text: text.removesuffix("\n").split("\n")  # not splitlines: U+2028 may be a symbol
-        symbols = parse_file(tokens, "a list of symbols", json.loads if Path(tokens).suffix == ".json" else lines)
+        parse = json.loads if Path(tokens).suffix == ".json" else _split_lines
+        symbols = parse_file(tokens, "a list of symbols", parse)
         pieces = None
         if dictionary:
-            rows = [line.split() for line in parse_file(dictionary, "a dictionary", lines)]
+            rows = [line.split() for line in parse_file(dictionary, "a dictionary", _split_lines)]
             pieces = {row[0]: row[1:] for row in rows if row}
         return cls.from_state({"symbols": symbols, "pieces": pieces}, str(tokens))
 
@@ -425,8 +450,8 @@ class PieceTokenizer:
             return [c for c in text if c != " "]
         symbols = []
         for word in text.strip().lower().split(" "):
-            spelled = list(word) if re.match("[\u4e00-\u9fa5a-z0-9]", word) else [word]
-            for unit in [word] if word in self.pieces else spelled:
+            is_spelled = word not in self.pieces and re.match("[\u4e00-\u9fa5a-z0-9]", word)
+            for unit in word if is_spelled else [word]:
                 symbols += self.pieces.get(unit, [SPECIALS[UNK]])
         return symbols
 
@@ -506,25 +531,29 @@ def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None 
     words: list[SpelledWord] = []
     unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
     for symbol, (start, end) in zip(spoken, times):
-        kind, text = "han" if all_han else _kind(symbol), symbol
-        if kind == "piece":
-            text = symbol.replace(PIECE, "")
+        kind = "han" if all_han else _kind(symbol)
+        text = symbol.replace(PIECE, "") if kind == "piece" else symbol
         if unfinished and kind in ("piece", "word"):
             begun = words.pop()
-            text, start = begun.text + text, begun.start
+            text = begun.text + text
+            start = begun.start
         unfinished = kind == "piece"
         words.append(SpelledWord(text, start, end, "word" if unfinished else kind))
     return merge_letters(words)
 
 
+def _is_letter(word: SpelledWord) -> bool:
+    return word.kind == "word" and len(word.text) == 1 and word.text.isascii()
+
+
 def merge_letters(words: Sequence[SpelledWord]) -> list[SpelledWord]:
     """Runs of two or more words of one ASCII letter become one word in capitals: a b c -> ABC."""
     merged: list[SpelledWord] = []
-    is_letter = lambda word: word.kind == "word" and len(word.text) == 1 and word.text.isascii()
-    for letters, run in itertools.groupby(words, is_letter):
-        run = list(run)
-        if letters and len(run) > 1:
-            run = [SpelledWord("".join(word.text for word in run).upper(), run[0].start, run[-1].end, "word")]
+    for are_letters, group in itertools.groupby(words, _is_letter):
+        run = list(group)
+        if are_letters and len(run) > 1:
+            text = "".join(word.text for word in run).upper()
+            run = [SpelledWord(text, run[0].start, run[-1].end, "word")]
         merged += run
     return merged
 
@@ -535,19 +564,27 @@ def are_spaced(before: SpelledWord, after: SpelledWord) -> bool:
 
 
 def write_sentence(words: Sequence[SpelledWord]) -> str:
-    return "".join(" " * (i > 0 and are_spaced(words[i - 1], word)) + word.text for i, word in enumerate(words))
+    text = ""
+    for i, word in enumerate(words):
+        if i > 0 and are_spaced(words[i - 1], word):
+            text += " "
+        text += word.text
+    return text
 
 
 # ---- times ----
 
-FIRED = np.float32(1 - 1e-4)  # sum of the timing head's weights, in float32, that fires; all four are FunASR's
-FIRE_SHIFT = -1.5  # frames of the timing head, added to that of a firing, which comes late
-LONGEST, EDGE = 12, 5  # such frames: the longest token, and the longest silence at the end that the last token takes
+# All are FunASR's; the last three in frames of the timing head.
+FIRED = np.float32(1 - 1e-4)  # sum of the timing head's weights, in float32, that fires
+FIRE_SHIFT = -1.5  # added to the frame of a firing, which comes late
+LONGEST = 12  # of a token
+EDGE = 5  # the longest silence at the end that the last token takes
 
 
 def firings(weights: np.ndarray) -> np.ndarray:
     """When the running sum of weights (n,) float32 reaches FIRED, which is then taken off it -> (m,), in frames."""
-    places, total = [], np.float32(0)
+    places = []
+    total = np.float32(0)
     for t, weight in enumerate(weights):
         total = total + weight
         if total >= FIRED:
@@ -563,12 +600,14 @@ def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
     """
     fired = firings(weights)
     if len(fired) != n + 1:  # another number of tokens than the decoder's: scale the weights to that
-        weights = weights if weights.any() else np.ones_like(weights)
+        if not weights.any():
+            weights = np.ones_like(weights)
         fired = firings(weights / (weights.sum() / np.float32(n + 1)))
     missing = max(0, n + 1 - len(fired))  # firings, even after scaling: they are set to the end
     fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
-    spans = [(float(a), float(min(b, a + LONGEST))) for a, b in zip(fired, fired[1:])]
+    spans = [(float(start), float(min(end, start + LONGEST))) for start, end in zip(fired, fired[1:])]
     if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
-        left = len(weights) - fired[-1]
-        spans[-1] = spans[-1][0], float(len(weights) - left / 2 if left > EDGE else len(weights))
+        silence = len(weights) - fired[-1]
+        end = len(weights) - silence / 2 if silence > EDGE else len(weights)
+        spans[-1] = (spans[-1][0], float(end))
     return spans
