@@ -1,6 +1,7 @@
 """Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
 
-    python decode.py                                the last run's checkpoint, on its toy data or its test manifest
+    python decode.py                                the last run's checkpoint, on its toy data or its test manifest: ten
+                                                    results and the figures, in a file or a pipe all of them
     python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
     python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
     python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
@@ -484,11 +485,12 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset
 
 
 class Output(NamedTuple):
-    """Where results go beside standard output: at most one of the two."""
+    """Where results go: standard output and, at most one of the two, a folder or a file."""
 
     form: str  # a key of FORMS
     folder: Path | None  # a file for each utterance
     merged: Path | None  # one file for all, which rank 0 writes
+    brief: bool  # of its own data a terminal gets the first SHOWN, with references
 
 
 def prepare_output(arguments: argparse.Namespace, rank: int) -> Output:
@@ -510,10 +512,12 @@ def prepare_output(arguments: argparse.Namespace, rank: int) -> Output:
     for place in (folder, arguments.plot, arguments.report):
         if place:
             Path(place).mkdir(parents=True, exist_ok=True)
-    return Output(form, folder, merged if rank == 0 else None)
+    brief = not arguments.inputs and sys.stdout is not None and sys.stdout.isatty()
+    return Output(form, folder, merged if rank == 0 else None, brief)
 
 
 ERASE = "\r\x1b[K"  # a terminal's line
+SHOWN = 10  # results that a terminal gets where no INPUT is named
 
 
 class ProgressBar:
@@ -560,7 +564,10 @@ def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[
                     failed += 1
                     print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
                     continue
-                print(f"{outcome.key}\t{outcome.result.text}")
+                if not output.brief:
+                    print(f"{outcome.key}\t{outcome.result.text}")
+                elif len(heard) < SHOWN:
+                    print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {outcome.result.text}")
                 heard.append((outcome.index, outcome.seconds))
                 if output.merged:
                     file.write(FORMS[output.form](outcome))
@@ -568,6 +575,8 @@ def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[
                     scores.append(score(outcome, encode))
         except KeyboardInterrupt:
             interrupted = True
+    if output.brief and len(heard) > SHOWN:
+        print(f"and {len(heard) - SHOWN} more, which a file or a pipe gets: python decode.py > results.tsv")
     return Tally(heard, failed, scores, interrupted)
 
 

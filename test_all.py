@@ -6018,6 +6018,26 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
 
+def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):
+    toy = config.ToyConfig(num_dev=12, num_symbols=8)
+    arguments = ["--ckpt", saved(tiny_system("toy", toy=toy), tmp_path / "tiny.pt"), "--device=cpu"]
+    assert decode.main(arguments) == 0
+    texts = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert decode.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 0
+    references = [json.loads(line)["reference"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    leader, follower = os.openpty()
+    with os.fdopen(leader) as screen, os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert decode.main(arguments) == 0 and decode.main([*arguments, spoken(tmp_path / "a.wav", 0.5)]) == 0
+        terminal.flush()
+        shown = [screen.readline().rstrip("\n") for _ in range(32)]
+    wanted = []
+    for (key, text), reference in zip(texts[:10], references):
+        wanted += [key, f"  reference   {reference}", f"  recognised  {text}"]
+    assert len(texts) == 12 and shown[:30] == wanted and shown[30].startswith("and 2 more")
+    assert shown[31].startswith(f"{tmp_path / 'a.wav'}\t")  # of named inputs all
+
+
 # ---- decode: published models, texts, times and exports ----
 
 # C44
