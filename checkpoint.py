@@ -89,26 +89,35 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return {**state, "config": without_retired(state["config"])}
 
 
+def same_name(name: str) -> list[str]:
+    return [name]
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
-                 names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
+                 names: Callable[[str], list[str]] = same_name, adopt: bool = False) -> None:
     """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
 
     names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
     themselves replace the model's own and are not copied.
     """
     own = model.state_dict()
-    sources = {name: names(name) for name in own}
-    wanted = {part: tuple(own[name].chunk(len(parts))[0].shape) if len(parts) > 1 else tuple(own[name].shape)
-              for name, parts in sources.items() for part in parts}
+    wanted = {}
+    for name, x in own.items():
+        parts = names(name)
+        part = x if len(parts) == 1 else x.chunk(len(parts))[0]
+        wanted.update(dict.fromkeys(parts, tuple(part.shape)))
     wrong = [f"missing {name}" for name in wanted if name not in weights]
     wrong += [f"unused {name}" for name in weights if name not in wanted]
     wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
               if name in weights and weights[name].shape != shape]
     if wrong:
         raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
-    found = {name: weights[parts[0]] if len(parts) == 1 else torch.cat([weights[part] for part in parts])
-             for name, parts in sources.items()}
-    model.load_state_dict({name: x.to(own[name].dtype) for name, x in found.items()}, assign=adopt)
+    found = {}
+    for name, x in own.items():
+        parts = [weights[part] for part in names(name)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found[name] = whole.to(x.dtype)
+    model.load_state_dict(found, assign=adopt)
 
 
 # ---- weights that FunASR publishes ----
@@ -169,7 +178,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.in_features, weight = linear.in_features, linear.weight.detach().float()
+        weight = linear.weight.detach().float()
+        self.in_features = linear.in_features
         self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
         levels = (weight / self.scale[:, None]).round()
         self.sums = levels.sum(1) * self.scale  # (out,): output for an input of ones
@@ -247,11 +257,16 @@ def load_checkpoint(path: str | os.PathLike) -> System:
 
 def runs_on(precision: str, device: torch.device) -> bool:
     """Whether the processor has instructions for matrix products in this precision; emulated ones are slow."""
-    if device.type != "cpu":
-        return {"int8": False, "bfloat16": torch.cuda.is_bf16_supported(including_emulation=False)}.get(precision, True)
-    return {"float32": True, "int8": torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported(),
-            "float16": torch.cpu._is_amx_fp16_supported(),
-            "bfloat16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}[precision]
+    on_cpu = device.type == "cpu"
+    if precision == "int8":
+        return on_cpu and torch.backends.mkldnn.is_available() and torch.cpu._is_avx2_supported()
+    if precision == "bfloat16" and on_cpu:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bfloat16":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "float16" and on_cpu:
+        return torch.cpu._is_amx_fp16_supported()
+    return True
 
 
 def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
@@ -262,7 +277,8 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     int8 and, on a CPU in float32, laid_out put large weights into the order that its products want, which pays for
     many short recordings. Else the weights of a directory are memory-mapped, which starts sooner.
     """
-    target, linear = pick_device(device), None
+    target = pick_device(device)
+    linear = None
     if not runs_on(precision, target):
         print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
         precision = "float32"
@@ -275,7 +291,8 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     if linear is not None:
         count = lay_out(model, linear)
         if not count and precision == "int8":
-            print("warning: no matrix of this model is large enough for int8 to pay; going on in float32", file=sys.stderr)
+            print("warning: no matrix of this model is large enough for int8 to pay; going on in float32",
+                  file=sys.stderr)
             precision = "float32"
         if count and type(model) is Paraformer:  # the others may read hotwords through it
             model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
@@ -291,13 +308,18 @@ def export_directory(system: System, folder: Path) -> None:
     weights = {}
     for name, x in system.model.state_dict().items():
         theirs = funasr_names(name, system.config.model)
-        weights |= {part: y.clone() for part, y in zip(theirs, x.chunk(len(theirs)) if len(theirs) > 1 else [x])}
+        parts = [x] if len(theirs) == 1 else x.chunk(len(theirs))
+        for their_name, part in zip(theirs, parts):
+            weights[their_name] = part.clone()
     config, tokenizer = dump_published_config(system.config), system.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
     special = dict(zip(SPECIALS, ("<blank>", "<s>", "</s>", "<unk>")))
     symbols = [special.get(symbol, symbol) for symbol in tokenizer.symbols]
-    of_words = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]} if tokenizer.unit == "word" else None
-    pieces = tokenizer.pieces if isinstance(tokenizer, PieceTokenizer) else of_words
+    pieces = None  # word -> its symbols
+    if isinstance(tokenizer, PieceTokenizer):
+        pieces = tokenizer.pieces
+    elif tokenizer.unit == "word":
+        pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
     data.write_atomic(folder / "config.yaml", config)
     data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
     write_cmvn(folder / "am.mvn", system.stats.cpu())
@@ -316,13 +338,15 @@ def export(system: System, path: str) -> str:
     Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
     with checkpoint.pt of ours where not.
     """
-    place, reason = Path(path), ""
+    place = Path(path)
+    reason = ""
     if place.suffix != ".pt":
         try:
             export_directory(system, place)
             return f"{place}: a FunASR directory"
         except ValueError as error:
-            place, reason = place / "checkpoint.pt", f"; no FunASR directory: {error}"
+            place = place / "checkpoint.pt"
+            reason = f"; no FunASR directory: {error}"
     place.parent.mkdir(parents=True, exist_ok=True)
     state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
