@@ -134,12 +134,14 @@ class Outcome(NamedTuple):
 def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
     """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
     found: list[list[Word]] = []
+    cue: list[Word] = []
     for word in words:
-        full = found and (word.end - found[-1][0].start > max_sec or len(join_words([*found[-1], word])) > max_chars)
-        if full or not found:
-            found.append([])
-        found[-1].append(word)
-    return found
+        longer = [*cue, word]
+        if cue and (word.end - cue[0].start > max_sec or len(join_words(longer)) > max_chars):
+            found.append(cue)
+            longer = [word]
+        cue = longer
+    return [*found, cue] if cue else found
 
 
 def timestamp(seconds: float, mark: str) -> str:
@@ -150,11 +152,26 @@ def timestamp(seconds: float, mark: str) -> str:
 
 def subtitles(words: Sequence[Word], form: str) -> str:
     """Numbered cues, times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
-    head, mark, spell = "", ",", join_words
-    if form == "vtt":
-        head, mark, spell = "WEBVTT\n\n", ".", lambda cue: html.escape(join_words(cue), quote=False)
-    return head + "".join(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{spell(cue)}\n\n"
-                          for i, cue in enumerate(cues(words), 1))
+    lines = ["WEBVTT\n\n"] if form == "vtt" else []
+    mark = "." if form == "vtt" else ","
+    for i, cue in enumerate(cues(words), 1):
+        text = join_words(cue)
+        if form == "vtt":
+            text = html.escape(text, quote=False)
+        lines.append(f"{i}\n{timestamp(cue[0].start, mark)} --> {timestamp(cue[-1].end, mark)}\n{text}\n\n")
+    return "".join(lines)
+
+
+def srt(outcome: Outcome) -> str:
+    return subtitles(outcome.result.words, "srt")
+
+
+def vtt(outcome: Outcome) -> str:
+    return subtitles(outcome.result.words, "vtt")
+
+
+def txt(outcome: Outcome) -> str:
+    return outcome.result.text + "\n"
 
 
 def word_entry(word: Word) -> dict:
@@ -188,9 +205,7 @@ def ctm(outcome: Outcome) -> str:
 
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
-    "txt": lambda outcome: outcome.result.text + "\n", "json": json_row,
-    "srt": lambda outcome: subtitles(outcome.result.words, "srt"),
-    "vtt": lambda outcome: subtitles(outcome.result.words, "vtt"), "tsv": tsv, "ctm": ctm}
+    "txt": txt, "json": json_row, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
 
 
 def file_names(keys: Sequence[str]) -> list[str]:
@@ -198,7 +213,8 @@ def file_names(keys: Sequence[str]) -> list[str]:
 
     Cut to 55 characters, at most 220 bytes: of the 255 that file systems take, number, suffix and .tmp need the rest.
     """
-    names, numbers = [], {}  # numbers: the last one given to each name, as thousands of files may be called audio.wav
+    names = []
+    numbers = {}  # the last one given to each name, as thousands of files may be called audio.wav
     for key in keys:
         last = Path(key)
         stem = last.stem if last.suffix.lower() in RECORDINGS else last.name
@@ -280,15 +296,19 @@ def score(outcome: Outcome, encode: Callable[[str], list[int]]) -> Score:
 def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
     """The 95% interval of the error rate by bootstrap: 1,000 sets as large, drawn from the utterances with replacement.
     Source: Bisani & Ney 2004, percentiles."""
-    errors, refs = np.array([c.errors for c in counts]), np.array([c.ref for c in counts])
+    errors = np.array([c.errors for c in counts])
+    refs = np.array([c.ref for c in counts])
     rng = np.random.default_rng(0)
-    samples = (rng.integers(len(counts), size=len(counts)) for _ in range(1000))
-    rates = [errors[sample].sum() / max(refs[sample].sum(), 1) for sample in samples]
+    rates = []
+    for _ in range(1000):
+        sample = rng.integers(len(counts), size=len(counts))
+        rates.append(errors[sample].sum() / max(refs[sample].sum(), 1))
     return float(np.quantile(rates, 0.025)), float(np.quantile(rates, 0.975))
 
 
 def error_figure(counts: Sequence[Counts]) -> str:
-    total, (low, high) = sum(counts, Counts()), bootstrap_interval(counts)
+    total = sum(counts, Counts())
+    low, high = bootstrap_interval(counts)
     return (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
             f"{total.sub} sub ]  95% interval {100 * low:.2f} to {100 * high:.2f}")
 
@@ -296,15 +316,20 @@ def error_figure(counts: Sequence[Counts]) -> str:
 def report_lines(scores: Sequence[Score]) -> list[str]:
     """The error rates of one or more utterances, sums divided once, and their ten most frequent errors."""
     tokens = sum((s.tokens for s in scores), Counts())
-    exact, right = sum(s.tokens.errors == 0 for s in scores), sum(s.chars.errors == 0 for s in scores)
-    confused = Counter((ref or "", hyp or "") for s in scores for op, ref, hyp in s.steps if op != "hit")
+    exact = len([s for s in scores if s.tokens.errors == 0])
+    right = len([s for s in scores if s.chars.errors == 0])
+    confused: Counter[tuple[str, str]] = Counter()
+    for s in scores:
+        confused.update((ref or "", hyp or "") for op, ref, hyp in s.steps if op != "hit")
     worst = sorted(confused.items(), key=lambda item: (-item[1], item[0]))[:10]
-    return [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
-            f"({len(scores)} utterances with a reference)",
-            f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
-            f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)",
-            *["most frequent confusions (*** is nothing):"] * bool(worst),
-            *(f"{times:6}  {ref or '***'} -> {hyp or '***'}" for (ref, hyp), times in worst)]
+    lines = [f"token accuracy {token_accuracy(tokens):.4f}  sequence accuracy {exact / len(scores):.4f}  "
+             f"({len(scores)} utterances with a reference)",
+             f"%WER {error_figure([s.words for s in scores])}", f"%CER {error_figure([s.chars for s in scores])}",
+             f"sentence accuracy {right / len(scores):.4f} ({right} of {len(scores)} texts without an error)"]
+    if worst:
+        lines.append("most frequent confusions (*** is nothing):")
+    lines += [f"{times:6}  {ref or '***'} -> {hyp or '***'}" for (ref, hyp), times in worst]
+    return lines
 
 
 # ---- report.html ----
@@ -327,16 +352,21 @@ span del,span ins{background:var(--sub)} h3,pre,del,ins,bdi{unicode-bidi:isolate
 
 def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
     """One step of an alignment: a deletion is struck out, an insertion green, a substitution both, on yellow."""
-    old, new = ("" if x is None else escape("␣" if x == " " else x) for x in (ref, hyp))
-    return {"hit": old, "del": f"<del>{old}</del>", "ins": f"<ins>{new}</ins>",
-            "sub": f"<span><del>{old}</del><ins>{new}</ins></span>"}[op]
+    old = f"<del>{visible(ref)}</del>"
+    new = f"<ins>{visible(hyp)}</ins>"
+    return {"hit": visible(ref), "del": old, "ins": new, "sub": f"<span>{old}{new}</span>"}[op]
+
+
+def visible(unit: str | None) -> str:
+    """A unit of a text in HTML."""
+    return escape("␣" if unit == " " else unit or "")
 
 
 def case_html(s: Score, svg: str) -> str:
     """An utterance of the page, its texts and its picture (an SVG, or none) folded."""
     n = s.units
-    texts = "".join(f"<p><small>{name}</small> <bdi>{escape(text)}</bdi></p>"
-                    for name, text in (("reference", s.reference), ("recognised", s.text)))
+    texts = (f"<p><small>reference</small> <bdi>{escape(s.reference)}</bdi></p>"
+             f"<p><small>recognised</small> <bdi>{escape(s.text)}</bdi></p>")
     return (f"<article><h3>{escape(s.key)}</h3><small>errors: {n.errors} in {n.ref} ({n.sub} replaced, "
             f"{n.del_} missing, {n.ins} too many)</small><p>{' '.join(edit_html(*step) for step in s.steps)}</p>"
             f"<details><summary>{'texts and picture' if svg else 'texts'}</summary>{texts}<div>{svg}</div></details>"
@@ -359,9 +389,12 @@ def report_html(title: str, lines: Sequence[str], cases: Sequence[tuple[Score, s
 def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str], picture: Callable[[int], str]) -> None:
     """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with picture(its index), an
     SVG or ""."""
-    write_atomic(folder / "alignments.txt", "".join(
-        f"{s.key}: {s.units.errors} of {s.units.ref} ({s.units.sub} sub, {s.units.ins} ins, {s.units.del_} del)\n"
-        f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n" for s in scores))
+    alignments = []
+    for s in scores:
+        n = s.units
+        alignments.append(f"{s.key}: {n.errors} of {n.ref} ({n.sub} sub, {n.ins} ins, {n.del_} del)\n"
+                          f"{format_alignment(readable_units(s.reference), readable_units(s.text))}\n\n")
+    write_atomic(folder / "alignments.txt", "".join(alignments))
     write_atomic(folder / "summary.txt", "\n".join([*lines, ""]))
     worst = sorted(scores, key=lambda s: (-s.units.errors, -s.units.rate))[:WORST]
     cases = [(s, picture(s.index)) for s in worst]
