@@ -59,7 +59,8 @@ def pick_device(name: str, field: str = "device") -> torch.device:
 
 CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
 CHECKPOINT_KEYS = ("config", "tokenizer", "stats", "model")
-RETIRED = ("model.padding_leaks", "model.predictor.firing")  # fields that only configs of older checkpoints hold
+RETIRED = ("model.padding_leaks", "model.predictor.firing", "training.compile", "training.checkpoint_minutes",
+           "training.keep_epochs")  # fields that only configs of older checkpoints hold
 
 
 def without_retired(values: dict, section: str = "") -> dict:

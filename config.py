@@ -285,16 +285,16 @@ def _model_errors(model: ModelConfig) -> list[Error]:
             errors.append((f"model.{name}.memory_shift", f"at most half of kernel_size {part.kernel_size}"))
         if part.num_heads > 0 and part.hidden_dim % part.num_heads != 0:      # RANGES reports 0 and below
             errors.append((f"model.{name}.num_heads", f"a divisor of hidden_dim {part.hidden_dim}"))
-        has_sinusoids = part.kind in ("transformer", "conformer") and part.position == "sinusoidal"
-        if part is encoder:      # place_embedding: the sampler adds sinusoids of this width to embeddings
-            has_sinusoids = has_sinusoids or part.kind == "relative_conformer" or model.place_embedding
-        if has_sinusoids and part.hidden_dim % 2 != 0:
+        has_sinusoids = part.kind == "relative_conformer" or (
+            part.kind in ("transformer", "conformer") and part.position == "sinusoidal")
+        is_placed = part is encoder and model.place_embedding      # the sampler adds sinusoids to embeddings
+        if part.hidden_dim % 2 != 0 and (has_sinusoids or is_placed):
             errors.append((f"model.{name}.hidden_dim", "an even width for sinusoids"))
-    if decoder.hidden_dim != encoder.hidden_dim:      # only the kind transformer projects its input
-        if decoder.kind != "transformer":
-            errors.append(("model.decoder.hidden_dim", f"the encoder's {encoder.hidden_dim} for kind {decoder.kind}"))
-        elif model.share_embedding:
-            errors.append(("model.decoder.hidden_dim", f"the encoder's {encoder.hidden_dim} for share_embedding"))
+    width = f"the encoder's {encoder.hidden_dim}"
+    if decoder.kind != "transformer" and decoder.hidden_dim != encoder.hidden_dim:      # no projection of its input
+        errors.append(("model.decoder.hidden_dim", f"{width} for kind {decoder.kind}"))
+    elif model.share_embedding and decoder.hidden_dim != encoder.hidden_dim:
+        errors.append(("model.decoder.hidden_dim", f"{width} for share_embedding"))
     return errors
 
 
@@ -420,26 +420,12 @@ def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
     return replace(base, **new)
 
 
-GONE = ("training.compile", "training.checkpoint_minutes", "training.keep_epochs")  # fields of older versions
-
-
-def _drop_gone(values: dict, prefix: str = "") -> dict:
-    """values without the fields of GONE."""
-    kept = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if path not in GONE:
-            kept[key] = _drop_gone(value, f"{path}.") if isinstance(value, dict) else value
-    return kept
-
-
 def from_dict(values: dict, place: str) -> Config:
-    """Config from the nested plain dicts of a checkpoint; what they leave out has its default, fields of GONE have no
-    effect. Checks keys and types, not the rules: raises ValueError that begins with `place` for an unknown key or a
-    wrong type."""
+    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules: raises
+    ValueError that begins with `place` for an unknown key or a wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
-    return _merge(Config(), _drop_gone(values), place)
+    return _merge(Config(), values, place)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
