@@ -1574,10 +1574,9 @@ def test_headers_ids_methods_and_keep_alive(server):
                 assert answered.headers["Content-Type"] == kind and answered.headers["Cache-Control"] == "no-store"
     for path, allow in serve.ROUTES.items():
         status, headers, _ = exchange(server, get(f"OPTIONS {path.replace('{id}', 'x')} HTTP/1.1"))
-        assert status == 204 and headers["allow"] == allow
+        assert status == 204 and headers["allow"] == allow and headers["server"] == "serve.py"
         assert "access-control-allow-origin" not in headers
     assert exchange(server, get("GET /health HTTP/1.1", "X-Request-Id: a<b"))[1]["x-request-id"] != "a<b"
-
 
 def test_an_answer_and_its_line_in_the_log_have_one_id():
     """Also where the head of the request cannot be read; a request behind one that was refused is not taken up."""
@@ -1589,7 +1588,6 @@ def test_an_answer_and_its_line_in_the_log_have_one_id():
                 time.sleep(0.01)
             assert found == status and [line.split()[0] for line in server.lines] == [headers["x-request-id"]]
 
-
 def test_pipelined_and_dribbled_requests_are_told_apart(server):
     one, two = post_json({"features": ROWS[:30]}), get("GET /health HTTP/1.1", "Connection: close")
     with socket.create_connection(server.server_address[:2], 5) as connection:
@@ -1600,7 +1598,6 @@ def test_pipelined_and_dribbled_requests_are_told_apart(server):
         while piece := connection.recv(65536):
             got += piece
     assert got.count(b"HTTP/1.1 200 OK") == 3 and got.count(b'"frames": 30') == 2 and got.count(b'"status": "ok"') == 1
-
 
 def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(server):
     body = json.dumps({"features": ROWS[:30]}).encode()
@@ -1617,11 +1614,9 @@ def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(s
         connection.sendall(body)
         assert connection.recv(20).startswith(b"HTTP/1.1 200")
 
-
 def test_large_refused_upload_still_reads_its_413(server):
     found = exchange(server, post("/transcribe", "audio/wav", bytes(8 * 2**20)))
     assert check_error(*found) == (413, "body_too_large")
-
 
 # C58
 def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(server):
@@ -1644,14 +1639,12 @@ def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(ser
         connection.close()
     assert time.monotonic() - started < 6
 
-
 def slow_system(seconds: float) -> checkpoint.System:
     """A system whose model takes so long."""
     system = serving_system()
     fast = system.model.greedy
     system.model.greedy = lambda *arguments: (time.sleep(seconds), fast(*arguments))[1]
     return system
-
 
 # C58
 def test_full_queue_is_429_and_a_passed_deadline_504():
@@ -1665,7 +1658,6 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
         late = exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}))
         assert late[1]["x-should-retry"] == "false" and check_error(*late) == (504, "deadline_exceeded")
 
-
 # C58
 def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypatch):
     read, parsed = serve.parse_request, []
@@ -1677,7 +1669,6 @@ def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypat
         assert time.monotonic() - started < 0.75
         time.sleep(0.8)
         assert len(parsed) == 1
-
 
 # C56
 def test_clients_that_leave_are_dropped_before_the_model_runs():
@@ -1694,7 +1685,6 @@ def test_clients_that_leave_are_dropped_before_the_model_runs():
         assert sum("499" in line for line in slow.lines) == 5
         assert "asr_batch_size_count 1\n" in exchange(slow, get("GET /metrics HTTP/1.1"))[2].decode()
 
-
 def test_health_answers_at_once_while_the_model_is_busy():
     with serving(slow_system(0.5)) as slow, concurrent.futures.ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(exchange, slow, post_json({"features": ROWS})) for _ in range(4)]
@@ -1702,7 +1692,6 @@ def test_health_answers_at_once_while_the_model_is_busy():
         started = time.monotonic()
         assert healthy(slow) and time.monotonic() - started < 0.2       # 50 ms on a quiet machine
         assert all(one.result()[0] == 200 for one in waiting)
-
 
 # C58
 def test_connections_above_the_cap_get_503_and_room_is_made_again():
@@ -1716,7 +1705,6 @@ def test_connections_above_the_cap_get_503_and_room_is_made_again():
         time.sleep(0.2)
         assert healthy(small)
 
-
 # C58
 def test_key_is_wanted_where_it_is_set(monkeypatch):
     monkeypatch.setenv("ASR_API_KEY", "secret")
@@ -1729,7 +1717,6 @@ def test_key_is_wanted_where_it_is_set(monkeypatch):
             assert exchange(locked, get("GET /v1/models HTTP/1.1", f"Authorization: {scheme} secret"))[0] == 200
         assert healthy(locked) and not any("secret" in line for line in locked.lines)
 
-
 # C58
 def test_cors_is_for_named_origins_only():
     with serving(cors_origin=["https://a.example"]) as open_door:
@@ -1741,7 +1728,6 @@ def test_cors_is_for_named_origins_only():
         assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
         other = exchange(open_door, get("GET /health HTTP/1.1", "Origin: https://b.example"))
         assert "access-control-allow-origin" not in other[1]
-
 
 # C59
 def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
@@ -1764,7 +1750,6 @@ def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
             exchange(ending, get())
         ending.shutdown = ending.server_close = lambda: None        # done already
 
-
 def test_a_connection_that_is_reset_before_a_request_is_none():
     with serving() as server:
         with socket.create_connection(server.server_address[:2]) as probe:
@@ -1772,13 +1757,11 @@ def test_a_connection_that_is_reset_before_a_request_is_none():
         time.sleep(0.2)
         assert healthy(server) and not any("499" in line for line in server.lines)
 
-
 def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
         found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:60]}), timeout=30)[0],
                               range(200)))
     assert set(found) <= {200, 429} and found.count(200) >= 100 and healthy(server)
-
 
 @contextlib.contextmanager
 def own_process(tmp_path, *program: str):
@@ -1795,7 +1778,6 @@ def own_process(tmp_path, *program: str):
             limit.cancel()
             process.kill()
 
-
 # C59
 def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_waits():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -1810,7 +1792,6 @@ def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_wai
         os.close(received)
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
             signal.signal(number, handler)
-
 
 # C59
 @pytest.mark.parametrize("trial", range(30 if os.environ.get("SLOW") else 1))
@@ -1828,7 +1809,6 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path, tria
         counts = collections.Counter(one.result()[0] for one in accepted)
         assert set(counts) <= {200, 503} and counts[200] > 0
 
-
 ENDLESS = """
 import sys, torch, serve
 passes, x = serve.recognise_batch, torch.ones(300, 300)
@@ -1839,14 +1819,12 @@ serve.recognise_batch = recognise_batch
 sys.exit(serve.main(sys.argv[1:]))
 """
 
-
 # C59
 def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
     with own_process(tmp_path, "-c", ENDLESS) as (process, server):
         assert exchange(server, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
         process.terminate()
         assert process.wait(8) == 0         # and not -6: "terminate called without an active exception"
-
 
 # C60
 def test_metrics_are_prometheus_text_that_adds_up(server):
@@ -1868,7 +1846,6 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
         assert rows_of == sorted(rows_of) and rows_of[-1] == count
     assert samples["asr_tokens_total"] > 0 and 0 <= samples["asr_batch_padding_ratio"] < 1
 
-
 def test_recordings_on_many_connections_are_parsed_by_one_thread():
     """So that torch keeps its helper threads once, and not for each connection that has sent a recording."""
     raw, threads = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 15))), torch.get_num_threads()
@@ -1889,7 +1866,6 @@ def test_recordings_on_many_connections_are_parsed_by_one_thread():
     finally:
         torch.set_num_threads(threads)
 
-
 def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     """A thread that is held plays a parser at work."""
     recording = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 1 + serve.INTERRUPTIBLE // NOISE.nbytes)))
@@ -1909,7 +1885,6 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
         assert check_error(*found) == (504, "deadline_exceeded")
         with pytest.raises(web.ClientLeft):  # and what nobody waits for is not even parsed
             serve.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
-
 
 def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
     def some(i: int) -> None:
@@ -1933,8 +1908,10 @@ def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were
     threads_after, files_after, memory_after = burst(sizes[1])
     assert threads_after <= threads and files_after <= files and memory_after - memory < 48 * 2**20
 
-
 def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "bound_memory", lambda: None)        # nor may this process keep what a server sets
+    monkeypatch.setattr(serve, "catch_signals", lambda: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     for arguments in (["--checkpoint", str(tmp_path / "none.pt")], ["--ckpt", str(tmp_path / "bad.pt")]):
         assert serve.main(arguments) == 2
@@ -1942,9 +1919,7 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert error.startswith("serve.py: ") and error.count("\n") == 1 and "Traceback" not in error
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(serve, "catch_signals", lambda: None)
-        monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
-        assert serve.main(["--checkpoint", ckpt, "--port", str(port), "--threads=1"]) == 2
+        assert serve.main(["--checkpoint", ckpt, "--port", str(port)]) == 2
         wanted = f"serve.py: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free port\n"
         assert capsys.readouterr().err == wanted
     for arguments in (["--port", "70000"], ["--max-queue", "0"], ["--request-timeout", "nan"]):
@@ -2573,7 +2548,6 @@ def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
         best = max(len(group) for group in groups if allowed(group))
         assert allowed(chosen) and len(chosen) == best == len(set(chosen))
 
-
 # C131
 def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
     """A fake clock: each client asks anew when answered; a batch costs 6 ms, and 0.017 ms for each padded frame."""
@@ -2587,14 +2561,15 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
         waiting += [(now, int(n)) for n in rng.integers(10, 261, len(chosen))]
     assert max(waits) < 3 * cost([260] * 16) and 3000 / now > 1.3 / cost([135])
 
-
 def job(frames: int, now: float, deadline: float = 1e9, has_left=lambda: False) -> batcher.Job:
     return batcher.Job(torch.zeros(frames, 40), serve.Upload([], 0.0), now, deadline, has_left)
 
+def batcher_without_model(**options) -> Batcher:
+    return Batcher(lambda feats: [None] * len(feats), serve_options(**options), Metrics())
 
 # C55
 def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_alone():
-    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=50.0), Metrics())
+    batcher = batcher_without_model(max_wait_ms=50.0)
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
     end = batcher.last_answer
     batcher.submit([job(10, end - 0.1)])                    # who waited meanwhile does not go before one is back
@@ -2614,10 +2589,9 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
     batcher.run_batch(batcher.poll(0.0)[0])
     assert len(batcher.poll(0.0)[0]) == 1                   # is not waited for by its own rest
 
-
 # C55
 def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_waits_for_nobody():
-    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(max_wait_ms=9000.0), Metrics())
+    batcher = batcher_without_model(max_wait_ms=9000.0)
     threading.Thread(target=batcher.run, daemon=True).start()
     with batcher.preparing():       # somebody else arrives all the while
         batcher.submit([job(10, time.monotonic())])
@@ -2629,10 +2603,9 @@ def test_a_recording_whose_pieces_fill_a_batch_wakes_the_inference_thread_and_wa
         assert pieces[0].outcome.result(3) is None
     assert pieces[-1].outcome.result(3) is None
 
-
 # C55
 def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
-    batcher = Batcher(None, serve_options(max_wait_ms=5.0, max_batch_size=2), Metrics())
+    batcher = batcher_without_model(max_wait_ms=5.0, max_batch_size=2)
     assert batcher.poll(0.0) == ([], None)
     first, second = job(10, 0.0), job(10, 0.001)
     batcher.submit([first])
@@ -2655,9 +2628,8 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
     batcher.submit([first, job(100, 0.0)])
     assert batcher.poll(0.0)[0] == [first] and len(batcher.waiting) == 1
 
-
 def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
-    batcher = Batcher(lambda feats: [None] * len(feats), serve_options(), Metrics())
+    batcher = batcher_without_model()
     threading.Thread(target=batcher.run, daemon=True).start()
     broken, sound = job(10, 0.0, has_left=lambda: 1 / 0), job(10, 0.0)
     for one in (broken, sound):
@@ -2665,7 +2637,6 @@ def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
         concurrent.futures.wait([one.outcome], 10)
     assert isinstance(broken.outcome.exception(0), ZeroDivisionError)
     assert sound.outcome.result(0) is None and sound.batch_size == 1
-
 
 # C56
 def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
@@ -2687,15 +2658,13 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
     assert outcomes == ["Recognition", 504, "ClientLeft", "RuntimeError", "Recognition"]
     assert jobs[4].outcome.result().result.text == "14"
 
-
 # C56
 def test_queue_takes_all_of_a_request_or_none():
-    batcher = Batcher(None, serve_options(max_queue=3), Metrics())
+    batcher = batcher_without_model(max_queue=3)
     batcher.submit([job(1, 0.0), job(1, 0.0)])
     with pytest.raises(web.Refusal) as refused:
         batcher.submit([job(1, 0.0), job(1, 0.0)])
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
-
 
 # C60
 def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
@@ -6199,11 +6168,9 @@ def serving_system(unit: str = "char", mels: int = 40) -> checkpoint.System:
         model.decoder.output.bias[:4] = -9.0        # no special tokens
     return checkpoint.System(built, tokenizer, torch.stack([torch.zeros(mels), torch.ones(mels)]), model)
 
-
 def serve_options(**changes) -> argparse.Namespace:
     options = vars(serve.parse_arguments(["--port", "0"]))
     return argparse.Namespace(**{**options, **changes})
-
 
 @contextlib.contextmanager
 def serving(system: checkpoint.System | None = None, **changes):
@@ -6216,14 +6183,12 @@ def serving(system: checkpoint.System | None = None, **changes):
     finally:
         serve.drain(server, 2.0)
 
-
 @pytest.fixture(scope="module")
 def server():
     limits = {"header_timeout": 1.0, "body_timeout": 1.0, "max_body_mb": 1.0, "max_audio_seconds": 20.0,
               "max_frames": 500}
     with serving(**limits) as started:
         yield started
-
 
 def exchange(server, raw: bytes, timeout: float = 8.0, end: bool = False) -> tuple[int, dict[str, str], bytes]:
     """Send bytes, read one whole answer (and with `end` nothing more) -> status, headers by lower-case name, body."""
@@ -6232,29 +6197,25 @@ def exchange(server, raw: bytes, timeout: float = 8.0, end: bool = False) -> tup
             connection.sendall(raw)
         if end:
             connection.shutdown(socket.SHUT_WR)
-        got = b""
-        while b"\r\n\r\n" not in got:
-            piece = connection.recv(65536)
-            if not piece:
-                return 0, {}, b""
-            got += piece
-        head, _, body = got.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
-        length = int(headers.get("content-length", 0))
-        while len(body) < length and (piece := connection.recv(65536)):
-            body += piece
-        return int(first.split()[1]), headers, body[:length]
+        response = http.client.HTTPResponse(connection)
+        try:
+            response.begin()
+        except http.client.RemoteDisconnected:
+            return 0, {}, b""
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
 
+def ask(server, raw: bytes) -> dict:
+    """The JSON of the answer."""
+    status, _, body = exchange(server, raw)
+    assert status == 200, body
+    return json.loads(body, parse_constant=pytest.fail)
 
 def post(path: str, media_type: str, body: bytes, more: str = "") -> bytes:
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media_type}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
     return head.encode("latin-1") + body
 
-
 def post_json(value, path: str = "/transcribe") -> bytes:
     return post(path, "application/json", value if isinstance(value, bytes) else json.dumps(value).encode())
-
 
 def form(*parts: tuple, closing: str = "--B--\r\n") -> bytes:
     """Parts (header line, content) as a body with the boundary B."""
@@ -6262,15 +6223,12 @@ def form(*parts: tuple, closing: str = "--B--\r\n") -> bytes:
     pieces = [b"--B\r\n" + (head + line).encode() + b"\r\n\r\n" + content + b"\r\n" for line, content in parts]
     return b"".join(pieces) + closing.encode()
 
-
 NOISE = (np.random.default_rng(7).standard_normal(9000) * 3000).astype("<i2")
 FILE = ('name="file"; filename="a.wav"', wav(NOISE))
 ROWS = np.random.default_rng(8).standard_normal((120, 40)).round(3).tolist()
 
-
 def field(name: str, value: str) -> tuple:
     return f'name="{name}"', value.encode()
-
 
 def rows(i: int, j: int, text: str) -> bytes:
     """{"features": ...} of three rows of zeros with text at row i, column j."""
@@ -6278,14 +6236,11 @@ def rows(i: int, j: int, text: str) -> bytes:
     cells[i][j] = text
     return ('{"features": [' + ",".join("[" + ",".join(row) + "]" for row in cells) + "]}").encode()
 
-
 def get(line: str = "GET /health HTTP/1.1", *headers: str) -> bytes:
     return "\r\n".join([line, "Host: x", *headers, "", ""]).encode("latin-1")
 
-
 def oai(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
     return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
-
 
 Z = [0.0] * 40
 BAD_FRAMING = {  # by status and code: what is sent
@@ -6425,10 +6380,8 @@ TABLE = {f"{kind}: {name}": (make(case), status, code)
                                     ("wav in a form", BAD_WAVS, lambda body: oai((FILE[0], body))))
          for (status, code), cases in groups.items() for name, case in cases.items()}
 
-
 def healthy(server) -> bool:
     return exchange(server, get())[0] == 200
-
 
 def check_error(status: int, headers: dict, body: bytes) -> tuple[int, str]:
     """The error object, checked against the contract's form -> status and code."""
@@ -6441,7 +6394,6 @@ def check_error(status: int, headers: dict, body: bytes) -> tuple[int, str]:
     assert error["type"] == {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
     return status, error["code"]
 
-
 # C52
 @pytest.mark.parametrize("name", TABLE)
 def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
@@ -6450,7 +6402,6 @@ def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
     assert check_error(*found) == (status, code)
     assert ("allow" in found[1]) == (status == 405)
     assert healthy(server)
-
 
 # C52
 def test_mutations_of_good_requests_are_answered_or_refused(server):
@@ -6476,21 +6427,15 @@ def test_mutations_of_good_requests_are_answered_or_refused(server):
     assert not seen[500] and set(seen) <= {0, 200, 400, 404, 405, 408, 411, 413, 414, 415, 422, 431} and seen[200], seen
     assert healthy(server)
 
-
 # C53
 @pytest.mark.parametrize("body", [rows(1, 1, "3e38"), rows(1, 1, "-3e38"), rows(0, 0, "1e-45"),
                                   rows(0, 0, "12345678901234567890")])
 def test_extreme_finite_features_are_answered_in_strict_json(server, body):
-    status, _, text = exchange(server, post_json(body))
-    found = json.loads(text, parse_constant=pytest.fail)
-    assert status == 200 and 0 <= found["confidence"] <= 1
-
+    assert 0 <= ask(server, post_json(body))["confidence"] <= 1
 
 # C53
 def test_answer_spells_its_text_with_times_inside_and_weights_on_demand(server):
-    status, headers, text = exchange(server, post_json({"features": ROWS, "alignment": True, "unknown": 1}))
-    found = json.loads(text)
-    assert status == 200 and headers["server"] == "serve.py"
+    found = ask(server, post_json({"features": ROWS, "alignment": True, "unknown": 1}))
     assert "".join(token["token"] for token in found["tokens"]) == found["text"] and len(found["tokens"]) > 2
     starts = [token["start"] for token in found["tokens"]]
     assert starts == sorted(starts) and found["tokens"][-1]["end"] <= found["duration"] == 1.2
@@ -6500,19 +6445,17 @@ def test_answer_spells_its_text_with_times_inside_and_weights_on_demand(server):
     weights = found["alignment"]["weights"]
     assert len(weights) * found["alignment"]["step"] == pytest.approx(1.2)
     assert round(sum(weights)) == len(found["tokens"])
-    assert "alignment" not in json.loads(exchange(server, post_json({"features": ROWS}))[2])
-
+    assert "alignment" not in ask(server, post_json({"features": ROWS}))
 
 def test_every_way_in_gives_the_same_transcript(server):
     raw = wav(NOISE)
-    texts = [json.loads(exchange(server, request)[2])["text"] for request in (
+    texts = [ask(server, request)["text"] for request in (
         post("/transcribe", "audio/x-wav", raw), oai(FILE, path="/transcribe"), oai(FILE),
         post("/transcribe", "multipart/form-data; boundary=B",       # a part of a header alone: RFC 2046, 5.1.1
              b'--B\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n' + form(FILE)),
         post_json({"features": audio.frontend(torch.from_numpy(NOISE / 32768).float(), 8000,
                                              serving_system().config.data).tolist()}))]
     assert texts[0] and texts == texts[:1] * 5
-
 
 # C57
 def test_silence_and_audio_below_one_frame_are_normal_results(server):
@@ -6521,13 +6464,12 @@ def test_silence_and_audio_below_one_frame_are_normal_results(server):
         system.model.predictor.weight.bias -= 30        # nothing ever fires
     with serving(system) as quiet:
         for raw in (wav(bytes(16000)), wav(bytes(20))):
-            found = json.loads(exchange(quiet, post("/transcribe", "audio/wav", raw))[2])
+            found = ask(quiet, post("/transcribe", "audio/wav", raw))
             assert (found["text"], found["confidence"], found["tokens"]) == ("", 0.0, [])
-            verbose = json.loads(exchange(quiet, oai((FILE[0], raw), field("response_format", "verbose_json")))[2])
+            verbose = ask(quiet, oai((FILE[0], raw), field("response_format", "verbose_json")))
             assert (verbose["text"], verbose["segments"]) == ("", [])
             assert exchange(quiet, oai((FILE[0], raw), field("response_format", "srt")))[2] == b""
             assert exchange(quiet, oai((FILE[0], raw), field("response_format", "vtt")))[2] == b"WEBVTT\n\n"
-
 
 # C54
 def test_same_utterance_gets_the_same_text_in_any_batch(server):
@@ -6541,7 +6483,6 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
             assert found.result.text == alone[i].text
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
-
 # C80
 @pytest.mark.parametrize("unit", ["char", "word"])
 def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path, unit):
@@ -6550,9 +6491,9 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     raw = Path(long_wav(tmp_path / "a.wav", 9.0)).read_bytes()
     wanted = decode.transcribe_recording(system, raw)
     with serving(system, max_queue=1) as server:
-        found = json.loads(exchange(server, post("/transcribe?alignment=true", "audio/wav", raw))[2])
-        verbose = json.loads(exchange(server, oai((FILE[0], raw), field("response_format", "verbose_json"),
-                                                  field("timestamp_granularities[]", "word")))[2])
+        found = ask(server, post("/transcribe?alignment=true", "audio/wav", raw))
+        verbose = ask(server, oai((FILE[0], raw), field("response_format", "verbose_json"),
+                                  field("timestamp_granularities[]", "word")))
         short = exchange(server, oai(FILE))[0]
     assert found["text"] == verbose["text"].strip() == wanted.text.strip() and len(wanted.tokens) > 20 and short == 200
     assert (found["duration"], found["timing"]["batch_size"]) == (9.0, pytest.approx(6, abs=5))
@@ -6567,12 +6508,11 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
 
-
 def test_batch_request_answers_in_order(server):
     sizes = [3, 90, 30, 3, 120]
-    found = json.loads(exchange(server, post_json({"batch": [{"features": ROWS[:n]} for n in sizes]}))[2])
+    found = ask(server, post_json({"batch": [{"features": ROWS[:n]} for n in sizes]}))
     assert [item["frames"] for item in found["results"]] == sizes and found["id"]
-    single = json.loads(exchange(server, post_json({"features": ROWS[:90]}))[2])
+    single = ask(server, post_json({"features": ROWS[:90]}))
     assert found["results"][1]["text"] == single["text"]
 
 
@@ -6581,7 +6521,6 @@ def test_batch_request_answers_in_order(server):
 SPOKEN = [report.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
 SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in SPOKEN]
-
 
 # C57
 def test_openai_formats_by_hand():
@@ -6608,7 +6547,6 @@ def test_openai_formats_by_hand():
     assert [d["type"] for d in deltas] == ["transcript.text.delta", "transcript.text.done"]
     assert deltas[1]["text"] == "one two six"
 
-
 @needs_kit
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     system = checkpoint.load_system(KIT / "sanm", "cpu")
@@ -6618,7 +6556,6 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     verbose = serve.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
     body = json.loads(serve.openai_response(found, 9.0, verbose).body)
     assert body["words"] == [report.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
-
 
 # C53
 def test_word_tokens_are_marked_so_that_they_spell_the_text():
@@ -6707,9 +6644,8 @@ class Browser:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.wait(10)
         os.close(self.to), os.close(self.source)
-
 
 @pytest.fixture
 def browser(tmp_path):
@@ -6724,9 +6660,7 @@ def browser(tmp_path):
     finally:
         started.close()
 
-
 DONE = "document.querySelectorAll('.token').length && !document.getElementById('detail').hidden"
-
 
 def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     url = "http://%s:%d/" % server.server_address[:2]
@@ -6734,7 +6668,7 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     hostile = '<img src=x onerror="document.title=1">.wav'
     browser.drop(wav(NOISE), hostile)
     browser.wait(DONE)
-    found = json.loads(exchange(server, post("/transcribe", "audio/wav", wav(NOISE)))[2])
+    found = ask(server, post("/transcribe", "audio/wav", wav(NOISE)))
     tokens = browser.run("[...document.querySelectorAll('#transcript .token')].map("
                          "t => ({...t.dataset, colour: getComputedStyle(t).backgroundColor}))")
     assert abs(len(tokens) - len(found["tokens"])) <= 1        # the browser has resampled to 16 kHz
@@ -6763,7 +6697,6 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     browser.wait("!document.getElementById('error').hidden && !document.querySelector('.token')")
     assert not browser.complaints(), browser.complaints()
     assert all(request.startswith((url, "data:", "blob:")) for request in browser.requests())
-
 
 def test_page_asks_for_the_key(browser, monkeypatch):
     monkeypatch.setenv("ASR_API_KEY", "secret")
