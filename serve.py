@@ -68,9 +68,10 @@ class Request(NamedTuple):
     """What a POST asks for."""
 
     uploads: list[Upload]
-    form: "bool | OpenAIForm"       # of the answer; /transcribe: whether with the firing weights
     timeout: float                  # seconds
     is_batch: bool                  # from {"batch": ...}: the answer is a list
+    alignment: bool                 # with the firing weights
+    openai: "OpenAIForm | None"     # None on /transcribe
 
 
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
@@ -232,12 +233,15 @@ def parse_request(head: Head, body: bytes, system: System, options: argparse.Nam
         uploads = [wav_upload(file, system, options)]
     else:
         uploads = [wav_upload(body, system, options)]
+    alignment = False
+    openai = None
     if head.path == "/transcribe":
         fields = {**head.query, **fields}
-        form = parse_flag("alignment", fields.get("alignment"))
+        alignment = parse_flag("alignment", fields.get("alignment"))
     else:
-        form = parse_openai_form(fields)
-    return Request(uploads, form, parse_timeout(fields.get("timeout"), options.request_timeout), is_batch)
+        openai = parse_openai_form(fields)
+    timeout = parse_timeout(fields.get("timeout"), options.request_timeout)
+    return Request(uploads, timeout, is_batch, alignment, openai)
 
 
 # ---- recognition ----
@@ -520,14 +524,14 @@ def transcribe(server: Server, head: Head, body: bytes, has_left: Callable[[], b
         raise deadline_passed() from None
     server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-    if head.path == "/transcribe":
+    if request.openai:
+        response = openai_response(found[0].result, request.uploads[0].seconds, request.openai)
+    else:
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, upload, jobs, recognition, total_ms, request.form)
+        results = [entry(server.system, upload, jobs, recognition, total_ms, request.alignment)
                    for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
         answered = {"results": results} if request.is_batch else results[0]
         response = json_response({"id": head.id, "model": server.model, **answered})
-    else:
-        response = openai_response(found[0].result, request.uploads[0].seconds, request.form)
     return response._replace(remark=f" batch {by_upload[0][0].batch_size}")
 
 

@@ -1,8 +1,8 @@
 """HTTP/1.1 on a socket: connections with deadlines, requests parsed strictly, forms, error objects, a log.
 
 The file follows a request: what is answered, its connection (one thread each), its head, a body that is a form. Parsers
-are functions from bytes to values. Of http.server only ThreadingHTTPServer is used: its request parser has no deadline,
-no limit on the size of a header, and answers errors in HTML. What is served is up to a subclass of `Door`.
+are functions from bytes to values. What is served is up to a subclass of `Door`. Python's http.server is not used: its
+parser has no deadline, no limit on the size of a header, and answers errors in HTML.
 
 Needs the standard library only and imports nothing of ours, so it can be copied alone.
 Sources: RFC 9110 and 9112 (HTTP), 2046 and 7578 (forms); the error object of OpenAI's API.
@@ -22,7 +22,6 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from http.server import ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 MIB = 2 ** 20
@@ -239,9 +238,11 @@ class Connection(socketserver.BaseRequestHandler):
             return True
 
 
-class Door(ThreadingHTTPServer):
+class Door(socketserver.ThreadingTCPServer):
     """The open connections. A subclass says what is behind them: `admit`, `answer` and `count_and_log`."""
 
+    daemon_threads = True               # a stuck connection must not keep the process alive
+    allow_reuse_address = True
     request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
 
     def __init__(self, host: str, port: int, limits: Limits, log: Callable[[str], None]):
@@ -264,9 +265,6 @@ class Door(ThreadingHTTPServer):
     def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
         """Take note of an answer; status is 499 where it could not be sent, head None where no request was read."""
         raise NotImplementedError
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)    # HTTPServer's also resolves the host's name, which can take seconds
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self.phases) >= self.limits.max_connections:
