@@ -88,6 +88,18 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set
 
 # ---- shared by the sections below ----
 
+@pytest.fixture(autouse=True)
+def process_wide_settings():
+    """A command that a test runs may set signal handlers and the switch interval: both are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    interval = sys.getswitchinterval()
+    yield
+    signal.set_wakeup_fd(-1)
+    sys.setswitchinterval(interval)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def misfit(path: Path) -> None:
     state = torch.load(saved(tiny_system(), path), weights_only=True)
     weights = {**state["model"], "extra": torch.zeros(1), "decoder.norm.bias": torch.zeros(3)}
@@ -1780,18 +1792,13 @@ def own_process(tmp_path, *program: str):
 
 # C59
 def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_waits():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     received = serve.catch_signals()
-    try:
-        hit = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
-        hit.start()
-        assert select.select([received], [], [], 10)[0] and os.read(received, 9) == bytes([signal.SIGTERM])
-        hit.join()
-    finally:
-        os.close(signal.set_wakeup_fd(-1))
-        os.close(received)
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
-            signal.signal(number, handler)
+    hit = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    hit.start()
+    assert select.select([received], [], [], 10)[0] and os.read(received, 9) == bytes([signal.SIGTERM])
+    hit.join()
+    os.close(signal.set_wakeup_fd(-1))
+    os.close(received)
 
 # C59
 @pytest.mark.parametrize("trial", range(30 if os.environ.get("SLOW") else 1))
