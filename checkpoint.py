@@ -4,8 +4,10 @@ Reading order: by name, checkpoints and strict loading, FunASR's weights, weight
 ready to recognise, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
 """
 import ctypes
+import datetime
 import json
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -35,9 +37,23 @@ ARCHITECTURES = {"paraformer": Paraformer, "seaco": SeacoParaformer, "contextual
                  "transformer": Transformer, "ctc": CTC}
 
 
+def architecture(name: str) -> type[nn.Module]:
+    """One of ARCHITECTURES, or, where name is file.Class, a class of file.py in the working directory. Raises ValueError
+    if there is none of that name."""
+    stem, dot, kind = name.rpartition(".")
+    if not dot:
+        return pick(ARCHITECTURES, "model.name", name)
+    if not os.path.isfile(f"{stem}.py"):
+        raise ValueError(f"model.name: wanted {stem}.py in the working directory for {name}, got none in {os.getcwd()}")
+    found = runpy.run_path(f"{stem}.py").get(kind)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"model.name: wanted a torch.nn.Module of the name {kind} in {stem}.py, got {found!r}")
+    return found
+
+
 def build(options, input_dim: int, vocab_size: int) -> nn.Module:
     """The model that options.name asks for, with fresh weights. Raises ValueError if there is none of that name."""
-    model = pick(ARCHITECTURES, "model.name", options.name)(options, input_dim, vocab_size)
+    model = architecture(options.name)(options, input_dim, vocab_size)
     for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
         norm.eps = options.norm_eps
     return model
@@ -55,6 +71,16 @@ def pick_device(name: str, field: str = "device") -> torch.device:
         raise ValueError(f"{field}: wanted auto, cpu or, where torch finds a GPU, cuda; got {name}; "
                          f"torch finds {'a' if torch.cuda.is_available() else 'no'} GPU")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def join_processes(backend: str = "gloo", timeout: datetime.timedelta | None = None) -> tuple[int, int]:
+    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if processes > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    return rank, processes
 
 
 CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read
@@ -119,6 +145,46 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         found[name] = whole.to(x.dtype)
     model.load_state_dict(found, assign=adopt)
+
+
+# ---- the checkpoints of a run ----
+
+def save_run(folder: Path, state: dict, is_best: bool) -> None:
+    """Write checkpoints/latest.pt of a run; the one before becomes previous.pt.
+
+    If it is the best, best.pt is written first: a run killed in between repeats the epoch. If writing fails, latest.pt
+    and previous.pt stay.
+    """
+    folder = folder / "checkpoints"
+    if is_best:
+        data.save_atomic(folder / "best.pt", state)
+    data.save_atomic(folder / "next.pt", state)
+    if (folder / "latest.pt").exists():
+        os.replace(folder / "latest.pt", folder / "previous.pt")
+    os.replace(folder / "next.pt", folder / "latest.pt")
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
+    """latest.pt of a run, or, with a warning, previous.pt if that cannot be read -> path, state, config. Raises
+    ValueError if neither can be read, or if it is of an older format, has weights only, or is another run's."""
+    path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
+    try:
+        state = read_checkpoint(path)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        path, state = previous, read_checkpoint(previous)
+        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
+    if state.get("format", 1) != CHECKPOINT_FORMAT or "trained" not in state:
+        got = f"format {state.get('format', 1)}" + ("" if "trained" in state else ", weights only")
+        raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
+                         f"run with its weights: --training.init_from={path}")
+    config = configs.from_dict(state["config"], str(path))
+    written = folder / "config.yaml"
+    if written.exists() and configs.from_dict(without_retired(configs.parse_yaml(written.read_text("utf-8"))), str(written)) != config:
+        raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
+                         f"the file back, or start a new run with these weights: --training.init_from={path}")
+    return path, state, config
 
 
 # ---- weights that FunASR publishes ----
@@ -233,27 +299,41 @@ class System(NamedTuple):
     batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
 
 
+Adapt = Callable[[configs.Config], configs.Config]
+
+
+def unchanged(config: configs.Config) -> configs.Config:
+    return config
+
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-def load_directory(folder: str | os.PathLike, mapped: bool) -> System:
+def load_directory(folder: str | os.PathLike, mapped: bool = True, adapt: Adapt = unchanged) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = published_files(folder)
-    config = read_published_config(files["config"])
+    config = adapt(read_published_config(files["config"]))
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
     return System(config, tokenizer, stats, model)
 
 
-def load_checkpoint(path: str | os.PathLike) -> System:
-    """The system in a checkpoint of train.py. Raises ValueError if it is none or its weights do not fit its config."""
-    state = read_checkpoint(path)
-    config = configs.from_dict(state["config"], f"{path}: config")
-    tokenizer = read_tokenizer(state["tokenizer"], f"{path}: tokenizer")
+def load_state(state: dict, where: str, adapt: Adapt = unchanged) -> System:
+    """The system in the state of a checkpoint. Raises ValueError if its weights do not fit its config."""
+    config = adapt(configs.from_dict(state["config"], f"{where}: config"))
+    tokenizer = read_tokenizer(state["tokenizer"], f"{where}: tokenizer")
     model = build(config.model, state["stats"].shape[1], len(tokenizer))
-    load_weights(model, state["model"], str(path))
+    load_weights(model, state["model"], where)
     return System(config, tokenizer, state["stats"], model)
+
+
+def load_parts(path: str | os.PathLike, mapped: bool = True, adapt: Adapt = unchanged) -> System:
+    """The system in a directory of FunASR's or a checkpoint of train.py, on the CPU. adapt: what the config found there
+    becomes before the model is built."""
+    if is_published(path):
+        return load_directory(path, mapped, adapt)
+    return load_state(read_checkpoint(path), str(path), adapt)
 
 
 def runs_on(precision: str, device: torch.device) -> bool:
@@ -287,7 +367,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
         linear = Int8Linear
     elif laid_out and precision == "float32" and target.type == "cpu" and torch.backends.mkldnn.is_available():
         linear = PackedLinear
-    system = load_directory(path, linear is None) if is_published(path) else load_checkpoint(path)
+    system = load_parts(path, mapped=linear is None)
     model = system.model.to(target).eval()
     if linear is not None:
         count = lay_out(model, linear)

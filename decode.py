@@ -44,7 +44,7 @@ import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search
-from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
+from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, join_processes, load_system
 from funasr import firing_spans
 from model import Hypotheses
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
@@ -619,19 +619,10 @@ def report_figures(folder: str | None, system: System, dataset: Dataset, tally: 
           f"{spent / max(seconds, 1e-9):.4f}; {tally.failed} could not be recognised", sep="\n", file=sys.stderr)
 
 
-def join_processes() -> tuple[int, int]:
-    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-    return rank, processes
-
-
 def load_and_run(arguments: argparse.Namespace) -> int:
     """Load, export if that is asked for, recognise -> exit code."""
-    rank, processes = shard = join_processes()
+    shard = join_processes(timeout=datetime.timedelta(days=1))  # one may have much more to do than another
+    rank, processes = shard
     if processes > 1 and "-" in arguments.inputs:
         raise ValueError(f"-: {processes} processes cannot share standard input")
     system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)

@@ -314,14 +314,6 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     assert config.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")), "x") == odd
 
 
-# C29
-def test_fields_of_older_versions_have_no_effect_in_a_checkpoint_and_are_unknown_on_the_command_line(tmp_path):
-    old = {"training": {"compile": True, "checkpoint_minutes": 5.0, "keep_epochs": 2, "num_epochs": 3}}
-    assert checkpoint.without_retired(old) == {"training": {"num_epochs": 3}}
-    with pytest.raises(ValueError, match="unknown key 'training.compile'"):
-        config.load(written(tmp_path, "training:\n  num_epochs: 3\n"), ["--training.compile=true"])
-
-
 # C27
 def test_overrides_do_what_editing_the_file_does(tmp_path):
     edited = ISSUE_FILE.replace("batch_size: 16", "batch_size: 8").replace("dropout: 0.1", "dropout: 0", 1)
@@ -4351,11 +4343,11 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     state["config"]["model"]["predictor"]["firing"] = "delay"
     state["config"]["model"]["padding_leaks"] = True
     torch.save({**state, "format": version}, tmp_path / "old.pt")
-    assert checkpoint.load_checkpoint(tmp_path / "old.pt").config == checkpoint.load_checkpoint(ckpt).config
+    assert checkpoint.load_parts(tmp_path / "old.pt").config == checkpoint.load_parts(ckpt).config
     state["config"]["model"]["firing"] = "delay"  # not there
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="unknown key 'model.firing'"):
-        checkpoint.load_checkpoint(tmp_path / "odd.pt")
+        checkpoint.load_parts(tmp_path / "odd.pt")
 
 
 # C40
@@ -4661,7 +4653,7 @@ def test_the_figures_of_an_epoch_are_sums_divided_once():
              train.Step({}, 0, 0.0, False))
     totals, batch = {}, tiny_batch()
     for step in steps:
-        totals = train.add(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
+        totals = train.sum_by_name(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
     row = train.epoch_row(train.Progress(), totals, 1e-3, {}, 9.0, 1.0)
     wanted = {"loss": 2.0, "loss_ce": 2.0, "grad_norm": 2.0, "skipped_steps": 1, "data_wait": 0.25, "utterances": 9,
               "frames_per_second": batch.feat_lens.sum() / 2, "padding": 1 - batch.feat_lens.float().mean() /
@@ -5081,6 +5073,17 @@ def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(fini
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+# C29
+def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    values = read_checkpoint(run / "checkpoints/latest.pt")["config"]
+    change_latest(run, config={**values, "training": {**values["training"], "compile": False, "keep_epochs": 2}})
+    written = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(written.replace("training:\n", "training:\n  compile: false\n  keep_epochs: 2\n"))
+    assert train.main(["--resume", str(run)]) == 0
+    assert train.main([str(run / "config.yaml"), "--runs", str(tmp_path)]) == 2  # a new run has no such field
+
+
 # C85
 @pytest.mark.parametrize("size", [0, 100, None])
 def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, tmp_path, capsys, size):
@@ -5393,7 +5396,7 @@ def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatc
 
     path, options = tiny_yaml(tmp_path / "tiny.yaml"), ["--model.encoder.dropout=0.5", "--runs"]
     assert train.main([path, *options, str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(train, "alignment_svg", broken)
+    monkeypatch.setattr(train, "utterance_svgs", broken)
     assert train.main([path, "--training.picture_epochs=1", *options, str(tmp_path / "runs")]) == 0
     assert (run_of(tmp_path / "runs") / "train.log").read_text().count("no such frame") == 3
     ours, theirs = (without_times(json.loads((run_of(tmp_path / runs) / "metrics.json").read_text()))
@@ -6902,7 +6905,7 @@ def readme_code() -> list[str]:
 
 
 def test_readmes_uses_of_copied_files_run_in_an_empty_folder(tmp_path):
-    code, = [c for c in readme_code() if not c.startswith("# extend")]
+    code, = [c for c in readme_code() if not c.startswith("# energy.py")]
     for name in set(FILES) & set(re.findall(r"^from (\w+)", code, re.MULTILINE)):
         shutil.copy(HERE / f"{name}.py", tmp_path)
     assert {path.stem for path in tmp_path.iterdir()} <= set(LEAVES)
@@ -6910,12 +6913,34 @@ def test_readmes_uses_of_copied_files_run_in_an_empty_folder(tmp_path):
                    timeout=60)
 
 
-def test_readmes_extension_runs(tmp_path):
-    code, = [c for c in readme_code() if c.startswith("# extend")]
+def energy_file(folder: Path) -> None:
+    """energy.py, README's new architecture."""
+    code, = [c for c in readme_code() if c.startswith("# energy.py")]
     assert len(code.splitlines()) <= 30
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    (folder / "energy.py").write_text(code)
+
+
+def test_readmes_new_architecture_is_trained_and_found_again_by_the_command_that_its_run_prints(tmp_path):
+    energy_file(tmp_path)
+    argv = ["train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--model.name=energy.EnergyParaformer"]
+    for _ in range(2):
+        done = subprocess.run([sys.executable, HERE / argv[0], *argv[1:]], cwd=tmp_path, text=True, capture_output=True,
+                              timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        argv = (re.findall("decode with: python (.*)", done.stdout) or [""])[0].split()
+    assert "token accuracy" in done.stderr
+
+
+@pytest.mark.parametrize("name, words", [
+    ("nowhere.Energy", "wanted nowhere.py in the working directory for nowhere.Energy, got none"),
+    ("mine.Nothing", "wanted a torch.nn.Module of the name Nothing in mine.py, got None"),
+    ("mine.path", "wanted a torch.nn.Module of the name path in mine.py, got <module"),
+    ("energy", "model.name must be one of")])
+def test_an_architecture_that_is_not_there_is_named(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from os import path\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        checkpoint.architecture(name)
 
 
 def readme_commands() -> list[str]:
@@ -6957,6 +6982,7 @@ def readme_folder(tmp_path_factory) -> Path:
         rows.append({"audio": f"{name}.wav", "text": "ab ba", "duration": 1.0 + 0.01 * i})
     for name in ("train", "dev", "test"):
         write_manifest(folder / f"{name}.jsonl", rows[3:9])
+    energy_file(folder)
     shutil.copytree(KIT / "seaco", folder / "paraformer-zh")
     return folder
 

@@ -55,12 +55,13 @@ from torch.utils.checkpoint import checkpoint
 import audio
 import config as configs
 import data
-from audio import compute_stats, feature_dim
-from checkpoint import (CHECKPOINT_FORMAT, build, load_published, load_weights, pick_device, read_checkpoint,
-                        read_tokenizer)
-from funasr import PieceTokenizer, is_published, published_files, read_cmvn, read_published_config
-from model import Paraformer, in_feature_frames
-from plot import alignment_svg, attention_svg, column_names, curves_svg
+from audio import compute_stats
+from checkpoint import (CHECKPOINT_FORMAT, System, build, join_processes, last_checkpoint, load_parts, load_state,
+                        load_weights, pick_device, save_run)
+from funasr import PieceTokenizer
+from model import Paraformer
+from plot import column_names, curves_svg
+from report import utterance_svgs
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
 
@@ -113,14 +114,10 @@ def newest_share(step: int, decay: float) -> float:
 
 # ---- several processes ----
 
-def join_ranks(training) -> None:
-    """Join the process group if torchrun started this process (on one machine, a GPU each)."""
+def join(training) -> None:
+    """Join the process group if torchrun started this process. Raises ValueError for a GPU that is not there."""
     device = pick_device(training.device, "training.device")
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join_processes("nccl" if device.type == "cuda" else "gloo")
 
 
 def own_rank() -> int:
@@ -132,18 +129,18 @@ def num_ranks() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def add(totals: dict, more: dict) -> dict:
+def sum_by_name(totals: dict, more: dict) -> dict:
     """The sums of both by name; a name that only one of them has counts as 0 in the other."""
     return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
 
 
-def add_up(sums: dict) -> dict:
+def sum_over_ranks(sums: dict) -> dict:
     """The sums of all ranks together."""
     if num_ranks() == 1:
         return sums
     parts = [None] * num_ranks()
     distributed.all_gather_object(parts, sums)
-    return functools.reduce(add, parts)
+    return functools.reduce(sum_by_name, parts)
 
 
 def sum_tensor(x: Tensor) -> Tensor:
@@ -220,9 +217,9 @@ def load_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
 
 
-def num_updates(optimizer: torch.optim.AdamW) -> int:
-    """Steps that the optimizer took: those that were skipped do not count."""
-    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+def num_updates(optimizer: torch.optim.AdamW) -> Tensor:
+    """() float32: steps that the optimizer took; those that were skipped do not count."""
+    return max((state["step"] for state in optimizer.state.values()), default=torch.zeros(()))
 
 
 class Step(NamedTuple):
@@ -278,7 +275,7 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> 
             undo = keep_statistics(model)
             losses["loss"].backward()
         undo()  # with recompute_blocks, the backward pass updates them a second time
-        sums = add(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
+        sums = sum_by_name(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
     return {name: x.item() for name, x in sums.items()}
 
 
@@ -301,13 +298,13 @@ def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch
     if not utterances:  # all of them were skipped
         return Step({}, 0, 0.0, True)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    scale = num_ranks() / max(1.0, tokens)  # from the mean over ranks of sums over tokens to the mean over tokens
-    grad_norm = nn.utils.get_total_norm(gradients).item() * scale
+    # the mean over ranks of sums over tokens, times ranks / tokens, is the mean over all tokens
+    grad_norm = nn.utils.get_total_norm(gradients).item() * num_ranks() / max(1.0, tokens)
     if not math.isfinite(tokens) or not math.isfinite(grad_norm):
         undo()
         return Step({}, 0, 0.0, False)
     clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-    torch._foreach_mul_(gradients, clip * scale)
+    torch._foreach_mul_(gradients, clip * num_ranks() / max(1.0, tokens))
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -321,7 +318,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[
     sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
-        sums = add(sums, {"skipped": len(batch.skipped)})
+        sums = sum_by_name(sums, {"skipped": len(batch.skipped)})
         if not batch.keys:
             continue
         found = model.greedy(*inputs(batch, model)[:2])
@@ -329,7 +326,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             ids = found.tokens[i, :found.lens[i]].tolist()
             hyp = [ids[u] for u in spoken_places(ids)]
-            sums = add(sums, {"tokens": count_errors(ref, hyp), "chars": char_errors(text, decode(hyp)),
+            sums = sum_by_name(sums, {"tokens": count_errors(ref, hyp), "chars": char_errors(text, decode(hyp)),
                               "words": word_errors(text, decode(hyp)), "right": ref == hyp,
                               "same_length": len(ref) == len(hyp), "total": 1})
     return sums
@@ -451,36 +448,27 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
                          f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
 
 
-def origin(config: configs.Config, place: str,
-           state: dict | None) -> tuple[configs.Config, Tokenizer | PieceTokenizer, Tensor, nn.Module]:
-    """What a run starts from -> config, tokenizer, stats, model.
+def fresh(config: configs.Config) -> System:
+    """A tokenizer and statistics of the training data, and a model with random weights."""
+    tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
+    plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
+                              config.model.encoder.subsampling)
+    items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
+    stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
+    return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
 
-    place: "" for fresh weights, or a FunASR directory or a checkpoint, whose model section and front end then replace
-    those of config. state: of that checkpoint, if it is read already. Raises ValueError if they do not fit the data."""
-    options = config.data
-    if is_published(place):
-        files = published_files(place)
-        config = with_model(config, read_published_config(files["config"]))
-        tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
-        stats = read_cmvn(files["stats"], feature_dim(config.data))
-        model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
-    elif place:
-        state = state or read_checkpoint(place)
-        config = with_model(config, configs.from_dict(state["config"], place))
-        tokenizer, stats = read_tokenizer(state["tokenizer"], place), state["stats"]
-        model = build(config.model, stats.shape[1], len(tokenizer))
-        load_weights(model, state["model"], place)
-    else:
-        tokenizer = Tokenizer.build(data.training_texts(options), options.unit)
-        plain = data.open_dataset(options, "train", tokenizer.encode, config.training.seed, None,
-                                  config.model.encoder.subsampling)
-        items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
-        stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
-        model = build(config.model, stats.shape[1], len(tokenizer))
-    if place and place == config.training.init_from:  # a run that goes on was checked when it began
-        configs.check(config, f"training.init_from={place}")
-        check_vocabulary(itertools.islice(data.training_texts(config.data), STATS_UTTERANCES), tokenizer, place)
-    return config, tokenizer, stats, model
+
+def start_from(config: configs.Config) -> System:
+    """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
+    section and front end then replace those of config. Raises ValueError if they do not fit the data."""
+    place = config.training.init_from
+    if not place:
+        return fresh(config)
+    system = load_parts(place, adapt=functools.partial(with_model, config))
+    configs.check(system.config, f"training.init_from={place}")
+    texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
+    check_vocabulary(texts, system.tokenizer, place)
+    return system
 
 
 def recompute_blocks(model: nn.Module) -> None:
@@ -495,7 +483,8 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.training.seed)
-    config, tokenizer, stats, model = origin(config, place or config.training.init_from, state)
+    system = start_from(config) if state is None else load_state(state, place)
+    config, tokenizer, stats, model = system[:4]
     training = config.training
     open_split = lambda split, augment: data.open_dataset(config.data, split, tokenizer.encode, training.seed, stats,
                                                           config.model.encoder.subsampling, augment)
@@ -520,49 +509,19 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
 
 
 def save(run: Run, progress: Progress) -> None:
-    """Write latest.pt; the one before becomes previous.pt. All ranks call it, rank 0 writes.
-
-    At the end of an epoch, if it is the best, best.pt is written first: a run killed in between repeats the epoch. If
-    writing fails, latest.pt and previous.pt stay.
-    """
-    reached = progress._replace(totals=add_up(progress.totals))._asdict()
+    """Write a checkpoint (`save_run`). All ranks call it, rank 0 writes."""
+    totals = sum_over_ranks(progress.totals)
     if own_rank():
         return
-    folder, history = run.folder / "checkpoints", reached.pop("history")
+    history = progress.history
+    reached = progress._replace(totals=totals)._asdict()
+    del reached["history"]  # stands beside it, for whoever reads results and does not resume
     state = {"format": CHECKPOINT_FORMAT, "config": asdict(run.config), "tokenizer": run.tokenizer.state(),
              "stats": run.stats, "model": run.average.state_dict(), "history": history,
-             "trained": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-             "progress": reached, "utterances": len(run.train_set),
-             "log_bytes": (run.folder / "train.log").stat().st_size}
-    if history and not progress.batch and best_row(history) is history[-1]:
-        data.save_atomic(folder / "best.pt", state)
-    data.save_atomic(folder / "next.pt", state)
-    if (folder / "latest.pt").exists():
-        os.replace(folder / "latest.pt", folder / "previous.pt")
-    os.replace(folder / "next.pt", folder / "latest.pt")
-
-
-def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
-    """latest.pt of a run, or, with a warning, previous.pt if that cannot be read -> path, state, config. Raises
-    ValueError if neither can be read, or if it is of an older format, has weights only, or is another run's."""
-    path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
-    try:
-        state = read_checkpoint(path)
-    except ValueError as error:
-        if not previous.exists():
-            raise
-        path, state = previous, read_checkpoint(previous)
-        print(f"train.py: {error}; going on from {previous}", file=sys.stderr)
-    if state.get("format", 1) != CHECKPOINT_FORMAT or "trained" not in state:
-        got = f"format {state.get('format', 1)}" + ("" if "trained" in state else ", weights only")
-        raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
-                         f"run with its weights: --training.init_from={path}")
-    config = configs.from_dict(state["config"], str(path))
-    written = folder / "config.yaml"
-    if written.exists() and configs.from_dict(configs.parse_yaml(written.read_text("utf-8")), str(written)) != config:
-        raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
-                         f"the file back, or start a new run with these weights: --training.init_from={path}")
-    return path, state, config
+             "trained": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "progress": reached,
+             "utterances": len(run.train_set), "log_bytes": (run.folder / "train.log").stat().st_size}
+    epoch_ends = bool(history) and not progress.batch
+    save_run(run.folder, state, is_best=epoch_ends and best_row(history) is history[-1])
 
 
 # ---- the loop ----
@@ -651,14 +610,14 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
         wait = time.monotonic() - started
         step = take_step(run, batch, progress.step, total_steps)
         now = time.monotonic()
-        totals = add(progress.totals, step_totals(step, batch, now - started, wait))
+        totals = sum_by_name(progress.totals, step_totals(step, batch, now - started, wait))
         bad_steps = 0 if step.finite else progress.bad_steps + 1
         progress = progress._replace(batch=progress.batch + 1, step=progress.step + 1, bad_steps=bad_steps,
                                      totals=totals)
         if progress.bad_steps >= training.max_bad_steps:
             raise Diverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
                             f"{' '.join(batch.keys)}")
-        if add_up({"stop": run.stop.is_set()})["stop"]:  # one rank may have the signal before another
+        if sum_over_ranks({"stop": run.stop.is_set()})["stop"]:  # one rank may have the signal before another
             run.stop.set()
             break
         if training.checkpoint_steps and progress.step % training.checkpoint_steps == 0:
@@ -687,7 +646,7 @@ def validate(run: Run) -> dict | None:
     """The figures of the dev set; None when run.stop is set meanwhile in any rank."""
     batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(run))
     sums = evaluate(run.average, log_skips(run, batches), run.tokenizer.decode)
-    sums = add_up({**sums, "stop": run.stop.is_set()})
+    sums = sum_over_ranks({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else rates(sums)
 
 
@@ -696,23 +655,16 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 
 @torch.no_grad()
 def draw(run: Run, item: data.Utterance) -> dict[str, str]:
-    """SVGs of an utterance as the model decodes it now: its alignment, and the decoder's last cross-attention."""
-    model, frame_sec = run.average.eval(), audio.frame_sec(run.config.data)
+    """The `utterance_svgs` of an utterance as the model decodes it now: alignment and last cross-attention."""
+    model, hop_sec = run.average.eval(), audio.frame_sec(run.config.data)
     feats, feat_lens = inputs(data.collate([item]), model)[:2]
     found = model.greedy(feats, feat_lens)
-    ids, edges = found.tokens[0, :found.lens[0]].tolist(), (found.boundaries[0] * frame_sec).tolist()
-    rows = spoken_places(ids)
-    tokens = [(run.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in rows]
-    encoder, L = run.config.model.encoder, found.alpha.shape[1]
-    first, last = (in_feature_frames(edge, encoder) * frame_sec for edge in (0, L))
-    rest = tokens, len(item.feats) * frame_sec, (first, last)
-    truth = None if item.boundaries is None else item.boundaries * frame_sec
-    title = f"{item.key}: {item.text}, recognised as {run.tokenizer.decode(ids)}"
-    pictures = {"alignment": alignment_svg(title, item.feats, found.alpha[0].cpu(), *rest, truth)}
+    ids = found.tokens[0, :found.lens[0]].tolist()
+    edges = (found.boundaries[0] * hop_sec).tolist()
+    tokens = [(run.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in spoken_places(ids)]
     layers = model.cross_attention(*model.encode(feats, feat_lens), found.tokens, found.lens)
-    if layers and rows:
-        pictures["cross"] = attention_svg(title, layers[-1][0, :, rows].float().cpu(), *rest, cross=True)
-    return pictures
+    title = f"{item.key}: {item.text}, recognised as {run.tokenizer.decode(ids)}"
+    return utterance_svgs(title, item, found, tokens, run.config, cross_layers=layers)
 
 
 def write_pictures(run: Run, epoch: int) -> None:
@@ -739,7 +691,7 @@ def fit(run: Run, progress: Progress) -> Progress:
             return progress
         rate = learning_rate(progress.step - 1, total_steps, training)
         spent = time.monotonic() - started + (history[-1]["seconds"] if history else 0.0)
-        history = [*history, epoch_row(progress, add_up(progress.totals), rate, dev, spent,
+        history = [*history, epoch_row(progress, sum_over_ranks(progress.totals), rate, dev, spent,
                                        peak_memory_mb(next(run.model.parameters()).device))]
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {}, history)
         if len(history) == 1:
@@ -767,10 +719,10 @@ def headline(run: Run) -> str:
 
 def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, Progress]:
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
-    join_ranks(config.training)
+    join(config.training)
     run = make_run(config)
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
-    run = run._replace(folder=Path(add_up(made)["folder"]), stop=stop)  # rank 0 tells the others its name
+    run = run._replace(folder=Path(sum_over_ranks(made)["folder"]), stop=stop)  # rank 0 tells the others its name
     if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
     say(run, headline(run))
@@ -783,7 +735,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands."""
     path, state, config = last_checkpoint(folder)
-    join_ranks(config.training)  # all ranks wait here: the files below may be moved once all have read them
+    join(config.training)  # all ranks wait here: the files below may be moved once all have read them
     run = make_run(config, state, str(path))._replace(folder=folder, stop=stop)
     progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
