@@ -5391,7 +5391,7 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
 
 # C92
 def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise IndexError("no such frame")
 
     path, options = tiny_yaml(tmp_path / "tiny.yaml"), ["--model.encoder.dropout=0.5", "--runs"]
