@@ -230,7 +230,8 @@ def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO
 def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
     """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), and their rate in Hz.
 
-    Channels are averaged; of two that cancel each other the louder one is read, with a warning. Float samples are taken as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
+    Channels are averaged; of two that cancel each other the louder one is read, with a warning. Float samples are taken
+    as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
     """
     with open_recording(source) as (file, header):
         header = choose_channel(file, header, place_of(source))

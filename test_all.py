@@ -1057,6 +1057,8 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
         n = round(max_sec * rate_hz)
         (piece,) = audio.cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
         assert len(piece.samples) == n
+        pieces = list(audio.cut_at_pauses([samples[:n + 1]], rate_hz, max_sec / 4, max_sec))
+        assert len(pieces) == 2 and max(len(piece.samples) for piece in pieces) <= n
     assert list(audio.cut_at_pauses([], 8000, 1.0, 2.0)) == []
     with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
         next(audio.cut_at_pauses([samples], 8000, 2.0, 3.0))
@@ -2353,6 +2355,17 @@ def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
     (tmp_path / "text").write_text("u1 a\nu2 b\n")
     kaldi = data.ManifestDataset(tmp_path, data_options(), letters)
     assert kaldi[0].text == "a" and kaldi[1].reason.startswith("no audio")
+
+
+def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path):
+    """To the sample: min_sec and max_sec of training, and whole_sec, beyond which decode.py cuts."""
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}])
+    training = data.ManifestDataset(path, data_options(min_sec=0.1, max_sec=2.0), letters)
+    whole = data.ManifestDataset(path, data_options(), letters, for_training=False, whole_sec=2.0)
+    for n, trained, read in ((799, False, True), (800, True, True), (16000, True, True), (16001, False, False)):
+        audio.save_wav(tmp_path / "a.wav", tone(n / 8000, 8000)[:n], 8000)
+        assert isinstance(training[0], data.Utterance) == trained
+        assert (len(whole[0].feats) > 0) == read and whole[0].seconds == n / 8000
 
 
 def recordings(folder: Path, count: int) -> Path:
