@@ -5,7 +5,7 @@ imports nothing of ours, so it can be copied alone: functions take `options`, an
 config's data section (sample_rate, num_mels, lfr_m, ...). Bad input is a ValueError that names the place.
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m). Samples are float32 in [-1,1), energies natural logs.
-Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling).
+Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling), ITU-T G.711 (A-law, mu-law).
 """
 import contextlib
 import functools
@@ -53,7 +53,7 @@ SAMPLE_TYPES = {        # (code, bits) -> numpy type, value of silence, full sca
 
 @functools.lru_cache
 def law_table(code: int) -> np.ndarray:
-    """The number that each byte of A-law (13 bits) or mu-law (14 bits) stands for, (256,). Source: ITU-T G.711."""
+    """The number that each byte of A-law (13 bits) or mu-law (14 bits) stands for, (256,)."""
     byte = np.arange(256) ^ (0x55 if code == 6 else 0xFF)
     exponent = (byte >> 4) & 7
     mantissa = byte & 15

@@ -563,18 +563,12 @@ class ManifestDataset(Dataset):
             raise Unusable(f"missing: {row.audio}") from None
         except (OSError, ValueError) as error:
             raise Unusable(f"unreadable: {error}") from None
-        if self.for_training:
-            self._check_duration(seconds)
-        return samples, header.rate_hz, seconds
-
-    def _check_duration(self, seconds: float) -> None:
-        shortest, longest = max(self.options.min_sec, FRAME_SEC), self.options.max_sec
-        if shortest <= seconds <= longest:
-            return
-        found = "empty"
-        if seconds:
+        shortest = max(self.options.min_sec, FRAME_SEC)
+        longest = self.options.max_sec
+        if self.for_training and not shortest <= seconds <= longest:
             found = "too short" if seconds < shortest else "too long"
-        raise Unusable(f"{found}: {seconds:.3f} s, wanted {shortest} to {longest}")
+            raise Unusable(f"{found if seconds else 'empty'}: {seconds:.3f} s, wanted {shortest} to {longest}")
+        return samples, header.rate_hz, seconds
 
     def _features(self, samples: Tensor, rate_hz: int, epoch: int, index: int) -> Tensor:
         """samples (N,) -> features (T,F), augmented if the dataset is. Raises Unusable if they are not finite."""
@@ -672,20 +666,19 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
     return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
 
 
-def check_items(items: list[Utterance]) -> None:
-    """Raises ValueError unless the features are (T,F) of one F, and the tokens (U,)."""
-    shapes = [(tuple(u.feats.shape), tuple(u.tokens.shape)) for u in items]
-    for feats, tokens in shapes:
-        if len(feats) != 2 or feats[1:] != shapes[0][0][1:] or len(tokens) != 1:
-            raise ValueError(f"feats must be (T,F) of one width and tokens (U,), got {shapes}")
-
-
 def collate(items: list[Utterance | Skip]) -> Batch:
-    """Utterances -> one padded Batch; Skips go to `skipped`. Skips alone give a batch with B == 0."""
+    """Utterances -> one padded Batch; Skips go to `skipped`. Skips alone give a batch with B == 0.
+
+    Raises ValueError unless the features are (T,F) of one F, and the tokens (U,).
+    """
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
-    check_items(kept)
-    feats, tokens = torch.zeros(0, 0, 0), torch.zeros(0, 0, dtype=torch.int64)
+    shapes = [(tuple(u.feats.shape), tuple(u.tokens.shape)) for u in kept]
+    for feats_shape, tokens_shape in shapes:
+        if len(feats_shape) != 2 or feats_shape[1:] != shapes[0][0][1:] or len(tokens_shape) != 1:
+            raise ValueError(f"feats must be (T,F) of one width and tokens (U,), got {shapes}")
+    feats = torch.zeros(0, 0, 0)
+    tokens = torch.zeros(0, 0, dtype=torch.int64)
     if kept:
         feats = pad_sequence([u.feats for u in kept], batch_first=True)
         tokens = pad_sequence([u.tokens for u in kept], batch_first=True)
