@@ -5,7 +5,8 @@ imports nothing of ours, so it can be copied alone: functions take `options`, an
 config's data section (sample_rate, num_mels, lfr_m, ...). Bad input is a ValueError that names the place.
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m). Samples are float32 in [-1,1), energies natural logs.
-Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling), ITU-T G.711 (A-law, mu-law).
+Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling), ITU-T G.711 (A-law and
+mu-law).
 """
 import contextlib
 import functools

@@ -1,9 +1,9 @@
 """How fast training, recognition and serving are on this machine.
 
     python bench.py train CONFIG          the loop against a plain one, and what loading and checkpoints cost
-    python bench.py decode                how a model of configs/paraformer_large.yaml with random weights loads and runs
+    python bench.py decode                how configs/paraformer_large.yaml loads and runs, with random weights
     python bench.py decode a.pt b.pt      a table of their speed and errors, greedily and by beam
-    python bench.py serve CHECKPOINT      overhead, throughput and latency of a server
+    python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
 
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """
@@ -214,8 +214,11 @@ def loading_figures() -> None:
 
 def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
     """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
-    times = [[timeit(call, number=1) for call in calls] for _ in range(turns + 1)]
-    return np.array(times[1:]).T
+    times = np.zeros((len(calls), turns + 1))
+    for turn in range(turns + 1):
+        for i, call in enumerate(calls):
+            times[i, turn] = timeit(call, number=1)
+    return times[:, 1:]
 
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
@@ -448,7 +451,7 @@ def serving_figures(options: argparse.Namespace) -> None:
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
     torch_sec = import_sec()
-    rounds: dict[tuple[str, int], list] = {(kind, clients): [] for kind in bodies for clients in (1, 16)}
+    rounds: dict[tuple[str, int], list] = {key: [] for key in itertools.product(bodies, (1, 16))}
     full_ms: list[float] = []
     with running(options) as (port, ready_sec):
         time_clients(port, bodies["mixed"][:32], 4)
@@ -510,6 +513,8 @@ def measure_train(argv: Sequence[str]) -> None:
 
 
 def measure_serve(argv: Sequence[str]) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--checkpoint", *argv]
     serving_figures(serve.parse_arguments(argv))
 
 
@@ -517,7 +522,7 @@ MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_s
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py", description="How fast this machine trains, recognises and serves.")
+    parser = argparse.ArgumentParser(prog="bench.py", description="How fast this machine trains, recognises, serves.")
     parser.add_argument("what", choices=list(MEASURES), help="what to measure")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="a config and its overrides, or those of decode.py "
                         "(none: a large model; checkpoints: compare them) or serve.py")

@@ -83,7 +83,8 @@ def pool_digits(folder: Path, hold_out: str) -> dict[str, dict[str, list[Path]]]
         name = re.fullmatch(r"\d_(.+)_(\d+)", path.stem)
         if not name:
             raise ValueError(f"{path}: wanted <digit>_<speaker>_<index>.wav")
-        speaker, index = name[1], int(name[2])
+        speaker = name[1]
+        index = int(name[2])
         if speaker == hold_out:
             split = "unseen_speaker"
         elif index < 5:
@@ -165,8 +166,8 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="corpora.py", usage="python corpora.py COMMAND SOURCE OUT [options]      (COMMAND --help lists them)",
-        description="Turn public corpora and folders of recordings into manifests (JSON lines with audio, text, speaker, "
-        "key, duration), one for each split.")
+        description="Turn public corpora and folders of recordings into manifests (JSON lines with audio, text, "
+        "speaker, key, duration), one for each split.")
     commands = parser.add_subparsers(prog="python corpora.py", metavar="COMMAND", required=True)
 
     def add(name: str, about: str, prepare: Callable) -> argparse.ArgumentParser:

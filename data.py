@@ -194,7 +194,8 @@ def toy_inventory(num_symbols: int, num_mels: int) -> np.ndarray:
             drawn = random_trajectory(num_mels, rng)
             nearest = min(np.square(drawn - other).mean() for other in [drawn[::-1], *chosen])
             if nearest > farthest:
-                best, farthest = drawn, nearest
+                best = drawn
+                farthest = nearest
         chosen += [best, best[::-1]]
     return np.stack(chosen[:num_symbols])
 
@@ -596,7 +597,8 @@ def training_texts(options) -> Iterable[str]:
     """The texts that a tokenizer is built from: those of the training manifests, or every letter of the toy task."""
     if options.kind == "toy":
         return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
-    return (row.text for path in find_manifests(options.train) for _, row in scan_rows(path))
+    rows = itertools.chain.from_iterable(map(scan_rows, find_manifests(options.train)))
+    return (row.text for _, row in rows)
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
@@ -691,6 +693,9 @@ def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_worke
            start: int = 0) -> Iterable[Batch]:
     """The batches from number `start` on, once, in order, the same for every num_workers; each worker loads two batches
     ahead. With a generator of its own, so that torch's global one stays untouched."""
-    addresses = ([(epoch, index) for index in batch] for batch in itertools.islice(batches, start, None))
-    return DataLoader(dataset, batch_sampler=addresses, num_workers=num_workers, collate_fn=collate,
+    def addresses() -> Iterator[list[tuple[int, int]]]:
+        for batch in itertools.islice(batches, start, None):
+            yield [(epoch, index) for index in batch]
+
+    return DataLoader(dataset, batch_sampler=addresses(), num_workers=num_workers, collate_fn=collate,
                       generator=torch.Generator())

@@ -7,6 +7,7 @@ Dims: T feature frames, F feature bins, L encoder frames, U tokens, H heads.
 """
 import base64
 import html
+import itertools
 import math
 import re
 import struct
@@ -277,7 +278,7 @@ def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> 
     lines = {name: curve_points(values, log_scale) for name, values in series.items()}
     levels = [0.0, 1.0]
     if log_scale:
-        levels = [v for line in lines.values() for _, v in line]
+        levels = [v for _, v in itertools.chain.from_iterable(lines.values())]
     low = min(levels, default=0.0)
     high = max([low + 0.1, *levels])
 
@@ -300,7 +301,7 @@ def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> 
 
 
 def column_names(history: Sequence[dict]) -> list[str]:
-    return list(dict.fromkeys(name for row in history for name in row))  # an epoch without a finite step has fewer
+    return list(dict.fromkeys(itertools.chain.from_iterable(history)))  # an epoch without a finite step has fewer
 
 
 def curves_svg(history: Sequence[dict]) -> str:
@@ -308,7 +309,9 @@ def curves_svg(history: Sequence[dict]) -> str:
     body: list[str] = []
     for top, part, log_scale in ((40, "loss", True), (290, "accuracy", False)):
         panel = Panel(LEFT, top, 460, 200, max(1, len(history) - 1))
-        names = [name for name in column_names(history) if part in name]
-        series = {name: [row.get(name, math.nan) for row in history] for name in names}
+        series = {}
+        for name in column_names(history):
+            if part in name:
+                series[name] = [row.get(name, math.nan) for row in history]
         body += panel_svg(panel, series, log_scale)
     return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)

@@ -6807,6 +6807,14 @@ def test_measuring_refuses_what_has_no_effect_on_it(arguments, capsys):
     assert re.fullmatch(r"bench\.py: .*wanted .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("arguments", [["x.pt", "--dtype=int8"], ["--dtype=int8", "--checkpoint=x.pt"]])
+def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, arguments):
+    measured = []
+    monkeypatch.setattr(bench, "serving_figures", measured.append)
+    assert bench.main(["serve", *arguments]) == 0
+    assert (measured[0].checkpoint, measured[0].dtype) == ("x.pt", "int8")
+
+
 def shrink_benchmark(monkeypatch) -> None:
     """configs/paraformer_large.yaml becomes small."""
     options = config.load(str(HERE / "configs/paraformer_large.yaml"))
