@@ -92,7 +92,8 @@ class Transformer(Recogniser):
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             x = decoder.position(decoder.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
-            x, longer = x.view(*tokens.shape, x.shape[2]), []
+            x = x.view(*tokens.shape, x.shape[2])
+            longer = []
             for block, keys, values, memory_kv in zip(decoder.blocks, past[::2], past[1::2], memory):
                 x, keys_values, weights = block.step(x, (keys, values), memory_kv, mask)
                 longer += keys_values  # two tensors
@@ -104,14 +105,17 @@ class Transformer(Recogniser):
         """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one at a time, each the argmax, until the end
         token or until there are as many tokens as encoder frames."""
         step, past = self.begin(hidden, hidden_lens, 1)
-        last, found, lens = torch.full_like(hidden_lens, SOS)[:, None], [], torch.zeros_like(hidden_lens)
+        last = torch.full_like(hidden_lens, SOS)[:, None]  # (B,1)
+        lens = torch.zeros_like(hidden_lens)
+        found = []
         while True:
             log_p, past, _ = step(last, past)
-            last = log_p.argmax(-1)  # (B,1)
+            last = log_p.argmax(-1)
             goes_on = (lens == len(found)) & (last[:, 0] != EOS) & (lens < hidden_lens)
             if not goes_on.any():
                 break
-            found, lens = found + [last], lens + goes_on
+            found.append(last)
+            lens = lens + goes_on
         return torch.cat(found, 1) if found else lens.new_zeros(len(lens), 0), lens
 
     def search(self, hidden: Tensor, hidden_lens: Tensor, search: "Search") -> list[list["Candidate"]]:
@@ -224,8 +228,10 @@ class CTC(Recogniser):
         """
         B, L, _ = hidden.shape
         log_p = self.log_probs(hidden)
-        tokens, log_probs = hidden_lens.new_zeros(B, L), log_p.new_zeros(B, L)  # at most a token a frame
-        counts, edges = [], []
+        tokens = hidden_lens.new_zeros(B, L)  # at most a token a frame
+        log_probs = log_p.new_zeros(B, L)
+        counts = []
+        edges = []
         for i, (n, T) in enumerate(zip(hidden_lens.tolist(), feat_lens.tolist())):
             real = log_p[i, :n]
             path = real.argmax(-1).tolist() if texts is None else ctc_path(real, texts[i])
@@ -298,7 +304,8 @@ def length_norm(lens: Tensor, search: Search) -> Tensor:
 
 def begin_beam(frames: Tensor, W: int) -> Beam:
     """One empty text; the other W - 1 are impossible. frames (B,) of each utterance."""
-    B, L = len(frames), int(frames.max())
+    B = len(frames)
+    L = int(frames.max())
     lens = frames.new_zeros(B, W)
     log_probs = torch.full((B, W), -math.inf, device=frames.device)
     log_probs[:, 0] = 0.0
@@ -322,7 +329,8 @@ def extend_beam(beam: Beam, log_p: Tensor, attention: Tensor, last: Tensor, sear
     coverage = search.coverage_penalty * covered.clamp(UNSEEN, 1.0).log().sum(-1)  # (B,W) <= 0
     totals = beam.log_probs[:, :, None] + log_p  # (B,W,V)
     scores, places = (totals / length_norm(lens, search)[:, :, None] + coverage[:, :, None]).flatten(1).topk(W)
-    parents, tokens = places // V, places % V
+    parents = places // V
+    tokens = places % V
     log_probs = totals.flatten(1).gather(1, places)
     said = torch.cat((pick_rows(beam.tokens, parents), tokens[:, :, None]), 2)
     return Beam(said, pick_rows(lens, parents), tokens == EOS, log_probs, scores, pick_rows(covered, parents)), parents

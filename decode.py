@@ -62,15 +62,15 @@ def with_search(system: System, search: Search) -> System:
     name = system.config.model.name
     if search != Search() and not hasattr(system.model, "search"):
         raise ValueError(f"a {name} decodes greedily: leave out --beam, --nbest and penalties")
-    for field in ("beam", "nbest"):
-        if not 1 <= getattr(search, field) < 2**31:
-            raise ValueError(f"--{field}: wanted 1 or more, below 2^31, got {getattr(search, field)}")
-    for field in ("length_penalty", "coverage_penalty"):
-        option, value, usual = field.replace("_", "-"), getattr(search, field), Search._field_defaults[field]
+    for option, value in (("--beam", search.beam), ("--nbest", search.nbest)):
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{option}: wanted 1 or more, below 2^31, got {value}")
+    for option, value, usual in (("--length-penalty", search.length_penalty, Search().length_penalty),
+                                 ("--coverage-penalty", search.coverage_penalty, Search().coverage_penalty)):
         if not 0 <= value < math.inf:
-            raise ValueError(f"--{option}: wanted 0 or more, got {value}")
+            raise ValueError(f"{option}: wanted 0 or more, got {value}")
         if name != "transformer" and value != usual:
-            raise ValueError(f"--{option}: wanted {usual}, as it has no effect on a {name}, got {value}")
+            raise ValueError(f"{option}: wanted {usual}, as it has no effect on a {name}, got {value}")
     return system._replace(search=search)
 
 
@@ -132,7 +132,8 @@ def on_cpu(found: Hypotheses) -> Hypotheses:
 @torch.inference_mode()
 def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, list[list[Candidate]]]:
     """Normalised features (T,F) each -> on the CPU, Hypotheses, and the candidates of each; greedy search has none."""
-    device, dtype, model = system.stats.device, PRECISIONS[system.precision], system.model
+    model, device = system.model, system.stats.device
+    dtype = PRECISIONS[system.precision]
     lens = torch.tensor([len(x) for x in feats], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -365,10 +366,11 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
     found = decode_batch(system, [item.feats])
     result = read_result(system, found, 0)
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
-    encoder_layers, cross_layers = [], []
+    encoder_layers = cross_layers = ()
     if layer is not None:
-        device, model = system.stats.device, system.model
-        feats, lens = item.feats[None].to(device), torch.tensor([len(item.feats)], device=device)
+        model, device = system.model, system.stats.device
+        feats = item.feats[None].to(device)
+        lens = torch.tensor([len(item.feats)], device=device)
         encoder_layers = model.encoder(feats, lens, need_weights=True)[2]
         cross_layers = model.cross_attention(*model.encode(feats, lens), found.tokens.to(device), found.lens.to(device))
     title = f"{item.key}: {result.text}"
@@ -525,8 +527,11 @@ class ProgressBar:
     many as rank 0."""
 
     def __init__(self, total: int, shard: tuple[int, int]):
-        self.total, self.shard = total, shard
-        self.started, self.done, self.seconds = time.perf_counter(), 0, 0.0
+        self.total = total
+        self.shard = shard
+        self.started = time.perf_counter()
+        self.done = 0
+        self.seconds = 0.0  # of audio
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
         rank, processes = self.shard
@@ -554,7 +559,10 @@ class Tally(NamedTuple):
 def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[[str], list[int]],
                   bar: ProgressBar) -> Tally:
     """Print each outcome, write it into the file for all, compare it with its reference."""
-    heard, failed, scores, interrupted = [], 0, [], False
+    heard: list[tuple[int, float]] = []
+    scores: list[Score] = []
+    failed = 0
+    interrupted = False
     merged = data.replacing(output.merged) if output.merged else contextlib.nullcontext(os.devnull)
     with merged as path, open(path, "w", encoding="utf-8", newline="\n") as file:
         try:
