@@ -3737,10 +3737,9 @@ def test_a_beam_of_one_is_greedy():
     ("paraformer", ["--nbest=3"], "decodes greedily"), ("paraformer", ["--coverage-penalty=1"], "decodes greedily"),
     ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
 def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
-    for what in (["x.wav"], ["x.wav", "--export", str(tmp_path / "out.pt")]):  # before anything is written
-        assert decode.main(["--ckpt", saved(searching_system(name), tmp_path / "x.pt"), *flags, *what]) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1
+    ckpt = saved(searching_system(name), tmp_path / "x.pt")
+    assert words in refusal(capsys, "--ckpt", ckpt, *flags, "x.wav")
+    assert words in refusal(capsys, "--ckpt", ckpt, *flags, "x.wav", "--export", tmp_path / "out.pt")  # before writing
     assert os.listdir(tmp_path) == ["x.pt"]
 
 
@@ -5610,9 +5609,7 @@ def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, r
 def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):
     path = tmp_path / "x.pt"
     plant(path)
-    assert decode.main(["--ckpt", str(path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"decode.py: {path}: ") and words in error and error.count("\n") == 1
+    assert refusal(capsys, "--ckpt", path).startswith(f"decode.py: {path}: ") and words in refusal(capsys, "--ckpt", path)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -5638,6 +5635,13 @@ def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
     return code, [line.split("\t") for line in captured.out.splitlines()], captured.err
 
 
+def refusal(capsys, *arguments) -> str:
+    """The one line with which decode.py refuses the arguments, before anything is decoded."""
+    code, lines, error = decoded(capsys, *arguments)
+    assert (code, lines) == (2, []) and re.fullmatch(r"decode\.py: .+\n", error)
+    return error
+
+
 # C72
 def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "in"
@@ -5657,10 +5661,12 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_p
     lines = [files[2], json.dumps({"audio": files[0], "key": "k"}), str(folder / "sub"), ""]
     assert piped("\n".join(lines).encode())[1] == [wanted[2], ["k", wanted[0][1]], wanted[2]]
     (tmp_path / "empty").mkdir()
-    bad = [piped(b""), piped(b"\xff\xfe"), *(decoded(capsys, "--ckpt", ckpt, x) for x in (tmp_path / "empty", ""))]
+    for body in (b"", b"\xff\xfe"):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(body)))
+        refusal(capsys, "--ckpt", ckpt, "-")
     monkeypatch.setattr(sys, "stdin", None)  # closed: <&-
-    for code, _, error in (*bad, decoded(capsys, "--ckpt", ckpt, "-")):
-        assert code == 2 and error.startswith("decode.py: ") and error.count("\n") == 1
+    for path in (tmp_path / "empty", "", "-"):
+        refusal(capsys, "--ckpt", ckpt, path)
 
 
 # C72
@@ -5704,11 +5710,11 @@ def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_
     file = spoken(tmp_path / "a.wav", 0.5)
     for output, form in (("out.jsonl", "json"), ("out", "ctm")):
         (tmp_path / ("out/results.ctm" if form == "ctm" else output)).mkdir(parents=True)
-        code, lines, error = decoded(capsys, "--ckpt", ckpt, file, "--output", tmp_path / output, "--format", form)
-        assert (code, lines, error.count("\n")) == (2, [], 1) and error.startswith("decode.py: --output: wanted a file")
+        error = refusal(capsys, "--ckpt", ckpt, file, "--output", tmp_path / output, "--format", form)
+        assert error.startswith("decode.py: --output: wanted a file")
     manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "ab"}])
     before = manifest.read_text()
-    assert decoded(capsys, "--ckpt", ckpt, manifest, "--output", manifest)[:2] == (2, [])
+    refusal(capsys, "--ckpt", ckpt, manifest, "--output", manifest)
     assert manifest.read_text() == before
 
 
@@ -6166,11 +6172,9 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, usual[1]))
     try:
-        assert decode.main(["--ckpt", ckpt, "--export", str(tmp_path / target)]) == 2
+        assert "File too large" in refusal(capsys, "--ckpt", ckpt, "--export", tmp_path / target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    error = capsys.readouterr().err
-    assert error.startswith("decode.py: ") and "File too large" in error and error.count("\n") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
