@@ -6,11 +6,10 @@
     http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
 
 The file follows a request: its body becomes features (on a parser thread), these become text (on the one inference
-thread, which owns the model), the text takes one of OpenAI's forms; then come the routes and the command line. How
-requests arrive is in web.py, how they wait and are batched in batcher.py; the page is page.html.
+thread, which owns the model); then come the routes and the command line. How requests arrive is in web.py, how they
+wait and are batched in batcher.py, OpenAI's answers in openai_forms.py; the page is page.html.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
-Source: OpenAI's API reference for audio transcriptions.
 """
 import argparse
 import contextlib
@@ -22,12 +21,10 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +44,8 @@ import decode
 from audio import frame_sec, frontend, normalise, read_header
 from batcher import Batcher, Job, Metrics, deadline_passed, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, load_system
-from report import Result, cues, join_words, log_confidence, subtitles, word_entry
+from openai_forms import OpenAIForm, openai_response, parse_openai_form
+from report import Result
 from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, json_response, media_type, parse_flag,
                  parse_form, shutting_down, start_log)
 
@@ -71,7 +69,7 @@ class Request(NamedTuple):
     timeout: float                  # seconds
     is_batch: bool                  # from {"batch": ...}: the answer is a list
     alignment: bool                 # with the firing weights
-    openai: "OpenAIForm | None"     # None on /transcribe
+    openai: OpenAIForm | None       # None on /transcribe
 
 
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
@@ -282,86 +280,6 @@ def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) ->
         parts.append((start, piece.result))
     joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
     return Recognition(decode.clip_times(system, joined, upload.seconds), weights)
-
-
-# ---- OpenAI's forms ----
-
-class OpenAIForm(NamedTuple):
-    response_format: str            # json, text, srt, vtt or verbose_json
-    granularities: list[str]        # of verbose_json: segment, word
-    logprobs: bool                  # in json, for each token
-    temperature: float              # has no effect
-    stream: bool                    # as server-sent events
-    language: str                   # echoed in verbose_json
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
-
-
-def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
-    """Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400."""
-    response_format = fields.get("response_format", "json")
-    granularities = fields.get("timestamp_granularities[]", ["segment"])
-    include = fields.get("include[]", [])
-    check_choice("response_format", response_format, ("json", "text", "srt", "vtt", "verbose_json"))
-    for value in granularities:
-        check_choice("timestamp_granularities[]", value, ("segment", "word"))
-    for value in include:
-        check_choice("include[]", value, ("logprobs",))
-    temperature = math.nan
-    with contextlib.suppress(ValueError):
-        temperature = float(fields.get("temperature", "0"))
-    if not 0 <= temperature <= 1:
-        raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
-    stream = parse_flag("stream", fields.get("stream"))
-    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, fields.get("language", ""))
-
-
-def segment_entries(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
-    found = cues(result.words)
-    starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
-    entries = []
-    for i, cue in enumerate(found):
-        text = join_words(cue)
-        raw = text.encode()
-        tokens = [token for token in result.tokens if starts[i] <= token.start < starts[i + 1]]
-        mean = statistics.fmean(map(log_confidence, tokens)) if tokens else 0.0
-        entries.append({"id": i, "seek": 0, "start": cue[0].start, "end": cue[-1].end, "text": text,
-                        "tokens": [token.id for token in tokens], "temperature": temperature,
-                        "avg_logprob": round(mean, 4), "no_speech_prob": 0.0,
-                        "compression_ratio": round(len(raw) / len(zlib.compress(raw)), 4)})
-    return entries
-
-
-def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Response:
-    """The result as `form` wants it; seconds: of the recording."""
-    text = result.text.strip()
-    usage = {"type": "duration", "seconds": round(seconds, 3)}
-    if form.stream:
-        events = ({"type": "transcript.text.delta", "delta": text},
-                  {"type": "transcript.text.done", "text": text, "usage": usage})
-        lines = [f"data: {json.dumps(event, ensure_ascii=False, allow_nan=False)}\n\n" for event in events]
-        return Response(200, "text/event-stream; charset=utf-8", "".join(lines).encode())
-    if form.response_format == "json":
-        value = {"text": text, "usage": usage}
-        if form.logprobs:
-            value["logprobs"] = [{"token": t.token, "bytes": list(t.token.encode()),
-                                  "logprob": round(log_confidence(t), 4)} for t in result.tokens]
-        return json_response(value)
-    if form.response_format == "verbose_json":
-        value = {"task": "transcribe", "language": form.language, "duration": round(seconds, 3), "text": text,
-                 "usage": usage}
-        if "segment" in form.granularities:
-            value["segments"] = segment_entries(result, form.temperature)
-        if "word" in form.granularities:
-            value["words"] = [word_entry(word) for word in result.words]
-        return json_response(value)
-    content = text + "\n" if form.response_format == "text" else subtitles(result.words, form.response_format)
-    kind = "vtt" if form.response_format == "vtt" else "plain"
-    return Response(200, f"text/{kind}; charset=utf-8", content.encode())
 
 
 # ---- routes ----

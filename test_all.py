@@ -63,6 +63,7 @@ import funasr
 import funasr_layers
 import hotwords
 import model
+import openai_forms
 import plot
 import report
 import serve
@@ -6543,7 +6544,7 @@ def test_batch_request_answers_in_order(server):
     assert found["results"][1]["text"] == single["text"]
 
 
-# ---- serve: formats ----
+# ---- serve: OpenAI's forms ----
 
 SPOKEN = [report.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
                                      ("▁six", 8, 1.0, 61.0, 61.5))]
@@ -6553,8 +6554,8 @@ SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in 
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
-        form = serve.parse_openai_form({"language": "en"})._replace(**changes)
-        return serve.openai_response(result, 62.0, form).body.decode()
+        form = openai_forms.parse_openai_form({"language": "en"})._replace(**changes)
+        return openai_forms.openai_response(result, 62.0, form).body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
     assert body(response_format="text") == "one two six\n"
@@ -6580,8 +6581,8 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     feats = recorded("sanm", WAVS[0])["feats"]
     found, wanted = serve.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
-    verbose = serve.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
-    body = json.loads(serve.openai_response(found, 9.0, verbose).body)
+    verbose = openai_forms.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
+    body = json.loads(openai_forms.openai_response(found, 9.0, verbose).body)
     assert body["words"] == [report.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
 # C53
@@ -6861,7 +6862,8 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "train": 6, "decode": 6, "serve": 7, "bench": 8}
+          "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "openai_forms": 5,
+          "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
