@@ -379,13 +379,11 @@ def _convert(hint: Any, value: Any) -> Any:
     kind, choices = get_origin(hint), get_args(hint)
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(_convert(choices[0], x) for x in value)
+    if kind is Literal and value in choices:
+        hint = type(choices[0])      # then True is not taken for 1
     if hint is float and type(value) is int:
         return float(value)
-    if kind is Literal:
-        fits = value in choices and type(value) is type(choices[0])      # True equals 1
-    else:
-        fits = type(value) is hint
-    if not fits:
+    if type(value) is not hint:
         raise TypeError
     return value
 
