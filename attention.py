@@ -4,14 +4,14 @@ Needs torch and numpy and imports nothing of ours, so it can be copied alone. Re
 positions, attention, feed-forwards, blocks.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width,
-W hypotheses of an utterance; in decoders U tokens, L encoder frames. `memory` is the sequence that
+W hypotheses of an utterance; in decoders U tokens, L encoder frames. `source` is the sequence that
 cross-attention reads.
 Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only:
 
     encoder self-attention    key_mask(lens, T)                                       (B,1,T), None without padding
     limited to n neighbours   padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)
     causal self-attention     padding_mask(lens, T)[:, None, :] & causal_mask(T)      (B,T,T)
-    cross-attention           key_mask(memory_lens, S)                                (B,1,S), None without padding
+    cross-attention           key_mask(source_lens, S)                                (B,1,S), None without padding
 
 Sources: Vaswani et al. 2017 "Attention is all you need" (attention, sinusoids); Gulati et al. 2020 "Conformer".
 """
@@ -31,7 +31,8 @@ def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
     same for all tensors: check_shapes(x=(x, "B", "T", 80), lens=(lens, "B"))."""
     sizes: dict[str, int] = {}
     for name, (x, *dims) in wanted.items():
-        known, fits = sizes.copy(), x.dim() == len(dims)
+        known = sizes.copy()
+        fits = x.dim() == len(dims)
         for dim, size in zip(dims, x.shape):
             fits = fits and size == (dim if isinstance(dim, int) else sizes.setdefault(dim, size))
         if not fits:
@@ -79,6 +80,7 @@ def full_precision(x: Tensor, training: bool) -> contextlib.AbstractContextManag
 
 
 def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
+    """Raise ValueError unless feats is (B,T,input_dim) with a frame or more, and lens (B,) int64 in 0..T."""
     check_shapes(feats=(feats, "B", "T", input_dim))
     check_lens("feat_lens", lens, feats.shape[0], feats.shape[1])
     if feats.shape[1] == 0:
@@ -114,7 +116,9 @@ class PositionalEncoding(nn.Module):
         super().__init__()
         if kind not in ("sinusoidal", "learnable", "none"):
             raise ValueError(f"position must be sinusoidal, learnable or none, got {kind!r}")
-        self.dim, self.kind, self.max_len = dim, kind, max_len
+        self.dim = dim
+        self.kind = kind
+        self.max_len = max_len
         if kind == "learnable":
             self.table = nn.Parameter(torch.randn(max_len, dim) * 0.02)
         elif kind == "sinusoidal":
@@ -123,14 +127,14 @@ class PositionalEncoding(nn.Module):
     def forward(self, x: Tensor, first: int = 0) -> Tensor:
         """x (B,T,D), whose first step has position `first` -> (B,T,D). Raises ValueError past a learnable table."""
         check_shapes(x=(x, "B", "T", self.dim))
-        T = first + x.shape[1]
+        last = first + x.shape[1]
         if self.kind == "none":
             return x
-        if T <= self.max_len:
-            return x + self.table[first:T]
+        if last <= self.max_len:
+            return x + self.table[first:last]
         if self.kind == "learnable":
-            raise ValueError(f"position: the learnable table ends at {self.max_len} steps, got {T}; use sinusoidal")
-        return x + sinusoids(torch.arange(first, T), self.dim).to(x)
+            raise ValueError(f"position: the learnable table ends at {self.max_len} steps, got {last}; use sinusoidal")
+        return x + sinusoids(torch.arange(first, last), self.dim).to(x)
 
 
 # ---- attention ----
@@ -140,68 +144,91 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
     """softmax(q k' / sqrt(K) + bias) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool, bias (B,H,T,S)
     -> (B,H,T,K), weights (B,H,T,S) or None. dropout: share of the weights dropped (callers pass 0 in evaluation).
 
-    A query that sees no key gives 0: a softmax over nothing would be NaN, in the gradient too, so that row
-    attends to everything and is then zeroed. `need_weights` takes the explicit path, equal to the fused one.
+    A query that sees no key gives 0. The weights are only known on the explicit path, which is equal to the fused one.
     """
     check_shapes(q=(q, "B", "H", "T", "K"), k=(k, "B", "H", "S", "K"), v=(v, "B", "H", "S", "K"))
-    B, _, T, K = q.shape
+    B, _, T, _ = q.shape
     S = k.shape[2]
-    has_key = None
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape not in ((B, 1, S), (B, T, S)):
-            raise ValueError(f"mask must be ({B},1,{S}) or ({B},{T},{S}) bool, got {tuple(mask.shape)} {mask.dtype}")
-        mask = mask[:, None]  # (B,1 or T,S) -> (B,1,1 or T,S)
-        has_key = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
-        mask = mask | ~has_key
+    if mask is not None and (mask.dtype != torch.bool or mask.shape not in ((B, 1, S), (B, T, S))):
+        raise ValueError(f"mask must be ({B},1,{S}) or ({B},{T},{S}) bool, got {tuple(mask.shape)} {mask.dtype}")
     if need_weights:
-        scores = q @ k.transpose(-1, -2) / math.sqrt(K)  # (B,H,T,S)
-        scores = scores if bias is None else scores + bias
-        weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
-        weights = weights if has_key is None else weights * has_key
-        return F.dropout(weights, dropout, dropout > 0) @ v, weights
+        return attend_explicit(q, k, v, mask, bias, dropout)
+    return attend_fused(q, k, v, mask, bias, dropout), None
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, dropout: float) -> Tensor:
+    """`attend` by torch's kernel, which never holds all weights at once."""
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    mask, has_key = open_empty_rows(mask)
     if bias is not None:
-        mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return (out if has_key is None else out * has_key), None
+        mask = bias.masked_fill(~mask, -math.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) * has_key
+
+
+def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
+                    dropout: float) -> tuple[Tensor, Tensor]:
+    """`attend` step by step -> (B,H,T,K), weights (B,H,T,S)."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B,H,T,S)
+    if bias is not None:
+        scores = scores + bias
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        mask, has_key = open_empty_rows(mask)
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1) * has_key
+    return F.dropout(weights, dropout, dropout > 0) @ v, weights
+
+
+def open_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask (B,1 or T,S) -> mask (B,1,1 or T,S), in which a query without a key sees all; has_key (B,1,1 or T,1), by
+    which to multiply the result, so that such a query gives 0: a softmax over nothing is NaN, in the gradient too."""
+    mask = mask[:, None]  # (B,1 or T,S) -> (B,1,1 or T,S)
+    has_key = mask.any(-1, keepdim=True)  # (B,1,1 or T,1)
+    return mask | ~has_key, has_key
 
 
 class MultiHeadAttention(nn.Module):
-    """Scaled dot-product attention in H heads; the keys come from x itself or from a memory of width memory_dim.
+    """Scaled dot-product attention in H heads; the keys come from x itself or from a source of width source_dim.
 
     No dropout on the attention weights, which the fused CPU kernels lack; the blocks apply it to the output.
     """
 
-    def __init__(self, dim: int, num_heads: int, memory_dim: int | None = None):
+    def __init__(self, dim: int, num_heads: int, source_dim: int | None = None):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
-        self.dim, self.num_heads, self.memory_dim = dim, num_heads, memory_dim or dim
+        self.dim = dim
+        self.num_heads = num_heads
+        self.source_dim = source_dim or dim
         self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(self.memory_dim, 2 * dim)
+        self.key_value = nn.Linear(self.source_dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B,T,D) -> (B,H,T,K)
 
-    def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, x: Tensor, source: Tensor | None = None, mask: Tensor | None = None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), memory (B,S,memory_dim) or None for self-attention, mask (B,1 or T,S) bool
+        """x (B,T,D), source (B,S,source_dim) or None for self-attention, mask (B,1 or T,S) bool
         -> out (B,T,D), weights (B,H,T,S) where asked for, else None."""
-        memory = x if memory is None else memory
-        check_shapes(x=(x, "B", "T", self.dim), memory=(memory, "B", "S", self.memory_dim))
-        return self.attend_to(x, *self.keys_values(memory), mask, need_weights)
+        source = x if source is None else source
+        check_shapes(x=(x, "B", "T", self.dim), source=(source, "B", "S", self.source_dim))
+        return self.attend_to(x, *self.keys_values(source), mask, need_weights)
 
-    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (B,S,memory_dim) -> its keys and its values, (B,H,S,K) each, for attend_to or a cache."""
-        k, v = self.key_value(memory).chunk(2, dim=-1)
+    def keys_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """source (B,S,source_dim) -> its keys and its values, (B,H,S,K) each, for attend_to or a cache."""
+        k, v = self.key_value(source).chunk(2, dim=-1)
         return self.split_heads(k), self.split_heads(v)
 
     def attend_to(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
-             need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """As forward, with the keys and values k, v (B,H,S,K) of a memory in place of the memory."""
+                  need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """As forward, with the keys and values k, v (B,H,S,K) of a source in place of the source."""
         out, weights = attend(self.split_heads(self.query(x)), k, v, mask, need_weights)
         out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,D)
-        return (out if mask is None else out * mask.any(-1, keepdim=True)), weights  # no key: 0, without the bias
+        if mask is not None:
+            out = out * mask.any(-1, keepdim=True)  # no key: 0, without the bias of self.out
+        return out, weights
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -247,46 +274,50 @@ class FeedForward(nn.Module):
 # ---- blocks ----
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: self-attention, cross-attention if memory_dim is given, feed-forward; each added to its input."""
+    """Pre-norm block: self-attention, cross-attention if source_dim is given, feed-forward; each added to its input."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, memory_dim: int | None = None):
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, source_dim: int | None = None):
         super().__init__()
-        self.norm_self, self.self_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads)
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = MultiHeadAttention(dim, num_heads)
         self.cross_attention = None
-        if memory_dim is not None:
-            self.norm_cross, self.cross_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads, memory_dim)
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout)
+        if source_dim is not None:
+            self.norm_cross = nn.LayerNorm(dim)
+            self.cross_attention = MultiHeadAttention(dim, num_heads, source_dim)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, ffn_dim, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None,
-                memory_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,D), mask (B,1 or T,T), memory (B,S,memory_dim), memory_mask (B,1,S)
+    def forward(self, x: Tensor, mask: Tensor | None = None, source: Tensor | None = None,
+                source_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,D), mask (B,1 or T,T), source (B,S,source_dim), source_mask (B,1,S)
         -> (B,T,D) and, where asked for, the weights of the cross-attention (B,H,T,S), or else of the self-attention."""
         check_shapes(x=(x, "B", "T", self.self_attention.dim))
-        if (memory is None) != (self.cross_attention is None):
-            raise ValueError(f"memory must be given if and only if memory_dim was, got {type(memory).__name__}")
+        if (source is None) != (self.cross_attention is None):
+            raise ValueError(f"source must be given if and only if source_dim was, got {type(source).__name__}")
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
         x = x + self.dropout(out)
-        if memory is not None:
-            out, weights = self.cross_attention(self.norm_cross(x), memory, memory_mask, need_weights)
+        if source is not None:
+            out, weights = self.cross_attention(self.norm_cross(x), source, source_mask, need_weights)
             x = x + self.dropout(out)
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
 
-    def step(self, x: Tensor, past: tuple[Tensor, Tensor], memory: tuple[Tensor, Tensor],
-             memory_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    def step(self, x: Tensor, past: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor],
+             source_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """One more token for each of W hypotheses: equal to forward's last step under a causal mask, without dropout.
 
-        x (B,W,D), past: keys and values (B,W,H,t,K) of the t earlier tokens, memory: keys and values (B,H,S,K) of the
-        cross-attention, memory_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
+        x (B,W,D), past: keys and values (B,W,H,t,K) of the t earlier tokens, source: keys and values (B,H,S,K) of the
+        cross-attention, source_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
         """
         B, W, D = x.shape
-        y = self.norm_self(x).view(B * W, 1, D)
-        new = (z.unflatten(0, (B, W)) for z in self.self_attention.keys_values(y))  # (B*W,H,1,K) -> (B,W,H,1,K)
-        keys, values = (torch.cat(pair, dim=3) for pair in zip(past, new))
+        y = self.norm_self(x).view(B * W, 1, D)  # (B,W,D) -> (B*W,1,D): each hypothesis attends to its own past
+        key, value = self.self_attention.keys_values(y)  # (B*W,H,1,K) each
+        keys = torch.cat((past[0], key.unflatten(0, (B, W))), dim=3)  # (B,W,H,t+1,K)
+        values = torch.cat((past[1], value.unflatten(0, (B, W))), dim=3)
         out, _ = self.self_attention.attend_to(y, keys.flatten(0, 1), values.flatten(0, 1))
         x = x + out.view(B, W, D)
-        out, weights = self.cross_attention.attend_to(self.norm_cross(x), *memory, memory_mask, need_weights=True)
-        x = x + out  # the W hypotheses took the place of forward's T steps, as they share one memory
+        out, weights = self.cross_attention.attend_to(self.norm_cross(x), *source, source_mask, need_weights=True)
+        x = x + out  # the W hypotheses took the place of forward's T steps, as they share one source
         return x + self.feed_forward(self.norm_ffn(x)), (keys, values), weights
 
 
@@ -321,10 +352,14 @@ class ConformerBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15):
         super().__init__()
-        self.norm_first, self.ffn_first = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout, nn.SiLU)
-        self.norm_self, self.self_attention = nn.LayerNorm(dim), MultiHeadAttention(dim, num_heads)
-        self.norm_conv, self.convolution = nn.LayerNorm(dim), ConvolutionModule(dim, kernel_size)
-        self.norm_second, self.ffn_second = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.norm_first = nn.LayerNorm(dim)
+        self.ffn_first = FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.norm_self = nn.LayerNorm(dim)
+        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.norm_conv = nn.LayerNorm(dim)
+        self.convolution = ConvolutionModule(dim, kernel_size)
+        self.norm_second = nn.LayerNorm(dim)
+        self.ffn_second = FeedForward(dim, ffn_dim, dropout, nn.SiLU)
         self.norm_out = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
@@ -338,7 +373,8 @@ class ConformerBlock(nn.Module):
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
         x = x + self.dropout(out)
-        x = x + self.dropout(self.convolution(self.norm_conv(x), None if mask is None else mask.any(1, True)))
+        seen = None if mask is None else mask.any(1, keepdim=True)  # (B,T or 1,T) -> (B,1,T)
+        x = x + self.dropout(self.convolution(self.norm_conv(x), seen))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 

@@ -1259,12 +1259,12 @@ def test_multi_head_attention_equals_torchs(cross):
                else {"in_proj_weight": torch.cat((ours.query.weight, k, v))})
     theirs.load_state_dict({**weights, "in_proj_bias": bias, "out_proj.weight": ours.out.weight,
                             "out_proj.bias": ours.out.bias})
-    x, memory, lens = normal(2, 3, 5, 8), normal(3, 3, 7, 6) if cross else None, ints(5, 1, 3)
-    keys = x if memory is None else memory
+    x, source, lens = normal(2, 3, 5, 8), normal(3, 3, 7, 6) if cross else None, ints(5, 1, 3)
+    keys = x if source is None else source
     real = padding_mask(lens, keys.shape[1])
     wanted, wanted_weights = theirs(x, keys, keys, key_padding_mask=~real, average_attn_weights=False)  # ~: True = pad
     for need_weights in (False, True):
-        out, weights = ours(x, memory, real[:, None, :], need_weights)
+        out, weights = ours(x, source, real[:, None, :], need_weights)
         assert_same(out, wanted)
     assert_same(weights, wanted_weights)
 
@@ -1293,7 +1293,7 @@ def test_a_causal_mask_hides_the_future():
 
 BLOCKS = {
     "transformer": lambda: TransformerBlock(8, 2, 12),
-    "transformer with memory": lambda: TransformerBlock(8, 2, 12, memory_dim=6),
+    "transformer with source": lambda: TransformerBlock(8, 2, 12, source_dim=6),
     "conformer": lambda: ConformerBlock(8, 2, 12, kernel_size=5),
 }
 
@@ -1301,19 +1301,19 @@ BLOCKS = {
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_padding_changes_no_output_and_no_gradient_of_a_block(name, need_weights):
-    block, lens, memory_lens = fresh(3, BLOCKS[name]), ints(6, 1, 4), ints(2, 5, 3)
-    x, memory = normal(1, 3, 6, 8), normal(2, 3, 5, 6) if "memory" in name else None
+    block, lens, source_lens = fresh(3, BLOCKS[name]), ints(6, 1, 4), ints(2, 5, 3)
+    x, source = normal(1, 3, 6, 8), normal(2, 3, 5, 6) if "source" in name else None
 
     def run(b, T, S):
-        m = {} if memory is None else {"memory": memory[b, :S],
-                                       "memory_mask": padding_mask(memory_lens[b], S)[:, None, :]}
+        m = {} if source is None else {"source": source[b, :S],
+                                       "source_mask": padding_mask(source_lens[b], S)[:, None, :]}
         return block(x[b, :T], padding_mask(lens[b], T)[:, None, :], **m, need_weights=need_weights)[0]
 
     target = normal(4, 3, 6, 8)
     batch = run(slice(0, 3), 6, 5)
     wanted = gradients(block, (batch * target * padding_mask(lens, 6)[:, :, None]).sum())
     total = 0.0
-    for i, (T, S) in enumerate(zip(lens.tolist(), memory_lens.tolist())):
+    for i, (T, S) in enumerate(zip(lens.tolist(), source_lens.tolist())):
         single = run(slice(i, i + 1), T, S)
         assert_same(single[0], batch[i, :T])
         total = total + (single * target[i:i + 1, :T]).sum()
@@ -1389,8 +1389,8 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: PositionalEncoding(4)(torch.zeros(2, 3, 5)), "x must be (B,T,4), got (2, 3, 5)"),
     (lambda: MultiHeadAttention(6, 4), "num_heads must divide dim, got 4 heads and dim 6"),
     (lambda: MultiHeadAttention(4, 2)(X[0]), "x must be (B,T,4), got (3, 4)"),
-    (lambda: MultiHeadAttention(4, 2, 5)(X, X), "memory must be (2,S,5), got (2, 3, 4)"),
-    (lambda: MultiHeadAttention(4, 2)(X, X[:1]), "memory must be (2,S,4), got (1, 3, 4)"),
+    (lambda: MultiHeadAttention(4, 2, 5)(X, X), "source must be (2,S,5), got (2, 3, 4)"),
+    (lambda: MultiHeadAttention(4, 2)(X, X[:1]), "source must be (2,S,4), got (1, 3, 4)"),
     (lambda: MultiHeadAttention(4, 2)(X, mask=MASK[:, 0]), "must be (2,1,3) or (2,3,3) bool, got (2, 3) torch.bool"),
     (lambda: MultiHeadAttention(4, 2)(X, mask=MASK[:, :, :2]), "mask must be (2,1,3) or (2,3,3) bool, got (2, 1, 2)"),
     (lambda: MultiHeadAttention(4, 2)(X, mask=MASK.float()), "bool, got (2, 1, 3) torch.float32"),
@@ -1399,8 +1399,8 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: attend(X, X, X, None, False), "q must be (B,H,T,K), got (2, 3, 4)"),
     (lambda: FeedForward(5, 6)(X), "x must be (B,T,5), got (2, 3, 4)"),
     (lambda: TransformerBlock(6, 2, 8)(X), "x must be (B,T,6), got (2, 3, 4)"),
-    (lambda: TransformerBlock(4, 2, 8)(X, MASK, X), "memory must be given if and only if memory_dim was, got Tensor"),
-    (lambda: TransformerBlock(4, 2, 8, memory_dim=4)(X, MASK), "if and only if memory_dim was, got NoneType"),
+    (lambda: TransformerBlock(4, 2, 8)(X, MASK, X), "source must be given if and only if source_dim was, got Tensor"),
+    (lambda: TransformerBlock(4, 2, 8, source_dim=4)(X, MASK), "if and only if source_dim was, got NoneType"),
     (lambda: ConvolutionModule(4, 4), "kernel_size must be odd, got 4"),
     (lambda: ConvolutionModule(5, 3)(X), "x must be (B,T,5), got (2, 3, 4)"),
     (lambda: ConvolutionModule(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
@@ -1416,7 +1416,7 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: funasr_layers.SequenceMemory(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
     (lambda: funasr_layers.SanmBlock(6, 4, 2, 8, 3)(X, MASK), "x must be (B,T,6), got (2, 3, 4)"),
     (lambda: funasr_layers.SanmDecoderBlock(6, 2, 8, 3)(X, MASK, X, MASK), "x must be (B,U,6), got (2, 3, 4)"),
-    (lambda: funasr_layers.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "memory must be (2,S,4), got (1, 3, 4)"),
+    (lambda: funasr_layers.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "source must be (2,S,4), got (1, 3, 4)"),
 ])
 def test_attention_errors_name_what_was_wanted_and_got(call, message):
     with pytest.raises(ValueError) as error:
