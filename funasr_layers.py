@@ -4,7 +4,8 @@ model.py chooses them by the kinds `sanm`, `relative_conformer`, `dense` and `de
 FunASR 1.4 computes, but nothing of an utterance depends on what it is batched with. Needs torch and attention.py.
 
 Dims: B utterances, T steps (of features, F wide, in the encoders), L encoder frames, U tokens, D model width, H heads,
-K = D / H head width, V vocabulary. A *sequence memory* is SAN-M's convolution over the values (FSMN).
+K = D / H head width, V vocabulary. An *FSMN* is SAN-M's depthwise convolution over time;
+attributes that hold one are called memory, as in every saved checkpoint.
 Sources: Gao et al. 2020 "SAN-M" (self-attention with the FSMN of Zhang et al. 2018); Gulati et al. 2020 "Conformer";
 Dai et al. 2019 (relative positions); FunASR 1.4.
 """
@@ -57,11 +58,14 @@ def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
     """
     check_shapes(scores=(scores, "B", "H", "T", "T"), lens=(lens, "B"))
     B, H, T, _ = scores.shape
-    step, length = torch.arange(T, device=lens.device), lens[:, None, None]
+    step = torch.arange(T, device=lens.device)
+    length = lens[:, None, None]
     flat = (step[:, None] + 1) * length + step  # (B,T,T): index into the flattened (n,n+1) table
-    row, column = flat // (length + 1), flat % (length + 1) - 1
-    place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)
-    moved = scores.flatten(2).gather(2, place.flatten(1)[:, None].expand(B, H, T * T)).view(B, H, T, T)
+    row = flat // (length + 1)
+    column = flat % (length + 1) - 1  # -1: the column of zeros
+    place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)  # (B,T,T): index into (T,T)
+    place = place.flatten(1)[:, None].expand(B, H, T * T)
+    moved = scores.flatten(2).gather(2, place).view(B, H, T, T)  # (B,H,T*T) -> (B,H,T,T)
     return moved.masked_fill((column < 0)[:, None], 0.0)
 
 
@@ -82,13 +86,14 @@ class RelativeAttention(MultiHeadAttention):
         check_shapes(x=(x, "B", "T", self.dim), codes=(codes, "B", "T", self.dim))
         q, p = self.split_heads(self.query(x)), self.split_heads(self.position(codes))  # (B,H,T,K)
         k, v = self.keys_values(x)
-        scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, relative_shift(scores, lens),
+        scores = (q + self.position_bias[:, None]) @ p.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B,H,T,T)
+        bias = relative_shift(scores, lens)
+        out, weights = attend(q + self.content_bias[:, None], k, v, mask, need_weights, bias,
                               self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).flatten(2)), weights
+        return self.out(out.transpose(1, 2).flatten(2)), weights  # (B,H,T,K) -> (B,T,D)
 
 
-class SequenceMemory(nn.Module):
+class Fsmn(nn.Module):
     """x plus a depthwise convolution of it over time. Source: the FSMN of Zhang et al. 2018.
 
     The window of kernel_size steps begins (kernel_size - 1) // 2 + shift steps before the current one.
@@ -113,25 +118,28 @@ class SequenceMemory(nn.Module):
 
 
 class SanmAttention(nn.Module):
-    """Self-attention from width in_dim to dim, plus a sequence memory over its values. Source: Gao et al. 2020."""
+    """Self-attention from width in_dim to dim, plus an FSMN over its values. Source: Gao et al. 2020."""
 
     def __init__(self, in_dim: int, dim: int, num_heads: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = dropout
         self.query_key_value = nn.Linear(in_dim, 3 * dim)
-        self.memory = SequenceMemory(dim, kernel_size, shift, dropout)
+        self.memory = Fsmn(dim, kernel_size, shift, dropout)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
         with full_precision(x, self.training):
-            q, k, v = self.query_key_value(x if self.training else at_least_float32(x)).chunk(3, dim=-1)  # (B,T,dim)
-            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K)
+            x = x if self.training else at_least_float32(x)
+            q, k, v = self.query_key_value(x).chunk(3, dim=-1)  # (B,T,dim) each
+            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K) each
             out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
-            return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, mask), weights
+            out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,dim)
+            return out + self.memory(v, mask), weights
 
 
 class NormedFeedForward(nn.Module):
@@ -141,7 +149,8 @@ class NormedFeedForward(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
         super().__init__()
         ffn_dim = ffn_dim or 4 * dim
-        self.up, self.norm = nn.Linear(dim, ffn_dim), nn.LayerNorm(ffn_dim)
+        self.up = nn.Linear(dim, ffn_dim)
+        self.norm = nn.LayerNorm(ffn_dim)
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
 
@@ -176,7 +185,9 @@ class BatchNormConvolution(ConvolutionModule):
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__(dim, kernel_size)
-        self.gate, self.norm, self.out = Pointwise(dim, 2 * dim, 1), StepNorm(dim), Pointwise(dim, dim, 1)
+        self.gate = Pointwise(dim, 2 * dim, 1)
+        self.norm = StepNorm(dim)
+        self.out = Pointwise(dim, dim, 1)
 
     def normalise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or not self.training:
@@ -217,7 +228,8 @@ class SanmBlock(nn.Module):
         super().__init__()
         self.norm_self = nn.LayerNorm(in_dim)
         self.self_attention = SanmAttention(in_dim, dim, num_heads, kernel_size, shift, attention_dropout)
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), FeedForward(dim, ffn_dim, dropout)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, ffn_dim, dropout)
         self.residual = in_dim == dim
         self.dropout = nn.Dropout(dropout)
 
@@ -225,18 +237,21 @@ class SanmBlock(nn.Module):
         """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.self_attention.query_key_value.in_features))
         out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
-        x = x + self.dropout(out) if self.residual else self.dropout(out)
+        out = self.dropout(out)
+        x = x + out if self.residual else out
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
 
 
 class SanmDecoderBlock(nn.Module):
-    """Feed-forward, a sequence memory in place of self-attention, and cross-attention if num_heads is not 0."""
+    """Feed-forward, an FSMN in place of self-attention, and cross-attention if num_heads is not 0."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0,
                  attention_dropout: float = 0.0):
         super().__init__()
-        self.norm_ffn, self.feed_forward = nn.LayerNorm(dim), NormedFeedForward(dim, ffn_dim, dropout)
-        self.norm_memory, self.memory = nn.LayerNorm(dim), SequenceMemory(dim, kernel_size, shift, attention_dropout)
+        self.norm_ffn = nn.LayerNorm(dim)
+        self.feed_forward = NormedFeedForward(dim, ffn_dim, dropout)
+        self.norm_memory = nn.LayerNorm(dim)
+        self.memory = Fsmn(dim, kernel_size, shift, attention_dropout)
         self.norm_cross = nn.LayerNorm(dim) if num_heads else None
         self.cross_attention = MultiHeadAttention(dim, num_heads) if num_heads else None
         self.dropout = nn.Dropout(dropout)
@@ -265,7 +280,8 @@ class SanmEncoder(nn.Module):
 
     def __init__(self, input_dim: int, options):
         super().__init__()
-        self.input_dim, self.dim = input_dim, options.hidden_dim
+        self.input_dim = input_dim
+        self.dim = options.hidden_dim
         sizes = (self.dim, options.num_heads, options.ffn_dim, options.kernel_size,
                  options.memory_shift, options.dropout, options.attention_dropout)
         self.first = SanmBlock(input_dim, *sizes)  # to the model's width
@@ -309,7 +325,8 @@ class RelativeConformerEncoder(nn.Module):
 
     def __init__(self, input_dim: int, options):
         super().__init__()
-        self.input_dim, self.dim = input_dim, options.hidden_dim
+        self.input_dim = input_dim
+        self.dim = options.hidden_dim
         self.subsampling = ImageSubsampling(input_dim, self.dim)
         self.dropout = nn.Dropout(options.dropout)
         self.blocks = nn.ModuleList(
@@ -323,8 +340,9 @@ class RelativeConformerEncoder(nn.Module):
         feats = hide_padding(feats, lens)  # padded frames may hold anything
         with full_precision(feats, self.training):
             x, lens = self.subsampling(feats, lens)
-        codes = self.dropout(relative_codes(lens, *x.shape[1:]).to(x))
-        mask, x = key_mask(lens, x.shape[1]), self.dropout(x * math.sqrt(self.dim))
+        codes = self.dropout(relative_codes(lens, *x.shape[1:]).to(x))  # (B,L,D)
+        mask = key_mask(lens, x.shape[1])  # (B,1,L)
+        x = self.dropout(x * math.sqrt(self.dim))
         x, layers = run_blocks(self.blocks, x, mask, codes, lens, need_weights=need_weights)
         return hide_padding(self.norm(x), lens), lens, layers
 
@@ -336,7 +354,8 @@ class FramePredictor(nn.Module):
 
     def __init__(self, dim: int, options):
         super().__init__()
-        self.options, self.dim = options, dim
+        self.options = options
+        self.dim = dim
         groups = dim if options.kind == "depthwise" else 1
         self.convolution = nn.Conv1d(dim, dim, options.left + 1 + options.right, groups=groups)
         self.dropout = nn.Dropout(options.dropout)
@@ -346,7 +365,8 @@ class FramePredictor(nn.Module):
         """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 in padded frames; hidden itself is not masked here."""
         check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
         y = convolve(hidden, self.convolution.weight, self.convolution.bias, (self.options.left, self.options.right))
-        y = self.dropout(y + hidden) if self.options.kind == "depthwise" else y
+        if self.options.kind == "depthwise":
+            y = self.dropout(y + hidden)
         weight = self.firing(F.relu(y)).squeeze(-1).float().sigmoid()
         return F.relu(weight * self.options.smooth - self.options.noise) * padding_mask(lens, hidden.shape[1])
 
@@ -380,12 +400,14 @@ class TimingHead(nn.Module):
 class SanmDecoder(nn.Module):
     """SanmDecoderBlocks, of which the first attention_layers have cross-attention to the encoder."""
 
-    def __init__(self, memory_dim: int, vocab_size: int, options):
+    def __init__(self, source_dim: int, vocab_size: int, options):
         super().__init__()
-        D, width, heads = options.hidden_dim, options.ffn_dim, options.num_heads
+        D = options.hidden_dim
+        width = options.ffn_dim
+        heads = options.num_heads
         attention_layers = options.attention_layers or options.num_layers
         rest = options.dropout, options.attention_dropout
-        self.memory_dim = memory_dim
+        self.source_dim = source_dim
         self.blocks = nn.ModuleList(SanmDecoderBlock(D, heads, width, options.kernel_size, options.memory_shift, *rest)
                                     for _ in range(attention_layers))
         self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
@@ -404,8 +426,8 @@ class SanmDecoder(nn.Module):
     def states(self, blocks: Iterable[nn.Module], embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
         """forward before `output`, through these blocks with cross-attention -> (B,U,D), as Decoder.forward."""
-        check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
-                     hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
+        check_shapes(embeds=(embeds, "B", "U", self.source_dim), counts=(counts, "B"),
+                     hidden=(hidden, "B", "L", self.source_dim), hidden_lens=(hidden_lens, "B"))
         mask = key_mask(counts, embeds.shape[1])
         hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         blocks = [*blocks, *self.memory_blocks]

@@ -1413,7 +1413,7 @@ X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
     (lambda: funasr_layers.RelativeAttention(4, 2)(X, X[:1], ints(3, 2)), "codes must be (2,3,4), got (1, 3, 4)"),
     (lambda: funasr_layers.RelativeConformerBlock(6, 2, 8)(X, MASK, X, ints(3, 2)), "x must be (B,T,6), got (2, 3, 4)"),
     (lambda: funasr_layers.RelativeConformerBlock(4, 2, 8)(X, MASK, X, ints(3)), "lens must be (2), got (1,)"),
-    (lambda: funasr_layers.SequenceMemory(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
+    (lambda: funasr_layers.Fsmn(4, 3)(X, MASK[:1]), "mask must be (2,1,3), got (1, 1, 3)"),
     (lambda: funasr_layers.SanmBlock(6, 4, 2, 8, 3)(X, MASK), "x must be (B,T,6), got (2, 3, 4)"),
     (lambda: funasr_layers.SanmDecoderBlock(6, 2, 8, 3)(X, MASK, X, MASK), "x must be (B,U,6), got (2, 3, 4)"),
     (lambda: funasr_layers.SanmDecoderBlock(4, 2, 8, 3)(X, MASK, X[:1], MASK), "source must be (2,S,4), got (1, 3, 4)"),
@@ -2448,7 +2448,7 @@ def test_collate_pads_with_zeros_and_keeps_skips_apart():
         data.collate([make("a", 2, 3)._replace(tokens=torch.ones(1, 3))])
 
 
-# ---- funasr_layers: memory, relative positions ----
+# ---- funasr_layers: FSMN, relative positions ----
 
 VARIANTS = ("sanm", "sanm_alt", "bicif", "conformer")
 WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order of batch.npz and train.npz
@@ -2477,16 +2477,16 @@ def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length
 
 
 @pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
-def test_sequence_memory_equals_a_loop_and_never_sees_padding(kernel_size, shift):
-    memory, x = funasr_layers.SequenceMemory(3, kernel_size, shift), torch.randn(1, 6, 3)
+def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
+    fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
     left = (kernel_size - 1) // 2 + shift
     taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
     expected = x[0].clone()
     for t, k, s in taps:
-        expected[t] += memory.weight[:, 0, k] * x[0, s]
-    torch.testing.assert_close(memory(x, torch.ones(1, 1, 6, dtype=torch.bool))[0], expected)
+        expected[t] += fsmn.weight[:, 0, k] * x[0, s]
+    torch.testing.assert_close(fsmn(x, torch.ones(1, 1, 6, dtype=torch.bool))[0], expected)
     padded = torch.cat([x, torch.full((1, 2, 3), 1e3)], 1)
-    seen = memory(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
+    seen = fsmn(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
     torch.testing.assert_close(seen[0, :6], expected)
     assert not seen[0, 6:].any()
 
