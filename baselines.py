@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import (PositionalEncoding, TransformerBlock, causal_mask, check_lens, check_shapes, key_mask,
                        padding_mask, run_blocks)
-from model import BLANK, EOS, Hypotheses, Recogniser, SOS, cross_entropy_sum, ctc_sum, halfway, in_feature_frames
+from model import BLANK, EOS, Hypotheses, Recogniser, SOS, cross_entropy_sum, ctc_sum, edges_between, in_feature_frames
 
 
 # ---- models ----
@@ -52,7 +52,7 @@ class CausalDecoder(nn.Module):
 
 def token_edges(centres: Sequence[float], L: int, T: int, encoder) -> Tensor:
     """Boundaries (n+1,) in feature frames, in 0..T, of tokens with these centres in encoder frames, in 0..L."""
-    return in_feature_frames(halfway(np.array(centres), L), encoder).clamp(0, T)
+    return in_feature_frames(edges_between(np.array(centres), L), encoder).clamp(0, T)
 
 
 class Transformer(Recogniser):

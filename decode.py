@@ -80,10 +80,10 @@ def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
     options = system.config.model
     frame_sec = audio.frame_sec(system.config.data)
-    if not found.timing:
+    if not found.fine_alpha:
         edges = (found.boundaries[i] * frame_sec).tolist()
         return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
-    weights = found.timing[i].float()
+    weights = found.fine_alpha[i].float()
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
     rate = frame_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
 

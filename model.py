@@ -1,12 +1,11 @@
 """Paraformer: encoder, CIF predictor, glancing sampler, parallel decoder; tensors in, losses or greedy token ids out.
 
-Reading order: encoders, predictors, integrate-and-fire (scale_weights, cif, boundaries), decoders, the sampler
-(glance), the losses, Paraformer, which puts them together, the two models that it is compared with (Transformer, CTC),
-ARCHITECTURES, from which `build` chooses, checkpoints, FunASR's weights, weights repacked for CPUs.
-Needs torch, numpy and attention.py. `options` is the model section of a config, or a part of it (config.py).
-
     feats -> Encoder -> hidden -> Predictor -> alpha -> cif -> embeds -> Decoder(embeds, hidden) -> logits
     (B,T,F)            (B,L,D)                (B,L)           (B,U,D)                              (B,U,V)
+
+Read six functions first: Predictor.forward (weights), scale_weights (their running sum), cif (tokens), glance (the
+sampler), Decoder.forward (all tokens at once), Paraformer.forward (the loss). `options` is the model section of a
+config, or a part of it (config.py). Needs torch, numpy, attention.py and funasr_layers.py.
 
 Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames (up to two fewer in a
 relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
@@ -30,7 +29,8 @@ from attention import (ConformerBlock, PositionalEncoding, TransformerBlock, at_
 from funasr_layers import FramePredictor, RelativeConformerEncoder, SanmDecoder, SanmEncoder, TimingHead
 
 BLANK = 0  # CTC blank and padding
-SOS, EOS = 1, 2  # the start and the end token, where a model has them
+SOS = 1  # the start token, where a model has one
+EOS = 2  # the end token, likewise
 
 
 def pick(choices: dict, field: str, name):
@@ -66,14 +66,18 @@ class Encoder(nn.Module):
 
     def __init__(self, input_dim: int, options):
         super().__init__()
-        self.input_dim, self.context, D = input_dim, options.context, options.hidden_dim
+        D = options.hidden_dim
+        self.input_dim = input_dim
+        self.context = options.context
         self.subsampling = Subsampling(input_dim, D, options.subsampling)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        sizes = dict(dim=D, num_heads=options.num_heads, ffn_dim=options.ffn_dim, dropout=options.dropout)
-        make = {"transformer": lambda: TransformerBlock(**sizes),
-                "conformer": lambda: ConformerBlock(**sizes, kernel_size=options.kernel_size)}
-        self.blocks = nn.ModuleList(make[options.kind]() for _ in range(options.num_layers))
+        sizes = (D, options.num_heads, options.ffn_dim, options.dropout)
+        if options.kind == "conformer":
+            blocks = [ConformerBlock(*sizes, options.kernel_size) for _ in range(options.num_layers)]
+        else:
+            blocks = [TransformerBlock(*sizes) for _ in range(options.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(D)
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -91,7 +95,7 @@ class Encoder(nn.Module):
 # ---- predictors: the weight of every frame ----
 
 class Predictor(nn.Module):
-    """Firing weight of each encoder frame, in (0,1), from stacked convolutions; their sum estimates the token count."""
+    """How much of a token each encoder frame holds, from stacked convolutions."""
 
     def __init__(self, dim: int, options):
         super().__init__()
@@ -103,14 +107,18 @@ class Predictor(nn.Module):
         self.weight = nn.Linear(widths[-1], 1)
 
     def forward(self, hidden: Tensor, lens: Tensor) -> Tensor:
-        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32, 0 where it pads."""
+        """hidden (B,L,D), lens (B,) -> alpha (B,L) float32: the weight of each frame, in (0,1), 0 where it pads.
+
+        The sum over an utterance estimates its number of tokens: Paraformer.forward trains it to be that.
+        """
         check_shapes(hidden=(hidden, "B", "L", self.dim), lens=(lens, "B"))
         mask = padding_mask(lens, hidden.shape[1])
         x = hidden
         for convolution in self.convolutions:
             x = convolve(x * mask[:, :, None], convolution.weight, convolution.bias, convolution.padding * 2)
             x = self.dropout(F.relu(x))
-        return self.weight(x).squeeze(-1).float().sigmoid() * mask
+        alpha = self.weight(x).squeeze(-1).float().sigmoid()  # (B,L,1) -> (B,L)
+        return alpha * mask  # from here on a padded frame adds nothing, to no sum and to no token
 
 
 # ---- continuous integrate-and-fire ----
@@ -118,7 +126,8 @@ class Predictor(nn.Module):
 def scale_weights(alpha: Tensor, counts: Tensor) -> Tensor:
     """alpha (B,L), counts (B,) -> (B,L) float64, each row scaled to sum to its count. A row of zeros stays zeros.
 
-    float64: a float32 sum that ends just below the count would lose the last token.
+    Each unit of the running sum is a token, so a row that sums to n makes n tokens. In training n is the true number,
+    so that every token has a target. float64: a float32 sum that ends just below n would lose the last one.
     """
     check_shapes(alpha=(alpha, "B", "L"), counts=(counts, "B"))
     alpha = alpha.double()
@@ -129,47 +138,54 @@ CIF_UNITS = 64  # tokens that are embedded at a time
 
 
 def cif(hidden: Tensor, alpha: Tensor, U: int) -> Tensor:
-    """Integrate and fire: one embedding for each unit of the running sum of the weights.
+    """Integrate and fire: token u is the mean of the frames in which the running sum of the weights goes from u to u+1.
 
     hidden (B,L,D), alpha (B,L) float64 -> (B,U,D). With c_t = alpha_1 + ... + alpha_t, the embedding of token u is
     sum_t |[c_{t-1}, c_t] intersected with [u, u+1]| * hidden_t, equal to the sequential loop of Dong & Xu 2020. A
-    frame whose weight spans several tokens adds to each of them; tokens past the sum are zero.
-    CIF_UNITS tokens at a time, each from the frames it overlaps: time and memory grow with L + U, not with L * U.
+    frame whose weight spans several tokens adds to each of them; a frame of weight 0, as padding is, adds to none;
+    tokens past the sum are zero.
     """
     check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
     end = alpha.cumsum(1)[:, None, :]  # (B,1,L)
     start = end - alpha[:, None, :]
-    tokens, low, high = [hidden[:, :0]], 0, alpha.shape[1]
+    if U > CIF_UNITS:
+        return cif_in_blocks(hidden, start, end, U)
+    unit = torch.arange(U, device=alpha.device)[:, None]  # (U,1)
+    overlap = (torch.minimum(end, unit + 1) - torch.maximum(start, unit)).clamp(min=0)  # (B,U,L)
+    return overlap.to(hidden.dtype) @ hidden
+
+
+def cif_in_blocks(hidden: Tensor, start: Tensor, end: Tensor, U: int) -> Tensor:
+    """As cif, with start and end (B,1,L) of each frame's part of the running sum: CIF_UNITS tokens at a time, each from
+    the frames that it overlaps. Time and memory grow with L + U, not with L * U."""
+    tokens = []
     for first in range(0, U, CIF_UNITS):
-        unit = torch.arange(first, min(first + CIF_UNITS, U), device=alpha.device)[:, None]  # (u,1)
-        if U > CIF_UNITS:  # where all units fit, finding their frames would only make a GPU wait
-            low, high = int((end <= first).sum(-1).min()), int((start < first + CIF_UNITS).sum(-1).max())
+        last = min(first + CIF_UNITS, U)
+        low = int((end <= first).sum(-1).min())  # frames low to high, of any utterance, reach into these tokens
+        high = int((start < first + CIF_UNITS).sum(-1).max())
+        unit = torch.arange(first, last, device=hidden.device)[:, None]  # (u,1)
         stop = torch.minimum(end[..., low:high], unit + 1)
         overlap = (stop - torch.maximum(start[..., low:high], unit)).clamp(min=0)  # (B,u,frames)
         tokens.append(overlap.to(hidden.dtype) @ hidden[:, low:high])
     return torch.cat(tokens, 1)
 
 
-def boundaries(alpha: Tensor, n: int) -> Tensor:
-    """Boundaries of the n tokens that weights alpha (L,) of one utterance fire: -> (n+1,) float64 in encoder frames.
+# ---- the glancing sampler ----
 
-    The weights of a token peak within it, so the centre of token u is where their running sum, scaled to n, reaches
-    u + 1/2. Boundaries lie half way between centres; the outermost mirror the next ones. (The sum passes whole numbers
-    in flat stretches between peaks, where the place says little.) A single token takes all frames.
+def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: float, order: Tensor) -> Tensor:
+    """Replace floor(ratio * wrong) acoustic embeddings of each utterance by those of the true tokens.
+
+    The decoder sees all tokens at once and none of them as text, so it cannot learn what follows what. The more it got
+    wrong, the more true neighbours it is shown. In decoding there is no truth and no sampler.
+    embeds, truth (B,U,D), counts (B,) tokens, wrong (B,) errors of the first pass, order (B,U) float: the positions
+    with the smallest values are replaced -> (B,U,D). Source: Gao et al. 2022, 3.3; the floor as in FunASR.
     """
-    check_shapes(alpha=(alpha, "L"))
-    L = len(alpha)
-    total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
-    return halfway(np.interp(np.arange(n) + 0.5, total * (n / max(total[-1], 1e-12)), np.arange(L + 1)), L)
-
-
-def halfway(centre: np.ndarray, L: int) -> Tensor:
-    """Boundaries (n+1,) of tokens with these centres (n,), in encoder frames, in 0..L, as `boundaries` explains."""
-    if len(centre) < 2:
-        return torch.tensor([0.0, L][:len(centre) + 1], dtype=torch.float64)
-    middle = (centre[1:] + centre[:-1]) / 2  # (n-1,)
-    outer = max(0.0, 2 * centre[0] - middle[0]), min(float(L), 2 * centre[-1] - middle[-1])
-    return torch.from_numpy(np.concatenate([outer[:1], middle, outer[1:]]))
+    check_shapes(embeds=(embeds, "B", "U", "D"), truth=(truth, "B", "U", "D"), counts=(counts, "B"), wrong=(wrong, "B"),
+                 order=(order, "B", "U"))
+    order = order.masked_fill(~padding_mask(counts, embeds.shape[1]), torch.inf)  # padding comes last
+    rank = order.argsort(1).argsort(1)  # (B,U): 0 for the smallest
+    picked = rank < (wrong * ratio).floor()[:, None]
+    return torch.where(picked[:, :, None], truth, embeds)
 
 
 # ---- decoders ----
@@ -180,45 +196,33 @@ class Decoder(nn.Module):
     Kind `bare` takes the embeddings as they are; kind `transformer` projects them and adds positions.
     """
 
-    def __init__(self, memory_dim: int, vocab_size: int, options):
+    def __init__(self, source_dim: int, vocab_size: int, options):
         super().__init__()
-        D, self.memory_dim = options.hidden_dim, memory_dim
+        D = options.hidden_dim
+        self.source_dim = source_dim
         bare = options.kind == "bare"
-        self.input = None if bare else nn.Linear(memory_dim, D)
+        self.input = None if bare else nn.Linear(source_dim, D)
         self.position = None if bare else PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, memory_dim)
+        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, source_dim)
                                     for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 
     def forward(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """embeds (B,U,Dm), counts (B,), hidden (B,L,Dm), hidden_lens (B,); Dm = memory_dim, the encoder's width
-        -> logits (B,U,V) and the cross-attention weights (B,H,U,L) of each layer where asked for."""
-        check_shapes(embeds=(embeds, "B", "U", self.memory_dim), counts=(counts, "B"),
-                     hidden=(hidden, "B", "L", self.memory_dim), hidden_lens=(hidden_lens, "B"))
-        mask = key_mask(counts, embeds.shape[1])
-        memory_mask = key_mask(hidden_lens, hidden.shape[1])
+        """All tokens in one pass, without a causal mask: each sees every other one and every frame, but no padding.
+
+        embeds (B,U,S), counts (B,), hidden (B,L,S), hidden_lens (B,); S = source_dim, the encoder's width
+        -> logits (B,U,V) and the cross-attention weights (B,H,U,L) of each layer where asked for.
+        """
+        check_shapes(embeds=(embeds, "B", "U", self.source_dim), counts=(counts, "B"),
+                     hidden=(hidden, "B", "L", self.source_dim), hidden_lens=(hidden_lens, "B"))
+        mask = key_mask(counts, embeds.shape[1])  # (B,1,U), True = real: attention adds nothing from what is False
+        hidden_mask = key_mask(hidden_lens, hidden.shape[1])  # (B,1,L)
         x = embeds if self.input is None else self.dropout(self.position(self.input(embeds)))
-        x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, hidden, hidden_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
-
-
-# ---- the glancing sampler ----
-
-def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: float, order: Tensor) -> Tensor:
-    """Replace floor(ratio * wrong) acoustic embeddings of each utterance by those of the true tokens.
-
-    embeds, truth (B,U,D), counts (B,) tokens, wrong (B,) errors of the first pass, order (B,U) float: the positions
-    with the smallest values are replaced -> (B,U,D). Source: Gao et al. 2022, 3.3; the floor as in FunASR.
-    """
-    check_shapes(embeds=(embeds, "B", "U", "D"), truth=(truth, "B", "U", "D"), counts=(counts, "B"), wrong=(wrong, "B"),
-                 order=(order, "B", "U"))
-    order = order.masked_fill(~padding_mask(counts, embeds.shape[1]), torch.inf)
-    rank = order.argsort(1).argsort(1)  # (B,U): 0 for the smallest
-    picked = rank < (wrong * ratio).floor()[:, None]
-    return torch.where(picked[:, :, None], truth, embeds)
 
 
 # ---- losses: sums over tokens, divided by the trainer ----
@@ -283,6 +287,41 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     return (log_prob.softmax(1) * (errors - errors.mean(1, keepdim=True))).sum()
 
 
+# ---- where tokens lie in time ----
+
+def boundaries(alpha: Tensor, n: int) -> Tensor:
+    """Boundaries of the n tokens that weights alpha (L,) of one utterance fire: -> (n+1,) float64 in encoder frames.
+
+    The weights of a token peak within it, so the centre of token u is where their running sum, scaled to n, reaches
+    u + 1/2. Boundaries lie half way between centres; the outermost mirror the next ones. (The sum passes whole numbers
+    in flat stretches between peaks, where the place says little.) A single token takes all frames.
+    """
+    check_shapes(alpha=(alpha, "L"))
+    L = len(alpha)
+    total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
+    centres = np.interp(np.arange(n) + 0.5, total * (n / max(total[-1], 1e-12)), np.arange(L + 1))
+    return edges_between(centres, L)
+
+
+def edges_between(centres: np.ndarray, L: int) -> Tensor:
+    """Boundaries (n+1,) of tokens with these centres (n,), in encoder frames, in 0..L, as `boundaries` explains."""
+    if len(centres) == 0:
+        return torch.zeros(1, dtype=torch.float64)
+    if len(centres) == 1:
+        return torch.tensor([0.0, L], dtype=torch.float64)
+    middles = (centres[1:] + centres[:-1]) / 2  # (n-1,)
+    first = max(0.0, 2 * centres[0] - middles[0])
+    last = min(float(L), 2 * centres[-1] - middles[-1])
+    return torch.from_numpy(np.concatenate([[first], middles, [last]]))
+
+
+def in_feature_frames(edges: Tensor, encoder) -> Tensor:
+    """Boundaries in encoder frames -> in feature frames. Encoder frame l, from l to l + 1, is centred in feature frame
+    subsampling * l; in a relative_conformer, where it sees frames 4l to 4l + 6, in 4l + 3."""
+    shift = 3 if encoder.kind == "relative_conformer" else 0
+    return edges * encoder.subsampling - (encoder.subsampling - 1) / 2 + shift
+
+
 # ---- the model ----
 
 class Prediction(NamedTuple):
@@ -302,7 +341,7 @@ class Hypotheses(NamedTuple):
     log_probs: Tensor  # (B,U) float32 of each token
     boundaries: list[Tensor]  # (count+1,) float64 each, feature frames: token u lies in [u, u+1]
     alpha: Tensor  # (B,L) float32, the firing weights as predicted
-    timing: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
+    fine_alpha: list[Tensor]  # (upsampling * L,) float32 each, the weights of the timing head; empty without one
     hotword: Sequence[Tensor] = ()  # (count,) bool each, which tokens the decoder of hotwords put there; or no such
 
 
@@ -310,13 +349,6 @@ ENCODERS = {"transformer": Encoder, "conformer": Encoder, "sanm": SanmEncoder,
             "relative_conformer": RelativeConformerEncoder}
 PREDICTORS = {"stacked": Predictor, "dense": FramePredictor, "depthwise": FramePredictor}
 DECODERS = {"transformer": Decoder, "bare": Decoder, "sanm": SanmDecoder}
-
-
-def in_feature_frames(edges: Tensor, encoder) -> Tensor:
-    """Boundaries in encoder frames -> in feature frames. Encoder frame l, from l to l + 1, is centred in feature frame
-    subsampling * l; in a relative_conformer, where it sees frames 4l to 4l + 6, in 4l + 3."""
-    shift = 3 if encoder.kind == "relative_conformer" else 0
-    return edges * encoder.subsampling - (encoder.subsampling - 1) / 2 + shift
 
 
 class Recogniser(nn.Module):
@@ -361,6 +393,11 @@ class Recogniser(nn.Module):
         return torch.tensor(len(token_lens), device=token_lens.device)
 
 
+def cut(rows: Tensor, lens: Tensor) -> list[Tensor]:
+    """rows (B,N), lens (B,) -> each row without what pads it."""
+    return [row[:n] for row, n in zip(rows, lens.tolist())]
+
+
 class Paraformer(Recogniser):
     """Parallel transformer with the number and place of the tokens from integrate-and-fire. Source: Gao et al. 2022."""
 
@@ -375,26 +412,33 @@ class Paraformer(Recogniser):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                 order: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Training losses: two passes through the decoder, the first without gradient, with the sampler between them.
+        """Training: two passes through the decoder, with the sampler between them.
 
-        feats (B,T,F) float, feat_lens (B,) int64, tokens (B,U) int64 padded with 0, token_lens (B,) int64; order (B,U)
-        is the sampler's random draw, taken from torch's generator if None.
-        -> sums by name (`loss` is their weighted total) and the number of tokens to divide them by.
+        feats (B,T,F), feat_lens (B,), tokens (B,U) int64 padded with 0, token_lens (B,); order (B,U): the sampler's
+        draw, random if None -> loss sums by name (`loss`: their weighted total), and what to divide them by.
         """
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
-        alpha = self.predictor(hidden, hidden_lens)
         targets, counts = self.targets(tokens, token_lens)
+        alpha = self.predictor(hidden, hidden_lens)
         embeds = cif(hidden, scale_weights(alpha, counts), targets.shape[1])
-        with torch.no_grad():
+        with torch.no_grad():  # this pass only counts errors, which have no gradient
             first = self.predict(embeds, counts, hidden, hidden_lens).logits
             wrong = ((first.argmax(-1) != targets) & padding_mask(counts, targets.shape[1])).sum(1)
         order = torch.rand(targets.shape, device=targets.device) if order is None else order
         mixed = glance(embeds, self.truth(targets), counts, wrong, self.options.sampling_ratio, order)
         logits = self.predict(mixed, counts, hidden, hidden_lens).logits
-        sums = {"ce": cross_entropy_sum(logits, targets, counts, self.options.label_smoothing),
-                "quantity": (alpha.sum(1) - counts).abs().sum()}
+        sums = {"ce": cross_entropy_sum(logits, targets, counts, self.options.label_smoothing),  # are the tokens right?
+                "quantity": (alpha.sum(1) - counts).abs().sum()}  # do the weights sum to the number of tokens?
+        sums |= self.optional_losses(hidden, hidden_lens, tokens, token_lens, logits)
+        return self.total(sums), self.divisor(counts)
+
+    def optional_losses(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, token_lens: Tensor,
+                        logits: Tensor) -> dict[str, Tensor]:
+        """The losses that options ask for: of the second pass's logits, a CTC head and a timing head on the encoder."""
+        targets, counts = self.targets(tokens, token_lens)
+        sums = {}
         if self.options.mwer_weight:
             draws = torch.rand(len(targets), self.options.mwer_samples, targets.shape[1], device=targets.device)
             sums["mwer"] = mwer_sum(logits, targets, counts, draws < MASKED_SHARE)
@@ -402,7 +446,7 @@ class Paraformer(Recogniser):
             sums["ctc"] = ctc_sum(self.ctc(hidden), hidden_lens, tokens, token_lens)
         if self.timing is not None:
             sums["timing"] = (self.timing(hidden, hidden_lens).sum(1) - counts).abs().sum()
-        return self.total(sums), self.divisor(counts)
+        return sums
 
     def targets(self, tokens: Tensor, token_lens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B,U), token_lens (B,) -> the same, or with options.end_token (B,U+1) and lens + 1, EOS after each."""
@@ -440,12 +484,6 @@ class Paraformer(Recogniser):
         U = int(counts.max()) if len(counts) else 0
         return counts, cif(hidden, alpha, U)
 
-    def emit(self, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor) -> tuple[Tensor, Prediction]:
-        """Integrate and decode: hidden (B,L,D), hidden_lens (B,), alpha (B,L) -> counts (B,) and what `predict` returns.
-        """
-        counts, embeds = self.integrate(hidden, alpha)
-        return counts, self.predict(embeds, counts, hidden, hidden_lens)
-
     def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
                 need_weights: bool = False) -> Prediction:
         """The decoder's part, where the models of hotwords.py differ: arguments as Decoder.forward."""
@@ -458,19 +496,21 @@ class Paraformer(Recogniser):
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         alpha = self.predictor(hidden, hidden_lens)
-        counts, found = self.emit(hidden, hidden_lens, alpha)
+        counts, embeds = self.integrate(hidden, alpha)
+        found = self.predict(embeds, counts, hidden, hidden_lens)
         log_p = found.logits.float().log_softmax(-1)
         tokens = log_p.argmax(-1)
-        log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)
+        log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)  # (B,U,V) -> (B,U)
         mask = padding_mask(counts, tokens.shape[1])
-        rows = zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist())
-        edges = [in_feature_frames(boundaries(a[:L], n), self.options.encoder).clamp(0, T) for a, L, n, T in rows]
-        timing = []
+        edges = []
+        for weights, L, n, T in zip(alpha.cpu(), hidden_lens.tolist(), counts.tolist(), feat_lens.tolist()):
+            edges.append(in_feature_frames(boundaries(weights[:L], n), self.options.encoder).clamp(0, T))
+        fine_alpha, hotword = [], []
         if self.timing is not None:
-            fine = self.timing(hidden, hidden_lens)
-            timing = [row[:n] for row, n in zip(fine, (hidden_lens * self.options.predictor.upsampling).tolist())]
-        hotword = [] if found.hotword is None else [row[:n] for row, n in zip(found.hotword, counts.tolist())]
-        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, timing, hotword)
+            fine_alpha = cut(self.timing(hidden, hidden_lens), hidden_lens * self.options.predictor.upsampling)
+        if found.hotword is not None:
+            hotword = cut(found.hotword, counts)
+        return Hypotheses(tokens * mask, counts, log_p * mask, edges, alpha, fine_alpha, hotword)
 
     def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
         """For pictures: the cross-attention (B,H,U,L) of each decoder layer that has one, where decoding behind the

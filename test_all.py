@@ -4226,7 +4226,7 @@ def test_a_batch_equals_its_utterances_one_by_one(variant):
             close(both.log_probs[i, :n], alone.log_probs[0], 1e-3)
             close(both.boundaries[i], alone.boundaries[0], 1e-3)
             if net.timing is not None:
-                close(both.timing[i], alone.timing[0], 1e-5)
+                close(both.fine_alpha[i], alone.fine_alpha[0], 1e-5)
 
 
 # C51
