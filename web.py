@@ -256,7 +256,6 @@ class Door(socketserver.ThreadingTCPServer):
 
     def admit(self, head: Head) -> None:
         """Check all that can be checked before the body is read. Raises Refusal."""
-        raise NotImplementedError
 
     def answer(self, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
         """A whole, admitted request -> its answer; has_left asks for its client. Raises Refusal or ClientLeft."""
@@ -264,7 +263,6 @@ class Door(socketserver.ThreadingTCPServer):
 
     def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
         """Take note of an answer; status is 499 where it could not be sent, head None where no request was read."""
-        raise NotImplementedError
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self.phases) >= self.limits.max_connections:
@@ -341,7 +339,8 @@ def parse_head(block: bytes) -> Head:
         match = HEADER_LINE.fullmatch(line)
         if not match:
             raise bad_framing("a header line is not 'Name: value'")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
+        name = match[1].decode().lower()
+        value = match[2].decode("latin-1").strip(" \t")
         if name in headers and name in ("content-length", "transfer-encoding", "host", "content-type", "authorization"):
             raise bad_framing(f"header {name} stands twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -413,16 +412,8 @@ def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
 
-class Part(NamedTuple):
-    """A field or file of a form."""
-
-    name: str
-    is_file: bool
-    content: bytes
-
-
-def parse_multipart(body: bytes, content_type: str) -> list[Part]:
-    """The parts of a form. Raises Refusal 400. Source: RFC 2046, 7578.
+def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
+    """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
 
     The body is split as bytes, whatever is in it; file names are never used.
     """
@@ -445,7 +436,7 @@ def parse_multipart(body: bytes, content_type: str) -> list[Part]:
         values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
         if not values.get("name"):
             raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-        parts.append(Part(values["name"], "filename" in values or "filename*" in values, content))
+        parts.append((values["name"], "filename" in values or "filename*" in values, content))
     raise bad_form(f"wanted at most {MAX_PARTS} parts and the closing boundary, as in Content-Type, got {len(parts)} "
                    "parts and no closing one")
 
