@@ -270,6 +270,21 @@ class Search(NamedTuple):
         return max(self.beam, self.nbest)
 
 
+def check_search(search: Search, model: nn.Module, name: str) -> None:
+    """Raises ValueError, with decode.py's option, for what is out of range or has no effect on a model of this name."""
+    if search != Search() and not hasattr(model, "search"):
+        raise ValueError(f"a {name} decodes greedily: leave out --beam, --nbest and penalties")
+    for option, value in (("--beam", search.beam), ("--nbest", search.nbest)):
+        if not 1 <= value < 2**31:
+            raise ValueError(f"{option}: wanted 1 or more, below 2^31, got {value}")
+    for option, value, usual in (("--length-penalty", search.length_penalty, Search().length_penalty),
+                                 ("--coverage-penalty", search.coverage_penalty, Search().coverage_penalty)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{option}: wanted 0 or more, got {value}")
+        if name != "transformer" and value != usual:
+            raise ValueError(f"{option}: wanted {usual}, as it has no effect on a {name}, got {value}")
+
+
 class Candidate(NamedTuple):
     """A text that a search has found. Its result is a list of them for each utterance, best first."""
 

@@ -43,7 +43,7 @@ from torch.utils.data import Dataset
 import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
-from baselines import Candidate, Search
+from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, join_processes, load_system
 from funasr import firing_spans
 from model import Hypotheses
@@ -53,25 +53,6 @@ from tokenizer import spoken_places
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
-
-
-# ---- search ----
-
-def with_search(system: System, search: Search) -> System:
-    """The system with this search. Raises ValueError for what is out of range or has no effect on its model."""
-    name = system.config.model.name
-    if search != Search() and not hasattr(system.model, "search"):
-        raise ValueError(f"a {name} decodes greedily: leave out --beam, --nbest and penalties")
-    for option, value in (("--beam", search.beam), ("--nbest", search.nbest)):
-        if not 1 <= value < 2**31:
-            raise ValueError(f"{option}: wanted 1 or more, below 2^31, got {value}")
-    for option, value, usual in (("--length-penalty", search.length_penalty, Search().length_penalty),
-                                 ("--coverage-penalty", search.coverage_penalty, Search().coverage_penalty)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{option}: wanted 0 or more, got {value}")
-        if name != "transformer" and value != usual:
-            raise ValueError(f"{option}: wanted {usual}, as it has no effect on a {name}, got {value}")
-    return system._replace(search=search)
 
 
 # ---- recognition ----
@@ -458,6 +439,12 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
                      "max_segment_sec", *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
+
+
+def with_search(system: System, search: Search) -> System:
+    """The system with this search. Raises as `check_search`."""
+    check_search(search, system.model, system.config.model.name)
+    return system._replace(search=search)
 
 
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:
