@@ -184,7 +184,7 @@ def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: 
                  order=(order, "B", "U"))
     order = order.masked_fill(~padding_mask(counts, embeds.shape[1]), torch.inf)  # padding comes last
     rank = order.argsort(1).argsort(1)  # (B,U): 0 for the smallest
-    picked = rank < (wrong * ratio).floor()[:, None]
+    picked = rank < (wrong * ratio).floor()[:, None]  # (B,U)
     return torch.where(picked[:, :, None], truth, embeds)
 
 

@@ -2694,6 +2694,12 @@ def one(batch, i):
     return (feats[i:i + 1, :feat_lens[i]], feat_lens[i:i + 1], tokens[i:i + 1, :token_lens[i]], token_lens[i:i + 1])
 
 
+@pytest.mark.parametrize("stop", [model.Predictor.forward, scale_weights, cif, glance, model.Decoder.forward,
+                                  model.Paraformer.forward])
+def test_each_function_of_the_idea_in_ten_minutes_has_at_most_30_lines(stop):
+    assert len(inspect.getsource(stop).splitlines()) <= 30
+
+
 # ---- model: integrate-and-fire ----
 
 def slow_fire(hidden, alpha):
