@@ -223,6 +223,9 @@ UNUSED = {  # field -> value -> fields and sections beside it that then have no 
 }
 
 
+Error = tuple[str, str]      # dotted path of a field, the values wanted
+
+
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every field, depth first; a section comes before its fields."""
     for f in fields(section):
@@ -230,9 +233,6 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + f.name, value
         if is_dataclass(value):
             yield from _walk(value, f"{prefix}{f.name}.")
-
-
-Error = tuple[str, str]      # dotted path of a field, the values wanted
 
 
 def _value_errors(config: Config) -> list[Error]:
@@ -611,7 +611,8 @@ def _value(text: str, where: str) -> Any:
 def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
     """The scalar or list that text starts with -> value, rest of the text; depth counts the brackets around it."""
     if text[:1] == "[" and depth < 20:      # deeper, an error below: no list of a config is
-        values, rest = [], text[1:].lstrip(" ")
+        values = []
+        rest = text[1:].lstrip(" ")
         while rest[:1] != "]":
             value, rest = _scan(rest, where, depth + 1)
             values.append(value)
@@ -631,12 +632,15 @@ def _scan(text: str, where: str, depth: int = 0) -> tuple[Any, str]:
 
 
 def _unquote(text: str, where: str) -> str:
+    """What text in single or double quotes means."""
     def escape(match: re.Match) -> str:
         code = match[1] or match[2] or match[3]
         if not code and match[4] not in ESCAPES:
             raise ValueError(f"{where}: wanted an escape such as \\n or \\u00e9, got '{match[0]}'")
         return chr(int(code, 16)) if code else ESCAPES[match[4]]
-    return text[1:-1].replace("''", "'") if text[0] == "'" else ESCAPE.sub(escape, text[1:-1])
+    if text[0] == "'":
+        return text[1:-1].replace("''", "'")
+    return ESCAPE.sub(escape, text[1:-1])
 
 
 def _scalar(text: str, where: str) -> Any:

@@ -179,12 +179,13 @@ def align(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> list[tuple[str, H
     while i > 0 or j > 0:
         is_pair = False
         if i > 0 and j > 0:
-            op, cost = ("hit", 0) if ref[i - 1] == hyp[j - 1] else ("sub", gap + 1)
+            is_hit = ref[i - 1] == hyp[j - 1]
+            cost = 0 if is_hit else gap + 1
             is_pair = costs[i][j] == costs[i - 1][j - 1] + cost
         if is_pair:
             i -= 1
             j -= 1
-            steps.append((op, ref[i], hyp[j]))
+            steps.append(("hit" if is_hit else "sub", ref[i], hyp[j]))
         elif j > 0 and costs[i][j] == costs[i][j - 1] + gap:
             j -= 1
             steps.append(("ins", None, hyp[j]))
