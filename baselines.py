@@ -28,13 +28,13 @@ from model import BLANK, EOS, Hypotheses, Recogniser, SOS, cross_entropy_sum, ct
 class CausalDecoder(nn.Module):
     """Autoregressive transformer: each token is predicted from those before it and cross-attention to the encoder."""
 
-    def __init__(self, memory_dim: int, vocab_size: int, options):
+    def __init__(self, source_dim: int, vocab_size: int, options):
         super().__init__()
         D = options.hidden_dim
         self.embedding = nn.Embedding(vocab_size, D)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, memory_dim)
+        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, source_dim)
                                     for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
@@ -44,9 +44,9 @@ class CausalDecoder(nn.Module):
         """tokens (B,U), from the start token on, hidden (B,L,Dm), hidden_lens (B,) -> logits (B,U,V) of the token after
         each, and the cross-attention weights (B,H,U,L) of each layer where asked for."""
         mask = causal_mask(tokens.shape[1], tokens.device).expand(len(tokens), -1, -1)
-        memory_mask = key_mask(hidden_lens, hidden.shape[1])
+        hidden_mask = key_mask(hidden_lens, hidden.shape[1])
         x = self.dropout(self.position(self.embedding(tokens)))
-        x, layers = run_blocks(self.blocks, x, mask, hidden, memory_mask, need_weights=need_weights)
+        x, layers = run_blocks(self.blocks, x, mask, hidden, hidden_mask, need_weights=need_weights)
         return self.output(self.norm(x)), layers
 
 
@@ -86,20 +86,20 @@ class Transformer(Recogniser):
         layer; a search that reorders hypotheses must reorder them along W too.
         """
         decoder = self.decoder
-        memory = [block.cross_attention.keys_values(hidden) for block in decoder.blocks]  # which no step changes
-        B, H, _, K = memory[0][0].shape
+        sources = [block.cross_attention.keys_values(hidden) for block in decoder.blocks]  # which no step changes
+        B, H, _, K = sources[0][0].shape
         mask = key_mask(hidden_lens, hidden.shape[1])
 
         def step(tokens: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
             x = decoder.position(decoder.embedding(tokens).flatten(0, 1)[:, None], past[0].shape[3])  # (B*W,1,D)
             x = x.view(*tokens.shape, x.shape[2])
             longer = []
-            for block, keys, values, memory_kv in zip(decoder.blocks, past[::2], past[1::2], memory):
-                x, keys_values, weights = block.step(x, (keys, values), memory_kv, mask)
+            for block, keys, values, source in zip(decoder.blocks, past[::2], past[1::2], sources):
+                x, keys_values, weights = block.step(x, (keys, values), source, mask)
                 longer += keys_values  # two tensors
             return decoder.output(decoder.norm(x)).log_softmax(-1), longer, weights.mean(1)
 
-        return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(memory))
+        return step, [hidden.new_zeros(B, W, H, 0, K)] * (2 * len(sources))
 
     def greedy_tokens(self, hidden: Tensor, hidden_lens: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B,L,D), hidden_lens (B,) -> tokens (B,U), lens (B,): one at a time, each the argmax, until the end
