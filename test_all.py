@@ -6024,6 +6024,7 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
 
+# C33
 def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):
     toy = config.ToyConfig(num_dev=12, num_symbols=8)
     arguments = ["--ckpt", saved(tiny_system("toy", toy=toy), tmp_path / "tiny.pt"), "--device=cpu"]
