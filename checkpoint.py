@@ -4,7 +4,6 @@ Reading order: by name, checkpoints and strict loading, FunASR's weights, weight
 ready to recognise, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
 """
 import ctypes
-import datetime
 import json
 import os
 import runpy
@@ -71,16 +70,6 @@ def pick_device(name: str, field: str = "device") -> torch.device:
         raise ValueError(f"{field}: wanted auto, cpu or, where torch finds a GPU, cuda; got {name}; "
                          f"torch finds {'a' if torch.cuda.is_available() else 'no'} GPU")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def join_processes(backend: str = "gloo", timeout: datetime.timedelta | None = None) -> tuple[int, int]:
-    """(rank, processes) as torchrun sets them, each with a GPU of its own where there are; (0, 1) without torchrun."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        torch.distributed.init_process_group(backend, timeout=timeout)
-    return rank, processes
 
 
 CHECKPOINT_FORMAT = 2  # goes up when train.py writes what older code cannot read

@@ -44,9 +44,10 @@ import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search, check_search
-from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, join_processes, load_system
+from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import firing_spans
 from model import Hypotheses
+from ranks import join_processes
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
                     report_lines, score, text_of, utterance_svgs, words_of, write_report)
 from tokenizer import spoken_places

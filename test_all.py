@@ -65,6 +65,7 @@ import hotwords
 import model
 import openai_forms
 import plot
+import ranks
 import report
 import serve
 import tokenizer
@@ -4673,7 +4674,7 @@ def test_the_figures_of_an_epoch_are_sums_divided_once():
              train.Step({}, 0, 0.0, False))
     totals, batch = {}, tiny_batch()
     for step in steps:
-        totals = train.sum_by_name(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
+        totals = ranks.sum_by_name(totals, train.step_totals(step, batch, seconds=2.0, wait=0.5))
     row = train.epoch_row(train.Progress(), totals, 1e-3, {}, 9.0, 1.0)
     wanted = {"loss": 2.0, "loss_ce": 2.0, "grad_norm": 2.0, "skipped_steps": 1, "data_wait": 0.25, "utterances": 9,
               "frames_per_second": batch.feat_lens.sum() / 2, "padding": 1 - batch.feat_lens.float().mean() /
@@ -5343,7 +5344,7 @@ def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(t
         if recompute:
             train.recompute_blocks(tiny)
         train.train_step(tiny, train.make_optimizer(tiny, 0.0), tiny_batch(), 0.1, training)
-        found.append(train.batch_statistics(tiny))
+        found.append(ranks.batch_statistics(tiny))
     assert found[0][2] == parts
     torch.testing.assert_close(found[0], found[1])
 
@@ -6868,7 +6869,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 
 # ---- the project: layout, floors, documents ----
 
-FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1,
+FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}

@@ -56,11 +56,13 @@ import audio
 import config as configs
 import data
 from audio import compute_stats
-from checkpoint import (CHECKPOINT_FORMAT, System, build, join_processes, last_checkpoint, load_parts, load_state,
-                        load_weights, pick_device, save_run)
+from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, load_weights,
+                        pick_device, save_run)
 from funasr import PieceTokenizer
 from model import Paraformer
 from plot import column_names, curves_svg
+from ranks import (average_statistics, join_processes, keep_statistics, num_ranks, own_rank, share_model, sum_by_name,
+                   sum_over_ranks, sum_tensor)
 from report import utterance_svgs
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
@@ -110,89 +112,6 @@ def newest_share(step: int, decay: float) -> float:
     """Share of the newest weights in their moving average after step 0, 1, ...: from 1 down to 1 - decay, an average
     over 1 / (1 - decay) steps. Source: as TensorFlow's ExponentialMovingAverage with num_updates, but for step 0."""
     return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
-
-
-# ---- several processes ----
-
-def join(training) -> None:
-    """Join the process group if torchrun started this process. Raises ValueError for a GPU that is not there."""
-    device = pick_device(training.device, "training.device")
-    join_processes("nccl" if device.type == "cuda" else "gloo")
-
-
-def own_rank() -> int:
-    """The number of this process among those of the run; number 0 writes."""
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def num_ranks() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def sum_by_name(totals: dict, more: dict) -> dict:
-    """The sums of both by name; a name that only one of them has counts as 0 in the other."""
-    return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
-
-
-def sum_over_ranks(sums: dict) -> dict:
-    """The sums of all ranks together."""
-    if num_ranks() == 1:
-        return sums
-    parts = [None] * num_ranks()
-    distributed.all_gather_object(parts, sums)
-    return functools.reduce(sum_by_name, parts)
-
-
-def sum_tensor(x: Tensor) -> Tensor:
-    """The sum of x over all ranks."""
-    if num_ranks() > 1:
-        distributed.all_reduce(x)
-    return x
-
-
-class Share(nn.Module):
-    """A model whose gradients DistributedDataParallel exchanges. Without a batch the loss is 0 and has a gradient, of
-    0, for one parameter: a rank without utterances takes part in the exchange and counts for nothing."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        if batch:
-            return self.model(*batch)
-        return {"loss": 0 * next(self.model.parameters()).sum()}, None
-
-
-def share_model(model: nn.Module) -> nn.Module:
-    """What a step of several ranks calls in place of the model, whose weights it has: p.grad is then the mean of all."""
-    if num_ranks() == 1:
-        return model
-    # statistics of BatchNorm are not those of rank 0: see average_statistics
-    return DistributedDataParallel(Share(model), forward_sync_buffers=False, find_unused_parameters=True)
-
-
-def average_statistics(model: nn.Module) -> None:
-    """The running statistics of BatchNorms become their mean over all ranks."""
-    if num_ranks() > 1:
-        for buffer in batch_statistics(model):
-            buffer.copy_(sum_tensor(buffer.double()) / num_ranks())
-
-
-def batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The buffers that a forward pass changes: those of BatchNorm layers."""
-    kind = nn.modules.batchnorm._NormBase
-    return [buffer for module in model.modules() if isinstance(module, kind) for buffer in module.buffers(False)]
-
-
-def keep_statistics(model: nn.Module) -> Callable[[], None]:
-    """-> a function that sets the running statistics of BatchNorms back to what they are now."""
-    statistics = [(buffer, buffer.clone()) for buffer in batch_statistics(model)]
-
-    def undo() -> None:
-        for buffer, before in statistics:
-            buffer.copy_(before)
-    return undo
 
 
 # ---- one optimizer step ----
@@ -710,6 +629,12 @@ def fit(run: Run, progress: Progress) -> Progress:
 
 
 # ---- starting and going on ----
+
+def join(training) -> None:
+    """Join the process group if torchrun started this process. Raises ValueError for a GPU that is not there."""
+    device = pick_device(training.device, "training.device")
+    join_processes("nccl" if device.type == "cuda" else "gloo")
+
 
 def headline(run: Run) -> str:
     return (f"{run.folder}: {run.config.model.name}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
