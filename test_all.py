@@ -77,6 +77,7 @@ from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHead
 from checkpoint import build, read_checkpoint
 from batcher import Batcher, Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
+from step import sampler_order, split as split_batch
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
 
@@ -4611,7 +4612,7 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_onl
             states = [{"step": steps, "exp_avg": moments[p][0], "exp_avg_sq": moments[p][1]} for p in in_groups]
             train.load_optimizer(optimizer, {"state": dict(enumerate(states))})
         step = train.train_step(ours, optimizer, batch, rate, options, number)
-        sums, tokens = theirs(*train.inputs(batch, theirs), *train.sampler_order(theirs, batch, 0, number))
+        sums, tokens = theirs(*train.inputs(batch, theirs), *sampler_order(theirs, batch, 0, number))
         theirs.zero_grad()
         (sums["loss"] / tokens).backward()
         norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item()
@@ -4698,7 +4699,7 @@ def test_evaluation_counts_a_planted_set_by_alignment():
             return Hypotheses(tokens, torch.tensor([len(i) for i in ids]), tokens * 0.0, [], tokens * 0.0, [])
 
     items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
-    row = train.rates(train.evaluate(Planted(), [data.collate([*items, data.Skip("d", "empty")])], tokenizer.decode))
+    row = train.dev_figures(train.evaluate(Planted(), [data.collate([*items, data.Skip("d", "empty")])], tokenizer.decode))
     assert row == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
                    "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
                    "dev_utterances": 3, "dev_skipped": 1}
@@ -5210,12 +5211,12 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypat
 # C87
 def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch():
     paraformer, batch = tiny_model(), tiny_batch(3)
-    order, = train.sampler_order(paraformer, batch, 5, 9)
-    for k, part in enumerate(train.split(batch, 3)):
+    order, = sampler_order(paraformer, batch, 5, 9)
+    for k, part in enumerate(split_batch(batch, 3)):
         n = int(batch.token_lens[k])
         assert part.keys == [batch.keys[k]] and part.feats.shape[1] == batch.feat_lens[k]
-        assert torch.equal(train.sampler_order(paraformer, part, 5, 9)[0][0], order[k, :n])
-    assert not torch.equal(order, train.sampler_order(paraformer, batch, 5, 10)[0])
+        assert torch.equal(sampler_order(paraformer, part, 5, 9)[0][0], order[k, :n])
+    assert not torch.equal(order, sampler_order(paraformer, batch, 5, 10)[0])
 
 
 # C85
@@ -6020,7 +6021,7 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     out, err = capsys.readouterr()
     dataset = data.open_dataset(system.config.data, "test", system.tokenizer.encode, 0, system.stats)
     batch = data.collate([dataset[i] for i in range(9)])
-    row = train.rates(train.evaluate(system.model, [batch], system.tokenizer.decode))
+    row = train.dev_figures(train.evaluate(system.model, [batch], system.tokenizer.decode))
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
@@ -6871,7 +6872,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "checkpoint": 5, "openai_forms": 5,
+          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]

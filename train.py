@@ -1,9 +1,7 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
-Reading order: decisions (pure functions: learning rate, best, stop), several processes, one optimizer step, one
-evaluation, a run and its files (metrics, curves), what is trained and its checkpoints, the loop, starting and
-going on, the dry run, main.
-Needs torch, numpy, config.py, tokenizer.py, data.py, attention.py and model.py.
+Reading order: decisions (pure functions: best, stop), one evaluation, a run and its files (metrics, curves), what is
+trained and its checkpoints, the loop, starting and going on, the dry run, main. A step is in step.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
     python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
@@ -26,7 +24,6 @@ import errno
 import functools
 import itertools
 import json
-import math
 import os
 import re
 import resource
@@ -34,7 +31,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,8 +45,6 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import audio
 import config as configs
@@ -59,181 +53,46 @@ from audio import compute_stats
 from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, load_weights,
                         pick_device, save_run)
 from funasr import PieceTokenizer
-from model import Paraformer
 from plot import column_names, curves_svg
-from ranks import (average_statistics, join_processes, keep_statistics, num_ranks, own_rank, share_model, sum_by_name,
-                   sum_over_ranks, sum_tensor)
+from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
+from step import (Step, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
+                  recompute_blocks, train_step)
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 
 
 # ---- decisions ----
 
-def learning_rate(step: int, total_steps: int, options) -> float:
-    """Rate of optimizer step 0, 1, ...: linear warm-up that ends at learning_rate in step warmup_steps - 1, then
-    `cosine` down to final_lr_ratio at total_steps, `inverse_sqrt`, or `constant`."""
-    peak, warmup = options.learning_rate, options.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if options.schedule == "constant":
-        return peak
-    if options.schedule == "inverse_sqrt":
-        return peak * math.sqrt(max(1, warmup) / (step + 1))
-    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    low = options.final_lr_ratio
-    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def score(row: dict) -> tuple[float, float]:
+def accuracies(row: dict) -> tuple[float, float]:
     """What `best` means: token accuracy on dev, ties broken by sequence accuracy."""
     return row["token_accuracy"], row["sequence_accuracy"]
 
 
 def best_row(history: Sequence[dict]) -> dict:
-    """The epoch with the best score; of equals the latest, which has learned for longer."""
-    return max(reversed(history), key=score)
+    """The epoch with the best accuracies; of equals the latest, which has learned for longer."""
+    return max(reversed(history), key=accuracies)
 
 
 def stop_reason(history: Sequence[dict], options) -> str:
     """Why the run should end after these epochs, "" if it should not."""
     if not history:
         return ""
-    token, sequence = score(history[-1])
-    wanted = options.target_token_accuracy, options.target_sequence_accuracy
-    if any(wanted) and token >= wanted[0] and sequence >= wanted[1]:
+    token, sequence = accuracies(history[-1])
+    has_target = options.target_token_accuracy > 0 or options.target_sequence_accuracy > 0
+    if has_target and token >= options.target_token_accuracy and sequence >= options.target_sequence_accuracy:
         return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
-    best = max(range(len(history)), key=lambda i: score(history[i]))  # of equals the first: a tie is no improvement
+    best = max(range(len(history)), key=lambda i: accuracies(history[i]))  # of equals the first: a tie is no improvement
     if options.patience and len(history) - 1 - best >= options.patience:
         return f"no improvement in {options.patience} epochs"
-    return f"{options.num_epochs} epochs done" if len(history) >= options.num_epochs else ""
-
-
-def newest_share(step: int, decay: float) -> float:
-    """Share of the newest weights in their moving average after step 0, 1, ...: from 1 down to 1 - decay, an average
-    over 1 / (1 - decay) steps. Source: as TensorFlow's ExponentialMovingAverage with num_updates, but for step 0."""
-    return 1 - min(decay, (step + 1) / (step + 10)) if step else 1.0
-
-
-# ---- one optimizer step ----
-
-class Diverged(RuntimeError):
-    """training.max_bad_steps in a row were skipped."""
-
-
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only, not on biases, norms and other vectors. Source: Loshchilov & Hutter 2019."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-
-
-def load_optimizer(optimizer: torch.optim.AdamW, state: dict) -> None:
-    """Take over the optimizer state of a checkpoint; those of older versions have moments only, in the same order."""
-    moments = {}
-    for index, values in state["state"].items():
-        moments[index] = {name: value.clone() for name, value in values.items()}  # older: one tensor of steps for all
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-
-
-def num_updates(optimizer: torch.optim.AdamW) -> Tensor:
-    """() float32: steps that the optimizer took; those that were skipped do not count."""
-    return max((state["step"] for state in optimizer.state.values()), default=torch.zeros(()))
-
-
-class Step(NamedTuple):
-    sums: dict[str, float]  # loss components, summed over tokens; {} if skipped: NaN would spoil the epoch's sums
-    tokens: int
-    grad_norm: float
-    finite: bool  # False: the step was skipped
-
-
-def inputs(batch: data.Batch, model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a model takes of a batch, on its device and with the precision of its weights."""
-    like = next(model.parameters())
-    return batch.feats.to(like), *(x.to(like.device) for x in (batch.feat_lens, batch.tokens, batch.token_lens))
-
-
-def split(batch: data.Batch, parts: int) -> list[data.Batch]:
-    """Deal the utterances of a batch out to `parts` batches, or one each where they are fewer, cut to their lengths."""
-    dealt = [batch._replace(**{name: x[k::parts] for name, x in batch._asdict().items() if name != "skipped"})
-             for k in range(min(parts, len(batch.keys)))]
-    return [part._replace(feats=part.feats[:, :int(part.feat_lens.max())],
-                          tokens=part.tokens[:, :int(part.token_lens.max())]) for part in dealt]
-
-
-def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -> list[Tensor]:
-    """What the glancing sampler of a Paraformer draws in step `number`: [(B,U) float32 in 0..1], U with the end
-    token, [] for other models. An utterance's draw depends on (seed, number, key) alone, not on its batch."""
-    if not isinstance(model, Paraformer):
-        return []
-    order = torch.zeros(len(batch.keys), batch.tokens.shape[1] + model.options.end_token)
-    for row, key, n in zip(order, batch.keys, (batch.token_lens + model.options.end_token).tolist()):
-        row[:n] = torch.from_numpy(data.generator(seed, number, zlib.crc32(key.encode())).random(n))
-    return [order]
-
-
-def add_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> dict[str, float]:
-    """Add the gradient of the summed loss of a batch, in options.accumulate parts, to p.grad -> sums of losses and
-    tokens. With several ranks (`share_model`), p.grad becomes the mean over them in the last part's backward pass."""
-    device = next(model.parameters()).device
-    capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = options.precision == "bfloat16" or options.precision == "auto" and capable
-    shared = isinstance(model, DistributedDataParallel)
-    sums = {}
-    parts = split(batch, options.accumulate)
-    if shared and not parts:
-        losses, _ = model()
-        losses["loss"].backward()
-    for k, part in enumerate(parts):
-        exchange = not shared or k == len(parts) - 1
-        order = [x.to(device) for x in sampler_order(model.module.model if shared else model, part, options.seed, number)]
-        with contextlib.nullcontext() if exchange else model.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                losses, tokens = model(*inputs(part, model), *order)
-            undo = keep_statistics(model)
-            losses["loss"].backward()
-        undo()  # with recompute_blocks, the backward pass updates them a second time
-        sums = sum_by_name(sums, {name: x.detach() for name, x in losses.items()} | {"tokens": tokens})
-    return {name: x.item() for name, x in sums.items()}
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch, rate: float, options,
-               number: int = 0) -> Step:
-    """One forward, backward and update at this learning rate, with the random draws of step `number`.
-
-    batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    Nothing is updated if, in any rank, loss or gradient is not finite.
-    """
-    undo = keep_statistics(model)
-    torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
-    model.zero_grad()
-    sums = add_gradients(model, batch, options, number)
-    own_tokens = sums.pop("tokens", 0.0)
-    counted = own_tokens if math.isfinite(sums.get("loss", 0.0)) else math.nan  # which spreads to all ranks
-    counts = torch.tensor([counted, len(batch.keys)], dtype=torch.float64, device=next(model.parameters()).device)
-    tokens, utterances = sum_tensor(counts).tolist()
-    average_statistics(model)
-    if not utterances:  # all of them were skipped
-        return Step({}, 0, 0.0, True)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    # the mean over ranks of sums over tokens, times ranks / tokens, is the mean over all tokens
-    grad_norm = nn.utils.get_total_norm(gradients).item() * num_ranks() / max(1.0, tokens)
-    if not math.isfinite(tokens) or not math.isfinite(grad_norm):
-        undo()
-        return Step({}, 0, 0.0, False)
-    clip = min(1.0, options.max_grad_norm / (grad_norm + 1e-6))
-    torch._foreach_mul_(gradients, clip * num_ranks() / max(1.0, tokens))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    return Step(sums, int(own_tokens), grad_norm, True)
+    if len(history) >= options.num_epochs:
+        return f"{options.num_epochs} epochs done"
+    return ""
 
 
 # ---- one evaluation ----
 
 def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[list[int]], str]) -> dict:
-    """Greedy decoding, which sees no references, aligned with them -> sums for `rates`."""
+    """Greedy decoding, which sees no references, aligned with them -> sums for `dev_figures`."""
     sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
@@ -251,7 +110,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[
     return sums
 
 
-def rates(sums: dict) -> dict[str, float]:
+def dev_figures(sums: dict) -> dict[str, float]:
     """The figures of an evaluation. Raises ValueError if no utterance was left to evaluate on."""
     if not sums["total"]:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
@@ -390,11 +249,14 @@ def start_from(config: configs.Config) -> System:
     return system
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Encoder blocks keep no activations; the backward pass computes them again. A copy made later would call these
-    blocks."""
-    for block in model.encoder.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def open_split(system: System, split: str, augment: bool) -> torch.utils.data.Dataset:
+    """The dataset of a split. Raises ValueError if it is empty."""
+    config = system.config
+    dataset = data.open_dataset(config.data, split, system.tokenizer.encode, config.training.seed, system.stats,
+                                config.model.encoder.subsampling, augment)
+    if not len(dataset):
+        raise ValueError(f"data.{split}: wanted utterances, got none in {getattr(config.data, split)}")
+    return dataset
 
 
 def make_run(config: configs.Config, state: dict | None = None, place: str = "") -> Run:
@@ -405,13 +267,8 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     system = start_from(config) if state is None else load_state(state, place)
     config, tokenizer, stats, model = system[:4]
     training = config.training
-    open_split = lambda split, augment: data.open_dataset(config.data, split, tokenizer.encode, training.seed, stats,
-                                                          config.model.encoder.subsampling, augment)
-    train_set = open_split("train", not training.overfit)
-    dev_set = train_set if training.overfit else open_split("dev", False)
-    for split, dataset in (("train", train_set), ("dev", dev_set)):
-        if not len(dataset):
-            raise ValueError(f"data.{split}: wanted utterances, got none in {getattr(config.data, split)}")
+    train_set = open_split(system, "train", augment=not training.overfit)
+    dev_set = train_set if training.overfit else open_split(system, "dev", augment=False)
     if state is not None and state["utterances"] != len(train_set):
         raise ValueError(f"data.train: wanted the {state['utterances']} utterances that the run began with, got "
                          f"{len(train_set)}; to learn from others start a new run with training.init_from={place}")
@@ -445,6 +302,10 @@ def save(run: Run, progress: Progress) -> None:
 
 # ---- the loop ----
 
+class Diverged(RuntimeError):
+    """training.max_bad_steps in a row were skipped."""
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MiB: of tensors on the GPU, or of this process (ru_maxrss: bytes on macOS, else KiB)."""
     if device.type == "cuda":
@@ -465,7 +326,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> d
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
-    """One entry of metrics.json: sums of training are divided here, those of dev in `rates`. seconds: of the run."""
+    """One entry of metrics.json: sums of training are divided here, those of dev in `dev_figures`. seconds: of the run."""
     losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, **losses,
             "grad_norm": totals["grad_norm"] / max(1, totals["steps"]), **dev,
@@ -518,14 +379,24 @@ def take_step(run: Run, batch: data.Batch, number: int, total_steps: int) -> Ste
     return step
 
 
+def progress_line(progress: Progress, step: Step, num_batches: int, total_steps: int, num_epochs: int) -> str:
+    """What a terminal shows behind a step."""
+    totals = progress.totals
+    loss = step.sums.get("loss", 0.0) / max(1, step.tokens)
+    left = max(0, total_steps - progress.step) * totals["seconds"] / progress.batch
+    return (f"epoch {progress.epoch + 1}/{num_epochs}  step {progress.batch}/{num_batches}  loss {loss:.3f}  "
+            f"{totals['frames'] / totals['seconds']:.0f} frames/s  left {clock(left)}")
+
+
 def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
     """Train from progress.batch to the end of the epoch and write the checkpoints that fall due -> the new progress.
     If run.stop is set in any rank, it is set in all, and the epoch ends after that step."""
-    training, batches = run.config.training, epoch_batches(run, progress.epoch)
-    shown = started = time.monotonic()
+    training = run.config.training
+    batches = epoch_batches(run, progress.epoch)
     run.model.train()
-    batches_due = data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, progress.batch)
-    for batch in log_skips(run, batches_due):
+    shown = started = time.monotonic()
+    due = data.loader(run.train_set, batches, progress.epoch, run.config.data.num_workers, progress.batch)
+    for batch in log_skips(run, due):
         wait = time.monotonic() - started
         step = take_step(run, batch, progress.step, total_steps)
         now = time.monotonic()
@@ -533,9 +404,8 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
         bad_steps = 0 if step.finite else progress.bad_steps + 1
         progress = progress._replace(batch=progress.batch + 1, step=progress.step + 1, bad_steps=bad_steps,
                                      totals=totals)
-        if progress.bad_steps >= training.max_bad_steps:
-            raise Diverged(f"{progress.bad_steps} non-finite or skipped steps in a row, the last one on "
-                            f"{' '.join(batch.keys)}")
+        if bad_steps >= training.max_bad_steps:
+            raise Diverged(f"{bad_steps} non-finite or skipped steps in a row, the last one on {' '.join(batch.keys)}")
         if sum_over_ranks({"stop": run.stop.is_set()})["stop"]:  # one rank may have the signal before another
             run.stop.set()
             break
@@ -543,15 +413,12 @@ def train_epoch(run: Run, progress: Progress, total_steps: int) -> Progress:
             save(run, progress)
         started = time.monotonic()
         if own_rank() == 0 and now - shown > (0.2 if sys.stdout.isatty() else 15.0):  # seconds; fewer lines in a file
-            shown, step_sec = now, totals["seconds"] / progress.batch
-            show(f"epoch {progress.epoch + 1}/{training.num_epochs}  step {progress.batch}/{len(batches)}  "
-                 f"loss {step.sums.get('loss', 0.0) / max(1, step.tokens):.3f}  "
-                 f"{totals['frames'] / totals['seconds']:.0f} frames/s  "
-                 f"left {clock(max(0, total_steps - progress.step) * step_sec)}", end="")
+            show(progress_line(progress, step, len(batches), total_steps, training.num_epochs), end="")
+            shown = now
     return progress
 
 
-def report(row: dict, num_epochs: int) -> str:
+def epoch_line(row: dict, num_epochs: int) -> str:
     """The line that train.log gets for an epoch."""
     losses = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in row if name.startswith("loss"))
     accuracies = "  ".join(f"{name} {row[f'{name}_accuracy']:.4f}" for name in ("token", "sequence", "length"))
@@ -566,7 +433,7 @@ def validate(run: Run) -> dict | None:
     batches = itertools.takewhile(lambda batch: not run.stop.is_set(), dev_batches(run))
     sums = evaluate(run.average, log_skips(run, batches), run.tokenizer.decode)
     sums = sum_over_ranks({**sums, "stop": run.stop.is_set()})
-    return None if sums["stop"] else rates(sums)
+    return None if sums["stop"] else dev_figures(sums)
 
 
 PICTURED = 3  # dev utterances that training.picture_epochs draws
@@ -615,7 +482,7 @@ def fit(run: Run, progress: Progress) -> Progress:
         progress = Progress(progress.epoch + 1, 0, progress.step, progress.bad_steps, {}, history)
         if len(history) == 1:
             say(run, f"{training.num_epochs} epochs will take about {clock(spent * training.num_epochs)}")
-        say(run, report(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
+        say(run, epoch_line(history[-1], training.num_epochs))  # before the checkpoint, which knows how long the log is
         if own_rank() == 0:
             write_reports(run.folder, history)
             if training.picture_epochs and progress.epoch % training.picture_epochs == 0:
@@ -686,29 +553,42 @@ def rehearse(run: Run, batches: Iterable[data.Batch], rate: float) -> None:
 
 
 def shape_of(value: object) -> str:
+    """The shapes of the tensors in what a module takes or gives."""
     if isinstance(value, Tensor):
         return str(tuple(value.shape)).replace(" ", "")
-    return " ".join(filter(None, map(shape_of, value))) if isinstance(value, (tuple, list)) else ""
+    if not isinstance(value, (tuple, list)):
+        return ""
+    shapes = [shape_of(x) for x in value]
+    return " ".join(shape for shape in shapes if shape)
 
 
 def traced_step(run: Run, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
     and the MB kept for the backward pass. Uses hooks, so that the shapes are those of a real step."""
-    shapes, kept = {}, {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}  # weights: 0 bytes
-    parts = [(name, part, num_parameters(part)) for name, part in run.model.named_modules()
-             if name.count(".") < 2 and num_parameters(part)]
-    hooks = [part.register_forward_hook(lambda _, given, out, name=name: shapes.update(
-                 {name: f"{shape_of(given)} -> {shape_of(out)}"})) for name, part, _ in parts if name]
+    shapes, hooks = {}, []
+    kept = {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}  # weights: 0 bytes
+    parts = {name: part for name, part in run.model.named_modules() if name.count(".") < 2 and num_parameters(part)}
+
+    def watch(name: str, part: nn.Module) -> None:
+        def note(_: nn.Module, given: tuple, out: object) -> None:
+            shapes[name] = f"  {shape_of(given)} -> {shape_of(out)}"
+        hooks.append(part.register_forward_hook(note))
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
+
+    for name, part in parts.items():
+        if name:  # not the whole model
+            watch(name, part)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rehearse(run, [batch], 0.0)
     for hook in hooks:
         hook.remove()
-    lines = [f"{'  ' * name.count('.') + (name or 'model'):<32}{count:>14,}{count / parts[0][2]:>8.1%}  "
-             f"{shapes.get(name, '')}".rstrip() for name, _, count in parts]
+    total, lines = num_parameters(run.model), []
+    for name, part in parts.items():
+        count, label = num_parameters(part), "  " * name.count(".") + (name or "model")
+        lines.append(f"{label:<32}{count:>14,}{count / total:>8.1%}{shapes.get(name, '')}")
     return lines, sum(kept.values()) / 1e6
 
 
@@ -786,7 +666,7 @@ def finish(run: Run, progress: Progress) -> int:
     say(run, f"best epoch {best['epoch']}: token accuracy {best['token_accuracy']:.4f}, sequence accuracy "
              f"{best['sequence_accuracy']:.4f}, wer {best['wer']:.4f}\n"
              f"decode with: python decode.py --ckpt {run.folder / 'checkpoints/best.pt'}")
-    failed = bool(overfit) and score(best) < (1.0, 1.0)
+    failed = bool(overfit) and accuracies(best) < (1.0, 1.0)
     if failed:
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
     if num_ranks() > 1:
@@ -809,11 +689,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
     if arguments.overfit is not None and arguments.overfit < 1:
         parser.error(f"--overfit wants 1 or more, got {arguments.overfit}")
-    given = {name for name, value in {**vars(arguments), "overrides": rest}.items() if value}
-    fresh = {"config", "overrides", "overfit"}
-    ways = fresh | {"runs"}, fresh | {"dry_run"}, {"resume"}
-    if not given & {"config", "resume"} or not any(given <= way for way in ways):
-        parser.error(f"wanted one of these, got {' '.join(argv) or 'none'}")
+    is_fresh = arguments.config or rest or arguments.overfit or arguments.runs or arguments.dry_run
+    if not (arguments.config or arguments.resume) or arguments.resume and is_fresh:
+        parser.error(f"wanted a config with its options, or --resume RUN alone, got {' '.join(argv) or 'nothing'}")
+    if arguments.dry_run and arguments.runs:
+        parser.error("--dry-run makes no run folder; leave out --runs")
     return arguments, rest
 
 
