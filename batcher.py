@@ -56,6 +56,7 @@ class Job:
     queued: float
     deadline: float
     has_left: Callable[[], bool]        # asks for its client; the same function for all jobs of a request
+    hotwords: tuple[str, ...] | None = None     # what the model is told to listen for
     taken: float = math.nan             # when its batch began, of batch_size pieces, which took infer_sec
     infer_sec: float = 0.0
     batch_size: int = 0
@@ -73,7 +74,7 @@ class Batcher:
     options: max_batch_size (utterances), max_batch_frames (padded), max_wait_ms, max_queue (utterances that may wait).
     """
 
-    def __init__(self, infer: Callable[[list[Tensor]], list], options: argparse.Namespace, metrics: "Metrics"):
+    def __init__(self, infer: Callable[[Sequence[Job]], list], options: argparse.Namespace, metrics: "Metrics"):
         self.infer = infer
         self.options = options
         self.metrics = metrics
@@ -162,7 +163,7 @@ class Batcher:
         if not kept:
             return
         try:
-            found = self.infer([job.feats for job in kept])
+            found = self.infer(kept)
         except Exception as error:
             if len(kept) == 1:
                 kept[0].outcome.set_exception(error)

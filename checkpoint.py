@@ -25,7 +25,7 @@ from data import read_file
 from downloads import check_name, check_pointer
 from funasr import (PieceTokenizer, dump_published_config, funasr_names, is_published, published_files, read_cmvn,
                     read_published_config, read_weights, write_cmvn)
-from hotwords import ContextualParaformer, SeacoParaformer
+from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
 from tokenizer import SPECIALS, Tokenizer
 
@@ -286,6 +286,8 @@ class System(NamedTuple):
     segment_sec: tuple[float, float] = SEGMENT_SEC
     batch_size: int = 16  # utterances, or segments of a long recording, in a batch at most
     batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
+    encode_list: Callable[[tuple[str, ...]], Tensor] | None = None  # hotwords.list_encoder; None: the model takes none
+    hotwords: tuple[str, ...] | None = None  # phrases to listen for in every utterance; None: no list
 
 
 Adapt = Callable[[configs.Config], configs.Config]
@@ -368,7 +370,10 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
             model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory
-    return system._replace(stats=system.stats.to(target), model=model, precision=precision)
+    encode_list = None
+    if isinstance(model, HotwordParaformer):
+        encode_list = list_encoder(model, system.tokenizer.encode_hotword)
+    return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list)
 
 
 # ---- exports ----

@@ -8,6 +8,7 @@
     torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
+    python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
     python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
@@ -37,7 +38,7 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import audio
@@ -46,6 +47,7 @@ from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import firing_spans
+from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from model import Hypotheses
 from ranks import join_processes
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
@@ -87,7 +89,8 @@ def read_result(system: System, found: Hypotheses, i: int, candidates: Sequence[
     spoken = spoken_places(ids)
     times = token_times(system, found, i, spoken)
     log_probs = found.log_probs[i, spoken].double()
-    tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end)
+    from_hotwords = found.hotword[i].tolist() if found.hotword else [False] * len(ids)
+    tokens = [Token(system.tokenizer.symbols[ids[u]], ids[u], round(p, 4), start, end, from_hotwords[u])
               for u, p, (start, end) in zip(spoken, log_probs.exp().tolist(), times)]
     words = words_of(tokens, system.tokenizer, words_apart(system))
     confidence = round(log_probs.mean().exp().item(), 4) if spoken else 0.0
@@ -111,10 +114,26 @@ def on_cpu(found: Hypotheses) -> Hypotheses:
     return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [part.cpu() for part in x] for x in found))
 
 
+Hotwords = Sequence[tuple[str, ...] | None]  # what to listen for in each utterance of a batch; None: no list
+
+
+def listening_model(system: System, hotwords: Hotwords) -> nn.Module:
+    """The model, told the hotwords of a batch. Raises ValueError if it cannot be told any."""
+    if all(phrases is None for phrases in hotwords):
+        return system.model
+    if system.encode_list is None:
+        raise ValueError(f"hotwords: {why_no_hotwords(system.model)}")
+    return system.model.with_hotwords([phrases if phrases is None else system.encode_list(phrases)
+                                       for phrases in hotwords])
+
+
 @torch.inference_mode()
-def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, list[list[Candidate]]]:
-    """Normalised features (T,F) each -> on the CPU, Hypotheses, and the candidates of each; greedy search has none."""
-    model, device = system.model, system.stats.device
+def search_batch(system: System, feats: Sequence[Tensor],
+                 hotwords: Hotwords | None = None) -> tuple[Hypotheses, list[list[Candidate]]]:
+    """Normalised features (T,F) each, and the hotwords of each, by default system.hotwords for all -> on the CPU,
+    Hypotheses, and the candidates of each; greedy search has none."""
+    model = listening_model(system, hotwords or [system.hotwords] * len(feats))
+    device = system.stats.device
     dtype = PRECISIONS[system.precision]
     lens = torch.tensor([len(x) for x in feats], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(list(feats), batch_first=True).to(device)
@@ -127,9 +146,10 @@ def search_batch(system: System, feats: Sequence[Tensor]) -> tuple[Hypotheses, l
     return on_cpu(model.decode(hidden, hidden_lens, lens, best)), candidates
 
 
-def decode_batch(system: System, feats: Sequence[Tensor]) -> Hypotheses:
-    """Normalised features (T,F) each, not all of T = 0, -> Hypotheses, on the CPU; where T = 0 there are no tokens."""
-    return search_batch(system, feats)[0]
+def decode_batch(system: System, feats: Sequence[Tensor], hotwords: Hotwords | None = None) -> Hypotheses:
+    """Normalised features (T,F) each, not all of T = 0, and hotwords as in search_batch -> Hypotheses, on the CPU;
+    where T = 0 there are no tokens."""
+    return search_batch(system, feats, hotwords)[0]
 
 
 def clip_times(system: System, result: Result, seconds: float) -> Result:
@@ -354,6 +374,7 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
         feats = item.feats[None].to(device)
         lens = torch.tensor([len(item.feats)], device=device)
         encoder_layers = model.encoder(feats, lens, need_weights=True)[2]
+        model = listening_model(system, [system.hotwords])
         cross_layers = model.cross_attention(*model.encode(feats, lens), found.tokens.to(device), found.lens.to(device))
     title = f"{item.key}: {result.text}"
     return utterance_svgs(title, item, found, tokens, system.config, encoder_layers, cross_layers, layer or 0)
@@ -388,6 +409,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
     add("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
+    add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
+        "(UTF-8) with one a line, # before a remark, or words with spaces between them")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
         "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
     add("--format", choices=list(FORMS), help="of the files in --output (default json)")
@@ -436,7 +459,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if arguments.export and arguments.dtype == "int8":
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
-        for name in ("output", "report", "plot", "batch_size", "batch_seconds", "limit", "min_segment_sec",
+        for name in ("hotwords", "output", "report", "plot", "batch_size", "batch_seconds", "limit", "min_segment_sec",
                      "max_segment_sec", *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
@@ -453,6 +476,19 @@ def greedy_system(arguments: argparse.Namespace, path: str) -> System:
     system = load_system(path, arguments.device, arguments.dtype)
     return system._replace(batch_size=arguments.batch_size, batch_seconds=arguments.batch_seconds,
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
+
+
+def with_hotwords(system: System, given: str) -> System:
+    """The system that listens for the phrases of a file, or for the words of a text, in every utterance; on standard
+    error, what is left out and what the vocabulary cannot spell. Raises ValueError."""
+    if system.encode_list is None:
+        raise ValueError(f"--hotwords: {why_no_hotwords(system.model)}")
+    phrases, weighted = read_hotwords(given)
+    if weighted:
+        print(f"{given}: the numbers at the ends of the lines are taken for weights and ignored", file=sys.stderr)
+    if warning := unknown_warning(phrases, system.tokenizer):
+        print(f"warning: --hotwords: {warning}", file=sys.stderr)
+    return system._replace(hotwords=tuple(phrases))
 
 
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset:
@@ -627,6 +663,8 @@ def load_and_run(arguments: argparse.Namespace) -> int:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
         if not arguments.inputs:
             return 0
+    if arguments.hotwords is not None:
+        system = with_hotwords(system, arguments.hotwords)
     with tempfile.TemporaryDirectory() as scratch:
         return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
 

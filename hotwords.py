@@ -12,7 +12,10 @@ filtered for each utterance, where FunASR filters for the first of a batch.
 """
 import copy
 import functools
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,61 @@ from model import SOS, Paraformer, Prediction
 NONE_OF_THEM = (SOS,)  # the last entry of every list
 LONGEST = 50  # entries that SeACo's second decoder chooses from a longer list, before "none of them" is added
 CHOOSER = 5  # its layer whose attention chooses them
+
+
+# ---- phrases ----
+
+KEPT = 64  # encoded lists that are remembered, the ones used last
+WEIGHT = re.compile(r"\s+[-+]?\d+(\.\d+)?$")  # at the end of a line, as in the files of FunASR's tools
+
+
+def split_phrases(text: str) -> list[str]:
+    """The phrases of a text: one a line, or between commas, also Chinese ones."""
+    return [phrase.strip() for phrase in re.split("[\n,\uff0c\u3001]", text) if phrase.strip()]
+
+
+def read_hotwords(given: str) -> tuple[list[str], bool]:
+    """The phrases of a file, or else the words of a text -> them, and whether weights were left out.
+
+    A file has a phrase a line; empty lines and those that begin with # are none. If every line ends in a number, as
+    FunASR's tools write it, that column is weights. Raises ValueError for a file that is not there or no UTF-8.
+    """
+    if not os.path.isfile(given):
+        if given.endswith(".txt"):
+            raise ValueError(f"{given}: wanted a file of hotwords, one a line, got no such file")
+        return given.split(), False
+    try:
+        lines = [line.strip() for line in Path(given).read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{given}: wanted hotwords in UTF-8, one a line, got {error}") from None
+    phrases = [line for line in lines if line and not line.startswith("#")]
+    if not phrases or not all(WEIGHT.search(phrase) for phrase in phrases):
+        return phrases, False
+    return [WEIGHT.sub("", phrase) for phrase in phrases], True
+
+
+def unknown_warning(phrases: Sequence[str], tokenizer) -> str:
+    """A warning that names the phrases with words that the vocabulary (a PieceTokenizer) lacks, or "" for none."""
+    missed = [phrase for phrase in phrases if tokenizer.unknown in tokenizer.encode_hotword(phrase)]
+    if not missed:
+        return ""
+    return (f"the vocabulary cannot spell, so these hotwords help little: {', '.join(missed)} (write Chinese, digits "
+            "and each word of letters apart)")
+
+
+def why_no_hotwords(model: nn.Module) -> str:
+    """What to say of a model that cannot be told hotwords."""
+    return ("wanted a model that can be told hotwords, FunASR's SeacoParaformer (paraformer-zh) or "
+            f"ContextualParaformer, got a {type(model).__name__}")
+
+
+def list_encoder(model: nn.Module, encode: Callable[[str], list[int]]) -> Callable[[tuple[str, ...]], Tensor]:
+    """What makes an encoded list of phrases. It remembers the KEPT lists used last, so that a thousand requests with
+    the same list encode it once; its cache_info() tells."""
+    @functools.lru_cache(KEPT)
+    def encode_list(phrases: tuple[str, ...]) -> Tensor:
+        return model.encode_hotwords([ids for ids in map(encode, phrases) if ids])
+    return encode_list
 
 
 # ---- the two models ----

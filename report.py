@@ -33,6 +33,7 @@ class Token(NamedTuple):
     confidence: float  # probability of this token, 0 to 1
     start: float  # seconds from the start of the recording
     end: float
+    hotword: bool = False  # whether the decoder of hotwords put it there
 
 
 class Word(NamedTuple):
@@ -174,6 +175,14 @@ def txt(outcome: Outcome) -> str:
     return outcome.result.text + "\n"
 
 
+def token_entry(token: Token) -> dict:
+    """As JSON has it: `hotword` only where it is true."""
+    entry = token._asdict()
+    if not token.hotword:
+        del entry["hotword"]
+    return entry
+
+
 def word_entry(word: Word) -> dict:
     return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
 
@@ -181,7 +190,7 @@ def word_entry(word: Word) -> dict:
 def json_row(outcome: Outcome) -> str:
     result = outcome.result
     row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
-           "duration": round(outcome.seconds, 3), "tokens": [token._asdict() for token in result.tokens],
+           "duration": round(outcome.seconds, 3), "tokens": [token_entry(token) for token in result.tokens],
            "words": [word_entry(word) for word in result.words]}
     if result.nbest:
         row["nbest"] = [alternative._asdict() for alternative in result.nbest]

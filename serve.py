@@ -27,6 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -44,8 +45,9 @@ import decode
 from audio import frame_sec, frontend, normalise, read_header
 from batcher import Batcher, Job, Metrics, deadline_passed, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, load_system
+from hotwords import split_phrases, unknown_warning, why_no_hotwords
 from openai_forms import OpenAIForm, openai_response, parse_openai_form
-from report import Result
+from report import Result, token_entry
 from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, json_response, media_type, parse_flag,
                  parse_form, shutting_down, start_log)
 
@@ -60,6 +62,7 @@ class Upload(NamedTuple):
 
     pieces: list[tuple[float, Tensor]]      # start in seconds, features (T,F) float32 on the CPU, normalised
     seconds: float                          # of all of it
+    hotwords: tuple[str, ...] | None = None     # None: no list
 
 
 class Request(NamedTuple):
@@ -137,6 +140,26 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
 
 
+MAX_HOTWORDS, MAX_HOTWORD_LENGTH = 1000, 64      # entries of a list, characters of each
+
+
+def parse_hotwords(value: Any, system: System, place: str) -> tuple[str, ...] | None:
+    """An array of phrases, or text with one a line or commas between them; None: no list. Raises Refusal 422."""
+    if value is None:
+        return None
+    if system.encode_list is None:
+        raise Refusal(422, "no_hotwords", f"{place}: {why_no_hotwords(system.model)}", place)
+    phrases = split_phrases(value) if isinstance(value, str) else value
+    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
+        raise Refusal(422, "invalid_type", f"{place}: wanted an array of strings, or a string with one phrase a line "
+                      "or commas between them", place)
+    longest = max(map(len, phrases), default=0)
+    if len(phrases) > MAX_HOTWORDS or longest > MAX_HOTWORD_LENGTH:
+        raise Refusal(422, "too_many_hotwords", f"{place}: wanted at most {MAX_HOTWORDS} phrases of at most "
+                      f"{MAX_HOTWORD_LENGTH} characters, got {len(phrases)}, the longest of {longest}", place)
+    return tuple(phrases)
+
+
 def features_upload(item: dict, system: System, max_frames: int, place: str) -> Upload:
     """{"features": ...} -> Upload. Raises Refusal."""
     dim = system.stats.shape[1]
@@ -159,7 +182,12 @@ def json_uploads(value: dict, system: System, options: argparse.Namespace) -> li
     for i, item in enumerate(batch):
         if not isinstance(item, dict):
             raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {json_type(item)}", f"batch[{i}]")
-    return [features_upload(item, system, options.max_frames, f"batch[{i}].features") for i, item in enumerate(batch)]
+    uploads = []
+    for i, item in enumerate(batch):
+        upload = features_upload(item, system, options.max_frames, f"batch[{i}].features")
+        hotwords = parse_hotwords(item.get("hotwords"), system, f"batch[{i}].hotwords")
+        uploads.append(upload._replace(hotwords=hotwords))
+    return uploads
 
 
 MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
@@ -218,6 +246,15 @@ def parse_timeout(value: Any, longest: float) -> float:
     return min(seconds, longest)
 
 
+def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: System, path: str) -> list[Upload]:
+    """The uploads with the hotwords that a request has for all of them. Raises Refusal 422."""
+    place = "hotwords"
+    if path != "/transcribe" and "hotwords" not in fields and fields.get("prompt") and system.encode_list is not None:
+        place = "prompt"        # the field of OpenAI's clients, which a model that takes none ignores
+    hotwords = parse_hotwords(fields.get(place), system, place)
+    return [upload._replace(hotwords=hotwords) if upload.hotwords is None else upload for upload in uploads]
+
+
 def parse_request(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Request:
     """A POST of any media type; /transcribe takes fields from the query too, the body's win. Raises Refusal."""
     fields: dict[str, Any] = {}         # not kept: each number of features has 24 bytes
@@ -238,6 +275,7 @@ def parse_request(head: Head, body: bytes, system: System, options: argparse.Nam
         alignment = parse_flag("alignment", fields.get("alignment"))
     else:
         openai = parse_openai_form(fields)
+    uploads = told_hotwords(uploads, fields, system, head.path)
     timeout = parse_timeout(fields.get("timeout"), options.request_timeout)
     return Request(uploads, timeout, is_batch, alignment, openai)
 
@@ -249,12 +287,13 @@ class Recognition(NamedTuple):
     weights: list[float]        # (L,) firing weight of each encoder frame
 
 
-def recognise_batch(system: System, feats: Sequence[Tensor]) -> list[Recognition]:
-    """Normalised features (T,F), T >= 1 -> a Recognition each.
+def recognise_batch(system: System, feats: Sequence[Tensor],
+                    hotwords: Sequence[tuple[str, ...] | None] | None = None) -> list[Recognition]:
+    """Normalised features (T,F), T >= 1, and for each what to listen for, as decode.decode_batch -> a Recognition each.
 
     Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
     """
-    found = decode.decode_batch(system, feats)
+    found = decode.decode_batch(system, feats, hotwords)
     mark = "▁" if system.tokenizer.unit == "word" else ""
     recognised = []
     for i, x in enumerate(feats):
@@ -263,6 +302,10 @@ def recognise_batch(system: System, feats: Sequence[Tensor]) -> list[Recognition
         frames = math.ceil(len(x) / system.config.model.encoder.subsampling)
         recognised.append(Recognition(result._replace(tokens=tokens), found.alpha[i, :frames].tolist()))
     return recognised
+
+
+def recognise_jobs(system: System, jobs: Sequence[Job]) -> list[Recognition]:
+    return recognise_batch(system, [job.feats for job in jobs], [job.hotwords for job in jobs])
 
 
 def frame_step(system: System) -> float:
@@ -309,7 +352,7 @@ class Server(Door):
         self.started = time.monotonic()
         self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.metrics = Metrics()
-        self.batcher = Batcher(lambda feats: recognise_batch(system, feats), options, self.metrics)
+        self.batcher = Batcher(partial(recognise_jobs, system), options, self.metrics)
         self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
         self.parser = ThreadPoolExecutor(1, "parser")
@@ -414,7 +457,8 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
     now = time.monotonic()
     queue, by_upload = [], []
     for upload in request.uploads:
-        jobs = [Job(feats, upload, now, complete + request.timeout, has_left, taken=now) for _, feats in upload.pieces]
+        jobs = [Job(feats, upload, now, complete + request.timeout, has_left, upload.hotwords, taken=now)
+                for _, feats in upload.pieces]
         by_upload.append(jobs)
         for job in jobs:
             if len(job.feats):
@@ -450,7 +494,10 @@ def transcribe(server: Server, head: Head, body: bytes, has_left: Callable[[], b
                    for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
         answered = {"results": results} if request.is_batch else results[0]
         response = json_response({"id": head.id, "model": server.model, **answered})
-    return response._replace(remark=f" batch {by_upload[0][0].batch_size}")
+    remark = f" batch {by_upload[0][0].batch_size}"
+    if warning := unknown_warning(request.uploads[0].hotwords or (), server.system.tokenizer):
+        remark += f" {json.dumps(warning)}"       # its escapes keep a line a line
+    return response._replace(remark=remark)
 
 
 def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognition, total_ms: float,
@@ -461,9 +508,11 @@ def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognitio
               "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
     value = {"text": found.result.text, "confidence": found.result.confidence,
-             "tokens": [token._asdict() for token in found.result.tokens],
+             "tokens": [token_entry(token) for token in found.result.tokens],
              "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
              "timing": timing}
+    if warning := unknown_warning(upload.hotwords or (), system.tokenizer):
+        value["warning"] = warning
     if alignment:
         weights = [round(weight, 4) for weight in found.weights]
         value["alignment"] = {"step": round(frame_step(system), 4), "weights": weights}

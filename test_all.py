@@ -35,6 +35,7 @@ import tracemalloc
 import unicodedata
 import warnings
 import wave
+import urllib.parse
 import xml.etree.ElementTree as ElementTree
 import zlib
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -2630,11 +2631,11 @@ def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
 def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
     seen = []
 
-    def infer(feats):
-        seen.append([len(x) for x in feats])
+    def infer(jobs):
+        seen.append([len(job.feats) for job in jobs])
         if 13 in seen[-1]:
             raise RuntimeError("poison")
-        return [serve.Recognition(report.Result(str(len(x)), 1.0, [], []), []) for x in feats]
+        return [serve.Recognition(report.Result(str(n), 1.0, [], []), []) for n in seen[-1]]
 
     now = time.monotonic()
     batcher = Batcher(infer, serve_options(), Metrics())
@@ -3961,6 +3962,24 @@ def test_training_moves_all_but_the_hotword_part(variant):
         (alike["loss"] / count).backward()
         assert torch.equal(alike["loss"], sums["loss"])
         assert all(torch.equal(plain.get_parameter(name).grad, g) for name, g in trained.items())
+
+
+# C153
+@needs_kit
+@pytest.mark.parametrize("variant", ["seaco", "contextual_alt"])
+def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path, capsys):
+    rows = [{"audio": str(KIT / f"wavs/{name}.wav"), "text": "我 在 人"} for name in WAVS]
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
+    arguments = [str(HERE / "configs/finetune.yaml"), "--runs", str(tmp_path / "runs"), f"--data.train={manifest}",
+                 f"--training.init_from={KIT / variant}", "--training.device=cpu", "--training.num_epochs=3",
+                 "--training.weight_decay=0.1", "--training.average_decay=0.9"]
+    assert train.main(arguments) == 0
+    saved = str(tmp_path / "runs/latest/checkpoints/latest.pt")
+    assert decode.main(["--device", "cpu", "--ckpt", saved, "--export", str(tmp_path / "out")]) == 0
+    before, after = (funasr.read_weights(folder / "model.pt") for folder in (KIT / variant, tmp_path / "out"))
+    assert set(before) == set(after)
+    kept = {name for name, x in before.items() if torch.equal(x, after[name])}
+    assert kept == {name for name in before if re.search("bias_[edo]|hotword|seaco|lstm_proj|embed.0", name)}
 
 
 # C140
@@ -5544,7 +5563,7 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = audio.frontend(*audio.load_wav(good), tiny_system().config.data, tiny_system().stats)
     wanted = decode.transcribe(tiny_system(), [feats])[0]
-    assert rows[0]["text"] == wanted.text and rows[0]["tokens"] == [t._asdict() for t in wanted.tokens]
+    assert rows[0]["text"] == wanted.text and rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens]
     assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
 
 
@@ -5951,7 +5970,7 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     assert "broken.wav: wanted finite samples, got nan at sample 60000" in err and "%WER 0.00" in err
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
-    assert rows[0]["tokens"] == [t._asdict() for t in wanted.tokens] and max(sizes) < 8200
+    assert rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens] and max(sizes) < 8200
 
 
 # C81
@@ -6093,6 +6112,74 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
             else:  # times from the firing, FunASR's words
                 assert " ".join(word["word"] for word in got["words"]) == case["pred_timestamp"]["text"]
     assert equal > 0
+
+
+# C44 C150 C155
+@needs_kit
+@pytest.mark.parametrize("variant", HOTWORD_KITS)
+def test_decode_with_hotwords_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys):
+    """results.json, for all recordings in one batch: FunASR's results of each alone, with each list but x2.5 and x0."""
+    results, out = hotword_results(variant), tmp_path / "out.jsonl"
+    wavs = [str(KIT / f"wavs/{name}.wav") for name in results]
+    equal = flagged = 0
+    for case in ("none", "empty", "one", "several", "oov", "file", "many"):
+        words = hotword_phrases(variant, case)
+        given = str(KIT / variant / "hotwords.txt") if case == "file" else " ".join(words or [])
+        options = [] if case == "none" else ["--hotwords", given]
+        assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", "--output", str(out), *options, *wavs]) == 0
+        for line, result in zip(out.read_text(encoding="utf-8").splitlines(), results.values()):
+            got, expected = json.loads(line), result["hot"][case]
+            assert [token["id"] for token in got["tokens"]] == expected["ids"]
+            if "no_bias_rows" in expected and case != "none":
+                rows = zip(expected["ids_raw"], expected["no_bias_rows"])
+                wanted = [not kept for id, kept in rows if id not in (BLANK, SOS, EOS)]
+                assert [token.get("hotword", False) for token in got["tokens"]] == wanted
+                flagged += sum(wanted)
+            if funasr_keeps([token["token"] for token in got["tokens"]]):
+                equal += 1
+                assert got["text"] == expected["text"]
+                times = [[round(word["start"] * 1000), round(word["end"] * 1000)] for word in got["words"]]
+                assert times == expected.get("timestamp", times)
+    assert equal > 0 and (flagged > 20 or "seaco" not in variant)
+
+
+# C155
+@needs_kit
+@pytest.mark.parametrize("content, phrases, weighted", [
+    ("\ufeffhello world\n\n# names\n  我 在 这里 \nthanks", ["hello world", "我 在 这里", "thanks"], False),
+    ("hello world 20\n我在 -5\n", ["hello world", "我在"], True), ("我\t3.5\r\n", ["我"], True),
+    ("hello 7\nthanks\n", ["hello 7", "thanks"], False), ("# none\n", [], False)])
+def test_a_file_of_hotwords_has_a_phrase_a_line_remarks_and_weights_that_are_ignored(tmp_path, capsys, content, phrases,
+                                                                                    weighted):
+    path = tmp_path / "words.txt"
+    path.write_text(content, encoding="utf-8")
+    assert hotwords.read_hotwords(str(path)) == (phrases, weighted)
+    system = decode.with_hotwords(checkpoint.load_system(KIT / "seaco", "cpu"), str(path))
+    assert system.hotwords == tuple(phrases)
+    assert ("taken for weights and ignored" in capsys.readouterr().err) == weighted
+
+
+# C155
+@needs_kit
+def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
+    system = checkpoint.load_system(KIT / "seaco", "cpu")
+    decode.with_hotwords(system, "hello AI大 龘 我-在 我在")
+    assert "cannot spell, so these hotwords help little: AI大, 龘, 我-在 (write" in capsys.readouterr().err
+    decode.with_hotwords(system, "hello 我在")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    for variant, given, error in (
+            ("sanm", "hello", "--hotwords: wanted a model that can be told hotwords, FunASR's SeacoParaformer "
+             "(paraformer-zh) or ContextualParaformer, got a Paraformer"),
+            ("seaco", str(tmp_path / "none.txt"), "none.txt: wanted a file of hotwords, one a line, got no such file"),
+            ("seaco", str(tmp_path / "latin.txt"), "latin.txt: wanted hotwords in UTF-8, one a line, got ")):
+        wav = str(KIT / "wavs/fsdd_dev_a.wav")
+        assert decode.main(["--device", "cpu", "--ckpt", str(KIT / variant), "--hotwords", given, wav]) == 2
+        said = capsys.readouterr().err
+        assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
+    feats = [torch.zeros(9, 560)]
+    with pytest.raises(ValueError, match="hotwords: wanted a model that can be told hotwords"):
+        decode.transcribe(checkpoint.load_system(KIT / "sanm", "cpu")._replace(hotwords=("a",)), feats)
 
 
 # C45
@@ -6584,6 +6671,88 @@ def test_openai_formats_by_hand():
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
     assert [d["type"] for d in deltas] == ["transcript.text.delta", "transcript.text.done"]
     assert deltas[1]["text"] == "one two six"
+
+
+@pytest.fixture(scope="module")
+def hotword_server():
+    if not KIT.is_dir():
+        pytest.skip("../shared/funasr_kit is not here")
+    with serving(checkpoint.load_system(KIT / "seaco", "cpu"), max_wait_ms=500.0) as started:
+        yield started
+
+
+def hotword_case(case: str) -> tuple[list[str], list[int], bytes]:
+    """A list's phrases, what FunASR hears in fsdd_dev_a with it, that recording."""
+    return (hotword_phrases("seaco", case), hotword_results("seaco")["fsdd_dev_a"]["hot"][case]["ids"],
+            (KIT / "wavs/fsdd_dev_a.wav").read_bytes())
+
+
+# C156
+@needs_kit
+def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword_server):
+    phrases, ids, recording = hotword_case("several")
+    file = ('name="file"; filename="a.wav"', recording)
+    query = "/transcribe?hotwords=" + urllib.parse.quote(",".join(phrases))
+    for request in (oai(field("hotwords", "\n".join(phrases)), file, path="/transcribe"),
+                    post(query, "audio/wav", recording)):
+        status, _, body = exchange(hotword_server, request)
+        answered = json.loads(body)
+        assert status == 200 and [token["id"] for token in answered["tokens"]] == ids and "warning" not in answered
+        assert [token.get("hotword") for token in answered["tokens"]] == [None, True, *[None] * 5]
+    text = hotword_results("seaco")["fsdd_dev_a"]["hot"]["several"]["text"]
+    plain = hotword_results("seaco")["fsdd_dev_a"]["hot"]["none"]["text"]
+    unknown = decode.transcribe_recording(hotword_server.system._replace(hotwords=("你",)), recording).text
+    for fields, wanted in (([field("prompt", ", ".join(phrases))], text), ([field("hotwords", "，".join(phrases))], text),
+                           ([field("prompt", "")], plain),
+                           ([field("hotwords", "你"), field("prompt", phrases[0])], unknown)):
+        status, _, body = exchange(hotword_server, oai(*fields, file))
+        assert status == 200 and json.loads(body)["text"] == wanted
+    named, last = '"the vocabulary cannot spell, so these hotwords help little: \\u4f60', time.monotonic() + 5
+    while not any(named in line for line in hotword_server.lines):  # logged behind the answer
+        assert time.monotonic() < last
+        time.sleep(0.01)
+
+
+# C156
+@needs_kit
+def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is_not_encoded_again(hotword_server):
+    feats = recorded("seaco", "fsdd_dev_a")["feats"]
+    stats = hotword_server.system.stats
+    raw = (feats / stats[1] + stats[0]).tolist()
+    cases = ("none", "one", "several", "many", "empty")
+    items = [{"features": raw} if case == "none" else {"features": raw, "hotwords": hotword_phrases("seaco", case)}
+             for case in cases]
+    before = hotword_server.system.encode_list.cache_info()
+    for _ in range(3):
+        status, _, body = exchange(hotword_server, post_json({"batch": items}))
+        answers = json.loads(body)["results"]
+        assert status == 200 and {answer["timing"]["batch_size"] for answer in answers} == {5}
+        for case, answer in zip(cases, answers):
+            expected = hotword_results("seaco")["fsdd_dev_a"]["hot"][case]
+            assert [token["id"] for token in answer["tokens"]] == expected["ids"]
+    after = hotword_server.system.encode_list.cache_info()
+    assert after.misses - before.misses <= 4 <= 8 <= after.hits - before.hits and after.maxsize == hotwords.KEPT
+
+
+# C156
+@needs_kit
+@pytest.mark.parametrize("value, code", [
+    (["a"] * 1001, "too_many_hotwords"), (["字" * 65], "too_many_hotwords"), ([1], "invalid_type"), (7, "invalid_type"),
+    ({"a": 1}, "invalid_type"), ("字" * 65, "too_many_hotwords")])
+def test_hotwords_of_a_wrong_kind_or_too_many_are_422(hotword_server, value, code):
+    status, _, body = exchange(hotword_server, post_json({"features": [[0.0] * 560] * 3, "hotwords": value}))
+    error = json.loads(body)["error"]
+    assert (status, error["code"], error["param"]) == (422, code, "hotwords")
+
+
+# C156
+def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(server):
+    for request in (post_json({"features": [Z], "hotwords": ["a"]}), oai(field("hotwords", "a"), FILE)):
+        status, _, body = exchange(server, request)
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (422, "no_hotwords") and "SeacoParaformer (paraformer-zh)" in error["message"]
+    assert exchange(server, oai(field("prompt", "a, b"), FILE))[0] == 200
+
 
 @needs_kit
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
