@@ -4539,6 +4539,14 @@ def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckp
 
 # ---- train: decisions ----
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """train.main catches SIGINT and SIGTERM; the tests behind it have Python's own handlers again."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("schedule, steps", [
     ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 60: 0.6, 110: 0.2, 500: 0.2}),
     ("inverse_sqrt", {0: 0.1, 9: 1.0, 39: 0.5, 89: 1 / 3}),
@@ -4909,13 +4917,19 @@ def test_the_toy_config_learns_its_task(tmp_path):
 # ---- train: survival ----
 
 ZYGOTE = """
-import json, os, sys, traceback
+import json, os, sys, time, traceback
 import train
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     if "wait" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        deadline, ended, status = time.monotonic() + 180, 0, 0
+        while not ended:
+            ended, status = os.waitpid(order["wait"], os.WNOHANG)
+            time.sleep(0.002)
+            if time.monotonic() > deadline:
+                os.kill(order["wait"], 9)
+        print(os.waitstatus_to_exitcode(status), flush=True)
         continue
     pid = os.fork()
     if pid:
@@ -4964,6 +4978,13 @@ def zygote():
     zygote = Zygote()
     yield zygote
     zygote.process.communicate(timeout=20)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.001)
 
 
 def logged(run: Path) -> str:
@@ -5016,8 +5037,7 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
     while done < kills:
         runs = tmp_path / str(next(trials))
         pid = zygote.start(tmp_path / "out", *argv, f"--data.num_workers={workers}", "--runs", str(runs))
-        while not (runs / "latest").exists():  # before it there is nothing to resume
-            time.sleep(0.001)
+        wait_for(runs / "latest")
         run = run_of(runs)
         for _ in range(min(5, kills - done)):
             time.sleep(rng.uniform(0.0, 0.5 * seconds))
@@ -5038,8 +5058,7 @@ def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothi
     argv, whole, seconds = whole_run
     argv = [a for a in argv if "checkpoint_steps" not in a]
     pid = zygote.start(tmp_path / "out", *argv, "--runs", str(tmp_path / "runs"))
-    while not (tmp_path / "runs/latest").exists():
-        time.sleep(0.001)
+    wait_for(tmp_path / "runs/latest")
     os.kill(pid, number)
     assert zygote.wait(pid) == 0
     run, out = run_of(tmp_path / "runs"), (tmp_path / "out").read_text()
@@ -5326,8 +5345,7 @@ def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_
 def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp_path, number):
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.num_epochs=1000"]
     pids = start_ranks(zygote, tmp_path / "out", 2, *argv, "--runs", str(tmp_path / "runs"))
-    while not (tmp_path / "runs/latest").exists():
-        time.sleep(0.001)
+    wait_for(tmp_path / "runs/latest")
     os.kill(pids[1], number)
     codes = [zygote.wait(pid) for pid in pids]
     out = (tmp_path / "out0").read_text()
