@@ -4,7 +4,7 @@
     python corpora.py --help                                    the public corpora that it knows
 
 A manifest is JSON lines with audio, text, speaker, key and duration, one file for each split.
-Needs numpy, torch, audio.py and data.py.
+Needs numpy, torch, audio.py, data.py and manifests.py.
 """
 import argparse
 import json
@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from audio import audio_seconds, load_wav, resample, save_wav
-from data import generator, read_table, scan_lines, write_atomic
+from data import generator, write_atomic
+from manifests import read_table, scan_lines
 
 
 # ---- corpora ----

@@ -48,6 +48,7 @@ from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
+from manifests import read_inputs, read_stdin
 from model import Hypotheses
 from ranks import join_processes
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
@@ -505,7 +506,7 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset
         raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
     rows = []
     for path in inputs:
-        rows += data.read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else data.read_inputs(path)
+        rows += read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else read_inputs(path)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
                                 stats=stats, for_training=False, whole_sec=system.segment_sec[1])
 

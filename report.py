@@ -1,7 +1,7 @@
 """Results in files: txt, json, srt, vtt, tsv and ctm; error rates and confusions; report.html.
 
-Needs torch, numpy, tokenizer.py, audio.py, data.py, funasr.py, model.py and plot.py. Everything here is a function of
-results, which decode.py makes.
+Needs torch, numpy, tokenizer.py, audio.py, manifests.py, data.py, funasr.py, model.py and plot.py. Everything here is a
+function of results, which decode.py makes.
 Sources: Bisani & Ney 2004 (intervals); whisper's tsv; NIST's ctm.
 """
 import html
@@ -17,8 +17,9 @@ import numpy as np
 from torch import Tensor
 
 from audio import frame_sec
-from data import RECORDINGS, Utterance, write_atomic
+from data import Utterance, write_atomic
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, spell_words
+from manifests import RECORDINGS
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
 from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,

@@ -63,6 +63,7 @@ import downloads
 import funasr
 import funasr_layers
 import hotwords
+import manifests
 import model
 import openai_forms
 import plot
@@ -2133,12 +2134,12 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         "\ufeff" + json.dumps({"audio": "a.wav", "text": "eins", "key": "u1", "duration": 1, "speaker": "s"}), "",
         {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 2.5},
         {"key": "u3", "source": "sub/c.wav", "target": "vier", "source_len": 9}])
-    assert list(data.Manifest(mine)) == [
-        data.Row("u1", str(tmp_path / "a.wav"), "eins", 1), data.Row("b", "/abs/b.wav", "zwei  drei", 2.5),
-        data.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
-    assert list(data.Manifest(tmp_path / "kaldi")) == [
-        data.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
-        data.Row("u2", "/abs/b.wav", "zwei  drei", None), data.Row("u3", "", "vier", None)]
+    assert list(manifests.Manifest(mine)) == [
+        manifests.Row("u1", str(tmp_path / "a.wav"), "eins", 1), manifests.Row("b", "/abs/b.wav", "zwei  drei", 2.5),
+        manifests.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
+    assert list(manifests.Manifest(tmp_path / "kaldi")) == [
+        manifests.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
+        manifests.Row("u2", "/abs/b.wav", "zwei  drei", None), manifests.Row("u3", "", "vier", None)]
 
 
 # C18
@@ -2154,7 +2155,7 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
 def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
     with pytest.raises(ValueError, match=words) as error:
-        data.Manifest(path)
+        manifests.Manifest(path)
     assert str(error.value).startswith(f"{path}:3: ")
 
 
@@ -2167,7 +2168,7 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
     if text is not None:
         (tmp_path / "text").write_text(text)
     with pytest.raises(ValueError, match=words):
-        data.Manifest(tmp_path)
+        manifests.Manifest(tmp_path)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -2186,7 +2187,7 @@ def shards(folder: Path) -> list[Path]:
 def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path, monkeypatch):
     *_, comma = paths = shards(tmp_path)
     monkeypatch.chdir(tmp_path)
-    keys = lambda source: [manifest[i].key for manifest in [data.Manifest(source)] for i in range(len(manifest))]
+    keys = lambda source: [manifest[i].key for manifest in [manifests.Manifest(source)] for i in range(len(manifest))]
     assert keys("s-*.jsonl") == keys("s-2.jsonl , s-1.jsonl")[1:] + ["2"] == ["0", "1", "2"]
     assert keys("s-?.jsonl,kaldi") == keys(tmp_path / "s-1.jsonl") + keys(f"s-2.jsonl,{paths[2]}") == list("012345")
     assert keys(str(comma)) == keys(comma) == ["6"] == keys(f"{tmp_path}/a?b.jsonl")
@@ -2202,24 +2203,24 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
         assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
         with pytest.raises(ValueError, match=words):
-            data.Manifest(source)
+            manifests.Manifest(source)
     write_manifest(tmp_path / "s-[2].jsonl", [{"audio": "sub/9.wav", "text": "a"}])     # which matches s-2.jsonl
     assert keys("s-[2].jsonl") == keys("s-[2].jsonl,s-[2].jsonl")[1:] == ["9"]
     write_manifest(tmp_path / "s-2.jsonl", ["{}"])
     with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
-        data.Manifest("s-*.jsonl")
+        manifests.Manifest("s-*.jsonl")
 
 
 # C94
 def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):
     paths = shards(tmp_path)
-    parsed = [row for path in paths for _, row in data.scan_rows(path)]
-    manifest = data.Manifest(",".join(map(str, paths[:3])))
+    parsed = [row for path in paths for _, row in manifests.scan_rows(path)]
+    manifest = manifests.Manifest(",".join(map(str, paths[:3])))
     again = [manifest[i] for i in random.Random(0).sample(range(6), 6)]
-    assert sorted(again) == parsed[:6] and data.Manifest(paths[3])[0] == parsed[6]
-    assert parsed[0] == data.Row("0", f"{tmp_path}/sub/0.wav", "text 0 \u00e9", None)
-    assert parsed[3:6] == [data.Row("3", f"{tmp_path}/kaldi/gr\u00fcn.wav", "drei  mal", None),
-                           data.Row("4", "/b  c.wav", "", None), data.Row("5", "", "\u4e94", None)]
+    assert sorted(again) == parsed[:6] and manifests.Manifest(paths[3])[0] == parsed[6]
+    assert parsed[0] == manifests.Row("0", f"{tmp_path}/sub/0.wav", "text 0 \u00e9", None)
+    assert parsed[3:6] == [manifests.Row("3", f"{tmp_path}/kaldi/gr\u00fcn.wav", "drei  mal", None),
+                           manifests.Row("4", "/b  c.wav", "", None), manifests.Row("5", "", "\u4e94", None)]
     seconds = [row.duration for row in parsed[:6]]
     np.testing.assert_array_equal(manifest.index["seconds"], np.array(seconds, float))
     audio.save_wav(tmp_path / "kaldi/gr\u00fcn.wav", tone(0.5, 8000), 8000)        # a duration from its header
@@ -2247,8 +2248,8 @@ def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
                           (tmp_path / "plain", "plain: wanted a manifest, or a Kaldi folder with wav.scp"),
                           (tmp_path / "kaldi", "kaldi/text: wanted a text file, got a folder")):
         with pytest.raises(ValueError, match=words):
-            data.Manifest(source)
-    read = lambda content: data.read_stdin(io.BytesIO(content), tmp_path / "copy")
+            manifests.Manifest(source)
+    read = lambda content: manifests.read_stdin(io.BytesIO(content), tmp_path / "copy")
     for content, words in ((wav(b"ab", 1, 16, 0), "wanted one channel"), (b"ID3\0 an mp3", ".* ffmpeg")):
         dataset = data.ManifestDataset(read(content), data_options(), letters, for_training=False)
         assert re.match(f"unreadable: .*: {words}", dataset[0].reason) and dataset[0].key == "stdin"
@@ -2281,11 +2282,11 @@ def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
     (tmp_path / "wav.scp").write_text("".join(f"{name} /data/aishell/wav/{name}.wav\n" for name in names))
     (tmp_path / "text").write_text("".join(f"{name} some words that are said\n" for name in names))
     tracemalloc.start()
-    rows = data.Manifest(tmp_path)
+    rows = manifests.Manifest(tmp_path)
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert kept / 20000 < 200
-    assert rows[7] == data.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
+    assert rows[7] == manifests.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
 
 
 # C94
@@ -7058,7 +7059,7 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1,
-          "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
+          "manifests": 1, "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]

@@ -1,0 +1,210 @@
+"""The rows of manifests, Kaldi folders and the inputs of a command line: which recordings, and what is said in them.
+
+Reading order: a row and its line, Kaldi folders, several manifests as one, inputs. Needs numpy; imports nothing of
+ours, so it can be copied alone. Bad input is a ValueError that names the place.
+"""
+import glob
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    key: str
+    audio: str                      # path, "" = none given
+    text: str
+    duration: float | None          # seconds
+
+
+AUDIO_NAMES = ("audio", "audio_filepath", "source")     # ours, NeMo's, FunASR's
+TEXT_NAMES = ("text", "target")
+
+
+def printable(text: str) -> str:
+    """Lone surrogates, from a file name that is not UTF-8 or \\ud800 in JSON, become U+FFFD: UTF-8 cannot hold them."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def read_line(raw: bytes, place: str) -> str:
+    """A line without byte order mark and surrounding spaces. Raises ValueError (place, wanted, got) if not UTF-8."""
+    try:
+        return raw.decode().removeprefix("\ufeff").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{place}: wanted UTF-8, got {raw[:40]!r}") from None
+
+
+def scan_lines(path: str | os.PathLike, name: str = "") -> Iterator[tuple[str, int, str]]:
+    """Lines that are not blank, as (place, byte where it starts, line); place is path:line, or name:line if given.
+    Raises ValueError if path is no file or a line is not UTF-8."""
+    if not os.path.isfile(path):
+        found = "none of that name"
+        if os.path.exists(path):
+            found = "a folder" if os.path.isdir(path) else "a pipe or device, which is not read twice; make it a file"
+        raise ValueError(f"{path}: wanted a text file, got {found}")
+    start = 0
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            place = f"{name or path}:{number}"
+            if line := read_line(raw, place):
+                yield place, start, line
+            start += len(raw)
+
+
+def parse_row(line: str, folder: str, place: str) -> Row:
+    """One JSON line of a manifest; paths are relative to `folder`. Raises ValueError: place, wanted, got."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r}")
+    audio = next((fields[name] for name in AUDIO_NAMES if name in fields), None)
+    text = next((fields[name] for name in TEXT_NAMES if name in fields), "")
+    duration = fields.get("duration")
+    if not isinstance(audio, str) or not audio:
+        raise ValueError(f"{place}: wanted a path under {' or '.join(AUDIO_NAMES)}, got {audio!r} in {line[:60]}")
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: wanted a string under {' or '.join(TEXT_NAMES)}, got {text!r}")
+    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < 1e9):
+        raise ValueError(f"{place}: wanted seconds as duration, from 0 to below 1e9, got {duration!r:.60}")
+    if fields.get("offset"):
+        raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
+    key = fields.get("key")
+    if key is None:
+        key = os.path.splitext(os.path.basename(audio))[0]      # os.path: Path is 8 x slower
+    return Row(printable(str(key)), os.path.join(folder, audio), printable(text), duration)
+
+
+def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
+    """A Kaldi table, lines `key value` -> {key: (value, file:line)}. Raises ValueError if a key stands twice."""
+    table: dict[str, tuple[str, str]] = {}
+    for place, _, line in scan_lines(path):
+        key, *value = line.split(None, 1)
+        if key in table:
+            raise ValueError(f"{place}: wanted every key once, got {key!r} again, first at {table[key][1]}")
+        table[key] = ("".join(value), place)
+    return table
+
+
+def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
+    """Rows of wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and `segments`."""
+    if not os.path.exists(f"{folder}/wav.scp"):
+        raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp and text, got a folder without")
+    if os.path.exists(f"{folder}/segments"):
+        raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
+    audio = read_table(f"{folder}/wav.scp")
+    texts = read_table(f"{folder}/text")
+    for key, (path, place) in audio.items():
+        if path.endswith("|") or not path:
+            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
+        text, _ = texts.get(key, ("", ""))
+        yield Row(key, os.path.join(folder, path), text, None)
+    for key, (text, _) in texts.items():
+        if key not in audio:
+            yield Row(key, "", text, None)
+
+
+def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
+    """(start, row): the byte where a row's line of a JSON-lines manifest starts, or its number in a Kaldi folder."""
+    if os.path.isdir(path):
+        return enumerate(scan_kaldi(path))
+    folder = os.path.dirname(path)
+    return ((start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
+
+
+def find_manifests(source: str | os.PathLike) -> list[str]:
+    """The manifests and Kaldi folders that `source` names: a path, a shell pattern, or several separated by commas.
+
+    A pattern that matches nothing stays, for whoever opens it to report. Raises ValueError for an empty name.
+    """
+    text = os.fspath(source)
+    names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise ValueError(f"{text!r}: wanted manifests, patterns or Kaldi folders between commas, got an empty name")
+    paths = []
+    for name in names:
+        matching = [] if os.path.exists(name) else sorted(glob.glob(name))
+        paths += matching or [name]
+    return paths
+
+
+class Manifest:
+    """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
+
+    source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
+    Only `index` stays in memory, one array that worker processes share: where each row starts, and its seconds (NaN =
+    not given). manifest[i] reads its row from the file again; ValueError if there is none any more. The rows of a
+    Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much.
+    """
+
+    ENTRY = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
+
+    def __init__(self, source: str | os.PathLike):
+        self.paths = find_manifests(source)
+        self.folders: dict[str, list[bytes]] = {path: [] for path in self.paths if os.path.isdir(path)}
+        self.index = np.fromiter(self._entries(), self.ENTRY)
+
+    def _entries(self) -> Iterator[tuple[int, int, float | None]]:
+        for number, path in enumerate(self.paths):
+            for start, row in scan_rows(path):
+                if path in self.folders:
+                    self.folders[path].append(json.dumps(row).encode())
+                yield number, start, row.duration
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Row:
+        number, start, _ = self.index[index].item()
+        path = self.paths[number]
+        if path in self.folders:
+            return Row(*json.loads(self.folders[path][start]))
+        place = f"{path}, byte {start} (has the file changed?)"
+        with open(path, "rb") as file:
+            file.seek(start)
+            return parse_row(read_line(file.readline(), place), os.path.dirname(path), place)
+
+
+RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
+
+
+def read_inputs(name: str | os.PathLike) -> list[Row]:
+    """Rows of one input of a command line: a manifest (.jsonl, .json), a Kaldi folder (with wav.scp), another folder
+    (every recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty
+    folder or name."""
+    path = Path(name)
+    if not os.fspath(name):     # Path("") is here
+        raise ValueError("wanted recordings, folders or manifests, got an empty name")
+    if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
+        return [row for _, row in scan_rows(path)]
+    found = [path]
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
+    if not found:
+        raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
+    return [Row(printable(str(p)), str(p), "", None) for p in found]
+
+
+def read_stdin(stdin: BinaryIO, copy: Path) -> list[Row]:
+    """Rows of standard input, a recording, or lines that are each an input or a manifest's line. Written to `copy`."""
+    with open(copy, "wb") as file:
+        shutil.copyfileobj(stdin, file)
+    with open(copy, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise ValueError("standard input: wanted a recording or lines, got nothing")
+    if b"\0" in head:       # every recording has zero bytes, no text has
+        return [Row("stdin", str(copy), "", None)]
+    rows = []
+    for place, _, line in scan_lines(copy, "-"):
+        if line.startswith("{"):
+            rows.append(parse_row(line, "", place))
+        else:
+            rows += read_inputs(line)
+    return rows
