@@ -4,6 +4,7 @@
     python bench.py decode                how configs/paraformer_large.yaml loads and runs, with random weights
     python bench.py decode a.pt b.pt      a table of their speed and errors, greedily and by beam
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
+    python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
 
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """
@@ -169,7 +170,7 @@ MEASURE = """
 import re, sys, time, torch
 def in_mb(field):
     return int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-folder, dtype, layout, threads = sys.argv[1:]
+folder, dtype, layout, threads, hotwords = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch_mb = in_mb("VmRSS")
 started = time.perf_counter()
@@ -178,6 +179,8 @@ from checkpoint import load_system
 from decode import transcribe
 system = load_system(folder, "cpu", dtype, layout == "laid out")
 loaded = time.perf_counter()
+if hotwords:
+    system = system._replace(hotwords=tuple(hotwords.split()))
 samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
 transcribe(system, [frontend(samples, 16000, system.config.data, system.stats)])
 done = time.perf_counter()
@@ -189,26 +192,36 @@ LOADS = ((1, 10), (8, 10), (1, 60), (8, 60))  # utterances in a batch, seconds o
 TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
 
 
-def loading_figures() -> None:
-    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
-    and to recognise, beside the matrix products that it cannot do without."""
-    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+def large_system(config: configs.Config) -> System:
+    """One with random weights and 8404 symbols, for features of configs/paraformer_large.yaml."""
     symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
     torch.manual_seed(0)
     model = build(config.model, feature_dim(config.data), len(symbols))
     stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
-    system = System(config, PieceTokenizer(symbols, None), stats, model)
+    pieces = {symbol: [symbol] for symbol in symbols[3:-1]}
+    return System(config, PieceTokenizer(symbols, pieces), stats, model)
+
+
+def measure_fresh(folder: str, dtype: str, layout: str, hotwords: Sequence[str] = ()) -> None:
+    """Print MEASURE's line, from a process of its own."""
+    command = [sys.executable, "-c", MEASURE, folder, dtype, layout, str(torch.get_num_threads()), " ".join(hotwords)]
+    if subprocess.run(command, cwd=HERE).returncode:
+        raise ValueError(f"the process that measures {dtype} {layout} has failed")
+
+
+def loading_figures() -> None:
+    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
+    and to recognise, beside the matrix products that it cannot do without."""
+    system = large_system(configs.load(str(HERE / "configs/paraformer_large.yaml")))
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
-        print(f"{sum(x.nbytes for x in model.parameters()) / 1e6:.0f} MB of weights in float32, "
+        print(f"{sum(x.nbytes for x in system.model.parameters()) / 1e6:.0f} MB of weights in float32, "
               f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
               "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
               "precision  weights   to load   to text        MB    peak", flush=True)
         layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
         for layout in layouts:
-            command = [sys.executable, "-c", MEASURE, folder, *layout, str(torch.get_num_threads())]
-            if subprocess.run(command, cwd=HERE).returncode:
-                raise ValueError(f"the process that measures {' '.join(layout)} has failed")
+            measure_fresh(folder, *layout)
         time_loads({layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts})
 
 
@@ -518,7 +531,57 @@ def measure_serve(argv: Sequence[str]) -> None:
     serving_figures(serve.parse_arguments(argv))
 
 
-MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve}
+# ---- hotwords ----
+
+LISTS = (0, 10, 100)  # hotwords in a list
+
+
+def measure_hotwords(arguments: Sequence[str]) -> None:
+    """Print what hotwords cost a SeacoParaformer of FunASR's size with random weights, for one recording of 10 s."""
+    if arguments:
+        raise ValueError(f"hotwords: wanted no arguments, got {' '.join(arguments)}")
+    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+    second = replace(config.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
+    section = replace(config.model, name="seaco", predictor=replace(config.model.predictor, upsampling=3),
+                      hotwords=configs.HotwordConfig(decoder=second))
+    system = large_system(replace(config, model=section))
+    words = [chr(0x4e00 + i) + chr(0x5e00 + i) for i in range(max(LISTS))]
+    layouts = [layout for layout in (("float32", "mapped"), ("int8", "laid out"))
+               if runs_on(layout[0], torch.device("cpu"))]
+    with tempfile.TemporaryDirectory() as folder:
+        export_directory(system, Path(folder))
+        print(f"{sum(x.numel() for x in system.model.parameters()) / 1e6:.0f} M parameters, "
+              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
+              "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
+              "hotwords precision  weights   to load   to text        MB    peak", flush=True)
+        for layout in layouts:
+            for count in LISTS:
+                print(f"{count:8} ", end="", flush=True)
+                measure_fresh(folder, *layout, words[:count])
+        print("\nMilliseconds of the model, median (least to most), with a list that is kept, and of encoding one\n"
+              "hotwords precision    model                  encoding")
+        for dtype, layout in layouts:
+            time_lists(load_system(folder, "cpu", dtype, layout == "laid out"), dtype, words)
+
+
+@torch.inference_mode()
+def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
+    samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
+    feats = [frontend(samples, 16000, system.config.data, system.stats)]
+    calls = []
+    for count in LISTS:
+        phrases = tuple(words[:count])
+        listening = system._replace(hotwords=phrases if count else None)
+        calls.append(partial(decode_batch, listening, feats))
+        calls.append(partial(system.encode_list.__wrapped__, phrases))
+    ms = 1000 * time_turns(TIMINGS, *calls)
+    for i, count in enumerate(LISTS):
+        model_ms, list_ms = ms[2 * i], ms[2 * i + 1]
+        extent = f"({model_ms.min():.0f} to {model_ms.max():.0f})"
+        print(f"{count:8} {dtype:9}{np.median(model_ms):8.0f} {extent:18}{np.median(list_ms):10.1f}", flush=True)
+
+
+MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords}
 
 
 def main(argv: Sequence[str]) -> int:

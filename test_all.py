@@ -3965,6 +3965,14 @@ def test_training_moves_all_but_the_hotword_part(variant):
         assert all(torch.equal(plain.get_parameter(name).grad, g) for name, g in trained.items())
 
 
+def test_a_model_with_hotwords_is_not_trained_from_random_weights(tmp_path, capsys):
+    sanm = {"kind": "sanm", "hidden_dim": 16, "num_heads": 2}
+    path = tmp_path / "a.yaml"
+    path.write_text(config.dump_yaml({"model": {"name": "contextual", "encoder": sanm, "decoder": sanm}}))
+    assert train.main([str(path), "--runs", str(tmp_path / "runs")]) == 2
+    assert "model.name: a contextual starts from a published one, as training does not" in capsys.readouterr().err
+
+
 # C153
 @needs_kit
 @pytest.mark.parametrize("variant", ["seaco", "contextual_alt"])
@@ -7039,7 +7047,7 @@ def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", None)  # nobody asks for a number
     assert bench.main(["decode"]) == 0
     out = capsys.readouterr().out
-    assert ", 3 threads\n" in out and {command[-1] for command in commands} == {"3"}
+    assert ", 3 threads\n" in out and {command[-2] for command in commands} == {"3"}
 
 
 @slow
@@ -7054,6 +7062,18 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
             assert re.search(rf"^{load} +{layout} +\d+\.\d +\d+ \(\d+ to \d+\) +\d+\.\d +\d+\.\d\d% +\d+%$", text, re.M)
+
+
+@slow
+def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capfd):
+    shrink_benchmark(monkeypatch)
+    monkeypatch.setattr(bench, "TIMINGS", 2)
+    monkeypatch.setattr(bench, "LISTS", (0, 3))
+    assert bench.main(["hotwords"]) == 0
+    text = capfd.readouterr().out
+    for count in (0, 3):
+        assert re.search(rf"^ +{count} float32 +mapped( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
+        assert re.search(rf"^ +{count} float32 +\d+ \(\d+ to \d+\) +\d+\.\d$", text, re.M)
 
 
 # ---- the project: layout, floors, documents ----

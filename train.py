@@ -52,7 +52,7 @@ import data
 from audio import compute_stats
 from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, load_weights,
                         pick_device, save_run)
-from funasr import PieceTokenizer
+from funasr import HOTWORD_MODELS, PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
@@ -227,7 +227,11 @@ def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer
 
 
 def fresh(config: configs.Config) -> System:
-    """A tokenizer and statistics of the training data, and a model with random weights."""
+    """A tokenizer and statistics of the training data, and a model with random weights. Raises ValueError for a model
+    with a part that training leaves as it is."""
+    if config.model.name in HOTWORD_MODELS:
+        raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach it "
+                         "to read hotwords: training.init_from=DIR")
     tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
     plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
                               config.model.encoder.subsampling)
