@@ -205,31 +205,69 @@ def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
     return converted
 
 
-def place_of(source: str | os.PathLike | bytes) -> str:
-    return "<bytes>" if isinstance(source, bytes) else str(source)
+class Part(NamedTuple):
+    """`seconds` of a recording (a path or a file's bytes) from `offset` on; None: from the start, to the end."""
+    recording: str | os.PathLike | bytes
+    offset: float | None = None
+    seconds: float | None = None
+
+
+Source = str | os.PathLike | bytes | Part
+
+OVERSHOOT_SEC = 0.5     # a part may end so far behind its recording and is cut, as by Kaldi's extract-segments
+ROUNDED_SEC = 0.1       # what `seconds` without an offset may fall short of the whole: rounded, or padded by an encoder
+
+
+def cut_header(header: WavHeader, part: Part) -> WavHeader:
+    """The header of the part alone, to the sample. Raises ValueError if the recording does not hold it."""
+    start = part.offset or 0.0
+    whole = header.num_samples / header.rate_hz
+    end = whole if part.seconds is None else start + part.seconds
+    if start > whole or end > whole + OVERSHOOT_SEC:
+        raise ValueError(f"wanted the part from {start:g} to {end:g} s, got a recording of {whole:.3f} s")
+    if part.offset is None and whole - end < ROUNDED_SEC:
+        return header
+    first = round(start * header.rate_hz)
+    last = min(round(end * header.rate_hz), header.num_samples)
+    size = header.channels * header.size
+    return header._replace(start=header.start + first * size, num_samples=last - first)
+
+
+def as_part(source: Source) -> Part:
+    return source if isinstance(source, Part) else Part(source)
+
+
+def place_of(source: Source) -> str:
+    recording = as_part(source).recording
+    return "<bytes>" if isinstance(recording, bytes) else str(recording)
+
+
+def open_bytes(recording: str | os.PathLike | bytes) -> BinaryIO:
+    return io.BytesIO(recording) if isinstance(recording, bytes) else open(recording, "rb")
 
 
 @contextlib.contextmanager
-def open_recording(source: str | os.PathLike | bytes) -> Iterator[tuple[BinaryIO, WavHeader]]:
-    """The WAV of a recording, from a path or a file's bytes, and its header.
+def open_recording(source: Source) -> Iterator[tuple[BinaryIO, WavHeader]]:
+    """The WAV of a recording and its header; of a Part, the header of that alone.
 
     WAV and RF64 of SAMPLE_TYPES are read here, every other format through ffmpeg where it is installed.
     A ValueError, also one that the block of the `with` raises, is prefixed with the path.
     """
-    in_memory = isinstance(source, bytes)
+    part = as_part(source)
+    recording = part.recording
     try:
-        with io.BytesIO(source) if in_memory else open(source, "rb") as file:
+        with open_bytes(recording) as file:
             if header := read_header(file):
-                yield file, header
+                yield file, cut_header(header, part)
                 return
-        with ffmpeg_to_wav(source if in_memory else os.fspath(source)) as file:
-            yield file, read_header(file)
+        with ffmpeg_to_wav(recording if isinstance(recording, bytes) else os.fspath(recording)) as file:
+            yield file, cut_header(read_header(file), part)
     except ValueError as error:
         raise ValueError(f"{place_of(source)}: {error}") from None
 
 
-def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
-    """A recording, from a path or a file's bytes -> samples (N,) float32 in [-1,1), and their rate in Hz.
+def load_wav(source: Source) -> tuple[Tensor, int]:
+    """A recording -> samples (N,) float32 in [-1,1), and their rate in Hz.
 
     Channels are averaged; of two that cancel each other the louder one is read, with a warning. Float samples are taken
     as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
@@ -239,17 +277,18 @@ def load_wav(source: str | os.PathLike | bytes) -> tuple[Tensor, int]:
         return read_samples(file, header), header.rate_hz
 
 
-def audio_seconds(path: str | os.PathLike) -> float | None:
+def audio_seconds(source: Source) -> float | None:
     """Duration of a recording: of WAV and FLAC by their headers, of others by decoding; None if it cannot be read."""
+    part = as_part(source)
     try:
-        with open(path, "rb") as file:
+        with open_bytes(part.recording) as file:
             head = file.read(26)
         word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
         rate_hz = word >> 44
         num_samples = word % 2**36
-        if head[:4] == b"fLaC" and rate_hz and num_samples:
+        if head[:4] == b"fLaC" and rate_hz and num_samples and part[1:] == (None, None):
             return num_samples / rate_hz
-        with open_recording(path) as (_, header):
+        with open_recording(part) as (_, header):
             return header.num_samples / header.rate_hz
     except (OSError, ValueError):
         return None
@@ -326,7 +365,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     return out.view(-1)[:num_out]
 
 
-def stream(source: str | os.PathLike | bytes, rate_hz: int) -> Iterator[Tensor]:
+def stream(source: Source, rate_hz: int) -> Iterator[Tensor]:
     """The samples that load_wav and resample make of a recording, in pieces, in constant memory. Raises as load_wav."""
     with open_recording(source) as (file, header):
         header = choose_channel(file, header, place_of(source))
@@ -442,8 +481,8 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
         start += end
 
 
-def segments(source: str | os.PathLike | bytes, options, min_sec: float, max_sec: float) -> Iterator[Segment]:
-    """A recording, from a path or a file's bytes, cut at pauses; memory does not grow with it. Raises as load_wav."""
+def segments(source: Source, options, min_sec: float, max_sec: float) -> Iterator[Segment]:
+    """A recording cut at pauses; memory does not grow with it. Raises as load_wav."""
     return cut_at_pauses(stream(source, options.sample_rate), options.sample_rate, min_sec, max_sec)
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from audio import (FRAME_SEC, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames, open_recording,
-                   read_samples, resample)
+from audio import (FRAME_SEC, SHIFT_SEC, Part, audio_seconds, choose_channel, frontend, normalise, num_frames,
+                   open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, scan_rows
 
 
@@ -286,6 +286,11 @@ class ToySeq2SeqDataset(Dataset):
 # ---- recordings ----
 
 
+def part_of(row: Row) -> Part:
+    """What a row asks to be read."""
+    return Part(row.audio, row.offset, row.duration)
+
+
 @dataclass(eq=False)
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
@@ -320,11 +325,11 @@ class ManifestDataset(Dataset):
 
     @functools.cached_property
     def durations(self) -> np.ndarray:
-        """Seconds of every recording: as the manifest says, else by the header, file by file; 0 if that has none."""
+        """Seconds of every part: as the manifest says, else by the header, file by file; 0 if that has none."""
         given = [row.duration for row in self.rows] if isinstance(self.rows, list) else self.rows.index["seconds"]
         seconds = np.array(given, np.float64)       # None becomes NaN
         for index in np.flatnonzero(np.isnan(seconds)):
-            seconds[index] = audio_seconds(self.rows[index].audio) or 0.0
+            seconds[index] = audio_seconds(part_of(self.rows[index])) or 0.0
         return seconds
 
     def lengths(self, epoch: int = 0) -> np.ndarray:
@@ -359,7 +364,7 @@ class ManifestDataset(Dataset):
             raise Unusable("no audio: wav.scp has no line for it")
         samples = torch.zeros(0)
         try:
-            with open_recording(row.audio) as (file, header):
+            with open_recording(part_of(row)) as (file, header):
                 seconds = header.num_samples / header.rate_hz
                 if seconds <= self.whole_sec:
                     samples = read_samples(file, choose_channel(file, header, row.audio))

@@ -238,9 +238,9 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
     return Result(text_of(tokens, words, system.tokenizer.unit), confidence, tokens, words)
 
 
-def transcribe_recording(system: System, source: str | os.PathLike | bytes) -> Result:
-    """A recording of any length, from a path or a file's bytes -> its Result; what is longer than
-    system.segment_sec[1] is cut at pauses by `data.segments`, and there is no n-best of it.
+def transcribe_recording(system: System, source: audio.Source) -> Result:
+    """A recording of any length -> its Result; what is longer than system.segment_sec[1] is cut at pauses by
+    `audio.segments`, and there is no n-best of it.
 
     Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
     """
@@ -276,7 +276,7 @@ def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utteranc
     """The Outcome of an item and its result. A recording too long to be read whole has no features: it is cut here."""
     if item.seconds > system.segment_sec[1] and not len(item.feats):
         try:
-            result = transcribe_recording(system, dataset.rows[index].audio)
+            result = transcribe_recording(system, data.part_of(dataset.rows[index]))
         except (RuntimeError, ValueError, OSError) as error:
             return Outcome(index, item.key, reason=f"unreadable: {error}")
     return Outcome(index, item.key, item.seconds, item.text.strip(), clip_times(system, result, item.seconds))

@@ -19,7 +19,8 @@ class Row(NamedTuple):
     key: str
     audio: str                      # path, "" = none given
     text: str
-    duration: float | None          # seconds
+    duration: float | None          # seconds that are read
+    offset: float | None = None     # seconds from where on; None: from the start
 
 
 AUDIO_NAMES = ("audio", "audio_filepath", "source")     # ours, NeMo's, FunASR's
@@ -56,6 +57,14 @@ def scan_lines(path: str | os.PathLike, name: str = "") -> Iterator[tuple[str, i
             start += len(raw)
 
 
+def read_seconds(fields: dict, name: str, place: str) -> float | None:
+    """fields[name], None where there is none. Raises ValueError: place, wanted, got."""
+    seconds = fields.get(name)
+    if seconds is not None and not (type(seconds) in (int, float) and 0 <= seconds < 1e9):
+        raise ValueError(f"{place}: wanted seconds as {name}, from 0 to below 1e9, got {seconds!r:.60}")
+    return seconds
+
+
 def parse_row(line: str, folder: str, place: str) -> Row:
     """One JSON line of a manifest; paths are relative to `folder`. Raises ValueError: place, wanted, got."""
     try:
@@ -66,19 +75,16 @@ def parse_row(line: str, folder: str, place: str) -> Row:
         raise ValueError(f"{place}: wanted a JSON object, got {line[:60]!r}")
     audio = next((fields[name] for name in AUDIO_NAMES if name in fields), None)
     text = next((fields[name] for name in TEXT_NAMES if name in fields), "")
-    duration = fields.get("duration")
+    duration = read_seconds(fields, "duration", place)
+    offset = read_seconds(fields, "offset", place)
     if not isinstance(audio, str) or not audio:
         raise ValueError(f"{place}: wanted a path under {' or '.join(AUDIO_NAMES)}, got {audio!r} in {line[:60]}")
     if not isinstance(text, str):
         raise ValueError(f"{place}: wanted a string under {' or '.join(TEXT_NAMES)}, got {text!r}")
-    if duration is not None and not (type(duration) in (int, float) and 0 <= duration < 1e9):
-        raise ValueError(f"{place}: wanted seconds as duration, from 0 to below 1e9, got {duration!r:.60}")
-    if fields.get("offset"):
-        raise ValueError(f"{place}: wanted whole recordings, got offset {fields['offset']!r}; cut them first")
     key = fields.get("key")
     if key is None:
         key = os.path.splitext(os.path.basename(audio))[0]      # os.path: Path is 8 x slower
-    return Row(printable(str(key)), os.path.join(folder, audio), printable(text), duration)
+    return Row(printable(str(key)), os.path.join(folder, audio), printable(text), duration, offset)
 
 
 def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
@@ -92,21 +98,46 @@ def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
     return table
 
 
+def read_segments(path: str | os.PathLike) -> dict[str, tuple[str, float, float | None]]:
+    """Kaldi's `segments`, lines `key recording start end` in seconds -> {key: (recording, offset, duration)}.
+
+    An end of -1 is the recording's (duration None). Raises ValueError for another line.
+    """
+    segments: dict[str, tuple[str, float, float | None]] = {}
+    for key, (value, place) in read_table(path).items():
+        try:
+            recording, *times = value.split()
+            start, end = map(float, times)
+        except ValueError:
+            raise ValueError(f"{place}: wanted KEY RECORDING START END, got {key} {value}") from None
+        if not (0 <= start < 1e9 and (end == -1 or start < end < 1e9)):
+            raise ValueError(f"{place}: wanted 0 <= START < END in seconds, or END -1, got {start:g} and {end:g}")
+        segments[key] = (recording, start, None if end == -1 else end - start)
+    return segments
+
+
 def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
-    """Rows of wav.scp (plain paths, relative to the folder) and text. Raises ValueError for pipes and `segments`."""
+    """Rows of wav.scp (plain paths, relative to the folder) and, where they are, of `segments` and `text`.
+
+    Of a key that only `text` or `segments` has, audio is "". Raises ValueError for a pipe.
+    """
     if not os.path.exists(f"{folder}/wav.scp"):
-        raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp and text, got a folder without")
-    if os.path.exists(f"{folder}/segments"):
-        raise ValueError(f"{folder}/segments: wanted one recording an utterance, got segments; cut them first")
-    audio = read_table(f"{folder}/wav.scp")
-    texts = read_table(f"{folder}/text")
-    for key, (path, place) in audio.items():
+        raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp, got a folder without")
+    audio = {}
+    for key, (path, place) in read_table(f"{folder}/wav.scp").items():
         if path.endswith("|") or not path:
             raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
+        audio[key] = os.path.join(folder, path)
+    texts = read_table(f"{folder}/text") if os.path.exists(f"{folder}/text") else {}
+    if os.path.exists(f"{folder}/segments"):
+        parts = read_segments(f"{folder}/segments")
+    else:
+        parts = {key: (key, None, None) for key in audio}
+    for key, (recording, offset, duration) in parts.items():
         text, _ = texts.get(key, ("", ""))
-        yield Row(key, os.path.join(folder, path), text, None)
+        yield Row(key, audio.get(recording, ""), text, duration, offset)
     for key, (text, _) in texts.items():
-        if key not in audio:
+        if key not in parts:
             yield Row(key, "", text, None)
 
 

@@ -2151,7 +2151,7 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
     ('{"audio": "a.wav", "duration": NaN}', "wanted seconds as duration, from 0 to below 1e9, got nan"),
     ('{"audio": "a.wav", "duration": %s}' % ("9" * 400), "wanted seconds as duration, .* got 9{60}$"),
     ('{"audio": "a.wav", "duration": 1e9}', "wanted seconds as duration, .* got 1000000000.0"),
-    ('{"audio": "a.wav", "duration": 1, "offset": 2.5}', "whole recordings, got offset 2.5")])
+    ('{"audio": "a.wav", "duration": 1, "offset": -1}', "wanted seconds as offset, .* got -1")])
 def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
     with pytest.raises(ValueError, match=words) as error:
@@ -2162,13 +2162,72 @@ def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
 @pytest.mark.parametrize("scp,text,words", [
     ("u1 a.wav\nu2 sox a.wav |\n", "u1 a\n", r"wav.scp:2: wanted a path, got 'sox a.wav \|'"),
     ("u1 a.wav\nu1 b.wav\n", "u1 a\n", "wav.scp:2: wanted every key once, got 'u1'"),
-    ("u1\n", "u1 a\n", "wav.scp:1: wanted a path, got 'nothing'"), ("u1 a.wav\n", None, "text: wanted a text file")])
+    ("u1\n", "u1 a\n", "wav.scp:1: wanted a path, got 'nothing'")])
 def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
     (tmp_path / "wav.scp").write_text(scp)
-    if text is not None:
-        (tmp_path / "text").write_text(text)
+    (tmp_path / "text").write_text(text)
     with pytest.raises(ValueError, match=words):
         manifests.Manifest(tmp_path)
+
+
+@pytest.mark.parametrize("line,words", [
+    ("p1 r1 0", "wanted KEY RECORDING START END"), ("p1 r1 0 1 2", "wanted KEY"), ("p1", "wanted KEY"),
+    ("p1 r1 a 1", "wanted KEY"), ("p1 r1 -1 1", "wanted 0 <= START < END"), ("p1 r1 1 1", "wanted 0 <= START < END"),
+    ("p1 r1 0 nan", "wanted 0 <= START"), ("p1 r1 0 -2", "wanted 0 <= START")])
+def test_a_bad_line_of_segments_is_named(tmp_path, line, words):
+    (tmp_path / "wav.scp").write_text("r1 a.wav\n")
+    (tmp_path / "segments").write_text(f"p0 r1 0 1\n{line}\n")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/segments:2: {words}"):
+        manifests.Manifest(tmp_path)
+
+
+# C18
+def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):
+    """Of a NeMo manifest and of Kaldi's segments: the samples, the frames that are planned, the seconds, the text."""
+    whole = torch.from_numpy(tone(1.1, 8000) * np.linspace(0, 1, 8800)).float()
+    audio.save_wav(tmp_path / "a.wav", whole.numpy(), 8000)
+    saved = audio.load_wav(tmp_path / "a.wav")[0]
+    for offset, seconds, first, last in (
+            (0.0, 0.22, 0, 1760), (0.5, 0.22, 4000, 5760), (0.5, None, 4000, 8800), (None, 0.22, 0, 1760),
+            (None, 1.05, 0, 8800), (None, 1.3, 0, 8800), (None, 1.6, 0, 8800), (0.0, 1.05, 0, 8400),
+            (1.1, None, 8800, 8800), (1.0, 0.6, 8000, 8800), (0.0001, 0.0002, 1, 2)):
+        part = audio.Part(tmp_path / "a.wav", offset, seconds)
+        assert torch.equal(audio.load_wav(part)[0], saved[first:last]), part
+        assert audio.audio_seconds(part) == (last - first) / 8000
+        assert torch.equal(torch.cat(list(audio.stream(part, 8000)) or [saved[:0]]), saved[first:last])
+    for offset, seconds in ((None, 1.61), (0.0, 1.61), (1.11, None), (1.0, 0.61)):
+        with pytest.raises(ValueError, match="a.wav: wanted the part from .* got a recording of 1.100 s"):
+            audio.load_wav(audio.Part(tmp_path / "a.wav", offset, seconds))
+    rows = [{"audio_filepath": "a.wav", "text": "a", "offset": 0.0, "duration": 0.22},
+            {"audio_filepath": "a.wav", "text": "b", "offset": 0.5, "duration": 0.3},
+            {"audio_filepath": "a.wav", "text": "c", "offset": 0.6}, {"audio": "a.wav", "text": "d", "offset": 2.0}]
+    (tmp_path / "wav.scp").write_text("r1 a.wav\n")
+    (tmp_path / "segments").write_text("p1 r1 0 0.22\np2 r1 0.5 0.8\np3 r1 0.6 -1\np4 r1 2 3\np5 r9 0 1\n")
+    (tmp_path / "text").write_text("p1 a\np2 b\np3 c\np4 d\np5 e\n")
+    for source in (write_manifest(tmp_path / "m.jsonl", rows), tmp_path):
+        dataset = data.ManifestDataset(source, data_options(), letters)
+        for i, (text, first, last) in enumerate((("a", 0, 1760), ("b", 4000, 6400), ("c", 4800, 8800))):
+            wanted = audio.frontend(saved[first:last], 8000, data_options())
+            assert torch.equal(dataset[i].feats, wanted) and dataset.lengths()[i] == len(wanted)
+            assert (dataset[i].text, dataset[i].seconds) == (text, (last - first) / 8000)
+        assert re.match("unreadable: .*a.wav: wanted the part from 2 to", dataset[3].reason)
+    assert dataset[4] == data.Skip("p5", "no audio: wav.scp has no line for it") and len(dataset) == 5
+
+
+# C18
+def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):
+    """A short one, and one that is cut at its pauses; times begin with the part."""
+    system = tiny_system()._replace(segment_sec=(0.5, 3.0))
+    samples = audio.load_wav(long_wav(tmp_path / "whole.wav"))[0]
+    for offset, seconds in ((1.5, 10.0), (2.0, 2.5)):
+        first, last = round(8000 * offset), round(8000 * (offset + seconds))
+        audio.save_wav(tmp_path / "alone.wav", samples[first:last], 8000)
+        rows = [manifests.Row("u", str(tmp_path / "whole.wav"), "", seconds, offset),
+                manifests.Row("u", str(tmp_path / "alone.wav"), "", None)]
+        dataset = data.ManifestDataset(rows, system.config.data, system.tokenizer.encode, stats=system.stats,
+                                       for_training=False, whole_sec=3.0)
+        part, alone = (decode.recognise_inputs(system, dataset, [i])[0] for i in range(2))
+        assert part.result == alone.result and len(part.result.tokens) > 5 and part.seconds == alone.seconds == seconds
 
 
 def shards(folder: Path) -> list[Path]:
