@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import config as configs
 import data
@@ -23,11 +22,12 @@ from audio import feature_dim
 from baselines import CTC, Search, Transformer
 from data import read_file
 from downloads import check_name, check_pointer
-from funasr import (PieceTokenizer, dump_published_config, funasr_names, is_published, published_files, read_cmvn,
-                    read_published_config, read_weights, write_cmvn)
+from funasr import (PieceTokenizer, dump_published_config, funasr_names, is_published, load_model, published_files,
+                    read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
 from tokenizer import SPECIALS, Tokenizer
+from weights import load_weights
 
 
 # ---- by name, and from a file ----
@@ -105,37 +105,6 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return {**state, "config": without_retired(state["config"])}
 
 
-def same_name(name: str) -> list[str]:
-    return [name]
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
-                 names: Callable[[str], list[str]] = same_name, adopt: bool = False) -> None:
-    """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
-
-    names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
-    themselves replace the model's own and are not copied.
-    """
-    own = model.state_dict()
-    wanted = {}
-    for name, x in own.items():
-        parts = names(name)
-        part = x if len(parts) == 1 else x.chunk(len(parts))[0]
-        wanted.update(dict.fromkeys(parts, tuple(part.shape)))
-    wrong = [f"missing {name}" for name in wanted if name not in weights]
-    wrong += [f"unused {name}" for name in weights if name not in wanted]
-    wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
-              if name in weights and weights[name].shape != shape]
-    if wrong:
-        raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
-    found = {}
-    for name, x in own.items():
-        parts = [weights[part] for part in names(name)]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        found[name] = whole.to(x.dtype)
-    model.load_state_dict(found, assign=adopt)
-
-
 # ---- the checkpoints of a run ----
 
 def save_run(folder: Path, state: dict, is_best: bool) -> None:
@@ -178,35 +147,11 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
 
 # ---- weights that FunASR publishes ----
 
-class WithoutInit(TorchFunctionMode):
-    """Within it, new modules leave their weights uninitialised and draw no random numbers."""
-
-    INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self.INITIALISERS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
                    mapped: bool = True) -> nn.Module:
-    """The model of these options with the weights of FunASR's model.pt. Raises as `read_weights`, with the sizes wanted
-    and found if the file is too short, and `load_weights`."""
-    with WithoutInit():  # every tensor comes from the file
-        model = build(options, input_dim, vocab_size)
-    try:
-        weights = read_weights(path, mapped)
-    except ValueError as error:
-        found = os.path.getsize(path) if os.path.exists(path) else 0
-        needed = sum(x.nbytes for x in model.state_dict().values())
-        if not 0 < found < needed:
-            raise
-        raise ValueError(f"{error}; half a download? Its config asks for {needed:,} bytes at least, it has {found:,}"
-                         ) from None
-    load_weights(model, weights, str(path), lambda name: funasr_names(name, options), adopt=True)
-    return model
+    """The model of these options with the weights of FunASR's model.pt. Raises as `load_model`."""
+    return load_model(lambda: build(options, input_dim, vocab_size), path,
+                      lambda name: funasr_names(name, options), mapped)
 
 
 # ---- weights repacked for recognition on a CPU ----

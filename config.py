@@ -418,12 +418,12 @@ def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
     return replace(base, **new)
 
 
-def from_dict(values: dict, place: str) -> Config:
-    """Config from nested plain dicts; what they leave out has its default. Checks keys and types, not the rules: raises
-    ValueError that begins with `place` for an unknown key or a wrong type."""
+def from_dict(values: dict, place: str, base: Any = Config()) -> Any:
+    """base, a dataclass like Config, with nested plain dicts in place of its values. Checks keys and types, not the
+    rules: raises ValueError that begins with `place` for an unknown key or a wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
-    return _merge(Config(), values, place)
+    return _merge(base, values, place)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
@@ -21,12 +21,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
 from data import read_file, write_atomic
 from downloads import check_files, check_kind
 from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols
+from weights import WithoutInit, load_weights
 
 
 # ---- options and files ----
@@ -158,7 +159,7 @@ def read_published_config(path: str | Path) -> Config:
         values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
-    parts = {part: _translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
+    parts = {part: translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
     width = parts["encoder"]["hidden_dim"]
     decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
@@ -166,7 +167,7 @@ def read_published_config(path: str | Path) -> Config:
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
     if model["name"] == "seaco":
-        model["hotwords"]["decoder"] = {"hidden_dim": width, **_translate(values, "seaco_decoder", str(path))}
+        model["hotwords"]["decoder"] = {"hidden_dim": width, **translate(values, "seaco_decoder", str(path))}
     if model["name"] in HOTWORD_MODELS:
         _check_hotwords(values, width, str(path))
     config = from_dict({"model": model, "data": {"kind": "manifest", **parts["frontend"]}}, str(path))
@@ -195,7 +196,7 @@ def _check_hotwords(values: dict, width: int, place: str) -> None:
                 raise ValueError(f"{place}: {part}_conf.{option} is not implemented for a {values['model']}")
 
 
-def _translate(values: dict, part: str, place: str) -> dict:
+def translate(values: dict, part: str, place: str) -> dict:
     """{our field or section: value} for a part of FunASR's config. Raises ValueError."""
     classes, name, options = PUBLISHED[part], values.get(part), values.get(f"{part}_conf") or {}
     if not isinstance(name, str) or not isinstance(options, dict):
@@ -337,6 +338,12 @@ RENAMES = {  # part and kind: our names in it -> FunASR's; {k,v}: two of its ten
 }
 
 
+def rename(name: str, table: dict[str, str]) -> str:
+    """name with the parts between its dots that are keys of the table replaced, the longest first."""
+    ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
+    return re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
+
+
 def funasr_names(name: str, options) -> list[str]:
     """FunASR's names of the tensors that make our tensor `name`. Raises ValueError if FunASR has no such layer."""
     part = name.split(".")[0]
@@ -345,8 +352,7 @@ def funasr_names(name: str, options) -> list[str]:
     if table is None:
         raise ValueError(f"model.{part}.kind {kind}: FunASR has no such layer; its kinds are "
                          f"{', '.join(key.split()[1] for key in RENAMES if key.startswith(part + ' '))}")
-    ours = "|".join(re.escape(key) for key in sorted(table, key=len, reverse=True))
-    theirs = re.sub(rf"(?<![^.])(?:{ours})(?![^.])", lambda match: table[match[0]], name)
+    theirs = rename(name, table)
     if "{k,v}" in theirs:
         return [theirs.replace("{k,v}", "k"), theirs.replace("{k,v}", "v")]
     return [theirs]
@@ -364,6 +370,25 @@ def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tens
     if not isinstance(state, dict) or not state or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path}: wanted tensors by name, got {type(state).__name__}")
     return {name.removeprefix("module."): x for name, x in state.items()}
+
+
+def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: Callable[[str], list[str]],
+               mapped: bool = True) -> nn.Module:
+    """What `build` makes, with the weights of FunASR's model.pt; names as in load_weights. Raises as
+    `read_weights`, with the sizes wanted and found if the file is too short, and `load_weights`."""
+    with WithoutInit():  # every tensor comes from the file
+        model = build()
+    try:
+        weights = read_weights(path, mapped)
+    except ValueError as error:
+        found = os.path.getsize(path) if os.path.exists(path) else 0
+        needed = sum(x.nbytes for x in model.state_dict().values())
+        if not 0 < found < needed:
+            raise
+        raise ValueError(f"{error}; half a download? Its config asks for {needed:,} bytes at least, it has {found:,}"
+                         ) from None
+    load_weights(model, weights, str(path), names, adopt=True)
+    return model
 
 
 # ---- am.mvn ----

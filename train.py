@@ -50,8 +50,8 @@ import audio
 import config as configs
 import data
 from audio import compute_stats
-from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, load_weights,
-                        pick_device, save_run)
+from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, pick_device,
+                        save_run)
 from funasr import HOTWORD_MODELS, PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
@@ -59,6 +59,7 @@ from report import utterance_svgs
 from step import (Step, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
                   recompute_blocks, train_step)
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
+from weights import load_weights
 
 
 # ---- decisions ----
