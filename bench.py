@@ -44,12 +44,13 @@ from baselines import Search
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
                     read_result, with_search)
+from dry_run import num_parameters, rehearse
 from funasr import PieceTokenizer
 from model import Hypotheses
 from report import Outcome, Score, score
 from serve import load_warm, recognise_batch
 from tokenizer import Counts
-from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, num_parameters, rehearse, save
+from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, save
 
 
 HERE = Path(__file__).resolve().parent

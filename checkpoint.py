@@ -1,15 +1,17 @@
 """A model from its name, from a checkpoint of train.py or from a directory of FunASR's; and back into files.
 
 Reading order: by name, checkpoints and strict loading, FunASR's weights, weights repacked for CPUs, a system that is
-ready to recognise, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
+ready to recognise, what training starts from, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
 """
 import ctypes
+import functools
+import itertools
 import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,12 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-from audio import feature_dim
+from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from data import read_file
 from downloads import check_name, check_pointer
-from funasr import (PieceTokenizer, dump_published_config, funasr_names, is_published, load_model, published_files,
-                    read_cmvn, read_published_config, write_cmvn)
+from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funasr_names, is_published, load_model,
+                    published_files, read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
 from tokenizer import SPECIALS, Tokenizer
@@ -319,6 +321,55 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     if isinstance(model, HotwordParaformer):
         encode_list = list_encoder(model, system.tokenizer.encode_hotword)
     return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list)
+
+
+# ---- what training starts from ----
+
+STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
+
+
+def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
+    """config with the model and the front end of another one; its data, augmentation, training and mwer stay."""
+    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
+    mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
+    return replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
+
+
+def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
+    """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
+    unknown, = tokenizer.encode("\ue000")  # a private-use character, which no vocabulary has
+    ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
+    missed = [text for id, text in ids if id == unknown]
+    if 2 * len(missed) > len(ids):
+        raise ValueError(f"training.init_from={place}: wanted a vocabulary for the training texts, got one without "
+                         f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
+
+
+def fresh(config: configs.Config) -> System:
+    """A tokenizer and statistics of the training data, and a model with random weights. Raises ValueError for a model
+    with a part that training leaves as it is."""
+    if config.model.name in HOTWORD_MODELS:
+        raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach it "
+                         "to read hotwords: training.init_from=DIR")
+    tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
+    plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
+                              config.model.encoder.subsampling)
+    items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
+    stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
+    return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
+
+
+def start_from(config: configs.Config) -> System:
+    """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
+    section and front end then replace those of config. Raises ValueError if they do not fit the data."""
+    place = config.training.init_from
+    if not place:
+        return fresh(config)
+    system = load_parts(place, adapt=functools.partial(with_model, config))
+    configs.check(system.config, f"training.init_from={place}")
+    texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
+    check_vocabulary(texts, system.tokenizer, place)
+    return system
 
 
 # ---- exports ----

@@ -3103,7 +3103,7 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.02)
     ours = config.Config(model=config.ModelConfig(mwer_weight=2.0, mwer_samples=3))
     theirs = config.Config(model=config.ModelConfig(sampling_ratio=0.25))
-    merged = train.with_model(ours, theirs).model
+    merged = checkpoint.with_model(ours, theirs).model
     assert (merged.mwer_weight, merged.mwer_samples, merged.sampling_ratio) == (2.0, 3, 0.25)
 
 
@@ -7140,7 +7140,7 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1,
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "openai_forms": 5,
+          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import copy
 import errno
-import functools
 import itertools
 import json
 import os
@@ -34,7 +33,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from timeit import timeit
 from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
@@ -49,10 +47,9 @@ from torch import Tensor, distributed, nn
 import audio
 import config as configs
 import data
-from audio import compute_stats
-from checkpoint import (CHECKPOINT_FORMAT, System, build, last_checkpoint, load_parts, load_state, pick_device,
-                        save_run)
-from funasr import HOTWORD_MODELS, PieceTokenizer
+from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from)
+from dry_run import clock, describe, num_parameters
+from funasr import PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
@@ -181,13 +178,6 @@ def say(run: Run, line: str, own: bool = False) -> None:
 
 # ---- what is trained, and its checkpoints ----
 
-STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
-
-
-def num_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 class Progress(NamedTuple):
     """Where a run stands: enough, with model and optimizer, to go on as if it had not stopped."""
 
@@ -208,50 +198,6 @@ def overfitting(config: configs.Config, count: int) -> configs.Config:
                        target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
                        warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
     return replace(config, training=training)
-
-
-def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
-    """config with the model and the front end of another one; its data, augmentation, training and mwer stay."""
-    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
-    mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
-    return replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
-
-
-def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
-    """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
-    unknown, = tokenizer.encode("\ue000")  # a private-use character, which no vocabulary has
-    ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
-    missed = [text for id, text in ids if id == unknown]
-    if 2 * len(missed) > len(ids):
-        raise ValueError(f"training.init_from={place}: wanted a vocabulary for the training texts, got one without "
-                         f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
-
-
-def fresh(config: configs.Config) -> System:
-    """A tokenizer and statistics of the training data, and a model with random weights. Raises ValueError for a model
-    with a part that training leaves as it is."""
-    if config.model.name in HOTWORD_MODELS:
-        raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach it "
-                         "to read hotwords: training.init_from=DIR")
-    tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
-    plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
-                              config.model.encoder.subsampling)
-    items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
-    stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
-    return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
-
-
-def start_from(config: configs.Config) -> System:
-    """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
-    section and front end then replace those of config. Raises ValueError if they do not fit the data."""
-    place = config.training.init_from
-    if not place:
-        return fresh(config)
-    system = load_parts(place, adapt=functools.partial(with_model, config))
-    configs.check(system.config, f"training.init_from={place}")
-    texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
-    check_vocabulary(texts, system.tokenizer, place)
-    return system
 
 
 def open_split(system: System, split: str, augment: bool) -> torch.utils.data.Dataset:
@@ -356,10 +302,6 @@ def dev_batches(run: Run) -> Iterable[data.Batch]:
     lengths = run.dev_set.lengths()[:training.overfit or None]
     batches = data.make_batches(lengths, training.batch_size, training.batch_frames, shuffle=False)
     return data.loader(run.dev_set, batches[own_rank()::num_ranks()])
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def log_skips(run: Run, batches: Iterable[data.Batch]) -> Iterator[data.Batch]:
@@ -549,73 +491,6 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
     return run, progress
 
 
-# ---- the dry run ----
-
-def rehearse(run: Run, batches: Iterable[data.Batch], rate: float) -> None:
-    """Training steps outside a run: nothing is logged, averaged or counted."""
-    for batch in batches:
-        train_step(run.model, run.optimizer, batch, rate, run.config.training)
-
-
-def shape_of(value: object) -> str:
-    """The shapes of the tensors in what a module takes or gives."""
-    if isinstance(value, Tensor):
-        return str(tuple(value.shape)).replace(" ", "")
-    if not isinstance(value, (tuple, list)):
-        return ""
-    shapes = [shape_of(x) for x in value]
-    return " ".join(shape for shape in shapes if shape)
-
-
-def traced_step(run: Run, batch: data.Batch) -> tuple[list[str], float]:
-    """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
-    and the MB kept for the backward pass. Uses hooks, so that the shapes are those of a real step."""
-    shapes, hooks = {}, []
-    kept = {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}  # weights: 0 bytes
-    parts = {name: part for name, part in run.model.named_modules() if name.count(".") < 2 and num_parameters(part)}
-
-    def watch(name: str, part: nn.Module) -> None:
-        def note(_: nn.Module, given: tuple, out: object) -> None:
-            shapes[name] = f"  {shape_of(given)} -> {shape_of(out)}"
-        hooks.append(part.register_forward_hook(note))
-
-    def keep(x: Tensor) -> Tensor:
-        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
-        return x
-
-    for name, part in parts.items():
-        if name:  # not the whole model
-            watch(name, part)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        rehearse(run, [batch], 0.0)
-    for hook in hooks:
-        hook.remove()
-    total, lines = num_parameters(run.model), []
-    for name, part in parts.items():
-        count, label = num_parameters(part), "  " * name.count(".") + (name or "model")
-        lines.append(f"{label:<32}{count:>14,}{count / total:>8.1%}{shapes.get(name, '')}")
-    return lines, sum(kept.values()) / 1e6
-
-
-def describe(config: configs.Config) -> Iterator[str]:
-    """What a run will be: sizes by module, shapes, memory and time, from a few steps."""
-    run = make_run(config)
-    like, lengths = next(run.model.parameters()), run.train_set.lengths(0)
-    by_size = sorted(epoch_batches(run, 0), key=lambda batch: len(batch) * int(lengths[batch].max()))
-    chosen = [by_size[len(by_size) * k // 6] for k in (1, 3, 5)] + by_size[-1:]  # middles of thirds, largest
-    *typical, largest = data.loader(run.train_set, chosen)
-    lines, activations = traced_step(run, largest)
-    yield f"the largest batch of the first epoch: feats {shape_of(largest.feats)}, tokens {shape_of(largest.tokens)}\n"
-    yield from lines
-    copies, what = (4, "") if run.average is run.model else (5, " and the average")
-    yield (f"\nmemory: {copies * num_parameters(run.model) * like.element_size() / 1e6:.0f} MB for weights, "
-           f"gradients and two moments{what}, {activations:.0f} MB of activations for that batch")
-    step_sec = timeit(lambda: rehearse(run, typical, 0.0), number=1) / len(typical)
-    steps = len(by_size) * run.config.training.num_epochs
-    yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
-           f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
-
-
 # ---- main ----
 
 def catch_signals() -> threading.Event:
@@ -712,7 +587,8 @@ def main(argv: Sequence[str]) -> int:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
             if arguments.dry_run:
-                for line in describe(config):
+                run = make_run(config)
+                for line in describe(run, epoch_batches(run, 0)):
                     print(line, flush=True)
                 return 0
             run, progress = begin(config, arguments, catch_signals())
