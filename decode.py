@@ -51,6 +51,7 @@ from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import read_inputs, read_stdin
 from model import Hypotheses
 from ranks import join_processes
+from ranks import own_rank
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
                     report_lines, score, text_of, utterance_svgs, words_of, write_report)
 from tokenizer import spoken_places
@@ -485,9 +486,10 @@ def with_hotwords(system: System, given: str) -> System:
     if system.encode_list is None:
         raise ValueError(f"--hotwords: {why_no_hotwords(system.model)}")
     phrases, weighted = read_hotwords(given)
-    if weighted:
+    warning = unknown_warning(phrases, system.tokenizer)
+    if weighted and own_rank() == 0:
         print(f"{given}: the numbers at the ends of the lines are taken for weights and ignored", file=sys.stderr)
-    if warning := unknown_warning(phrases, system.tokenizer):
+    if warning and own_rank() == 0:
         print(f"warning: --hotwords: {warning}", file=sys.stderr)
     return system._replace(hotwords=tuple(phrases))
 

@@ -95,13 +95,14 @@ class HotwordParaformer(Paraformer):
     def with_hotwords(self, lists: Sequence[Tensor | None], scale: float = 1.0) -> "HotwordParaformer":
         """This model, weights shared, for a batch with these lists of `encode_hotwords`."""
         bound = copy.copy(self)
-        bound.lists, bound.scale = lists, scale
+        bound.lists = lists
+        bound.scale = scale
         return bound
 
     @torch.no_grad()
     def encode_hotwords(self, phrases: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of each phrase, at least one -> (n+1,D), last the row for none of them."""
-        weight = self.hotword_embedding_table().weight
+        weight = self.hotword_table().weight
         rows = [torch.tensor(ids, device=weight.device) for ids in (*phrases, NONE_OF_THEM)]
         lens = torch.tensor([len(row) for row in rows])
         x = nn.functional.embedding(nn.utils.rnn.pad_sequence(rows, batch_first=True), weight)
@@ -133,7 +134,8 @@ class SeacoParaformer(HotwordParaformer):
 
     def __init__(self, options, input_dim: int, vocab_size: int):
         super().__init__(options, input_dim, vocab_size)
-        D, both_ways = options.encoder.hidden_dim, options.hotwords.both_ways
+        D = options.encoder.hidden_dim
+        both_ways = options.hotwords.both_ways
         self.no_bias = options.hotwords.no_bias
         if not 0 <= self.no_bias < vocab_size:
             raise ValueError(f"model.hotwords.no_bias: wanted a token below {vocab_size}, got {self.no_bias}")
@@ -143,7 +145,8 @@ class SeacoParaformer(HotwordParaformer):
         parts = [self.embedding, self.hotword_encoder, self.hotword_decoder]
         self.freeze(parts if self.hotword_projection is None else [*parts, self.hotword_projection])
 
-    def hotword_embedding_table(self) -> nn.Embedding:
+    def hotword_table(self) -> nn.Embedding:
+        """Through which hotwords are read."""
         return self.embedding
 
     def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
@@ -215,15 +218,18 @@ class ContextualParaformer(HotwordParaformer):
 
     def __init__(self, options, input_dim: int, vocab_size: int):
         super().__init__(options, input_dim, vocab_size)
-        D, self.shared = options.encoder.hidden_dim, options.hotwords.share_embedding
+        D = options.encoder.hidden_dim
+        self.shared = options.hotwords.share_embedding
         self.decoder.blocks.pop(-1)
-        self.hotword_block = block = ContextualBlock(options.decoder)
+        block = ContextualBlock(options.decoder)
+        self.hotword_block = block
         self.hotword_embedding = nn.Embedding(vocab_size, D)
         self.hotword_encoder = nn.LSTM(D, D, batch_first=True)
-        self.freeze([self.hotword_embedding_table(), self.hotword_embedding, self.hotword_encoder, block.norm_hotwords,
+        self.freeze([self.hotword_table(), self.hotword_embedding, self.hotword_encoder, block.norm_hotwords,
                      block.hotword_attention, block.merge])
 
-    def hotword_embedding_table(self) -> nn.Embedding:
+    def hotword_table(self) -> nn.Embedding:
+        """As SeacoParaformer.hotword_table."""
         return self.embedding if self.shared else self.hotword_embedding
 
     def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
