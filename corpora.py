@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import audio_seconds, load_wav, resample, save_wav
+from audio import Part, audio_seconds, load_wav, resample, save_wav
 from data import generator, write_atomic
-from manifests import read_table, scan_lines
+from manifests import read_table, run_pipe, scan_kaldi, scan_lines
 
 
 # ---- corpora ----
@@ -164,6 +164,26 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
 
 
+def prepare_kaldi(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """A Kaldi folder with text, named after its split. What its pipes write, once each, goes into OUT/wav/<split>."""
+    split = options.source.resolve().name
+    folder = options.out / "wav" / split
+    written: dict[str, Path] = {}
+    for row in scan_kaldi(options.source, options.allow_pipes):
+        audio = Path(row.audio)
+        if row.folder is not None:
+            if row.audio not in written:
+                folder.mkdir(parents=True, exist_ok=True)
+                written[row.audio] = folder / f"{len(written):06}.wav"
+                write_atomic(written[row.audio], run_pipe(row.audio, row.folder))
+            audio = written[row.audio]
+        line = manifest_row(options.out, audio, row.text) | {"key": row.key}
+        if row.offset is not None:
+            line["offset"] = row.offset
+            line["duration"] = audio_seconds(Part(audio, row.offset, row.duration)) or row.duration
+        yield split, line
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="corpora.py", usage="python corpora.py COMMAND SOURCE OUT [options]      (COMMAND --help lists them)",
@@ -188,6 +208,8 @@ def build_parser() -> argparse.ArgumentParser:
     folder = add("folder", "any folder of name.wav beside name.txt, at any depth", prepare_folder)
     folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
+    kaldi = add("kaldi", "a Kaldi folder (wav.scp, text, perhaps segments), named after its split", prepare_kaldi)
+    kaldi.add_argument("--allow-pipes", action="store_true", help="run the commands of wav.scp, such as `sox ... |`")
     for command in (fsdd, folder):
         command.add_argument("--seed", type=int, default=0, help="of everything random; the same seed, the same files")
     return parser

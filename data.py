@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from audio import (FRAME_SEC, SHIFT_SEC, Part, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
-from manifests import Manifest, Row, find_manifests, printable, scan_rows
+from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
 
 
 # ---- files ----
@@ -287,8 +287,9 @@ class ToySeq2SeqDataset(Dataset):
 
 
 def part_of(row: Row) -> Part:
-    """What a row asks to be read."""
-    return Part(row.audio, row.offset, row.duration)
+    """What a row asks to be read; of a pipe, what it writes now. Raises as run_pipe."""
+    recording = row.audio if row.folder is None else run_pipe(row.audio, row.folder)
+    return Part(recording, row.offset, row.duration)
 
 
 @dataclass(eq=False)
@@ -329,8 +330,9 @@ class ManifestDataset(Dataset):
         given = [row.duration for row in self.rows] if isinstance(self.rows, list) else self.rows.index["seconds"]
         seconds = np.array(given, np.float64)       # None becomes NaN
         for index in np.flatnonzero(np.isnan(seconds)):
-            seconds[index] = audio_seconds(part_of(self.rows[index])) or 0.0
-        return seconds
+            with contextlib.suppress(ValueError):       # of a pipe that fails, which reading it will name
+                seconds[index] = audio_seconds(part_of(self.rows[index]))
+        return np.nan_to_num(seconds)
 
     def lengths(self, epoch: int = 0) -> np.ndarray:
         """Frames of every utterance, estimated from `durations`; with `augment`, at the speeds of that epoch."""

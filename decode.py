@@ -413,6 +413,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
     add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
         "(UTF-8) with one a line, # before a remark, or words with spaces between them")
+    add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
+        "paths (`sox ... |`), in that folder")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
         "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
     add("--format", choices=list(FORMS), help="of the files in --output (default json)")
@@ -494,10 +496,10 @@ def with_hotwords(system: System, given: str) -> System:
     return system._replace(hotwords=tuple(phrases))
 
 
-def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset:
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipes: bool = False) -> Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
-    scratch: a folder for a copy of standard input, if that is among them.
+    scratch: a folder for a copy of standard input, if that is among them; allow_pipes: run those of a wav.scp.
     """
     options, stats = system.config.data, system.stats.cpu()
     if options.kind == "toy" and not inputs:
@@ -508,7 +510,10 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path) -> Dataset
         raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
     rows = []
     for path in inputs:
-        rows += read_stdin(sys.stdin.buffer, scratch / "stdin") if path == "-" else read_inputs(path)
+        if path == "-":
+            rows += read_stdin(sys.stdin.buffer, scratch / "stdin", allow_pipes)
+        else:
+            rows += read_inputs(path, allow_pipes)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
                                 stats=stats, for_training=False, whole_sec=system.segment_sec[1])
 
@@ -669,7 +674,8 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
     with tempfile.TemporaryDirectory() as scratch:
-        return run(arguments, system, open_inputs(system, arguments.inputs, Path(scratch)), shard)
+        dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes)
+        return run(arguments, system, dataset, shard)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,7 +7,9 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,10 +19,11 @@ import numpy as np
 
 class Row(NamedTuple):
     key: str
-    audio: str                      # path, "" = none given
+    audio: str                      # path, "" = none given; with `folder` the command of a pipe
     text: str
     duration: float | None          # seconds that are read
     offset: float | None = None     # seconds from where on; None: from the start
+    folder: str | None = None       # where the command is run
 
 
 AUDIO_NAMES = ("audio", "audio_filepath", "source")     # ours, NeMo's, FunASR's
@@ -116,35 +119,67 @@ def read_segments(path: str | os.PathLike) -> dict[str, tuple[str, float, float 
     return segments
 
 
-def scan_kaldi(folder: str | os.PathLike) -> Iterator[Row]:
-    """Rows of wav.scp (plain paths, relative to the folder) and, where they are, of `segments` and `text`.
+def read_scp(folder: str | os.PathLike, allow_pipes: bool) -> dict[str, tuple[str, str | None]]:
+    """wav.scp, lines `key path` or `key command |`, paths relative to the folder -> {key: (path, None)}, of a pipe
+    {key: (command, folder)}. Raises ValueError for a pipe that is not allowed."""
+    audio: dict[str, tuple[str, str | None]] = {}
+    for key, (path, place) in read_table(f"{folder}/wav.scp").items():
+        command = path.removesuffix("|").strip()
+        if not command:
+            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}")
+        if path == command:
+            audio[key] = (os.path.join(folder, path), None)
+        elif allow_pipes:
+            audio[key] = (command, os.fspath(folder))
+        else:
+            raise ValueError(f"{place}: wanted a path, got the pipe {path!r}; with --allow-pipes decode.py runs it and "
+                             "`corpora.py kaldi` writes what comes out into files, to train on")
+    return audio
 
-    Of a key that only `text` or `segments` has, audio is "". Raises ValueError for a pipe.
-    """
+
+SHELL_SIGNS = frozenset("|&;<>()$`*?[]{}~#!\\\n")
+
+
+def run_pipe(command: str, folder: str) -> bytes:
+    """What a command writes when it is run in `folder`; a shell reads it only if it has signs that mean something to
+    one, or begins by setting a variable. Raises ValueError if it cannot be run or ends with another code than 0."""
+    try:
+        words = shlex.split(command)
+        if SHELL_SIGNS.intersection(command) or "=" in words[0]:
+            words = ["sh", "-c", command]
+        done = subprocess.run(words, cwd=folder or None, stdin=subprocess.DEVNULL, capture_output=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{command} |: {error}") from None
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise ValueError(f"{command} |: wanted exit code 0, got {done.returncode}: {said[:300]}")
+    return done.stdout
+
+
+def scan_kaldi(folder: str | os.PathLike, allow_pipes: bool = False) -> Iterator[Row]:
+    """Rows of wav.scp and, where they are, of `segments` and `text`. Of a key that only `text` or `segments` has, audio
+    is "". Raises ValueError as read_scp."""
     if not os.path.exists(f"{folder}/wav.scp"):
         raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp, got a folder without")
-    audio = {}
-    for key, (path, place) in read_table(f"{folder}/wav.scp").items():
-        if path.endswith("|") or not path:
-            raise ValueError(f"{place}: wanted a path, got {path or 'nothing'!r}; run pipes first, list their files")
-        audio[key] = os.path.join(folder, path)
+    audio = read_scp(folder, allow_pipes)
     texts = read_table(f"{folder}/text") if os.path.exists(f"{folder}/text") else {}
     if os.path.exists(f"{folder}/segments"):
         parts = read_segments(f"{folder}/segments")
     else:
         parts = {key: (key, None, None) for key in audio}
     for key, (recording, offset, duration) in parts.items():
+        path, place = audio.get(recording, ("", None))
         text, _ = texts.get(key, ("", ""))
-        yield Row(key, audio.get(recording, ""), text, duration, offset)
+        yield Row(key, path, text, duration, offset, place)
     for key, (text, _) in texts.items():
         if key not in parts:
             yield Row(key, "", text, None)
 
 
-def scan_rows(path: str | os.PathLike) -> Iterator[tuple[int, Row]]:
+def scan_rows(path: str | os.PathLike, allow_pipes: bool = False) -> Iterator[tuple[int, Row]]:
     """(start, row): the byte where a row's line of a JSON-lines manifest starts, or its number in a Kaldi folder."""
     if os.path.isdir(path):
-        return enumerate(scan_kaldi(path))
+        return enumerate(scan_kaldi(path, allow_pipes))
     folder = os.path.dirname(path)
     return ((start, parse_row(line, folder, place)) for place, start, line in scan_lines(path))
 
@@ -205,7 +240,7 @@ class Manifest:
 RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
 
 
-def read_inputs(name: str | os.PathLike) -> list[Row]:
+def read_inputs(name: str | os.PathLike, allow_pipes: bool = False) -> list[Row]:
     """Rows of one input of a command line: a manifest (.jsonl, .json), a Kaldi folder (with wav.scp), another folder
     (every recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty
     folder or name."""
@@ -213,7 +248,7 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
     if not os.fspath(name):     # Path("") is here
         raise ValueError("wanted recordings, folders or manifests, got an empty name")
     if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-        return [row for _, row in scan_rows(path)]
+        return [row for _, row in scan_rows(path, allow_pipes)]
     found = [path]
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
@@ -222,7 +257,7 @@ def read_inputs(name: str | os.PathLike) -> list[Row]:
     return [Row(printable(str(p)), str(p), "", None) for p in found]
 
 
-def read_stdin(stdin: BinaryIO, copy: Path) -> list[Row]:
+def read_stdin(stdin: BinaryIO, copy: Path, allow_pipes: bool = False) -> list[Row]:
     """Rows of standard input, a recording, or lines that are each an input or a manifest's line. Written to `copy`."""
     with open(copy, "wb") as file:
         shutil.copyfileobj(stdin, file)
@@ -237,5 +272,5 @@ def read_stdin(stdin: BinaryIO, copy: Path) -> list[Row]:
         if line.startswith("{"):
             rows.append(parse_row(line, "", place))
         else:
-            rows += read_inputs(line)
+            rows += read_inputs(line, allow_pipes)
     return rows

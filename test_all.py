@@ -2160,7 +2160,8 @@ def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("scp,text,words", [
-    ("u1 a.wav\nu2 sox a.wav |\n", "u1 a\n", r"wav.scp:2: wanted a path, got 'sox a.wav \|'"),
+    ("u1 a.wav\nu2 sox a.wav |\n", "u1 a\n", r"wav.scp:2: wanted a path, got the pipe 'sox a.wav \|'; with --allow-"),
+    ("u1 |\n", "u1 a\n", r"wav.scp:1: wanted a path, got '\|'"),
     ("u1 a.wav\nu1 b.wav\n", "u1 a\n", "wav.scp:2: wanted every key once, got 'u1'"),
     ("u1\n", "u1 a\n", "wav.scp:1: wanted a path, got 'nothing'")])
 def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
@@ -2228,6 +2229,50 @@ def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):
                                        for_training=False, whole_sec=3.0)
         part, alone = (decode.recognise_inputs(system, dataset, [i])[0] for i in range(2))
         assert part.result == alone.result and len(part.result.tokens) > 5 and part.seconds == alone.seconds == seconds
+
+
+# C18
+def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_where_that_is_enough(tmp_path, capsys):
+    """None runs unasked; with --allow-pipes decode.py reads what they write, and corpora.py writes it for training."""
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    audio.save_wav(folder / "a b.wav", tone(0.5, 8000), 8000)
+    (folder / "wav.scp").write_text("u1 cat 'a b.wav' |\nu2 touch ran; cat 'a b.wav' | cat |\nu3 sh -c 'exit 3' |\n"
+                                    "u4 no-such-program x |\nu5 cat 'a b.wav |\nu6 a b.wav\nu7 echo |\n")
+    system = tiny_system()
+    for source in (lambda: manifests.Manifest(folder), lambda: decode.open_inputs(system, [str(folder)], tmp_path)):
+        with pytest.raises(ValueError, match=r"wav.scp:1: wanted a path, got the pipe .*--allow-pipes decode.py runs"):
+            source()
+    assert corpora.main(["kaldi", str(folder), str(tmp_path / "out")]) == 2 and not (folder / "ran").exists()
+    dataset = decode.open_inputs(system, [str(folder)], tmp_path, allow_pipes=True)
+    assert not (folder / "ran").exists() and dataset.durations.tolist() == [0.5, 0.5, 0, 0, 0, 0.5, 0]
+    whole = data.ManifestDataset([manifests.Row("a", f"{folder}/a b.wav", "", None)], system.config.data, letters,
+                                 stats=system.stats, for_training=False)[0]
+    items = [dataset[i] for i in range(7)]
+    assert all(torch.equal(items[i].feats, whole.feats) for i in (0, 1, 5)) and (folder / "ran").exists()
+    for i, words in ((2, "wanted exit code 0, got 3"), (3, "No such file"), (4, "No closing quotation"), (6, "ffmpeg")):
+        assert words in items[i].reason, items[i]
+    (folder / "text").write_text("p1 one\np2 two\np3 three\n")
+    (folder / "wav.scp").write_text("r1 cat 'a b.wav' |\nr2 a b.wav\n")
+    (folder / "segments").write_text("p1 r1 0 0.2\np2 r1 0.25 -1\np3 r2 0.1 0.2\n")
+    assert corpora.main(["kaldi", str(folder), str(tmp_path / "out"), "--allow-pipes"]) == 0
+    dataset = data.ManifestDataset(tmp_path / "out/dev.jsonl", data_options(), lambda text: [])
+    assert dataset.keys == ["p1", "p2", "p3"] and [row.text for row in dataset.rows] == ["one", "two", "three"]
+    assert dataset.durations.tolist() == [0.2, 0.25, 0.1] and not any(row.folder for row in dataset.rows)
+    assert [item.seconds for item in dataset] == [0.2, 0.25, 0.1]
+    assert os.listdir(tmp_path / "out/wav/dev") == ["000000.wav"]
+
+
+@pytest.mark.parametrize("command,words", [
+    ("sox 'a b.wav' -t wav -", ["sox", "a b.wav", "-t", "wav", "-"]), ('flac -cds "x y"', ["flac", "-cds", "x y"]),
+    *((command, ["sh", "-c", command]) for command in (
+        "a b.wav | c", "a;b", "a > b", "a < b", "a $X", "a `b`", "a *", "a ?", "a [b]", "a {b,c}", "a ~/b", "a && b",
+        "X=1 a", "a (b)", "a #b", "a \\b", "a !b"))])
+def test_a_shell_reads_a_pipe_only_where_it_must(monkeypatch, command, words):
+    given = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: given.append((words, how["cwd"])) or SimpleNamespace(
+        returncode=0, stdout=b"x"))
+    assert manifests.run_pipe(command, "folder") == b"x" and given == [(words, "folder")]
 
 
 def shards(folder: Path) -> list[Path]:
