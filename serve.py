@@ -249,9 +249,11 @@ def parse_timeout(value: Any, longest: float) -> float:
 def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: System, path: str) -> list[Upload]:
     """The uploads with the hotwords that a request has for all of them. Raises Refusal 422."""
     place = "hotwords"
-    if path != "/transcribe" and "hotwords" not in fields and fields.get("prompt") and system.encode_list is not None:
+    value = fields.get("hotwords", fields.get("hotwords[]"))
+    if value is None and path != "/transcribe" and system.encode_list is not None:
         place = "prompt"        # the field of OpenAI's clients, which a model that takes none ignores
-    hotwords = parse_hotwords(fields.get(place), system, place)
+        value = fields.get("prompt") or None
+    hotwords = parse_hotwords(value, system, place)
     return [upload._replace(hotwords=hotwords) if upload.hotwords is None else upload for upload in uploads]
 
 

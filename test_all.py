@@ -6825,6 +6825,7 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
     file = ('name="file"; filename="a.wav"', recording)
     query = "/transcribe?hotwords=" + urllib.parse.quote(",".join(phrases))
     for request in (oai(field("hotwords", "\n".join(phrases)), file, path="/transcribe"),
+                    oai(*(field("hotwords[]", phrase) for phrase in phrases), file, path="/transcribe"),
                     post(query, "audio/wav", recording)):
         status, _, body = exchange(hotword_server, request)
         answered = json.loads(body)
