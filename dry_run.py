@@ -1,16 +1,143 @@
 """What a run of train.py will be, before it begins: sizes by module, shapes, memory and time, from a few steps.
 
-Reading order: shapes, a traced step, the report. Needs torch, data.py and step.py. A run is
-that of train.py: with config, model, average, optimizer and train_set.
+Reading order: what cannot work, shapes, a traced step, the report. Needs torch, numpy, audio.py, data.py, manifests.py,
+step.py and tokenizer.py. A run is that of train.py: with config, tokenizer, model, average, optimizer, train_set and
+dev_set.
 """
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from timeit import timeit
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import data
+from audio import open_recording
+from manifests import find_manifests, scan_rows
 from step import train_step
+from tokenizer import UNK, Tokenizer, normalise_text, split_units
+
+
+# ---- what cannot work ----
+
+LEAST_STEPS, LEAST_DEV = 300, 10  # of a run, utterances
+LOOKED_AT = 500  # training utterances, spread over all; of 20 the file is opened
+
+
+def schedule_warnings(training, steps: int) -> Iterator[str]:
+    """Lines on a run of so many steps; the values that they name fit as well when only some of them are taken."""
+    if steps < LEAST_STEPS:
+        epochs = math.ceil(LEAST_STEPS * training.num_epochs / max(1, steps))
+        yield (f"training.num_epochs: wanted a run of {LEAST_STEPS} steps or more, got {steps}; "
+               f"try --training.num_epochs={epochs}")
+    if training.warmup_steps > steps / 5:
+        yield (f"training.warmup_steps: wanted at most a fifth of the run's {steps} steps, got {training.warmup_steps}; "
+               f"try --training.warmup_steps={steps // 10}")
+    averaged = 1 / (1 - training.average_decay) if training.average_decay else 0
+    if averaged > steps / 5:
+        decay = math.floor(1000 * (1 - 10 / max(10, steps))) / 1000
+        yield (f"training.average_decay: wanted an average over at most a fifth of the run's {steps} steps, got "
+               f"{training.average_decay}, over {averaged:.0f}; try --training.average_decay={decay}")
+
+
+def dev_warnings(config, num_train: int, num_dev: int) -> Iterator[str]:
+    if num_dev >= LEAST_DEV:
+        return
+    hint = f"try --data.toy.num_dev={LEAST_DEV}"
+    if config.data.kind == "manifest":
+        share = math.ceil(100 * LEAST_DEV / (num_train + num_dev)) / 100
+        hint = f"record {2 * LEAST_DEV} or more"
+        if share <= 0.5:
+            hint = f"make the manifests again, with corpora.py folder --dev-share {share}"
+    yield f"data.dev: wanted {LEAST_DEV} utterances or more to choose an epoch by, got {num_dev}; {hint}"
+
+
+def symbol_warnings(config, tokenizer: Tokenizer, split: str) -> Iterator[str]:
+    """A line if texts of dev or test have symbols that the vocabulary has not."""
+    missing, texts, keys = Counter(), [], []
+    for path in find_manifests(getattr(config.data, split)):
+        for _, row in scan_rows(path):
+            units = split_units(normalise_text(row.text), tokenizer.unit)
+            unknown = [unit for unit, id in zip(units, tokenizer.encode(row.text)) if id == UNK]
+            missing.update(unknown)
+            if unknown:
+                texts.append(row.text)
+                keys.append(row.key)
+    if not texts:
+        return
+    hint = f"try --data.train={config.data.train} with {keys[0]} in it, and others that have them"
+    letters = Tokenizer.build(data.training_texts(config.data), "char")
+    if tokenizer.unit == "word" and not any(UNK in letters.encode(text) for text in texts):
+        hint = "try --data.unit=char"
+    names = " ".join(repr(name) for name, _ in missing.most_common(5))
+    yield (f"data.{split}: wanted symbols that training has too, got {len(missing)} others, the most frequent {names}, in "
+           f"{len(texts)} texts; {hint}")
+
+
+def length_warnings(config, lengths: np.ndarray, counts: np.ndarray) -> Iterator[str]:
+    """A line if more than a tenth of recordings, of lengths (n,) frames, have less than a frame for each of their
+    counts (n,) tokens behind the encoder's subsampling: they would be skipped."""
+    def crowded(subsampling: int) -> float:
+        return float(np.mean(counts > lengths // subsampling))
+
+    encoder = config.model.encoder
+    if not len(lengths) or crowded(encoder.subsampling) <= 0.1:
+        return
+    hint = "do the texts belong to these recordings?"
+    for subsampling in (1, 2):
+        is_free = encoder.kind in ("transformer", "conformer") and not config.training.init_from
+        if is_free and subsampling < encoder.subsampling and crowded(subsampling) <= 0.1:
+            hint = f"try --model.encoder.subsampling={subsampling}"
+    yield (f"model.encoder.subsampling: wanted a frame for each token, got fewer, with {encoder.subsampling}, in "
+           f"{crowded(encoder.subsampling):.0%} of recordings; {hint}")
+
+
+def rate_warnings(wanted: int, rates: Sequence[int]) -> Iterator[str]:
+    """A line if most recordings have a lower rate (Hz), or a far higher one: below 16 kHz speech loses consonants."""
+    usual = Counter(rates).most_common(1)[0][0] if rates else wanted
+    if sum(rate < wanted for rate in rates) > len(rates) / 2:
+        yield (f"data.sample_rate: wanted no more Hz than most recordings have, got {wanted} for {usual}; "
+               f"try --data.sample_rate={usual}")
+    if wanted < 16000 and sum(rate >= 16000 for rate in rates) > len(rates) / 2:
+        yield (f"data.sample_rate: wanted 16000 Hz, as most recordings have {usual}, got {wanted}; "
+               "try --data.sample_rate=16000 --data.num_mels=80")
+
+
+def rates_of(dataset: data.ManifestDataset, indices: Iterable[int]) -> list[int]:
+    """The sampling rates, Hz, of the recordings that can be read."""
+    rates = []
+    for index in indices:
+        try:
+            with open_recording(data.part_of(dataset.rows[index])) as (_, header):
+                rates.append(header.rate_hz)
+        except (OSError, ValueError):  # it will be skipped, with the reason
+            pass
+    return rates
+
+
+def warnings(run, steps: int) -> Iterator[str]:
+    """What cannot work in a run of so many steps: a line each, with the option and a value that would do."""
+    config, dataset = run.config, run.train_set
+    if config.training.overfit:
+        return
+    yield from schedule_warnings(config.training, steps)
+    yield from dev_warnings(config, len(dataset), len(run.dev_set))
+    if config.data.kind == "toy":
+        return
+    for split in ("dev", "test"):
+        if getattr(config.data, split) and isinstance(run.tokenizer, Tokenizer):
+            yield from symbol_warnings(config, run.tokenizer, split)
+    chosen = range(0, len(dataset), math.ceil(len(dataset) / LOOKED_AT))
+    counts = np.array([len(run.tokenizer.encode(dataset.rows[index].text)) for index in chosen])
+    lengths = dataset.lengths()[chosen]
+    yield from length_warnings(config, lengths[lengths > 0], counts[lengths > 0])
+    if not config.training.init_from:
+        yield from rate_warnings(config.data.sample_rate, rates_of(dataset, chosen[::math.ceil(len(chosen) / 20)]))
+
+
+# ---- shapes ----
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -84,3 +211,5 @@ def describe(run, batches: Sequence[list[int]]) -> Iterator[str]:
     steps = len(by_size) * run.config.training.num_epochs
     yield (f"time: {step_sec * 1e3:.0f} ms a step, {len(by_size)} steps an epoch, {steps} in all: about "
            f"{clock(step_sec * steps)} of steps, evaluation not counted; on {like.device}")
+    for line in warnings(run, steps):
+        yield f"warning: {line}"

@@ -60,6 +60,7 @@ import corpora
 import data
 import decode
 import downloads
+import dry_run
 import funasr
 import funasr_layers
 import hotwords
@@ -5541,6 +5542,57 @@ def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(t
     assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
     assert any("5 steps an epoch, 15 in all" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+# C157
+@pytest.mark.parametrize("steps, changes, options", [
+    (300, {"warmup_steps": 60}, []), (299, {"warmup_steps": 59}, ["num_epochs"]),
+    (300, {"warmup_steps": 61}, ["warmup_steps"]), (500, {"average_decay": 0.99}, []),
+    (500, {"average_decay": 0.9901}, ["average_decay"]), (5, {"warmup_steps": 0, "average_decay": 0.5}, [
+        "num_epochs", "average_decay"]),
+    (88, {"num_epochs": 22, "warmup_steps": 200, "average_decay": 0.999}, [
+        "num_epochs", "warmup_steps", "average_decay"])])
+def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, changes, options):
+    training = config.TrainingConfig(**{"num_epochs": 10, "warmup_steps": 0, **changes})
+    lines = list(dry_run.schedule_warnings(training, steps))
+    assert [line.split(":")[0] for line in lines] == [f"training.{name}" for name in options]
+    tried = dict(re.findall(r"; try --training\.(\w+)=(\S+)$", "\n".join(lines), re.MULTILINE))
+    assert list(tried) == options
+    mended = replace(training, **{name: type(getattr(training, name))(value) for name, value in tried.items()})
+    assert list(dry_run.schedule_warnings(mended, steps * mended.num_epochs // training.num_epochs)) == []
+
+
+# C157
+def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they_are_mended(tmp_path, capsys):
+    """Sixteen recordings of 0.5 s at 8 kHz with 20 letters each, 12 frames behind a subsampling of 4."""
+    wav = spoken(tmp_path / "a.wav", 0.5)
+    rows = [{"audio": wav, "text": "abcde" * 4, "key": f"r{i}"} for i in range(16)]
+    for name, kept, text in (("train", rows, "abcde"), ("dev", rows[:9], "abq"), ("all", rows, "abc")):
+        write_manifest(tmp_path / f"{name}.jsonl", [*kept[1:], {**kept[0], "text": text}])
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    argv = [path, "--data.kind=manifest", f"--data.train={tmp_path}/train.jsonl", "--model.encoder.subsampling=4"]
+    told = [*argv, f"--data.dev={tmp_path}/dev.jsonl"]
+    assert train.main([*told, "--dry-run"]) == 0
+    lines = re.findall("^warning: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert [line.split(":")[0] for line in lines] == [
+        "training.num_epochs", "data.dev", "data.dev", "model.encoder.subsampling", "data.sample_rate"]
+    assert "--dev-share 0.4" in lines[1] and "1 others, the most frequent 'q', in 1 texts" in lines[2]
+    assert train.main([*told, "--runs", str(tmp_path / "runs"), "--training.num_epochs=1"]) == 0
+    log = (run_of(tmp_path / "runs") / "train.log").read_text()
+    assert re.findall("^warning: (.*)$", log, re.MULTILINE)[2:] == lines[1:]
+    values = re.findall(r"try (--\S+=\w+)$", "\n".join(lines), re.MULTILINE)
+    assert [value.split("=")[1] for value in values] == ["75", "2", "8000"]
+    assert train.main([*argv, f"--data.dev={tmp_path}/all.jsonl", *values, "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+# C157
+@pytest.mark.parametrize("wanted, rates, value", [
+    (16000, [8000, 8000, 16000], "8000"), (16000, [44100, 8000], ""), (8000, [8000, 16000], ""), (16000, [], ""),
+    (8000, [16000, 16000, 8000], "16000"), (16000, [16000], "")])
+def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, value):
+    lines = list(dry_run.rate_warnings(wanted, rates))
+    assert [re.search(r"try --data\.sample_rate=(\d+)", line)[1] for line in lines] == ([value] if value else [])
 
 
 # C91

@@ -48,7 +48,7 @@ import audio
 import config as configs
 import data
 from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from)
-from dry_run import clock, describe, num_parameters
+from dry_run import clock, describe, num_parameters, warnings
 from funasr import PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
@@ -462,9 +462,11 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     run = make_run(config)
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
     run = run._replace(folder=Path(sum_over_ranks(made)["folder"]), stop=stop)  # rank 0 tells the others its name
+    say(run, headline(run))
     if own_rank() == 0:
         data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
-    say(run, headline(run))
+        for line in warnings(run, config.training.num_epochs * len(epoch_batches(run, 0))):
+            say(run, f"warning: {line}")
     save(run, Progress())
     if own_rank() == 0:
         point_latest(run.folder)
