@@ -5582,6 +5582,7 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     assert re.findall("^warning: (.*)$", log, re.MULTILINE)[2:] == lines[1:]
     values = re.findall(r"try (--\S+=\w+)$", "\n".join(lines), re.MULTILINE)
     assert [value.split("=")[1] for value in values] == ["75", "2", "8000"]
+    capsys.readouterr()
     assert train.main([*argv, f"--data.dev={tmp_path}/all.jsonl", *values, "--dry-run"]) == 0
     assert "warning" not in capsys.readouterr().out
 
