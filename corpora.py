@@ -18,7 +18,8 @@ import numpy as np
 
 from audio import Part, audio_seconds, load_wav, resample, save_wav
 from data import generator, write_atomic
-from manifests import read_table, run_pipe, scan_kaldi, scan_lines
+from manifests import (LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi,
+                       scan_lines)
 
 
 # ---- corpora ----
@@ -37,24 +38,41 @@ def manifest_row(out: Path, audio: Path, text: str, speaker: str = "") -> dict:
     return row
 
 
-def write_manifests(rows: Iterable[tuple[str, dict]], out: Path) -> None:
-    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all; rows without text are counted only.
+def show_length(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.2f} h"
+
+
+def write_manifests(rows: Iterable[tuple[str, dict] | LeftOut], out: Path) -> None:
+    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all. What is left out, rows without text
+    too, is counted and named.
 
     A manifest of one of SPLITS that has no rows now, left by a run with other options, stays, with a warning.
     """
     splits: dict[str, list[dict]] = {}
-    for split, row in rows:
-        splits.setdefault(split, []).append(row)
+    left_out: list[LeftOut] = []
+    for item in rows:
+        if isinstance(item, LeftOut):
+            left_out.append(item)
+        elif item[1]["text"]:
+            splits.setdefault(item[0], []).append(item[1])
+        else:
+            left_out.append(LeftOut(item[1]["audio"], "without text"))
+    told = left_out_lines(left_out)
     if not splits:
-        raise ValueError(f"{out}: wanted recordings to list, got none: is it the right folder and layout?")
+        raise ValueError("; ".join([f"{out}: wanted recordings to list, got none: is it the right folder and layout?",
+                                    *told]))
     out.mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
         path = out / f"{split}.jsonl"
-        kept = [row for row in rows if row["text"]]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(path, lines.encode(errors="backslashreplace"))     # a file name that is not UTF-8: \udcff
-        hours = sum(row.get("duration", 0.0) for row in kept) / 3600
-        print(f"{path}: {len(kept)} utterances, {hours:.2f} h; left out {len(rows) - len(kept)} without text")
+        print(f"{path}: {len(rows)} utterances, {show_length(sum(row.get('duration', 0.0) for row in rows))}")
+    for line in told:
+        print(line)
     for split in SPLITS:
         path = out / f"{split}.jsonl"
         if split not in splits and path.exists():
@@ -146,30 +164,65 @@ def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         yield audio.parts[-3], manifest_row(options.out, audio, "".join(text.split()), audio.parts[-2])
 
 
-def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
-    """name.wav beside name.txt, at any depth, split at random into train, dev and test."""
+def find_text(audio: Path) -> str | LeftOut:
+    """The text beside a recording, its lines joined."""
+    for suffix in (".txt", ".TXT"):
+        table = audio.with_suffix(suffix)
+        if table.is_file():
+            try:
+                text = " ".join(line for *_, line in scan_lines(table))
+            except ValueError:
+                return LeftOut(str(table), "not UTF-8")
+            return text or LeftOut(str(audio), "an empty text beside it")
+    return LeftOut(str(audio), "no text beside it")
+
+
+def find_pairs(folder: Path) -> tuple[list[tuple[Path, str]], list[LeftOut]]:
+    """(recording, text) of each recording in a folder that has a text beside it, and what is left out. Of recordings
+    of one name, such as a.wav and a.mp3, the first in RECORDINGS is taken: two splits must not share one."""
+    recordings, left_out = find_recordings(folder)
+    chosen: dict[str, Path] = {}
+    for audio in sorted(recordings, key=lambda path: RECORDINGS.index(path.suffix.lower())):
+        stem = str(audio.with_suffix(""))
+        if stem in chosen:
+            left_out.append(LeftOut(str(audio), "of the name of another recording"))
+        chosen.setdefault(stem, audio)
+    pairs = []
+    for audio in sorted(chosen.values()):
+        text = find_text(audio)
+        if isinstance(text, LeftOut):
+            left_out.append(text)
+        else:
+            pairs.append((audio, text))
+    return pairs, left_out
+
+
+def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict] | LeftOut]:
+    """name.wav, or in another format, beside name.txt, at any depth, split at random into train, dev and test."""
     dev = options.dev_share
     test = options.test_share
     if not (min(dev, test) >= 0 and dev + test <= 1):       # `not`: refuses NaN too
         raise ValueError(f"--dev-share, --test-share: wanted 0 or more, together at most 1, got {dev} and {test}")
-    recordings = sorted(path for path in options.source.rglob("*.wav") if not path.is_dir())
-    num_dev = round(dev * len(recordings))
-    num_test = round(test * len(recordings))
-    splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * len(recordings)
-    order = generator(options.seed, 0, 0).permutation(len(recordings))
+    pairs, left_out = find_pairs(options.source)
+    yield from left_out
+    num_dev = round(dev * len(pairs))
+    num_test = round(test * len(pairs))
+    splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * len(pairs)
+    order = generator(options.seed, 0, 0).permutation(len(pairs))
     for split, index in zip(splits, order):
-        audio = recordings[index]
-        table = audio.with_suffix(".txt")
-        lines = scan_lines(table) if table.is_file() else ()
-        yield split, manifest_row(options.out, audio, " ".join(line for *_, line in lines))
+        audio, text = pairs[index]
+        yield split, manifest_row(options.out, audio, text)
 
 
-def prepare_kaldi(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+def prepare_kaldi(options: argparse.Namespace) -> Iterator[tuple[str, dict] | LeftOut]:
     """A Kaldi folder with text, named after its split. What its pipes write, once each, goes into OUT/wav/<split>."""
     split = options.source.resolve().name
     folder = options.out / "wav" / split
     written: dict[str, Path] = {}
     for row in scan_kaldi(options.source, options.allow_pipes):
+        if not row.audio:
+            yield LeftOut(row.key, "no line in wav.scp")
+            continue
         audio = Path(row.audio)
         if row.folder is not None:
             if row.audio not in written:
@@ -205,7 +258,7 @@ def build_parser() -> argparse.ArgumentParser:
                       metavar=("TRAIN", "DEV", "TEST", "UNSEEN"), help="how many of each (default 3000 200 300 300)")
     add("librispeech", "LibriSpeech folders <split>/<speaker>/<chapter> with .trans.txt and .flac", prepare_librispeech)
     add("aishell", "AISHELL-1: data_aishell with transcript/ and unpacked wav/<split>/<speaker>", prepare_aishell)
-    folder = add("folder", "any folder of name.wav beside name.txt, at any depth", prepare_folder)
+    folder = add("folder", "any folder of recordings, name.wav beside name.txt, at any depth", prepare_folder)
     folder.add_argument("--dev-share", type=float, default=0.1, help="share of recordings for dev (default 0.1)")
     folder.add_argument("--test-share", type=float, default=0.0, help="share of recordings for test (default 0)")
     kaldi = add("kaldi", "a Kaldi folder (wav.scp, text, perhaps segments), named after its split", prepare_kaldi)

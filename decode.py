@@ -48,7 +48,7 @@ from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
-from manifests import read_inputs, read_stdin
+from manifests import is_stream, left_out_lines, read_inputs
 from model import Hypotheses
 from ranks import join_processes
 from ranks import own_rank
@@ -499,21 +499,17 @@ def with_hotwords(system: System, given: str) -> System:
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipes: bool = False) -> Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
-    scratch: a folder for a copy of standard input, if that is among them; allow_pipes: run those of a wav.scp.
+    scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp.
     """
     options, stats = system.config.data, system.stats.cpu()
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
     if not (inputs or options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
-    if "-" in inputs and sys.stdin is None:
-        raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
-    rows = []
-    for path in inputs:
-        if path == "-":
-            rows += read_stdin(sys.stdin.buffer, scratch / "stdin", allow_pipes)
-        else:
-            rows += read_inputs(path, allow_pipes)
+    rows, left_out = read_inputs(inputs, scratch, allow_pipes)
+    if own_rank() == 0:
+        for line in left_out_lines(left_out):
+            print(f"decode.py: {line}", file=sys.stderr)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
                                 stats=stats, for_training=False, whole_sec=system.segment_sec[1])
 
@@ -663,8 +659,9 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     """Load, export if that is asked for, recognise -> exit code."""
     shard = join_processes(timeout=datetime.timedelta(days=1))  # one may have much more to do than another
     rank, processes = shard
-    if processes > 1 and "-" in arguments.inputs:
-        raise ValueError(f"-: {processes} processes cannot share standard input")
+    streams = [name for name in arguments.inputs if is_stream(name)]
+    if processes > 1 and streams:
+        raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
     system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
     if arguments.export:
         if rank == 0:

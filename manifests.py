@@ -1,7 +1,7 @@
 """The rows of manifests, Kaldi folders and the inputs of a command line: which recordings, and what is said in them.
 
-Reading order: a row and its line, Kaldi folders, several manifests as one, inputs. Needs numpy; imports nothing of
-ours, so it can be copied alone. Bad input is a ValueError that names the place.
+Reading order: a row and its line, Kaldi folders, several manifests as one, folders of recordings, inputs. Needs numpy;
+imports nothing of ours, so it can be copied alone. Bad input is a ValueError that names the place.
 """
 import glob
 import json
@@ -10,7 +10,8 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -237,40 +238,143 @@ class Manifest:
             return parse_row(read_line(file.readline(), place), os.path.dirname(path), place)
 
 
-RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")      # that a folder is searched for
+# ---- folders of recordings ----
+
+RECORDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".aif",
+              ".aiff", ".caf", ".3gp", ".mov", ".mkv")      # that a folder is searched for, in capitals or not
 
 
-def read_inputs(name: str | os.PathLike, allow_pipes: bool = False) -> list[Row]:
-    """Rows of one input of a command line: a manifest (.jsonl, .json), a Kaldi folder (with wav.scp), another folder
-    (every recording in it, at any depth, by path), or a recording (anything else). Raises ValueError for an empty
-    folder or name."""
+class LeftOut(NamedTuple):
+    path: str
+    reason: str
+
+
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason: how many, and the first three by name."""
+    places: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        places.setdefault(reason, []).append(printable(path))
+    lines = []
+    for reason, paths in places.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        lines.append(f"left out {len(paths)}, {reason}: {', '.join(paths[:3])}{more}")
+    return lines
+
+
+def why_no_recording(path: str) -> str:
+    """Why a file of a folder is left out, "" if it is not."""
+    if os.path.basename(path).startswith("."):      # .DS_Store, and ._a.wav, which macOS leaves beside a.wav
+        return "hidden"
+    if not path.lower().endswith(RECORDINGS):
+        return "no recording by its name"
+    if not os.path.isfile(path):
+        return "a pipe or device" if os.path.exists(path) else "a link to nothing"
+    return ""
+
+
+def find_recordings(folder: str | os.PathLike) -> tuple[list[Path], list[LeftOut]]:
+    """The recordings in a folder, at any depth, by path; and what else is in it, but for texts beside recordings.
+
+    Links are followed; a folder that is met again, as in a loop of them, is read once. Hidden files and folders are
+    left out.
+    """
+    found: list[Path] = []
+    left_out: list[LeftOut] = []
+    met = set()
+
+    def refuse(error: OSError) -> None:
+        left_out.append(LeftOut(error.filename, "a folder that cannot be read"))
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if os.path.realpath(place) in met:
+            folders.clear()
+            left_out.append(LeftOut(place, "a link to a folder that is read already"))
+            continue
+        met.add(os.path.realpath(place))
+        left_out += [LeftOut(os.path.join(place, name), "hidden") for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in sorted(os.path.join(place, name) for name in names):
+            if reason := why_no_recording(path):
+                left_out.append(LeftOut(path, reason))
+            else:
+                found.append(Path(path))
+    stems = {os.path.splitext(path)[0] for path in found}
+    left_out = [item for item in left_out
+                if not (item.path.lower().endswith(".txt") and os.path.splitext(item.path)[0] in stems)]
+    return sorted(found), left_out
+
+
+# ---- inputs of a command line ----
+
+class Inputs(NamedTuple):
+    rows: list[Row]
+    left_out: list[LeftOut]         # of folders
+
+
+def read_inputs(names: Sequence[str | os.PathLike], scratch: Path, allow_pipes: bool = False) -> Inputs:
+    """What the names of a command line name, in order: - or a pipe, as `<(...)` gives it (`read_stream`), manifests
+    (.jsonl, .json), Kaldi folders (with wav.scp), other folders (every recording in them), recordings (anything else).
+
+    scratch: a folder for copies of pipes; allow_pipes: run those of a wav.scp. Raises ValueError for an empty folder or
+    name, and for a device.
+    """
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    for name in names:
+        found = read_input(os.fspath(name), scratch, allow_pipes)
+        rows += found.rows
+        left_out += found.left_out
+    return Inputs(rows, left_out)
+
+
+def is_stream(name: str) -> bool:
+    """Whether it can be read once only: standard input, or a pipe."""
+    return name == "-" or Path(name).is_fifo()
+
+
+def read_input(name: str, scratch: Path, allow_pipes: bool) -> Inputs:
     path = Path(name)
-    if not os.fspath(name):     # Path("") is here
+    if not name:        # Path("") is here
         raise ValueError("wanted recordings, folders or manifests, got an empty name")
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
+        return read_stream(sys.stdin.buffer, scratch, allow_pipes, name)
+    if is_stream(name):
+        with open(path, "rb") as stream:
+            return read_stream(stream, scratch, allow_pipes, name)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path}: wanted a recording, a folder or a manifest, got a device (- is standard input)")
     if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-        return [row for _, row in scan_rows(path, allow_pipes)]
-    found = [path]
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and not p.is_dir())
+        return Inputs([row for _, row in scan_rows(path, allow_pipes)], [])
+    if not path.is_dir():
+        return Inputs([Row(printable(str(path)), str(path), "", None)], [])
+    found, left_out = find_recordings(path)
     if not found:
-        raise ValueError(f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none")
-    return [Row(printable(str(p)), str(p), "", None) for p in found]
+        wanted = f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none"
+        raise ValueError("; ".join([wanted, *left_out_lines(left_out)]))
+    return Inputs([Row(printable(str(p)), str(p), "", None) for p in found], left_out)
 
 
-def read_stdin(stdin: BinaryIO, copy: Path, allow_pipes: bool = False) -> list[Row]:
-    """Rows of standard input, a recording, or lines that are each an input or a manifest's line. Written to `copy`."""
+def read_stream(stream: BinaryIO, scratch: Path, allow_pipes: bool, name: str) -> Inputs:
+    """What comes out of standard input or a pipe: a recording, or lines that are each an input or a manifest's line.
+    It is copied into the folder `scratch`, as a recording is read more than once."""
+    copy = scratch / f"stream{len(os.listdir(scratch))}"
     with open(copy, "wb") as file:
-        shutil.copyfileobj(stdin, file)
+        shutil.copyfileobj(stream, file)
     with open(copy, "rb") as file:
         head = file.read(4096)
     if not head:
-        raise ValueError("standard input: wanted a recording or lines, got nothing")
+        raise ValueError(f"{name}: wanted a recording or lines, got nothing")
     if b"\0" in head:       # every recording has zero bytes, no text has
-        return [Row("stdin", str(copy), "", None)]
-    rows = []
-    for place, _, line in scan_lines(copy, "-"):
+        return Inputs([Row("stdin" if name == "-" else name, str(copy), "", None)], [])
+    rows: list[Row] = []
+    left_out: list[LeftOut] = []
+    for place, _, line in scan_lines(copy, name):
         if line.startswith("{"):
             rows.append(parse_row(line, "", place))
         else:
-            rows += read_inputs(line, allow_pipes)
-    return rows
+            found = read_input(line, scratch, allow_pipes)
+            rows += found.rows
+            left_out += found.left_out
+    return Inputs(rows, left_out)

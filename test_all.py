@@ -2354,13 +2354,97 @@ def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
                           (tmp_path / "kaldi", "kaldi/text: wanted a text file, got a folder")):
         with pytest.raises(ValueError, match=words):
             manifests.Manifest(source)
-    read = lambda content: manifests.read_stdin(io.BytesIO(content), tmp_path / "copy")
+    read = lambda content: manifests.read_stream(io.BytesIO(content), tmp_path, False, "-").rows
     for content, words in ((wav(b"ab", 1, 16, 0), "wanted one channel"), (b"ID3\0 an mp3", ".* ffmpeg")):
         dataset = data.ManifestDataset(read(content), data_options(), letters, for_training=False)
         assert re.match(f"unreadable: .*: {words}", dataset[0].reason) and dataset[0].key == "stdin"
     for content, words in ((b'a.wav\n{"text": "a"}', "-:2: wanted a path"), (b"a.wav\n\xff", "-:2: wanted UTF-8")):
         with pytest.raises(ValueError, match=f"^{words}"):
             read(content)
+
+
+def odd_folder(folder: Path) -> list[Path]:
+    """A folder of recordings and of everything that is none; returns the recordings, in order."""
+    for name in ("far", "in/deep", "in/.git"):
+        (folder / name).mkdir(parents=True)
+    names = ["A.WAV", "b.Mp3", "deep/c.wav", "far/d.flac", "x.webm"]
+    for name in [*names, ".hidden.wav", "._A.WAV", "._A.txt", ".git/e.wav", "notes.pdf"]:
+        path = folder / ("" if name.startswith("far") else "in") / name
+        audio.save_wav(path, tone(0.2, 8000), 8000)
+    for name in ("A.txt", "b.TXT", "deep/c.txt", "x.txt"):
+        (folder / "in" / name).write_text(f"text of {name}")
+    (folder / "far/d.txt").write_bytes(b"\xff\xfet\0")        # UTF-16, as Windows' "Unicode"
+    (folder / "in/far").symlink_to("../far")
+    (folder / "in/deep/up").symlink_to("..")                   # a loop
+    (folder / "in/gone.wav").symlink_to("nowhere")
+    os.mkfifo(folder / "in/pipe.wav")
+    return [folder / "in" / name for name in names]
+
+
+# C72
+def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, capsys):
+    """One list of suffixes for decode.py and corpora.py; links, loops of them, hidden files, pipes, bad texts."""
+    wanted = odd_folder(tmp_path)
+    folder = tmp_path / "in"
+    found, left_out = manifests.find_recordings(folder)
+    assert found == wanted
+    assert {(os.path.relpath(path, folder), reason) for path, reason in left_out} == {
+        (".hidden.wav", "hidden"), ("._A.WAV", "hidden"), ("._A.txt", "hidden"), (".git", "hidden"),
+        ("notes.pdf", "no recording by its name"), ("pipe.wav", "a pipe or device"), ("gone.wav", "a link to nothing"),
+        ("deep/up", "a link to a folder that is read already")}
+    dataset = decode.open_inputs(tiny_system(), [str(folder)], tmp_path)
+    assert dataset.keys == [str(path) for path in wanted] and all(item.seconds == 0.2 for item in dataset)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 5 and f"decode.py: left out 1, a pipe or device: {folder}/pipe.wav\n" in told
+    assert re.search(rf"left out 4, hidden: {folder}/.git, {folder}/._A.WAV, {folder}/._A.txt and 1 more\n", told)
+    audio.save_wav(folder / "A.mp3", tone(0.2, 8000), 8000)     # another copy of A: a split of its own would be a leak
+    (folder / "b.TXT").write_text(" \n")
+    assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    rows = rows_of(tmp_path / "out/train.jsonl")
+    assert sorted((row["audio"], row["text"]) for row in rows) == [
+        ("../in/A.WAV", "text of A.txt"), ("../in/deep/c.wav", "text of deep/c.txt"), ("../in/x.webm", "text of x.txt")]
+    told = capsys.readouterr().out
+    assert f"left out 1, not UTF-8: {folder}/far/d.txt\n" in told
+    assert f"left out 1, an empty text beside it: {folder}/b.Mp3\n" in told
+    assert f"left out 1, of the name of another recording: {folder}/A.mp3\n" in told
+    (folder / "A.txt").unlink()
+    assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
+    assert f"left out 1, no text beside it: {folder}/A.WAV\n" in capsys.readouterr().out
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/a.txt").write_text("a")
+    with pytest.raises(ValueError, match="got none; left out 1, no recording by its name: .*/none/a.txt$"):
+        manifests.read_inputs([tmp_path / "none"], tmp_path)
+
+
+# C72
+def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refused(ckpt, tmp_path, capsys):
+    """As `decode.py <(cat a.wav)` and `<(head list)` name it; and with several processes it is refused."""
+    path = spoken(tmp_path / "a.wav", 0.6)
+    wanted = decoded(capsys, "--ckpt", ckpt, path)[1][0][1]
+    for content, key in ((Path(path).read_bytes(), None), (f"{path}\n".encode(), path)):
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        name = f"/dev/fd/{reader}"
+        assert manifests.is_stream(name) and not manifests.is_stream(path)
+        assert decoded(capsys, "--ckpt", ckpt, name)[:2] == (0, [[key or name, wanted]])
+        os.close(reader)
+    assert "/dev/null: wanted a recording, a folder or a manifest, got a device" in refusal(capsys, "--ckpt", ckpt,
+                                                                                           "/dev/null")
+
+
+@pytest.mark.parametrize("count,dev,test,sizes", [
+    (10, 0.1, 0.1, (8, 1, 1)), (30, 0.1, 0.2, (21, 3, 6)), (7, 0.5, 0.5, (0, 4, 3)), (10, 0, 1, (0, 0, 10)),
+    (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0))])
+def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
+    """The whole number nearest to the share of what has a text, whatever else is in the folder."""
+    for i in range(count + 5):
+        audio.save_wav(tmp_path / f"{i}.wav", tone(0.1, 8000), 8000)
+        if i < count:
+            (tmp_path / f"{i}.txt").write_text(str(i))
+    options = SimpleNamespace(source=tmp_path, out=tmp_path, dev_share=dev, test_share=test, seed=0)
+    splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
+    assert tuple(splits.count(split) for split in ("train", "dev", "test")) == sizes
 
 
 # C94
@@ -3369,7 +3453,8 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     (pairs / "a folder.txt").write_text("no text of a recording")
     assert corpora.main(["librispeech", str(libri), str(tmp_path / "out")]) == 0
     assert corpora.main(["aishell", str(shell), str(tmp_path / "out")]) == 0
-    assert "1 utterances, 0.00 h; left out 1 without text" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "train.jsonl: 1 utterances, 0.2 s\nleft out 1, without text: ../data_aishell/wav/train/S01/K2.wav\n")
     assert rows_of(tmp_path / "out/dev-clean.jsonl") == [
         {"audio": "../LibriSpeech/dev-clean/84/121123/84-121123-0000.flac", "text": "GO ON", "speaker": "84",
          "key": "84-121123-0000", "duration": 1.5},
@@ -3381,7 +3466,7 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert corpora.main(["folder", str(pairs), str(tmp_path / "out"), "--dev-share", "0.2", "--test-share", "0.3"]) == 0
     found = {split: rows_of(tmp_path / f"out/{split}.jsonl") for split in ("train", "dev", "test")}
     assert sorted(row["text"] for rows in found.values() for row in rows) == [f"text {i}" for i in range(10)]
-    assert sum(map(len, found.values())) == 10 and len(found["dev"]) <= 2 and len(found["test"]) <= 3
+    assert [len(found[split]) for split in ("train", "dev", "test")] == [5, 2, 3]       # of those with a text, exactly
     assert all(row["text"][-1] == row["key"][-1] for rows in found.values() for row in rows)
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
     assert capsys.readouterr().err == ""
