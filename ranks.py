@@ -6,6 +6,7 @@ Reading order: joining, sums, gradients, statistics of BatchNorm. Needs torch.
 import datetime
 import functools
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,11 @@ def join_processes(backend: str = "gloo", timeout: datetime.timedelta | None = N
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         distributed.init_process_group(backend, timeout=timeout)
     return rank, processes
+
+
+def is_first_process() -> bool:
+    """Whether this process has rank 0 or will have it: also true before it has joined."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def own_rank() -> int:
@@ -66,6 +72,7 @@ class Share(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.never_used = nn.Parameter(torch.zeros(()))  # DDP warns at each start if it finds no parameter unused
 
     def forward(self, *batch: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         if batch:
@@ -77,6 +84,8 @@ def share_model(model: nn.Module) -> nn.Module:
     """What a step of several ranks calls in place of the model, whose weights it has: p.grad is then the mean of all."""
     if num_ranks() == 1:
         return model
+    # strides over a dimension of size 1, as in the weights of a depthwise convolution, mean nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # statistics of BatchNorm are not those of rank 0: see average_statistics
     return DistributedDataParallel(Share(model), forward_sync_buffers=False, find_unused_parameters=True)
 

@@ -71,6 +71,7 @@ import plot
 import ranks
 import report
 import serve
+import survival
 import tokenizer
 import train
 import web
@@ -97,7 +98,7 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set
 @pytest.fixture(autouse=True)
 def process_wide_settings():
     """A command that a test runs may set signal handlers and the switch interval: both are put back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)}
     interval = sys.getswitchinterval()
     yield
     signal.set_wakeup_fd(-1)
@@ -1986,6 +1987,55 @@ def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_pa
     assert decode.main(["--device", "cpu", "--ckpt", name, "a.wav"]) == 2
     said = capsys.readouterr().err
     assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
+
+
+# ---- survival: consoles, signals ----
+
+# C181
+@pytest.mark.parametrize("encoding, shown", [("cp1252", "\xe9?"), ("cp437", "\xe9?"), ("ascii", "??"), ("utf-8", "\xe9\u4f60")])
+def test_what_a_console_cannot_show_is_replaced(encoding, shown):
+    raw = io.BytesIO()
+    stream = survival.SafeStream(io.TextIOWrapper(raw, encoding=encoding))
+    print("\xe9\u4f60", file=stream, end="", flush=True)
+    assert raw.getvalue().decode(encoding) == shown and not survival.stream_error(stream)
+
+
+# C181
+def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    for target, words in ((os.open("/dev/full", os.O_WRONLY), "No space left"), (write_end, "Broken pipe")):
+        with open(target, "w") as file:
+            stream = survival.SafeStream(file)
+            for _ in range(3):
+                print("x" * 10000, file=stream, flush=True)
+            assert words in survival.stream_error(stream)
+
+
+# C84
+def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
+    lines = ["import os, survival, time", "stop = survival.catch_signals()"]
+    for _ in range(2):
+        lines += ["os.kill(os.getpid(), 2)", "print(stop.is_set(), flush=True)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=HERE, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
+
+
+# C120
+def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
+    for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, survival.Ended)):
+        for times, reached in ((1, ["in", "end"]), (2, ["in"])):
+            seen = []
+            survival.end_as_ctrl_c()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with pytest.raises(kind) as caught:
+                with survival.interrupted_later():
+                    os.kill(os.getpid(), number)
+                    seen.append("in")
+                    if times == 2:
+                        os.kill(os.getpid(), number)
+                    seen.append("end")
+            assert seen == reached and survival.exit_code(caught.value) == 128 + number
 
 
 # ---- data: augmentation ----
@@ -4964,7 +5014,7 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     assert set(state) == {"format", "config", "tokenizer", "stats", "model", "trained", "optimizer",
                           "progress", "history", "log_bytes", "utterances"}
     assert sorted(p.name for p in run.iterdir()) == sorted(
-        ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints"])
+        ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints", "lock"])
 
 
 class Killed(Exception):
@@ -5268,6 +5318,45 @@ def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothi
     assert_same_run(run, whole)
 
 
+# C180
+def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dead(zygote, whole_run, tmp_path):
+    argv, whole, _ = whole_run
+    pid = zygote.start(tmp_path / "out", *argv, "--data.num_workers=1", "--runs", str(tmp_path / "runs"))
+    wait_for(tmp_path / "runs/latest")
+    run = run_of(tmp_path / "runs")
+    os.kill(pid, signal.SIGSTOP)
+    kept = (run / "train.log").read_text()
+    second = zygote.start(tmp_path / "second", "--resume", str(run))
+    assert zygote.wait(second) == 2
+    assert (tmp_path / "second").read_text() == (f"train.py: {run}: wanted a folder that no process works on, got one of "
+                                                 f"process {pid} on {socket.gethostname()}\n")
+    assert (run / "train.log").read_text() == kept
+    os.kill(pid, signal.SIGKILL)
+    zygote.wait(pid)
+    zygote.run(tmp_path / "third", "--resume", str(run))
+    assert_same_run(run, whole)
+
+
+# C84
+def test_sighup_ends_no_run(zygote, whole_run, tmp_path):
+    """The terminal is closed: the run goes on without it."""
+    argv, whole, _ = whole_run
+    pid = zygote.start(tmp_path / "out", *argv, "--runs", str(tmp_path / "runs"))
+    wait_for(tmp_path / "runs/latest")
+    os.kill(pid, signal.SIGHUP)
+    assert zygote.wait(pid) == 0
+    assert_same_run(run_of(tmp_path / "runs"), whole)
+
+
+# C181
+@pytest.mark.parametrize("console", [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 1 >/dev/null"])
+def test_a_console_that_is_closed_full_or_gone_ends_no_run(tmp_path, console):
+    command = f"{sys.executable} train.py {tiny_yaml(tmp_path / 'tiny.yaml')} --runs {tmp_path}/runs"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {command} {console}"], cwd=HERE, check=True, timeout=60)
+    assert (run_of(tmp_path / "runs") / "train.log").read_text().count("\nepoch") == 3
+    assert not (run_of(tmp_path / "runs") / "lock").read_text().startswith("epoch")
+
+
 # C84
 def test_a_signal_during_evaluation_loses_no_step(tmp_path, monkeypatch):
     path, stop, real = tiny_yaml(tmp_path / "tiny.yaml"), threading.Event(), train.evaluate
@@ -5500,6 +5589,8 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
         pids = start_ranks(zygote, tmp_path / name, world, *argv, *more, "--runs", str(tmp_path / f"runs_{name}"))
         assert [zygote.wait(pid) for pid in pids] == [0] * world, (tmp_path / f"{name}0").read_text()
         runs[name] = run_of(tmp_path / f"runs_{name}")
+    for rank in (0, 1):
+        assert "arning" not in (tmp_path / f"two{rank}").read_text()
     assert len(list((tmp_path / "runs_two").iterdir())) == 2  # rank 0 alone makes a folder, and points latest at it
     moved = Path(shutil.copytree(runs["two"], tmp_path / "moved"))
     os.replace(moved / "checkpoints/previous.pt", moved / "checkpoints/latest.pt")  # after three epochs
@@ -7321,7 +7412,7 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
 
 # ---- the project: layout, floors, documents ----
 
-FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1,
+FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "dry_run": 5, "openai_forms": 5,

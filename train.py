@@ -10,7 +10,7 @@ trained and its checkpoints, the loop, starting and going on, the dry run, main.
 
 A run is a folder runs/<YYYYmmdd_HHMMSS>_<name>/ with config.yaml, train.log, metrics.json, results.csv, curves.svg and
 checkpoints/{best,latest,previous}.pt; runs/latest points at the newest. Every file is replaced whole but train.log,
-which grows, and which --resume cuts back to where its checkpoint stands.
+which grows, and which --resume cuts back to where its checkpoint stands. `lock` names the process that works on it.
 All randomness comes from training.seed and the number of the step, epoch or utterance, so there is no generator's state
 to keep, and on a CPU a resumed run repeats the uninterrupted one bit for bit.
 training.batch_size and batch_frames are those of one optimizer step, whatever works on it: its utterances are dealt
@@ -26,14 +26,13 @@ import json
 import os
 import re
 import resource
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -51,10 +50,11 @@ from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, 
 from dry_run import clock, describe, num_parameters, warnings
 from funasr import PieceTokenizer
 from plot import column_names, curves_svg
-from ranks import join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
+from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
 from step import (Step, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
                   recompute_blocks, train_step)
+from survival import catch_signals, keep_streams, lock
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 from weights import load_weights
 
@@ -159,6 +159,7 @@ class Run(NamedTuple):
     dev_set: torch.utils.data.Dataset
     folder: Path = Path()  # a dry run has none
     stop: threading.Event | None = None  # set by SIGTERM and Ctrl-C: finish the step, write a checkpoint, end
+    lock: BinaryIO | None = None  # while it is open, no other process works on the folder
 
 
 def show(line: str, end: str = "\n") -> None:
@@ -464,6 +465,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     run = run._replace(folder=Path(sum_over_ranks(made)["folder"]), stop=stop)  # rank 0 tells the others its name
     say(run, headline(run))
     if own_rank() == 0:
+        run = run._replace(lock=lock(run.folder / "lock"))
         data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
         for line in warnings(run, config.training.num_epochs * len(epoch_batches(run, 0))):
             say(run, f"warning: {line}")
@@ -474,10 +476,12 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 
 
 def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
-    """A run that stopped, its files brought back to where its last checkpoint stands."""
+    """A run that stopped, its files brought back to where its last checkpoint stands. Raises ValueError if another
+    process works on it."""
+    held = lock(folder / "lock") if is_first_process() and (folder / "checkpoints").is_dir() else None
     path, state, config = last_checkpoint(folder)
     join(config.training)  # all ranks wait here: the files below may be moved once all have read them
-    run = make_run(config, state, str(path))._replace(folder=folder, stop=stop)
+    run = make_run(config, state, str(path))._replace(folder=folder, stop=stop, lock=held)
     progress = Progress(**state["progress"], history=state["history"])
     if own_rank():
         return run, progress._replace(totals={})  # rank 0 has the sums of all ranks
@@ -494,18 +498,6 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
 
 
 # ---- main ----
-
-def catch_signals() -> threading.Event:
-    """An event that SIGTERM or Ctrl-C sets; a second one ends the program at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return stop
-
 
 def is_lost_rank(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or bool(re.search("gloo|NCCL", str(error)))
@@ -603,4 +595,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    keep_streams()
     sys.exit(main(sys.argv[1:]))
