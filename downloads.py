@@ -32,6 +32,14 @@ DOWNLOADS = (
 TAKE = DOWNLOADS[0]  # where another cannot be used
 
 
+PARTS = {  # option of decode.py and serve.py -> the model that it takes
+    "--vad": Download("fsmn-vad", MODELSCOPE + "fsmn_vad_zh-cn-16k-common-pytorch", "funasr/fsmn-vad", 2,
+                      "where somebody speaks (FsmnVADStreaming)"),
+    "--punctuate": Download("ct-punc", "iic/punc_ct-transformer_cn-en-common-vocab471067-large", "funasr/ct-punc", 1050,
+                            "punctuation, Chinese and English (CTTransformer)"),
+}
+
+
 class Other(NamedTuple):
     name: str  # FunASR's short name of a model that does not run here
     kind: str  # its class, as the `model` of its config.yaml
@@ -76,6 +84,14 @@ def check_name(path: str) -> None:
     for other in OTHERS:
         if Path(given).name == other.name.lower():
             raise ValueError(f"{path}: {refusal(other)}")
+
+
+def check_part(path: str, option: str) -> None:
+    """Raises ValueError that says how to download what this option of PARTS takes if path is no directory."""
+    if not Path(path).is_dir():
+        model = PARTS[option]
+        raise ValueError(f"{option} {path}: wanted a directory as FunASR publishes it, with {model.what}; download one "
+                         f"with {commands(model, model.name)}, and pass {model.name}")
 
 
 def check_kind(kind: str, place: str) -> None:

@@ -130,14 +130,17 @@ class SanmAttention(nn.Module):
         self.memory = Fsmn(dim, kernel_size, shift, dropout)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for."""
+    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False,
+                seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,in_dim), mask (B,1,T), seen (T,T): keys that each query attends to where that is not all, without
+        padding -> (B,T,dim), weights (B,H,T,T) where asked for."""
         check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
         with full_precision(x, self.training):
             x = x if self.training else at_least_float32(x)
             q, k, v = self.query_key_value(x).chunk(3, dim=-1)  # (B,T,dim) each
             heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K) each
-            out, weights = attend(*heads, mask, need_weights, dropout=self.dropout if self.training else 0.0)
+            keys = mask if seen is None else seen[None]
+            out, weights = attend(*heads, keys, need_weights, dropout=self.dropout if self.training else 0.0)
             out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,dim)
             return out + self.memory(v, mask), weights
 
@@ -233,10 +236,11 @@ class SanmBlock(nn.Module):
         self.residual = in_dim == dim
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim) and the weights (B,H,T,T) where asked for."""
+    def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False,
+                seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """As SanmAttention.forward."""
         check_shapes(x=(x, "B", "T", self.self_attention.query_key_value.in_features))
-        out, weights = self.self_attention(self.norm_self(x), mask, need_weights)
+        out, weights = self.self_attention(self.norm_self(x), mask, need_weights, seen)
         out = self.dropout(out)
         x = x + out if self.residual else out
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights

@@ -22,6 +22,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -68,12 +69,14 @@ import manifests
 import model
 import openai_forms
 import plot
+import punctuation
 import ranks
 import report
 import serve
 import survival
 import tokenizer
 import train
+import vad
 import web
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
                        TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
@@ -4253,6 +4256,301 @@ def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(vari
     assert kept >= 0.8 * total
 
 
+# ---- vad: scores, segments, streams ----
+
+@functools.lru_cache
+def long_samples(name: str) -> torch.Tensor:
+    """A long recording of the kit, as long_wavs.py builds it."""
+    build = runpy.run_path(str(KIT / "long_wavs.py"))
+    recipe = json.loads((KIT / "long_wavs.json").read_text())[name]
+    return torch.from_numpy(build["render"](recipe).astype(np.float32) / 32768)
+
+
+def vad_results(kind: str) -> dict:
+    path = KIT / "vad/expected/results.json"
+    return json.loads(path.read_text())[kind] if path.exists() else {}
+
+
+def told_vad(build: dict, generate: dict) -> vad.Vad:
+    """The kit's VAD with options as FunASR's AutoModel and generate take them."""
+    system = vad.load_vad(str(KIT / "vad"))
+    values = {key: value for key, value in {**build, **generate}.items() if hasattr(system.options, key)}
+    options = config.from_dict(values, "test", system.options)
+    schedule = ()
+    if generate.get("dynamic_silence", "max_end_silence_time" not in {**build, **generate}):
+        schedule = tuple(map(tuple, generate.get("silence_schedule", vad.SCHEDULE)))
+    return system._replace(options=options, schedule=schedule, piece_ms=generate.get("chunk_size", 60000))
+
+
+@needs_kit
+def test_vad_features_levels_and_scores_are_funasrs():
+    system = vad.load_vad(str(KIT / "vad"))
+    system = system._replace(options=replace(system.options, snr_thres=0.0))  # else levels are not computed
+    expected = np.load(KIT / "vad/expected/scores.npz")
+    names = [key.removesuffix("_sil") for key in expected if key.endswith("_sil")]
+    assert len(names) == 15
+    for name in names:
+        _, feats, level = vad.next_features(system, vad.start(system), long_samples(name), True)
+        with torch.inference_mode():
+            scores = system.network(feats[None], system.network.start())[0][0].numpy()
+        for key, found, tolerance in (("sil", scores[:, 0], 5e-4), ("scores", scores, 5e-4), ("feats", feats.numpy(), 3e-3),
+                                      ("decibel", level, 1e-3)):
+            if f"{name}_{key}" in expected:
+                np.testing.assert_allclose(found, expected[f"{name}_{key}"], rtol=0, atol=tolerance)
+
+
+# C172
+@needs_kit
+@pytest.mark.parametrize("run", vad_results("offline"))
+def test_vad_segments_are_funasrs_with_every_option(run):
+    given = vad_results("offline")[run]
+    system = told_vad(given["model"], given["generate"])
+    for name, wanted in given["value"].items():
+        if isinstance(wanted, dict):
+            wanted = []  # FunASR divides by zero where there is no whole frame
+        assert list(map(list, vad.segments_of(system, [long_samples(name)]))) == wanted, name
+
+
+def events_of(system: vad.Vad, samples: torch.Tensor, sizes: list[int], last: bool) -> list:
+    """[[number of the call, its events], ...] of a stream in pieces of these sizes."""
+    state, found = vad.start(system), []
+    for i, piece in enumerate(samples.split(sizes)):
+        state, events = vad.feed(system, state, piece, last and i == len(sizes) - 1)
+        if events:
+            found.append([i, [list(event) for event in events]])
+    return found
+
+
+# C172 C173
+@needs_kit
+@pytest.mark.parametrize("run, name", [(run, name) for run, given in vad_results("streaming").items()
+                                       for name in given["cases"]])
+def test_vad_streams_are_funasrs_call_by_call(run, name):
+    generate = vad_results("streaming")[run]["generate"]
+    case = vad_results("streaming")[run]["cases"][name]
+    system = told_vad({}, generate)._replace(announce=True)
+    samples, size = long_samples(name), 16 * generate["chunk_size"]
+    even = [size] * (len(samples) // size) + [len(samples) % size] * (len(samples) % size > 0)
+    wanted = {"events": case["events"], "odd": case["events_odd"],
+              "one": [[0, case["one_call"]]] if case["one_call"] else []}
+    found = {"events": events_of(system, samples, even, True), "odd": events_of(system, samples, case["pieces_odd"], True),
+             "one": events_of(system, samples, [len(samples)], True)}
+    if name == "tiny399":
+        wanted = dict.fromkeys(wanted, [])  # FunASR divides by zero
+    assert found == wanted
+    assert events_of(system, samples, even, False) == case["events_never_final"]
+    with_empty = events_of(system, torch.cat([samples, samples[:0]]), [*even, 0], True)
+    before = [event for event in with_empty if event[0] < len(even)]
+    assert before == case["events_then_empty_final"]  # the empty call: nothing at FunASR, here what is still open ends
+    assert [e for _, events in with_empty for e in events] == [e for _, events in found["events"] for e in events]
+
+
+# C172
+@needs_kit
+def test_vad_does_not_depend_on_the_cuts_into_calls():
+    system = told_vad({}, {"chunk_size": 200})._replace(announce=True)
+    samples = long_samples("endspeech")[:16000]
+    states = []
+    for sizes in ([1] * 16000, [16000], [7, 15993]):
+        state = vad.start(system)
+        for piece in samples.split(sizes):
+            state, _ = vad.feed(system, state, piece)
+        states.append(state)
+    for state in states[1:]:
+        assert state.detector == states[0].detector and state.detector.begin == 0
+        assert all(map(torch.equal, (*state.past, state.rows), (*states[0].past, states[0].rows)))
+
+
+# C172
+@needs_kit
+@pytest.mark.parametrize("rate_hz", [16000, 8000])
+def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
+    system = vad.load_vad(str(KIT / "vad"))
+    samples = long_samples("pauses").repeat(4)
+    audio.save_wav(tmp_path / "a.wav", samples, 16000)
+    whole = torch.cat(list(audio.stream(tmp_path / "a.wav", rate_hz)))
+    found = list(vad.cut_speech(system, tmp_path / "a.wav", rate_hz))
+    wanted = list(vad.segments_of(system, [samples]))
+    assert [round(piece.start_sec * 1000) for piece in found] == [begin for begin, _ in wanted] and len(wanted) > 12
+    for piece, (begin, end) in zip(found, wanted):
+        assert torch.equal(piece.samples, whole[begin * rate_hz // 1000:end * rate_hz // 1000])
+
+
+# C174
+@needs_kit
+def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():
+    system = vad.load_vad(str(KIT / "vad"))
+    sizes = {}
+    for name in ("silence", "talk_b", "loud"):
+        state, kept = vad.start(system), []
+        minute = long_samples(name).repeat(20)[:960000]
+        for _ in range(8):
+            state, _ = vad.feed(system, state, minute)
+            kept.append(sum(len(x) for x in (state.waiting, state.edge, state.rows, state.levels)) +
+                        state.detector.t + 1 - state.detector.earliest())
+        sizes[name] = kept
+    assert max(sizes["silence"]) < 600 and max(max(kept) for kept in sizes.values()) < 6600  # a segment and the edges
+
+
+@needs_kit
+@pytest.mark.parametrize("change, line", [
+    (("model: FsmnVADStreaming", "model: Paraformer"), "wanted model FsmnVADStreaming, got Paraformer"),
+    (("  rorder: 0", "  rorder: 2"), "rorder: wanted 0, got 2"),
+    (("  lfr_m: 5", "  lfr_m: 7"), "lfr_m: wanted 5, got 7"),
+    (("  silence_pdf_num: 1", "  silence_pdf_num: 2"), "silence_pdf_num: wanted the 1 of sil_pdf_ids, got 2"),
+    (("  sample_rate: 16000", "  sample_rate: 8000"), "wanted one sample rate, got 8000 and 16000"),
+    (("  detect_mode: 1", "  mode: 1"), "unknown key 'mode'"),
+    (("  input_dim: 400", "  input_dim: 320"), "encoder_conf.input_dim: wanted n_mels x lfr_m 400, got 320"),
+    (("  proj_dim: 16", "  proj_dim: 17"), "weights do not fit the model of its config: encoder.fsmn.0.linear.linear.weight")])
+def test_vad_refuses_what_it_does_not_implement(tmp_path, change, line):
+    folder = kit_copy("vad", tmp_path / "vad")
+    text = (folder / "config.yaml").read_text()
+    assert change[0] in text
+    (folder / "config.yaml").write_text(text.replace(*change))
+    with pytest.raises(ValueError, match=re.escape(line)):
+        vad.load_vad(str(folder))
+
+
+@needs_kit
+@pytest.mark.parametrize("command, folder", [(vad.main, "vad"), (punctuation.main, "punc")])
+def test_parts_say_how_to_download_them(capsys, command, folder):
+    extra = ["a.wav"] if folder == "vad" else []
+    assert command(["nothing", *extra]) == 2
+    assert "modelscope download --model iic/" in capsys.readouterr().err
+    assert command([str(KIT / ("punc" if folder == "vad" else "vad")), *extra]) == 2
+    assert "got" in capsys.readouterr().err
+
+
+# ---- punctuation: marks, texts, realtime ----
+
+@functools.lru_cache
+def kit_punctuation(variant: str) -> punctuation.Punctuation:
+    return punctuation.load_punctuation(str(KIT / variant))
+
+
+def punctuation_results(variant: str) -> dict:
+    return json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
+
+
+def watched(monkeypatch) -> list[int]:
+    """Tokens of every pass through the network, as they come."""
+    lengths, choose = [], punctuation.choose_marks
+
+    def spy(model, tokens, num_carried=0):
+        lengths.append(len(tokens))
+        return choose(model, tokens, num_carried)
+
+    monkeypatch.setattr(punctuation, "choose_marks", spy)
+    return lengths
+
+
+# C175
+@needs_kit
+def test_punctuated_texts_are_funasrs(monkeypatch):
+    lengths, given, count = watched(monkeypatch), punctuation_results("punc"), 0
+    for case in [*given["texts"], *given["empty"], *given["split_size"]]:
+        lengths.clear()
+        text, marks = punctuation.punctuate(kit_punctuation("punc"), case["input"], case.get("split_size", 20))
+        assert (text, marks, lengths) == (case["text"], case["punc_array"], case["lengths"])
+        count += len(lengths)
+    assert count > 600 and max(max(case["lengths"], default=0) for case in given["texts"]) > 200
+    inputs, texts = (ast.literal_eval(str(given["list"][key])) for key in ("input", "texts"))
+    assert [punctuation.punctuate(kit_punctuation("punc"), text)[0] for text in inputs] == texts
+
+
+# C175
+@needs_kit
+def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):
+    lengths, model = watched(monkeypatch), kit_punctuation("punc_realtime")
+    for session in punctuation_results("punc_realtime")["sessions"]:
+        carried = []
+        for case in session:
+            lengths.clear()
+            assert len(carried) == case["vad_index"]
+            text, marks, carried = punctuation.punctuate_more(model, carried, case["input"])
+            assert (text, marks, carried, lengths) == tuple(
+                case[key] for key in ("text", "punc_array", "pre_text", "lengths"))
+    assert punctuation.punctuate_more(model, ["a"], " ") == ("", [], ["a"])
+
+
+@needs_kit
+@pytest.mark.parametrize("variant", ["punc", "punc_realtime"])
+def test_punctuation_scores_are_funasrs(variant):
+    model, expected = kit_punctuation(variant).model, np.load(KIT / variant / "expected/logits.npz")
+    keys = [key for key in expected if "_ids" in key]
+    assert len(keys) >= 9
+    for key in keys:
+        carried = 0
+        if variant == "punc_realtime":
+            session, call = map(int, key[1:].split("_")[:2])
+            carried = punctuation_results(variant)["sessions"][session][call]["vad_index"]
+        ids = torch.from_numpy(expected[key])
+        with torch.inference_mode():
+            np.testing.assert_allclose(model.encode(ids, carried), expected[key.replace("ids", "enc")], rtol=0, atol=1e-4)
+            np.testing.assert_allclose(model(ids, carried), expected[key.replace("ids", "logits")], rtol=0, atol=5e-4)
+
+
+# C176
+@needs_kit
+def test_words_are_written_as_the_text_is():
+    model = kit_punctuation("punc")
+    for case in punctuation_results("punc")["texts"]:
+        words = punctuation.split_tokens(case["input"])
+        written = punctuation.punctuate_words(model, words)
+        assert len(written) == len(words)
+        text = "".join(" " * word.spaced + word.text for word in written)
+        assert text == case["text"]
+        ends = [{"，": "pause", "、": "pause", "。": "sentence", "？": "sentence"}.get(model.marks[mark], "")
+                for mark in case["punc_array"]]
+        if "<unk>" not in case["text"]:
+            assert [word.ends for word in written][:-1] == ends[:-1]
+    assert punctuation.punctuate_words(model, []) == []
+    assert len(punctuation.punctuate_words(model, ["été", "hello", "我"])) == 3
+
+
+@needs_kit
+@pytest.mark.parametrize("change, line", [
+    (("model: CTTransformer", "model: Paraformer"), "wanted model CTTransformer or CTTransformerStreaming"),
+    (("  att_unit: 32", "  att_unit: 64"), "wanted embed_unit, att_unit and output_size alike, got 32, 64 and 32"),
+    (("  sentence_end_id: 3", "  sentence_end_id: 9"), "wanted a punc_list with _ and sentence_end_id in it"),
+    (("  linear_units: 48", "  linear_units: 40"), "weights do not fit the model of its config: "),
+    (("  input_layer: pe", "  input_layer: linear"), "encoder_conf.input_layer 'linear' is not implemented")])
+def test_punctuation_refuses_what_it_does_not_implement(tmp_path, change, line):
+    folder = kit_copy("punc", tmp_path / "punc")
+    text = (folder / "config.yaml").read_text()
+    assert change[0] in text
+    (folder / "config.yaml").write_text(text.replace(*change))
+    with pytest.raises(ValueError, match=re.escape(line)):
+        punctuation.load_punctuation(str(folder))
+
+
+@needs_kit
+def test_a_vocabulary_for_jieba_is_read_by_characters_and_said_so(tmp_path, capsys):
+    folder = kit_copy("punc", tmp_path / "punc")
+    (folder / "jieba_usr_dict").write_text("你好\n", encoding="utf-8")
+    model = punctuation.load_punctuation(str(folder))
+    assert capsys.readouterr().err.count("as jieba cuts them") == 1
+    case = punctuation_results("punc")["texts"][2]
+    assert punctuation.punctuate(model, case["input"])[0] == case["text"]
+
+
+@needs_kit
+def test_the_commands_print_segments_and_punctuated_lines(tmp_path, capsys, monkeypatch):
+    audio.save_wav(tmp_path / "a.wav", long_samples("pauses"), 16000)
+    for schedule, run in (("config", "no_dynamic"), ("funasr", "default")):
+        assert vad.main([str(KIT / "vad"), "--schedule", schedule, str(tmp_path / "a.wav")]) == 0
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        assert [[int(a), int(b)] for a, b, _ in rows] == vad_results("offline")[run]["value"]["pauses"]
+    cases = punctuation_results("punc")["texts"][:9]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(case["input"] + "\n" for case in cases)))
+    assert punctuation.main([str(KIT / "punc")]) == 0
+    assert capsys.readouterr().out.splitlines() == [case["text"].strip() for case in cases]
+    session = punctuation_results("punc_realtime")["sessions"][1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(case["input"] + "\n" for case in session)))
+    assert punctuation.main([str(KIT / "punc_realtime")]) == 0
+    assert capsys.readouterr().out.splitlines() == [case["text"].strip() for case in session]
+
+
 # ---- report: words and forms ----
 
 def planted_words(symbols, tokenizer) -> report.Result:
@@ -7415,7 +7713,8 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
+          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
+          "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
