@@ -153,10 +153,12 @@ class TrainingConfig:
     num_epochs: int = 10                 # passes over the training set
     max_grad_norm: float = 1.0           # gradients are clipped to this norm
     warmup_steps: int = 100              # steps of linear warm-up; 0 = none
+    warmup_share: float = 0.0            # share of the run that warms up, in place of warmup_steps; [0, 0.2], 0 = none
     schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"      # after the warm-up
     final_lr_ratio: float = 0.05         # cosine ends at this share of learning_rate, [0, 1]
     weight_decay: float = 0.01           # on matrices only, 0 or more
     average_decay: float = 0.0           # moving average of the weights, per step, [0, 1): 0.999 = 1000 steps; 0 = none
+    average_share: float = 0.0           # share of the run averaged over, in place of average_decay; [0, 0.2], 0 = none
     seed: int = 0                        # at least 0 and below 2^64
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 0                     # of torch on a CPU; 0 = its own choice, 1 beside a loader process is faster
@@ -196,6 +198,7 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
         attention_dropout tail"""),
     "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
         target_sequence_accuracy"""),
+    "from 0 to 0.2": (lambda x: 0 <= x <= 0.2, "warmup_share average_share"),
     "from 0.1 to 10": (lambda x: 0.1 <= x <= 10, "speeds"),
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
@@ -344,6 +347,10 @@ def _cross_errors(config: Config) -> list[Error]:
         errors.append(("data.train", manifest))
     if data.kind == "manifest" and data.dev == "" and config.training.init_from == "":     # fine-tuning can do without
         errors.append(("data.dev", manifest))
+    for share, number in (("warmup_share", "warmup_steps"), ("average_share", "average_decay")):
+        default = getattr(TrainingConfig(), number)
+        if getattr(config.training, share) and getattr(config.training, number) != default:
+            errors.append((f"training.{number}", f"its default {default} beside {share}, which replaces it"))
     return errors
 
 

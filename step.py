@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import zlib
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,16 @@ def learning_rate(step: int, total_steps: int, options) -> float:
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     low = options.final_lr_ratio
     return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def in_steps(options, total_steps: int):
+    """options with warmup_share and average_share, where given, as the warmup_steps and average_decay of such a run."""
+    if options.warmup_share:
+        options = replace(options, warmup_steps=round(options.warmup_share * total_steps), warmup_share=0.0)
+    if options.average_share:
+        averaged = max(1.0, options.average_share * total_steps)
+        options = replace(options, average_decay=1 - 1 / averaged, average_share=0.0)
+    return options
 
 
 def newest_share(step: int, decay: float) -> float:

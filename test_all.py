@@ -6070,6 +6070,23 @@ def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, v
     assert [re.search(r"try --data\.sample_rate=(\d+)", line)[1] for line in lines] == ([value] if value else [])
 
 
+def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(tmp_path):
+    """15 steps: a fifth is 3 of warm-up, and an average over 3 has the decay 2/3."""
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    Path(path).write_text(TINY.replace("warmup_steps: 2", "warmup_share: 0.2\n  average_share: 0.2"))
+    for name, argv in (("shares", []), ("steps", ["--training.warmup_share=0", "--training.warmup_steps=3",
+                                                  "--training.average_share=0", f"--training.average_decay={2 / 3}"])):
+        assert train.main([path, "--runs", str(tmp_path / name), *argv]) == 0
+    shares, steps = run_of(tmp_path / "shares"), run_of(tmp_path / "steps")
+    assert config.load(str(shares / "config.yaml")) == config.load(str(steps / "config.yaml"))
+    assert_same_run(shares, steps)
+    with pytest.raises(ValueError, match="training.warmup_steps: wanted its default 100 beside warmup_share"):
+        config.load(path, ["--training.warmup_steps=3"])
+    with pytest.raises(ValueError, match="training.average_decay: wanted its default 0.0 beside average_share"):
+        config.load(path, ["--training.average_decay=0.9"])
+    assert train.overfitting(config.load(path), 2).training.average_share == 0.0
+
+
 # C91
 def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
     path = tiny_yaml(tmp_path / "tiny.yaml")
@@ -7832,6 +7849,7 @@ def readme_commands() -> list[str]:
 README_RUNS = {  # of configs as README names them: options that make a run of seconds
     "configs/toy.yaml": "--training.num_epochs=1 --data.toy.num_train=64 --data.toy.num_dev=12 --training.threads=1",
     "configs/finetune.yaml": "--training.num_epochs=1 --data.augment.freq_width=3 --training.threads=1",
+    "configs/small.yaml": "--training.num_epochs=1 --data.num_workers=0",
     "configs/digits.yaml": "--training.num_epochs=1 --training.threads=1 --data.num_workers=0"}
 
 

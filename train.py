@@ -52,7 +52,7 @@ from funasr import PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
-from step import (Step, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
+from step import (Step, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
                   recompute_blocks, train_step)
 from survival import catch_signals, keep_streams, lock
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
@@ -197,6 +197,7 @@ def overfitting(config: configs.Config, count: int) -> configs.Config:
     """config, changed to learn `count` utterances by heart: a constant rate, no averaging, until all are right."""
     training = replace(config.training, overfit=count, num_epochs=OVERFIT_EPOCHS, schedule="constant", patience=0,
                        target_token_accuracy=1.0, target_sequence_accuracy=1.0, average_decay=0.0,
+                       warmup_share=0.0, average_share=0.0,
                        warmup_steps=min(config.training.warmup_steps, 2 * OVERFIT_TIMES))
     return replace(config, training=training)
 
@@ -227,13 +228,16 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     model.to(pick_device(training.device, "training.device"),
              torch.float64 if training.precision == "float64" else torch.float32)
     optimizer = make_optimizer(model, training.weight_decay)
-    average = copy.deepcopy(model) if training.average_decay else model
+    average = copy.deepcopy(model) if training.average_decay or training.average_share else model
     if state is not None:
         load_weights(model, state["trained"], place)
         load_optimizer(optimizer, state["optimizer"])
     if training.recompute_blocks:
         recompute_blocks(model)
-    return Run(config, tokenizer, stats, model, average, share_model(model), optimizer, train_set, dev_set)
+    run = Run(config, tokenizer, stats, model, average, share_model(model), optimizer, train_set, dev_set)
+    if training.warmup_share or training.average_share:
+        run = run._replace(config=replace(config, training=in_steps(training, num_steps(run))))
+    return run
 
 
 def save(run: Run, progress: Progress) -> None:
@@ -296,6 +300,10 @@ def epoch_batches(run: Run, epoch: int) -> list[list[int]]:
     batches = data.make_batches(np.tile(lengths, OVERFIT_TIMES if training.overfit else 1), training.batch_size,
                                 training.batch_frames, training.seed, epoch)
     return [[index % len(lengths) for index in batch[own_rank()::num_ranks()]] for batch in batches]  # % undoes np.tile
+
+
+def num_steps(run: Run) -> int:
+    return run.config.training.num_epochs * len(epoch_batches(run, 0))
 
 
 def dev_batches(run: Run) -> Iterable[data.Batch]:
@@ -415,7 +423,7 @@ def fit(run: Run, progress: Progress) -> Progress:
     """Train until there is a stop_reason or run.stop is set; after each epoch evaluate, write reports and checkpoints
     -> the progress, as the last checkpoint has it."""
     training = run.config.training
-    total_steps = training.num_epochs * len(epoch_batches(run, 0))
+    total_steps = num_steps(run)
     while not (reason := stop_reason(progress.history, training)):
         started, history = time.monotonic(), progress.history
         progress = train_epoch(run, progress, total_steps)
@@ -467,7 +475,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     if own_rank() == 0:
         run = run._replace(lock=lock(run.folder / "lock"))
         data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
-        for line in warnings(run, config.training.num_epochs * len(epoch_batches(run, 0))):
+        for line in warnings(run, num_steps(run)):
             say(run, f"warning: {line}")
     save(run, Progress())
     if own_rank() == 0:
