@@ -269,7 +269,7 @@ def written(tmp_path, text: str) -> str:
     return str(tmp_path / "a.yaml")
 
 
-def refusal(path: str, overrides: tuple | list = ()) -> str:
+def config_refusal(path: str, overrides: tuple | list = ()) -> str:
     with pytest.raises(ValueError) as caught:
         config.load(path, overrides)
     return str(caught.value)
@@ -374,7 +374,7 @@ def test_overrides_do_what_editing_the_file_does(tmp_path):
      "19: data.augment.speeds: wanted a list of float, got 1.0")])
 def test_wrong_keys_and_types_name_the_line_and_what_was_wanted(tmp_path, old, new, message):
     path = written(tmp_path, ISSUE_FILE.replace(old, new, 1))
-    assert refusal(path) == f"{path}:{message}"
+    assert config_refusal(path) == f"{path}:{message}"
 
 
 @pytest.mark.parametrize("override, message", [
@@ -385,14 +385,14 @@ def test_wrong_keys_and_types_name_the_line_and_what_was_wanted(tmp_path, old, n
     ("training.seed=1", "wanted --section.key=value"), ("--training.seed=yes", "wanted true, false, a plain decimal"),
     ("--data.train=a\tb", "wanted printable text"), ("--=3", "wanted --section.key"), ("--training.=3", "unknown key")])
 def test_wrong_overrides_name_themselves(tmp_path, override, message):
-    error = refusal(written(tmp_path, ISSUE_FILE), [override])
+    error = config_refusal(written(tmp_path, ISSUE_FILE), [override])
     assert error.startswith(f"{override}: {message}") and "\n" not in error
 
 
 def test_unreadable_files_are_one_line_that_names_the_path(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model:\n  name: \xe9\n")
     for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
-        assert re.fullmatch(rf"{re.escape(str(path))}: wanted a config in YAML .+", refusal(str(path)))
+        assert re.fullmatch(rf"{re.escape(str(path))}: wanted a config in YAML .+", config_refusal(str(path)))
 
 
 BROKEN = {  # override -> the line that it adds to the one error
@@ -432,7 +432,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("decoder.kind=sanm", "decoder.position=none", "'sinusoidal'")])
 def test_an_option_that_the_model_or_a_kind_does_not_use_must_have_its_default(tmp_path, choice, override, default):
     path, (option, _), why = written(tmp_path, "model: {}"), override.split("="), choice.replace("=", " ")
-    error = refusal(path, [f"--model.{choice}", f"--model.{override}"]).split("\n  ")[1]
+    error = config_refusal(path, [f"--model.{choice}", f"--model.{override}"]).split("\n  ")[1]
     assert error.startswith(f"model.{option}: wanted its default {default}, as model.{why} has no use for it, got ")
     config.load(path, [f"--model.{choice}", f"--model.{option}={default}"])
 
@@ -446,10 +446,10 @@ def test_options_that_the_compared_models_use_are_theirs_to_set(tmp_path):
 def test_check_lists_every_violation_in_one_error(tmp_path):
     path = written(tmp_path, ISSUE_FILE)
     for override, line in BROKEN.items():
-        error = refusal(path, [override])
+        error = config_refusal(path, [override])
         assert error.split("\n  ")[1] == line and error.startswith(f"{path} {override}: wanted")
     dev = "data.dev: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
-    assert sorted(refusal(path, list(BROKEN)).split("\n  ")[1:]) == sorted([*BROKEN.values(), dev])
+    assert sorted(config_refusal(path, list(BROKEN)).split("\n  ")[1:]) == sorted([*BROKEN.values(), dev])
 
 
 MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
@@ -499,7 +499,7 @@ RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampl
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     path = written(tmp_path, ISSUE_FILE)
     if line:
-        assert refusal(path, overrides).split("\n  ")[1:] == [line]
+        assert config_refusal(path, overrides).split("\n  ")[1:] == [line]
     else:
         assert config.load(path, overrides)
 
@@ -6075,7 +6075,7 @@ def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(t
     path = tiny_yaml(tmp_path / "tiny.yaml")
     Path(path).write_text(TINY.replace("warmup_steps: 2", "warmup_share: 0.2\n  average_share: 0.2"))
     for name, argv in (("shares", []), ("steps", ["--training.warmup_share=0", "--training.warmup_steps=3",
-                                                  "--training.average_share=0", f"--training.average_decay={2 / 3}"])):
+                                                  "--training.average_share=0", f"--training.average_decay={1 - 1 / 3}"])):
         assert train.main([path, "--runs", str(tmp_path / name), *argv]) == 0
     shares, steps = run_of(tmp_path / "shares"), run_of(tmp_path / "steps")
     assert config.load(str(shares / "config.yaml")) == config.load(str(steps / "config.yaml"))
