@@ -1796,9 +1796,9 @@ def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path, tria
 ENDLESS = """
 import sys, torch, serve
 passes, x = serve.recognise_batch, torch.ones(300, 300)
-def recognise_batch(system, feats):
+def recognise_batch(system, feats, hotwords=None):
     while len(feats[0]) == 120: x @ x
-    return passes(system, feats)
+    return passes(system, feats, hotwords)
 serve.recognise_batch = recognise_batch
 sys.exit(serve.main(sys.argv[1:]))
 """
@@ -6215,9 +6215,9 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
     found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
                        [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
     result = decode.read_result(tiny_system(), found, 0)
-    assert result.tokens == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
+    assert [token[:5] for token in result.tokens] == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
     assert (result.text, result.confidence) == (" a", 0.25)
-    assert decode.read_result(tiny_system(), found, 1).tokens == [("b", 6, 0.9, 0.0, 0.08)]
+    assert [token[:5] for token in decode.read_result(tiny_system(), found, 1).tokens] == [("b", 6, 0.9, 0.0, 0.08)]
 
 
 def spoken(path: Path, seconds: float) -> str:
@@ -6596,7 +6596,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
     assert whole.text == "".join(t.token for t in whole.tokens) and len(whole.tokens) > 40
     for ours, wanted in zip(whole.tokens, tokens, strict=True):
         assert (ours.token, ours.id) == (wanted.token, wanted.id)
-        assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:], abs=2e-3)
+        assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:5], abs=2e-3)
     assert whole.confidence == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-3)
     alone = decode.transcribe(system, [audio.frontend(*audio.load_wav(path), system.config.data, system.stats)])[0]
     assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
