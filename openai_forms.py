@@ -8,7 +8,7 @@ import math
 import statistics
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from report import Result, cues, join_words, log_confidence, subtitles, word_entry
 from web import Refusal, Response, json_response, parse_flag
@@ -20,7 +20,7 @@ class OpenAIForm(NamedTuple):
     logprobs: bool                  # in json, for each token
     temperature: float              # has no effect
     stream: bool                    # as server-sent events
-    language: str                   # echoed in verbose_json
+    language: str                   # the client's, or "unknown", in verbose_json
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -28,11 +28,13 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
 
 
-def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
-    """Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400."""
-    response_format = fields.get("response_format", "json")
-    granularities = fields.get("timestamp_granularities[]", ["segment"])
-    include = fields.get("include[]", [])
+def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
+    """The texts of each field of a form, of which most count by their last. Unknown fields are ignored, as clients made
+    for OpenAI's API send many. Raises Refusal 400."""
+    last = {name: values[-1] for name, values in texts.items()}
+    response_format = last.get("response_format", "json")
+    granularities = texts.get("timestamp_granularities", ["segment"])
+    include = texts.get("include", [])
     check_choice("response_format", response_format, ("json", "text", "srt", "vtt", "verbose_json"))
     for value in granularities:
         check_choice("timestamp_granularities[]", value, ("segment", "word"))
@@ -40,11 +42,12 @@ def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
         check_choice("include[]", value, ("logprobs",))
     temperature = math.nan
     with contextlib.suppress(ValueError):
-        temperature = float(fields.get("temperature", "0"))
+        temperature = float(last.get("temperature", "0"))
     if not 0 <= temperature <= 1:
         raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
-    stream = parse_flag("stream", fields.get("stream"))
-    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, fields.get("language", ""))
+    stream = parse_flag("stream", last.get("stream"))
+    language = last.get("language", "").strip() or "unknown"
+    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, language)
 
 
 def segment_entries(result: Result, temperature: float) -> list[dict]:

@@ -9,11 +9,13 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import errno
 import functools
 import html.parser
 import http.client
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -30,6 +32,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -888,7 +891,7 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
         assert rate_hz == 16000 and samples.tolist() == [1.5 / 16, 3.5 / 16]
     path_call, bytes_call, piped = (tmp_path / "calls").read_text().splitlines()
     assert f"-protocol_whitelist file -i file:{tmp_path}/a.mp3" in path_call
-    assert "-protocol_whitelist pipe -i pipe:0" in bytes_call and piped == "piped"
+    assert "-protocol_whitelist cache,pipe -read_ahead_limit -1 -i cache:pipe:0" in bytes_call and piped == "piped"
 
 
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
@@ -1575,7 +1578,7 @@ def test_an_answer_and_its_line_in_the_log_have_one_id():
             found, headers, _ = exchange(server, raw)
             while not server.lines:
                 time.sleep(0.01)
-            assert found == status and [line.split()[0] for line in server.lines] == [headers["x-request-id"]]
+            assert found == status and [line.split()[3] for line in server.lines] == [f"id={headers['x-request-id']}"]
 
 def test_pipelined_and_dribbled_requests_are_told_apart(server):
     one, two = post_json({"features": ROWS[:30]}), get("GET /health HTTP/1.1", "Connection: close")
@@ -1602,6 +1605,50 @@ def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(s
         time.sleep(0.1)
         connection.sendall(body)
         assert connection.recv(20).startswith(b"HTTP/1.1 200")
+
+# C191
+@pytest.mark.parametrize("sizes", [[1], [7, 1, 300], [10**6]])
+def test_a_chunked_body_is_what_it_would_be_whole(server, sizes):
+    """With extensions and trailers, which are discarded; the connection goes on. Oracle: the same with its length."""
+    pieces, rest = [], CHUNKED_BODY
+    for size in itertools.cycle(sizes):
+        pieces.append(b"%X;a=\"b\"\r\n%b\r\n" % (len(rest[:size]), rest[:size]))
+        rest = rest[size:]
+        if not rest:
+            break
+    raw = chunked(b"".join(pieces) + b"000\r\nA: b\r\nB:\r\n\r\n")
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        for i in range(0, len(raw), 5000):
+            connection.sendall(raw[i:i + 5000])
+        answered = http.client.HTTPResponse(connection)
+        answered.begin()
+        assert json.loads(answered.read())["tokens"] == ask(server, post_json(CHUNKED_BODY))["tokens"]
+        connection.sendall(get())
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+
+# C191
+def test_a_chunked_upload_of_the_standard_librarys_client(server):
+    client = http.client.HTTPConnection(*server.server_address[:2], timeout=8)
+    raw = wav(NOISE)
+    client.request("POST", "/transcribe", iter([raw[:9000], raw[9000:]]), {"Content-Type": "audio/wav"}, encode_chunked=True)
+    assert json.loads(client.getresponse().read())["tokens"] == ask(server, post("/transcribe", "audio/wav", raw))["tokens"]
+    client.close()
+    head = chunked(b"").replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+    with socket.create_connection(server.server_address[:2], 5) as connection:
+        connection.sendall(head)
+        assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(CHUNKED_BODY), CHUNKED_BODY))
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+    assert check_error(*exchange(server, chunked(b"5\r\n{"))) == (408, "request_timeout")
+
+# C56
+def test_who_has_closed_only_its_sending_side_gets_its_answer():
+    with serving(slow_system(0.3), max_batch_size=1) as slow:
+        raw = post_json({"features": ROWS[:30]})
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:      # three wait while the first is with the model
+            found = list(pool.map(lambda _: exchange(slow, raw, end=True), range(4)))
+        assert [status for status, _, _ in found] == [200] * 4
+        assert check_error(*exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}), end=True))[0] == 504
 
 def test_large_refused_upload_still_reads_its_413(server):
     found = exchange(server, post("/transcribe", "audio/wav", bytes(8 * 2**20)))
@@ -1671,7 +1718,7 @@ def test_clients_that_leave_are_dropped_before_the_model_runs():
                     time.sleep(0.02)
             assert first.result()[0] == 200
         time.sleep(0.2)
-        assert sum("499" in line for line in slow.lines) == 5
+        assert sum("status=499" in line for line in slow.lines) == 5
         assert "asr_batch_size_count 1\n" in exchange(slow, get("GET /metrics HTTP/1.1"))[2].decode()
 
 def test_health_answers_at_once_while_the_model_is_busy():
@@ -1717,6 +1764,43 @@ def test_cors_is_for_named_origins_only():
         assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
         other = exchange(open_door, get("GET /health HTTP/1.1", "Origin: https://b.example"))
         assert "access-control-allow-origin" not in other[1]
+
+# C196
+@pytest.mark.parametrize("given,origin", [
+    ("https://a.example", "https://a.example"), ("https://A.Example/", "https://a.example"), ("*", "*"),
+    ("HTTPS://a.example:443", "https://a.example"), ("http://localhost:3000", "http://localhost:3000"),
+    ("http://[::1]:80", "http://[::1]")])
+def test_an_origin_is_read_as_browsers_send_it(given, origin):
+    assert serve.parse_arguments(["--cors-origin", given]).cors_origin == [origin]
+
+# C196
+@pytest.mark.parametrize("flags,words", [
+    (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/page"], "got 'https"),
+    (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--trusted-proxy", "nginx"], "--trusted-proxy: 'nginx'"),
+    (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address")])
+def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        serve.parse_arguments(flags)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+# C58
+def test_any_origin_may_call_where_a_star_stands():
+    with serving(cors_origin=["*"]) as open_door:
+        found = exchange(open_door, get("GET /health HTTP/1.1", "Origin: https://b.example"))
+        assert found[1]["access-control-allow-origin"] == "*"
+        assert "access-control-allow-origin" not in exchange(open_door, get())[1]
+
+# C196
+@pytest.mark.parametrize("given,key", [("secret\n", "secret"), (" s-3.~+/= ", "s-3.~+/="), ("", ""),
+                                       ("two words", None), ("schlüssel", None), (" \n", None), ("a\tb", None)])
+def test_a_key_that_no_client_can_send_is_trimmed_or_refused(monkeypatch, given, key):
+    monkeypatch.setenv("ASR_API_KEY", given)
+    if key is not None:
+        assert serve.read_key() == key
+        return
+    with pytest.raises(ValueError, match="ASR_API_KEY: wanted ASCII") as refused:
+        serve.read_key()
+    assert given.strip() == "" or given.strip() not in str(refused.value)
 
 # C59
 def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
@@ -1769,12 +1853,13 @@ def own_process(tmp_path, *program: str):
 
 # C59
 def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_waits():
-    received = serve.catch_signals()
+    received, written = serve.catch_signals()
     hit = threading.Timer(0.1, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
     hit.start()
     assert select.select([received], [], [], 10)[0] and os.read(received, 9) == bytes([signal.SIGTERM])
     hit.join()
-    os.close(signal.set_wakeup_fd(-1))
+    signal.set_wakeup_fd(-1)
+    os.close(written)
     os.close(received)
 
 # C59
@@ -1809,6 +1894,76 @@ def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
         assert exchange(server, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
         process.terminate()
         assert process.wait(8) == 0         # and not -6: "terminate called without an active exception"
+
+# C59
+def test_a_second_signal_ends_at_once(tmp_path):
+    with own_process(tmp_path, "-c", ENDLESS) as (process, server):
+        asked = socket.create_connection(server.server_address)
+        asked.sendall(post_json({"features": ROWS}))
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None           # it waits for the answer
+        started = time.monotonic()
+        process.terminate()
+        assert process.wait(8) == 0 and time.monotonic() - started < 1
+        asked.close()
+
+SLOW_START = """
+import sys, time, serve
+serve.load_warm = lambda options: [print("loading", file=sys.stderr, flush=True), time.sleep(60)]
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+# C59
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stage", ["", "loading"])
+def test_a_signal_during_the_start_ends_at_once(tmp_path, stage, number):
+    """While torch is imported, or while the model is loaded."""
+    program = ["-c", SLOW_START] if stage else [serve.__file__]
+    command = [sys.executable, *program, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
+    with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(60, process.kill)
+        limit.start()
+        if stage:
+            assert process.stderr.readline() == "loading\n"
+        else:
+            while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.001)
+        process.send_signal(number)
+        started = time.monotonic()
+        assert process.wait(30) == 0 and time.monotonic() - started < (1 if stage else 10)
+        limit.cancel()
+
+# C193
+def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(tmp_path):
+    """Its file may not grow, from the start; then it may."""
+    script = "import sys, resource, serve; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 2**20)); sys.exit(serve.main(sys.argv[1:]))"
+    path = tmp_path / "log"
+    with open(path, "wb") as log, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        command = [sys.executable, "-c", script, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), f"--port={port}"]
+        process = subprocess.Popen(command, cwd=HERE, stderr=log)
+    server = argparse.Namespace(server_address=("127.0.0.1", port))
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(ConnectionError):
+                if exchange(server, get("GET /ready HTTP/1.1"))[0] == 200:
+                    break
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        assert healthy(server) and path.read_bytes() == b""
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+        assert healthy(server)
+        process.terminate()
+        assert process.wait(8) == 0
+    finally:
+        process.kill()
+    events = [line.split()[2:4] for line in path.read_text().splitlines()]
+    assert events[0][0] == "log" and events[0][1].startswith("lost=")
+    assert [event[0] for event in events[1:]] == ["request", "signal", "drain", "stop"]
 
 # C60
 def test_metrics_are_prometheus_text_that_adds_up(server):
@@ -1892,9 +2047,10 @@ def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were
     threads_after, files_after, memory_after = burst(sizes[1])
     assert threads_after <= threads and files_after <= files and memory_after - memory < 48 * 2**20
 
+# C196
 def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serve, "bound_memory", lambda: None)        # nor may this process keep what a server sets
-    monkeypatch.setattr(serve, "catch_signals", lambda: None)
+    monkeypatch.setattr(serve, "catch_signals", os.pipe)
     monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     for arguments in (["--checkpoint", str(tmp_path / "none.pt")], ["--ckpt", str(tmp_path / "bad.pt")]):
@@ -1906,6 +2062,10 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert serve.main(["--checkpoint", ckpt, "--port", str(port)]) == 2
         wanted = f"serve.py: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free port\n"
         assert capsys.readouterr().err == wanted
+    for host in ("no.such.host.invalid", "192.0.2.1", "a..b"):
+        assert serve.main(["--checkpoint", ckpt, "--host", host]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"serve.py: --host {host}: no address of this machine: ") and error.count("\n") == 1
     for arguments in (["--port", "70000"], ["--max-queue", "0"], ["--request-timeout", "nan"]):
         with pytest.raises(SystemExit) as stopped:
             serve.main(arguments)
@@ -2900,13 +3060,52 @@ def test_queue_takes_all_of_a_request_or_none():
 
 # C60
 def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
-    server = serve.Server(serving_system(), serve_options(), print)     # nobody takes from its queue
+    server = serve.Server(serve_options(), print)     # nobody takes from its queue
+    server.open(serving_system())
     pieces = [job(10, 0.0) for _ in range(6)]
     for piece in pieces:
         piece.utterance = pieces[0].utterance
     server.batcher.submit(pieces + [job(10, 0.0)])
     server.server_close()
     assert "\nasr_queue_depth 2\n" in serve.metrics_text(server)
+
+
+# ---- batcher: the log ----
+
+# C193
+def test_a_line_of_the_log_is_a_line_whatever_stands_in_it():
+    fields = {"id": "a.1", "path": "/a b\n2026 INFO \"x\"\u2028", "status": 404, "ms": 1.5}
+    text = batcher.log_line("text", 1e9 + 0.0625, "WARNING", "request", fields)
+    assert text == ('2001-09-09T01:46:40.062Z WARNING request id=a.1 path="/a b\\n2026 INFO \\"x\\"\\u2028" status=404 '
+                    'ms=1.5')
+    line = batcher.log_line("json", 1e9 + 0.0625, "WARNING", "request", fields)
+    assert "\n" not in line and json.loads(line) == {"time": "2001-09-09T01:46:40.062Z", "level": "WARNING",
+                                                     "event": "request", **fields}
+
+# C193
+def test_a_log_that_cannot_be_written_is_said_once_it_can(monkeypatch):
+    """The disk is full for three lines, the second of which goes out in part."""
+    written, room = [], [0]
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        size = min(room[0], len(data))
+        room[0] -= size
+        written.append(data[:size])
+        return size
+
+    monkeypatch.setattr(batcher.os, "write", write)
+    log = batcher.Log("json")
+    log.thread.start()
+    for space in (0, 9, 0, 10**6, 10**6):
+        room[0] = space
+        log("INFO", "request", id=space)
+        log.flush(5)
+    half, _, rest = b"".join(written).decode().partition("\n")
+    assert half == '{"time": ' and log.thread.is_alive()
+    lines = [json.loads(line) for line in rest.splitlines()]
+    assert [(line["event"], line.get("lost")) for line in lines] == [("log", 3), ("request", None), ("request", None)]
 
 
 # ---- model: small models and batches ----
@@ -6953,12 +7152,12 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
 
 # ---- serve: requests, batching and answers ----
 
-def serving_system(unit: str = "char", mels: int = 40) -> checkpoint.System:
+def serving_system(unit: str = "char", mels: int = 40, kind: str = "manifest") -> checkpoint.System:
     """Random weights, a text of several tokens for a second of noise: no file is needed."""
     torch.manual_seed(3)
     sizes = {"hidden_dim": 32, "num_heads": 2, "num_layers": 1}
     settings = {"model": {"encoder": sizes, "decoder": sizes, "predictor": {"hidden_dim": 32, "num_layers": 1}},
-                "data": {"sample_rate": 8000, "num_mels": mels, "unit": unit}}
+                "data": {"kind": kind, "sample_rate": 8000, "num_mels": mels, "unit": unit}}
     built = config.from_dict(settings, "test")
     words = ["zero one two three four five six"] if unit == "word" else ["abcdef gh"]
     tokenizer = Tokenizer.build(words, unit)
@@ -6975,9 +7174,15 @@ def serve_options(**changes) -> argparse.Namespace:
 @contextlib.contextmanager
 def serving(system: checkpoint.System | None = None, **changes):
     """A server on a free port, in this process, that logs into a list."""
-    log: list[str] = []
-    server = serve.start(serve.Server(system or serving_system(), serve_options(**changes), log.append))
-    server.lines = log
+    lines: list[str] = []
+
+    def log(level: str, event: str, **fields) -> None:
+        lines.append(batcher.log_line("text", time.time(), level, event, fields))
+
+    server = serve.start(serve.Server(serve_options(**changes), log))
+    server.lines = lines
+    server.open(system or serving_system())
+    threading.Thread(target=server.batcher.run, daemon=True).start()
     try:
         yield server
     finally:
@@ -7042,7 +7247,17 @@ def get(line: str = "GET /health HTTP/1.1", *headers: str) -> bytes:
 def oai(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
     return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
 
+def chunked(sent: bytes) -> bytes:
+    """A request whose head says that its body comes in chunks, and what then comes."""
+    return get("POST /transcribe HTTP/1.1", "Content-Type: application/json", "Transfer-Encoding: chunked") + sent
+
+BAD_CHUNKS = {
+    "size empty": b"\r\n\r\n", "size negative": b"-1\r\n", "size 0x": b"0x2\r\n{}\r\n0\r\n\r\n", "size of 9 digits": b"000000002\r\n{}",
+    "size with a space before": b" 2\r\n{}\r\n0\r\n\r\n", "size with plus": b"+2\r\n{}\r\n", "size not hex": b"g\r\n",
+    "longer than said": b"1\r\n{}\r\n0\r\n\r\n", "bare line feed": b"2\n{}\n0\n\n" + bytes(300), "endless size": b"2;" + b"a" * 300,
+    "NUL in an extension": b"2;\0\r\n{}\r\n", "trailer without a colon": b"2\r\n{}\r\n0\r\nab\r\n\r\n"}
 Z = [0.0] * 40
+CHUNKED_BODY = json.dumps({"features": ROWS[:30]}).encode()
 BAD_FRAMING = {  # by status and code: what is sent
     (400, "bad_framing"): {
         "no version": b"GET /health\r\n\r\n", "two spaces": get("GET  /health HTTP/1.1"),
@@ -7065,18 +7280,23 @@ BAD_FRAMING = {  # by status and code: what is sent
         "length empty": get("POST /transcribe HTTP/1.1", "Content-Length:"),
         "length in other digits": get("POST /transcribe HTTP/1.1", "Content-Length: \xb2"),
         "length and encoding": get("POST /transcribe HTTP/1.1", "Content-Length: 5", "Transfer-Encoding: chunked"),
+        "other encoding": get("POST /transcribe HTTP/1.1", "Transfer-Encoding: gzip, chunked"),
+        "encoding in 1.0": get("POST /transcribe HTTP/1.0", "Transfer-Encoding: chunked"),
+        **{f"chunk {name}": chunked(sent) for name, sent in BAD_CHUNKS.items()},
         "body too short": post_json(b"{}")[:-1], "bad percent in the path": get("GET /health%ff HTTP/1.1")},
     (411, "length_required"): {
-        "no length": get("POST /transcribe HTTP/1.1"),
-        "chunked": get("POST /transcribe HTTP/1.1", "Transfer-Encoding: chunked") + b"0\r\n\r\n"},
+        "no length": get("POST /transcribe HTTP/1.1")},
     (413, "body_too_large"): {
         "length huge": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: " + "9" * 5000),
-        "length over": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577")},
+        "length over": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577"),
+        "chunk huge": chunked(b"FFFFFFFF\r\n"), "chunks over": chunked(b"80000\r\n" + bytes(2**19) + b"\r\n80001\r\n")},
     (414, "uri_too_long"): {
         "long uri": get(f"GET /{'a' * 4100} HTTP/1.1"), "endless line": b"GET /" + b"a" * 9000},
     (431, "headers_too_large"): {
         "many headers": get("GET /health HTTP/1.1", *("A: b" for _ in range(101))),
-        "large header": get("GET /health HTTP/1.1", "A: " + "b" * 66000)},
+        "large header": get("GET /health HTTP/1.1", "A: " + "b" * 66000),
+        "many trailers": chunked(b"0\r\n" + b"A: b\r\n" * 101),
+        "large trailers": chunked(b"0\r\n" + (b"A: " + b"b" * 1000 + b"\r\n") * 70)},
     (404, "not_found"): {
         "unknown path": get("GET /nothing HTTP/1.1"), "path upwards": get("GET /../../etc/passwd HTTP/1.1"),
         "markup in the path": get("GET /<script>alert(1)</script> HTTP/1.1"),
@@ -7091,7 +7311,7 @@ BAD_FRAMING = {  # by status and code: what is sent
         "url-encoded": post("/transcribe", "application/x-www-form-urlencoded", b"a=b"),
         "compressed": post("/transcribe", "application/json", b"{}", "Content-Encoding: gzip\r\n"),
         "json on openai's": post("/v1/audio/transcriptions", "application/json", b"{}"),
-        "mp3 as media type": post("/transcribe", "audio/mpeg", b"ID3")}}
+        "text named audio": post("/transcribe", "text/audio", b"ID3")}}
 BAD_JSON = {
     (400, "invalid_json"): {
         "empty": b"", "space": b"  ", "half": b'{"features": [', "not utf-8": b'{"features": "\xff"}',
@@ -7126,7 +7346,7 @@ BAD_JSON = {
         "batch empty": {"batch": []}, "batch null": {"batch": None}, "batch of 65": {"batch": [{"features": [Z]}] * 65},
         "batch and features": {"batch": [{"features": [Z]}], "features": [Z]},
         "timeout 0": {"features": [Z], "timeout": 0}, "timeout -1": {"features": [Z], "timeout": -1},
-        "timeout text": {"features": [Z], "timeout": "soon"}, "timeout true": {"features": [Z], "timeout": True},
+        "timeout text": {"features": [Z], "timeout": "soon"}, "timeout number as text": {"features": [Z], "timeout": "5"}, "timeout true": {"features": [Z], "timeout": True},
         "timeout list": {"features": [Z], "timeout": [1]},
         "timeout 1e999": b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}'},
     (400, "invalid_value"): {
@@ -7194,7 +7414,7 @@ def check_error(status: int, headers: dict, body: bytes) -> tuple[int, str]:
     assert error["type"] == {401: "authentication_error", 429: "rate_limit_error"}.get(status, usual)
     return status, error["code"]
 
-# C52
+# C52 C191
 @pytest.mark.parametrize("name", TABLE)
 def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
     raw, status, code = TABLE[name]
@@ -7316,6 +7536,154 @@ def test_batch_request_answers_in_order(server):
     assert found["results"][1]["text"] == single["text"]
 
 
+# ---- serve: what clients send ----
+
+FORMATS = {  # by name: ffmpeg's flags, and what the message calls it
+    "mp3": ([], "MP3"), "bare.mp3": (["-write_xing", "0", "-id3v2_version", "0"], "MP3"), "m4a": ([], "MP4 or M4A"),
+    "ogg": (["-c:a", "libvorbis"], "Ogg"), "opus": ([], "Opus in Ogg"), "flac": ([], "FLAC"), "aac": ([], "AAC"),
+    "webm": (["-c:a", "libopus"], "WebM or Matroska"), "aiff": ([], "AIFF"), "wma": ([], "WMA")}
+
+def encoded(name: str, seconds: float = 1.125, more: tuple = ()) -> bytes:
+    """NOISE, or so many seconds of it, as ffmpeg writes it."""
+    if shutil.which("ffmpeg") is None:
+        pytest.skip("ffmpeg is not installed (apt-get install -y ffmpeg)")
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/a.{name}"
+        subprocess.run(["ffmpeg", "-v", "error", "-i", "pipe:0", *more, *FORMATS[name][0], path], check=True, timeout=60,
+                       input=wav(np.resize(NOISE, int(8000 * seconds))))
+        return Path(path).read_bytes()
+
+# C190
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_read_on_both_routes_and_named_without_ffmpeg(server, monkeypatch, name):
+    """Real files. Oracle: the recording that they were made of."""
+    raw = encoded(name)
+    found = ask(server, post("/transcribe", "audio/mpeg", raw))
+    assert found == {**found, "duration": pytest.approx(1.125, abs=0.2)} and len(found["tokens"]) > 2
+    if name in ("flac", "aiff"):
+        assert found["tokens"] == ask(server, post("/transcribe", "audio/wav", wav(NOISE)))["tokens"]
+    in_a_form = ('name="file"; filename="blob"', raw)
+    assert ask(server, oai(in_a_form))["text"] == ask(server, oai(in_a_form, path="/transcribe"))["text"] == found["text"]
+    monkeypatch.setenv("PATH", "")
+    refused = exchange(server, oai(in_a_form))
+    assert check_error(*refused) == (400, "unsupported_format")
+    assert json.loads(refused[2])["error"]["message"].endswith(f"got {FORMATS[name][1]}")
+
+# C190
+def test_an_m4a_whose_index_stands_at_its_end_is_read_whole(server):
+    raw = encoded("m4a", 18.0, ("-ar", "44100", "-b:a", "192k"))
+    assert len(raw) > 2**17 and raw.index(b"moov") > raw.index(b"mdat")
+    assert ask(server, post("/transcribe", "audio/mp4", raw))["duration"] == pytest.approx(18, abs=0.1)
+
+# C190
+def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch, tmp_path):
+    found = exchange(server, post("/transcribe", "audio/mpeg", encoded("mp3", 25.0)))
+    assert check_error(*found) == (413, "audio_too_long")
+    for junk, name in ((b"<!DOCTYPE html><p>", "an HTML page"), (b"{}", "JSON"), (b"x" * 99, "an unknown format"),
+                       (b"#EXTM3U\nfile:///etc/passwd", "an unknown format")):
+        found = exchange(server, oai(('name="file"; filename="a.mp3"', junk)))
+        assert check_error(*found) == (400, "unsupported_format") and f"got {name}" in found[2].decode()
+    script = tmp_path / "ffmpeg"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec /bin/sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    started = time.monotonic()
+    found = exchange(server, post("/transcribe?timeout=0.5", "audio/mpeg", b"ID3"))
+    assert check_error(*found) == (504, "deadline_exceeded") and time.monotonic() - started < 2
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    with serving(no_ffmpeg=True) as strict:
+        assert check_error(*exchange(strict, post("/transcribe", "audio/mpeg", b"ID3"))) == (400, "unsupported_format")
+
+# C192
+def test_a_list_in_a_form_may_be_written_as_any_client_does(server):
+    wanted = ask(server, oai(FILE, field("response_format", "verbose_json"), field("timestamp_granularities[]", "word")))
+    assert wanted["words"] and "segments" not in wanted and wanted["language"] == "unknown"
+    for name in ("timestamp_granularities", "timestamp_granularities[0]"):
+        found = ask(server, oai(FILE, field("response_format", "verbose_json"), field(name, "word")))
+        assert found["words"] == wanted["words"] and "segments" not in found
+        both = ask(server, oai(FILE, field("response_format", "verbose_json"), field(name, "word"),
+                               field(name.replace("0", "1"), "segment"), field("language", "en")))
+        assert both["words"] == wanted["words"] and both["segments"] and both["language"] == "en"
+    for name in ("include", "include[]", "include[0]"):
+        assert "logprobs" in ask(server, oai(FILE, field(name, "logprobs")))
+    assert ask(server, oai(FILE, field("response_format", "verbose_json"), field("language", " ")))["language"] == "unknown"
+
+# C192
+def test_a_timeout_is_a_number_in_json_and_text_elsewhere(server):
+    body = json.dumps({"features": ROWS[:30]}).encode()
+    assert exchange(server, post_json(body, "/transcribe?timeout=5"))[0] == 200
+    assert exchange(server, oai(FILE, field("timeout", "5"), path="/transcribe"))[0] == 200
+    assert check_error(*exchange(server, post_json(body, "/transcribe?timeout=soon"))) == (422, "invalid_value")
+
+
+# ---- serve: what the operator needs ----
+
+# C193
+def test_every_request_has_a_line_that_says_who_asked_what_and_how_it_ended():
+    with serving(trusted_proxy=[ipaddress.ip_network("127.0.0.1")], max_connections=2) as server:
+        body = json.dumps({"features": ROWS[:30]}).encode()
+        raw = post("/transcribe", "application/json", body, "X-Request-Id: a\r\nX-Forwarded-For: 9.9.9.9, 7.7.7.7\r\n")
+        text = ask(server, raw)["text"]
+        for sent in (get("GET /no%0Away?key=secret HTTP/1.1", "X-Forwarded-For: <b>"), b"GET\r\n\r\n"):
+            time.sleep(0.1)             # a line is written behind its answer
+            exchange(server, sent)
+        with contextlib.ExitStack() as held:
+            for _ in range(2):
+                held.enter_context(socket.create_connection(server.server_address[:2]))
+            time.sleep(0.1)
+            assert exchange(server, get())[0] == 503
+    time_ = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+    for line, wanted in zip(server.lines, (
+            "INFO request id=a client=7.7.7.7 method=POST path=/transcribe status=200 ms=X batch=1",
+            'WARNING request id=X client=127.0.0.1 method=GET path="/no\\nway" status=404 ms=X error=not_found',
+            "WARNING request id=X client=127.0.0.1 method=- path=- status=400 ms=X error=bad_framing",
+            "ERROR request id=X client=127.0.0.1 method=- path=- status=503 ms=X error=overloaded"), strict=True):
+        assert re.fullmatch(f"{time_} {re.escape(wanted).replace('=X', '=[0-9a-z.]+')}", line), line
+    assert text and not any(text in line or "secret" in line for line in server.lines)
+
+# C193
+@pytest.mark.parametrize("peer,forwarded,client", [
+    ("10.0.0.1", "", "10.0.0.1"), ("10.0.0.1", "1.1.1.1", "1.1.1.1"), ("10.0.0.1", "6.6.6.6, 1.1.1.1, 10.0.0.2", "1.1.1.1"),
+    ("1.2.3.4", "6.6.6.6", "1.2.3.4"), ("10.0.0.1", "6.6.6.6, nonsense", "10.0.0.1"), ("10.0.0.1", "::1", "::1"),
+    ("::ffff:10.0.0.1", "1.1.1.1", "1.1.1.1"), ("10.0.0.1", "10.0.0.3", "10.0.0.3")])
+def test_a_forwarded_address_counts_from_a_trusted_proxy_only(peer, forwarded, client):
+    head = web.unread_head(peer)._replace(headers={"x-forwarded-for": forwarded})
+    assert web.client_address(head, [ipaddress.ip_network("10.0.0.0/8")]) == client
+    assert web.client_address(head, []) == peer.removeprefix("::ffff:")
+
+# C194
+def test_ready_says_when_the_model_is_loaded_and_who_comes_early_waits():
+    server = serve.start(serve.Server(serve_options(), lambda *said, **fields: None))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        early = pool.submit(exchange, server, post_json({"features": ROWS[:30]}))
+        assert check_error(*exchange(server, get("GET /ready HTTP/1.1"))) == (503, "loading")
+        health = ask(server, get())
+        assert (health["status"], health["model"]) == ("loading", None) and not early.done()
+        server.open(serving_system())
+        threading.Thread(target=server.batcher.run, daemon=True).start()
+        assert early.result()[0] == 200 and ask(server, get("GET /ready HTTP/1.1")) == {"status": "ready"}
+        health = ask(server, get())
+        assert (health["status"], health["model"], health["feature_dim"]) == ("ok", "paraformer", 40)
+        server.draining.set()
+        assert check_error(*exchange(server, get("GET /ready HTTP/1.1"))) == (503, "draining")
+    serve.drain(server, 1.0)
+    hasty = serve.start(serve.Server(serve_options(request_timeout=0.2), lambda *said, **fields: None))
+    assert check_error(*exchange(hasty, post_json({"features": ROWS[:30]}))) == (503, "loading")
+    serve.drain(hasty, 1.0)
+
+# C195
+def test_a_toy_checkpoint_refuses_recordings_and_says_what_it_was_trained_on():
+    with serving(serving_system(kind="toy")) as toy:
+        assert ask(toy, get())["trained_on"] == "toy features"
+        assert exchange(toy, post_json({"features": ROWS[:30]}))[0] == 200
+        for raw in (oai(FILE), post("/transcribe", "audio/wav", wav(NOISE))):
+            found = exchange(toy, raw)
+            assert check_error(*found) == (400, "toy_checkpoint") and b"trained on toy features" in found[2]
+    system = serving_system()
+    assert serve.trained_on(system) == "recordings at 8000 Hz"
+    named = replace(system.config.data, train="/home/me/digits/train.jsonl")
+    assert serve.trained_on(system._replace(config=replace(system.config, data=named))) == "train.jsonl at 8000 Hz"
+
 # ---- serve: OpenAI's forms ----
 
 SPOKEN = [report.Token(*t) for t in (("▁one", 7, 0.5, 0.1, 0.4), ("▁two", 9, 0.8, 0.4, 1.2),
@@ -7326,7 +7694,7 @@ SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in 
 def test_openai_formats_by_hand():
     def body(**changes) -> str:
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
-        form = openai_forms.parse_openai_form({"language": "en"})._replace(**changes)
+        form = openai_forms.parse_openai_form({"language": ["en"]})._replace(**changes)
         return openai_forms.openai_response(result, 62.0, form).body.decode()
 
     assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
@@ -7436,7 +7804,7 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     feats = recorded("sanm", WAVS[0])["feats"]
     found, wanted = serve.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
-    verbose = openai_forms.parse_openai_form({"response_format": "verbose_json", "timestamp_granularities[]": ["word"]})
+    verbose = openai_forms.parse_openai_form({"response_format": ["verbose_json"], "timestamp_granularities": ["word"]})
     body = json.loads(openai_forms.openai_response(found, 9.0, verbose).body)
     assert body["words"] == [report.word_entry(word) for word in wanted.words] and body["text"] == wanted.text
 
