@@ -9,6 +9,7 @@
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
+    python decode.py --ckpt DIR --vad VAD_DIR --punctuate PUNC_DIR folder    cut by a VAD model, written in sentences
     python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
@@ -50,11 +51,14 @@ from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import is_stream, left_out_lines, read_inputs
 from model import Hypotheses
+from punctuation import load_punctuation
 from ranks import join_processes
 from ranks import own_rank
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
-                    report_lines, score, text_of, utterance_svgs, words_of, write_report)
+                    report_lines, score, text_of, utterance_svgs, words_of, write_report, written_text)
+from sentences import with_sentences
 from tokenizer import spoken_places
+from vad import SCHEDULES, cut_speech, load_vad
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
@@ -239,14 +243,20 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
     return Result(text_of(tokens, words, system.tokenizer.unit), confidence, tokens, words)
 
 
+def cut_recording(system: System, source: audio.Source) -> Iterator[Segment]:
+    """A recording of any length where system.vad hears speech; without one, what is longer than system.segment_sec[1]
+    is cut at pauses by `audio.segments`. Raises as these."""
+    if system.vad:
+        return cut_speech(system.vad, source, system.config.data.sample_rate)
+    return segments(source, system.config.data, *system.segment_sec)
+
+
 def transcribe_recording(system: System, source: audio.Source) -> Result:
-    """A recording of any length -> its Result; what is longer than system.segment_sec[1] is cut at pauses by
-    `audio.segments`, and there is no n-best of it.
+    """A recording of any length -> its Result; there is no n-best of what `cut_recording` cuts.
 
     Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
     """
-    pieces = segments(source, system.config.data, *system.segment_sec)
-    return join_results(system, transcribe_segments(system, pieces))
+    return join_results(system, transcribe_segments(system, cut_recording(system, source)))
 
 
 # ---- many inputs ----
@@ -273,14 +283,20 @@ def recognise_inputs(system: System, dataset: Dataset, indices: Sequence[int]) -
     return outcomes
 
 
+def whole_sec(system: System) -> float:
+    """Recordings up to this length are read whole; a VAD cuts all of them."""
+    return 0.0 if system.vad else system.segment_sec[1]
+
+
 def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utterance, result: Result) -> Outcome:
     """The Outcome of an item and its result. A recording too long to be read whole has no features: it is cut here."""
-    if item.seconds > system.segment_sec[1] and not len(item.feats):
+    if item.seconds > whole_sec(system) and not len(item.feats):
         try:
             result = transcribe_recording(system, data.part_of(dataset.rows[index]))
         except (RuntimeError, ValueError, OSError) as error:
             return Outcome(index, item.key, reason=f"unreadable: {error}")
-    return Outcome(index, item.key, item.seconds, item.text.strip(), clip_times(system, result, item.seconds))
+    result = with_sentences(system.punctuation, clip_times(system, result, item.seconds))
+    return Outcome(index, item.key, item.seconds, item.text.strip(), result)
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -413,6 +429,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
     add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
         "(UTF-8) with one a line, # before a remark, or words with spaces between them")
+    add("--vad", metavar="DIR", help="cut every recording where a VAD model finds speech: a directory as FunASR publishes "
+        "fsmn-vad")
+    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
+        "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
+    add("--punctuate", metavar="DIR", help="write sentences: a directory as FunASR publishes ct-punc")
     add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
         "paths (`sox ... |`), in that folder")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
@@ -458,13 +479,17 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and Path(arguments.output).suffix == ".jsonl":
         parser.error("--output FILE.jsonl is for --format json")
+    if arguments.vad_schedule and not arguments.vad:
+        parser.error("--vad-schedule needs --vad")
+    if arguments.vad and (arguments.min_segment_sec, arguments.max_segment_sec) != SEGMENT_SEC:
+        parser.error("--min-segment-sec and --max-segment-sec are for cutting without --vad")
     if arguments.plot_layer and not arguments.plot:
         parser.error("--plot-layer needs --plot")
     if arguments.export and arguments.dtype == "int8":
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
-        for name in ("hotwords", "output", "report", "plot", "batch_size", "batch_seconds", "limit", "min_segment_sec",
-                     "max_segment_sec", *Search._fields):
+        for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "batch_size", "batch_seconds", "limit",
+                     "min_segment_sec", "max_segment_sec", *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
 
@@ -502,6 +527,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
     scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp.
     """
     options, stats = system.config.data, system.stats.cpu()
+    if options.kind == "toy" and not inputs and system.vad:
+        raise ValueError("--vad: wanted recordings, got the toy task, which is made of features")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
     if not (inputs or options.test or options.dev):
@@ -511,7 +538,7 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
         for line in left_out_lines(left_out):
             print(f"decode.py: {line}", file=sys.stderr)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
-                                stats=stats, for_training=False, whole_sec=system.segment_sec[1])
+                                stats=stats, for_training=False, whole_sec=whole_sec(system))
 
 
 class Output(NamedTuple):
@@ -601,9 +628,9 @@ def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[
                     print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
                     continue
                 if not output.brief:
-                    print(f"{outcome.key}\t{outcome.result.text}")
+                    print(f"{outcome.key}\t{written_text(outcome.result)}")
                 elif len(heard) < SHOWN:
-                    print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {outcome.result.text}")
+                    print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
                 heard.append((outcome.index, outcome.seconds))
                 if output.merged:
                     file.write(FORMS[output.form](outcome))
@@ -670,6 +697,10 @@ def load_and_run(arguments: argparse.Namespace) -> int:
             return 0
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
+    if arguments.vad:
+        system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
+    if arguments.punctuate:
+        system = system._replace(punctuation=load_punctuation(arguments.punctuate))
     with tempfile.TemporaryDirectory() as scratch:
         dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes)
         return run(arguments, system, dataset, shard)

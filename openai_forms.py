@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from report import Result, cues, join_words, log_confidence, subtitles, word_entry
+from report import Result, cues, join_words, log_confidence, subtitles, word_entry, written_text
 from web import Refusal, Response, json_response, parse_flag
 
 
@@ -51,8 +51,10 @@ def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
 
 
 def segment_entries(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
-    found = cues(result.words)
+    """The segments of verbose_json, one per sentence or, without punctuation, per subtitle. no_speech_prob is 0: no part of the model predicts it."""
+    found = cues(result)
+    if result.sentences is not None:
+        found = [sentence.words for sentence in result.sentences]
     starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
     entries = []
     for i, cue in enumerate(found):
@@ -69,7 +71,7 @@ def segment_entries(result: Result, temperature: float) -> list[dict]:
 
 def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Response:
     """The result as `form` wants it; seconds: of the recording."""
-    text = result.text.strip()
+    text = written_text(result).strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
     if form.stream:
         events = ({"type": "transcript.text.delta", "delta": text},
@@ -90,6 +92,6 @@ def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Respons
         if "word" in form.granularities:
             value["words"] = [word_entry(word) for word in result.words]
         return json_response(value)
-    content = text + "\n" if form.response_format == "text" else subtitles(result.words, form.response_format)
+    content = text + "\n" if form.response_format == "text" else subtitles(result, form.response_format)
     kind = "vtt" if form.response_format == "vtt" else "plain"
     return Response(200, f"text/{kind}; charset=utf-8", content.encode())

@@ -48,14 +48,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import audio
 import decode
 from audio import ffmpeg_to_wav, format_name, frame_sec, frontend, normalise, read_header
 from batcher import Batcher, Job, Log, Metrics, deadline_passed, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, load_system
 from hotwords import split_phrases, unknown_warning, why_no_hotwords
 from openai_forms import OpenAIForm, openai_response, parse_openai_form
-from report import Result, token_entry
+from punctuation import load_punctuation
+from report import Result, sentence_entries, token_entry, written_text
+from sentences import with_sentences
+from vad import SCHEDULES, load_vad
 from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, body_too_large, client_address, json_response,
                  media_type, parse_flag, parse_form, parse_origin, shutting_down)
 
@@ -232,7 +234,7 @@ def wav_seconds(body: bytes, longest: float) -> float:
 
 
 def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
-    """A WAV file -> Upload, one piece per segment (those of audio.segments with system.segment_sec). Raises Refusal.
+    """A WAV file -> Upload, one piece per segment of decode.cut_recording. Raises Refusal.
 
     All that the header tells is checked before any sample is decoded.
     """
@@ -240,11 +242,13 @@ def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Uplo
     config = system.config.data
     pieces = []
     try:
-        for piece in audio.segments(body, config, *system.segment_sec):
+        for piece in decode.cut_recording(system, body):
             pieces.append((piece.start_sec, frontend(piece.samples, config.sample_rate, config)))
     except ValueError as error:
         message = str(error).removeprefix("<bytes>: ")
         raise Refusal(422, "not_finite", f"file: {message}", "file") from None
+    if not pieces:  # no speech
+        pieces = [(0.0, torch.zeros(0, system.stats.shape[1]))]
     return Upload([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
@@ -378,7 +382,8 @@ def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) ->
         weights += [0.0] * (place - len(weights)) + piece.weights
         parts.append((start, piece.result))
     joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
-    return Recognition(decode.clip_times(system, joined, upload.seconds), weights)
+    result = with_sentences(system.punctuation, decode.clip_times(system, joined, upload.seconds))
+    return Recognition(result, weights)
 
 
 # ---- routes ----
@@ -652,10 +657,12 @@ def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognitio
     timing = {"queue_ms": round((min(batches) - jobs[0].queued) * 1e3, 2),
               "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
-    value = {"text": found.result.text, "confidence": found.result.confidence,
+    value = {"text": written_text(found.result), "confidence": found.result.confidence,
              "tokens": [token_entry(token) for token in found.result.tokens],
              "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
              "timing": timing}
+    if found.result.sentences is not None:
+        value["sentences"] = sentence_entries(found.result)
     if warning := unknown_warning(upload.hotwords or (), system.tokenizer):
         value["warning"] = warning
     if alignment:
@@ -681,6 +688,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                                      "if set, is a key that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
+    add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
+    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
+    add("--punctuate", metavar="DIR", help="answer with sentences: a directory of ct-punc")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -705,6 +715,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="believe the X-Forwarded-For of this address or network, for the log; repeatable")
     add("--log-format", choices=["text", "json"], default="text", help="of the log on standard error (default text)")
     arguments = parser.parse_args(argv)
+    if arguments.vad_schedule and not arguments.vad:
+        parser.error("--vad-schedule needs --vad")
     try:
         arguments.cors_origin = [parse_origin(text) for text in arguments.cors_origin]
     except ValueError as error:
@@ -752,6 +764,10 @@ def load_warm(options: argparse.Namespace) -> System:
     if options.threads:
         torch.set_num_threads(options.threads)
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
+    if options.vad:
+        system = system._replace(vad=load_vad(options.vad, options.vad_schedule or "config"))
+    if options.punctuate:
+        system = system._replace(punctuation=load_punctuation(options.punctuate))
     recognise_batch(system, [torch.zeros(50, system.stats.shape[1])])
     return system
 

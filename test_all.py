@@ -75,6 +75,7 @@ import plot
 import punctuation
 import ranks
 import report
+import sentences
 import serve
 import survival
 import tokenizer
@@ -4782,15 +4783,19 @@ def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit
         assert word.confidence == pytest.approx(math.prod(inverse) ** (-1 / len(inverse)), abs=1e-4)
 
 
+def with_words(words: list[report.Word]) -> report.Result:
+    return report.Result("", 1.0, [], words)
+
+
 # C71
 def test_cues_end_before_seven_seconds_or_84_characters():
     words = [report.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
-    assert [len(cue) for cue in report.cues(words)] == [7, 7, 6]         # the 8th would end 7.5 s after the first
+    assert [len(cue) for cue in report.cues(with_words(words))] == [7, 7, 6]         # the 8th would end 7.5 s after the first
     fast = [report.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
-    assert [len(cue) for cue in report.cues(fast)] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
-    assert [len(cue) for cue in report.cues([report.Word("x" * 99, 0.0, 9.0, 1.0)] * 2)] == [1, 1]
-    assert report.cues([]) == []
-    tagged = report.subtitles([report.Word("<unk>", 0.0, 3661.0, 1.0)], "vtt")
+    assert [len(cue) for cue in report.cues(with_words(fast))] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
+    assert [len(cue) for cue in report.cues(with_words([report.Word("x" * 99, 0.0, 9.0, 1.0)] * 2))] == [1, 1]
+    assert report.cues(with_words([])) == []
+    tagged = report.subtitles(with_words([report.Word("<unk>", 0.0, 3661.0, 1.0)]), "vtt")
     assert tagged == "WEBVTT\n\n1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 
@@ -4821,6 +4826,28 @@ def test_file_names_are_safe_and_never_the_same():
     assert report.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 55, "a-2-2"]
     assert report.file_names(["\U00020000" * 60, "\U00020000" * 61]) == ["\U00020000" * 55, "\U00020000" * 55 + "-2"]
     assert report.file_names([f"{i}/audio.wav" for i in range(50000)])[-1] == "audio-50000"  # not quadratic: 0.4 s
+
+
+# C178
+def test_subtitles_break_at_sentences_then_commas_then_where_they_must():
+    def said(*sentences: str) -> report.Result:
+        """Every word takes half a second."""
+        found, t = [], 0.0
+        for text in sentences:
+            words = [report.Word(word, t + i / 2, t + (i + 1) / 2, 1.0) for i, word in enumerate(text.split())]
+            t = words[-1].end
+            found.append(report.Sentence(text, words[0].start, t, words))
+        return report.Result("", 1.0, [], [], sentences=tuple(found))
+
+    def cut(*sentences: str) -> list[str]:
+        return [report.join_words(cue) for cue in report.cues(said(*sentences))]
+
+    assert cut("A b.", "C?", "D e.") == ["A b.", "C?", "D e."]
+    nine, seven = "a " * 8 + "a,", "b " * 6 + "b,"
+    assert cut(f"{nine} {seven} c d.") == [nine, f"{seven} c d."]  # 4.5 s, then 3.5 + 1 s; all at once would be 9
+    assert cut("a " * 19 + "a.", "B.") == [" ".join("a" * 14), "a a a a a a.".removeprefix(""), "B."]
+    assert cut(f"{seven} " + "c " * 19 + "c.") == [seven, " ".join("c" * 14), "c c c c c c."]
+    assert report.cues(said()) == [] and report.written_text(said("A b.", "C?")) == "A b. C?"
 
 
 # ---- report: report.html ----
@@ -6857,6 +6884,117 @@ def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
     assert done == 19
 
 
+# ---- decode: voice activity and punctuation ----
+
+@functools.lru_cache
+def pipeline_system(variant: str) -> checkpoint.System:
+    return checkpoint.load_system(KIT / variant, "cpu")._replace(
+        vad=vad.load_vad(str(KIT / "vad")), punctuation=kit_punctuation("punc"))
+
+
+def long_wav(folder: Path, name: str) -> Path:
+    audio.save_wav(folder / f"{name}.wav", long_samples(name), 16000)
+    return folder / f"{name}.wav"
+
+
+# C177
+@needs_kit
+@pytest.mark.parametrize("variant", ["bicif", "seaco", "sanm", "conformer", "contextual"])
+def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant):
+    path = long_wav(tmp_path, "talk_a")
+    options = ["--ckpt", KIT / variant, "--output", tmp_path / "out.jsonl"]
+    assert decoded(capsys, *options, "--vad", KIT / "vad", path)[0] == 0
+    plain = json.loads((tmp_path / "out.jsonl").read_text())
+    code, lines, _ = decoded(capsys, *options, "--vad", KIT / "vad", "--punctuate", KIT / "punc", path)
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert code == 0 and lines == [[str(path), row["text"]]]
+    assert plain["words"] == row["words"] and plain["tokens"] == row["tokens"] and "sentences" not in plain
+    words = [word for sentence in row["sentences"] for word in sentence["words"]]
+    assert [(w["start"], w["end"]) for w in words] == [(w["start"], w["end"]) for w in row["words"]] and len(words) > 20
+    assert [w["word"].rstrip("，。？、,.?").lower() for w in words] == [w["word"].lower() for w in row["words"]]
+    wanted, _ = punctuation.punctuate(kit_punctuation("punc"), " ".join(w["word"] for w in row["words"]))
+    assert row["text"] == wanted.strip()
+    for sentence in row["sentences"]:
+        assert sentence["text"][-1] in "。？.?" and not re.search("[。？][^>]", sentence["text"])
+        assert (sentence["start"], sentence["end"]) == (sentence["words"][0]["start"], sentence["words"][-1]["end"])
+    segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
+    margin = 0.07  # the stacked frames at the edges
+    for token in row["tokens"]:
+        assert any(begin / 1000 - margin <= token["start"] <= end / 1000 + margin for begin, end in segments)
+
+
+# C177
+@needs_kit
+def test_punctuation_alone_writes_every_form(tmp_path, capsys):
+    path = long_wav(tmp_path, "talk_b")
+    for form in ("txt", "srt", "vtt", "tsv", "json"):
+        assert decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", "--output", tmp_path, "--format", form,
+                       path)[0] == 0
+    row = json.loads((tmp_path / "talk_b.json").read_text())
+    assert (tmp_path / "talk_b.txt").read_text() == row["text"] + "\n"
+    cues = re.findall(r"-->.*\n(.+)\n", (tmp_path / "talk_b.srt").read_text())
+    assert len(cues) >= len(row["sentences"]) > 3 and "".join(cues).replace(" ", "") == row["text"].replace(" ", "")
+    assert re.findall(r"-->.*\n(.+)\n", (tmp_path / "talk_b.vtt").read_text()) == cues
+    assert (tmp_path / "talk_b.tsv").read_text().count("\n") == len(cues) + 1
+
+
+# C177
+@needs_kit
+@pytest.mark.parametrize("name", ["paraformer", "transformer", "ctc"])
+def test_own_models_take_both(tmp_path, capsys, name):
+    checkpoint_path = saved(tiny_system(name=name), tmp_path / "tiny.pt")
+    path, quiet = long_wav(tmp_path, "talk_a"), long_wav(tmp_path, "silence")
+    options = ["--ckpt", checkpoint_path, "--output", tmp_path / "out.jsonl"]
+    assert decoded(capsys, *options, "--vad", KIT / "vad", "--punctuate", KIT / "punc", path, quiet)[0] == 0
+    row, empty = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert empty["text"] == "" and empty["sentences"] == []
+    segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
+    assert row["words"] and all(any(begin / 1000 <= word["start"] and word["end"] <= end / 1000
+                                    for begin, end in segments) for word in row["words"])
+    assert len(row["sentences"]) > 1 and [w["start"] for s in row["sentences"] for w in s["words"]] == [
+        w["start"] for w in row["words"]]
+
+
+@needs_kit
+def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
+    path = long_wav(tmp_path, "talk_b")
+    row = {"audio": str(path), "text": decode.transcribe_recording(checkpoint.load_system(KIT / "sanm", "cpu"), path).text}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    code, lines, error = decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", tmp_path / "a.jsonl")
+    assert code == 0 and "。" in lines[0][1] and "%CER 0.00 [" in error
+
+
+@needs_kit
+@pytest.mark.parametrize("schedule, run", [("config", "no_dynamic"), ("funasr", "default")])
+def test_the_schedule_is_a_named_option(tmp_path, capsys, monkeypatch, schedule, run):
+    heard = []
+
+    def spy(system, pieces):
+        heard.extend(round(piece.start_sec * 1000) for piece in pieces)
+        return iter([])
+
+    monkeypatch.setattr(decode, "transcribe_segments", spy)
+    path = long_wav(tmp_path, "long")
+    assert decoded(capsys, "--ckpt", KIT / "sanm", "--vad", KIT / "vad", "--vad-schedule", schedule, path)[0] == 0
+    assert heard == [begin for begin, _ in vad_results("offline")[run]["value"]["long"]]
+
+
+@needs_kit
+@pytest.mark.parametrize("options, line", [
+    (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"),
+    (["--vad", "x", "--max-segment-sec", "9"], "--min-segment-sec and --max-segment-sec are for cutting without --vad"),
+    (["--vad", "nowhere"], "--vad nowhere: wanted a directory as FunASR publishes it"),
+    (["--punctuate", "nowhere"], "modelscope download --model iic/punc_ct-transformer"),
+    (["--export", "out", "--punctuate", "x"], "leave out --punctuate")])
+def test_decode_refuses_parts_that_do_not_fit(ckpt, capsys, options, line):
+    inputs = [] if "--export" in options else ["a.wav"]
+    try:
+        assert decode.main(["--ckpt", ckpt, *options, *inputs]) == 2
+    except SystemExit as stopped:
+        assert stopped.code == 2
+    assert line in capsys.readouterr().err
+
+
 # ---- decode: pictures ----
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(ckpt, tmp_path, capsys):
@@ -7959,6 +8097,42 @@ def test_page_asks_for_the_key(browser, monkeypatch):
         browser.wait(DONE)
 
 
+# ---- serve: voice activity and punctuation ----
+
+@needs_kit
+def test_every_route_answers_with_sentences(tmp_path):
+    """The answers are those of decode.py; segments of verbose_json are sentences."""
+    system, path = pipeline_system("bicif"), long_wav(tmp_path, "talk_b")
+    result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
+    written = report.written_text(result)
+    assert len(result.sentences) > 3
+    with serving(system) as running:
+        direct = ask(running, post("/transcribe", "audio/wav", path.read_bytes()))
+        assert direct["text"] == written and direct["sentences"] == report.sentence_entries(result)
+        file = ('name="file"; filename="a.wav"', path.read_bytes())
+        verbose = ask(running, oai(file, field("response_format", "verbose_json")))
+        assert verbose["text"] == written
+        assert [(s["text"], s["start"], s["end"]) for s in verbose["segments"]] == [s[:3] for s in result.sentences]
+        assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
+        subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
+        assert subtitles == report.subtitles(result, "srt")
+        quiet = ask(running, post("/transcribe", "audio/wav", long_wav(tmp_path, "silence").read_bytes()))
+        assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
+        rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
+        batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
+        assert all("sentences" in item for item in batch["results"])
+
+
+@needs_kit
+def test_serve_loads_both_parts():
+    arguments = ["--checkpoint", str(KIT / "sanm"), "--vad", str(KIT / "vad"), "--vad-schedule", "funasr", "--punctuate",
+                 str(KIT / "punc"), "--device", "cpu"]
+    system = serve.load_warm(serve.parse_arguments(arguments))
+    assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
+    with pytest.raises(SystemExit):
+        serve.parse_arguments(["--vad-schedule", "funasr"])
+
+
 # ---- bench: figures ----
 
 # C112
@@ -8099,7 +8273,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
-          "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
+          "checkpoint": 5, "sentences": 5, "dry_run": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
