@@ -498,8 +498,9 @@ class Server(Door):
             self.metrics.add("asr_rejected_total", 'reason="overloaded"')
         else:
             self.metrics.count_request(route_of(head), response.status, seconds)
-        fields = {"id": head.id, "client": client_address(head, self.options.trusted_proxy), "method": head.method or "-",
-                  "path": head.path[:200] or "-", "status": response.status, "ms": round(seconds * 1e3, 1)}
+        client = client_address(head, self.options.trusted_proxy)
+        fields = {"id": head.id, "client": client, "method": head.method or "-", "path": head.path[:200] or "-",
+                  "status": response.status, "ms": round(seconds * 1e3, 1)}
         if response.batch:
             fields["batch"] = response.batch
         if response.code:
@@ -576,12 +577,15 @@ def model_card(server: Server) -> dict:
 
 def receive(server: Server, head: Head, body: bytes, complete: float,
             has_left: Callable[[], bool]) -> bytes | Recording:
-    """On the connection's thread: JSON as it is, a recording as WAV, by ffmpeg if it must. Raises Refusal, ClientLeft."""
+    """On the connection's thread: JSON as it is, a recording as WAV, by ffmpeg if it must.
+
+    Raises Refusal, or ClientLeft if the client left before its turn.
+    """
     if media_type(head) == "application/json":
         return body
     if server.system.config.data.kind == "toy":
-        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(server.system)}, which are no "
-                      "speech: it takes features as JSON, and no recordings", "file")
+        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(server.system)}, which "
+                      "are no speech: it takes features as JSON, and no recordings", "file")
     recording = read_recording(head, body, server.options)
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
