@@ -14,23 +14,21 @@
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
+be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM. Whatever ends it, --output keeps what is done, and
+the same command with --resume goes on.
 Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
 Needs torch, numpy, audio.py, data.py, checkpoint.py, report.py and what these need.
 """
 import argparse
-import contextlib
 import datetime
 import itertools
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -51,12 +49,14 @@ from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import is_stream, left_out_lines, read_inputs
 from model import Hypotheses
+from outputs import (ProgressBar, Tally, end_output, file_names, open_part, prepare_output, print_results, what_is_done,
+                     write_file, write_outcomes)
 from punctuation import load_punctuation
-from ranks import join_processes
-from ranks import own_rank
-from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
-                    report_lines, score, text_of, utterance_svgs, words_of, write_report, written_text)
+from ranks import join_processes, own_rank
+from report import (Alternative, FORMS, Outcome, Result, Token, Word, is_ideograph, log_confidence, report_lines,
+                    text_of, utterance_svgs, words_of, write_report)
 from sentences import with_sentences
+from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
 from vad import SCHEDULES, cut_speech, load_vad
 
@@ -309,30 +309,6 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
         yield [[first + i for i in batch] for batch in batches]
 
 
-@contextlib.contextmanager
-def interrupted_later() -> Iterator[None]:
-    """Ctrl-C (KeyboardInterrupt) is held back until the block ends; a second one comes at once."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:
-        yield
-        return
-    pressed = False
-
-    def remember(*about) -> None:
-        nonlocal pressed
-        if pressed:
-            usual(*about)
-        pressed = True
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
-
-
 def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[int]]], shard: tuple[int, int],
                   finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
     """Outcomes in the order of the inputs, a window of `plan_batches` at a time; `finish` gets each batch's at once.
@@ -346,8 +322,9 @@ def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[
         try:
             for batch in batches[rank::processes]:
                 done = recognise_inputs(system, dataset, batch)
-                outcomes += done
-                finish(done)
+                with interrupted_later():
+                    outcomes += done
+                    finish(done)
             if processes > 1:
                 outcomes = gather(outcomes, shard)
         except KeyboardInterrupt:
@@ -409,7 +386,7 @@ def write_pictures(folder: Path, system: System, dataset: Dataset, named: Sequen
             without += 1
             continue
         for kind, svg in draw(system, item, layer).items():
-            data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+            write_file(folder / f"{name}.{kind}.svg", svg)
     if without:
         print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
               file=sys.stderr)
@@ -437,8 +414,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
         "paths (`sox ... |`), in that folder")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
-        "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
-    add("--format", choices=list(FORMS), help="of the files in --output (default json)")
+        "results.ctm for all), where PATH ends in .jsonl, a line of JSON for each, or, of one input, a file that ends "
+        "in its form, as talk.srt")
+    add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
+    add("--resume", action="store_true", help="go on with an --output that a run has begun: inputs whose results it "
+        "has are not decoded again")
     add("--report", metavar="DIR", help="write the error report of the inputs that have a reference: summary.txt, "
         "alignments.txt and report.html")
     add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
@@ -483,6 +463,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--vad-schedule needs --vad")
     if arguments.vad and (arguments.min_segment_sec, arguments.max_segment_sec) != SEGMENT_SEC:
         parser.error("--min-segment-sec and --max-segment-sec are for cutting without --vad")
+    if arguments.resume and not arguments.output:
+        parser.error("--resume needs --output")
     if arguments.plot_layer and not arguments.plot:
         parser.error("--plot-layer needs --plot")
     if arguments.export and arguments.dtype == "int8":
@@ -541,145 +523,55 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
                                 stats=stats, for_training=False, whole_sec=whole_sec(system))
 
 
-class Output(NamedTuple):
-    """Where results go: standard output and, at most one of the two, a folder or a file."""
-
-    form: str  # a key of FORMS
-    folder: Path | None  # a file for each utterance
-    merged: Path | None  # one file for all, which rank 0 writes
-    brief: bool  # of its own data a terminal gets the first SHOWN, with references
-
-
-def prepare_output(arguments: argparse.Namespace, rank: int) -> Output:
-    """Make the folders. Raises ValueError for a file that must not be replaced."""
-    form = arguments.format or "json"
-    folder = Path(arguments.output) if arguments.output else None
-    merged = None
-    if form == "ctm":
-        merged = folder / "results.ctm"
-    elif folder and folder.suffix == ".jsonl":
-        merged = folder
-    if merged:
-        folder = None
-        if merged.is_dir():
-            raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
-        if merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
-            raise ValueError(f"--output: wanted another file than the inputs, got {merged}")
-        merged.parent.mkdir(parents=True, exist_ok=True)
-    for place in (folder, arguments.plot, arguments.report):
-        if place:
-            Path(place).mkdir(parents=True, exist_ok=True)
-    brief = not arguments.inputs and sys.stdout is not None and sys.stdout.isatty()
-    return Output(form, folder, merged if rank == 0 else None, brief)
-
-
-ERASE = "\r\x1b[K"  # a terminal's line
-SHOWN = 10  # results that a terminal gets where no INPUT is named
-
-
-class ProgressBar:
-    """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as
-    many as rank 0."""
-
-    def __init__(self, total: int, shard: tuple[int, int]):
-        self.total = total
-        self.shard = shard
-        self.started = time.perf_counter()
-        self.done = 0
-        self.seconds = 0.0  # of audio
-
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        rank, processes = self.shard
-        self.done = min(self.total, self.done + processes * len(outcomes))
-        self.seconds += processes * sum(outcome.seconds for outcome in outcomes)
-        if rank == 0 and sys.stderr.isatty():
-            factor = (time.perf_counter() - self.started) / max(self.seconds, 1e-9)
-            print(f"{ERASE}[{'#' * (30 * self.done // self.total):30}] {self.done}/{self.total}  "
-                  f"real-time factor {factor:.4f}", end="", file=sys.stderr, flush=True)
-
-    def erase(self) -> None:
-        if sys.stderr.isatty():
-            print(ERASE, end="", file=sys.stderr)
-
-
-class Tally(NamedTuple):
-    """What became of all inputs."""
-
-    heard: list[tuple[int, float]]  # (place, seconds) of each that was recognised
-    failed: int
-    scores: list[Score]  # of those that have a reference
-    interrupted: bool  # by Ctrl-C
-
-
-def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[[str], list[int]],
-                  bar: ProgressBar) -> Tally:
-    """Print each outcome, write it into the file for all, compare it with its reference."""
-    heard: list[tuple[int, float]] = []
-    scores: list[Score] = []
-    failed = 0
-    interrupted = False
-    merged = data.replacing(output.merged) if output.merged else contextlib.nullcontext(os.devnull)
-    with merged as path, open(path, "w", encoding="utf-8", newline="\n") as file:
-        try:
-            for outcome in outcomes:
-                bar.erase()
-                if outcome.result is None:
-                    failed += 1
-                    print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
-                    continue
-                if not output.brief:
-                    print(f"{outcome.key}\t{written_text(outcome.result)}")
-                elif len(heard) < SHOWN:
-                    print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
-                heard.append((outcome.index, outcome.seconds))
-                if output.merged:
-                    file.write(FORMS[output.form](outcome))
-                if outcome.reference:
-                    scores.append(score(outcome, encode))
-        except KeyboardInterrupt:
-            interrupted = True
-    if output.brief and len(heard) > SHOWN:
-        print(f"and {len(heard) - SHOWN} more, which a file or a pipe gets: python decode.py > results.tsv")
-    return Tally(heard, failed, scores, interrupted)
-
-
 def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     started = time.perf_counter()
-    output = prepare_output(arguments, shard[0])
+    rank, processes = shard
+    encode = system.tokenizer.encode
     lengths = dataset.lengths()[:arguments.limit or None]
-    names = file_names(dataset.keys[:len(lengths)]) if output.folder or arguments.plot else []
-    bar = ProgressBar(len(lengths), shard)
+    output = prepare_output(arguments, dataset, len(lengths), rank)
+    done, scores = what_is_done(output, encode) if arguments.resume else (set(), [])
+    todo = [i for i in range(len(lengths)) if i not in done]
+    bar = ProgressBar(len(todo), shard)
+    part = open_part(output) if output.merged else None
 
     def finish(outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            if output.folder and outcome.result:
-                file = output.folder / f"{names[outcome.index]}.{output.form}"
-                data.write_atomic(file, FORMS[output.form](outcome))
+        write_outcomes(output, part, outcomes)
         bar.add(outcomes)
 
-    windows = plan_batches(lengths, *batch_limits(system))
-    outcomes = recognise_all(system, dataset, windows, shard, finish)
-    tally = write_results(outcomes, output, system.tokenizer.encode, bar)
-    if shard[0] == 0:
+    outcomes = recognise_all(system, dataset, windows_of(todo, lengths, system), shard, finish)
+    alone = not (arguments.output or arguments.report or arguments.plot)
+    tally = print_results(outcomes, not arguments.inputs, alone, bar, encode)
+    tally.scores.extend(scores)
+    end_output(output, part, tally.interrupt is not None, processes)
+    if rank == 0:
         spent = time.perf_counter() - started
         if arguments.plot:
+            names = file_names(dataset.keys[:len(lengths)])
             named = [(i, names[i]) for i, _ in tally.heard]
             write_pictures(Path(arguments.plot), system, dataset, named, arguments.plot_layer)
         report_figures(arguments.report, system, dataset, tally, spent)
-    if tally.interrupted:
-        return 130
+    if tally.interrupt:
+        return exit_code(tally.interrupt)
     return 1 if tally.failed else 0
+
+
+def windows_of(todo: Sequence[int], lengths: np.ndarray, system: System) -> Iterator[list[list[int]]]:
+    """`plan_batches` of the inputs in todo."""
+    for batches in plan_batches(lengths[todo], *batch_limits(system)):
+        yield [[todo[i] for i in batch] for batch in batches]
 
 
 def report_figures(folder: str | None, system: System, dataset: Dataset, tally: Tally, spent: float) -> None:
     """Print the error rates, if there are references, and the speed; write the report into a folder."""
     lines = report_lines(tally.scores) if tally.scores else []
     if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         write_report(Path(folder), tally.scores, lines, lambda index: alignment_picture(system, dataset, index))
     seconds = sum(seconds for _, seconds in tally.heard)
-    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {tally.failed} could not be recognised", sep="\n", file=sys.stderr)
+    factor = f", real-time factor {spent / seconds:.4f}" if seconds else ""
+    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s{factor}; {tally.failed} "
+          "could not be recognised", sep="\n", file=sys.stderr)
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:
@@ -708,6 +600,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
+    end_as_ctrl_c()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -715,12 +608,13 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    keep_streams()
     sys.exit(main(sys.argv[1:]))

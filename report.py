@@ -19,7 +19,6 @@ from torch import Tensor
 from audio import frame_sec
 from data import Utterance, write_atomic
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, spell_words
-from manifests import RECORDINGS
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
 from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
@@ -267,25 +266,6 @@ def ctm(outcome: Outcome) -> str:
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
     "txt": txt, "json": json_row, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
-
-
-def file_names(keys: Sequence[str]) -> list[str]:
-    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
-
-    Cut to 55 characters, at most 220 bytes: of the 255 that file systems take, number, suffix and .tmp need the rest.
-    """
-    names = []
-    numbers = {}  # the last one given to each name, as thousands of files may be called audio.wav
-    for key in keys:
-        last = Path(key)
-        stem = last.stem if last.suffix.lower() in RECORDINGS else last.name
-        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:55] or "_"
-        while name.lower() in numbers:
-            numbers[stem.lower()] += 1
-            name = f"{stem}-{numbers[stem.lower()]}"
-        numbers[name.lower()] = 1
-        names.append(name)
-    return names
 
 
 # ---- pictures ----

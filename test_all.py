@@ -72,6 +72,7 @@ import hotwords
 import manifests
 import model
 import openai_forms
+import outputs
 import plot
 import punctuation
 import ranks
@@ -4285,7 +4286,7 @@ def hotword_phrases(variant: str, case: str) -> list[str] | None:
     return None if words is None else words.split()
 
 
-def outputs(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
+def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
     """Where the (first) output of each call of the module will be."""
     seen, forward = [], module.forward
 
@@ -4306,14 +4307,14 @@ def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatc
     system = checkpoint.load_system(KIT / variant, "cpu")
     net, changed = system.model, 0
     if isinstance(net, hotwords.SeacoParaformer):
-        stages = {"dec_hidden": outputs(net.decoder.norm, monkeypatch),
-                  "attended": outputs(net.hotword_decoder.norm, monkeypatch),
-                  "dha_logits": outputs(net.hotword_decoder.output, monkeypatch)}
+        stages = {"dec_hidden": outputs_of(net.decoder.norm, monkeypatch),
+                  "attended": outputs_of(net.hotword_decoder.norm, monkeypatch),
+                  "dha_logits": outputs_of(net.hotword_decoder.output, monkeypatch)}
         tolerance = {"dec_hidden": 3e-3, "cif_attended": 3e-3, "dec_attended": 3e-3, "dha_logits": 1e-2}
     else:
         block = net.hotword_block
-        stages = {"x_src": outputs(block.cross_attention, monkeypatch),
-                  "cx": outputs(block.hotword_attention, monkeypatch)}
+        stages = {"x_src": outputs_of(block.cross_attention, monkeypatch),
+                  "cx": outputs_of(block.hotword_attention, monkeypatch)}
         tolerance = {"x_src": 3e-3, "cx": 3e-3}
     for name, result in hotword_results(variant).items():
         wanted = recorded(variant, name)
@@ -4890,9 +4891,14 @@ def test_every_form_is_written_as_its_readers_want_it():
 # C73
 def test_file_names_are_safe_and_never_the_same():
     keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
-    assert report.file_names(keys) == ["a", "A-2", "a-3", "spk.utt2", "..", "_", "你" * 55, "a-2-2"]
-    assert report.file_names(["\U00020000" * 60, "\U00020000" * 61]) == ["\U00020000" * 55, "\U00020000" * 55 + "-2"]
-    assert report.file_names([f"{i}/audio.wav" for i in range(50000)])[-1] == "audio-50000"  # not quadratic: 0.4 s
+    cut = "你" * 29 + "..." + "你" * 29
+    assert outputs.file_names(keys) == ["x/a", "y/A", "a", "spk.utt2", "_/_", "_", cut, "a-2"]
+    assert outputs.file_names(["a.wav", "A", "a", "a-2"]) == ["a", "A-2", "a-3", "a-2-2"]
+    assert outputs.file_names(["/d/x/a.wav", "/d/x/b.wav", "/d/y/a.wav"]) == ["x/a", "x/b", "y/a"]
+    talk = "a talk on what is to be remembered of a long evening, " * 5
+    first, second = outputs.file_names([f"/d/{talk}part 1.mp3", f"/d/{talk}part 2.mp3"])
+    assert first.endswith("part 1") and second.endswith("part 2") and first.startswith("a talk on what")
+    assert outputs.file_names(["audio.wav"] * 50000)[-1] == "audio-50000"  # not quadratic: 0.4 s
 
 
 # C178
@@ -6514,6 +6520,7 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
 
 
 def spoken(path: Path, seconds: float) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
     audio.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
     return str(path)
 
@@ -6695,11 +6702,11 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsy
     files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
     code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
     outcomes = [outcome for file in files for outcome in recognised(tiny_system(), file)]
-    written = {path.name: path.read_text() for path in out.iterdir()}
+    written = {str(path.relative_to(out)): path.read_text() for path in out.rglob("*") if path.is_file()}
     parts = [report.FORMS[form](outcome) for outcome in outcomes]
     assert code == 0 and [text for _, text in texts] == [outcome.result.text for outcome in outcomes]
     assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
-                       {f"a.{form}": parts[0], f"a-2.{form}": parts[1]})
+                       {f"a.{form}": parts[0], f"sub/a.{form}": parts[1]})
 
 
 # C73
@@ -6747,7 +6754,8 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(ckpt, tmp_path, capsys, mo
 
     monkeypatch.setattr(decode, "transcribe", interrupted)
     code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=1", "--output", tmp_path / output)
-    assert (code, texts) == (130, everything[3:]) and error.startswith("2 utterances, ")     # the shortest come first
+    assert (code, texts) == (130, everything[3:])  # the shortest come first
+    assert error.startswith("interrupted; the same command with --resume goes on\n2 utterances, ")
     if output == "out":
         rows = [json.loads((tmp_path / f"out/{i}.json").read_text()) for i in (3, 4)]
         assert len(list((tmp_path / "out").iterdir())) == 2
@@ -6756,13 +6764,157 @@ def test_ctrl_c_keeps_what_is_done_and_exits_with_130(ckpt, tmp_path, capsys, mo
     assert [[row["key"], row["text"]] for row in rows] == texts
 
 
+# C74 C182
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.ctm", "out"])
+def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(ckpt, tmp_path, capsys, monkeypatch,
+                                                                               name, number, code):
+    """The third of five batches ends the process; then everything equals a run that nothing ended."""
+    real, calls = decode.transcribe, []
+    form = {"out.jsonl": "json", "out.ctm": "ctm", "out": "txt"}[name]
+    rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.9 - i / 10), "text": "ab cd", "key": "same"} for i in range(5)]
+    manifest = write_manifest(tmp_path / "m.jsonl", rows)
+
+    def arguments(output: str, *more: str) -> list[str]:
+        return ["--device=cpu", "--threads=1", "--ckpt", ckpt, "--batch-size=1", "--format", form, "--output",
+                str(tmp_path / output), *more, str(manifest)]
+
+    def ended(system, feats):
+        calls.append(len(feats))
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return real(system, feats)
+
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ran before
+            decode.transcribe = ended
+            status = decode.main(arguments(name))
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    capsys.readouterr()
+    part = tmp_path / f"{name}.part"
+    if name == "out":
+        assert len(list((tmp_path / name).iterdir())) == 2
+    else:
+        assert (tmp_path / name).exists() == (number != signal.SIGKILL)
+        for file in [part] + [tmp_path / name] * (number != signal.SIGKILL):
+            assert len(file.read_text().splitlines()) == 2
+        assert part.name in refusal(capsys, *arguments(name)) and json.loads(part.read_text().splitlines()[0])["text"]
+        part.write_text(part.read_text() + '{"key": "same", "te')  # a line that broke off
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: calls.append(len(feats)) or real(system, feats))
+    assert decode.main(arguments(name, "--resume")) == 0
+    assert calls == [1, 1, 1] and "going on: 2 of 5 are done" in capsys.readouterr().err
+    assert decode.main(arguments(f"whole_{name}", "--report", str(tmp_path / "report"))) == 0
+    if name == "out":
+        assert {p.name: p.read_text() for p in (tmp_path / "out").iterdir()} == {
+            p.name: p.read_text() for p in (tmp_path / "whole_out").iterdir()}
+    else:
+        assert (tmp_path / name).read_text() == (tmp_path / f"whole_{name}").read_text() and not part.exists()
+    capsys.readouterr()
+    if name == "out.jsonl":
+        assert "got 'same' twice" in refusal(capsys, *arguments(name, "--resume"))
+
+
+# C182
+def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_errors(ckpt, tmp_path, capsys, monkeypatch):
+    real, calls = decode.transcribe, []
+    rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.9 - i / 10), "text": "ab cd"} for i in range(5)]
+    first = write_manifest(tmp_path / "first.jsonl", rows[1:4])
+    both = write_manifest(tmp_path / "both.jsonl", rows)
+    assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.jsonl", first)[0] == 0
+    assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "w.jsonl", "--report", tmp_path / "w", both)[0] == 0
+    monkeypatch.setattr(decode, "transcribe", lambda system, feats: calls.append(len(feats)) or real(system, feats))
+    again = ["--ckpt", ckpt, "--output", tmp_path / "o.jsonl", "--resume", "--report", tmp_path / "o", both]
+    assert decoded(capsys, *again)[0] == 0 and sum(calls) == 2
+    assert (tmp_path / "o.jsonl").read_text() == (tmp_path / "w.jsonl").read_text()
+    assert (tmp_path / "o/summary.txt").read_text() == (tmp_path / "w/summary.txt").read_text()
+
+
+# C182
+def test_a_run_that_goes_on_keeps_the_results_of_inputs_that_are_not_its_own(ckpt, tmp_path, capsys):
+    first, second = (spoken(tmp_path / f"{i}.wav", 0.5 + i / 10) for i in range(2))
+    out = tmp_path / "out.jsonl"
+    decoded(capsys, "--ckpt", ckpt, first, "--output", out)
+    assert decoded(capsys, "--ckpt", ckpt, second, "--output", out, "--resume")[0] == 0
+    assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == [first, second]
+    (tmp_path / "out.jsonl.part").write_text("no result\n")
+    assert "out.jsonl.part, byte 0: wanted a result" in refusal(capsys, "--ckpt", ckpt, second, "--output", out, "--resume")
+
+
+# C181
+@pytest.mark.parametrize("console", [">&- 2>&-", ">/dev/full 2>/dev/full", "| head -1 >/dev/null"])
+def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, tmp_path, console):
+    for i in range(9):
+        spoken(tmp_path / "in" / f"{i}.wav", 0.5)
+    command = f"{sys.executable} decode.py --device=cpu --batch-size=2 --ckpt {ckpt} {tmp_path}/in"
+    kept = f"{command} --output {tmp_path}/out.jsonl {console}"
+    subprocess.run(["bash", "-c", f"set -o pipefail; {kept}"], cwd=HERE, check=True, timeout=60)
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
+    if "full" in console:  # nobody else has the results
+        done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], cwd=HERE, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and "standard output: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
+
+
+# C73
+def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp_path, capsys):
+    for form in ("txt", "srt"):
+        folder = tmp_path / form / "sub"
+        spoken(folder / "a.wav", 0.5)
+        spoken(folder / "b.wav", 0.5)
+        human = folder / f"b.{form}"
+        human.write_text("what a person heard")
+        arguments = ["--ckpt", ckpt, "--format", form, "--output", folder, folder]
+        code, lines, error = decoded(capsys, *arguments)
+        assert (code, lines) == (2, []) and f"{human} lies beside the recording of its name" in error
+        assert decoded(capsys, *arguments, "--resume")[0] == 0
+        assert human.read_text() == "what a person heard" and (folder / f"a.{form}").exists()
+
+
+# C73
+def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, capsys):
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(2)]
+    for form in ("txt", "json", "srt", "vtt", "tsv", "ctm"):
+        out = tmp_path / f"deep/talk.{form}"
+        assert decoded(capsys, "--ckpt", ckpt, files[0], "--output", out)[0] == 0
+        (outcome,) = recognised(tiny_system(), files[0])
+        assert out.read_text() == report.FORMS[form](outcome._replace(key=files[0]))
+        other = tmp_path / f"two.{form}"
+        if form != "ctm":  # which is one file for all
+            error = refusal(capsys, "--ckpt", ckpt, *files, "--output", other, "--format", form)
+            assert error.startswith("decode.py: --output: wanted a folder") and not other.exists()
+    error = refusal(capsys, "--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt")
+    assert "wanted a folder or a file that ends in .txt" in error
+
+
+def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path, capsys, monkeypatch):
+    files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
+    clock = itertools.count(0.0, 0.75)  # seconds at which it is looked: the run's start and end
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    threads = torch.get_num_threads()
+    try:
+        for limit, count in ((2, 2), (5, 5), (6, 5), (0, 5)):
+            _, lines, error = decoded(capsys, "--ckpt", ckpt, *files, "--limit", limit, "--threads", 3 + limit)
+            assert [key for key, _ in lines] == files[:count] and torch.get_num_threads() == 3 + limit
+            factor = 0.75 / (0.5 * count)
+            assert error == (f"{count} utterances, {0.5 * count:.1f} s of audio in 0.75 s, real-time factor "
+                             f"{factor:.4f}; 0 could not be recognised\n")
+    finally:
+        torch.set_num_threads(threads)
+    (tmp_path / "bad.wav").write_bytes(b"junk")
+    assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
+
+
 # C120
 def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.jsonl"
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
     everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
     monkeypatch.setattr(decode, "WINDOW", 3)
-    monkeypatch.setitem(report.FORMS, "json", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(outputs, "json_row", lambda outcome: outcome.index == 0 and os.kill(os.getpid(), signal.SIGINT)
                         or report.json_row(outcome))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever ran before
     assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
@@ -7072,12 +7224,13 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     shutil.copy(hostile, far)
     assert decode.main(["--ckpt", ckpt, hostile, short, str(far), "--plot", str(tmp_path / "plots")]) == 0
     assert "--plot: no picture of 1 that --max-segment-sec cut or that have no frames\n" in capsys.readouterr().err
-    files = sorted((tmp_path / "plots").iterdir())
-    assert [f.name for f in files] == [f"a____b{n}.{kind}.svg" for n in ("-2", "") for kind in (
-        "alignment", "cross", "encoder")]
+    files = sorted(path for path in (tmp_path / "plots").rglob("*") if path.is_file())
+    names = [f"{folder}a ___b.{kind}.svg" for folder in ("", ("x" * 99 + "/") * 3)
+             for kind in ("alignment", "cross", "encoder")]
+    assert [str(file.relative_to(tmp_path / "plots")) for file in files] == names
     for file in files:
         title = ElementTree.fromstring(file.read_text()).find("{*}text").text
-        assert (str(far) if "-2" in file.name else hostile)[:60] in title
+        assert (str(far) if "xxx" in str(file) else hostile)[:60] in title
 
 
 # C97
@@ -8383,7 +8536,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
-          "checkpoint": 5, "sentences": 5, "dry_run": 5, "openai_forms": 5,
+          "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
