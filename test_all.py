@@ -2194,8 +2194,8 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
     (unfinished_download, "wanted model.pt, got a download that has not finished (.cache/huggingface/download/xyz.incomplete)"),
     (sense_voice, "model SenseVoiceSmall: wanted a recogniser that runs here, got FunASR's SenseVoiceSmall, which recognises "
                   f"five languages with an encoder alone; {TAKE}"),
-    (lambda folder: KIT / "vad", "got FunASR's fsmn-vad, which finds where somebody speaks and writes no text; take"),
-    (lambda folder: KIT / "punc", "got FunASR's ct-punc, which puts punctuation into text and hears nothing; take"),
+    (lambda folder: KIT / "vad", "got FunASR's fsmn-vad, which finds where somebody speaks and goes with --vad; take"),
+    (lambda folder: KIT / "punc", "got FunASR's ct-punc, which puts marks into text and goes with --punctuate; take"),
     (lambda folder: KIT / "streaming", "FunASR's paraformer-zh-streaming, which is a Paraformer that is run chunk by chunk"),
     (lambda folder: KIT / "sanm/model.pt", f"got its weights alone: pass the folder, {KIT / 'sanm'}")])
 def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, capsys, make, error):
