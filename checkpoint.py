@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,9 +29,7 @@ from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funas
                     published_files, read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
-from punctuation import Punctuation
 from tokenizer import SPECIALS, Tokenizer
-from vad import Vad
 from weights import load_weights
 
 
@@ -237,8 +236,6 @@ class System(NamedTuple):
     batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
     encode_list: Callable[[tuple[str, ...]], Tensor] | None = None  # hotwords.list_encoder; None: the model takes none
     hotwords: tuple[str, ...] | None = None  # phrases to listen for in every utterance; None: no list
-    vad: Vad | None = None  # what cuts recordings, in place of their pauses
-    punctuation: Punctuation | None = None  # what makes sentences of a text
 
 
 Adapt = Callable[[configs.Config], configs.Config]
@@ -341,12 +338,15 @@ def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
 
 def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
     """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
-    unknown, = tokenizer.encode("\ue000")  # a private-use character, which no vocabulary has
-    ids = [(id, text) for text in texts for id in tokenizer.encode(text)]
-    missed = [text for id, text in ids if id == unknown]
-    if 2 * len(missed) > len(ids):
+    unknown = Counter()
+    count = 0
+    for text in texts:
+        count += len(tokenizer.encode(text))
+        unknown.update(tokenizer.unknown_units(text))
+    if 2 * unknown.total() > count:
         raise ValueError(f"training.init_from={place}: wanted a vocabulary for the training texts, got one without "
-                         f"{len(missed)} of their {len(ids)} symbols, some of them in {missed[0]!r}")
+                         f"{unknown.total()} of their {count} symbols, the most frequent "
+                         f"{' '.join(repr(unit) for unit, _ in unknown.most_common(5))}")
 
 
 def fresh(config: configs.Config) -> System:

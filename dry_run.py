@@ -17,7 +17,7 @@ import data
 from audio import open_recording
 from manifests import find_manifests, scan_rows
 from step import train_step
-from tokenizer import UNK, Tokenizer, normalise_text, split_units
+from tokenizer import Tokenizer
 
 
 # ---- what cannot work ----
@@ -54,26 +54,31 @@ def dev_warnings(config, num_train: int, num_dev: int) -> Iterator[str]:
     yield f"data.dev: wanted {LEAST_DEV} utterances or more to choose an epoch by, got {num_dev}; {hint}"
 
 
-def symbol_warnings(config, tokenizer: Tokenizer, split: str) -> Iterator[str]:
-    """A line if texts of dev or test have symbols that the vocabulary has not."""
+def symbol_warnings(config, tokenizer, split: str) -> Iterator[str]:
+    """A line if texts of a split have symbols that the vocabulary has not: their share, and the most frequent ones."""
     missing, texts, keys = Counter(), [], []
+    count = 0
     for path in find_manifests(getattr(config.data, split)):
         for _, row in scan_rows(path):
-            units = split_units(normalise_text(row.text), tokenizer.unit)
-            unknown = [unit for unit, id in zip(units, tokenizer.encode(row.text)) if id == UNK]
+            unknown = tokenizer.unknown_units(row.text)
             missing.update(unknown)
+            count += len(tokenizer.encode(row.text))
             if unknown:
                 texts.append(row.text)
                 keys.append(row.key)
     if not texts:
         return
     hint = f"try --data.train={config.data.train} with {keys[0]} in it, and others that have them"
-    letters = Tokenizer.build(data.training_texts(config.data), "char")
-    if tokenizer.unit == "word" and not any(UNK in letters.encode(text) for text in texts):
-        hint = "try --data.unit=char"
-    names = " ".join(repr(name) for name, _ in missing.most_common(5))
-    yield (f"data.{split}: wanted symbols that training has too, got {len(missing)} others, the most frequent {names}, in "
-           f"{len(texts)} texts; {hint}")
+    if config.training.init_from:
+        hint = f"the vocabulary is that of training.init_from={config.training.init_from}"
+    elif tokenizer.unit == "word":
+        letters = Tokenizer.build(data.training_texts(config.data), "char")
+        if not any(letters.unknown_units(text) for text in texts):
+            hint = "try --data.unit=char"
+    names = " ".join(f"{name!r} ({times})" for name, times in missing.most_common(5))
+    share = missing.total() / max(1, count)
+    yield (f"data.{split}: wanted symbols that the vocabulary has, got {missing.total()} unknown ones of {count} "
+           f"({share:.1%}), the most frequent {names}, in {len(texts)} texts; {hint}")
 
 
 def length_warnings(config, lengths: np.ndarray, counts: np.ndarray) -> Iterator[str]:
@@ -126,8 +131,9 @@ def warnings(run, steps: int) -> Iterator[str]:
     yield from dev_warnings(config, len(dataset), len(run.dev_set))
     if config.data.kind == "toy":
         return
-    for split in ("dev", "test"):
-        if getattr(config.data, split) and isinstance(run.tokenizer, Tokenizer):
+    for split in ("train", "dev", "test"):
+        is_built_of_it = split == "train" and not config.training.init_from
+        if getattr(config.data, split) and not is_built_of_it:
             yield from symbol_warnings(config, run.tokenizer, split)
     chosen = range(0, len(dataset), math.ceil(len(dataset) / LOOKED_AT))
     counts = np.array([len(run.tokenizer.encode(dataset.rows[index].text)) for index in chosen])

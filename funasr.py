@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
 from data import read_file, write_atomic
 from downloads import check_files, check_kind
-from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols
+from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols, tidy
 from weights import WithoutInit, load_weights
 
 
@@ -468,20 +468,36 @@ class PieceTokenizer:
     def _ids(self) -> dict[str, int]:
         return {symbol: i for i, symbol in enumerate(self.symbols)}  # a repeated symbol: its last id
 
-    def encode_symbols(self, text: str) -> list[str]:
-        """The symbols of a text, <unk> for what has none. With `pieces`, the text is lower-cased and split at single
-        spaces; a word not in pieces is spelled if it begins with a Chinese character, ASCII letter or digit."""
+    def units(self, text: str) -> list[str]:
+        """What is looked up of a text once it is `tidy`: characters; with `pieces`, its words in lower case, and of a
+        word not in pieces that begins with a Chinese character, ASCII letter or digit the characters."""
         if self.pieces is None:
-            return [c for c in text if c != " "]
-        symbols = []
-        for word in text.strip().lower().split(" "):
+            return [c for c in tidy(text) if c != " "]
+        units = []
+        for word in tidy(text).lower().split(" "):
             is_spelled = word not in self.pieces and re.match("[\u4e00-\u9fa5a-z0-9]", word)
-            for unit in word if is_spelled else [word]:
-                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
+            units += word if is_spelled else [word]
+        return units
+
+    def symbols_of(self, unit: str) -> list[str]:
+        return [unit] if self.pieces is None else self.pieces.get(unit, [SPECIALS[UNK]])
+
+    def encode_symbols(self, text: str) -> list[str]:
+        """The symbols of a text, <unk> for what has none in `pieces`."""
+        symbols = []
+        for unit in self.units(text):
+            symbols += self.symbols_of(unit)
         return symbols
 
+    def unknown_units(self, text: str) -> list[str]:
+        """The units of a text that encode gives the unknown id."""
+        ids = {unit: [self._ids.get(symbol, self.unknown) for symbol in self.symbols_of(unit)]
+               for unit in set(self.units(text))}
+        return [unit for unit in self.units(text) if self.unknown in ids[unit]]
+
     def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR."""
+        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR, where
+        a second space, a tab or U+3000 is unknown."""
         return [self._ids.get(symbol, self.unknown) for symbol in self.encode_symbols(text)]
 
     @property
@@ -494,9 +510,9 @@ class PieceTokenizer:
         not in pieces is spelled if it is all Chinese and digits, and else unknown as a whole. Without pieces, the words
         themselves are looked up."""
         if self.pieces is None:
-            return [self._ids.get(word, self.unknown) for word in phrase.split()]
+            return [self._ids.get(word, self.unknown) for word in tidy(phrase).split()]
         symbols = []
-        for word in phrase.lower().split():
+        for word in tidy(phrase).lower().split():
             is_spelled = word not in self.pieces and re.fullmatch("[\u4e00-\u9fa50-9]+", word)
             for unit in word if is_spelled else [word]:
                 symbols += self.pieces.get(unit, [SPECIALS[UNK]])

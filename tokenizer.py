@@ -36,17 +36,32 @@ def spoken_symbols(ids: Sequence[int], symbols: Sequence[str]) -> list[str]:
 
 # ---- text ----
 
+# What is not seen: soft hyphens, zero-width spaces, word joiners, byte order marks, marks of direction. Joiners
+# (U+200C, U+200D) stay: Persian and Indian scripts are spelled with them.
+UNSEEN = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]+")
+WHOLE = "\u0e33\u0eb3\u0edc\u0edd"  # Thai and Lao letters that NFKC takes apart and nothing joins again
+
+
+def tidy(text: str) -> str:
+    """The text as it is written, without what is UNSEEN, with single spaces for any white space, stripped."""
+    return " ".join(UNSEEN.sub("", text).split())
+
+
+def fold(text: str) -> str:
+    """NFKC, lower case."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return unicodedata.normalize("NFKC", text)  # again: İ lowers to i + U+0307, perhaps out of canonical order
+
+
 def normalise_text(text: str) -> str:
-    """The one normalisation, before encoding and before scoring: NFKC, lower case, single spaces, stripped.
+    """The one normalisation, before encoding and before scoring: tidy, NFKC but for WHOLE letters, lower case.
 
     Punctuation stays: whether a corpus speaks it is decided where its manifest is written.
     Lower case, not casefold, which misspells what is shown to a reader (ß -> ss, final ς -> σ).
     A lone surrogate becomes U+FFFD, so that every result can be written as UTF-8. Idempotent.
     """
-    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = unicodedata.normalize("NFKC", text)  # again: İ lowers to i + U+0307, which may stand out of canonical order
-    return " ".join(text.split())
+    text = UNSEEN.sub("", re.sub("[\ud800-\udfff]", "\ufffd", text))
+    return tidy(re.sub(f"[^{WHOLE}]+", lambda between: fold(between[0]), text))
 
 
 def split_units(text: str, unit: str) -> list[str]:
@@ -87,7 +102,8 @@ class Tokenizer:
         ids = {symbol: i for i, symbol in enumerate(SPECIALS)}
         for i, symbol in enumerate(symbols[len(SPECIALS):], len(SPECIALS)):
             is_space = unit == "char" and symbol == " "  # normalise_text would strip it
-            is_unit = isinstance(symbol, str) and split_units(normalise_text(symbol), unit) == [symbol]
+            is_unit = isinstance(symbol, str) and [symbol] in (
+                split_units(normalise_text(symbol), unit), split_units(fold(symbol), unit))  # fold: older checkpoints
             if not (is_space or is_unit):
                 raise ValueError(f"symbols[{i}] must be one normalised {unit}, got {symbol!r:.60}")
             if symbol in ids:
@@ -109,9 +125,22 @@ class Tokenizer:
     def _ids(self) -> dict[str, int]:
         return {symbol: i for i, symbol in enumerate(self.symbols) if symbol not in SPECIALS}
 
+    def _ids_of(self, unit: str) -> list[int]:
+        if unit in self._ids:
+            return [self._ids[unit]]
+        parts = split_units(fold(unit), self.unit)  # of a vocabulary that was made when WHOLE letters were taken apart
+        return [self._ids[part] for part in parts] if all(part in self._ids for part in parts) else [UNK]
+
     def encode(self, text: str) -> list[int]:
         """The ids of normalise_text(text), UNK where a unit is not known; no SOS or EOS is added."""
-        return [self._ids.get(u, UNK) for u in split_units(normalise_text(text), self.unit)]
+        ids = []
+        for unit in split_units(normalise_text(text), self.unit):
+            ids += self._ids_of(unit)
+        return ids
+
+    def unknown_units(self, text: str) -> list[str]:
+        """The units of a text that encode gives UNK."""
+        return [unit for unit in split_units(normalise_text(text), self.unit) if self._ids_of(unit) == [UNK]]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids: BLANK, SOS and EOS left out wherever they stand, UNK written <unk>, words joined by spaces.
