@@ -13,7 +13,7 @@ import re
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -260,58 +260,108 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
     return picture(title, 30 + math.ceil(len(weights) / columns) * pitch, body)
 
 
-# ---- curves.svg ----
+# ---- curves of a run, and of several ----
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
+ERRORS = {"wer": "WER", "cer": "CER", "token_accuracy": "wrong tokens", "length_accuracy": "wrong counts"}
 
 
-def curve_points(values: Sequence[float], log_scale: bool) -> list[tuple[int, float]]:
-    """(epoch from 0, value or its decimal logarithm) of the values that can be drawn."""
-    drawable = [(i, v) for i, v in enumerate(values) if math.isfinite(v)]
-    if not log_scale:
-        return drawable
-    return [(i, math.log10(v)) for i, v in drawable if v > 0]
+class Curve(NamedTuple):
+    name: str  # beside the panel; "" = none
+    values: Sequence[float]  # one an epoch, NaN where there is none
+    colour: str
+    dashed: bool = False
 
 
-def panel_svg(panel: Panel, series: dict[str, list[float]], log_scale: bool) -> Iterator[str]:
-    """A line for each series, with its name and last value beside the panel. The panel's `seconds` are epochs here."""
-    lines = {name: curve_points(values, log_scale) for name, values in series.items()}
-    levels = [0.0, 1.0]
+def round_ticks(low: float, high: float, log_scale: bool) -> list[float]:
+    """1, 2 or 5 times powers of ten, from one at most low to one at least high; on a logarithmic scale of more than two
+    decades the powers alone."""
     if log_scale:
-        levels = [v for _, v in itertools.chain.from_iterable(lines.values())]
-    low = min(levels, default=0.0)
-    high = max([low + 0.1, *levels])
+        factors = (1,) if high > 100 * low else (1, 2, 5)
+        ticks = []
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 2):
+            ticks += [float(f"{factor}e{power}") for factor in factors]
+        first = max(i for i, tick in enumerate(ticks) if tick <= low)
+        last = min(i for i, tick in enumerate(ticks) if tick >= high and i > first)
+        return ticks[first:last + 1]
+    power = math.floor(math.log10((high - low) / 5))
+    step = next(size for size in (1, 2, 5, 10) if size * 10.0 ** power >= (high - low) / 5)
+    first, last = (bound / (step * 10.0 ** power) for bound in (low, high))
+    return [float(f"{k * step}e{power}") for k in range(math.floor(first), math.ceil(last - 1e-9) + 1)]
 
-    def y(v: float) -> float:
-        return panel.top + panel.height * (high - v) / (high - low)
 
-    for v in np.linspace(low, high, 5):
-        yield f'<path class="grid" d="M{panel.left} {y(v):.1f}h{panel.width}"/>'
-        yield label_svg(panel.left - 6, y(v) + 4, f"{10 ** v if log_scale else v:.2g}", "end")
-    for i in sorted({0, int(panel.seconds) // 2, int(panel.seconds)}):
-        yield label_svg(panel.x(i), panel.top + panel.height + 16, str(i + 1))
-    for n, (name, line) in enumerate(lines.items()):
-        points = "L".join(f"{panel.x(i):.1f} {y(v):.1f}" for i, v in line) or "0 0"
-        pen = f'stroke="{COLOURS[n % len(COLOURS)]}" stroke-width="2"'
-        dot = "h0.1" if len(line) == 1 else ""      # a line of one point is not drawn
-        right = panel.left + panel.width
+def curve_svg(panel: Panel, curve: Curve, height: Callable[[float], float], is_drawn: Callable[[float], bool]) -> str:
+    """The line through the values that can be drawn; epoch 1 stands at the panel's left edge."""
+    points = [f"{panel.x(i):.1f} {height(v):.1f}" for i, v in enumerate(curve.values) if is_drawn(v)]
+    if not points:
+        return ""
+    dot = "h0.1" if len(points) == 1 else ""  # a line of one point is not drawn
+    dashes = ' stroke-dasharray="6 5"' if curve.dashed else ""
+    return (f'<path stroke="{curve.colour}" stroke-width="2" stroke-linecap="round"{dashes} '
+            f'd="M{"L".join(points)}{dot}"/>')
+
+
+def curves_panel(panel: Panel, title: str, curves: Sequence[Curve], log_scale: bool = False) -> Iterator[str]:
+    """Curves with round ticks under a title, their names and last values beside them. The panel's `seconds` are epochs
+    here, from the first to the last. A linear scale begins at 0."""
+    def is_drawn(value: float) -> bool:
+        return math.isfinite(value) and (value > 0 or not log_scale)
+
+    drawn: list[float] = []
+    for curve in curves:
+        drawn += filter(is_drawn, curve.values)
+    low, high = min(drawn, default=1.0), max(drawn, default=1.0)
+    ticks = round_ticks(low if log_scale else min(0.0, low), max(high, 1e-9), log_scale)
+
+    def height(value: float) -> float:
+        bottom, place, top = (math.log10(v) if log_scale else v for v in (ticks[0], value, ticks[-1]))
+        return panel.top + panel.height * (top - place) / (top - bottom)
+
+    right = panel.left + panel.width
+    yield label_svg(panel.left, panel.top - 10, title, "start")
+    for tick in ticks:
+        yield f'<path class="grid" d="M{panel.left} {height(tick):.1f}h{panel.width}"/>'
+        yield label_svg(panel.left - 6, height(tick) + 4, f"{tick:g}", "end")
+    for epoch in sorted({max(1.0, tick) for tick in round_ticks(0, panel.seconds + 1, False)}):
+        if epoch <= panel.seconds + 1 and epoch % 1 == 0:
+            yield label_svg(panel.x(epoch - 1), panel.top + panel.height + 16, f"{epoch:g}")
+    for curve in curves:
+        yield curve_svg(panel, curve, height, is_drawn)
+    for n, curve in enumerate([curve for curve in curves if curve.name]):
         down = panel.top + 8 + 20 * n
-        yield f'<path {pen} stroke-linecap="round" d="M{points}{dot}"/><path {pen} d="M{right + 14} {down}h16"/>'
-        yield label_svg(right + 36, down + 4, f"{name} {series[name][-1]:.4g}", "start")
+        dashes = ' stroke-dasharray="6 5"' if curve.dashed else ""
+        yield f'<path stroke="{curve.colour}" stroke-width="2"{dashes} d="M{right + 14} {down}h24"/>'
+        yield label_svg(right + 44, down + 4, f"{curve.name} {curve.values[-1]:.3g}", "start")
 
 
 def column_names(history: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(itertools.chain.from_iterable(history)))  # an epoch without a finite step has fewer
 
 
-def curves_svg(history: Sequence[dict]) -> str:
-    """The loss components (logarithmic) and the accuracies (0 to 1) over the epochs, as an SVG document."""
+def column(history: Sequence[dict], name: str) -> list[float]:
+    """A figure of every epoch, an accuracy as the share of what is wrong."""
+    values = [row.get(name, math.nan) for row in history]
+    return [1 - value for value in values] if name.endswith("_accuracy") else values
+
+
+def three_panels(title: str, panels: dict[str, list[Curve]], epochs: int) -> str:
+    """Three panels of curves below each other, the first one logarithmic."""
     body: list[str] = []
-    for top, part, log_scale in ((40, "loss", True), (290, "accuracy", False)):
-        panel = Panel(LEFT, top, 460, 200, max(1, len(history) - 1))
-        series = {}
-        for name in column_names(history):
-            if part in name:
-                series[name] = [row.get(name, math.nan) for row in history]
-        body += panel_svg(panel, series, log_scale)
-    return picture("training loss, and accuracy on dev, by epoch", 520, body, 660)
+    for k, (name, curves) in enumerate(panels.items()):
+        panel = Panel(LEFT, 66 + 256 * k, 460, 200, max(1, epochs - 1))
+        body += curves_panel(panel, name, curves, log_scale=k == 0)
+    return picture(title, 66 + 256 * len(panels), body, 690)
+
+
+def curves_svg(history: Sequence[dict]) -> str:
+    """Losses in training and on dev, error rates on dev and the learning rate by epoch, as an SVG document."""
+    losses, errors = [], []
+    names = [name for name in column_names(history) if name.startswith("loss")]
+    for name, colour in zip(names, itertools.cycle(COLOURS)):
+        losses.append(Curve(name.removeprefix("loss_"), column(history, name), colour))
+        losses.append(Curve("   on dev", column(history, f"dev_{name}"), colour, dashed=True))
+    for name, colour in zip(ERRORS, COLOURS):
+        errors.append(Curve(ERRORS[name], column(history, name), colour))
+    rate = Curve("", column(history, "learning_rate"), COLOURS[0])
+    panels = {"losses: in training, and dashed on dev": losses, "errors on dev": errors, "learning rate": [rate]}
+    return three_panels("a run by epoch", panels, len(history))

@@ -181,3 +181,15 @@ def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch
         group["lr"] = rate
     optimizer.step()
     return Step(sums, int(own_tokens), grad_norm, True)
+
+
+@torch.no_grad()
+def dev_losses(model: nn.Module, batch: data.Batch) -> dict[str, float]:
+    """The loss sums that training has, as dev_loss..., and dev_counted, what to divide them by. The model is in eval mode;
+    torch's generator stays as it is, and every call has the same draws."""
+    order = [x.to(next(model.parameters()).device) for x in sampler_order(model, batch, 0, 0)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        losses, counted = model(*inputs(batch, model), *order)
+    named = {name if name == "loss" else f"loss_{name}": value for name, value in losses.items()}
+    return {f"dev_{name}": value.item() for name, value in {**named, "counted": counted}.items()}

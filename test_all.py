@@ -84,7 +84,7 @@ from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHead
 from checkpoint import build, read_checkpoint
 from batcher import Batcher, Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
-from step import sampler_order, split as split_batch
+from step import dev_losses, sampler_order, split as split_batch
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
 
@@ -5318,6 +5318,9 @@ def test_evaluation_counts_a_planted_set_by_alignment():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
+        def forward(self, feats, feat_lens, tokens, token_lens):
+            return {"loss": 3.0 * token_lens.sum(), "ce": token_lens.sum(), "ctc": torch.tensor(math.inf)}, token_lens.sum()
+
         def greedy(self, feats, feat_lens):
             ids = [torch.tensor(tokenizer.encode(h), dtype=torch.int64) for h in hyps]
             tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -5327,7 +5330,29 @@ def test_evaluation_counts_a_planted_set_by_alignment():
     row = train.dev_figures(train.evaluate(Planted(), [data.collate([*items, data.Skip("d", "empty")])], tokenizer.decode))
     assert row == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
                    "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
-                   "dev_utterances": 3, "dev_skipped": 1}
+                   "dev_utterances": 3, "dev_skipped": 1, "dev_loss": 3.0, "dev_loss_ce": 1.0}  # what is infinite is left out
+
+
+# C28
+def test_dev_losses_are_those_of_a_training_pass_without_dropout_and_leave_the_generator_alone():
+    """Oracle: the model itself, in eval mode, on each utterance alone; expected errors (MWER) draw, so they only repeat."""
+    config_ = config.from_dict(config.parse_yaml(TINY), "tiny").model
+    for mwer_weight in (0.0, 0.5):
+        torch.manual_seed(1)
+        net = build(replace(config_, ctc_weight=0.3, mwer_weight=mwer_weight), 8, 8).eval()
+        batch = tiny_batch()
+        before = torch.get_rng_state()
+        found = dev_losses(net, batch)
+        assert torch.equal(torch.get_rng_state(), before) and dev_losses(net, batch) == found
+        assert found["dev_counted"] == int(batch.token_lens.sum())
+        alone = collections.Counter()
+        for part in split_batch(batch, 3):
+            losses, _ = net(*train.inputs(part, net), *sampler_order(net, part, 0, 0))
+            alone.update({name: value.item() for name, value in losses.items()})
+        for name in ("ce", "quantity", "ctc"):
+            assert found[f"dev_loss_{name}"] == pytest.approx(alone[name], rel=1e-5)
+        if not mwer_weight:
+            assert found["dev_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 # ---- train: a run ----
@@ -5495,13 +5520,30 @@ def test_bad_arguments_exit_with_2(arguments):
 
 
 def test_curves_stand_where_their_values_say():
-    rows = [{"loss": 10.0 ** -i, "token_accuracy": i / 2, "epoch": i} for i in range(3)]
+    """Three panels, 200 px high from 66, 322 and 578: losses from 0.01 to 1, errors and rates from 0 to 1."""
+    rows = [{"loss": 10.0 ** -i, "dev_loss": 10.0 ** (i - 2), "wer": 1 - i / 2, "learning_rate": i / 2} for i in range(3)]
     root = ElementTree.fromstring(plot.curves_svg(rows))
     paths = [e.get("d") for e in root.iter() if e.tag.endswith("path") and e.get("stroke") and "L" in e.get("d")]
     points = [[tuple(map(float, point.split())) for point in path[1:].split("L")] for path in paths]
-    assert points == [[(90, 40), (320, 140), (550, 240)], [(90, 490), (320, 390), (550, 290)]]
+    falling, rising = [(90, 0), (320, 100), (550, 200)], [(90, 200), (320, 100), (550, 0)]
+    wanted = [(66, falling), (66, rising), (322, falling), (578, rising)]
+    assert points == [[(x, y + top) for x, y in line] for top, line in wanted]
     texts = [e.text for e in root.iter() if e.tag.endswith("text")]
-    assert "loss 0.01" in texts and "token_accuracy 1" in texts
+    assert "loss 0.01" in texts and "   on dev 1" in texts and "WER 0" in texts
+    ticks = [e.text for e in root.iter() if e.get("text-anchor") == "end"]
+    assert ticks == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"] + 2 * ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert [e.text for e in root.iter() if e.get("text-anchor") == "middle"] == 3 * ["1", "2", "3"]
+    older = [{name: row[name] for name in ("loss", "wer", "learning_rate")} for row in rows]  # without dev losses
+    assert ElementTree.fromstring(plot.curves_svg(older)) is not None
+
+
+@pytest.mark.parametrize("low, high, log_scale, ticks", [
+    (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.24, False, [0, 0.05, 0.1, 0.15, 0.2, 0.25]),
+    (0, 37, False, [0, 10, 20, 30, 40]), (0.3, 0.3, True, [0.2, 0.5]), (1, 1, True, [1, 2]),
+    (0.4, 6, True, [0.2, 0.5, 1, 2, 5, 10]), (0.003, 2.2, True, [0.001, 0.01, 0.1, 1, 10]), (0, 1e-9, False, [
+        0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
+def test_ticks_are_round_and_hold_their_values_between_them(low, high, log_scale, ticks):
+    assert plot.round_ticks(low, high, log_scale) == ticks
 
 
 @slow

@@ -23,6 +23,7 @@ import copy
 import errno
 import itertools
 import json
+import math
 import os
 import re
 import resource
@@ -52,8 +53,8 @@ from funasr import PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from report import utterance_svgs
-from step import (Step, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share, num_updates,
-                  recompute_blocks, train_step)
+from step import (Step, dev_losses, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share,
+                  num_updates, recompute_blocks, train_step)
 from survival import catch_signals, keep_streams, lock
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 from weights import load_weights
@@ -90,7 +91,7 @@ def stop_reason(history: Sequence[dict], options) -> str:
 # ---- one evaluation ----
 
 def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[list[int]], str]) -> dict:
-    """Greedy decoding, which sees no references, aligned with them -> sums for `dev_figures`."""
+    """Greedy decoding, which sees no references, aligned with them, and the losses -> sums for `dev_figures`."""
     sums = {"total": 0}
     model.eval()  # train_epoch sets it back
     for batch in batches:
@@ -98,6 +99,7 @@ def evaluate(model: nn.Module, batches: Iterable[data.Batch], decode: Callable[[
         if not batch.keys:
             continue
         found = model.greedy(*inputs(batch, model)[:2])
+        sums = sum_by_name(sums, dev_losses(model, batch))
         for i, text in enumerate(batch.texts):
             ref = batch.tokens[i, :batch.token_lens[i]].tolist()
             ids = found.tokens[i, :found.lens[i]].tolist()
@@ -112,7 +114,9 @@ def dev_figures(sums: dict) -> dict[str, float]:
     """The figures of an evaluation. Raises ValueError if no utterance was left to evaluate on."""
     if not sums["total"]:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
-    return {"token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
+    losses = {name: sums[name] / max(1, sums["dev_counted"]) for name in sums if name.startswith("dev_loss")}
+    finite = {name: value for name, value in losses.items() if math.isfinite(value)}  # JSON has no others
+    return {**finite, "token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
             "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
             "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
 
