@@ -345,12 +345,14 @@ def column(history: Sequence[dict], name: str) -> list[float]:
 
 
 def three_panels(title: str, panels: dict[str, list[Curve]], epochs: int) -> str:
-    """Three panels of curves below each other, the first one logarithmic."""
+    """Three panels of curves below each other, the first one logarithmic, each as high as the most names need."""
     body: list[str] = []
+    names = max(sum(curve.name != "" for curve in curves) for curves in panels.values())
+    height = max(200, 20 * names)
     for k, (name, curves) in enumerate(panels.items()):
-        panel = Panel(LEFT, 66 + 256 * k, 460, 200, max(1, epochs - 1))
+        panel = Panel(LEFT, 66 + (height + 56) * k, 460, height, max(1, epochs - 1))
         body += curves_panel(panel, name, curves, log_scale=k == 0)
-    return picture(title, 66 + 256 * len(panels), body, 690)
+    return picture(title, 66 + (height + 56) * len(panels), body, 690)
 
 
 def curves_svg(history: Sequence[dict]) -> str:

@@ -56,6 +56,7 @@ import baselines
 import batcher
 import bench
 import checkpoint
+import compare
 import config
 import corpora
 import data
@@ -5510,7 +5511,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
 
 
 @pytest.mark.parametrize("arguments", [
-    [], ["a.yaml", "--resume", "b"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
+    [], ["a.yaml", "--resume", "b"], ["a.yaml", "--compare", "b"], ["--resume", "a", "--compare", "b"], ["--dry-run"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
     ["a.yaml", "--average", "2"], ["a.yaml", "--overfit", "-1"], ["a.yaml", "--dry-run", "--runs", "b"],
     ["--resume", "a", "--runs", "runs"], ["--resume="]])
 def test_bad_arguments_exit_with_2(arguments):
@@ -5544,6 +5545,31 @@ def test_curves_stand_where_their_values_say():
         0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
 def test_ticks_are_round_and_hold_their_values_between_them(low, high, log_scale, ticks):
     assert plot.round_ticks(low, high, log_scale) == ticks
+
+
+# C158
+def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_path, capsys):
+    path, runs = tiny_yaml(tmp_path / "tiny.yaml"), tmp_path / "runs"
+    for rate in ("1e-3", "5e-3"):
+        assert train.main([path, "--runs", str(runs), f"--training.learning_rate={rate}"]) == 0
+    (runs / "README.md").write_text("no run")
+    first, second = sorted(path.parent for path in runs.glob("*_tiny*/metrics.json"))
+    (second / "config.yaml").write_text((second / "config.yaml").read_text().replace("  patience: 0\n", ""))  # an older one
+    capsys.readouterr()
+    assert train.main(["--compare", *map(str, sorted(runs.iterdir()))]) == 0  # the link latest is the second again
+    head, *rows, left_out, curves = capsys.readouterr().out.splitlines()
+    assert left_out == f"left out, no run with an epoch done: {runs / 'README.md'}"
+    assert head.split() == ["run", "best", "epoch", *compare.FIGURES, "seconds", "what", "differs"]
+    for row, run, rate in zip(rows, (first, second), ("0.001", "0.005"), strict=True):
+        best = train.best_row(json.loads((run / "metrics.json").read_text()))
+        assert row.split()[:4] == [run.name, str(best["epoch"]), "of", "3"]
+        assert row.split()[4:8] == [f"{best[name]:.4f}" for name in compare.FIGURES]
+        assert row.split()[9:] == [f"training.learning_rate={rate}"]
+    root = ElementTree.parse(curves.removeprefix("curves: ")).getroot()
+    lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
+    assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
+    assert train.main(["--compare", str(runs / "README.md")]) == 2
+    assert capsys.readouterr().err == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
 
 
 @slow
@@ -7822,7 +7848,7 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1,
-          "data": 2, "funasr_layers": 2, "batcher": 2, "model": 3, "corpora": 3, "funasr": 3,
+          "data": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}

@@ -48,6 +48,7 @@ import audio
 import config as configs
 import data
 from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from)
+from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
 from funasr import PieceTokenizer
 from plot import column_names, curves_svg
@@ -564,9 +565,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
         usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run]\n"
-        "       train.py --resume RUN")
+        "       train.py --resume RUN\n       train.py --compare RUN ...")
     parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", help="what differs in runs and what came of it, and stop")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
@@ -576,8 +578,9 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     if arguments.overfit is not None and arguments.overfit < 1:
         parser.error(f"--overfit wants 1 or more, got {arguments.overfit}")
     is_fresh = arguments.config or rest or arguments.overfit or arguments.runs or arguments.dry_run
-    if not (arguments.config or arguments.resume) or arguments.resume and is_fresh:
-        parser.error(f"wanted a config with its options, or --resume RUN alone, got {' '.join(argv) or 'nothing'}")
+    alone = arguments.resume or arguments.compare
+    if not (arguments.config or alone) or alone and is_fresh or arguments.resume and arguments.compare:
+        parser.error(f"wanted a config with its options, or --resume RUN or --compare RUN ... alone, got {' '.join(argv) or 'nothing'}")
     if arguments.dry_run and arguments.runs:
         parser.error("--dry-run makes no run folder; leave out --runs")
     return arguments, rest
@@ -587,6 +590,9 @@ def main(argv: Sequence[str]) -> int:
     arguments, overrides = parse_arguments(argv)
     run = None
     try:
+        if arguments.compare:
+            print("\n".join(compare(arguments.compare, best_row)))
+            return 0
         if arguments.resume:
             run, progress = resume(Path(arguments.resume).resolve(), catch_signals())
         else:

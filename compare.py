@@ -1,0 +1,94 @@
+"""Runs of train.py beside each other: a table of what differs in them and what came of it, and a picture of their curves.
+
+Needs config.py, data.py (and what it needs) and plot.py.
+"""
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from config import parse_yaml, show_value
+from data import write_atomic
+from plot import COLOURS, Curve, column, three_panels
+
+FIGURES = ("token_accuracy", "wer", "cer", "dev_loss")  # of the table, from a run's best epoch
+
+
+class Past(NamedTuple):
+    folder: Path
+    options: dict[str, str]  # dotted names, values as config.yaml writes them
+    history: list[dict]  # a row an epoch, one or more
+
+
+def flatten(values: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of everything in nested sections."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, show_value(value)
+
+
+def read_run(folder: Path) -> Past | None:
+    """None for what is no run, or one without a whole epoch. Raises ValueError for a run's file that is damaged."""
+    if not (folder / "metrics.json").is_file() or not (folder / "config.yaml").is_file():
+        return None
+    try:
+        history = json.loads((folder / "metrics.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'metrics.json'}: wanted JSON, got {error}") from None
+    options = parse_yaml((folder / "config.yaml").read_text("utf-8"), str(folder / "config.yaml"))
+    return Past(folder, dict(flatten(options)), history) if history else None
+
+
+def differing(runs: Sequence[Past]) -> list[str]:
+    """The options that do not have one value in all runs; older runs lack some, which are not compared."""
+    return [name for name in runs[0].options
+            if len({run.options.get(name, runs[0].options[name]) for run in runs}) > 1]
+
+
+def table(runs: Sequence[Past], best_row: Callable[[list[dict]], dict]) -> Iterator[str]:
+    """A head, and a line for each run: the best epoch's figures, seconds, and the options that differ."""
+    wide = max(len(run.folder.name) for run in runs)
+    yield f"{'run':<{wide}}  best epoch" + "".join(f"{name:>16}" for name in (*FIGURES, "seconds")) + "  what differs"
+    for run in runs:
+        best = best_row(run.history)
+        figures = [f"{best[name]:.4f}" if name in best else "-" for name in FIGURES]
+        figures.append(f"{run.history[-1]['seconds']:.0f}")
+        options = " ".join(f"{name}={run.options.get(name, '-')}" for name in differing(runs))
+        yield (f"{run.folder.name:<{wide}}{best['epoch']:>5} of {len(run.history):<4}"
+               + "".join(f"{figure:>16}" for figure in figures) + f"  {options}".rstrip())
+
+
+def picture(runs: Sequence[Past]) -> str:
+    """An SVG document: losses, WER and learning rates of all runs, a colour each."""
+    losses, errors, rates = [], [], []
+    for run, colour in zip(runs, itertools.cycle(COLOURS)):
+        losses.append(Curve(run.folder.name, column(run.history, "loss"), colour))
+        losses.append(Curve("", column(run.history, "dev_loss"), colour, dashed=True))
+        errors.append(Curve(run.folder.name, column(run.history, "wer"), colour))
+        rates.append(Curve("", column(run.history, "learning_rate"), colour))
+    panels = {"loss: in training, and dashed on dev": losses, "WER on dev": errors, "learning rate": rates}
+    return three_panels(f"{len(runs)} runs by epoch", panels, max(len(run.history) for run in runs))
+
+
+def compare(folders: Iterable[str | os.PathLike], best_row: Callable[[list[dict]], dict]) -> Iterator[str]:
+    """The lines of the table, and compare.svg beside the first run. Links to a run (runs/latest) are that run.
+    Raises ValueError if no folder is a run with an epoch done."""
+    runs, left_out = {}, []
+    for folder in folders:
+        run = read_run(Path(folder).resolve())
+        if run is None:
+            left_out.append(os.fspath(folder))
+        else:
+            runs[run.folder] = run
+    if not runs:
+        raise ValueError(f"wanted folders of runs with an epoch done, got {' '.join(left_out)}")
+    yield from table(list(runs.values()), best_row)
+    path = next(iter(runs)).parent / "compare.svg"
+    write_atomic(path, picture(list(runs.values())))
+    if left_out:
+        yield f"left out, no run with an epoch done: {' '.join(left_out)}"
+    yield f"curves: {path}"
