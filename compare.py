@@ -1,4 +1,4 @@
-"""Runs of train.py beside each other: a table of what differs in them and what came of it, and a picture of their curves.
+"""Runs of train.py beside each other: a table of what differs and what came of it, and a picture of their curves.
 
 Needs config.py, data.py (and what it needs) and plot.py.
 """

@@ -50,6 +50,7 @@ from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import is_stream, left_out_lines, read_inputs
 from model import Hypotheses
+from pictures import write_explained
 from ranks import join_processes
 from ranks import own_rank
 from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
@@ -421,6 +422,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--report", metavar="DIR", help="write the error report of the inputs that have a reference: summary.txt, "
         "alignments.txt and report.html")
     add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    add("--explain", action="store_true", help="draw each utterance's way through the model, NAME.explain.svg, in the "
+        "folder of --plot or here")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
@@ -621,7 +624,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     started = time.perf_counter()
     output = prepare_output(arguments, shard[0])
     lengths = dataset.lengths()[:arguments.limit or None]
-    names = file_names(dataset.keys[:len(lengths)]) if output.folder or arguments.plot else []
+    names = file_names(dataset.keys[:len(lengths)]) if output.folder or arguments.plot or arguments.explain else []
     bar = ProgressBar(len(lengths), shard)
 
     def finish(outcomes: list[Outcome]) -> None:
@@ -639,6 +642,10 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
         if arguments.plot:
             named = [(i, names[i]) for i, _ in tally.heard]
             write_pictures(Path(arguments.plot), system, dataset, named, arguments.plot_layer)
+        if arguments.explain:
+            model = listening_model(system, [system.hotwords])
+            items = ((names[i], drawable(dataset, i)) for i, _ in tally.heard)
+            write_explained(Path(arguments.plot or "."), model, system, (named for named in items if named[1]))
         report_figures(arguments.report, system, dataset, tally, spent)
     if tally.interrupted:
         return 130

@@ -33,8 +33,8 @@ def schedule_warnings(training, steps: int) -> Iterator[str]:
         yield (f"training.num_epochs: wanted a run of {LEAST_STEPS} steps or more, got {steps}; "
                f"try --training.num_epochs={epochs}")
     if training.warmup_steps > steps / 5:
-        yield (f"training.warmup_steps: wanted at most a fifth of the run's {steps} steps, got {training.warmup_steps}; "
-               f"try --training.warmup_steps={steps // 10}")
+        yield (f"training.warmup_steps: wanted at most a fifth of the run's {steps} steps, got "
+               f"{training.warmup_steps}; try --training.warmup_steps={steps // 10}")
     averaged = 1 / (1 - training.average_decay) if training.average_decay else 0
     if averaged > steps / 5:
         decay = math.floor(1000 * (1 - 10 / max(10, steps))) / 1000

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +29,8 @@ SVG_STYLE = ('text{font:12px sans-serif,"Noto Sans CJK SC","PingFang SC","Micros
              " .title{font-weight:bold} path{fill:none} .axis{stroke:#888} .grid{stroke:#8884}"
              " .fire{stroke:#e45756;stroke-width:1.5} .true{stroke:#fff;stroke-width:1.5;stroke-dasharray:5 4}"
              " .weight{fill:#4c78a8} .sum{stroke:#f58518;stroke-width:1.5} .ground{fill:#3b528b}"
-             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}")
+             " @media(prefers-color-scheme:dark){svg{background:#1b1b1b} text{fill:#ddd} .weight{fill:#7aa6d6}}"
+             " .second{fill:#f58518} .title text{font-weight:bold}")
 LEFT, WIDTH, RIGHT = 90, 900, 40  # pixels: left margin, least width of the plots, right margin
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -260,6 +262,78 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
     return picture(title, 30 + math.ceil(len(weights) / columns) * pitch, body)
 
 
+# ---- the way of one utterance through a model ----
+
+def embeddings_svg(panel: Panel, embeds: Tensor, tokens: Sequence[Span]) -> str:
+    """embeds (U,D), each token's values over its time as a column of the panel, dark where no token is."""
+    columns = torch.full((embeds.shape[1], round(panel.width)), float(embeds.min()))
+    for values, (_, start, end) in zip(embeds, tokens):
+        first, last = (round(panel.width * sec / panel.seconds) for sec in (start, end))
+        columns[:, first:max(last, first + 1)] = values[:, None]
+    href = heat_map(F.adaptive_max_pool2d(columns[None], (min(len(columns), round(panel.height)), None))[0].numpy())
+    return (f'<image x="{panel.left}" y="{panel.top}" width="{panel.width}" height="{panel.height}" '
+            f'preserveAspectRatio="none" style="image-rendering:pixelated" href="{href}"/>')
+
+
+def guesses_svg(panel: Panel, tokens: Sequence[Span], shares: Sequence[float],
+                seconds: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """For each token a column of equal width, tied to its time above the panel: bars of its probability and of the
+    second guess's, both guesses, and when it was said."""
+    column, bottom = panel.width / max(1, len(tokens)), panel.top + panel.height
+    for u, ((text, start, end), share, (other, other_share)) in enumerate(zip(tokens, shares, seconds)):
+        middle = panel.left + column * (u + 0.5)
+        said = panel.x((start + end) / 2)
+        yield f'<path class="axis" d="M{said:.1f} {panel.top - 48}L{middle:.1f} {panel.top - 24}"/>'
+        for x, value, name in ((middle - 26, share, "weight"), (middle + 2, other_share, "second")):
+            high = panel.height * value
+            yield f'<rect class="{name}" x="{x:.1f}" y="{bottom - high:.1f}" width="24" height="{high:.1f}"/>'
+            yield label_svg(x + 12, bottom - high - 4, f"{value:.0%}")
+        yield f'<path class="axis" d="M{middle - 28:.1f} {bottom}h56"/>'
+        yield label_svg(middle, bottom + 18, f"{fit(text, column / 2)} or {fit(other, column / 2 - 24)}?")
+        yield f'<g class="title">{label_svg(middle, bottom + 62, fit(text, column))}</g>'
+        yield label_svg(middle, bottom + 80, f"{start:.2f}–{end:.2f} s")
+
+
+def explain_svg(title: str, feats: Tensor, alpha: Tensor, embeds: Tensor, tokens: Sequence[Span],
+                shares: Sequence[float], seconds: Sequence[tuple[str, float]], duration: float,
+                frames: tuple[float, float]) -> str:
+    """An SVG that follows an utterance down: features (T,F), firing weights alpha (L,), the embeddings (U,D) of tokens,
+    shares and seconds: probability of each token, second guess and its probability, then the text with its times.
+    duration, s; frames: as in alignment_svg."""
+    width = max(WIDTH, 84 * len(tokens))
+    image, firing, columns, guesses = (Panel(LEFT, top, width, height, duration)
+                                       for top, height in ((46, 130), (190, 110), (314, 90), (478, 80)))
+    body = [image_svg(image, feats.T.flip(0), (0, duration), (0, duration)), time_axis(columns),
+            *firing_svg(firing, alpha, frames), embeddings_svg(columns, embeds, tokens) if len(tokens) else "",
+            *guesses_svg(guesses, tokens, shares, seconds)]
+    for edge in [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]:
+        body.append(f'<path class="fire" d="M{image.x(edge):.1f} {image.top}V{columns.top + columns.height}"/>')
+    names = {110: "1 features", 230: "2 firing", 350: "3 tokens'", 368: "embeddings", 510: "4 guesses", 620: "5 text"}
+    body += [label_svg(LEFT - 8, y, name, "end") for y, name in names.items()]
+    return picture(title, 670, body, width)
+
+
+# ---- a page of alignments, epoch by epoch ----
+
+def epochs_page(title: str, names: Sequence[str]) -> str:
+    """HTML that shows the pictures <number>_..._<epoch>.svg of one epoch at a time, chosen with a slider."""
+    epochs: dict[str, list[str]] = {}
+    for name in names:
+        epochs.setdefault(name.removesuffix(".svg").rpartition("_")[2], []).append(name)
+    parts = []
+    for epoch, pictures in sorted(epochs.items()):
+        images = "".join(f'<p><img src="{escape(name)}" alt="{escape(name)}"></p>' for name in pictures)
+        hidden = " hidden" if len(parts) + 1 < len(epochs) else ""
+        parts.append(f"<section{hidden}><h2>epoch {int(epoch)}</h2>{images}</section>")
+    show = "document.querySelectorAll('section').forEach((part, n) => part.hidden = n + 1 != this.value)"
+    slider = (f'<input type="range" min="1" max="{len(epochs)}" value="{len(epochs)}" aria-label="epoch" '
+              f'oninput="{show}">')
+    style = "body{font:14px sans-serif;margin:16px} input{width:60%} img{max-width:100%}"
+    return ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+            f"<title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>"
+            f"<p>Where tokens fire, epoch by epoch: move the slider.</p>{slider}{''.join(parts)}</html>\n")
+
+
 # ---- curves of a run, and of several ----
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#72b7b2", "#9d755d")
@@ -301,20 +375,21 @@ def curve_svg(panel: Panel, curve: Curve, height: Callable[[float], float], is_d
             f'd="M{"L".join(points)}{dot}"/>')
 
 
-def curves_panel(panel: Panel, title: str, curves: Sequence[Curve], log_scale: bool = False) -> Iterator[str]:
+def curves_panel(panel: Panel, title: str, curves: Sequence[Curve], log_scale: bool = False,
+                 most: float = math.inf) -> Iterator[str]:
     """Curves with round ticks under a title, their names and last values beside them. The panel's `seconds` are epochs
-    here, from the first to the last. A linear scale begins at 0."""
+    here, from the first to the last. A linear scale begins at 0; what is above `most` is drawn there."""
     def is_drawn(value: float) -> bool:
         return math.isfinite(value) and (value > 0 or not log_scale)
 
     drawn: list[float] = []
     for curve in curves:
         drawn += filter(is_drawn, curve.values)
-    low, high = min(drawn, default=1.0), max(drawn, default=1.0)
+    low, high = min(drawn, default=1.0), min(most, max(drawn, default=1.0))
     ticks = round_ticks(low if log_scale else min(0.0, low), max(high, 1e-9), log_scale)
 
     def height(value: float) -> float:
-        bottom, place, top = (math.log10(v) if log_scale else v for v in (ticks[0], value, ticks[-1]))
+        bottom, place, top = (math.log10(v) if log_scale else v for v in (ticks[0], min(value, most), ticks[-1]))
         return panel.top + panel.height * (top - place) / (top - bottom)
 
     right = panel.left + panel.width
@@ -345,13 +420,13 @@ def column(history: Sequence[dict], name: str) -> list[float]:
 
 
 def three_panels(title: str, panels: dict[str, list[Curve]], epochs: int) -> str:
-    """Three panels of curves below each other, the first one logarithmic, each as high as the most names need."""
+    """Three panels of curves, the first one logarithmic, the others up to 1, each as high as the most names need."""
     body: list[str] = []
     names = max(sum(curve.name != "" for curve in curves) for curves in panels.values())
     height = max(200, 20 * names)
     for k, (name, curves) in enumerate(panels.items()):
         panel = Panel(LEFT, 66 + (height + 56) * k, 460, height, max(1, epochs - 1))
-        body += curves_panel(panel, name, curves, log_scale=k == 0)
+        body += curves_panel(panel, name, curves, log_scale=k == 0, most=math.inf if k == 0 else 1.0)
     return picture(title, 66 + (height + 56) * len(panels), body, 690)
 
 

@@ -1,6 +1,6 @@
 """One optimizer step: a batch to a gradient, in parts and over several processes, and AdamW's update from it.
 
-All randomness comes from training.seed, the number of the step and the keys of the utterances, so a step can be repeated.
+All randomness comes from training.seed, the step's number and the utterances' keys, so a step can be repeated.
 Reading order: learning rate and moving average, optimizer, a batch and its parts, the step.
 Needs torch, numpy, data.py (and what it needs), model.py and ranks.py.
 """
@@ -185,8 +185,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch
 
 @torch.no_grad()
 def dev_losses(model: nn.Module, batch: data.Batch) -> dict[str, float]:
-    """The loss sums that training has, as dev_loss..., and dev_counted, what to divide them by. The model is in eval mode;
-    torch's generator stays as it is, and every call has the same draws."""
+    """The loss sums that training has, as dev_loss..., and dev_counted, what to divide them by. The model is in eval
+    mode; torch's generator stays as it is, and every call has the same draws."""
     order = [x.to(next(model.parameters()).device) for x in sampler_order(model, batch, 0, 0)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -69,6 +69,7 @@ import hotwords
 import manifests
 import model
 import openai_forms
+import pictures
 import plot
 import punctuation
 import ranks
@@ -5534,8 +5535,8 @@ def test_curves_stand_where_their_values_say():
     ticks = [e.text for e in root.iter() if e.get("text-anchor") == "end"]
     assert ticks == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"] + 2 * ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert [e.text for e in root.iter() if e.get("text-anchor") == "middle"] == 3 * ["1", "2", "3"]
-    older = [{name: row[name] for name in ("loss", "wer", "learning_rate")} for row in rows]  # without dev losses
-    assert ElementTree.fromstring(plot.curves_svg(older)) is not None
+    older = [{name: row[name] for name in ("loss", "learning_rate")} | {"wer": 8 * row["wer"]} for row in rows]
+    assert plot.curves_svg(older).count("L320.0") == 3 and "M90.0 322.0L320.0 322.0L" in plot.curves_svg(older)
 
 
 @pytest.mark.parametrize("low, high, log_scale, ticks", [
@@ -6231,7 +6232,7 @@ def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatc
 
     path, options = tiny_yaml(tmp_path / "tiny.yaml"), ["--model.encoder.dropout=0.5", "--runs"]
     assert train.main([path, *options, str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(train, "utterance_svgs", broken)
+    monkeypatch.setattr(pictures, "utterance_svgs", broken)
     assert train.main([path, "--training.picture_epochs=1", *options, str(tmp_path / "runs")]) == 0
     assert (run_of(tmp_path / "runs") / "train.log").read_text().count("no such frame") == 3
     ours, theirs = (without_times(json.loads((run_of(tmp_path / runs) / "metrics.json").read_text()))
@@ -6262,6 +6263,20 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
         lines = [e for e in root.iter() if e.get("class") == "fire" and "V" in e.get("d")]
         spelled = sum(id not in (BLANK, SOS, EOS) for id in found.tokens[0, :found.lens[0]].tolist())
         assert len(lines) == (spelled + 1 if spelled else 0)
+
+
+# C92
+def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    assert train.main([path, "--training.picture_epochs=1", "--runs", str(tmp_path / "runs")]) == 0
+    folder = run_of(tmp_path / "runs") / "pictures"
+    page = (folder / "index.html").read_text()
+    sections = re.findall(r"<section( hidden)?><h2>epoch (\d)</h2>(.*?)</section>", page)
+    assert [(hidden, epoch) for hidden, epoch, _ in sections] == [(" hidden", "1"), (" hidden", "2"), ("", "3")]
+    for _, epoch, images in sections:
+        names = re.findall('src="([^"]*)"', images)
+        assert names == [f"{i}_alignment_000{epoch}.svg" for i in (1, 2, 3)] and all((folder / n).exists() for n in names)
+    assert '<input type="range" min="1" max="3" value="3"' in page and "<script" not in page
 
 
 # ---- train: from a published model ----
@@ -6814,6 +6829,36 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
         (ours, first), (theirs, second) = calls
         assert (first, second) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, spoken])
+
+
+# C159
+def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys, monkeypatch):
+    """Oracle: the probabilities of the decoder's output, whose first guesses are what greedy decoding gives."""
+    monkeypatch.chdir(tmp_path)
+    system = tiny_system()
+    ckpt, wav = saved(system, tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 1.0)
+    assert decoded(capsys, "--ckpt", ckpt, "--explain", wav)[0] == 0
+    root = ElementTree.parse(tmp_path / "a.explain.svg").getroot()
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    item = decode.open_inputs(system, [wav], tmp_path)[0]
+    lens = torch.tensor([len(item.feats)])
+    found = system.model.greedy(item.feats[None], lens)
+    count = int(found.lens[0])
+    said = [u for u, id in enumerate(found.tokens[0, :count].tolist()) if id not in (BLANK, SOS, EOS)]
+    assert len(said) > 0
+    for u in said:
+        assert f"{math.exp(found.log_probs[0, u]):.0%}" in texts
+        assert system.tokenizer.symbols[found.tokens[0, u]] in texts
+    times = found.boundaries[0] * audio.frame_sec(system.config.data)
+    assert [text for text in texts if text.endswith(" s")] == [f"{times[u]:.2f}–{times[u + 1]:.2f} s" for u in said]
+    assert sum(e.get("class") == "fire" for e in root.iter()) == len(said) + 1
+    assert sum(e.tag.endswith("image") for e in root.iter()) == 2 and f"sum {found.alpha[0].sum():.2f}" in texts
+
+
+# C159
+def test_explain_refuses_a_model_without_firing_weights(tmp_path):
+    with pytest.raises(ValueError, match="--explain: wanted a Paraformer, which has firing weights, got a ctc"):
+        pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")), (), None, None)
 
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
@@ -7850,7 +7895,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "weights": 1, "manifests": 1,
           "data": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
-          "checkpoint": 5, "dry_run": 5, "openai_forms": 5,
+          "checkpoint": 5, "pictures": 5, "dry_run": 5, "openai_forms": 5,
           "train": 6, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]

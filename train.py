@@ -51,9 +51,9 @@ from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, 
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
 from funasr import PieceTokenizer
+from pictures import write_pictures
 from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
-from report import utterance_svgs
 from step import (Step, dev_losses, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share,
                   num_updates, recompute_blocks, train_step)
 from survival import catch_signals, keep_streams, lock
@@ -81,7 +81,7 @@ def stop_reason(history: Sequence[dict], options) -> str:
     has_target = options.target_token_accuracy > 0 or options.target_sequence_accuracy > 0
     if has_target and token >= options.target_token_accuracy and sequence >= options.target_sequence_accuracy:
         return f"target reached: token accuracy {token:.4f}, sequence accuracy {sequence:.4f}"
-    best = max(range(len(history)), key=lambda i: accuracies(history[i]))  # of equals the first: a tie is no improvement
+    best = max(range(len(history)), key=lambda i: accuracies(history[i]))  # the first of equals: a tie is no gain
     if options.patience and len(history) - 1 - best >= options.patience:
         return f"no improvement in {options.patience} epochs"
     if len(history) >= options.num_epochs:
@@ -117,9 +117,10 @@ def dev_figures(sums: dict) -> dict[str, float]:
         raise ValueError("data.dev: wanted utterances to evaluate on, got none: was every one skipped?")
     losses = {name: sums[name] / max(1, sums["dev_counted"]) for name in sums if name.startswith("dev_loss")}
     finite = {name: value for name, value in losses.items() if math.isfinite(value)}  # JSON has no others
-    return {**finite, "token_accuracy": token_accuracy(sums["tokens"]), "sequence_accuracy": sums["right"] / sums["total"],
-            "length_accuracy": sums["same_length"] / sums["total"], "cer": sums["chars"].rate,
-            "wer": sums["words"].rate, "dev_utterances": sums["total"], "dev_skipped": sums["skipped"]}
+    return {**finite, "token_accuracy": token_accuracy(sums["tokens"]),
+            "sequence_accuracy": sums["right"] / sums["total"], "length_accuracy": sums["same_length"] / sums["total"],
+            "cer": sums["chars"].rate, "wer": sums["words"].rate, "dev_utterances": sums["total"],
+            "dev_skipped": sums["skipped"]}
 
 
 # ---- a run and its files ----
@@ -287,7 +288,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> d
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
-    """One entry of metrics.json: sums of training are divided here, those of dev in `dev_figures`. seconds: of the run."""
+    """One entry of metrics.json: sums of training are divided here, those of dev in dev_figures. seconds: of the run."""
     losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, **losses,
             "grad_norm": totals["grad_norm"] / max(1, totals["steps"]), **dev,
@@ -395,33 +396,6 @@ def validate(run: Run) -> dict | None:
     sums = evaluate(run.average, log_skips(run, batches), run.tokenizer.decode)
     sums = sum_over_ranks({**sums, "stop": run.stop.is_set()})
     return None if sums["stop"] else dev_figures(sums)
-
-
-PICTURED = 3  # dev utterances that training.picture_epochs draws
-
-
-@torch.no_grad()
-def draw(run: Run, item: data.Utterance) -> dict[str, str]:
-    """The `utterance_svgs` of an utterance as the model decodes it now: alignment and last cross-attention."""
-    model, hop_sec = run.average.eval(), audio.frame_sec(run.config.data)
-    feats, feat_lens = inputs(data.collate([item]), model)[:2]
-    found = model.greedy(feats, feat_lens)
-    ids = found.tokens[0, :found.lens[0]].tolist()
-    edges = (found.boundaries[0] * hop_sec).tolist()
-    tokens = [(run.tokenizer.decode([ids[u]]), edges[u], edges[u + 1]) for u in spoken_places(ids)]
-    layers = model.cross_attention(*model.encode(feats, feat_lens), found.tokens, found.lens)
-    title = f"{item.key}: {item.text}, recognised as {run.tokenizer.decode(ids)}"
-    return utterance_svgs(title, item, found, tokens, run.config, cross_layers=layers)
-
-
-def write_pictures(run: Run, epoch: int) -> None:
-    """pictures/<number>_<kind>_<epoch>.svg of the first dev utterances: sorted by name, each one epoch after epoch."""
-    folder = run.folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    for index in range(min(PICTURED, run.config.training.overfit or PICTURED, len(run.dev_set))):
-        item = run.dev_set[index]
-        for kind, svg in draw(run, item).items() if isinstance(item, data.Utterance) else ():
-            data.write_atomic(folder / f"{index + 1}_{kind}_{epoch:04d}.svg", svg)
 
 
 def fit(run: Run, progress: Progress) -> Progress:
@@ -568,7 +542,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         "       train.py --resume RUN\n       train.py --compare RUN ...")
     parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
     parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
-    parser.add_argument("--compare", metavar="RUN", nargs="+", help="what differs in runs and what came of it, and stop")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", help="print what differs in runs and came of it")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, shapes and estimates, and stop")
@@ -580,7 +554,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     is_fresh = arguments.config or rest or arguments.overfit or arguments.runs or arguments.dry_run
     alone = arguments.resume or arguments.compare
     if not (arguments.config or alone) or alone and is_fresh or arguments.resume and arguments.compare:
-        parser.error(f"wanted a config with its options, or --resume RUN or --compare RUN ... alone, got {' '.join(argv) or 'nothing'}")
+        parser.error("wanted a config with its options, or --resume RUN or --compare RUN ... alone, got "
+                     f"{' '.join(argv) or 'nothing'}")
     if arguments.dry_run and arguments.runs:
         parser.error("--dry-run makes no run folder; leave out --runs")
     return arguments, rest
