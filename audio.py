@@ -14,6 +14,7 @@ import io
 import itertools
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -185,24 +186,58 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
     return torch.from_numpy(x)
 
 
-def ffmpeg_to_wav(source: str | bytes) -> BinaryIO:
+FORMATS = (             # what the first bytes of a file say
+    (rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", "MP3"), (rb"\xff[\xf0\xf1\xf8\xf9]|ADIF", "AAC"),
+    (rb"OggS.{24}OpusHead", "Opus in Ogg"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"),
+    (rb"\x1aE\xdf\xa3", "WebM or Matroska"), (rb".{4}ftyp", "MP4 or M4A"), (rb"RIFF.{4}AVI", "AVI"), (rb"RIFF|RF64", "WAV with another sample format"),
+    (rb"RIFX", "big-endian WAV"), (rb"FORM", "AIFF"), (rb"caff", "CAF"), (rb"#!AMR", "AMR"),
+    (rb"\x30\x26\xb2\x75", "WMA"), (rb"\.snd", "AU"), (rb"\s*<(!doctype html|html)", "an HTML page"), (rb"\s*[{\[]", "JSON"), (rb"%PDF", "PDF"),
+    (rb"PK\x03\x04", "a ZIP archive"), (rb"\x1f\x8b", "gzip"), (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture"))
+WORST_RATE = 8 * 192000     # bytes a second that ffmpeg may make: two channels of floats at 192 kHz
+
+
+def format_name(start: bytes) -> str:
+    """What a file is by its first bytes, for messages."""
+    for pattern, name in FORMATS:
+        if re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            return name
+    return "an unknown format"
+
+
+def ffmpeg_to_wav(source: str | bytes, most_sec: float | None = None, timeout: float | None = None) -> BinaryIO:
     """A recording, a path or a file's bytes, in any format that ffmpeg knows -> an unnamed temporary float WAV.
 
-    A playlist cannot make ffmpeg open other files or URLs. Raises ValueError if ffmpeg is missing or fails.
+    A playlist cannot make ffmpeg open other files or URLs. What comes behind most_sec is left out. Raises ValueError if
+    ffmpeg is missing or fails, TimeoutError after `timeout` seconds.
     """
     if shutil.which("ffmpeg") is None:
         raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law, mu-law), got another format: that needs "
                          "ffmpeg, which is not installed")
-    protocol, url = ("pipe", "pipe:0") if isinstance(source, bytes) else ("file", f"file:{source}")
-    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", protocol, "-i", url, "-vn", "-c:a", "pcm_f32le",
-               "-f", "wav", "pipe:1"]
+    if isinstance(source, bytes):       # cache: M4A files are read from their end; ffmpeg unlinks the cache at once
+        given = ["-protocol_whitelist", "cache,pipe", "-read_ahead_limit", "-1", "-i", "cache:pipe:0"]
+    else:
+        given = ["-protocol_whitelist", "file", "-i", f"file:{source}"]
+    bounds = []
+    if most_sec is not None:
+        most_bytes = int(most_sec * WORST_RATE)
+        bounds = ["-t", f"{most_sec:.3f}", "-fs", str(most_bytes)]
+    command = ["ffmpeg", "-v", "error", *given, "-vn", *bounds, "-c:a", "pcm_f32le", "-f", "wav", "pipe:1"]
     converted = tempfile.TemporaryFile()
-    done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", stdout=converted,
-                          stderr=subprocess.PIPE)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", stdout=converted,
+                              stderr=subprocess.PIPE, timeout=timeout)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise ValueError(f"wanted a recording, ffmpeg says: {said[-300:]}")
+        if most_sec is not None and converted.seek(0, os.SEEK_END) >= most_bytes:
+            raise ValueError(f"wanted a recording of at most {most_bytes} bytes once it is decoded, got more")
+        return converted
+    except subprocess.TimeoutExpired:
         converted.close()
-        raise ValueError(f"wanted a recording, ffmpeg says: {done.stderr.decode(errors='replace').strip()[-300:]}")
-    return converted
+        raise TimeoutError(f"ffmpeg took longer than {timeout:.3f} s") from None
+    except ValueError:
+        converted.close()
+        raise
 
 
 class Part(NamedTuple):

@@ -1,4 +1,4 @@
-"""One queue, one model, batches of like lengths; and metrics of it all.
+"""One queue, one model, batches of like lengths; and what an operator sees of it all: metrics and a log.
 
 The batching rule takes the time as an argument. Needs torch and web.py.
 Source: Prometheus text format 0.0.4.
@@ -7,14 +7,18 @@ import argparse
 import bisect
 import contextlib
 import itertools
+import json
 import math
 import os
+import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -279,3 +283,70 @@ def resident_bytes() -> int:
     """Memory of this process in bytes; 0 where there is no /proc."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
+
+
+# ---- the log ----
+
+def log_line(form: str, seconds: float, level: str, event: str, fields: dict[str, Any]) -> str:
+    """A line of the log in the form text or json; seconds since 1970, shown in UTC."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1e3) % 1000:03d}Z"
+    if form == "json":
+        return json.dumps({"time": now, "level": level, "event": event, **fields})
+    shown = []
+    for name, value in fields.items():
+        is_plain = re.fullmatch(r"[!#-~]+", str(value))     # else quoted: its escapes keep a line a line
+        shown.append(f"{name}={value if is_plain else json.dumps(str(value))}")
+    return " ".join([now, level, event, *shown])
+
+
+class Log:
+    """Called with a level, an event and fields; once begun, its own thread writes a line for each to standard error.
+
+    Lines that cannot be written, and those above 1000 that wait, are lost; how many is said once there is room again.
+    """
+
+    def __init__(self, form: str):
+        self.form = form
+        self.lines: queue.Queue[str] = queue.Queue(1000)
+        self.num_lost = 0
+        self.is_torn = False            # the last line was written in part
+        self.thread = threading.Thread(target=self.write_all, daemon=True, name="log")
+
+    def __call__(self, level: str, event: str, **fields: Any) -> None:
+        try:
+            self.lines.put_nowait(log_line(self.form, time.time(), level, event, fields))
+        except queue.Full:
+            self.num_lost += 1
+
+    def write_all(self) -> None:
+        while True:
+            line = self.lines.get()
+            lost = self.num_lost
+            if lost:
+                line = log_line(self.form, time.time(), "ERROR", "log", {"lost": lost}) + "\n" + line
+            if self.write(line):
+                self.num_lost -= lost
+            else:
+                self.num_lost += 1
+            self.lines.task_done()
+
+    def write(self, line: str) -> bool:
+        """Write a line without Python's buffers, which keep what has failed -> whether all of it went out."""
+        if self.is_torn:
+            line = "\n" + line
+        rest = (line + "\n").encode()
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(2, rest):]
+        except OSError:
+            self.is_torn = self.is_torn or len(rest) < size
+            return False
+        self.is_torn = False
+        return True
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all lines are written, but no longer than that."""
+        until = time.monotonic() + seconds
+        while self.lines.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.005)

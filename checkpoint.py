@@ -29,7 +29,9 @@ from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funas
                     published_files, read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
+from punctuation import Punctuation
 from tokenizer import SPECIALS, Tokenizer
+from vad import Vad
 from weights import load_weights
 
 
@@ -236,6 +238,8 @@ class System(NamedTuple):
     batch_seconds: float = 300.0  # of audio in a batch at most, padding included; a longer utterance goes alone
     encode_list: Callable[[tuple[str, ...]], Tensor] | None = None  # hotwords.list_encoder; None: the model takes none
     hotwords: tuple[str, ...] | None = None  # phrases to listen for in every utterance; None: no list
+    vad: Vad | None = None  # what cuts recordings, in place of their pauses
+    punctuation: Punctuation | None = None  # what makes sentences of a text
 
 
 Adapt = Callable[[configs.Config], configs.Config]

@@ -9,27 +9,26 @@
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
+    python decode.py --ckpt DIR --vad VAD_DIR --punctuate PUNC_DIR folder    cut by a VAD model, written in sentences
     python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments, 130 after Ctrl-C, which keeps what is done.
+be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM. Whatever ends it, --output keeps what is done, and
+the same command with --resume goes on.
 Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
 Needs torch, numpy, audio.py, data.py, checkpoint.py, report.py and what these need.
 """
 import argparse
-import contextlib
 import datetime
 import itertools
 import math
 import os
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
 # busy neighbour delays every operator.
@@ -50,12 +49,17 @@ from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import is_stream, left_out_lines, read_inputs
 from model import Hypotheses
+from outputs import (ProgressBar, Tally, end_output, file_names, open_part, prepare_output, print_results, what_is_done,
+                     write_file, write_outcomes)
 from pictures import write_explained
-from ranks import join_processes
-from ranks import own_rank
-from report import (Alternative, FORMS, Outcome, Result, Score, Token, Word, file_names, is_ideograph, log_confidence,
-                    report_lines, score, text_of, utterance_svgs, words_of, write_report)
+from punctuation import load_punctuation
+from ranks import join_processes, own_rank
+from report import (Alternative, FORMS, Outcome, Result, Token, Word, is_ideograph, log_confidence, report_lines,
+                    text_of, utterance_svgs, words_of, write_report)
+from sentences import with_sentences
+from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
+from vad import SCHEDULES, cut_speech, load_vad
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
@@ -240,14 +244,20 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
     return Result(text_of(tokens, words, system.tokenizer.unit), confidence, tokens, words)
 
 
+def cut_recording(system: System, source: audio.Source) -> Iterator[Segment]:
+    """A recording of any length where system.vad hears speech; without one, what is longer than system.segment_sec[1]
+    is cut at pauses by `audio.segments`. Raises as these."""
+    if system.vad:
+        return cut_speech(system.vad, source, system.config.data.sample_rate)
+    return segments(source, system.config.data, *system.segment_sec)
+
+
 def transcribe_recording(system: System, source: audio.Source) -> Result:
-    """A recording of any length -> its Result; what is longer than system.segment_sec[1] is cut at pauses by
-    `audio.segments`, and there is no n-best of it.
+    """A recording of any length -> its Result; there is no n-best of what `cut_recording` cuts.
 
     Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
     """
-    pieces = segments(source, system.config.data, *system.segment_sec)
-    return join_results(system, transcribe_segments(system, pieces))
+    return join_results(system, transcribe_segments(system, cut_recording(system, source)))
 
 
 # ---- many inputs ----
@@ -274,14 +284,20 @@ def recognise_inputs(system: System, dataset: Dataset, indices: Sequence[int]) -
     return outcomes
 
 
+def whole_sec(system: System) -> float:
+    """Recordings up to this length are read whole; a VAD cuts all of them."""
+    return 0.0 if system.vad else system.segment_sec[1]
+
+
 def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utterance, result: Result) -> Outcome:
     """The Outcome of an item and its result. A recording too long to be read whole has no features: it is cut here."""
-    if item.seconds > system.segment_sec[1] and not len(item.feats):
+    if item.seconds > whole_sec(system) and not len(item.feats):
         try:
             result = transcribe_recording(system, data.part_of(dataset.rows[index]))
         except (RuntimeError, ValueError, OSError) as error:
             return Outcome(index, item.key, reason=f"unreadable: {error}")
-    return Outcome(index, item.key, item.seconds, item.text.strip(), clip_times(system, result, item.seconds))
+    result = with_sentences(system.punctuation, clip_times(system, result, item.seconds))
+    return Outcome(index, item.key, item.seconds, item.text.strip(), result)
 
 
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
@@ -292,30 +308,6 @@ def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Ite
     for first in range(0, len(lengths), WINDOW):
         batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
         yield [[first + i for i in batch] for batch in batches]
-
-
-@contextlib.contextmanager
-def interrupted_later() -> Iterator[None]:
-    """Ctrl-C (KeyboardInterrupt) is held back until the block ends; a second one comes at once."""
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is not signal.default_int_handler:
-        yield
-        return
-    pressed = False
-
-    def remember(*about) -> None:
-        nonlocal pressed
-        if pressed:
-            usual(*about)
-        pressed = True
-
-    signal.signal(signal.SIGINT, remember)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if pressed:
-        raise KeyboardInterrupt
 
 
 def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[int]]], shard: tuple[int, int],
@@ -331,8 +323,9 @@ def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[
         try:
             for batch in batches[rank::processes]:
                 done = recognise_inputs(system, dataset, batch)
-                outcomes += done
-                finish(done)
+                with interrupted_later():
+                    outcomes += done
+                    finish(done)
             if processes > 1:
                 outcomes = gather(outcomes, shard)
         except KeyboardInterrupt:
@@ -394,7 +387,7 @@ def write_pictures(folder: Path, system: System, dataset: Dataset, named: Sequen
             without += 1
             continue
         for kind, svg in draw(system, item, layer).items():
-            data.write_atomic(folder / f"{name}.{kind}.svg", svg)
+            write_file(folder / f"{name}.{kind}.svg", svg)
     if without:
         print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
               file=sys.stderr)
@@ -414,11 +407,19 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
     add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
         "(UTF-8) with one a line, # before a remark, or words with spaces between them")
+    add("--vad", metavar="DIR", help="cut every recording where a VAD model finds speech: a directory as FunASR publishes "
+        "fsmn-vad")
+    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
+        "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
+    add("--punctuate", metavar="DIR", help="write sentences: a directory as FunASR publishes ct-punc")
     add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
         "paths (`sox ... |`), in that folder")
     add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
-        "results.ctm for all), or, where PATH ends in .jsonl, a line of JSON for each")
-    add("--format", choices=list(FORMS), help="of the files in --output (default json)")
+        "results.ctm for all), where PATH ends in .jsonl, a line of JSON for each, or, of one input, a file that ends "
+        "in its form, as talk.srt")
+    add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
+    add("--resume", action="store_true", help="go on with an --output that a run has begun: inputs whose results it "
+        "has are not decoded again")
     add("--report", metavar="DIR", help="write the error report of the inputs that have a reference: summary.txt, "
         "alignments.txt and report.html")
     add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
@@ -461,13 +462,19 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--format needs --output")
     if arguments.format not in (None, "json") and Path(arguments.output).suffix == ".jsonl":
         parser.error("--output FILE.jsonl is for --format json")
+    if arguments.vad_schedule and not arguments.vad:
+        parser.error("--vad-schedule needs --vad")
+    if arguments.vad and (arguments.min_segment_sec, arguments.max_segment_sec) != SEGMENT_SEC:
+        parser.error("--min-segment-sec and --max-segment-sec are for cutting without --vad")
+    if arguments.resume and not arguments.output:
+        parser.error("--resume needs --output")
     if arguments.plot_layer and not arguments.plot:
         parser.error("--plot-layer needs --plot")
     if arguments.export and arguments.dtype == "int8":
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
-        for name in ("hotwords", "output", "report", "plot", "batch_size", "batch_seconds", "limit", "min_segment_sec",
-                     "max_segment_sec", *Search._fields):
+        for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "batch_size", "batch_seconds", "limit",
+                     "min_segment_sec", "max_segment_sec", *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
 
@@ -505,6 +512,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
     scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp.
     """
     options, stats = system.config.data, system.stats.cpu()
+    if options.kind == "toy" and not inputs and system.vad:
+        raise ValueError("--vad: wanted recordings, got the toy task, which is made of features")
     if options.kind == "toy" and not inputs:
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
     if not (inputs or options.test or options.dev):
@@ -514,131 +523,33 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
         for line in left_out_lines(left_out):
             print(f"decode.py: {line}", file=sys.stderr)
     return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
-                                stats=stats, for_training=False, whole_sec=system.segment_sec[1])
-
-
-class Output(NamedTuple):
-    """Where results go: standard output and, at most one of the two, a folder or a file."""
-
-    form: str  # a key of FORMS
-    folder: Path | None  # a file for each utterance
-    merged: Path | None  # one file for all, which rank 0 writes
-    brief: bool  # of its own data a terminal gets the first SHOWN, with references
-
-
-def prepare_output(arguments: argparse.Namespace, rank: int) -> Output:
-    """Make the folders. Raises ValueError for a file that must not be replaced."""
-    form = arguments.format or "json"
-    folder = Path(arguments.output) if arguments.output else None
-    merged = None
-    if form == "ctm":
-        merged = folder / "results.ctm"
-    elif folder and folder.suffix == ".jsonl":
-        merged = folder
-    if merged:
-        folder = None
-        if merged.is_dir():
-            raise ValueError(f"--output: wanted a file to write or replace, got the folder {merged}")
-        if merged.exists() and any(merged.samefile(path) for path in arguments.inputs if os.path.exists(path)):
-            raise ValueError(f"--output: wanted another file than the inputs, got {merged}")
-        merged.parent.mkdir(parents=True, exist_ok=True)
-    for place in (folder, arguments.plot, arguments.report):
-        if place:
-            Path(place).mkdir(parents=True, exist_ok=True)
-    brief = not arguments.inputs and sys.stdout is not None and sys.stdout.isatty()
-    return Output(form, folder, merged if rank == 0 else None, brief)
-
-
-ERASE = "\r\x1b[K"  # a terminal's line
-SHOWN = 10  # results that a terminal gets where no INPUT is named
-
-
-class ProgressBar:
-    """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as
-    many as rank 0."""
-
-    def __init__(self, total: int, shard: tuple[int, int]):
-        self.total = total
-        self.shard = shard
-        self.started = time.perf_counter()
-        self.done = 0
-        self.seconds = 0.0  # of audio
-
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        rank, processes = self.shard
-        self.done = min(self.total, self.done + processes * len(outcomes))
-        self.seconds += processes * sum(outcome.seconds for outcome in outcomes)
-        if rank == 0 and sys.stderr.isatty():
-            factor = (time.perf_counter() - self.started) / max(self.seconds, 1e-9)
-            print(f"{ERASE}[{'#' * (30 * self.done // self.total):30}] {self.done}/{self.total}  "
-                  f"real-time factor {factor:.4f}", end="", file=sys.stderr, flush=True)
-
-    def erase(self) -> None:
-        if sys.stderr.isatty():
-            print(ERASE, end="", file=sys.stderr)
-
-
-class Tally(NamedTuple):
-    """What became of all inputs."""
-
-    heard: list[tuple[int, float]]  # (place, seconds) of each that was recognised
-    failed: int
-    scores: list[Score]  # of those that have a reference
-    interrupted: bool  # by Ctrl-C
-
-
-def write_results(outcomes: Iterator[Outcome], output: Output, encode: Callable[[str], list[int]],
-                  bar: ProgressBar) -> Tally:
-    """Print each outcome, write it into the file for all, compare it with its reference."""
-    heard: list[tuple[int, float]] = []
-    scores: list[Score] = []
-    failed = 0
-    interrupted = False
-    merged = data.replacing(output.merged) if output.merged else contextlib.nullcontext(os.devnull)
-    with merged as path, open(path, "w", encoding="utf-8", newline="\n") as file:
-        try:
-            for outcome in outcomes:
-                bar.erase()
-                if outcome.result is None:
-                    failed += 1
-                    print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
-                    continue
-                if not output.brief:
-                    print(f"{outcome.key}\t{outcome.result.text}")
-                elif len(heard) < SHOWN:
-                    print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {outcome.result.text}")
-                heard.append((outcome.index, outcome.seconds))
-                if output.merged:
-                    file.write(FORMS[output.form](outcome))
-                if outcome.reference:
-                    scores.append(score(outcome, encode))
-        except KeyboardInterrupt:
-            interrupted = True
-    if output.brief and len(heard) > SHOWN:
-        print(f"and {len(heard) - SHOWN} more, which a file or a pipe gets: python decode.py > results.tsv")
-    return Tally(heard, failed, scores, interrupted)
+                                stats=stats, for_training=False, whole_sec=whole_sec(system))
 
 
 def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     started = time.perf_counter()
-    output = prepare_output(arguments, shard[0])
+    rank, processes = shard
+    encode = system.tokenizer.encode
     lengths = dataset.lengths()[:arguments.limit or None]
-    names = file_names(dataset.keys[:len(lengths)]) if output.folder or arguments.plot or arguments.explain else []
-    bar = ProgressBar(len(lengths), shard)
+    output = prepare_output(arguments, dataset, len(lengths), rank)
+    done, scores = what_is_done(output, encode) if arguments.resume else (set(), [])
+    todo = [i for i in range(len(lengths)) if i not in done]
+    bar = ProgressBar(len(todo), shard)
+    part = open_part(output) if output.merged else None
 
     def finish(outcomes: list[Outcome]) -> None:
-        for outcome in outcomes:
-            if output.folder and outcome.result:
-                file = output.folder / f"{names[outcome.index]}.{output.form}"
-                data.write_atomic(file, FORMS[output.form](outcome))
+        write_outcomes(output, part, outcomes)
         bar.add(outcomes)
 
-    windows = plan_batches(lengths, *batch_limits(system))
-    outcomes = recognise_all(system, dataset, windows, shard, finish)
-    tally = write_results(outcomes, output, system.tokenizer.encode, bar)
-    if shard[0] == 0:
+    outcomes = recognise_all(system, dataset, windows_of(todo, lengths, system), shard, finish)
+    alone = not (arguments.output or arguments.report or arguments.plot or arguments.explain)
+    tally = print_results(outcomes, not arguments.inputs, alone, bar, encode)
+    tally.scores.extend(scores)
+    end_output(output, part, tally.interrupt is not None, processes)
+    if rank == 0:
         spent = time.perf_counter() - started
+        names = file_names(dataset.keys[:len(lengths)]) if arguments.plot or arguments.explain else []
         if arguments.plot:
             named = [(i, names[i]) for i, _ in tally.heard]
             write_pictures(Path(arguments.plot), system, dataset, named, arguments.plot_layer)
@@ -647,19 +558,27 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
             items = ((names[i], drawable(dataset, i)) for i, _ in tally.heard)
             write_explained(Path(arguments.plot or "."), model, system, (named for named in items if named[1]))
         report_figures(arguments.report, system, dataset, tally, spent)
-    if tally.interrupted:
-        return 130
+    if tally.interrupt:
+        return exit_code(tally.interrupt)
     return 1 if tally.failed else 0
+
+
+def windows_of(todo: Sequence[int], lengths: np.ndarray, system: System) -> Iterator[list[list[int]]]:
+    """`plan_batches` of the inputs in todo."""
+    for batches in plan_batches(lengths[todo], *batch_limits(system)):
+        yield [[todo[i] for i in batch] for batch in batches]
 
 
 def report_figures(folder: str | None, system: System, dataset: Dataset, tally: Tally, spent: float) -> None:
     """Print the error rates, if there are references, and the speed; write the report into a folder."""
     lines = report_lines(tally.scores) if tally.scores else []
     if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         write_report(Path(folder), tally.scores, lines, lambda index: alignment_picture(system, dataset, index))
     seconds = sum(seconds for _, seconds in tally.heard)
-    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s, real-time factor "
-          f"{spent / max(seconds, 1e-9):.4f}; {tally.failed} could not be recognised", sep="\n", file=sys.stderr)
+    factor = f", real-time factor {spent / seconds:.4f}" if seconds else ""
+    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s{factor}; {tally.failed} "
+          "could not be recognised", sep="\n", file=sys.stderr)
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:
@@ -677,6 +596,10 @@ def load_and_run(arguments: argparse.Namespace) -> int:
             return 0
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
+    if arguments.vad:
+        system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
+    if arguments.punctuate:
+        system = system._replace(punctuation=load_punctuation(arguments.punctuate))
     with tempfile.TemporaryDirectory() as scratch:
         dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes)
         return run(arguments, system, dataset, shard)
@@ -684,6 +607,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
+    end_as_ctrl_c()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
@@ -691,12 +615,13 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"decode.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return exit_code(interrupt)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    keep_streams()
     sys.exit(main(sys.argv[1:]))

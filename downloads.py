@@ -49,9 +49,9 @@ class Other(NamedTuple):
 OTHERS = (
     Other("paraformer-zh-streaming", "ParaformerStreaming", "is a Paraformer that is run chunk by chunk"),
     Other("SenseVoiceSmall", "SenseVoiceSmall", "recognises five languages with an encoder alone"),
-    Other("fsmn-vad", "FsmnVADStreaming", "finds where somebody speaks and writes no text"),
-    Other("ct-punc", "CTTransformer", "puts punctuation into text and hears nothing"),
-    Other("ct-punc-realtime", "CTTransformerStreaming", "puts punctuation into text and hears nothing"),
+    Other("fsmn-vad", "FsmnVADStreaming", "finds where somebody speaks and goes with --vad"),
+    Other("ct-punc", "CTTransformer", "puts marks into text and goes with --punctuate"),
+    Other("ct-punc-realtime", "CTTransformerStreaming", "puts marks into text and goes with --punctuate"),
     Other("fa-zh", "MonotonicAligner", "finds the times of a text that is known"),
     Other("cam++", "CAMPPlus", "tells speakers apart and writes no text"),
 )

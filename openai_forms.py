@@ -8,9 +8,9 @@ import math
 import statistics
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from report import Result, cues, join_words, log_confidence, subtitles, word_entry
+from report import Result, cues, join_words, log_confidence, subtitles, word_entry, written_text
 from web import Refusal, Response, json_response, parse_flag
 
 
@@ -20,7 +20,7 @@ class OpenAIForm(NamedTuple):
     logprobs: bool                  # in json, for each token
     temperature: float              # has no effect
     stream: bool                    # as server-sent events
-    language: str                   # echoed in verbose_json
+    language: str                   # the client's, or "unknown", in verbose_json
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
@@ -28,11 +28,13 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
 
 
-def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
-    """Unknown fields are ignored, as clients made for OpenAI's API send many. Raises Refusal 400."""
-    response_format = fields.get("response_format", "json")
-    granularities = fields.get("timestamp_granularities[]", ["segment"])
-    include = fields.get("include[]", [])
+def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
+    """The texts of each field of a form, of which most count by their last. Unknown fields are ignored, as clients made
+    for OpenAI's API send many. Raises Refusal 400."""
+    last = {name: values[-1] for name, values in texts.items()}
+    response_format = last.get("response_format", "json")
+    granularities = texts.get("timestamp_granularities", ["segment"])
+    include = texts.get("include", [])
     check_choice("response_format", response_format, ("json", "text", "srt", "vtt", "verbose_json"))
     for value in granularities:
         check_choice("timestamp_granularities[]", value, ("segment", "word"))
@@ -40,16 +42,19 @@ def parse_openai_form(fields: dict[str, Any]) -> OpenAIForm:
         check_choice("include[]", value, ("logprobs",))
     temperature = math.nan
     with contextlib.suppress(ValueError):
-        temperature = float(fields.get("temperature", "0"))
+        temperature = float(last.get("temperature", "0"))
     if not 0 <= temperature <= 1:
         raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
-    stream = parse_flag("stream", fields.get("stream"))
-    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, fields.get("language", ""))
+    stream = parse_flag("stream", last.get("stream"))
+    language = last.get("language", "").strip() or "unknown"
+    return OpenAIForm(response_format, granularities, bool(include), temperature, stream, language)
 
 
 def segment_entries(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per subtitle cue. no_speech_prob is 0: no part of the model predicts it."""
-    found = cues(result.words)
+    """The segments of verbose_json, one per sentence or, without punctuation, per subtitle. no_speech_prob is 0: no part of the model predicts it."""
+    found = cues(result)
+    if result.sentences is not None:
+        found = [sentence.words for sentence in result.sentences]
     starts = [0.0, *(cue[0].start for cue in found[1:]), math.inf]
     entries = []
     for i, cue in enumerate(found):
@@ -66,7 +71,7 @@ def segment_entries(result: Result, temperature: float) -> list[dict]:
 
 def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Response:
     """The result as `form` wants it; seconds: of the recording."""
-    text = result.text.strip()
+    text = written_text(result).strip()
     usage = {"type": "duration", "seconds": round(seconds, 3)}
     if form.stream:
         events = ({"type": "transcript.text.delta", "delta": text},
@@ -87,6 +92,6 @@ def openai_response(result: Result, seconds: float, form: OpenAIForm) -> Respons
         if "word" in form.granularities:
             value["words"] = [word_entry(word) for word in result.words]
         return json_response(value)
-    content = text + "\n" if form.response_format == "text" else subtitles(result.words, form.response_format)
+    content = text + "\n" if form.response_format == "text" else subtitles(result, form.response_format)
     kind = "vtt" if form.response_format == "vtt" else "plain"
     return Response(200, f"text/{kind}; charset=utf-8", content.encode())

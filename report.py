@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from audio import frame_sec
 from data import Utterance, write_atomic
 from funasr import PieceTokenizer, UNSPOKEN, are_spaced, spell_words
-from manifests import RECORDINGS
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
 from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
@@ -51,12 +50,20 @@ class Alternative(NamedTuple):
     confidence: float  # probability of the whole, to the power 1 / its tokens; 0 without tokens
 
 
+class Sentence(NamedTuple):
+    text: str  # with marks and capitals
+    start: float
+    end: float
+    words: list[Word]  # as the text has them
+
+
 class Result(NamedTuple):
     text: str
     confidence: float  # geometric mean of the tokens' probabilities; 0 without tokens
     tokens: list[Token]
     words: list[Word]  # what spaces separate, and every ideograph
     nbest: tuple[Alternative, ...] = ()  # best first, of different texts, the first one's is `text`; where asked for
+    sentences: tuple[Sentence, ...] | None = None  # None: no punctuation model was asked
 
 
 def log_confidence(item: Token | Result) -> float:
@@ -66,6 +73,13 @@ def log_confidence(item: Token | Result) -> float:
 def mean_confidence(tokens: Sequence[Token]) -> float:
     """exp(mean log p), 0 without tokens."""
     return round(math.exp(statistics.fmean(map(log_confidence, tokens))), 4) if tokens else 0.0
+
+
+def written_text(result: Result) -> str:
+    """The text for people: with punctuation, where there is some."""
+    if result.sentences is None:
+        return result.text
+    return join_words([word for sentence in result.sentences for word in sentence.words])
 
 
 def is_ideograph(text: str) -> bool:
@@ -133,17 +147,46 @@ class Outcome(NamedTuple):
 
 # ---- forms ----
 
-def cues(words: Sequence[Word], max_sec: float = 7.0, max_chars: int = 84) -> list[list[Word]]:
-    """Words cut into subtitles of so many seconds and characters at most (one word may be longer)."""
+CUE_SEC = 7.0  # of a subtitle at most, unless one word is longer
+CUE_CHARS = 84
+PAUSES = ("，", "、", "；", ",", ";")  # behind a word: the marks where a sentence is cut that is too long
+
+
+def fits(words: Sequence[Word]) -> bool:
+    return words[-1].end - words[0].start <= CUE_SEC and len(join_words(words)) <= CUE_CHARS
+
+
+def pack(parts: Iterable[list[Word]]) -> list[list[Word]]:
+    """As many of the parts in a subtitle as fit; one that does not fit stays alone."""
     found: list[list[Word]] = []
-    cue: list[Word] = []
+    for part in parts:
+        if found and fits(found[-1] + part):
+            found[-1] = found[-1] + part
+        else:
+            found.append(part)
+    return found
+
+
+def clauses(words: Sequence[Word]) -> list[list[Word]]:
+    """The words up to each mark of PAUSES."""
+    found: list[list[Word]] = [[]]
     for word in words:
-        longer = [*cue, word]
-        if cue and (word.end - cue[0].start > max_sec or len(join_words(longer)) > max_chars):
-            found.append(cue)
-            longer = [word]
-        cue = longer
-    return [*found, cue] if cue else found
+        found[-1].append(word)
+        if word.text.endswith(PAUSES):
+            found.append([])
+    return [clause for clause in found if clause]
+
+
+def cues(result: Result) -> list[list[Word]]:
+    """The subtitles of a result. A sentence begins a new one; too long a one is cut at its commas, and between words
+    where that is not enough."""
+    if result.sentences is None:
+        return pack([word] for word in result.words)
+    found = []
+    for sentence in result.sentences:
+        for cue in pack(clauses(sentence.words)):
+            found += pack([word] for word in cue)
+    return found
 
 
 def timestamp(seconds: float, mark: str) -> str:
@@ -152,11 +195,11 @@ def timestamp(seconds: float, mark: str) -> str:
     return f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}{mark}{ms % 1000:03}"
 
 
-def subtitles(words: Sequence[Word], form: str) -> str:
+def subtitles(result: Result, form: str) -> str:
     """Numbered cues, times as `timestamp` writes them: srt, or vtt, where <unk> would be a tag, so it is escaped."""
     lines = ["WEBVTT\n\n"] if form == "vtt" else []
     mark = "." if form == "vtt" else ","
-    for i, cue in enumerate(cues(words), 1):
+    for i, cue in enumerate(cues(result), 1):
         text = join_words(cue)
         if form == "vtt":
             text = html.escape(text, quote=False)
@@ -165,15 +208,15 @@ def subtitles(words: Sequence[Word], form: str) -> str:
 
 
 def srt(outcome: Outcome) -> str:
-    return subtitles(outcome.result.words, "srt")
+    return subtitles(outcome.result, "srt")
 
 
 def vtt(outcome: Outcome) -> str:
-    return subtitles(outcome.result.words, "vtt")
+    return subtitles(outcome.result, "vtt")
 
 
 def txt(outcome: Outcome) -> str:
-    return outcome.result.text + "\n"
+    return written_text(outcome.result) + "\n"
 
 
 def token_entry(token: Token) -> dict:
@@ -188,11 +231,18 @@ def word_entry(word: Word) -> dict:
     return {"word": word.text, "start": word.start, "end": word.end, "confidence": word.confidence}
 
 
+def sentence_entries(result: Result) -> list[dict]:
+    return [{"text": sentence.text, "start": sentence.start, "end": sentence.end,
+             "words": [word_entry(word) for word in sentence.words]} for sentence in result.sentences or ()]
+
+
 def json_row(outcome: Outcome) -> str:
     result = outcome.result
-    row = {"key": outcome.key, "text": result.text, "confidence": result.confidence,
+    row = {"key": outcome.key, "text": written_text(result), "confidence": result.confidence,
            "duration": round(outcome.seconds, 3), "tokens": [token_entry(token) for token in result.tokens],
            "words": [word_entry(word) for word in result.words]}
+    if result.sentences is not None:
+        row["sentences"] = sentence_entries(result)
     if result.nbest:
         row["nbest"] = [alternative._asdict() for alternative in result.nbest]
     if outcome.reference:
@@ -203,7 +253,7 @@ def json_row(outcome: Outcome) -> str:
 def tsv(outcome: Outcome) -> str:
     """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
     lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
-             for cue in cues(outcome.result.words)]
+             for cue in cues(outcome.result)]
     return "".join(["start\tend\ttext\n", *lines])
 
 
@@ -216,25 +266,6 @@ def ctm(outcome: Outcome) -> str:
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
     "txt": txt, "json": json_row, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
-
-
-def file_names(keys: Sequence[str]) -> list[str]:
-    """A name without suffix for each key, its last part where it is a path; no two alike, in capitals or not.
-
-    Cut to 55 characters, at most 220 bytes: of the 255 that file systems take, number, suffix and .tmp need the rest.
-    """
-    names = []
-    numbers = {}  # the last one given to each name, as thousands of files may be called audio.wav
-    for key in keys:
-        last = Path(key)
-        stem = last.stem if last.suffix.lower() in RECORDINGS else last.name
-        stem = name = "".join(c if c.isalnum() or c in "._-" else "_" for c in stem)[:55] or "_"
-        while name.lower() in numbers:
-            numbers[stem.lower()] += 1
-            name = f"{stem}-{numbers[stem.lower()]}"
-        numbers[name.lower()] = 1
-        names.append(name)
-    return names
 
 
 # ---- pictures ----

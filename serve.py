@@ -3,7 +3,7 @@
     curl -H "Content-Type: application/json" -d '{"features": [[0.1, ...], ...]}' http://localhost:8000/transcribe
     curl -H "Content-Type: audio/wav" --data-binary @a.wav http://localhost:8000/transcribe?alignment=true
     curl -F file=@a.wav -F response_format=srt http://localhost:8000/v1/audio/transcriptions     (OpenAI's)
-    http://localhost:8000                  a page to drop recordings on        /health  /metrics  /v1/models
+    http://localhost:8000          a page to drop recordings on        /health  /ready  /metrics  /v1/models
 
 The file follows a request: its body becomes features (on a parser thread), these become text (on the one inference
 thread, which owns the model); then come the routes and the command line. How requests arrive is in web.py, how they
@@ -14,44 +14,55 @@ Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.
 import argparse
 import contextlib
 import ctypes
+import errno
 import hmac
 import io
+import ipaddress
 import json
 import math
 import os
 import re
+import select
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-# Set before torch is loaded: idle OpenMP threads then spin for 10 us and sleep. By default they spin for so long that
-# every operator is late when another process keeps a core busy.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+if __name__ == "__main__":      # before torch is loaded, which takes seconds
+    # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: os._exit(0))
+    # Idle OpenMP threads spin for 10 us and sleep. By default they spin for so long that every operator is late when
+    # another process keeps a core busy.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import audio
 import decode
-from audio import frame_sec, frontend, normalise, read_header
-from batcher import Batcher, Job, Metrics, deadline_passed, num_utterances, resident_bytes
+from audio import ffmpeg_to_wav, format_name, frame_sec, frontend, normalise, read_header
+from batcher import Batcher, Job, Log, Metrics, deadline_passed, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, load_system
 from hotwords import split_phrases, unknown_warning, why_no_hotwords
 from openai_forms import OpenAIForm, openai_response, parse_openai_form
-from report import Result, token_entry
-from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, json_response, media_type, parse_flag,
-                 parse_form, shutting_down, start_log)
+from punctuation import load_punctuation
+from report import Result, sentence_entries, token_entry, written_text
+from sentences import with_sentences
+from vad import SCHEDULES, load_vad
+from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, body_too_large, client_address, json_response,
+                 media_type, parse_flag, parse_form, parse_origin, shutting_down)
 
 MAX_ITEMS = 64                                          # utterances in one request
+QUIET_SEC = 5.0                                         # until the log begins: what fails before is one line
 CUT_SEC = 2.0                                           # for requests that are still being sent at SIGTERM
 
 
@@ -65,14 +76,26 @@ class Upload(NamedTuple):
     hotwords: tuple[str, ...] | None = None     # None: no list
 
 
-class Request(NamedTuple):
-    """What a POST asks for."""
+class Terms(NamedTuple):
+    """What a POST says about its answer."""
 
-    uploads: list[Upload]
     timeout: float                  # seconds
     is_batch: bool                  # from {"batch": ...}: the answer is a list
     alignment: bool                 # with the firing weights
     openai: OpenAIForm | None       # None on /transcribe
+
+
+class Recording(NamedTuple):
+    """A POST with a recording, before its samples are read."""
+
+    wav: bytes
+    fields: dict[str, Any]          # texts; hotwords may be a list of them
+    terms: Terms
+
+
+class Request(NamedTuple):
+    uploads: list[Upload]
+    terms: Terms
 
 
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
@@ -190,11 +213,6 @@ def json_uploads(value: dict, system: System, options: argparse.Namespace) -> li
     return uploads
 
 
-MAGIC = ((rb"ID3|\xff\xfb", "MP3"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"), (rb"\x1aE\xdf\xa3", "WebM"),
-         (rb"....ftyp", "MP4"), (rb"RIFX", "big-endian WAV"), (rb"FORM", "AIFF"),
-         (rb"RIFF|RF64", "WAV with another sample format"), (rb"", "something else"))   # first bytes, for the message
-
-
 def wav_seconds(body: bytes, longest: float) -> float:
     """The length of a WAV file, once its header has been checked. Raises Refusal."""
     if not body:
@@ -204,10 +222,7 @@ def wav_seconds(body: bytes, longest: float) -> float:
     except ValueError as error:
         raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
-        if header:
-            found = f"{header.channels} channels at {header.rate_hz} Hz"
-        else:
-            found = next(name for start, name in MAGIC if re.match(start, body, re.DOTALL))
+        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else format_name(body[:1000])
         raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law or "
                       f"mu-law, 1 to 8 channels, 4 to 384 kHz), got {found}", "file")
     seconds = header.num_samples / header.rate_hz
@@ -219,7 +234,7 @@ def wav_seconds(body: bytes, longest: float) -> float:
 
 
 def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
-    """A WAV file -> Upload, one piece per segment (those of audio.segments with system.segment_sec). Raises Refusal.
+    """A WAV file -> Upload, one piece per segment of decode.cut_recording. Raises Refusal.
 
     All that the header tells is checked before any sample is decoded.
     """
@@ -227,11 +242,13 @@ def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Uplo
     config = system.config.data
     pieces = []
     try:
-        for piece in audio.segments(body, config, *system.segment_sec):
+        for piece in decode.cut_recording(system, body):
             pieces.append((piece.start_sec, frontend(piece.samples, config.sample_rate, config)))
     except ValueError as error:
         message = str(error).removeprefix("<bytes>: ")
         raise Refusal(422, "not_finite", f"file: {message}", "file") from None
+    if not pieces:  # no speech
+        pieces = [(0.0, torch.zeros(0, system.stats.shape[1]))]
     return Upload([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
 
 
@@ -242,14 +259,18 @@ def parse_timeout(value: Any, longest: float) -> float:
         with contextlib.suppress(ValueError):
             seconds = float(value)
     if not 0 < seconds < math.inf:
-        raise Refusal(422, "invalid_value", "timeout: wanted seconds above 0", "timeout")
+        raise bad_timeout()
     return min(seconds, longest)
+
+
+def bad_timeout() -> Refusal:
+    return Refusal(422, "invalid_value", "timeout: wanted a number of seconds above 0", "timeout")
 
 
 def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: System, path: str) -> list[Upload]:
     """The uploads with the hotwords that a request has for all of them. Raises Refusal 422."""
     place = "hotwords"
-    value = fields.get("hotwords", fields.get("hotwords[]"))
+    value = fields.get("hotwords")
     if value is None and path != "/transcribe" and system.encode_list is not None:
         place = "prompt"        # the field of OpenAI's clients, which a model that takes none ignores
         value = fields.get("prompt") or None
@@ -257,29 +278,66 @@ def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: Sys
     return [upload._replace(hotwords=hotwords) if upload.hotwords is None else upload for upload in uploads]
 
 
-def parse_request(head: Head, body: bytes, system: System, options: argparse.Namespace) -> Request:
-    """A POST of any media type; /transcribe takes fields from the query too, the body's win. Raises Refusal."""
-    fields: dict[str, Any] = {}         # not kept: each number of features has 24 bytes
-    is_batch = False
-    if media_type(head) == "application/json":
-        fields = parse_json(body)
-        is_batch = "batch" in fields
-        uploads = json_uploads(fields, system, options)
-    elif media_type(head) == "multipart/form-data":
-        file, fields = parse_form(body, head.headers["content-type"])
-        uploads = [wav_upload(file, system, options)]
-    else:
-        uploads = [wav_upload(body, system, options)]
-    alignment = False
-    openai = None
+def parse_terms(fields: dict[str, Any], longest: float, is_batch: bool = False,
+                openai: OpenAIForm | None = None) -> Terms:
+    alignment = openai is None and parse_flag("alignment", fields.get("alignment"))
+    return Terms(parse_timeout(fields.get("timeout"), longest), is_batch, alignment, openai)
+
+
+def read_recording(head: Head, body: bytes, options: argparse.Namespace) -> Recording:
+    """A form, or a recording as it is -> Recording, of any format; /transcribe takes fields from the query too, those
+    of the body win. Raises Refusal."""
+    texts: dict[str, list[str]] = {}
+    if media_type(head) == "multipart/form-data":
+        body, texts = parse_form(body, head.headers["content-type"])
+    fields: dict[str, Any] = {name: values[-1] for name, values in texts.items()}
+    if len(texts.get("hotwords", ())) > 1:
+        fields["hotwords"] = texts["hotwords"]
     if head.path == "/transcribe":
         fields = {**head.query, **fields}
-        alignment = parse_flag("alignment", fields.get("alignment"))
+        return Recording(body, fields, parse_terms(fields, options.request_timeout))
+    openai = parse_openai_form(texts)
+    return Recording(body, fields, parse_terms(fields, options.request_timeout, openai=openai))
+
+
+def is_wav(body: bytes) -> bool:
+    """Whether wav_seconds is the one to judge it, good or bad."""
+    return not body or body[:4] in (b"RIFF", b"RF64") and body[8:12] == b"WAVE"
+
+
+def convert(body: bytes, most_sec: float, deadline: float, running: threading.Semaphore) -> bytes:
+    """A recording of any format -> WAV by ffmpeg, once one of those that are `running` has ended. Raises Refusal.
+
+    What is too long becomes a little longer than most_sec, and is refused by who reads it.
+    """
+    if not running.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        raise deadline_passed()
+    try:
+        with ffmpeg_to_wav(body, most_sec + 0.1, max(0.0, deadline - time.monotonic())) as file:
+            file.seek(0)
+            return file.read()
+    except TimeoutError:
+        raise deadline_passed() from None
+    except ValueError as error:
+        message = f"file: got {format_name(body[:1000])}; {error}"
+        raise Refusal(400, "unsupported_format", message, "file") from None
+    finally:
+        running.release()
+
+
+def parse_request(head: Head, sent: bytes | Recording, system: System, options: argparse.Namespace) -> Request:
+    """JSON as it came, or a Recording, which is WAV -> Request. Raises Refusal."""
+    if isinstance(sent, Recording):
+        fields, terms = sent.fields, sent.terms
+        uploads = [wav_upload(sent.wav, system, options)]
     else:
-        openai = parse_openai_form(fields)
-    uploads = told_hotwords(uploads, fields, system, head.path)
-    timeout = parse_timeout(fields.get("timeout"), options.request_timeout)
-    return Request(uploads, timeout, is_batch, alignment, openai)
+        given = parse_json(sent)
+        if isinstance(given.get("timeout"), str):
+            raise bad_timeout()
+        fields = {**head.query, **given}        # not kept: each number of features has 24 bytes
+        uploads = json_uploads(given, system, options)
+        terms = parse_terms(fields, options.request_timeout, "batch" in given)
+    return Request(told_hotwords(uploads, fields, system, head.path), terms)
 
 
 # ---- recognition ----
@@ -324,16 +382,17 @@ def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) ->
         weights += [0.0] * (place - len(weights)) + piece.weights
         parts.append((start, piece.result))
     joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
-    return Recognition(decode.clip_times(system, joined, upload.seconds), weights)
+    result = with_sentences(system.punctuation, decode.clip_times(system, joined, upload.seconds))
+    return Recognition(result, weights)
 
 
 # ---- routes ----
 
 GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # values of the header Allow
-ROUTES = {"/": GET, "/health": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
+ROUTES = {"/": GET, "/health": GET, "/ready": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
           "/transcribe": POST, "/v1/audio/transcriptions": POST}
-MEDIA_TYPES = {"/transcribe": ("application/json", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
-                               "multipart/form-data"),
+OPEN = ("/", "/health", "/ready", "/metrics")           # without a key, and while draining
+MEDIA_TYPES = {"/transcribe": ("application/json", "audio/*", "video/webm", "video/mp4", "multipart/form-data"),
                "/v1/audio/transcriptions": ("multipart/form-data",)}
 
 
@@ -343,24 +402,41 @@ def route_of(head: Head) -> str:
     return name if name in ROUTES else "other"
 
 
-class Server(Door):
-    """What the routes need, and the routes."""
+def is_taken(kind: str, route: str) -> bool:
+    """Whether a POST to the route may have a body of this media type."""
+    return kind in MEDIA_TYPES[route] or f"{kind.partition('/')[0]}/*" in MEDIA_TYPES[route]
 
-    def __init__(self, system: System, options: argparse.Namespace, log: Callable[[str], None], created: int = 0):
-        self.system = system
+
+class Server(Door):
+    """What the routes need, and the routes. It listens at once; `open` gives it what it recognises with."""
+
+    def __init__(self, options: argparse.Namespace, log: Callable[..., None]):
         self.options = options
-        self.model = system.config.model.name
-        self.created = created                          # the checkpoint, seconds since 1970
+        self.loaded = threading.Event()
+        self.system: System | None = None               # until loaded
+        self.created = 0                                # the checkpoint, seconds since 1970
         self.started = time.monotonic()
-        self.page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
+        page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
+        self.page = page.replace("LONGEST", f"{options.max_audio_seconds:g}")
         self.metrics = Metrics()
-        self.batcher = Batcher(partial(recognise_jobs, system), options, self.metrics)
-        self.key = os.environ.get("ASR_API_KEY", "")                # "" = anybody may
+        self.batcher = Batcher(lambda jobs: recognise_jobs(self.system, jobs), options, self.metrics)
+        self.key = read_key()                           # "" = anybody may
+        self.conversions = threading.Semaphore(os.cpu_count() or 1)     # each by a process of ffmpeg
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
         self.parser = ThreadPoolExecutor(1, "parser")
         self.large_json_parser = ThreadPoolExecutor(1, "large JSON")
         limits = Limits(*(getattr(options, name) for name in Limits._fields))
         super().__init__(options.host, options.port, limits, log)
+
+    def open(self, system: System, created: int = 0) -> None:
+        self.system = system
+        self.created = created
+        self.loaded.set()
+
+    def wait_loaded(self) -> None:
+        """Who comes early waits. Raises Refusal 503."""
+        if not self.loaded.wait(self.options.request_timeout):
+            raise loading()
 
     def admit(self, head: Head) -> None:
         """Check all that can be checked before the body is read: route, method, key, length, type. Raises Refusal."""
@@ -370,7 +446,7 @@ class Server(Door):
             raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
         if head.method not in allow.split(", "):
             raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
-        if head.method == "OPTIONS" or route in ("/", "/health", "/metrics"):
+        if head.method == "OPTIONS" or route in OPEN:
             return
         self.check_key(head)
         if self.draining.is_set():
@@ -378,13 +454,13 @@ class Server(Door):
         if head.method != "POST":
             return
         limit = int(self.options.max_body_mb * MIB)
-        if head.length is None:
-            raise Refusal(411, "length_required", "wanted a Content-Length header; chunked bodies are not decoded")
-        if media_type(head) not in MEDIA_TYPES[route] or "content-encoding" in head.headers:
+        if head.length is None and not head.chunked:
+            raise Refusal(411, "length_required", "wanted a Content-Length header, or Transfer-Encoding: chunked")
+        if not is_taken(media_type(head), route) or "content-encoding" in head.headers:
             wanted = ", ".join(MEDIA_TYPES[route])
             raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
-        if head.length > limit:
-            raise Refusal(413, "body_too_large", f"body: {head.length} bytes, at most {limit} are allowed")
+        if head.length is not None and head.length > limit:
+            raise body_too_large(head.length, limit)
 
     def check_key(self, head: Head) -> None:
         scheme, _, key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
@@ -402,34 +478,88 @@ class Server(Door):
             return page_response(self.page)
         if route == "/health":
             return health(self)
+        if route == "/ready":
+            return ready(self)
         if route == "/metrics":
             return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self).encode())
+        self.wait_loaded()
         if route == "/v1/models":
             return json_response({"object": "list", "data": [model_card(self)]})
         if route == "/v1/models/{id}":
-            if head.path != f"/v1/models/{self.model}":
-                raise Refusal(404, "not_found", f"the one model here is {self.model}", "model")
+            name = model_name(self.system)
+            if head.path != f"/v1/models/{name}":
+                raise Refusal(404, "not_found", f"the one model here is {name}", "model")
             return json_response(model_card(self))
         return transcribe(self, head, body, has_left)
 
-    def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
-        if head is None:
-            self.metrics.add("asr_rejected_total", 'reason="overloaded"')
-            return
-        route = route_of(head)
+    def count_and_log(self, head: Head, response: Response) -> None:
         seconds = time.monotonic() - head.started
-        self.metrics.count_request(route, status, seconds)
-        self.log(f"{head.id} {route} {status} {seconds * 1e3:.1f} ms{response.remark}")
+        if response.code == "overloaded":
+            self.metrics.add("asr_rejected_total", 'reason="overloaded"')
+        else:
+            self.metrics.count_request(route_of(head), response.status, seconds)
+        client = client_address(head, self.options.trusted_proxy)
+        fields = {"id": head.id, "client": client, "method": head.method or "-", "path": head.path[:200] or "-",
+                  "status": response.status, "ms": round(seconds * 1e3, 1)}
+        if response.batch:
+            fields["batch"] = response.batch
+        if response.code:
+            fields["error"] = response.code
+        if response.warning:
+            fields["warning"] = response.warning
+        level = "ERROR" if response.status >= 500 else "WARNING" if response.status >= 400 else "INFO"
+        self.log(level, "request", **fields)
+
+
+def read_key() -> str:
+    """The key in ASR_API_KEY, "" for none. Raises ValueError for one that no client can send."""
+    given = os.environ.get("ASR_API_KEY", "")
+    key = given.strip()
+    if given and not re.fullmatch("[!-~]+", key):       # the key itself is never shown
+        raise ValueError("ASR_API_KEY: wanted ASCII letters, digits and signs, got "
+                         + ("a space or another character within" if key else "spaces only"))
+    return key
+
+
+def model_name(system: System) -> str:
+    return system.config.model.name
+
+
+def trained_on(system: System) -> str:
+    """What a checkpoint has learned from, for who wonders about its answers."""
+    options = system.config.data
+    if options.kind == "toy":
+        return "toy features"
+    source = Path(options.train).name or "recordings"
+    return f"{source} at {options.sample_rate} Hz"
+
+
+def loading() -> Refusal:
+    return Refusal(503, "loading", "the model is being loaded", headers=[("Retry-After", "1")])
 
 
 def health(server: Server) -> Response:
-    system = server.system
-    about = {"status": "draining" if server.draining.is_set() else "ok", "model": server.model,
-             "feature_dim": system.stats.shape[1], "sample_rate": system.config.data.sample_rate,
-             "device": str(system.stats.device), "uptime": round(time.monotonic() - server.started, 3)}
-    if about["status"] == "ok":
-        return json_response(about)
-    return shutting_down().response(beside=about)
+    """200 from the start, as the process is well; 503 while draining."""
+    about = {"status": "ok" if server.loaded.is_set() else "loading", "model": None, "feature_dim": None,
+             "sample_rate": None, "device": None, "trained_on": None}
+    if server.loaded.is_set():
+        system = server.system
+        about.update(model=model_name(system), feature_dim=system.stats.shape[1],
+                     sample_rate=system.config.data.sample_rate, device=str(system.stats.device),
+                     trained_on=trained_on(system))
+    about["uptime"] = round(time.monotonic() - server.started, 3)
+    if server.draining.is_set():
+        return shutting_down().response(beside={**about, "status": "draining"})
+    return json_response(about)
+
+
+def ready(server: Server) -> Response:
+    """200 while requests are answered without delay: the model is loaded and warm, and nothing is draining."""
+    if server.draining.is_set():
+        return shutting_down().response(beside={"status": "draining"})
+    if not server.loaded.is_set():
+        return loading().response(beside={"status": "loading"})
+    return json_response({"status": "ready"})
 
 
 def page_response(page: str) -> Response:
@@ -442,12 +572,33 @@ def page_response(page: str) -> Response:
 
 
 def model_card(server: Server) -> dict:
-    return {"id": server.model, "object": "model", "created": server.created, "owned_by": "local"}
+    return {"id": model_name(server.system), "object": "model", "created": server.created, "owned_by": "local"}
 
 
-def enqueue(server: Server, head: Head, body: bytes, complete: float,
+def receive(server: Server, head: Head, body: bytes, complete: float,
+            has_left: Callable[[], bool]) -> bytes | Recording:
+    """On the connection's thread: JSON as it is, a recording as WAV, by ffmpeg if it must.
+
+    Raises Refusal, or ClientLeft if the client left before its turn.
+    """
+    if media_type(head) == "application/json":
+        return body
+    if server.system.config.data.kind == "toy":
+        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(server.system)}, which "
+                      "are no speech: it takes features as JSON, and no recordings", "file")
+    recording = read_recording(head, body, server.options)
+    if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
+        return recording
+    if has_left():
+        raise ClientLeft
+    deadline = complete + recording.terms.timeout
+    converted = convert(recording.wav, server.options.max_audio_seconds, deadline, server.conversions)
+    return recording._replace(wav=converted)
+
+
+def enqueue(server: Server, head: Head, sent: bytes | Recording, complete: float,
             has_left: Callable[[], bool]) -> tuple[Request, list[list[Job]]]:
-    """Parse a body and queue its jobs, on a parser thread -> its Request; for each upload, a job per piece.
+    """Parse what was sent and queue its jobs, on a parser thread -> its Request; for each upload, a job per piece.
 
     A piece without frames is not queued, as its outcome is known. complete: monotonic seconds at which the whole
     request had arrived; its deadline counts from there.
@@ -455,11 +606,11 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
     """
     if has_left():
         raise ClientLeft
-    request = parse_request(head, body, server.system, server.options)
+    request = parse_request(head, sent, server.system, server.options)
     now = time.monotonic()
     queue, by_upload = [], []
     for upload in request.uploads:
-        jobs = [Job(feats, upload, now, complete + request.timeout, has_left, upload.hotwords, taken=now)
+        jobs = [Job(feats, upload, now, complete + request.terms.timeout, has_left, upload.hotwords, taken=now)
                 for _, feats in upload.pieces]
         by_upload.append(jobs)
         for job in jobs:
@@ -473,13 +624,15 @@ def enqueue(server: Server, head: Head, body: bytes, complete: float,
 
 def transcribe(server: Server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
-    is_large = len(body) >= INTERRUPTIBLE and media_type(head) == "application/json"
+    complete = time.monotonic()
+    sent = receive(server, head, body, complete, has_left)
+    is_large = isinstance(sent, bytes) and len(sent) >= INTERRUPTIBLE
     parser = server.large_json_parser if is_large else server.parser
     found = []
     try:
         with server.batcher.preparing():
-            parsing = parser.submit(enqueue, server, head, body, time.monotonic(), has_left)
-            request, by_upload = parsing.result(server.options.request_timeout)
+            parsing = parser.submit(enqueue, server, head, sent, complete, has_left)
+            request, by_upload = parsing.result(max(0.0, complete + server.options.request_timeout - time.monotonic()))
         for upload, jobs in zip(request.uploads, by_upload):
             pieces = [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
             found.append(join_pieces(server.system, upload, pieces))
@@ -488,18 +641,17 @@ def transcribe(server: Server, head: Head, body: bytes, has_left: Callable[[], b
         raise deadline_passed() from None
     server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-    if request.openai:
-        response = openai_response(found[0].result, request.uploads[0].seconds, request.openai)
+    terms = request.terms
+    if terms.openai:
+        response = openai_response(found[0].result, request.uploads[0].seconds, terms.openai)
     else:
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, upload, jobs, recognition, total_ms, request.alignment)
+        results = [entry(server.system, upload, jobs, recognition, total_ms, terms.alignment)
                    for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
-        answered = {"results": results} if request.is_batch else results[0]
-        response = json_response({"id": head.id, "model": server.model, **answered})
-    remark = f" batch {by_upload[0][0].batch_size}"
-    if warning := unknown_warning(request.uploads[0].hotwords or (), server.system.tokenizer):
-        remark += f" {json.dumps(warning)}"       # its escapes keep a line a line
-    return response._replace(remark=remark)
+        answered = {"results": results} if terms.is_batch else results[0]
+        response = json_response({"id": head.id, "model": model_name(server.system), **answered})
+    warning = unknown_warning(request.uploads[0].hotwords or (), server.system.tokenizer) or ""
+    return response._replace(batch=by_upload[0][0].batch_size, warning=warning)
 
 
 def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognition, total_ms: float,
@@ -509,10 +661,12 @@ def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognitio
     timing = {"queue_ms": round((min(batches) - jobs[0].queued) * 1e3, 2),
               "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
-    value = {"text": found.result.text, "confidence": found.result.confidence,
+    value = {"text": written_text(found.result), "confidence": found.result.confidence,
              "tokens": [token_entry(token) for token in found.result.tokens],
              "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
              "timing": timing}
+    if found.result.sentences is not None:
+        value["sentences"] = sentence_entries(found.result)
     if warning := unknown_warning(upload.hotwords or (), system.tokenizer):
         value["warning"] = warning
     if alignment:
@@ -538,6 +692,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                                      "if set, is a key that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
+    add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
+    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
+    add("--punctuate", metavar="DIR", help="answer with sentences: a directory of ct-punc")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
@@ -555,8 +712,25 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                "max-frames": (6000, "rows of features"), "max-connections": (256, "open connections")}
     for name, (default, meaning) in numbers.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
-    add("--cors-origin", action="append", default=[], metavar="URL", help="let pages of this origin call; repeatable")
+    add("--no-ffmpeg", action="store_true", help="take WAV only, also where ffmpeg is installed")
+    add("--cors-origin", action="append", default=[], metavar="URL",
+        help="let pages of this origin call, as https://example.org, or * for any; repeatable")
+    add("--trusted-proxy", action="append", default=[], metavar="ADDRESS",
+        help="believe the X-Forwarded-For of this address or network, for the log; repeatable")
+    add("--log-format", choices=["text", "json"], default="text", help="of the log on standard error (default text)")
     arguments = parser.parse_args(argv)
+    if arguments.vad_schedule and not arguments.vad:
+        parser.error("--vad-schedule needs --vad")
+    try:
+        arguments.cors_origin = [parse_origin(text) for text in arguments.cors_origin]
+    except ValueError as error:
+        parser.error(f"--cors-origin: {error}")
+    try:
+        arguments.trusted_proxy = [ipaddress.ip_network(text, strict=False) for text in arguments.trusted_proxy]
+    except ValueError as error:
+        parser.error(f"--trusted-proxy: {error}")
+    if not arguments.host.strip():
+        parser.error("--host: wanted an address, got none; 0.0.0.0 is for all networks")
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port must be 0 to 65535, got {arguments.port}")
     for name in ("threads", *numbers):
@@ -567,8 +741,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def start(server: Server) -> Server:
-    """Start the inference thread and the one that accepts connections."""
-    threading.Thread(target=server.batcher.run, daemon=True, name="inference").start()
+    """Start the thread that accepts connections; they wait until `open`."""
     threading.Thread(target=server.serve_forever, args=(0.2,), daemon=True, name="accept").start()
     return server
 
@@ -595,6 +768,10 @@ def load_warm(options: argparse.Namespace) -> System:
     if options.threads:
         torch.set_num_threads(options.threads)
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
+    if options.vad:
+        system = system._replace(vad=load_vad(options.vad, options.vad_schedule or "config"))
+    if options.punctuate:
+        system = system._replace(punctuation=load_punctuation(options.punctuate))
     recognise_batch(system, [torch.zeros(50, system.stats.shape[1])])
     return system
 
@@ -609,8 +786,11 @@ def bound_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
 
 
-def catch_signals() -> int:
-    """SIGTERM and SIGINT from now on -> a descriptor with a byte to read for each.
+LOADED = 0              # a byte beside the numbers of signals
+
+
+def catch_signals() -> tuple[int, int]:
+    """SIGTERM and SIGINT from now on -> a descriptor with a byte to read for each, its number, and the other end.
 
     The system may hand a signal to any thread. Python calls its handler in the main thread, which would sleep on in
     Event.wait(); only set_wakeup_fd's byte is written by the thread that the signal has reached.
@@ -620,26 +800,84 @@ def catch_signals() -> int:
     signal.set_wakeup_fd(to_write)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: None)
-    return to_read
+    return to_read, to_write
+
+
+def listen(options: argparse.Namespace, log: Callable[..., None]) -> Server:
+    """Raises ValueError that says which of --host and --port is wrong."""
+    try:
+        return start(Server(options, log))
+    except (OSError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        if isinstance(error, (socket.gaierror, UnicodeError)) or error.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"--host {options.host}: no address of this machine: {said}; 127.0.0.1 is for this "
+                             "machine only, 0.0.0.0 for all networks") from None
+        hint = "; --port 0 takes a free port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+        raise ValueError(f"--host {options.host} --port {options.port}: {said}{hint}") from None
+
+
+def serve_model(server: Server, failures: list[Exception], wake: int) -> None:
+    """The inference thread: load the model, say so by a byte to `wake`, and work through the queue."""
+    try:
+        system = load_warm(server.options)
+        server.open(system, int(Path(server.options.checkpoint).stat().st_mtime))
+    except Exception as error:
+        failures.append(error)
+    os.write(wake, bytes([LOADED]))
+    if not failures:
+        server.batcher.run()
+
+
+def announce(server: Server, log: Log) -> None:
+    """Say where it listens and what it has loaded: in a log of text by a plain line, for people and their scripts."""
+    host, port = server.server_address[:2]
+    shown = f"[{host}]" if ":" in host else host
+    system = server.system
+    about = f"{model_name(system)}, {server.options.checkpoint}, {system.stats.device}, trained on {trained_on(system)}"
+    line = f"listening on http://{shown}:{port} ({about})"
+    if server.options.log_format == "text":
+        log.write(line)
+        log("INFO", "ready")
+    else:
+        log("INFO", "ready", message=line)
+
+
+def end_at_next(signals: int, log: Log) -> None:
+    number = os.read(signals, 1)[0]
+    log("WARNING", "signal", name=signal.Signals(number).name, message="the second one: ending at once")
+    log.flush(0.2)
+    os._exit(0)
 
 
 def run(options: argparse.Namespace) -> NoReturn:
     bound_memory()
-    signals = catch_signals()
+    signals, wake = catch_signals()
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
-    system = load_warm(options)
-    created = int(Path(options.checkpoint).stat().st_mtime)
-    try:
-        server = start(Server(system, options, start_log(), created))
-    except OSError as error:
-        raise ValueError(f"--host {options.host} --port {options.port}: {error.strerror}; "
-                         "--port 0 takes a free port") from None
+    log = Log(options.log_format)
+    server = listen(options, log)
     host, port = server.server_address[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"listening on http://{shown}:{port} ({server.model}, {options.checkpoint}, {system.stats.device})",
-          file=sys.stderr, flush=True)
-    os.read(signals, 1)         # waits for the first
-    drain(server, options.drain_timeout)
+    log("INFO", "start", host=host, port=port, checkpoint=options.checkpoint)
+    failures: list[Exception] = []
+    threading.Thread(target=serve_model, args=(server, failures, wake), daemon=True, name="inference").start()
+    is_slow = not select.select([signals], [], [], QUIET_SEC)[0]
+    if is_slow:
+        log.thread.start()
+    number = os.read(signals, 1)[0]
+    if failures:
+        raise failures[0]
+    if number == LOADED:
+        announce(server, log)
+    if not is_slow:
+        log.thread.start()
+    if number == LOADED:
+        number = os.read(signals, 1)[0]
+    log("INFO", "signal", name=signal.Signals(number).name)
+    threading.Thread(target=end_at_next, args=(signals, log), daemon=True, name="second signal").start()
+    if server.loaded.is_set():
+        log("INFO", "drain", seconds=options.drain_timeout)
+        drain(server, options.drain_timeout)
+    log("INFO", "stop")
+    log.flush(0.5)
     os._exit(0)         # a normal exit would wait for the parsers, and abort if a thread is still inside torch
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import convolve
-from audio import Segment, frontend, normalise, stream
+from audio import Segment, Source, frontend, normalise, stream
 from config import from_dict, parse_yaml
 from downloads import check_part
 from funasr import load_model, published_files, read_cmvn, rename
@@ -304,7 +304,7 @@ def feed(vad: Vad, state: State, samples: Tensor, last: bool = False) -> tuple[S
     vad.announce, (begin, -1) of one that stays open and (-1, end) of one that was reported so.
 
     Does not depend on how the samples are cut into calls. last: nothing follows; the state is then that of `start`.
-    An open segment is closed, but with vad.announce one that begins in the very last frame has (begin, -1) only.
+    An open segment is closed, but with vad.announce one that begins in the very last frame has (begin, -1) only. Raises ValueError if samples are not finite.
     """
     waiting = torch.cat([state.waiting, samples])
     size = vad.front_end.fs * vad.piece_ms // 1000
@@ -325,6 +325,8 @@ def feed_piece(vad: Vad, state: State, samples: Tensor, last: bool) -> tuple[Sta
     open_ms = state.open_ms + vad.piece_ms * (state.detector.begin >= 0)
     limit_ms, thres = limits(vad, open_ms)
     state, feats, level = next_features(vad, state, samples, last)
+    if not feats.isfinite().all():
+        raise ValueError("features not finite: are the samples of a float WAV far beyond 1?")
     if not len(feats):
         return state._replace(open_ms=open_ms), []
     scores, past = vad.network(feats[None], state.past)
@@ -399,10 +401,10 @@ def segments_of(vad: Vad, chunks: Iterable[Tensor]) -> Iterator[Event]:
     yield from feed(vad, state, torch.zeros(0), last=True)[1]
 
 
-def cut_speech(vad: Vad, source: str | bytes, rate_hz: int) -> Iterator[Segment]:
+def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
     """The stretches of speech of a recording, from a path or a file's bytes, at rate_hz; as audio.segments otherwise.
 
-    Keeps at most the open segment and what can belong to the next one. Raises as load_wav.
+    Keeps at most the open segment and what can belong to the next one. Raises as load_wav and `feed`.
     """
     heard = stream(source, vad.front_end.fs)
     wanted = heard if rate_hz == vad.front_end.fs else stream(source, rate_hz)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a socket: connections with deadlines, requests parsed strictly, forms, error objects, a log.
+"""HTTP/1.1 on a socket: connections with deadlines, requests parsed strictly, forms, error objects.
 
 The file follows a request: what is answered, its connection (one thread each), its head, a body that is a form. Parsers
 are functions from bytes to values. What is served is up to a subclass of `Door`. Python's http.server is not used: its
@@ -8,13 +8,12 @@ Needs the standard library only and imports nothing of ours, so it can be copied
 Sources: RFC 9110 and 9112 (HTTP), 2046 and 7578 (forms); the error object of OpenAI's API.
 """
 import contextlib
+import ipaddress
 import json
-import queue
 import re
 import select
 import socket
 import socketserver
-import sys
 import threading
 import time
 import traceback
@@ -28,6 +27,9 @@ MIB = 2 ** 20
 MAX_LINE, MAX_HEAD, MAX_HEADERS = 4096 + 16, 65536, 100        # request line and whole head in bytes; header lines
 MAX_PARTS, MAX_PART_HEAD = 128, 8192                    # of a form; the header of a part in bytes
 MAX_DRAIN, DRAIN_SEC = 64 * MIB, 3.0                    # bytes of a refused body to discard, so that the answer arrives
+MAX_CHUNKS, MAX_CHUNK_LINE = 100_000, 256               # of a chunked body; bytes of the line before each
+STATUS_START = b"HTTP/1.1 "                             # with which every answer begins
+PROBE_MS = 2                                            # to wait for the reset of a client that has gone
 
 
 class Refusal(Exception):
@@ -43,7 +45,7 @@ class Refusal(Exception):
     def response(self, beside: dict[str, Any] | None = None) -> "Response":
         kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
-        return json_response({**(beside or {}), "error": error}, self.status, self.headers)
+        return json_response({**(beside or {}), "error": error}, self.status, self.headers)._replace(code=self.code)
 
 
 class ClientLeft(Exception):
@@ -57,8 +59,9 @@ class Limits(NamedTuple):
     header_timeout: float
     body_timeout: float
     write_timeout: float            # of an answer
+    max_body_mb: float              # MiB
     max_connections: int
-    cors_origin: Sequence[str]      # origins whose pages may call
+    cors_origin: Sequence[str]      # origins whose pages may call, as parse_origin gives them
 
 
 class Head(NamedTuple):
@@ -69,7 +72,9 @@ class Head(NamedTuple):
     query: dict[str, str]
     headers: dict[str, str]         # lower-case names
     length: int | None              # Content-Length: bytes of the body
+    chunked: bool                   # the body comes in chunks, its length unknown
     close: bool                     # close after the answer: the client asks for it, or the head could not be read
+    peer: str = ""                  # address at the other end of the connection
 
 
 class Response(NamedTuple):
@@ -77,7 +82,9 @@ class Response(NamedTuple):
     media_type: str
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
-    remark: str = ""                # for the log
+    code: str = ""                  # of an error, for the log
+    batch: int = 0                  # utterances that the model worked through together, for the log
+    warning: str = ""               # for the log
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
@@ -85,9 +92,9 @@ def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, st
     return Response(status, "application/json", body, tuple(headers))
 
 
-def unread_head() -> Head:
+def unread_head(peer: str = "") -> Head:
     """A placeholder for a head that could not be read, or was not: its answer needs a request id as well."""
-    return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, True)
+    return Head(uuid.uuid4().hex, time.monotonic(), "", "", {}, {}, None, False, True, peer)
 
 
 def to_bytes(head: Head, response: Response, close: bool) -> bytes:
@@ -115,6 +122,8 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = bytearray()       # received and not parsed yet
+        self.writing = threading.Lock()
+        self.probed = False             # STATUS_START of the answer has been sent, by has_left
 
     def handle(self) -> None:
         while self.serve_one():
@@ -122,27 +131,27 @@ class Connection(socketserver.BaseRequestHandler):
 
     def serve_one(self) -> bool:
         """Read a request, admit it, read its body, answer it -> whether the connection stays open for another."""
-        head = unread_head()
+        head = unread_head(self.client_address[0])
         body = b""
         unread = True
         try:
             block = self.read_head()
             if block is None:
                 return False
-            head = parse_head(block)
-            unread = bool(head.length) or "transfer-encoding" in head.headers
+            head = parse_head(block)._replace(peer=head.peer)
+            unread = bool(head.length) or head.chunked
             self.server.admit(head)
             if head.method == "POST":
-                body = self.read_body(head)
+                body = self.read_chunks(head) if head.chunked else self.read_body(head)
                 unread = False
             self.server.phases[self.request] = "busy"
             response = self.server.answer(head, body, self.has_left)
         except Refusal as refusal:
             response = refusal.response()
         except (ClientLeft, ConnectionError):
-            response = Response(499, "", b"")       # nginx's code for a client that closed; logged, never sent
+            response = client_left()
         except Exception:
-            self.server.log(f"{head.id} {traceback.format_exc()}")
+            self.server.log("ERROR", "bug", id=head.id, traceback=traceback.format_exc())
             bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
             response = bug.response()
         return self.finish_one(head, response, unread)
@@ -155,15 +164,20 @@ class Connection(socketserver.BaseRequestHandler):
             cors = cors_headers(head, response, self.server.limits.cors_origin)
             response = response._replace(headers=response.headers + cors)
             with contextlib.suppress(OSError):
-                self.request.settimeout(self.server.limits.write_timeout)      # of the whole sendall
-                # one write: a second one could wait for the client's delayed ACK
-                self.request.sendall(to_bytes(head, response, close))
+                self.write_answer(to_bytes(head, response, close))
                 sent = True
-        self.server.count_and_log(head, response, response.status if sent else 499)
+        self.server.count_and_log(head, response if sent else client_left())
         if sent and unread:
             self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
         return sent and not close
+
+    def write_answer(self, answer: bytes) -> None:
+        """Send it all within write_timeout, in one write: a second one could wait for the client's delayed ACK."""
+        with self.writing:
+            self.request.settimeout(self.server.limits.write_timeout)      # of the whole sendall
+            self.request.sendall(answer.removeprefix(STATUS_START) if self.probed else answer)
+            self.probed = False
 
     def read_some(self, deadline: float) -> bytes:
         """The next bytes; b"" when the client sends no more. Raises TimeoutError at `deadline` (monotonic seconds)."""
@@ -211,13 +225,66 @@ class Connection(socketserver.BaseRequestHandler):
     def read_body(self, head: Head) -> bytes:
         """The body, exactly head.length bytes."""
         deadline = time.monotonic() + self.server.limits.body_timeout
-        if len(self.buffer) < head.length and head.headers.get("expect", "").lower() == "100-continue":
+        if len(self.buffer) < head.length:
+            self.send_continue(head)
+        self.fill(head.length, deadline, f"the body of {head.length} bytes")
+        return self.take(head.length)
+
+    def send_continue(self, head: Head) -> None:
+        if head.headers.get("expect", "").lower() == "100-continue":
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        while len(self.buffer) < head.length:
-            self.buffer += self.receive(deadline, f"the body of {head.length} bytes")
-        body = bytes(memoryview(self.buffer)[:head.length])
-        del self.buffer[:head.length]
-        return body
+
+    def fill(self, size: int, deadline: float, what: str) -> None:
+        """Receive until the buffer has `size` bytes or more."""
+        while len(self.buffer) < size:
+            self.buffer += self.receive(deadline, what)
+
+    def take(self, size: int) -> bytes:
+        """The first bytes of the buffer, which then begins behind them."""
+        taken = bytes(memoryview(self.buffer)[:size])
+        del self.buffer[:size]
+        return taken
+
+    def take_line(self, most: int, deadline: float) -> bytes:
+        """A line of at most so many bytes without its CR LF."""
+        while (end := self.buffer.find(b"\r\n", 0, most + 2)) < 0:
+            if len(self.buffer) >= most + 2:
+                raise bad_framing(f"a line of the chunked body is longer than {most} bytes")
+            self.buffer += self.receive(deadline, "the chunked body")
+        return self.take(end + 2)[:-2]
+
+    def read_chunks(self, head: Head) -> bytes:
+        """A chunked body, decoded; extensions and trailers are discarded. Source: RFC 9112, 7.1."""
+        deadline = time.monotonic() + self.server.limits.body_timeout
+        most = int(self.server.limits.max_body_mb * MIB)
+        if not self.buffer:
+            self.send_continue(head)
+        body = bytearray()
+        for _ in range(MAX_CHUNKS):
+            size = parse_chunk_size(self.take_line(MAX_CHUNK_LINE, deadline))
+            if not size:
+                self.discard_trailers(deadline)
+                return bytes(body)
+            if len(body) + size > most:
+                raise body_too_large(f"more than {most}", most)
+            self.fill(size + 2, deadline, "the chunked body")
+            body += memoryview(self.buffer)[:size]
+            if self.take(size + 2)[-2:] != b"\r\n":
+                raise bad_framing("a chunk does not end in CR LF")
+        raise bad_framing(f"wanted at most {MAX_CHUNKS} chunks")
+
+    def discard_trailers(self, deadline: float) -> None:
+        total = 0
+        for _ in range(MAX_HEADERS + 1):
+            line = self.take_line(MAX_HEAD, deadline)
+            if not line:
+                return
+            total += len(line) + 2
+            if total > MAX_HEAD:
+                break
+            if not HEADER_LINE.fullmatch(line):
+                raise bad_framing("a trailer is not 'Name: value'")
+        raise Refusal(431, "headers_too_large", f"wanted at most {MAX_HEAD} bytes and {MAX_HEADERS} lines of trailers")
 
     def read_away(self, seconds: float) -> None:
         """Discard what comes, within bounds: closing with bytes unread sends a TCP reset, and the answer is lost."""
@@ -229,13 +296,30 @@ class Connection(socketserver.BaseRequestHandler):
                 left -= len(piece)
 
     def has_left(self) -> bool:
-        """Whether the client has closed its side: other threads may ask before they work on its request."""
+        """Whether the client is gone: other threads may ask before they work on its request.
+
+        One that has closed its sending side may still read. The two differ in what the first bytes of the answer meet:
+        who is gone answers with a reset, within PROBE_MS unless far away.
+        """
+        if not self.writing.acquire(blocking=False):
+            return True             # it has an answer already: its deadline has passed
         try:
-            poll = select.poll()
-            poll.register(self.request, select.POLLIN)
-            return bool(poll.poll(0)) and not self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if not self.poll(select.POLLIN, 0) or self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return False
+            if not self.probed:
+                self.request.send(STATUS_START, socket.MSG_DONTWAIT)
+                self.probed = True
+            return self.poll(0, PROBE_MS)
         except (OSError, ValueError):
             return True
+        finally:
+            self.writing.release()
+
+    def poll(self, events: int, timeout_ms: float) -> bool:
+        """Whether one of these events comes in time, or the connection is broken."""
+        poll = select.poll()
+        poll.register(self.request, events)
+        return bool(poll.poll(timeout_ms))
 
 
 class Door(socketserver.ThreadingTCPServer):
@@ -245,7 +329,7 @@ class Door(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 1024           # listen backlog: a burst waits to be accepted; the default, 5, would reset it
 
-    def __init__(self, host: str, port: int, limits: Limits, log: Callable[[str], None]):
+    def __init__(self, host: str, port: int, limits: Limits, log: Callable[..., None]):
         self.limits = limits
         self.log = log
         self.draining = threading.Event()       # set: no connection stays open after its answer
@@ -261,24 +345,25 @@ class Door(socketserver.ThreadingTCPServer):
         """A whole, admitted request -> its answer; has_left asks for its client. Raises Refusal or ClientLeft."""
         raise NotImplementedError
 
-    def count_and_log(self, head: Head | None, response: Response, status: int) -> None:
-        """Take note of an answer; status is 499 where it could not be sent, head None where no request was read."""
+    def count_and_log(self, head: Head, response: Response) -> None:
+        """Take note of an answer; status is 499 where it could not be sent, the method "" where no request was read."""
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self.phases) >= self.limits.max_connections:
-            self.refuse(request)
+            self.refuse(request, client_address[0])
             return
         self.phases[request] = "idle"
         super().process_request(request, client_address)
 
-    def refuse(self, request: socket.socket) -> None:
+    def refuse(self, request: socket.socket, peer: str) -> None:
         """Answer 503 without a thread, and leave the client a second to read it (service_actions then closes)."""
         message = f"{self.limits.max_connections} connections are open, which is the most"
         response = Refusal(503, "overloaded", message, headers=[("Retry-After", "1")]).response()
-        self.count_and_log(None, response, response.status)
+        head = unread_head(peer)
+        self.count_and_log(head, response)
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            request.send(to_bytes(unread_head(), response, close=True))
+            request.send(to_bytes(head, response, close=True))
             request.shutdown(socket.SHUT_WR)
         self.refused.append((time.monotonic() + 1.0, request))
 
@@ -291,7 +376,7 @@ class Door(socketserver.ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: socket.socket, client_address: Any) -> None:
-        self.log(traceback.format_exc())
+        self.log("ERROR", "bug", client=client_address[0], traceback=traceback.format_exc())
 
     def cut(self, phases: Sequence[str], until: float) -> None:
         """End the connections in these phases (their reads return b"" from now on) and wait, until monotonic seconds
@@ -327,7 +412,7 @@ def check_head_size(block: bytes) -> None:
 def parse_head(block: bytes) -> Head:
     """Request line and header lines -> Head. Strict: what two parsers could read differently raises Refusal 400.
 
-    Source: RFC 9112. Transfer-Encoding is never decoded: alone it gets 411, with Content-Length 400.
+    Source: RFC 9112. The one Transfer-Encoding is chunked, in HTTP/1.1 and without Content-Length.
     """
     first, *lines = block.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
@@ -348,11 +433,15 @@ def parse_head(block: bytes) -> Head:
         raise bad_framing("HTTP/1.1 needs a Host header")
     if version == "HTTP/1.0":
         headers.pop("expect", None)     # to be ignored: HTTP/1.0 has no 100 Continue (RFC 9110, 10.1.1)
+    encoding = headers.get("transfer-encoding", "chunked").lower()
+    if encoding != "chunked" or version == "HTTP/1.0" and "transfer-encoding" in headers:
+        raise bad_framing("Transfer-Encoding must be chunked, in HTTP/1.1")
     path, query = parse_target(target)
     close = version == "HTTP/1.0" or "close" in re.split(r"[ \t,]+", headers.get("connection", "").lower())
     client_id = headers.get("x-request-id", "")
     request_id = client_id if re.fullmatch("[A-Za-z0-9._-]{1,64}", client_id) else uuid.uuid4().hex
-    return Head(request_id, time.monotonic(), method, path, query, headers, parse_length(headers), close)
+    return Head(request_id, time.monotonic(), method, path, query, headers, parse_length(headers),
+                "transfer-encoding" in headers, close)
 
 
 def parse_length(headers: dict[str, str]) -> int | None:
@@ -365,6 +454,14 @@ def parse_length(headers: dict[str, str]) -> int | None:
         raise bad_framing("Content-Length and Transfer-Encoding exclude each other")
     digits = text.lstrip("0") or "0"
     return int(digits[:19])         # 19 exceed any limit; int() raises on 4301
+
+
+def parse_chunk_size(line: bytes) -> int:
+    """The line before a chunk: its size in hex; an extension behind a semicolon is discarded. Raises Refusal."""
+    match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?", line)
+    if not match:
+        raise bad_framing("the size of a chunk must be 1 to 8 hexadecimal digits")
+    return int(match[1], 16)
 
 
 def parse_target(target: str) -> tuple[str, dict[str, str]]:
@@ -382,8 +479,33 @@ def media_type(head: Head) -> str:
     return head.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def body_too_large(got: int | str, most: int) -> Refusal:
+    return Refusal(413, "body_too_large", f"body: {got} bytes, at most {most} are allowed")
+
+
+def client_left() -> Response:
+    """Logged, never sent; 499 is nginx's code for a client that closed."""
+    return Response(499, "", b"", code="client_left")
+
+
 def shutting_down() -> Refusal:
     return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
+
+
+def parse_origin(text: str) -> str:
+    """An origin as browsers send it, or "*" for any; capitals, a slash at the end and a usual port are put right.
+
+    Raises ValueError for what no browser sends.
+    """
+    text = text.strip().lower().removesuffix("/")
+    if text == "*":
+        return text
+    match = re.fullmatch(r"(https?)://([a-z0-9.-]+|\[[0-9a-f:]+\])(?::([0-9]{1,5}))?", text)
+    if not match:
+        raise ValueError(f"wanted an origin like https://example.org or http://localhost:3000, or *, got {text!r}")
+    scheme, host, port = match.groups()
+    usual = {"http": "80", "https": "443"}[scheme]
+    return f"{scheme}://{host}" if port in (None, usual) else f"{scheme}://{host}:{port}"
 
 
 def cors_headers(head: Head, response: Response, origins: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -392,14 +514,27 @@ def cors_headers(head: Head, response: Response, origins: Sequence[str]) -> tupl
         return ()
     found = [("Vary", "Origin")]
     origin = head.headers.get("origin")
-    if origin in origins:
-        found += [("Access-Control-Allow-Origin", origin),
+    if origin is not None and ("*" in origins or origin in origins):
+        found += [("Access-Control-Allow-Origin", "*" if "*" in origins else origin),
                   ("Access-Control-Expose-Headers", "X-Request-Id, Retry-After")]
         if head.method == "OPTIONS":
             found += [("Access-Control-Allow-Methods", dict(response.headers).get("Allow", "")),
                       ("Access-Control-Max-Age", "600"),
                       ("Access-Control-Allow-Headers", head.headers.get("access-control-request-headers", ""))]
     return tuple(found)
+
+
+def client_address(head: Head, trusted: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> str:
+    """Who asks: the peer, or, where that is a trusted proxy, the last address of X-Forwarded-For that is none."""
+    found = head.peer.removeprefix("::ffff:")       # IPv4 at a socket of IPv6
+    for name in reversed(head.headers.get("x-forwarded-for", "").split(",")):
+        try:
+            if not any(ipaddress.ip_address(found) in network for network in trusted):
+                break
+            found = str(ipaddress.ip_address(name.strip()))
+        except ValueError:          # no address
+            break
+    return found
 
 
 # ---- forms ----
@@ -441,13 +576,14 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
                    "parts and no closing one")
 
 
-def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
-    """A form with one part "file" -> its content, and the fields: a text each, or a list of texts for names in "[]".
+def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, list[str]]]:
+    """A form with one part "file" -> its content, and the texts of each field. x, x[] and x[0] are one field: clients
+    differ in how they write a list.
 
     Files under other names are ignored. Raises Refusal 400.
     """
     files = []
-    fields: dict[str, Any] = {}
+    fields: dict[str, list[str]] = {}
     for name, is_file, content in parse_multipart(body, content_type):
         if is_file:
             if name == "file":
@@ -459,10 +595,7 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, Any]]:
             text = content.decode()
         except UnicodeDecodeError:
             raise bad_form("a field is not UTF-8") from None
-        if name.endswith("[]"):
-            fields.setdefault(name, []).append(text)
-        else:
-            fields[name] = text
+        fields.setdefault(re.sub(r"\[[0-9]*\]$", "", name), []).append(text)
     if len(files) != 1:
         raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
     return files[0], fields
@@ -474,21 +607,3 @@ def parse_flag(name: str, value: Any) -> bool:
     if text not in ("true", "1", "false", "0", ""):
         raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
     return text in ("true", "1")
-
-
-# ---- the log ----
-
-def start_log() -> Callable[[str], None]:
-    """A function whose own thread writes each line to standard error; above 1000 unwritten ones lines are dropped."""
-    lines: queue.Queue[str] = queue.Queue(1000)
-
-    def write() -> None:
-        while True:
-            print(lines.get(), file=sys.stderr, flush=True)
-
-    def log(line: str) -> None:
-        with contextlib.suppress(queue.Full):
-            lines.put_nowait(line)
-
-    threading.Thread(target=write, daemon=True, name="log").start()
-    return log

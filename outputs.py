@@ -1,0 +1,390 @@
+"""Where decode.py's results go: a file for each utterance, or one for all, which can be gone on with.
+
+One file for all, x.jsonl, grows beside it, in x.jsonl.part: a line of JSON for each result as soon as it is there, so
+whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go into
+x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1).
+Reading order: names, the plan, what is done already, writing, the console. Needs data.py, manifests.py, report.py and what these need.
+"""
+import glob
+import json
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import data
+from manifests import RECORDINGS
+from ranks import sum_over_ranks
+from report import FORMS, Outcome, Result, Score, Token, Word, json_row, score, written_text
+from survival import interrupted_later, stream_error
+
+
+# ---- names ----
+
+LONGEST = 180  # bytes of a name; of the 255 that file systems take, number, suffix and .tmp need the rest
+
+
+def safe_name(text: str) -> str:
+    """A name for a file: what is no letter, digit or one of ._- and space becomes _; a long one is cut in the middle,
+    as "part 1" and "part 2" stand at the end."""
+    name = "".join(c if c.isalnum() or c in "._- " else "_" for c in text).strip()
+    if not name.strip("."):
+        return "_"
+    raw = name.encode()
+    if len(raw) <= LONGEST:
+        return name
+    half = (LONGEST - 3) // 2
+    return raw[:half].decode(errors="ignore") + "..." + raw[-half:].decode(errors="ignore")
+
+
+def file_names(keys: Sequence[str]) -> list[str]:
+    """A path without suffix for each key: its folders but for those that all share, and its name; no two alike, in
+    capitals or not."""
+    paths = []
+    for key in keys:
+        path = PurePosixPath(key.replace(os.sep, "/"))
+        last = path.stem if path.suffix.lower() in RECORDINGS else path.name
+        paths.append([*(part for part in path.parts[:-1] if part != "/"), last])
+    shared = len(os.path.commonprefix([path[:-1] for path in paths]))
+    names = []
+    numbers = {}  # the last one given to each name, as thousands of files may be called audio.wav
+    for path in paths:
+        name = wanted = "/".join(safe_name(part) for part in path[shared:])
+        while name.lower() in numbers:
+            numbers[wanted.lower()] += 1
+            name = f"{wanted}-{numbers[wanted.lower()]}"
+        numbers[name.lower()] = 1
+        names.append(name)
+    return names
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a file whole, and make the folders that it needs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_atomic(path, content)
+
+
+# ---- the plan ----
+
+class Output(NamedTuple):
+    """At most one of `files` and `merged` is there."""
+
+    form: str  # a key of FORMS
+    keys: Sequence[str]  # of the inputs
+    numbers: Sequence[int] = ()  # of each, how many before it have its key
+    files: Sequence[Path] = ()  # of each input
+    merged: Path | None = None  # one file for all
+    rank: int = 0
+
+    @property
+    def part(self) -> Path:
+        """Where this process writes what it has of `merged`."""
+        return self.merged.with_name(f"{self.merged.name}.part{self.rank or ''}")
+
+
+def pick_form(path: str | None, form: str | None) -> str:
+    """--format, by default what --output ends in. Raises ValueError if one says something else than the other."""
+    suffix = Path(path).suffix[1:] if path else ""
+    if not form:
+        return suffix if suffix in FORMS else "json"
+    if suffix in FORMS and suffix != form and not os.path.isdir(path):
+        raise ValueError(f"--output: wanted a folder or a file that ends in .{form}, got {path}")
+    return form
+
+
+def plan_output(path: str | None, form: str | None, keys: Sequence[str], rank: int = 0) -> Output:
+    """Where the results of the inputs with these keys go: where path ends in .jsonl or in the form, and is no folder,
+    one file; else a folder. Raises ValueError where several results would go into a file for one."""
+    form = pick_form(path, form)
+    if not path:
+        return Output(form, keys, rank=rank)
+    place = Path(path)
+    is_file = place.suffix == f".{form}" and not place.is_dir()
+    if place.suffix == ".jsonl" or form == "ctm":
+        is_whole = is_file or place.suffix == ".jsonl"
+        numbers = [number for _, number in numbered(keys)]
+        return Output(form, keys, numbers, merged=place if is_whole else place / "results.ctm", rank=rank)
+    if not is_file:
+        return Output(form, keys, files=[place / f"{name}.{form}" for name in file_names(keys)], rank=rank)
+    if len(keys) != 1:
+        raise ValueError(f"--output: wanted a folder for the {form} files of {len(keys)} inputs, got the file {path}")
+    return Output(form, keys, files=[place], rank=rank)
+
+
+def check_replaced(output: Output, inputs: Sequence[str], recordings: Iterable[str]) -> None:
+    """Raises ValueError for an output that would replace an input, or what lies beside a recording under its name: the
+    text that a person has written, for all that is known. recordings: the path of each input, where there are."""
+    if output.merged and output.merged.is_dir():
+        raise ValueError(f"--output: wanted a file to write or replace, got the folder {output.merged}")
+    if output.merged and output.merged.exists():
+        for path in inputs:
+            if os.path.exists(path) and output.merged.samefile(path):
+                raise ValueError(f"--output: wanted another file than the inputs, got {output.merged}")
+    for file, recording in zip(output.files, recordings):
+        beside = Path(recording).with_suffix(file.suffix) if recording else None
+        if beside and file.exists() and beside.exists() and file.samefile(beside):
+            raise ValueError(f"--output: {file} lies beside the recording of its name and may be its text; wanted "
+                             "another folder, or --resume, which keeps the files that are there")
+
+
+# ---- what is done already ----
+
+def parts_of(merged: Path) -> list[Path]:
+    return sorted(merged.parent.glob(f"{glob.escape(merged.name)}.part*"))
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(byte where it starts, line) of a part; one that breaks off, as the last may, is none."""
+    start = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield start, line
+            start += len(line)
+
+
+def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
+    """Each key with how many times it stood before, as several inputs may have the same."""
+    counts: Counter[str] = Counter()
+    pairs = []
+    for key in keys:
+        pairs.append((key, counts[key]))
+        counts[key] += 1
+    return pairs
+
+
+def part_line(outcome: Outcome, number: int) -> bytes:
+    """The line of JSON of a result; in a part it has the number of its key, where that is not 0, and the text without
+    punctuation, where there is some."""
+    more = {}
+    if number:
+        more["number"] = number
+    if written_text(outcome.result) != outcome.result.text:
+        more["spoken"] = outcome.result.text
+    row = json.loads(json_row(outcome)) | more
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+
+
+def final_line(line: bytes) -> bytes:
+    """A line of a part as `json_row` wrote it."""
+    row = json.loads(line)
+    row.pop("number", None)
+    row.pop("spoken", None)
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+
+
+def read_outcome(line: bytes, index: int, place: str) -> Outcome:
+    """What `json_row` wrote, but for n-best and the spacing of words. Raises ValueError if it is none of its rows."""
+    try:
+        row = json.loads(line)
+        tokens = [Token(**token) for token in row["tokens"]]
+        words = [Word(word["word"], word["start"], word["end"], word["confidence"]) for word in row["words"]]
+        result = Result(row.get("spoken", row["text"]), row["confidence"], tokens, words)
+        is_scored = "sentences" not in row or "spoken" in row  # else nobody knows the text without its marks
+        reference = row.get("reference", "") if is_scored else ""
+        return Outcome(index, row["key"], row["duration"], reference, result)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{place}: wanted a result that decode.py wrote, to go on from, got {line[:60]!r} ({error})"
+                         ) from None
+
+
+def earlier_outcomes(output: Output) -> Iterator[Outcome]:
+    """What an earlier run left, with the place of its input, -1 where that is not among the inputs; forms but json and
+    ctm give an Outcome without result."""
+    if output.merged:
+        places = {pair: index for index, pair in enumerate(numbered(output.keys))}
+        for part in parts_of(output.merged):
+            for start, line in whole_lines(part):
+                outcome = read_outcome(line, -1, f"{part}, byte {start}")
+                pair = outcome.key, json.loads(line).get("number", 0)
+                yield outcome._replace(index=places.get(pair, -1))
+    for index, file in enumerate(output.files):
+        if file.exists():
+            done = Outcome(index, output.keys[index])
+            yield read_outcome(file.read_bytes(), index, str(file)) if output.form == "json" else done
+
+
+def begin_merged(output: Output, going_on: bool) -> None:
+    """Rank 0 looks at what an earlier run left. Raises ValueError for results that would be lost."""
+    output.merged.parent.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(output.merged)
+    if parts and not going_on:
+        raise ValueError(f"{parts[0]}: results of a run that has not come to its end; to go on with it, add --resume, to "
+                         "start over, remove the file")
+    if going_on and not parts and output.merged.exists() and output.form == "json":
+        twice = [key for key, number in numbered(output.keys) if number]
+        if twice:
+            raise ValueError(f"--resume: wanted a key of its own for each input, to find what {output.merged} lacks, got "
+                             f"{twice[0]!r} twice")
+        with data.replacing(output.part) as path:  # it is whole or not there
+            shutil.copyfile(output.merged, path)
+
+
+def prepare_output(options, dataset, count: int, rank: int) -> Output:
+    """Where the results of a dataset's first `count` inputs go; options are those of decode.py. Raises ValueError, in every process, for a file that must not
+    be replaced."""
+    keys = dataset.keys[:count] if options.output else []
+    output = plan_output(options.output, options.format, keys, rank)
+    recordings = (row.audio for row in getattr(dataset, "rows", ()))  # toy data have none
+    check_replaced(output, options.inputs, () if options.resume else recordings)
+    refused = {}
+    if output.merged and rank == 0:
+        try:
+            begin_merged(output, options.resume)
+        except ValueError as error:
+            refused = {"why": str(error)}
+    refused = sum_over_ranks(refused)  # the others wait for rank 0
+    if refused:
+        raise ValueError(refused["why"])
+    return output
+
+
+def what_is_done(output: Output, encode: Callable[[str], list[int]]) -> tuple[set[int], list[Score]]:
+    """The inputs that an earlier run recognised, and the scores of those whose results can be read back."""
+    done: set[int] = set()
+    scores: list[Score] = []
+    for outcome in earlier_outcomes(output):
+        done.add(outcome.index)
+        if outcome.reference and outcome.index >= 0:
+            scores.append(score(outcome, encode))
+    done.discard(-1)
+    sum_over_ranks({})  # all have read it: now it may grow
+    print(f"going on: {len(done)} of {len(output.keys)} are done", file=sys.stderr)
+    return done, scores
+
+
+# ---- writing ----
+
+def open_part(output: Output) -> BinaryIO:
+    """This process's part, to go on with behind its last whole line."""
+    end = 0
+    if output.part.exists():
+        for start, line in whole_lines(output.part):
+            end = start + len(line)
+    file = open(output.part, "ab")
+    file.truncate(end)
+    return file
+
+
+def write_outcomes(output: Output, part: BinaryIO | None, outcomes: Sequence[Outcome]) -> None:
+    """What one batch has come to, at once."""
+    done = [outcome for outcome in outcomes if outcome.result]
+    if part:
+        part.write(b"".join(part_line(outcome, output.numbers[outcome.index]) for outcome in done))
+        part.flush()
+    for outcome in done if output.files else ():
+        write_file(output.files[outcome.index], FORMS[output.form](outcome))
+
+
+def merge_parts(output: Output, keep: bool) -> None:
+    """Write `merged` from all parts, in the order of the inputs. keep: the run has not come to its end, so the parts
+    stay, to go on from."""
+    places = {pair: index for index, pair in enumerate(numbered(output.keys))}
+    parts = parts_of(output.merged)
+    lines = []  # (place of the input, number of the part, byte)
+    for number, part in enumerate(parts):
+        for start, line in whole_lines(part):
+            row = json.loads(line)
+            lines.append((places.get((row["key"], row.get("number", 0)), -1), number, start))
+    files = [open(part, "rb") for part in parts]
+    with data.replacing(output.merged) as path, open(path, "wb") as target:
+        for index, number, start in sorted(lines):
+            files[number].seek(start)
+            line = files[number].readline()
+            if output.form == "json":
+                target.write(final_line(line))
+            else:
+                target.write(FORMS[output.form](read_outcome(line, index, str(parts[number]))).encode())
+    for file in files:
+        file.close()
+    for part in () if keep else parts:
+        part.unlink()
+
+
+def end_output(output: Output, part: BinaryIO | None, interrupted: bool, processes: int) -> None:
+    """Rank 0 writes `merged`; not where one of several processes was interrupted, as parts of others may still grow."""
+    if part:
+        part.close()
+    if output.merged and output.rank == 0 and (processes == 1 or not interrupted):
+        with interrupted_later():
+            merge_parts(output, keep=interrupted)
+    if interrupted and output.rank == 0 and (output.merged or output.files):
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+
+
+# ---- on the console ----
+
+ERASE = "\r\x1b[K"  # a terminal's line
+
+
+class ProgressBar:
+    """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as
+    many as rank 0."""
+
+    def __init__(self, total: int, shard: tuple[int, int]):
+        self.total = total
+        self.shard = shard
+        self.started = time.perf_counter()
+        self.done = 0
+        self.seconds = 0.0  # of audio
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        rank, processes = self.shard
+        self.done = min(self.total, self.done + processes * len(outcomes))
+        self.seconds += processes * sum(outcome.seconds for outcome in outcomes)
+        if rank == 0 and sys.stderr.isatty():
+            factor = (time.perf_counter() - self.started) / max(self.seconds, 1e-9)
+            print(f"{ERASE}[{'#' * (30 * self.done // self.total):30}] {self.done}/{self.total}  "
+                  f"real-time factor {factor:.4f}", end="", file=sys.stderr, flush=True)
+
+    def erase(self) -> None:
+        if sys.stderr.isatty():
+            print(ERASE, end="", file=sys.stderr)
+
+
+SHOWN = 10  # results that a terminal gets where no INPUT is named
+
+
+class Tally(NamedTuple):
+    """What became of all inputs."""
+
+    heard: list[tuple[int, float]]  # (place, seconds) of each that was recognised
+    failed: int
+    scores: list[Score]  # of those that have a reference
+    interrupt: KeyboardInterrupt | None  # Ctrl-C, or what ended the run like it
+
+
+def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, bar: ProgressBar,
+                  encode: Callable[[str], list[int]]) -> Tally:
+    """Print each outcome, compare it with its reference. own: of the checkpoint's own data a terminal gets SHOWN, with
+    references; alone: nothing but standard output gets them, so OSError is raised when that is gone."""
+    heard: list[tuple[int, float]] = []
+    scores: list[Score] = []
+    failed = 0
+    interrupt = None
+    brief = own and sys.stdout is not None and sys.stdout.isatty()
+    try:
+        for outcome in outcomes:
+            bar.erase()
+            if outcome.result is None:
+                failed += 1
+                print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
+                continue
+            if not brief:
+                print(f"{outcome.key}\t{written_text(outcome.result)}", flush=True)
+            elif len(heard) < SHOWN:
+                print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
+            if alone and stream_error(sys.stdout):
+                raise OSError(f"standard output: {stream_error(sys.stdout)}; --output keeps results in a file")
+            heard.append((outcome.index, outcome.seconds))
+            if outcome.reference:
+                scores.append(score(outcome, encode))
+    except KeyboardInterrupt as error:
+        interrupt = error
+    if brief and len(heard) > SHOWN:
+        print(f"and {len(heard) - SHOWN} more, which a file or a pipe gets: python decode.py > results.tsv")
+    return Tally(heard, failed, scores, interrupt)

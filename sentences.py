@@ -1,0 +1,29 @@
+"""The sentences of a result, by a punctuation model. Needs punctuation.py and report.py with what these need."""
+from collections.abc import Sequence
+
+from punctuation import Punctuation, punctuate_words
+from report import Result, Sentence, Word, is_ideograph, join_words
+
+
+def with_sentences(punctuation: Punctuation | None, result: Result) -> Result:
+    """The result with `sentences`: its words with their marks and capitals, in their own times. None: as it is."""
+    if punctuation is None:
+        return result
+    written = punctuate_words(punctuation, [word.text for word in result.words])
+    sentences: list[Sentence] = []
+    words: list[Word] = []
+    last = ""
+    for word, new in zip(result.words, written, strict=True):
+        apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))
+        words.append(word._replace(text=new.text, spaced=new.spaced or apart))  # apart: accents are no ASCII
+        last = word.text
+        if new.ends == "sentence":
+            sentences.append(sentence_of(words))
+            words = []
+    if words:
+        sentences.append(sentence_of(words))
+    return result._replace(sentences=tuple(sentences))
+
+
+def sentence_of(words: Sequence[Word]) -> Sentence:
+    return Sentence(join_words(words), words[0].start, words[-1].end, list(words))
