@@ -6,6 +6,8 @@
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
 
+    python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
+
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """
 import argparse
@@ -47,10 +49,12 @@ from decode import (batch_limits, decode_batch, drawable, greedy_system, open_in
 from dry_run import num_parameters, rehearse
 from funasr import PieceTokenizer
 from model import Hypotheses
+from punctuation import Punctuation, PunctuationModel, punctuate
 from report import Outcome, Score, score
 from serve import load_warm, recognise_batch
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, save
+from vad import FrontEnd, Fsmn, Network, Options, Vad, segments_of
 
 
 HERE = Path(__file__).resolve().parent
@@ -582,7 +586,29 @@ def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
         print(f"{count:8} {dtype:9}{np.median(model_ms):8.0f} {extent:18}{np.median(list_ms):10.1f}", flush=True)
 
 
-MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords}
+def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int = 10000, turns: int = 3) -> None:
+    """Print what models of the published sizes cost, with random weights: the best of some turns, on 2 threads."""
+    if arguments:
+        raise ValueError(f"parts: wanted no more arguments, got {' '.join(arguments)}")
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    stats = torch.stack([torch.zeros(400), torch.ones(400) / 10])
+    listener = Vad(FrontEnd(), Options(), Fsmn(Network()).eval(), stats)
+    minute = torch.randn(60 * 16000) / 10
+    best = min(repeat(lambda: list(segments_of(listener, itertools.repeat(minute, seconds // 60))), number=1, repeat=turns))
+    print(f"VAD: {seconds} s of audio in {best:.2f} s, {100 * best / seconds:.3f}% of real time")
+    shape = configs.EncoderConfig("sanm", num_layers=4, hidden_dim=256, num_heads=8, ffn_dim=1024, kernel_size=11)
+    marks = ("<unk>", "_", "，", "。", "？", "、")
+    alphabet = [chr(0x4E00 + i) for i in range(3000)]
+    ids = {token: i for i, token in enumerate(["<unk>", *alphabet])}
+    writer = Punctuation(PunctuationModel(272727, len(marks), shape).eval(), ids, marks, 3)
+    text = "".join(np.random.default_rng(0).choice(alphabet, characters))
+    best = min(repeat(lambda: punctuate(writer, text), number=1, repeat=turns))
+    print(f"punctuation: {characters} characters in {best:.2f} s")
+
+
+MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
+            "parts": measure_parts}
 
 
 def main(argv: Sequence[str]) -> int:

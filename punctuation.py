@@ -107,6 +107,7 @@ class Punctuation(NamedTuple):
 NO_MARK = "_"
 SPLIT_SIZE = 20                     # tokens that are read at a time
 LONGEST = 200                       # tokens without a stop, behind which a sentence ends at a comma
+MOST = 1000                         # without a comma either, behind which reading begins anew; FunASR reads on and on
 STOPS = "。？"                      # where FunASR ends what it reads; a list of marks with "?" has no question then
 SENTENCE_ENDS = ("。", "？", ".", "?", "！", "!")
 PAUSES = ("，", "、", ",")
@@ -139,7 +140,7 @@ def mark_tokens(punctuation: Punctuation, tokens: Sequence[str], split_size: int
             end = last_mark(punctuation, marks, "，")
             if end >= 0 and first + split_size < len(tokens):
                 marks[end] = punctuation.end
-        if first + split_size >= len(tokens):
+        if first + split_size >= len(tokens) or end < 0 and len(read) > MOST:
             end = len(read) - 1
         groups.append((read[:end + 1], marks[:end + 1]))
         rest = read[end + 1:]
