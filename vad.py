@@ -12,12 +12,17 @@ Source: Zhang et al. 2018 "Deep-FSMN"; FunASR 1.4, whose segments these are.
 """
 import argparse
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
+
+# Set before torch is loaded: idle threads then spin for 10 us and sleep, as in decode.py.
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 import torch
