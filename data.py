@@ -403,26 +403,47 @@ class ManifestDataset(Dataset):
         return tokens
 
 
-def training_texts(options) -> Iterable[str]:
+def training_texts(options) -> Iterator[str]:
     """The texts that a tokenizer is built from: those of the training manifests, or every letter of the toy task."""
     if options.kind == "toy":
-        return [toy_letter(symbol) for symbol in range(options.toy.num_symbols)]
-    rows = itertools.chain.from_iterable(map(scan_rows, find_manifests(options.train)))
-    return (row.text for _, row in rows)
+        yield from map(toy_letter, range(options.toy.num_symbols))
+        return
+    try:
+        for path in find_manifests(options.train):
+            yield from (row.text for _, row in scan_rows(path))
+    except ValueError as error:
+        raise ValueError(f"data.train: {error}") from None
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
                  frames_per_token: int = 1, augment: bool = False) -> Dataset:
     """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds.
 
-    options.train, dev and test are as in find_manifests; where dev or test is "", it is the training manifest.
+    options.train, dev and test are as in find_manifests; where dev or test is "", it is the training manifest. Raises
+    ValueError that names the field.
     """
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
         split_seed = 3 * seed + ("train", "dev", "test").index(split)
         return ToySeq2SeqDataset(size, options, encode, split_seed, augment, stats)
-    source = getattr(options, split) or options.train
-    return ManifestDataset(source, options, encode, seed, augment, stats, frames_per_token)
+    field = split if getattr(options, split) else "train"
+    try:
+        return ManifestDataset(getattr(options, field), options, encode, seed, augment, stats, frames_per_token)
+    except ValueError as error:
+        raise ValueError(f"data.{field}: {error}") from None
+
+
+def check_usable(dataset: Dataset, place: str) -> None:
+    """Raises ValueError, with the first three reasons, if every item is skipped; looks no further than the first that
+    is not."""
+    reasons = []
+    for item in dataset:
+        if isinstance(item, Utterance):
+            return
+        if len(reasons) < 3:
+            reasons.append(f"{item.key}: {item.reason}")
+    raise ValueError(f"{place}: wanted recordings to use, got none: skipped {len(dataset)} of {len(dataset)}; "
+                     f"{'; '.join(reasons)}")
 
 
 # ---- batches ----

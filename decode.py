@@ -47,7 +47,7 @@ from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
-from manifests import is_stream, left_out_lines, read_inputs
+from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
 from outputs import (ProgressBar, Tally, end_output, file_names, open_part, prepare_output, print_results, what_is_done,
                      write_file, write_outcomes)
@@ -506,10 +506,12 @@ def with_hotwords(system: System, given: str) -> System:
     return system._replace(hotwords=tuple(phrases))
 
 
-def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipes: bool = False) -> Dataset:
+def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipes: bool = False,
+                checkpoint: str = DEFAULT_CHECKPOINT) -> Dataset:
     """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
 
-    scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp.
+    scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp; checkpoint: the path
+    of the system's, from where its own manifests are found.
     """
     options, stats = system.config.data, system.stats.cpu()
     if options.kind == "toy" and not inputs and system.vad:
@@ -518,12 +520,21 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
     if not (inputs or options.test or options.dev):
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
+    def dataset(source: str | list[Row]) -> Dataset:
+        return data.ManifestDataset(source, options, system.tokenizer.encode, stats=stats, for_training=False,
+                                    whole_sec=whole_sec(system))
+
+    if not inputs:
+        field = "test" if options.test else "dev"
+        try:
+            return dataset(find_again(getattr(options, field), checkpoint))
+        except ValueError as error:
+            raise ValueError(f"the checkpoint's data.{field}: {error}") from None
     rows, left_out = read_inputs(inputs, scratch, allow_pipes)
     if own_rank() == 0:
         for line in left_out_lines(left_out):
             print(f"decode.py: {line}", file=sys.stderr)
-    return data.ManifestDataset(rows if inputs else options.test or options.dev, options, system.tokenizer.encode,
-                                stats=stats, for_training=False, whole_sec=whole_sec(system))
+    return dataset(rows)
 
 
 def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
@@ -601,7 +612,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     if arguments.punctuate:
         system = system._replace(punctuation=load_punctuation(arguments.punctuate))
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes)
+        dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes, arguments.ckpt)
         return run(arguments, system, dataset, shard)
 
 

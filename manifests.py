@@ -201,6 +201,19 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
     return paths
 
 
+def find_again(source: str, checkpoint: str | os.PathLike) -> str:
+    """The source of find_manifests, as a run named it whose checkpoint this is, from another working directory too.
+
+    Its relative names are looked for in the folder that holds `runs`, then above that, then here; it stays as it is if
+    they are nowhere.
+    """
+    for folder in Path(os.path.abspath(checkpoint)).parents[3:]:        # of runs/<run>/checkpoints/<name>.pt
+        moved = ",".join(os.path.join(folder, name.strip()) for name in source.split(","))
+        if all(os.path.exists(path) for path in find_manifests(moved)):
+            return source if os.path.samefile(folder, os.curdir) else moved
+    return source
+
+
 class Manifest:
     """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
 

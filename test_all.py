@@ -2835,6 +2835,54 @@ def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path)
         assert (len(whole[0].feats) > 0) == read and whole[0].seconds == n / 8000
 
 
+def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by_field(tmp_path, capsys, ckpt):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    good = write_manifest(tmp_path / "good.jsonl", [{"audio": spoken(tmp_path / "a.wav", 0.6), "text": "ab"}] * 2)
+    bad = write_manifest(tmp_path / "bad.jsonl", [{"audio": f"no/{i}.wav", "text": "ab"} for i in range(5)])
+    skipped = (f"wanted recordings to use, got none: skipped 5 of 5; 0: missing: {tmp_path}/no/0.wav; 1: missing: "
+               f"{tmp_path}/no/1.wav; 2: missing: {tmp_path}/no/2.wav\n")
+    gone = f"{tmp_path}/gone: wanted a text file, got none of that name\n"
+    for field, other, name, words in (("train", "dev", "gone", gone), ("dev", "train", "gone", gone),
+                                      ("train", "dev", "bad.jsonl", skipped), ("dev", "train", "bad.jsonl", skipped)):
+        argv = [path, "--data.kind=manifest", f"--data.{field}={tmp_path / name}", f"--data.{other}={good}", "--dry-run"]
+        assert train.main(argv) == 2 and capsys.readouterr().err == f"train.py: data.{field}: {words}"
+    system = checkpoint.load_system(ckpt, "cpu")
+    options = replace(system.config.data, kind="manifest", test=f"{tmp_path}/gone")
+    with pytest.raises(ValueError, match=f"^the checkpoint's data.test: {tmp_path}/gone: wanted a text file"):
+        decode.open_inputs(system._replace(config=replace(system.config, data=options)), [], tmp_path)
+
+
+# C95
+def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_folder(tmp_path, monkeypatch, capsys):
+    """Names are relative to the folder that holds runs/: resumed and decoded from a folder with manifests of its own."""
+    home, other = tmp_path / "home", tmp_path / "other"
+    for folder, count in ((home, 4), (other, 2)):
+        (folder / "corpus").mkdir(parents=True)
+        rows = [{"audio": f"{i}.wav", "text": "ab ba", "key": f"{folder.name}{i}"} for i in range(count)]
+        for row in rows:
+            spoken(folder / "corpus" / row["audio"], 0.7)
+        for split in ("train", "dev", "test"):
+            write_manifest(folder / f"corpus/{split}.jsonl", rows)
+    monkeypatch.chdir(home)
+    names = [f"--data.{split}=corpus/{split}.jsonl" for split in ("dev", "test")]
+    assert train.main([tiny_yaml(home / "tiny.yaml"), "--data.kind=manifest", "--data.train=corpus/t*n.jsonl", *names,
+                       "--training.num_epochs=1"]) == 0
+    assert manifests.find_again("corpus/dev.jsonl", "runs/latest/checkpoints/best.pt") == "corpus/dev.jsonl"
+    monkeypatch.chdir(other)
+    for moved in (home, tmp_path / "new"):
+        home.rename(moved)
+        home = moved
+        assert train.main(["--resume", str(moved / "runs/latest")]) == 0
+        capsys.readouterr()
+        best = moved / "runs/latest/checkpoints/best.pt"
+        code, lines, _ = decoded(capsys, "--ckpt", best)
+        assert code == 0 and [key for key, _ in lines] == ["home0", "home1", "home2", "home3"]
+        assert manifests.find_again("corpus/train.jsonl,corpus/d*.jsonl", best) == (
+            f"{moved}/corpus/train.jsonl,{moved}/corpus/d*.jsonl")
+    assert manifests.find_again("gone.jsonl", best) == "gone.jsonl"
+    assert manifests.find_again(f"{home}/corpus/dev.jsonl", best) == f"{home}/corpus/dev.jsonl"
+
+
 def recordings(folder: Path, count: int) -> Path:
     """A manifest of `count` tones of 0.3 to 1.2 s at 8 and 16 kHz, durations in every other row."""
     rows = []

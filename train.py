@@ -51,6 +51,7 @@ from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, 
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
 from funasr import PieceTokenizer
+from manifests import find_again
 from pictures import write_pictures
 from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
@@ -215,6 +216,7 @@ def open_split(system: System, split: str, augment: bool) -> torch.utils.data.Da
                                 config.model.encoder.subsampling, augment)
     if not len(dataset):
         raise ValueError(f"data.{split}: wanted utterances, got none in {getattr(config.data, split)}")
+    data.check_usable(dataset, f"data.{split}")
     return dataset
 
 
@@ -226,6 +228,9 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     system = start_from(config) if state is None else load_state(state, place)
     config, tokenizer, stats, model = system[:4]
     training = config.training
+    if state is not None:  # for the datasets alone: checkpoints keep the names that were given
+        found = {split: find_again(getattr(config.data, split), place) for split in ("train", "dev")}
+        system = system._replace(config=replace(config, data=replace(config.data, **found)))
     train_set = open_split(system, "train", augment=not training.overfit)
     dev_set = train_set if training.overfit else open_split(system, "dev", augment=False)
     if state is not None and state["utterances"] != len(train_set):
