@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -127,9 +127,36 @@ def save_run(folder: Path, state: dict, is_best: bool) -> None:
     os.replace(folder / "next.pt", folder / "latest.pt")
 
 
-def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
-    """latest.pt of a run, or, with a warning, previous.pt if that cannot be read -> path, state, config. Raises
-    ValueError if neither can be read, or if it is of an older format, has weights only, or is another run's."""
+FIXED = ("model.", "data.kind", "data.unit", "data.sample_rate", "data.num_mels", "data.lfr_", "data.toy.",
+         "training.seed", "training.overfit", "training.init_from")  # what a run began with: it stays so
+FIXED_IN_EPOCH = ("training.batch_", "data.train", "data.augment.speeds")  # they decide what the next batches hold
+
+
+def changed_config(config: configs.Config, folder: Path, overrides: Sequence[str], within_epoch: bool,
+                   place: Path) -> configs.Config:
+    """The config that a run goes on with: config.yaml of its folder, with overrides. config: that of its checkpoint, at
+    place. Raises ValueError with the name of an option that cannot change."""
+    written = folder / "config.yaml"
+    changed = config
+    if written.exists():
+        changed = configs.from_dict(without_retired(configs.parse_yaml(written.read_text("utf-8"))), str(written))
+    if any(path.startswith(FIXED) for path in configs.differing(config, changed)):
+        raise ValueError(f"{place}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
+                         f"the file back, or start a new run with these weights: --training.init_from={place}")
+    changed = configs.overridden(changed, overrides)
+    for path in configs.differing(config, changed):
+        if path.startswith(FIXED):
+            raise ValueError(f"{path}: cannot change in a run that has begun; start a new one from its weights: "
+                             f"--training.init_from={place}")
+        if within_epoch and path.startswith(FIXED_IN_EPOCH):
+            raise ValueError(f"{path}: cannot change within an epoch; go on without it until one is done")
+    configs.check(changed, " ".join([str(folder), *overrides]))
+    return changed
+
+
+def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, dict, configs.Config]:
+    """latest.pt of a run, or, with a warning, previous.pt if that cannot be read -> path, state, `changed_config`.
+    Raises ValueError if neither can be read, or if it is of an older format, has weights only, or is another run's."""
     path, previous = folder / "checkpoints/latest.pt", folder / "checkpoints/previous.pt"
     try:
         state = read_checkpoint(path)
@@ -143,11 +170,8 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict, configs.Config]:
         raise ValueError(f"{path}: wanted a checkpoint to resume, format {CHECKPOINT_FORMAT}, got {got}; start a new "
                          f"run with its weights: --training.init_from={path}")
     config = configs.from_dict(state["config"], str(path))
-    written = folder / "config.yaml"
-    if written.exists() and configs.from_dict(without_retired(configs.parse_yaml(written.read_text("utf-8"))), str(written)) != config:
-        raise ValueError(f"{path}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
-                         f"the file back, or start a new run with these weights: --training.init_from={path}")
-    return path, state, config
+    config = changed_config(config, folder, overrides, state["progress"]["batch"] > 0, path)
+    return path, {**state, "config": asdict(config)}, config
 
 
 # ---- weights that FunASR publishes ----

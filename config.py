@@ -440,7 +440,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
-    config = _merge(Config(), parse_yaml(text, path), path)
+    config = overridden(_merge(Config(), parse_yaml(text, path), path), overrides)
+    check(config, " ".join((str(path), *overrides)))
+    return config
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """config with `--section.key=value` overrides, not checked. Raises ValueError that names the override at fault."""
     for override in overrides:
         match = re.fullmatch(r"--([^=]+)= *(.*)", override)
         if not match:
@@ -451,8 +457,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         for key in reversed(match[1].split(".")):
             values = {key: values}
         config = _merge(config, values, override)
-    check(config, " ".join((str(path), *overrides)))
     return config
+
+
+def differing(one: Config, other: Config) -> list[str]:
+    """Dotted paths of the fields, not sections, in which two configs differ."""
+    values = dict(_walk(one))
+    return [path for path, value in _walk(other) if not is_dataclass(value) and value != values[path]]
 
 
 def dump(config: Config) -> str:

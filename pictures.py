@@ -81,4 +81,6 @@ def write_explained(folder: Path, model: nn.Module, system, items: Iterable[tupl
     """name.explain.svg of each (name, utterance)."""
     for name, item in items:
         svg = explain(model, system.config, system.tokenizer.symbols, item, system.stats.device)
-        data.write_atomic(folder / f"{name}.explain.svg", svg)
+        path = folder / f"{name}.explain.svg"  # a name may have folders of its own
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomic(path, svg)

@@ -6167,6 +6167,51 @@ def older(run: Path) -> None:
     torch.save({name: value for name, value in state.items() if name != "format"}, run / "checkpoints/latest.pt")
 
 
+# C183
+def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    argv = [path, "--training.schedule=constant", "--training.average_decay=0.8"]
+    assert train.main([*argv, "--training.num_epochs=4", "--runs", str(tmp_path / "whole")]) == 0
+    assert train.main([*argv, "--training.num_epochs=2", "--runs", str(tmp_path / "parts")]) == 0
+    run = run_of(tmp_path / "parts")
+    assert train.main(["--resume", str(run), "--training.num_epochs=3", "--data.num_workers=1"]) == 0
+    assert train.main(["--resume", str(run), "--training.num_epochs=4"]) == 0
+    assert train.main(["--resume", str(run)]) == 0  # finished, and it stays so
+    states = [read_checkpoint(run_of(tmp_path / runs) / "checkpoints/latest.pt") for runs in ("parts", "whole")]
+    for name, value in states[1]["trained"].items():
+        assert torch.equal(states[0]["trained"][name], value)
+    assert without_times(states[0]["history"]) == without_times(states[1]["history"])
+    ours, theirs = (config.load(str(run_of(tmp_path / runs) / "config.yaml")) for runs in ("parts", "whole"))
+    assert config.differing(ours, theirs) == ["data.num_workers"] and config.from_dict(states[0]["config"], "") == ours
+
+
+# C183
+@pytest.mark.parametrize("override", [
+    "model.encoder.num_layers=2", "model.ctc_weight=0.5", "data.num_mels=9", "data.kind=manifest", "data.unit=word",
+    "data.sample_rate=8000", "data.lfr_n=2", "data.toy.num_symbols=5", "training.seed=7", "training.overfit=2"])
+def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, tmp_path, capsys, override):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert train.main(["--resume", str(run), f"--{override}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: {override.split('=')[0]}: cannot change") and error.count("\n") == 1
+
+
+# C183
+def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    state = read_checkpoint(run / "checkpoints/latest.pt")
+    totals = {name: 0.0 for name in ("frames", "padded_frames", "utterances", "tokens", "skipped_utterances", "loss", "wait",
+                                     "loss_ce", "loss_quantity", "loss_ctc", "steps", "skipped_steps", "grad_norm")}
+    progress = {**state["progress"], "epoch": 0, "batch": 3, "step": 3, "totals": {**totals, "seconds": 1000.0}}
+    change_latest(run, progress=progress, history=[])
+    assert train.main(["--resume", str(run), "--training.batch_size=2"]) == 2
+    assert "training.batch_size: cannot change within an epoch" in capsys.readouterr().err
+    assert train.main(["--resume", str(run), "--training.num_epochs=3"]) == 0
+    rows = json.loads((run / "metrics.json").read_text())
+    assert [1000 < row["seconds"] < 1060 for row in rows] == [True] * 3
+    assert "3 epochs will take about 0:50:" in (run / "train.log").read_text()
+
+
 # C85
 @pytest.mark.parametrize("spoil, words", [
     (lambda run: change_latest(run, config=other_config(run, num_layers=2)), "another config than config.yaml"),

@@ -409,7 +409,8 @@ def fit(run: Run, progress: Progress) -> Progress:
     training = run.config.training
     total_steps = num_steps(run)
     while not (reason := stop_reason(progress.history, training)):
-        started, history = time.monotonic(), progress.history
+        started = time.monotonic() - progress.totals.get("seconds", 0.0)  # before a stop within this epoch
+        history = progress.history
         progress = train_epoch(run, progress, total_steps)
         dev = validate(run)
         if dev is None:
@@ -467,11 +468,11 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     return run, Progress()
 
 
-def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
-    """A run that stopped, its files brought back to where its last checkpoint stands. Raises ValueError if another
-    process works on it."""
+def resume(folder: Path, overrides: Sequence[str], stop: threading.Event) -> tuple[Run, Progress]:
+    """A run that stopped, its files brought back to where its last checkpoint stands, with overrides of its config.
+    Raises ValueError if another process works on it."""
     held = lock(folder / "lock") if is_first_process() and (folder / "checkpoints").is_dir() else None
-    path, state, config = last_checkpoint(folder)
+    path, state, config = last_checkpoint(folder, overrides)
     join(config.training)  # all ranks wait here: the files below may be moved once all have read them
     run = make_run(config, state, str(path))._replace(folder=folder, stop=stop, lock=held)
     progress = Progress(**state["progress"], history=state["history"])
@@ -485,6 +486,9 @@ def resume(folder: Path, stop: threading.Event) -> tuple[Run, Progress]:
         log.truncate(min(log.tell(), state["log_bytes"]))
     if progress.history:
         write_reports(folder, progress.history)
+    if overrides:
+        data.write_atomic(folder / "config.yaml", configs.dump(config))
+        say(run, f"going on with {' '.join(overrides)}")
     print(f"{headline(run)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
     return run, progress
 
@@ -544,9 +548,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     parser = argparse.ArgumentParser(
         description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
         usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run]\n"
-        "       train.py --resume RUN\n       train.py --compare RUN ...")
+        "       train.py --resume RUN [--training.num_epochs=30 ...]\n       train.py --compare RUN ...")
     parser.add_argument("config", nargs="?", help="a YAML file like those of configs/")
-    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last checkpoint")
+    parser.add_argument("--resume", metavar="RUN", help="a run folder, or runs/latest: go on with its last "
+                        "checkpoint; with options of training and data that leave the model as it is")
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="print what differs in runs and came of it")
     parser.add_argument("--runs", metavar="DIR", help="where run folders are made (default: runs)")
     parser.add_argument("--overfit", type=int, metavar="N", help="learn the first N utterances by heart")
@@ -556,10 +561,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         parser.error(f"wanted --section.key=value, got {' '.join(unknown)}")
     if arguments.overfit is not None and arguments.overfit < 1:
         parser.error(f"--overfit wants 1 or more, got {arguments.overfit}")
-    is_fresh = arguments.config or rest or arguments.overfit or arguments.runs or arguments.dry_run
+    is_fresh = arguments.config or arguments.overfit or arguments.runs or arguments.dry_run
     alone = arguments.resume or arguments.compare
-    if not (arguments.config or alone) or alone and is_fresh or arguments.resume and arguments.compare:
-        parser.error("wanted a config with its options, or --resume RUN or --compare RUN ... alone, got "
+    if not (arguments.config or alone) or alone and is_fresh or arguments.compare and (rest or arguments.resume):
+        parser.error("wanted a config with its options, --resume RUN with some, or --compare RUN ..., got "
                      f"{' '.join(argv) or 'nothing'}")
     if arguments.dry_run and arguments.runs:
         parser.error("--dry-run makes no run folder; leave out --runs")
@@ -574,7 +579,7 @@ def main(argv: Sequence[str]) -> int:
             print("\n".join(compare(arguments.compare, best_row)))
             return 0
         if arguments.resume:
-            run, progress = resume(Path(arguments.resume).resolve(), catch_signals())
+            run, progress = resume(Path(arguments.resume).resolve(), overrides, catch_signals())
         else:
             config = configs.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
