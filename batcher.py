@@ -216,7 +216,7 @@ HELP = {"asr_requests_total": "answers by route and status; 499: the client left
         "asr_queue_depth": "utterances that wait", "asr_inflight_requests": "complete requests without an answer",
         "asr_connections": "open connections",
         "process_resident_memory_bytes": "memory", "process_start_time_seconds": "since 1970"}
-REASONS = {429: "queue_full", 503: "draining", 504: "deadline_exceeded", 408: "request_timeout", 413: "too_large"}
+REASONS = {429: "queue_full", 504: "deadline_exceeded", 408: "request_timeout", 413: "too_large"}
 
 
 def sample(name: str, labels: str, value: str) -> str:
@@ -255,11 +255,12 @@ class Metrics:
             row[bisect.bisect_left(bounds, value)] += 1
             row[-1] += value
 
-    def count_request(self, route: str, status: int, seconds: float) -> None:
+    def count_request(self, route: str, status: int, code: str, seconds: float) -> None:
         self.add("asr_requests_total", f'route="{route}",status="{status}"')
         self.observe("asr_request_duration_seconds", seconds, f'route="{route}"')
-        if status in REASONS:
-            self.add("asr_rejected_total", f'reason="{REASONS[status]}"')
+        reason = REASONS.get(status, code if status == 503 else "")
+        if reason and route not in ("/health", "/ready"):
+            self.add("asr_rejected_total", f'reason="{reason}"')
 
     def text(self, gauges: dict[str, float]) -> str:
         """Everything in Prometheus' text format 0.0.4."""

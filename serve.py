@@ -497,7 +497,7 @@ class Server(Door):
         if response.code == "overloaded":
             self.metrics.add("asr_rejected_total", 'reason="overloaded"')
         else:
-            self.metrics.count_request(route_of(head), response.status, seconds)
+            self.metrics.count_request(route_of(head), response.status, response.code, seconds)
         client = client_address(head, self.options.trusted_proxy)
         fields = {"id": head.id, "client": client, "method": head.method or "-", "path": head.path[:200] or "-",
                   "status": response.status, "ms": round(seconds * 1e3, 1)}

@@ -1994,6 +1994,24 @@ def test_a_second_signal_ends_at_once(tmp_path):
         assert process.wait(8) == 0 and time.monotonic() - started < 1
         asked.close()
 
+# C59
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_process_of_a_container_stops_as_any_other(tmp_path, number):
+    """It gets only the signals that it has a handler for."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("this machine allows no namespace of processes")
+    command = [*apart, sys.executable, serve.__file__, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
+    with subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+        limit = threading.Timer(60, process.kill)
+        limit.start()
+        assert process.stderr.readline().startswith("listening on")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children), number)
+        assert process.wait(8) == 0
+        limit.cancel()
+
 SLOW_START = """
 import sys, time, serve
 serve.load_warm = lambda options: [print("loading", file=sys.stderr, flush=True), time.sleep(60)]
@@ -8423,6 +8441,7 @@ def test_ready_says_when_the_model_is_loaded_and_who_comes_early_waits():
         assert check_error(*exchange(server, get("GET /ready HTTP/1.1"))) == (503, "loading")
         health = ask(server, get())
         assert (health["status"], health["model"]) == ("loading", None) and not early.done()
+        assert 'reason="' not in exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()     # to ask is no load
         server.open(serving_system())
         threading.Thread(target=server.batcher.run, daemon=True).start()
         assert early.result()[0] == 200 and ask(server, get("GET /ready HTTP/1.1")) == {"status": "ready"}
