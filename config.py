@@ -2,7 +2,7 @@
 
 Reading order: the sections of a config; the range of every number (`RANGES`), the options that a kind has no use for
 (`UNUSED`) and the rules between fields; `load` and `dump`; YAML. To add a field, give it a line with its unit in its
-dataclass and, if it is a number, put its name in `RANGES`.
+dataclass and, if it is a number, put its name in `RANGES` (the weight of a loss needs no more than its line).
 
 The YAML subset: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. Values are those of PyYAML's safe loader, except that `1e-4` is a float.
@@ -189,9 +189,9 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
         num_epochs max_bad_steps accumulate"""),
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
-    "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim quantity_weight mwer_weight blend_frames
-        noise gain_std tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads
-        warmup_steps weight_decay checkpoint_steps picture_epochs overfit patience
+    "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim blend_frames noise gain_std
+        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
+        weight_decay checkpoint_steps picture_epochs overfit patience
         no_bias memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
@@ -238,6 +238,14 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _walk(value, f"{prefix}{f.name}.")
 
 
+def _range_of(name: str) -> str:
+    """The range of a field in RANGES; the weight of a loss that is not there is 0 or more. "" for what has none."""
+    for wanted, (_, names) in RANGES.items():
+        if name in names.split():
+            return wanted
+    return "0 or more" if name.endswith("_weight") else ""
+
+
 def _value_errors(config: Config) -> list[Error]:
     """Values wrong by themselves: outside RANGES, or integers of 2^31 and more."""
     errors = []
@@ -246,9 +254,9 @@ def _value_errors(config: Config) -> list[Error]:
         if type(value) is int and value >= 2**31 and name != "seed":
             errors.append((path, "below 2^31"))
         numbers = value if isinstance(value, tuple) else (value,)
-        for wanted, (is_inside, names) in RANGES.items():
-            if name in names.split() and not (numbers and all(map(is_inside, numbers))):
-                errors.append((path, wanted))
+        wanted = _range_of(name)
+        if wanted and not (numbers and all(map(RANGES[wanted][0], numbers))):
+            errors.append((path, wanted))
     return errors
 
 

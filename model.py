@@ -379,11 +379,12 @@ class Recogniser(nn.Module):
             return self.decode(hidden, hidden_lens, feat_lens)
 
     def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses and before them `loss` = (1 - w) ce + w ctc + quantity_weight (quantity + timing / 2) +
-        mwer_weight mwer, of those that there are; w is ctc_weight."""
+        """The losses and before them `loss`, their sum, each times the option <name>_weight; ce times 1 - ctc_weight and
+        timing times quantity_weight / 2."""
         options = self.options
-        weights = {"ce": 1 - options.ctc_weight, "ctc": options.ctc_weight, "quantity": options.quantity_weight,
-                   "timing": options.quantity_weight / 2, "mwer": options.mwer_weight}
+        weights = {"ce": 1 - options.ctc_weight, "timing": options.quantity_weight / 2}
+        for name in sums.keys() - weights.keys():
+            weights[name] = getattr(options, f"{name}_weight")
         return {"loss": sum(weights[name] * value for name, value in sums.items()), **sums}
 
     def divisor(self, token_lens: Tensor) -> Tensor:
@@ -436,7 +437,8 @@ class Paraformer(Recogniser):
 
     def optional_losses(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                         logits: Tensor) -> dict[str, Tensor]:
-        """The losses that options ask for: of the second pass's logits, a CTC head and a timing head on the encoder."""
+        """The losses that options ask for: of the second pass's logits, a CTC head and a timing head on the encoder. One
+        more is a line here and its <name>_weight a line in config.py."""
         targets, counts = self.targets(tokens, token_lens)
         sums = {}
         if self.options.mwer_weight:

@@ -517,7 +517,7 @@ def test_every_field_has_a_comment_and_every_number_a_range():
     assert ranged <= {path[-1] for path, _ in leaves(config.Config())}
     for path, value in leaves(config.Config()):
         numeric = isinstance(value[0] if isinstance(value, tuple) and value else value, (int, float))
-        assert not numeric or isinstance(value, bool) or path[-1] in ranged | {"subsampling"}, path
+        assert not numeric or isinstance(value, bool) or config._range_of(path[-1]) or path[-1] == "subsampling", path
     for line in re.findall(r"^    \w+: (?:int|float|bool|str|tuple).*= .*", inspect.getsource(config), re.MULTILINE):
         assert re.search(r"  # \S", line), line
 
@@ -5887,6 +5887,31 @@ def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     assert stop.value.code == 2
+
+
+def test_a_new_loss_is_a_place_in_the_model_and_a_line_in_config_and_is_seen_in_the_curves(tmp_path):
+    """Added to a copy: how far the most certain guesses are from being certain."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    added = {"model.py": ("        if self.ctc is not None:  # without the end token\n",
+                          "        if self.options.doubt_weight:\n            sums['doubt'] = "
+                          "((1 - logits.softmax(-1).amax(-1)) * padding_mask(counts, targets.shape[1])).sum()\n"),
+             "config.py": ("    mwer_weight: float = 0.0 ", "    doubt_weight: float = 0.0\n")}
+    for name, (before, new) in added.items():
+        source = (tmp_path / name).read_text()
+        assert source.count(before) == 1
+        (tmp_path / name).write_text(source.replace(before, new + before))
+    argv = [sys.executable, "train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--training.num_epochs=1", "--training.threads=1"]
+    done = subprocess.run([*argv, "--model.doubt_weight=0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    row, = json.loads((run_of(tmp_path / "runs") / "metrics.json").read_text())
+    assert 0 < row["loss_doubt"] < 1 and 0 < row["dev_loss_doubt"] < 1
+    losses = {"ce": 0.7, "ctc": 0.3, "quantity": 0.1, "doubt": 0.5}
+    for place in ("loss", "dev_loss"):
+        assert row[place] == pytest.approx(sum(weight * row[f"{place}_{name}"] for name, weight in losses.items()))
+    assert f">doubt {row['loss_doubt']:.3g}<" in (run_of(tmp_path / "runs") / "curves.svg").read_text()
+    done = subprocess.run([*argv, "--model.doubt_weight=-1"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "model.doubt_weight: wanted 0 or more, got -1.0" in done.stderr
 
 
 def test_curves_stand_where_their_values_say():
