@@ -5,8 +5,8 @@
     python bench.py decode a.pt b.pt      a table of their speed and errors, greedily and by beam
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
-
     python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
+    python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
 
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """
@@ -45,6 +45,7 @@ import config as configs
 import data
 import decode
 import serve
+from amounts import measure_amounts
 from audio import feature_dim, frontend, normalise
 from baselines import Search
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
@@ -612,7 +613,7 @@ def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int
 
 
 MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
-            "parts": measure_parts}
+            "parts": measure_parts, "amounts": measure_amounts}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -54,6 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import amounts
 import attention
 import audio
 import baselines
@@ -8974,6 +8975,28 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
         assert re.search(rf"^ +{count} float32 +\d+ \(\d+ to \d+\) +\d+\.\d$", text, re.M)
 
 
+def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(tmp_path, capsys):
+    """Oracle: decode.py on the checkpoint that the run left, and the rows that it was trained on."""
+    rows = [{"audio": spoken(tmp_path / f"a{i}.wav", 0.8), "text": "ab ba"[:i % 3 + 1]} for i in range(12)]
+    for name in ("train", "dev", "test", "other"):
+        write_manifest(tmp_path / f"{name}.jsonl", rows)
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    argv = ["amounts", str(tmp_path), "--sizes", "3", "9", "--config", path, "--runs", str(tmp_path / "runs"),
+            "--data.kind=manifest", "--training.num_epochs=2"]
+    assert bench.main(argv) == 0
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert head == ["utterances", "epochs", "seconds", "WER on dev", "other", "test"]
+    for size, line in zip((3, 9), lines, strict=True):
+        assert line[:2] == [str(size), "2"]
+        run = run_of(tmp_path / "runs" / str(size))
+        assert read_checkpoint(run / "checkpoints/best.pt")["utterances"] == size
+        _, _, error = decoded(capsys, "--ckpt", run / "checkpoints/best.pt", tmp_path / "test.jsonl")
+        assert line[3] == line[4] == line[5] == re.search(r"%WER (\S+)", error)[1] + "%"
+    assert bench.main([*argv[:3], "20", *argv[5:]]) == 2
+    assert "train.jsonl: wanted 20 utterances, got 12" in capsys.readouterr().err
+    assert [amounts.epochs_for(size) for size in (64, 250, 1000, 3000)] == [200, 120, 30, 20]
+
+
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
@@ -8981,7 +9004,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "data": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "decode": 6, "serve": 7, "bench": 8}
+          "train": 6, "amounts": 7, "decode": 6, "serve": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
