@@ -7,6 +7,7 @@
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
     python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
     python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
+    python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; also --vad DIR
 
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """
@@ -48,18 +49,17 @@ import serve
 from amounts import measure_amounts
 from audio import feature_dim, frontend, normalise
 from baselines import Search
+from bench_long import measure_cuts, measure_parts
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
                     read_result, with_search)
 from dry_run import num_parameters, rehearse
 from funasr import PieceTokenizer
 from model import Hypotheses
-from punctuation import Punctuation, PunctuationModel, punctuate
 from report import Outcome, Score, score
 from serve import load_warm, recognise_batch
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, save
-from vad import FrontEnd, Fsmn, Network, Options, Vad, segments_of
 
 
 HERE = Path(__file__).resolve().parent
@@ -591,29 +591,8 @@ def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
         print(f"{count:8} {dtype:9}{np.median(model_ms):8.0f} {extent:18}{np.median(list_ms):10.1f}", flush=True)
 
 
-def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int = 10000, turns: int = 2) -> None:
-    """Print what models of the published sizes cost, with random weights: the best of some turns, on 2 threads."""
-    if arguments:
-        raise ValueError(f"parts: wanted no more arguments, got {' '.join(arguments)}")
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    stats = torch.stack([torch.zeros(400), torch.ones(400) / 10])
-    listener = Vad(FrontEnd(), Options(), Fsmn(Network()).eval(), stats)
-    minute = torch.randn(60 * 16000) / 10
-    best = min(repeat(lambda: list(segments_of(listener, itertools.repeat(minute, seconds // 60))), number=1, repeat=turns))
-    print(f"VAD: {seconds} s of audio in {best:.2f} s, {100 * best / seconds:.3f}% of real time", flush=True)
-    shape = configs.EncoderConfig("sanm", num_layers=4, hidden_dim=256, num_heads=8, ffn_dim=1024, kernel_size=11)
-    marks = ("<unk>", "_", "，", "。", "？", "、")
-    alphabet = [chr(0x4E00 + i) for i in range(3000)]
-    ids = {token: i for i, token in enumerate(["<unk>", *alphabet])}
-    writer = Punctuation(PunctuationModel(272727, len(marks), shape).eval(), ids, marks, 3)
-    text = "".join(np.random.default_rng(0).choice(alphabet, characters))
-    best = min(repeat(lambda: punctuate(writer, text), number=1, repeat=turns))
-    print(f"punctuation: {characters} characters in {best:.2f} s")
-
-
 MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
-            "parts": measure_parts, "amounts": measure_amounts}
+            "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts}
 
 
 def main(argv: Sequence[str]) -> int:

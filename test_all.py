@@ -60,6 +60,7 @@ import audio
 import baselines
 import batcher
 import bench
+import bench_long
 import checkpoint
 import compare
 import config
@@ -8997,6 +8998,35 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     assert [amounts.epochs_for(size) for size in (64, 250, 1000, 3000)] == [200, 120, 30, 20]
 
 
+def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    bench_long.measure_parts([], 60, 100, 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"VAD: 60 s of audio in [\d.]+ s, [\d.]+% of real time; busy for [\d.]+ s", lines[0])
+    assert re.fullmatch(r"punctuation: 100 characters in [\d.]+ s; busy for [\d.]+ s", lines[1])
+    listener = vad.Fsmn(vad.Network())
+    assert len(listener.state_dict()) == 24 and sum(x.numel() for x in listener.state_dict().values()) == 428738
+    assert bench.main(["parts", "more"]) == 2
+
+
+def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, capsys, monkeypatch):
+    """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment."""
+    rows = []
+    for i in range(6):
+        audio.save_wav(tmp_path / f"{i}.wav", 0.2 * np.random.default_rng(i).standard_normal(24000), 8000)
+        rows.append(json.dumps({"audio": f"{i}.wav", "text": "a"}))
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    heard = report.Result("a", 1.0, [report.Token("a", 5, 1.0, 0.0, 1.0)], [report.Word("a", 0.0, 1.0, 1.0)])
+    monkeypatch.setattr(bench_long, "transcribe", lambda system, feats: [heard])
+    monkeypatch.setattr(bench_long, "transcribe_segments", lambda system, pieces: [(x.start_sec, heard) for x in pieces])
+    ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
+    assert bench.main(["cuts", "--ckpt", ckpt, "--device", "cpu", str(tmp_path / "a.jsonl")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole = "5 cuts, 0 inside one of 6 utterances; WER alone 0.00%, joined 0.00% of 6 words"
+    assert len(lines) == 5 and lines[0] == f"silent pauses: {whole}" and lines[4] == f"an offset of 0.1: {whole}"
+    assert bench.main(["cuts", "--ckpt", ckpt]) == 2
+
+
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
@@ -9004,7 +9034,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "data": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 6, "serve": 7, "bench": 8}
+          "train": 6, "amounts": 7, "decode": 6, "serve": 7, "bench_long": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
