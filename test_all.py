@@ -9182,7 +9182,8 @@ def readme_folder(tmp_path_factory) -> Path:
     for name in ("train", "dev", "test"):
         write_manifest(folder / f"{name}.jsonl", rows[3:9])
     energy_file(folder)
-    shutil.copytree(KIT / "seaco", folder / "paraformer-zh")
+    for variant, name in (("seaco", "paraformer-zh"), ("vad", "fsmn-vad"), ("punc", "ct-punc")):
+        shutil.copytree(KIT / variant, folder / name)
     return folder
 
 
