@@ -104,10 +104,58 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
                          f"pass the folder, {Path(path).parent}")
     if missing:
         raise ValueError(f"{path}: wanted a checkpoint of train.py, got a file without {', '.join(missing)}")
+    check_state(state, str(path))
     if state.get("format", 1) > CHECKPOINT_FORMAT:
         raise ValueError(f"{path}: wanted a checkpoint of format {CHECKPOINT_FORMAT} or less, got {state['format']}: "
                          "it is from a newer version of this project; update")
     return {**state, "config": without_retired(state["config"])}
+
+
+def is_dense(x: object) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta
+
+
+def one_line(value: object) -> str:
+    """A value as an error shows it."""
+    if isinstance(value, Tensor):
+        return f"a {value.layout} tensor of shape {tuple(value.shape)}"
+    return " ".join(f"{value!r:.60}".split())
+
+
+def check_state(state: dict, place: str) -> None:
+    """Raises ValueError for a field of a checkpoint that is not of its kind."""
+    stats = state["stats"]
+    if type(state.get("format", 1)) is not int:
+        raise ValueError(f"{place}: format: wanted a whole number, got {one_line(state['format'])}")
+    if not (is_dense(stats) and stats.dim() == 2 and len(stats) == 2 and stats.is_floating_point()):
+        raise ValueError(f"{place}: stats: wanted a tensor (2,F) of floats, got {one_line(stats)}")
+    for part in ("model", "trained") if "trained" in state else ("model",):
+        weights = state[part]
+        if not isinstance(weights, dict):
+            raise ValueError(f"{place}: {part}: wanted tensors by name, got {one_line(weights)}")
+        for name, x in weights.items():
+            if not is_dense(x):
+                raise ValueError(f"{place}: {part}: wanted dense tensors, got {one_line(x)} under {name!r:.60}")
+    if "trained" in state and not (isinstance(state.get("progress"), dict) and isinstance(state.get("history"), list)):
+        raise ValueError(f"{place}: wanted progress and history to resume from, got {one_line(state.get('progress'))}")
+
+
+SIZES = ("hidden_dim", "ffn_dim", "num_layers", "num_heads", "kernel_size")
+
+
+def check_sizes(config: configs.Config, weights: dict[str, Tensor], place: str) -> None:
+    """Raises ValueError for a size of the model, above 10,000, that none of its weights has: before it is built."""
+    largest = max([10_000, len(weights), *(max(x.shape, default=0) for x in weights.values())])
+    for path, value in configs.differing_values(configs.Config(), config):
+        if path.startswith("model.") and path.rpartition(".")[2] in SIZES and value > largest:
+            raise ValueError(f"{place}: {path}: wanted a size that its weights have, at most {largest}, got {value}")
+
+
+def check_finite(model: nn.Module, place: str) -> None:
+    """Raises ValueError with the name of a tensor that has NaN or infinite values."""
+    for name, x in model.state_dict().items():
+        if x.is_floating_point() and not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+            raise ValueError(f"{place}: wanted finite weights, got NaN or infinity in {name}")
 
 
 # ---- the checkpoints of a run ----
@@ -290,6 +338,7 @@ def load_state(state: dict, where: str, adapt: Adapt = unchanged) -> System:
     """The system in the state of a checkpoint. Raises ValueError if its weights do not fit its config."""
     config = adapt(configs.from_dict(state["config"], f"{where}: config"))
     tokenizer = read_tokenizer(state["tokenizer"], f"{where}: tokenizer")
+    check_sizes(config, state["model"], where)
     model = build(config.model, state["stats"].shape[1], len(tokenizer))
     load_weights(model, state["model"], where)
     return System(config, tokenizer, state["stats"], model)
@@ -335,6 +384,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     elif laid_out and precision == "float32" and target.type == "cpu" and torch.backends.mkldnn.is_available():
         linear = PackedLinear
     system = load_parts(path, mapped=linear is None)
+    check_finite(system.model, str(path))
     model = system.model.to(target).eval()
     if linear is not None:
         count = lay_out(model, linear)

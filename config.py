@@ -260,9 +260,9 @@ def _value_errors(config: Config) -> list[Error]:
     return errors
 
 
-def _unused_errors(config: Config) -> list[Error]:
-    """Values that have no effect and yet are not their defaults: see UNUSED."""
-    values, defaults, errors = dict(_walk(config)), dict(_walk(Config())), []
+def _unused_values(config: Config) -> Iterator[tuple[str, str]]:
+    """(path of a choice, path of a value that has no effect with it and yet is not its default): see UNUSED."""
+    values, defaults = dict(_walk(config)), dict(_walk(Config()))
     for path, choices in UNUSED.items():
         section = path.rpartition(".")[0]
         for name in choices.get(values[path], "").split():
@@ -270,9 +270,29 @@ def _unused_errors(config: Config) -> list[Error]:
             for other, value in values.items():
                 is_inside = other == unused or other.startswith(f"{unused}.")
                 if is_inside and not is_dataclass(value) and value != defaults[other]:
-                    default = show_value(defaults[other])
-                    errors.append((other, f"its default {default}, as {path} {values[path]} has no use for it"))
+                    yield path, other
+
+
+def _unused_errors(config: Config) -> list[Error]:
+    values, defaults, errors = dict(_walk(config)), dict(_walk(Config())), []
+    for path, other in _unused_values(config):
+        default = show_value(defaults[other])
+        errors.append((other, f"its default {default}, as {path} {values[path]} has no use for it"))
     return errors
+
+
+def _without_unused(config: Config, typed: Sequence[str]) -> Config:
+    """config in which what a file says for another choice than the one typed on the command line has its default
+    again: who switches a kind there need not undo what belongs to the file's."""
+    defaults = dict(_walk(Config()))
+    for path in UNUSED:
+        for choice, other in list(_unused_values(config)):
+            if choice == path and choice in typed and other not in typed:
+                values = defaults[other]
+                for key in reversed(other.split(".")):
+                    values = {key: values}
+                config = _merge(config, values, other)
+    return config
 
 
 def _model_errors(model: ModelConfig) -> list[Error]:
@@ -449,6 +469,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
     config = overridden(_merge(Config(), parse_yaml(text, path), path), overrides)
+    config = _without_unused(config, [override[2:].partition("=")[0] for override in overrides])
     check(config, " ".join((str(path), *overrides)))
     return config
 
@@ -468,10 +489,14 @@ def overridden(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
-def differing(one: Config, other: Config) -> list[str]:
-    """Dotted paths of the fields, not sections, in which two configs differ."""
+def differing_values(one: Config, other: Config) -> list[tuple[str, Any]]:
+    """(dotted path, value in other) of the fields, not sections, in which two configs differ."""
     values = dict(_walk(one))
-    return [path for path, value in _walk(other) if not is_dataclass(value) and value != values[path]]
+    return [(path, value) for path, value in _walk(other) if not is_dataclass(value) and value != values[path]]
+
+
+def differing(one: Config, other: Config) -> list[str]:
+    return [path for path, _ in differing_values(one, other)]
 
 
 def dump(config: Config) -> str:

@@ -447,6 +447,21 @@ def test_an_option_that_the_model_or_a_kind_does_not_use_must_have_its_default(t
     config.load(path, [f"--model.{choice}", f"--model.{option}={default}"])
 
 
+@pytest.mark.parametrize("switch", ["model.name=transformer", "model.name=ctc", "model.encoder.kind=transformer",
+                                    "model.predictor.kind=dense", "model.decoder.kind=bare"])
+def test_who_switches_a_kind_on_the_command_line_need_not_undo_what_the_file_says_for_its_own(tmp_path, switch):
+    """configs/toy.yaml has numbers that each of these has no use for; one that is typed is refused as before."""
+    toy = str(HERE / "configs/toy.yaml")
+    found = config.load(toy, [f"--{switch}", "--model.decoder.hidden_dim=64"] if "bare" in switch else [f"--{switch}"])
+    assert config.load(written(tmp_path, config.dump(found))) == found
+    path, _, value = switch.partition("=")
+    unused = config.UNUSED[path].get(value, "").split()[0]
+    name = f"{path.rpartition('.')[0]}.{unused}"
+    typed = {"hotwords": "model.hotwords.no_bias=7"}.get(unused, f"{name}=12" if unused == "hidden_dim" else f"{name}=9")
+    if unused not in ("attention_layers",):
+        assert config_refusal(toy, [f"--{switch}", f"--{typed}"]).count(typed.partition("=")[0]) >= 2
+
+
 def test_options_that_the_compared_models_use_are_theirs_to_set(tmp_path):
     for name, used in (("transformer", ("decoder.num_heads=2", "ctc_weight=0.5")), ("ctc", ("encoder.num_heads=2",))):
         config.load(written(tmp_path, f"model:\n  name: {name}\n"), [f"--model.{option}" for option in used])
@@ -5656,6 +5671,27 @@ def test_a_non_finite_step_changes_nothing_and_says_so():
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
 
 
+def test_a_step_that_is_skipped_leaves_the_moving_average_as_it_is(tmp_path, monkeypatch):
+    path = tiny_yaml(tmp_path / "tiny.yaml")
+    run = train.make_run(config.load(path, ["--training.average_decay=0.5"]))._replace(folder=tmp_path)
+    torch.manual_seed(1)
+    for x in run.average.parameters():
+        x.data.normal_()  # far from the weights, so that any step towards them shows
+    before = {name: value.clone() for name, value in run.average.state_dict().items()}
+    batch = tiny_batch()
+    batch.feats[0, 0, 0] = math.nan
+    assert not train.take_step(run, batch, 0, 10).finite
+    assert all(torch.equal(value, before[name]) for name, value in run.average.state_dict().items())
+    assert train.take_step(run, tiny_batch(), 1, 10).finite
+    assert not all(torch.equal(value, before[name]) for name, value in run.average.state_dict().items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux gives it")
+def test_peak_memory_is_in_mib():
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    assert train.peak_memory_mb(torch.device("cpu")) == pytest.approx(peak, rel=0.05)
+
+
 # C19
 def test_a_step_whose_utterances_were_all_skipped_changes_nothing():
     model = tiny_model()
@@ -6878,6 +6914,25 @@ def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, r
     assert report.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
 
 
+# C32
+@pytest.mark.parametrize("spoil, words", [
+    (lambda state: state.update(format="x"), "format: wanted a whole number, got 'x'"),
+    (lambda state: state.update(stats=[1, 2]), "stats: wanted a tensor (2,F) of floats, got [1, 2]"),
+    (lambda state: state.update(stats=torch.zeros(3, 8)), "stats: wanted a tensor (2,F)"),
+    (lambda state: state.update(model=[]), "model: wanted tensors by name, got []"),
+    (lambda state: state["model"].update({"decoder.norm.bias": torch.zeros(16).to_sparse()}), "wanted dense tensors"),
+    (lambda state: state["model"]["decoder.norm.bias"].fill_(math.nan), "got NaN or infinity in decoder.norm.bias"),
+    (lambda state: state["config"]["model"]["encoder"].update(hidden_dim=10 ** 9), "model.encoder.hidden_dim: wanted a size"),
+    (lambda state: state["config"]["model"]["decoder"].update(num_layers=10 ** 9), "model.decoder.num_layers: wanted a size")])
+def test_a_checkpoint_with_absurd_fields_is_one_line_that_names_them(tmp_path, capsys, spoil, words):
+    path = saved(tiny_system(), tmp_path / "a.pt")
+    state = torch.load(path, weights_only=True)
+    spoil(state)
+    torch.save(state, path)
+    error = refusal(capsys, "--ckpt", path, "x.wav")
+    assert error.startswith(f"decode.py: {path}: ") and words in error
+
+
 # C32 C34
 @pytest.mark.parametrize("plant, words", [
     (lambda path: None, "no such file"),
@@ -7951,6 +8006,76 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+# ---- decode: limits and units ----
+
+@needs_kit
+def test_a_published_config_that_leaves_an_option_out_gets_funasrs_default(tmp_path):
+    """tail_threshold of CifPredictor is 0.45, of CifPredictorV2 0; a null shift of the decoder is causal, not centred."""
+    for variant in ("sanm", "sanm_alt"):
+        text = (KIT / variant / "config.yaml").read_text()
+        kind = re.search(r"^predictor: (\w+)", text, re.M)[1]
+        text = re.sub(r"^ *tail_threshold:.*\n", "", text, flags=re.M)
+        (tmp_path / "config.yaml").write_text(text)
+        found = funasr.read_published_config(tmp_path / "config.yaml").model
+        assert found.predictor.tail == {"CifPredictor": 0.45, "CifPredictorV2": 0.0}[kind], variant
+        shift = re.search(r"^decoder_conf:\n(?: .*\n)*? +sanm_shfit: *(\S+)", text, re.M)
+        if shift and shift[1] == "null":
+            assert found.decoder.memory_shift == (found.decoder.kernel_size - 1) // 2 != 0
+
+
+def test_an_export_has_no_dither_and_float16_weights_give_a_float32_model(tmp_path):
+    folder = tmp_path / "out"
+    checkpoint.export(sanm_system("word"), str(folder))
+    values = config.parse_yaml((folder / "config.yaml").read_text(), "config.yaml")
+    assert values["frontend_conf"]["dither"] == 0.0
+    wanted = sanm_system("word").model
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    torch.save({name: x.half() for name, x in weights.items()}, folder / "model.pt")
+    system = checkpoint.load_system(folder, "cpu")
+    for (name, ours), theirs in zip(system.model.named_parameters(), wanted.parameters()):
+        assert ours.dtype == torch.float32, name
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are read as Linux shows them")
+def test_the_weights_of_a_directory_are_mapped_and_not_read(tmp_path):
+    checkpoint.export(sanm_system("word"), str(tmp_path / "out"))
+    system = checkpoint.load_system(tmp_path / "out", "cpu")
+    assert str(tmp_path / "out/model.pt") in Path("/proc/self/maps").read_text() and system.model is not None
+
+
+@pytest.mark.parametrize("make, width", [
+    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), 8), (lambda p: funasr_layers.Fsmn(8, 3, 0, p), 8)])
+def test_dropout_of_attention_has_an_effect_in_training_and_none_outside(make, width):
+    torch.manual_seed(0)
+    module, x = make(0.5), torch.randn(1, 6, width)
+    results = {}
+    for is_training in (True, False):
+        module.train(is_training)
+        out = [module(x, None) for _ in range(2)]
+        first, second = (y[0] if isinstance(y, tuple) else y for y in out)
+        results[is_training] = torch.equal(first, second)
+    assert results == {True: False, False: True}
+
+
+def test_dropout_behind_self_attention_has_an_effect_of_its_own():
+    torch.manual_seed(0)
+    block = funasr_layers.SanmBlock(8, 8, 2, 16, 3, 0, 0.5)
+    changed = []
+    block.dropout.register_forward_hook(lambda module, given, out: changed.append(not torch.equal(given[0], out)))
+    block.train()(torch.randn(1, 6, 8), None)
+    assert changed == [True, True]  # behind self-attention and behind the feed-forward layer
+
+
+def test_attention_layers_may_be_all_of_a_decoder_and_no_more(tmp_path):
+    choice = ["--model.encoder.kind=sanm", "--model.decoder.kind=sanm", "--model.decoder.num_layers=3",
+              "--model.decoder.hidden_dim=144", "--model.encoder.hidden_dim=144"]
+    path = written(tmp_path, "model: {}")
+    config.load(path, [*choice, "--model.decoder.attention_layers=3"])
+    error = config_refusal(path, [*choice, "--model.decoder.attention_layers=4"])
+    assert "model.decoder.attention_layers: wanted at most num_layers 3, got 4" in error
 
 
 # ---- serve: requests, batching and answers ----
