@@ -7,7 +7,9 @@ Sources: Bisani & Ney 2004 (intervals); whisper's tsv; NIST's ctm.
 import html
 import json
 import math
+import re
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from audio import frame_sec
 from data import Utterance, write_atomic
-from funasr import PieceTokenizer, UNSPOKEN, are_spaced, spell_words
+from funasr import PIECE, PieceTokenizer, UNSPOKEN, are_spaced, spell_words
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape
 from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
@@ -147,13 +149,54 @@ class Outcome(NamedTuple):
 
 # ---- forms ----
 
-CUE_SEC = 7.0  # of a subtitle at most, unless one word is longer
+CUE_SEC = 7.0  # of a subtitle at most
 CUE_CHARS = 84
+UNSPACED = re.compile("[\u0e00-\u109f\u1780-\u17ff]")  # Thai, Lao, Tibetan, Burmese, Khmer: no spaces between words
+LEADING = "เแโใไເແໂໃໄ\u1039\u17d2"  # vowels written before their consonant, and what stacks the next consonant
 PAUSES = ("，", "、", "；", ",", ";")  # behind a word: the marks where a sentence is cut that is too long
 
 
 def fits(words: Sequence[Word]) -> bool:
     return words[-1].end - words[0].start <= CUE_SEC and len(join_words(words)) <= CUE_CHARS
+
+
+def belong_together(before: str, after: str) -> bool:
+    """Whether no cut may come between two pieces of a word: `after` begins with a mark on the letter before it, or with
+    a vowel that is one and a letter."""
+    return before[-1] in LEADING or unicodedata.category(after[0]).startswith("M") or after[0] in "\u0e33\u0eb3"
+
+
+def timed_pieces(word: Word, tokens: Sequence[Token]) -> list[tuple[str, float, float]]:
+    """The text of a word in (piece, start, end): its tokens, or, where these spell it otherwise, its characters."""
+    own = [token for token in tokens if word.start <= token.start and token.end <= word.end]
+    spelled = [token.token.removesuffix(PIECE) for token in own]
+    marks = word.text.removeprefix("".join(spelled))  # that punctuation put behind it
+    if len(spelled) > 1 and word.text != marks and all(1 <= len(piece) <= CUE_CHARS for piece in spelled):
+        spelled[-1] += marks
+        return [(piece, token.start, token.end) for piece, token in zip(spelled, own)]
+    step = (word.end - word.start) / len(word.text)
+    return [(c, word.start + i * step, word.start + (i + 1) * step) for i, c in enumerate(word.text)]
+
+
+def split_word(word: Word, tokens: Sequence[Token]) -> list[Word]:
+    """A word as subtitles take it: whole; in pieces if it is longer than one and of a script without spaces, or of more
+    than CUE_CHARS. None is shown for longer than CUE_SEC."""
+    pieces = [word]
+    if not fits([word]) and (len(word.text) > CUE_CHARS or UNSPACED.search(word.text)):
+        pieces = []
+        for text, start, end in timed_pieces(word, tokens):
+            if pieces and belong_together(pieces[-1].text, text):
+                pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + text, end=end)
+            else:
+                pieces.append(Word(text, start, end, word.confidence, word.spaced and not pieces))
+    return [piece._replace(end=min(piece.end, piece.start + CUE_SEC)) for piece in pieces]
+
+
+def pack_words(words: Sequence[Word], tokens: Sequence[Token]) -> list[list[Word]]:
+    pieces: list[Word] = []
+    for word in words:
+        pieces += split_word(word, tokens)
+    return pack([piece] for piece in pieces)
 
 
 def pack(parts: Iterable[list[Word]]) -> list[list[Word]]:
@@ -178,14 +221,14 @@ def clauses(words: Sequence[Word]) -> list[list[Word]]:
 
 
 def cues(result: Result) -> list[list[Word]]:
-    """The subtitles of a result. A sentence begins a new one; too long a one is cut at its commas, and between words
-    where that is not enough."""
+    """The subtitles of a result. A sentence begins a new one; too long a one is cut at its commas, between words where
+    that is not enough, and between tokens where a script writes no spaces. Each keeps CUE_SEC and CUE_CHARS."""
     if result.sentences is None:
-        return pack([word] for word in result.words)
+        return pack_words(result.words, result.tokens)
     found = []
     for sentence in result.sentences:
         for cue in pack(clauses(sentence.words)):
-            found += pack([word] for word in cue)
+            found += pack_words(cue, result.tokens)
     return found
 
 

@@ -5000,10 +5000,31 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert [len(cue) for cue in report.cues(with_words(words))] == [7, 7, 6]         # the 8th would end 7.5 s after the first
     fast = [report.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
     assert [len(cue) for cue in report.cues(with_words(fast))] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
-    assert [len(cue) for cue in report.cues(with_words([report.Word("x" * 99, 0.0, 9.0, 1.0)] * 2))] == [1, 1]
+    long = report.cues(with_words([report.Word("x" * 99, 0.0, 9.0, 1.0), report.Word("y", 9.0, 30.0, 1.0)]))
+    assert [(report.join_words(cue), round(cue[0].start), round(cue[-1].end)) for cue in long] == [
+        ("x" * 77, 0, 7), ("x" * 22, 7, 9), ("y", 9, 16)]       # 77 of 99 letters take 7 s; y is a word and stays one
     assert report.cues(with_words([])) == []
-    tagged = report.subtitles(with_words([report.Word("<unk>", 0.0, 3661.0, 1.0)]), "vtt")
-    assert tagged == "WEBVTT\n\n1\n00:00:00.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+    tagged = report.subtitles(with_words([report.Word("<unk>", 3654.0, 3661.0, 1.0)]), "vtt")
+    assert tagged == "WEBVTT\n\n1\n01:00:54.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+
+
+# C71
+@pytest.mark.parametrize("text", ["น้ำกินข้าวเช้าเมื่อวานนี้ครับ", "ນ້ຳກິນເຂົ້າເຊົ້າມື້ວານນີ້", "ខ្ញុំបានញ៉ាំបាយពេលព្រឹក", "မြန်မာစာကိုရေးသည်"])
+@pytest.mark.parametrize("seconds", [0.02, 0.2, 3.0, 9.0])
+def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_whole(text, seconds):
+    """One word of 6 texts, a token a character of so many seconds: cut at tokens, never before a mark on a letter."""
+    text = text * 6
+    tokens = [report.Token(c, 4, 0.9, round(i * seconds, 3), round((i + 1) * seconds, 3)) for i, c in enumerate(text)]
+    found = report.cues(report.Result(text, 0.9, tokens, [report.Word(text, 0.0, tokens[-1].end, 0.9)]))
+    texts = [report.join_words(cue) for cue in found]
+    assert "".join(texts) == text and len(found) > 1 and max(map(len, texts)) <= 84
+    assert max(cue[-1].end - cue[0].start for cue in found) < 7.0 + 1e-6
+    starts = {token.start for token in tokens}
+    assert all(cue[0].start in starts for cue in found)
+    for before, after in zip(texts, texts[1:]):
+        assert not unicodedata.category(after[0]).startswith("M") and before[-1] not in "เແໂ\u17d2"
+    if seconds == 0.2:
+        assert max(cue[-1].end - cue[0].start for cue in found[:-1]) > 5.5      # and no shorter than they must be
 
 
 # C33 C71
