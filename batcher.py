@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -308,6 +309,7 @@ class Log:
 
     def __init__(self, form: str):
         self.form = form
+        self.descriptor = 2 if sys.stderr else -1       # closed by who started it: 2 may be a client's connection
         self.lines: queue.Queue[str] = queue.Queue(1000)
         self.num_lost = 0
         self.is_torn = False            # the last line was written in part
@@ -339,7 +341,7 @@ class Log:
         size = len(rest)
         try:
             while rest:
-                rest = rest[os.write(2, rest):]
+                rest = rest[os.write(self.descriptor, rest):]
         except OSError:
             self.is_torn = self.is_torn or len(rest) < size
             return False

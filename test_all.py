@@ -2076,7 +2076,9 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(tmp_path):
                     break
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
-        assert healthy(server) and path.read_bytes() == b""
+        assert healthy(server)
+        time.sleep(0.3)                 # a line is written behind its answer
+        assert path.read_bytes() == b""
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
         assert healthy(server)
         process.terminate()
@@ -8941,6 +8943,14 @@ def test_page_takes_what_it_says_and_lets_the_server_read_what_the_browser_canno
     browser.drop(content, f"a.{name}", f"audio/{name}")
     browser.wait(DONE)
     assert not browser.complaints(), browser.complaints()
+
+# C197
+def test_page_of_a_toy_checkpoint_says_that_it_takes_no_recordings(browser):
+    with serving(serving_system(kind="toy")) as toy:
+        browser.open("http://%s:%d/" % toy.server_address[:2])
+        assert "takes no recordings" in browser.run("document.getElementById('hint').textContent")
+        browser.drop(wav(NOISE), "a.wav")
+        browser.wait("document.getElementById('error').textContent.includes('trained on toy features')")
 
 def test_page_asks_for_the_key(browser, monkeypatch):
     monkeypatch.setenv("ASR_API_KEY", "secret")
