@@ -49,13 +49,13 @@ from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
-from outputs import (ProgressBar, Tally, end_output, file_names, open_part, prepare_output, print_results, what_is_done,
-                     write_file, write_outcomes)
+from outputs import (ProgressBar, end_output, file_names, open_part, prepare_output, print_results, report_figures,
+                     what_is_done, write_file, write_outcomes)
 from pictures import write_explained
 from punctuation import load_punctuation
-from ranks import join_processes, own_rank
-from report import (Alternative, FORMS, Outcome, Result, Token, Word, is_ideograph, log_confidence, report_lines,
-                    text_of, utterance_svgs, words_of, write_report)
+from ranks import gather_in_first, join_processes, own_rank
+from report import (Alternative, FORMS, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of,
+                    utterance_svgs, words_of)
 from sentences import with_sentences
 from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
@@ -327,21 +327,13 @@ def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[
                     outcomes += done
                     finish(done)
             if processes > 1:
-                outcomes = gather(outcomes, shard)
+                outcomes = gather_in_first(outcomes, shard)
         except KeyboardInterrupt:
             if rank == 0:
                 yield from sorted(outcomes)
             raise
         with interrupted_later():
             yield from sorted(outcomes)
-
-
-def gather(outcomes: list[Outcome], shard: tuple[int, int]) -> list[Outcome]:
-    """Those of all processes in rank 0, none in the others."""
-    rank, processes = shard
-    parts = [None] * processes if rank == 0 else None
-    torch.distributed.gather_object(outcomes, parts)
-    return list(itertools.chain(*parts)) if rank == 0 else []
 
 
 # ---- pictures ----
@@ -568,7 +560,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
             model = listening_model(system, [system.hotwords])
             items = ((names[i], drawable(dataset, i)) for i, _ in tally.heard)
             write_explained(Path(arguments.plot or "."), model, system, (named for named in items if named[1]))
-        report_figures(arguments.report, system, dataset, tally, spent)
+        report_figures(arguments.report, tally, spent, lambda index: alignment_picture(system, dataset, index))
     if tally.interrupt:
         return exit_code(tally.interrupt)
     return 1 if tally.failed else 0
@@ -578,18 +570,6 @@ def windows_of(todo: Sequence[int], lengths: np.ndarray, system: System) -> Iter
     """`plan_batches` of the inputs in todo."""
     for batches in plan_batches(lengths[todo], *batch_limits(system)):
         yield [[todo[i] for i in batch] for batch in batches]
-
-
-def report_figures(folder: str | None, system: System, dataset: Dataset, tally: Tally, spent: float) -> None:
-    """Print the error rates, if there are references, and the speed; write the report into a folder."""
-    lines = report_lines(tally.scores) if tally.scores else []
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_report(Path(folder), tally.scores, lines, lambda index: alignment_picture(system, dataset, index))
-    seconds = sum(seconds for _, seconds in tally.heard)
-    factor = f", real-time factor {spent / seconds:.4f}" if seconds else ""
-    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s{factor}; {tally.failed} "
-          "could not be recognised", sep="\n", file=sys.stderr)
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:

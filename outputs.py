@@ -19,7 +19,8 @@ from typing import BinaryIO, NamedTuple
 import data
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
-from report import FORMS, Outcome, Result, Score, Token, Word, json_row, score, written_text
+from report import (FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report,
+                    written_text)
 from survival import interrupted_later, stream_error
 
 
@@ -388,3 +389,16 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, bar: Prog
     if brief and len(heard) > SHOWN:
         print(f"and {len(heard) - SHOWN} more, which a file or a pipe gets: python decode.py > results.tsv")
     return Tally(heard, failed, scores, interrupt)
+
+
+def report_figures(folder: str | None, tally: Tally, spent: float, picture: Callable[[int], str]) -> None:
+    """Print the error rates, if there are references, and the speed; write the report, with the picture of each input,
+    into a folder."""
+    lines = report_lines(tally.scores) if tally.scores else []
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_report(Path(folder), tally.scores, lines, picture)
+    seconds = sum(seconds for _, seconds in tally.heard)
+    factor = f", real-time factor {spent / seconds:.4f}" if seconds else ""
+    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s{factor}; {tally.failed} "
+          "could not be recognised", sep="\n", file=sys.stderr)

@@ -5,6 +5,7 @@ Reading order: joining, sums, gradients, statistics of BatchNorm. Needs torch.
 """
 import datetime
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,14 @@ def sum_tensor(x: Tensor) -> Tensor:
     if num_ranks() > 1:
         distributed.all_reduce(x)
     return x
+
+
+def gather_in_first(items: list, shard: tuple[int, int]) -> list:
+    """The items of all processes in rank 0, none in the others. shard: (rank, processes)."""
+    rank, processes = shard
+    parts = [None] * processes if rank == 0 else None
+    distributed.gather_object(items, parts)
+    return list(itertools.chain(*parts)) if rank == 0 else []
 
 
 # ---- gradients ----

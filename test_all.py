@@ -8049,15 +8049,14 @@ def test_a_published_config_that_leaves_an_option_out_gets_funasrs_default(tmp_p
 
 
 def test_an_export_has_no_dither_and_float16_weights_give_a_float32_model(tmp_path):
-    folder = tmp_path / "out"
-    checkpoint.export(sanm_system("word"), str(folder))
+    folder, exported = tmp_path / "out", sanm_system("word")
+    checkpoint.export(exported, str(folder))
     values = config.parse_yaml((folder / "config.yaml").read_text(), "config.yaml")
     assert values["frontend_conf"]["dither"] == 0.0
-    wanted = sanm_system("word").model
     weights = torch.load(folder / "model.pt", weights_only=True)
     torch.save({name: x.half() for name, x in weights.items()}, folder / "model.pt")
     system = checkpoint.load_system(folder, "cpu")
-    for (name, ours), theirs in zip(system.model.named_parameters(), wanted.parameters()):
+    for (name, ours), theirs in zip(system.model.named_parameters(), exported.model.parameters()):
         assert ours.dtype == torch.float32, name
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
@@ -8090,6 +8089,39 @@ def test_dropout_behind_self_attention_has_an_effect_of_its_own():
     block.dropout.register_forward_hook(lambda module, given, out: changed.append(not torch.equal(given[0], out)))
     block.train()(torch.randn(1, 6, 8), None)
     assert changed == [True, True]  # behind self-attention and behind the feed-forward layer
+
+
+@needs_kit
+def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_head():
+    system = checkpoint.load_system(KIT / "bicif", "cpu")
+    assert system.config.model.predictor.upsampling
+    feats = audio.frontend(*audio.load_wav(KIT / f"wavs/{WAVS[0]}.wav"), system.config.data, system.stats)
+    alone, = decode.transcribe(system, [feats])
+    empty, full, short = decode.transcribe(system, [feats[:0], feats, feats[:1]])
+    assert (empty.text, empty.tokens) == ("", []) and full.text == alone.text != ""
+    assert all(0 <= token.start <= token.end for token in short.tokens)
+    found = decode.decode_batch(system, [feats[:1]])
+    none = found._replace(lens=torch.zeros(1, dtype=torch.int64), tokens=found.tokens[:, :0])
+    assert decode.token_times(system, none, 0, []) == []
+
+
+def test_a_predictor_may_have_one_layer_of_the_encoders_width_or_of_its_own():
+    for width in (16, 24):
+        section = tiny_system().config.model
+        section = replace(section, predictor=replace(section.predictor, num_layers=1, hidden_dim=width))
+        network = build(section, 8, 12).eval()
+        assert network.greedy(torch.randn(2, 9, 8), torch.tensor([9, 4])).tokens.shape[0] == 2
+
+
+def test_the_statistics_of_two_ranks_are_their_mean(monkeypatch):
+    """Two processes are played: a sum over ranks doubles what this one has and adds 2."""
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.fill_(5.0)
+    monkeypatch.setattr(ranks, "num_ranks", lambda: 2)
+    monkeypatch.setattr(ranks, "sum_tensor", lambda x: 2 * x + 2)
+    ranks.average_statistics(norm)
+    assert norm.running_mean.tolist() == [6.0] * 3 and norm.running_var.tolist() == [2.0] * 3
+    assert norm.num_batches_tracked.item() == 1
 
 
 def test_attention_layers_may_be_all_of_a_decoder_and_no_more(tmp_path):
