@@ -30,6 +30,7 @@ from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funas
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
 from punctuation import Punctuation
+from streaming import Chunk
 from tokenizer import SPECIALS, Tokenizer
 from vad import Vad
 from weights import load_weights
@@ -37,8 +38,8 @@ from weights import load_weights
 
 # ---- by name, and from a file ----
 
-ARCHITECTURES = {"paraformer": Paraformer, "seaco": SeacoParaformer, "contextual": ContextualParaformer,
-                 "transformer": Transformer, "ctc": CTC}
+ARCHITECTURES = {"paraformer": Paraformer, "streaming": Paraformer, "seaco": SeacoParaformer,
+                 "contextual": ContextualParaformer, "transformer": Transformer, "ctc": CTC}
 
 
 def architecture(name: str) -> type[nn.Module]:
@@ -312,6 +313,7 @@ class System(NamedTuple):
     hotwords: tuple[str, ...] | None = None  # phrases to listen for in every utterance; None: no list
     vad: Vad | None = None  # what cuts recordings, in place of their pauses
     punctuation: Punctuation | None = None  # what makes sentences of a text
+    chunk: Chunk | None = None  # how a streaming model hears, which hears no utterance at once; None: another model
 
 
 Adapt = Callable[[configs.Config], configs.Config]
@@ -399,7 +401,16 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     encode_list = None
     if isinstance(model, HotwordParaformer):
         encode_list = list_encoder(model, system.tokenizer.encode_hotword)
-    return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list)
+    chunk = Chunk() if system.config.model.name == "streaming" else None
+    return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list,
+                           chunk=chunk)
+
+
+def check_not_streaming(config: configs.Config, place: str) -> None:
+    """Raises ValueError that says what to use instead where only whole utterances are heard."""
+    if config.model.name == "streaming":
+        raise ValueError(f"{place}: wanted a model that hears whole utterances, such as paraformer-zh, got a streaming "
+                         "one (model.name streaming), which runs in python decode.py --ckpt DIR [--stream]")
 
 
 # ---- what training starts from ----
@@ -446,9 +457,11 @@ def start_from(config: configs.Config) -> System:
     """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
     section and front end then replace those of config. Raises ValueError if they do not fit the data."""
     place = config.training.init_from
+    check_not_streaming(config, "model.name")
     if not place:
         return fresh(config)
     system = load_parts(place, adapt=functools.partial(with_model, config))
+    check_not_streaming(system.config, f"training.init_from={place}")
     configs.check(system.config, f"training.init_from={place}")
     texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
     check_vocabulary(texts, system.tokenizer, place)

@@ -82,7 +82,7 @@ class HotwordConfig:                     # of the models seaco and contextual, w
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "paraformer"             # paraformer | seaco | contextual | transformer | ctc; what they ignore: UNUSED
+    name: str = "paraformer"             # paraformer streaming seaco contextual transformer ctc; what they ignore: UNUSED
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -206,7 +206,7 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
 
 UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
-        "paraformer": "hotwords", "seaco": "hotwords.share_embedding",
+        "paraformer": "hotwords", "streaming": "hotwords", "seaco": "hotwords.share_embedding",
         "contextual": "hotwords.decoder hotwords.both_ways hotwords.no_bias",
         "transformer": """hotwords predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples
             end_token share_embedding place_embedding""",
@@ -303,6 +303,13 @@ def _model_errors(model: ModelConfig) -> list[Error]:
         errors.append(("model.encoder.subsampling", "4 for kind relative_conformer"))
     if encoder.num_layers == 0:
         errors.append(("model.encoder.num_layers", "1 or more"))
+    if model.name == "streaming":      # layers that have a `step`
+        if encoder.kind != "sanm":
+            errors.append(("model.encoder.kind", "sanm for a streaming model"))
+        if decoder.kind != "sanm":
+            errors.append(("model.decoder.kind", "sanm for a streaming model"))
+        if predictor.kind == "stacked" or predictor.upsampling:
+            errors.append(("model.predictor.kind", "dense or depthwise without a timing head for a streaming model"))
     if predictor.num_layers == 0:
         errors.append(("model.predictor.num_layers", "1 or more"))
     if decoder.num_layers == 0 and (decoder.kind == "sanm" or model.name != "paraformer"):

@@ -11,6 +11,8 @@
     python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
     python decode.py --ckpt DIR --vad VAD_DIR --punctuate PUNC_DIR folder    cut by a VAD model, written in sentences
     python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
+    python decode.py --ckpt STREAMING --stream a.wav    the text as it grows; - is a WAV (with --pcm RATE, bare 16-bit
+                                                    samples) from a pipe, until it ends or Ctrl-C
     python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
@@ -44,9 +46,10 @@ import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search, check_search
-from checkpoint import PRECISIONS, SEGMENT_SEC, System, export, load_system
+from checkpoint import PRECISIONS, SEGMENT_SEC, System, check_not_streaming, export, load_system
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
+from listen import hear_stream, show_streams, stream_result, with_chunk
 from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
 from outputs import (ProgressBar, end_output, file_names, open_part, prepare_output, print_results, report_figures,
@@ -139,6 +142,7 @@ def search_batch(system: System, feats: Sequence[Tensor],
                  hotwords: Hotwords | None = None) -> tuple[Hypotheses, list[list[Candidate]]]:
     """Normalised features (T,F) each, and the hotwords of each, by default system.hotwords for all -> on the CPU,
     Hypotheses, and the candidates of each; greedy search has none."""
+    check_not_streaming(system.config, "decode.py")
     model = listening_model(system, hotwords or [system.hotwords] * len(feats))
     device = system.stats.device
     dtype = PRECISIONS[system.precision]
@@ -255,8 +259,12 @@ def cut_recording(system: System, source: audio.Source) -> Iterator[Segment]:
 def transcribe_recording(system: System, source: audio.Source) -> Result:
     """A recording of any length -> its Result; there is no n-best of what `cut_recording` cuts.
 
-    Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got) or OSError.
+    A streaming model hears it chunk by chunk. Memory does not grow with its length, but for the Result. Raises
+    ValueError (place, wanted, got) or OSError.
     """
+    if system.chunk is not None:
+        heard = hear_stream(system, audio.stream(source, system.config.data.sample_rate))
+        return stream_result(system, [token for result in heard for token in result.tokens])
     return join_results(system, transcribe_segments(system, cut_recording(system, source)))
 
 
@@ -285,8 +293,8 @@ def recognise_inputs(system: System, dataset: Dataset, indices: Sequence[int]) -
 
 
 def whole_sec(system: System) -> float:
-    """Recordings up to this length are read whole; a VAD cuts all of them."""
-    return 0.0 if system.vad else system.segment_sec[1]
+    """Recordings up to this length are read whole; a VAD cuts all of them, a streaming model hears them in chunks."""
+    return 0.0 if system.vad or system.chunk else system.segment_sec[1]
 
 
 def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utterance, result: Result) -> Outcome:
@@ -421,6 +429,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
 
+    add("--stream", action="store_true", help="with a streaming model: print the text of recordings, or of - (a WAV "
+        "from a pipe), as it grows")
+    add("--pcm", type=int, metavar="RATE", help="- of --stream is bare 16-bit little-endian mono samples at RATE Hz")
+    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames of 60 ms that are decided "
+        "at a time, and frames that it hears beyond them (default 10,5)")
+    add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="of a streaming model: how many chunks before "
+        "it a chunk sees; -1: all (default 4,1)")
+
     def number(name: str, default: float, meaning: str) -> None:
         add(name, type=type(default), default=default, help=f"{meaning} (default {default:g})")
 
@@ -445,6 +461,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def two_numbers(text: str) -> tuple[int, int]:
+    """Of --chunk and --look-back."""
+    try:
+        first, second = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted two whole numbers and a comma, as 10,5, got {text!r}") from None
+    return first, second
+
+
 def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """What options ask of each other; ends the program where they do not go together."""
     if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
@@ -462,6 +487,15 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--resume needs --output")
     if arguments.plot_layer and not arguments.plot:
         parser.error("--plot-layer needs --plot")
+    if arguments.pcm is not None and not (arguments.stream and arguments.inputs == ["-"] and arguments.pcm >= 1000):
+        parser.error("--pcm needs --stream - and a rate of 1000 Hz or more")
+    if arguments.stream:
+        if not arguments.inputs:
+            parser.error("--stream needs a recording or -")
+        for name in ("export", "hotwords", "output", "format", "report", "plot", "limit", "allow_pipes",
+                     "resume", "explain", "vad", "punctuate"):
+            if getattr(arguments, name) != parser.get_default(name):
+                parser.error(f"--stream prints texts alone; leave out --{name.replace('_', '-')}")
     if arguments.export and arguments.dtype == "int8":
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
@@ -576,10 +610,13 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     """Load, export if that is asked for, recognise -> exit code."""
     shard = join_processes(timeout=datetime.timedelta(days=1))  # one may have much more to do than another
     rank, processes = shard
-    streams = [name for name in arguments.inputs if is_stream(name)]
+    streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
+    system = with_chunk(arguments, with_search(greedy_system(arguments, arguments.ckpt), arguments.search))
+    if arguments.stream:
+        show_streams(system, arguments.inputs, arguments.pcm)
+        return 0
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)

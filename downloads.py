@@ -28,6 +28,8 @@ DOWNLOADS = (
              "Chinese with English words, hotwords (ContextualParaformer)"),
     Download("paraformer-en", MODELSCOPE + "paraformer-large-vad-punc_asr_nat-en-16k-common-vocab10020",
              "funasr/paraformer-en", 887, "English"),
+    Download("paraformer-zh-streaming", MODELSCOPE + "paraformer-large_asr_nat-zh-cn-16k-common-vocab8404-online",
+             "funasr/paraformer-zh-streaming", 880, "Chinese with English words, while they are spoken"),
 )
 TAKE = DOWNLOADS[0]  # where another cannot be used
 
@@ -47,7 +49,6 @@ class Other(NamedTuple):
 
 
 OTHERS = (
-    Other("paraformer-zh-streaming", "ParaformerStreaming", "is a Paraformer that is run chunk by chunk"),
     Other("SenseVoiceSmall", "SenseVoiceSmall", "recognises five languages with an encoder alone"),
     Other("fsmn-vad", "FsmnVADStreaming", "finds where somebody speaks and goes with --vad"),
     Other("ct-punc", "CTTransformer", "puts marks into text and goes with --punctuate"),

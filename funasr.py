@@ -68,10 +68,19 @@ MODEL = {
 SANM_DECODER = LAYERS | {
     "att_layer_num": Option(6, "attention_layers"), "kernel_size": Option(21, "kernel_size"),
     "sanm_shfit": Option(0, "memory_shift"), "self_attention_dropout_rate": Option(0.0, "attention_dropout")}
+SANM_ENCODER = ENCODER | {
+    "kernel_size": Option(11, "kernel_size"), "sanm_shfit": Option(0, "memory_shift"),
+    "selfattention_layer_type": Option("sanm", only="sanm"), "positionwise_layer_type": Option("linear", only="linear")}
+FRONTEND = {
+    "fs": Option(16000, "sample_rate"), "n_mels": Option(80, "num_mels"), "lfr_m": Option(1, "lfr_m"),
+    "lfr_n": Option(1, "lfr_n"), "window": Option("hamming", only="hamming"), "frame_length": Option(25, only=25),
+    "frame_shift": Option(10, only=10), "snip_edges": Option(True, only=True),
+    "upsacle_samples": Option(True, only=True)}
 PUBLISHED = {     # part of a model -> FunASR's classes
     "model": {
         "Paraformer": PublishedClass({"name": "paraformer"}, MODEL),
         "BiCifParaformer": PublishedClass({"name": "paraformer"}, MODEL),
+        "ParaformerStreaming": PublishedClass({"name": "streaming"}, MODEL),
         "SeacoParaformer": PublishedClass({"name": "seaco"}, MODEL | {
             "NO_BIAS": Option(8377, "hotwords.no_bias"), "bias_encoder_bid": Option(False, "hotwords.both_ways"),
             "bias_encoder_type": Option("lstm", only="lstm")}),
@@ -79,10 +88,10 @@ PUBLISHED = {     # part of a model -> FunASR's classes
             "use_decoder_embedding": Option(False, "hotwords.share_embedding"),
             "bias_encoder_type": Option("lstm", only="lstm")})},
     "encoder": {
-        "SANMEncoder": PublishedClass({"kind": "sanm", "subsampling": 1}, ENCODER | {
-            "kernel_size": Option(11, "kernel_size"), "sanm_shfit": Option(0, "memory_shift"),
-            "input_layer": Option("conv2d", only="pe"), "selfattention_layer_type": Option("sanm", only="sanm"),
-            "positionwise_layer_type": Option("linear", only="linear")}),
+        "SANMEncoder": PublishedClass({"kind": "sanm", "subsampling": 1}, SANM_ENCODER | {
+            "input_layer": Option("conv2d", only="pe")}),
+        "SANMEncoderChunkOpt": PublishedClass({"kind": "sanm", "subsampling": 1}, SANM_ENCODER | {
+            "input_layer": Option("conv2d", only="pe_online")}),
         "ConformerEncoder": PublishedClass({"kind": "relative_conformer", "subsampling": 4}, ENCODER | {
             "cnn_module_kernel": Option(31, "kernel_size"), "input_layer": Option("conv2d", only="conv2d"),
             "macaron_style": Option(False, only=True), "use_cnn_module": Option(True, only=True),
@@ -104,13 +113,11 @@ PUBLISHED = {     # part of a model -> FunASR's classes
         "ParaformerSANMDecoder": PublishedClass({"kind": "sanm"}, SANM_DECODER | {
             "use_output_layer": Option(True, only=False), "wo_input_layer": Option(False, only=True)})},
     "frontend": {
-        "WavFrontend": PublishedClass({}, {
-            "fs": Option(16000, "sample_rate"), "n_mels": Option(80, "num_mels"), "lfr_m": Option(1, "lfr_m"),
-            "lfr_n": Option(1, "lfr_n"), "window": Option("hamming", only="hamming"),
-            "frame_length": Option(25, only=25), "frame_shift": Option(10, only=10),
-            "snip_edges": Option(True, only=True), "upsacle_samples": Option(True, only=True)})},
+        "WavFrontend": PublishedClass({}, FRONTEND), "WavFrontendOnline": PublishedClass({}, FRONTEND)},
     "tokenizer": {"CharTokenizer": PublishedClass({}, {})},
 }
+STREAMING = {     # part of a ParaformerStreaming -> its class, which no other model has
+    "model": "ParaformerStreaming", "encoder": "SANMEncoderChunkOpt", "frontend": "WavFrontendOnline"}
 HOTWORD_MODELS = {"seaco": "SeacoParaformer", "contextual": "ContextualParaformer"}    # our names -> FunASR's
 IGNORED = {     # part of these models -> options that change nothing at inference; others that are unknown are errors
     "model": """inner_dim bias_encoder_dropout_rate seaco_lsm_weight seaco_length_normal seaco_length_normalized_loss
@@ -160,6 +167,7 @@ def read_published_config(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
     parts = {part: translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
+    check_streaming(values, str(path))
     width = parts["encoder"]["hidden_dim"]
     decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
@@ -177,6 +185,15 @@ def read_published_config(path: str | Path) -> Config:
                          f"wanted at most 1 + noise_threshold {predictor.noise}")
     check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
     return config
+
+
+def check_streaming(values: dict, place: str) -> None:
+    """Raises ValueError where a part of a streaming model stands beside one of another model."""
+    is_streaming = values["model"] == STREAMING["model"]
+    for part, name in STREAMING.items():
+        if (values[part] == name) != is_streaming:
+            raise ValueError(f"{place}: {part} {values[part]} is not implemented for a {values['model']}; wanted "
+                             f"{', '.join(STREAMING.values())} together, or none of them")
 
 
 def _check_hotwords(values: dict, width: int, place: str) -> None:
@@ -199,6 +216,8 @@ def _check_hotwords(values: dict, width: int, place: str) -> None:
 def translate(values: dict, part: str, place: str) -> dict:
     """{our field or section: value} for a part of FunASR's config. Raises ValueError."""
     classes, name, options = PUBLISHED[part], values.get(part), values.get(f"{part}_conf") or {}
+    if isinstance(options, dict) and "sanm_shift" in options and part in ("encoder", "decoder"):
+        options = {"sanm_shfit": options["sanm_shift"], **options}      # as FunASR's streaming template spells it
     if not isinstance(name, str) or not isinstance(options, dict):
         raise ValueError(f"{place}: wanted FunASR's '{part}: CLASS' and '{part}_conf: options', got another config; "
                          "a run of ours is loaded by its checkpoint: RUN/checkpoints/best.pt")
@@ -276,6 +295,8 @@ def dump_published_config(config: Config) -> str:
         name = _published_class(part, ours, model.predictor.upsampling)
         if part == "decoder" and model.name == "contextual":
             name = "ContextualParaformerDecoder"
+        if model.name == "streaming":
+            name = STREAMING.get(part, name)
         values[part] = name
         values[f"{part}_conf"] = _translate_back(ours, PUBLISHED[part][name].options)
     if model.name in HOTWORD_MODELS:

@@ -24,13 +24,13 @@ from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHead
 
 # ---- positions ----
 
-def halved_sinusoids(T: int, dim: int) -> Tensor:
-    """(T,dim) float32: column i of row t is sin, column dim/2 + i cos of (t + 1) * 10000^(-i / (dim/2 - 1)).
+def halved_sinusoids(T: int, dim: int, first: int = 0) -> Tensor:
+    """(T,dim) float32: column i of row t is sin, column dim/2 + i cos of (first + t + 1) * 10000^(-i / (dim/2 - 1)).
     Source: tensor2tensor; SAN-M adds them to its input features, dim wide."""
     if dim % 2 or dim < 4:
         raise ValueError(f"halved_sinusoids: dim must be even and 4 or more, got {dim}")
     rate = torch.exp(torch.arange(dim // 2).float() * (-math.log(10000.0) / (dim // 2 - 1)))
-    angle = torch.arange(1, T + 1)[:, None] * rate  # (T, dim/2)
+    angle = torch.arange(first + 1, first + T + 1)[:, None] * rate  # (T, dim/2)
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
@@ -116,6 +116,12 @@ class Fsmn(nn.Module):
             return x
         return zero_padding(self.dropout(x + convolve(x, self.weight, None, self.reach)), mask)
 
+    def step(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next steps of a sequence, x (B,T,D), behind past (B,kernel_size-1,D): what this returned for the steps
+        before, None for the first ones, around which are zeros as in forward -> (B,T,D), the past of the next."""
+        window = F.pad(x, (0, 0, *self.reach)) if past is None else torch.cat([past, x], 1)
+        return x + convolve(window, self.weight, None, (0, 0)), window[:, window.shape[1] - sum(self.reach):]
+
 
 class SanmAttention(nn.Module):
     """Self-attention from width in_dim to dim, plus an FSMN over its values. Source: Gao et al. 2020."""
@@ -143,6 +149,17 @@ class SanmAttention(nn.Module):
             out, weights = attend(*heads, keys, need_weights, dropout=self.dropout if self.training else 0.0)
             out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,dim)
             return out + self.memory(v, mask), weights
+
+    def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """A window of a stream, x (B,T,in_dim), which sees itself and the past (2,B,H,S,K), keys and values
+        -> (B,T,dim), the window's own (2,B,H,T,K). The FSMN sees the window alone."""
+        with full_precision(x, training=False):
+            q, k, v = self.query_key_value(at_least_float32(x)).chunk(3, dim=-1)  # (B,T,dim) each
+            query, key, value = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B,H,T,K)
+            own = torch.stack([key, value])
+            keys, values = torch.cat([past, own], 3)
+            out, _ = attend(query, keys, values, None, need_weights=False)
+            return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, None), own
 
 
 class NormedFeedForward(nn.Module):
@@ -245,6 +262,13 @@ class SanmBlock(nn.Module):
         x = x + out if self.residual else out
         return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
 
+    def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """A window of a stream, x (B,T,in_dim), and the past as SanmAttention.step -> (B,T,dim), its own keys, values.
+        """
+        out, own = self.self_attention.step(self.norm_self(x), past)
+        x = x + out if self.residual else out
+        return x + self.feed_forward(self.norm_ffn(x)), own
+
 
 class SanmDecoderBlock(nn.Module):
     """Feed-forward, an FSMN in place of self-attention, and cross-attention if num_heads is not 0."""
@@ -276,6 +300,15 @@ class SanmDecoderBlock(nn.Module):
         y = self.feed_forward(self.norm_ffn(x))
         return x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
 
+    def step(self, x: Tensor, past: Tensor | None, source: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The next tokens of a stream, x (B,U,D), past as in Fsmn.step, source (2,B,H,S,K): keys and values of the
+        cross-attention, None without one -> (B,U,D), the past of the next."""
+        y, past = self.memory.step(self.norm_memory(self.feed_forward(self.norm_ffn(x))), past)
+        x = x + y
+        if self.cross_attention is None:
+            return x, past
+        return x + self.cross_attention.attend_to(self.norm_cross(x), *source)[0], past
+
 
 # ---- encoders ----
 
@@ -297,11 +330,25 @@ class SanmEncoder(nn.Module):
         check_feats(feats, lens, self.input_dim)
         feats = hide_padding(feats, lens)  # padded frames may hold anything
         mask = key_mask(lens, feats.shape[1])
-        x = feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:]).to(feats)
+        x = self.place(feats, 0)
         x, first = run_blocks([self.first], x, mask, need_weights=need_weights)
         x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
         x, layers = run_blocks(self.blocks, x, mask, need_weights=need_weights)
         return hide_padding(self.norm(x), lens), lens, first + layers
+
+    def place(self, feats: Tensor, first: int) -> Tensor:
+        """Frames first.. of a stream, feats (B,T,F) -> (B,T,F), scaled and placed, as `step` takes them."""
+        return feats * math.sqrt(self.dim) + halved_sinusoids(*feats.shape[1:], first).to(feats)
+
+    def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """A window of a stream, x (B,T,F) of `place`, which sees itself and the past (layers,2,B,H,S,K), what this
+        returned for earlier windows -> hidden (B,T,D), the window's keys and values (layers,2,B,H,T,K)."""
+        owns = []
+        for block, layer_past in zip([self.first, *self.blocks], past):
+            x, own = block.step(x, layer_past)
+            x = at_least_float32(x)
+            owns.append(own)
+        return self.norm(x), torch.stack(owns)
 
 
 class ImageSubsampling(nn.Module):
@@ -437,3 +484,19 @@ class SanmDecoder(nn.Module):
         blocks = [*blocks, *self.memory_blocks]
         x, layers = run_blocks(blocks, embeds, mask, hidden, hidden_mask, need_weights=need_weights)
         return self.norm(self.last(x)), layers
+
+    def keys_values(self, hidden: Tensor) -> Tensor:
+        """hidden (B,L,D) -> keys and values of the cross-attention of every block that has one (blocks,2,B,H,L,K)."""
+        return torch.stack([torch.stack(block.cross_attention.keys_values(hidden)) for block in self.blocks])
+
+    def step(self, embeds: Tensor, past: Tensor | None, source: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens of a stream, embeds (B,U,D), which see the source (blocks,2,B,H,S,K), of `keys_values`, and
+        the past (layers,B,kernel_size-1,D), what this returned for the tokens before, None for the first ones
+        -> logits (B,U,V), the past of the next."""
+        x = embeds
+        pasts = []
+        for i, block in enumerate([*self.blocks, *self.memory_blocks]):
+            block_source = source[i] if i < len(self.blocks) else None
+            x, rows = block.step(x, None if past is None else past[i], block_source)
+            pasts.append(rows)
+        return self.output(self.norm(self.last(x))), torch.stack(pasts)

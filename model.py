@@ -170,6 +170,53 @@ def cif_in_blocks(hidden: Tensor, start: Tensor, end: Tensor, U: int) -> Tensor:
     return torch.cat(tokens, 1)
 
 
+class Carry(NamedTuple):
+    """What is left of a stream's weights behind its last token: an unfinished token."""
+
+    weight: Tensor  # () float64, below 1
+    frame: Tensor  # (D,) the mean of the frames under that weight; 0 without
+    begun: float  # the frame, counted from the start of the stream, where its first BEGUN is reached; -1: not yet
+
+
+BEGUN = 0.1  # of a token's weight: where it begins, as weights do not fall to 0 in a pause
+
+
+def no_carry(dim: int, device: torch.device | None = None) -> Carry:
+    return Carry(torch.zeros((), dtype=torch.float64, device=device), torch.zeros(dim, device=device), -1.0)
+
+
+def cif_step(hidden: Tensor, alpha: Tensor, carry: Carry, first: int,
+             tail: float = 0.0) -> tuple[Tensor, list[tuple[float, float]], Carry]:
+    """`cif` of a stream's next frames: hidden (L,D), alpha (L,), the carry of the frames before, the number of the
+    first frame, and the weight of a frame of zeros behind the last one, which may complete a token
+    -> embeds (U,D) of the tokens that fire, the frames in which each begins and ends, the carry.
+
+    Piece by piece or at once, the tokens are the same, but for rounding: the carry enters as a frame of its own.
+    """
+    check_shapes(hidden=(hidden, "L", "D"), alpha=(alpha, "L"), frame=(carry.frame, "D"))
+    weights = torch.cat([carry.weight[None], alpha.double()])  # (1+L,)
+    frames = torch.cat([carry.frame[None].to(hidden), hidden])
+    sums = weights.cumsum(0).cpu().numpy()
+    if tail > 0:
+        sums = np.append(sums, sums[-1] + tail)
+    U = int(sums[-1])  # whole tokens; the next one, unfinished, is embedded too
+    embeds = cif(frames[None], weights[None], U + 1)[0]
+    places = np.arange(len(sums)) + float(first)  # sums[i] is reached at the end of frame first + i - 1
+
+    def place(total: float) -> float:
+        return float(np.interp(total, sums, places))
+
+    spans = [(place(u + BEGUN), place(u + 1)) for u in range(U)]
+    if U and carry.begun >= 0:
+        spans[0] = (carry.begun, spans[0][1])
+    rest = sums[-1] - U
+    begun = carry.begun if U == 0 else -1.0
+    if begun < 0 and rest >= BEGUN:
+        begun = place(U + BEGUN)
+    weight = torch.tensor(rest, dtype=torch.float64, device=alpha.device)
+    return embeds[:U], spans, Carry(weight, embeds[U] / max(rest, 1e-12), begun)
+
+
 # ---- the glancing sampler ----
 
 def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: float, order: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ from torch import Tensor
 import decode
 from audio import ffmpeg_to_wav, format_name, frame_sec, frontend, normalise, read_header
 from batcher import Batcher, Job, Log, Metrics, deadline_passed, num_utterances, resident_bytes
-from checkpoint import PRECISIONS, System, load_system
+from checkpoint import PRECISIONS, System, check_not_streaming, load_system
 from hotwords import split_phrases, unknown_warning, why_no_hotwords
 from openai_forms import OpenAIForm, openai_response, parse_openai_form
 from punctuation import load_punctuation
@@ -768,6 +768,7 @@ def load_warm(options: argparse.Namespace) -> System:
     if options.threads:
         torch.set_num_threads(options.threads)
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
+    check_not_streaming(system.config, options.checkpoint)
     if options.vad:
         system = system._replace(vad=load_vad(options.vad, options.vad_schedule or "config"))
     if options.punctuate:

@@ -72,6 +72,8 @@ import dry_run
 import funasr
 import funasr_layers
 import hotwords
+import listen
+import live
 import manifests
 import model
 import openai_forms
@@ -84,6 +86,7 @@ import report
 import sentences
 import serve
 import survival
+import streaming
 import tokenizer
 import train
 import vad
@@ -2251,7 +2254,6 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
                   f"five languages with an encoder alone; {TAKE}"),
     (lambda folder: KIT / "vad", "got FunASR's fsmn-vad, which finds where somebody speaks and goes with --vad; take"),
     (lambda folder: KIT / "punc", "got FunASR's ct-punc, which puts marks into text and goes with --punctuate; take"),
-    (lambda folder: KIT / "streaming", "FunASR's paraformer-zh-streaming, which is a Paraformer that is run chunk by chunk"),
     (lambda folder: KIT / "sanm/model.pt", f"got its weights alone: pass the folder, {KIT / 'sanm'}")])
 def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, capsys, make, error):
     assert decode.main(["--device", "cpu", "--ckpt", str(make(tmp_path / "model")), "a.wav"]) == 2
@@ -2267,6 +2269,8 @@ def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, cap
     ("damo/speech_paraformer-large-contextual_asr_nat-zh-cn-16k-common-vocab8404",
      "(912 MB); download it with modelscope download --model iic/speech_paraformer-large-contextual_asr"),
     ("iic/SenseVoiceSmall", f"FunASR's SenseVoiceSmall, which recognises five languages with an encoder alone; {TAKE}\n"),
+    ("paraformer-zh-streaming", "(880 MB); download it with modelscope download --model iic/speech_paraformer-large_asr_nat-"
+                                "zh-cn-16k-common-vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
     ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
     ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, got no such file")])
 def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_path, monkeypatch, capsys, name, error):
@@ -3024,6 +3028,81 @@ def test_collate_pads_with_zeros_and_keeps_skips_apart():
         data.collate([make("a", 2, 3), make("c", 4, 1)._replace(feats=torch.zeros(2, 4))])
     with pytest.raises(ValueError, match=r"tokens \(U,\), got \[\(\(2, 3\), \(1, 3\)\)\]"):
         data.collate([make("a", 2, 3)._replace(tokens=torch.ones(1, 3))])
+
+
+# ---- live: pipes, resampling and features of what is still being made ----
+
+class Trickle(io.RawIOBase):
+    """A pipe that gives a random number of bytes at a time."""
+
+    def __init__(self, content: bytes, seed: int):
+        self.rest = content
+        self.rng = random.Random(seed)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        n = min(len(buffer), self.rng.randint(1, 5000))
+        got, self.rest = self.rest[:n], self.rest[n:]
+        buffer[:len(got)] = got
+        return len(got)
+
+
+def wav_bytes(samples, rate_hz, size=None, extra=b""):
+    """A 16-bit WAV, with another data size if given, and a chunk before the samples"""
+    content = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
+    fmt = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate_hz, 2 * rate_hz, 2, 16)
+    size = len(content) if size is None else size
+    return b"RIFF" + struct.pack("<I", 36) + b"WAVE" + fmt + extra + b"data" + struct.pack("<I", size) + content
+
+
+# C161
+@pytest.mark.parametrize("size, extra", [(None, b""), (0, b""), (2**32 - 1, b"LIST" + struct.pack("<I", 3) + b"abc\0")])
+def test_a_pipe_gives_what_the_file_holds(size, extra):
+    samples = torch.rand(5000) - 0.5
+    content = wav_bytes(samples, 8000, size, extra)
+    pipe = io.BufferedReader(Trickle(content, 0))
+    header = live.pipe_header(pipe)
+    heard = torch.cat(list(live.pipe_samples(pipe, header)))
+    assert header.rate_hz == 8000 and torch.equal(heard, audio.load_wav(content)[0])
+    bare = io.BufferedReader(Trickle(content[-10000:] + b"x", 1))  # an odd byte at the end
+    assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
+
+
+def test_a_pipe_that_is_no_wav_is_one_error():
+    for content in (b"", b"RIFF", b"hello, world, this is no WAV", wav_bytes(torch.zeros(9), 8000)[:30]):
+        with pytest.raises(ValueError, match="standard input: wanted a WAV .* or, with --pcm RATE"):
+            live.pipe_header(io.BufferedReader(Trickle(content, 0)))
+
+
+# C161
+@pytest.mark.parametrize("rate_in, rate_out", [(8000, 16000), (44100, 16000), (16000, 8000), (16000, 16000), (11025, 16000)])
+def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
+    rng = random.Random(rate_in)
+    samples = normal(rate_in, 3 * rate_in // 2)
+    whole = audio.resample(samples, rate_in, rate_out)
+    for longest in (300, 40000):
+        sizes = [rng.randint(0, longest) for _ in range(2 * len(samples) // longest + 1)]
+        pieces = list(samples.split([*sizes, len(samples) - sum(sizes)])) if sum(sizes) < len(samples) else [samples]
+        close(torch.cat(list(live.resample_pieces(pieces, rate_in, rate_out))), whole, 1e-6)
+
+
+# C15
+@pytest.mark.parametrize("rate_hz, mels, m, n", [(16000, 80, 7, 6), (8000, 40, 1, 1), (8000, 20, 4, 3), (16000, 20, 5, 2)])
+def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
+    options = SimpleNamespace(sample_rate=rate_hz, num_mels=mels, lfr_m=m, lfr_n=n)
+    stats = normal(1, 2, m * mels)
+    samples = normal(0, rate_hz // 2 + 123) / 10
+    whole = audio.frontend(samples, rate_hz, options, stats)
+    first = 0
+    for stop in (1, 2, 5, 8):  # frames that are certain as soon as their samples are there
+        needed = live.samples_until(stop, options)
+        part = live.frontend_part(samples[live.first_sample(first, options):needed], first, stop, options, stats)
+        close(part, whole[first:stop], 1e-4)
+        first = stop
+    rest = live.frontend_part(samples[live.first_sample(first, options):], first, None, options, stats)
+    close(rest, whole[first:], 1e-4)
 
 
 # ---- funasr_layers: FSMN, relative positions ----
@@ -3946,7 +4025,7 @@ def test_published_configs_become_the_options_they_state():
 
 # C36
 @needs_kit
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", (*VARIANTS, "streaming", "streaming_alt"))
 def test_a_published_config_survives_a_round_trip(variant, tmp_path):
     found = funasr.read_published_config(KIT / variant / "config.yaml")
     path = written(tmp_path, funasr.dump_published_config(found))
@@ -3957,7 +4036,10 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
 @needs_kit
 @pytest.mark.parametrize("old, new, words", [
     ("model: Paraformer", "model: Transducer", "model 'Transducer' is not implemented"),
-    ("encoder: SANMEncoder", "encoder: SANMEncoderChunkOpt", "encoder 'SANMEncoderChunkOpt' is not implemented"),
+    ("encoder: SANMEncoder", "encoder: SANMVadEncoder", "encoder 'SANMVadEncoder' is not implemented"),
+    ("frontend: WavFrontend", "frontend: WavFrontendOnline", "frontend WavFrontendOnline is not implemented for a Paraformer; "
+     "wanted ParaformerStreaming, SANMEncoderChunkOpt, WavFrontendOnline together"),
+    ("model: Paraformer", "model: ParaformerStreaming", "encoder SANMEncoder is not implemented for a ParaformerStreaming"),
     ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
     ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
     ("  threshold: 1.0", "  threshold: 1.0\n  smooth_factor: 1.1", "predictor_conf.smooth_factor 1.1 is not implemented"),
@@ -5153,6 +5235,320 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
     assert ("pre", "planted\nlines") in read.texts
     report.write_report(tmp_path, [], [], picture)
     assert "article" not in PageReader((tmp_path / "report.html").read_text()).tags
+
+
+# ---- streaming: chunk by chunk ----
+
+STREAMING_KITS = ("streaming", "streaming_alt")
+SETTINGS = {"a": streaming.Chunk(), "b": streaming.Chunk(10, 5, 1, 2, 5), "c": streaming.Chunk(8, 4, -1, 0),
+            "d": streaming.Chunk(10, 5, 0, 0)}
+
+
+@functools.cache
+def streaming_system(variant):
+    return checkpoint.load_system(KIT / variant, "cpu")
+
+
+def streaming_cases(variant) -> dict[str, tuple[torch.Tensor, dict]]:
+    """{case: (its samples, its part of results.json)}"""
+    cases = {}
+    results = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
+    for name, case in results.items():
+        if not name.startswith("_"):
+            samples, _ = audio.load_wav(KIT / "wavs" / case["wav"])
+            cases[name] = samples[:case["samples"]], case
+    return cases
+
+
+def stream_through(system, chunk, pieces, then_empty=False):
+    """Pieces through one stream, the last one final -> the result of each call, the state after them"""
+    state = streaming.start(system, chunk)
+    results = []
+    for i, piece in enumerate(pieces):
+        state, result = streaming.feed(system, state, piece, last=not then_empty and i == len(pieces) - 1)
+        results.append(result)
+    if then_empty:
+        state, result = streaming.feed(system, state, torch.zeros(0), last=True)
+        results.append(result)
+    return results, state
+
+
+def spelled(tokens):
+    return funasr.write_sentence(funasr.spell_words([token.token for token in tokens]))
+
+
+def same_states(one, other):
+    assert one.chunk == other.chunk and one.frames == other.frames and one.carry.begun == other.carry.begun
+    assert (one.settled, one.recent) == (other.settled, other.recent)
+    for name in ("samples", "window", "past", "source"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert (one.rows is None) == (other.rows is None) and (one.rows is None or torch.equal(one.rows, other.rows))
+    assert torch.equal(one.carry.weight, other.carry.weight) and torch.equal(one.carry.frame, other.carry.frame)
+
+
+# C43 C160
+@needs_kit
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("variant", STREAMING_KITS)
+def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):
+    """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
+    system, chunk = streaming_system(variant), SETTINGS[setting]
+    seen = []  # of each chunk: state before, features, window's encoder output, its counted weights, what cif_step gave
+    usual_cut, usual_cif = streaming.cut_chunk, streaming.cif_step
+
+    def cut(*args):
+        if (part := usual_cut(*args)) is not None:
+            seen.append([part])
+        return part
+
+    def cif_step(hidden, alpha, *rest):
+        seen[-1] += [hidden, alpha, usual_cif(hidden, alpha, *rest)]
+        return seen[-1][-1]
+
+    monkeypatch.setattr(streaming, "cut_chunk", cut)
+    monkeypatch.setattr(streaming, "cif_step", cif_step)
+    logits = outputs_of(system.model.decoder.output, monkeypatch)
+    for name, (samples, case) in streaming_cases(variant).items():
+        run = case["runs"][setting]
+        wanted = recorded(variant, name)
+        seen.clear()
+        logits.clear()
+        results, _ = stream_through(system, chunk, samples.split(run["pieces"]))
+        assert len(seen) == len(run["chunks"])
+        fired = iter(logits)
+        tokens = []
+        for i, (part, hidden, alpha, (embeds, spans, carry)) in enumerate(seen):
+            about, key = run["chunks"][i], f"{setting}{i}_"
+            if not about["tail"]:
+                assert len(part.feats) == about["frames_in"]
+            assert (part.is_last, part.state.frames) == (about["final"], about["start_idx"])
+            if f"{key}feats" in wanted and not about["tail"]:
+                close(part.feats, wanted[f"{key}feats"], 3e-4)
+            close(hidden, wanted[f"{key}enc"], 1e-4)
+            close(alpha, wanted[f"{key}alphas"], 3e-5)
+            close(carry.weight[None], wanted[f"{key}carry_alpha"], 3e-4)
+            close(carry.frame[None], wanted[f"{key}carry_hidden"], 2e-3)
+            assert len(embeds) == about["token_num"]
+            if len(embeds):
+                close(embeds, wanted[f"{key}embeds"], 5e-4)
+                scores = next(fired)[0]
+                close(scores, wanted[f"{key}logits"], 5e-3)
+                assert scores.argmax(-1).tolist() == about["ids_raw"]
+            tokens += about["tokens"]
+        assert [token.token for result in results for token in result.tokens] == run["tokens"] == tokens
+
+# C160
+@needs_kit
+@pytest.mark.parametrize("variant", STREAMING_KITS)
+def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
+    """Recorded: results.json. FunASR spells each call alone and loses what a call breaks off in (a piece, @@)."""
+    system, compared = streaming_system(variant), 0
+    for samples, case in streaming_cases(variant).values():
+        for setting, run in case["runs"].items():
+            calls = [(samples.split(run["pieces"]), run["texts"], False),
+                     (samples.split(run["pieces_odd"]), run["texts_odd"], False)]
+            if run.get("texts_then_empty_final"):
+                calls.append((samples.split(run["pieces"]), run["texts_then_empty_final"], True))
+            if setting == "a":
+                calls.append(([samples], [case["text_a_in_one_call"]], False))
+            for pieces, texts, then_empty in calls:
+                results, _ = stream_through(system, SETTINGS[setting], pieces, then_empty)
+                assert len(results) == len(texts)
+                for result, text in zip(results, texts):
+                    if not any("@@" in token.token for token in result.tokens):
+                        assert spelled(result.tokens) == text
+                        compared += 1
+                assert results[-1].text == spelled([token for result in results for token in result.tokens])
+    assert compared > 100
+
+
+@needs_kit
+def test_a_stream_that_never_ends_keeps_its_last_words_back():
+    """Recorded: texts_a_never_final; and a copy of the state that is told the end says them."""
+    system = streaming_system("streaming")
+    for samples, case in streaming_cases("streaming").values():
+        state = streaming.start(system)
+        for piece, text in zip(samples.split(9600), case["texts_a_never_final"], strict=True):
+            state, result = streaming.feed(system, state, piece)
+            if not any("@@" in token.token for token in result.tokens):
+                assert spelled(result.tokens) == text
+        _, ended = streaming.feed(system, state, torch.zeros(0), last=True)
+        assert ended.text == stream_through(system, streaming.Chunk(), [samples])[0][-1].text
+
+
+# C161
+@needs_kit
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
+    """Single samples, random pieces and a whole recording, the states in between too"""
+    system = streaming_system("streaming")
+    samples = streaming_cases("streaming")["libri_dev"][0]
+    rng = random.Random(0)
+    for cut in ([9000, *[1] * 700], [rng.randint(0, 9000) for _ in range(8)]):
+        stop = sum(cut)
+        one, _ = streaming.feed(system, streaming.start(system, SETTINGS[setting]), samples[:stop])
+        state = streaming.start(system, SETTINGS[setting])
+        tokens = []
+        for piece in samples[:stop].split(cut):
+            state, result = streaming.feed(system, state, piece)
+            tokens += result.tokens
+        same_states(one, state)
+        ended, result = streaming.feed(system, state, samples[stop:], last=True)
+        assert tokens + result.tokens == stream_through(system, SETTINGS[setting], [samples])[0][0].tokens
+        same_states(ended, streaming.start(system, SETTINGS[setting]))
+
+
+# C162
+@needs_kit
+@pytest.mark.parametrize("variant", STREAMING_KITS)
+def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant):
+    """Twelve streams that begin and end at different times, in all four settings"""
+    system, rng = streaming_system(variant), random.Random(1)
+    sources = [samples for samples, _ in streaming_cases(variant).values()]
+    chunks = [SETTINGS[rng.choice("aaabcd")] for _ in range(12)]
+    alone = [streaming.start(system, chunk) for chunk in chunks]
+    together = list(alone)
+    rest = [rng.choice(sources) for _ in chunks]
+    for _ in range(30):
+        sizes = [rng.choice((0, 700, 9600, 9600, 20000)) for _ in chunks]
+        pieces = [samples[:size] for samples, size in zip(rest, sizes)]
+        last = [len(samples) <= size for samples, size in zip(rest, sizes)]
+        rest = [rng.choice(sources) if ends else samples[size:] for samples, size, ends in zip(rest, sizes, last)]
+        both = streaming.feed_many(system, together, pieces, last)
+        together = [state for state, _ in both]
+        for i in range(12):
+            alone[i], result = streaming.feed(system, alone[i], pieces[i], last[i])
+            assert result == both[i][1]
+            same_states(alone[i], together[i])
+
+
+# C161
+@needs_kit
+def test_feeding_changes_no_state_and_one_can_go_back():
+    system = streaming_system("streaming")
+    samples = streaming_cases("streaming")["libri_dev"][0]
+    state, _ = streaming.feed(system, streaming.start(system), samples[:30000])
+    kept = pickle.loads(pickle.dumps(state))
+    first, said = streaming.feed(system, state, samples[30000:60000])
+    streaming.feed(system, state, torch.zeros(50000), last=True)
+    same_states(state, kept)
+    again, repeated = streaming.feed(system, state, samples[30000:60000])
+    assert said == repeated and said.tokens
+    same_states(first, again)
+
+
+def state_bytes(state):
+    tensors = [state.samples, state.window, state.past, state.source, state.rows, state.carry.frame]
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+# C163
+@needs_kit
+@pytest.mark.parametrize("minutes", [2, pytest.param(60, marks=slow)])
+def test_a_long_stream_takes_constant_memory_and_linear_time(minutes):
+    system = streaming_system("streaming")
+    speech = torch.cat([samples for samples, _ in streaming_cases("streaming").values()] * 5)[:60 * 16000]
+    state, sizes, times = streaming.start(system), [], []
+    for _ in range(minutes):
+        began = time.process_time()
+        state, result = streaming.feed(system, state, speech)
+        times.append(time.process_time() - began)
+        sizes.append(state_bytes(state))
+    assert len(speech) == 60 * 16000 and len(set(sizes)) == 1 and sizes[0] < 200_000 and len(state.recent) < 20
+    assert len(result.text) > 20 * minutes
+    half = minutes // 2
+    assert sum(times[half:]) < 1.2 * sum(times[:half]) + 0.5
+
+
+# C160
+@needs_kit
+def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
+    """Random symbols of the kit's vocabulary and of units of our own, in random portions"""
+    rng = random.Random(0)
+    pieces = streaming_system("streaming").tokenizer
+    ours = [Tokenizer.build(["one two three", "four"], unit) for unit in ("word", "char")]
+    for vocabulary in [pieces] * 300 + ours * 20:
+        symbols = rng.choices(vocabulary.symbols[4:], k=rng.randint(1, 30))
+        state = streaming.start(streaming_system("streaming"))
+        said = []
+        while len(said) < len(symbols):
+            portion = symbols[len(said):len(said) + rng.randint(1, 4)]
+            state, text = streaming.write_on(vocabulary, state, portion)
+            said += portion
+            if vocabulary is pieces:
+                assert text == funasr.write_sentence(funasr.spell_words(said)), said
+            else:
+                assert text == (" " if vocabulary.unit == "word" else "").join(said)
+
+
+# C160
+@needs_kit
+def test_tokens_of_a_stream_have_times_that_never_go_back():
+    system = streaming_system("streaming")
+    for samples, _ in streaming_cases("streaming").values():
+        results, _ = stream_through(system, streaming.Chunk(), samples.split(5000))
+        times = [time for result in results for token in result.tokens for time in (token.start, token.end)]
+        assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
+
+
+# C166
+def test_planted_weights_fire_where_and_when_they_say():
+    """Weights of 0.25: a token every four frames, across pieces; a carried half is completed by a tail of half a one"""
+    hidden = normal(0, 10, 3)
+    carry = model.no_carry(3)
+    fired, spans = [], []
+    for first, stop in ((0, 3), (3, 4), (4, 9), (9, 10)):
+        embeds, places, carry = model.cif_step(hidden[first:stop], torch.full((stop - first,), 0.25), carry, first,
+                                               tail=0.5 if stop == 10 else 0.0)
+        fired += list(embeds)
+        spans += places
+    for u, embed in enumerate(fired):
+        close(embed, hidden[4 * u:4 * u + 4].sum(0) / 4, 1e-6)
+    assert [end for _, end in spans] == pytest.approx([4, 8, 11])  # the tail is a frame of its own
+    assert [begin for begin, _ in spans] == pytest.approx([0.4, 4.4, 8.4]) and float(carry.weight) == 0
+
+
+# C167
+@pytest.mark.parametrize("chunk, words", [
+    ((10, 0), "wanted 1 look-ahead frame or more, got 0: the next"), ((0, 5), "wanted 1 new frame or more"),
+    ((10, 5, -2), "look-backs of -1 or more"), ((10, 5, 4, 1, -1), "0 old ones or more")])
+def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):
+    with pytest.raises(ValueError, match=words):
+        streaming.Chunk(*chunk)
+
+
+@needs_kit
+@pytest.mark.parametrize("samples, words", [
+    (torch.full((9,), torch.nan), "finite"), (torch.zeros(3, 3), r"\(n,\) float32"), (torch.zeros(9, dtype=torch.int16), "int16"),
+    (torch.full((9600,), 3e38), "features not finite")])
+def test_samples_that_cannot_be_are_refused(samples, words):
+    system = streaming_system("streaming")
+    with pytest.raises(ValueError, match=words):
+        streaming.feed(system, streaming.start(system), samples)
+
+
+# C160
+@needs_kit
+def test_a_single_block_without_cross_attention_takes_part(tmp_path):
+    """FunASR leaves it out of a stream, though the model was trained with it."""
+    folder = tmp_path / "model"
+    shutil.copytree(KIT / "streaming_alt", folder, ignore=shutil.ignore_patterns("expected"))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("num_blocks: 3\n  dropout_rate: 0.1\n  positional_dropout_rate: 0.1\n"
+                                                     "  self_att", "num_blocks: 2\n  dropout_rate: 0.1\n"
+                                                     "  positional_dropout_rate: 0.1\n  self_att"))
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    weights = {name: x for name, x in weights.items() if not name.startswith("decoder.decoders2.1.")}
+    (folder / "model.pt").unlink()
+    torch.save(weights, folder / "model.pt")
+    system = checkpoint.load_system(folder, "cpu")
+    assert len(system.model.decoder.memory_blocks) == 1
+    samples = streaming_cases("streaming_alt")["edge"][0]
+    said = []
+    for scale in (1.0, 50.0):
+        system.model.decoder.memory_blocks[0].memory.weight.data *= scale
+        said.append(stream_through(system, streaming.Chunk(), [samples])[0][0])
+    assert said[0].tokens != said[1].tokens
 
 
 # ---- checkpoint: published models, inference ----
@@ -7821,6 +8217,114 @@ def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(
     assert shown[31].startswith(f"{tmp_path / 'a.wav'}\t")  # of named inputs all
 
 
+# ---- decode: streams ----
+
+def stream_command(capsys, *argv, variant="streaming"):
+    """-> exit code, standard output, standard error"""
+    code = decode.main(["--device", "cpu", "--ckpt", str(KIT / variant), *map(str, argv)])
+    return code, *capsys.readouterr()
+
+
+# C164
+@needs_kit
+@pytest.mark.parametrize("variant", STREAMING_KITS)
+def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, variant):
+    """Tokens: recorded ones; the text is that of one call, and the words spell it."""
+    wav = KIT / "wavs/aishell_dev.wav"
+    case = streaming_cases(variant)["aishell_dev"][1]
+    for setting, options in {"a": [], "c": ["--chunk", "8,4", "--look-back=-1,0"]}.items():
+        code, out, _ = stream_command(capsys, wav, *options, "--output", tmp_path / "o.jsonl", variant=variant)
+        row = json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))
+        assert code == 0 and [token["token"] for token in row["tokens"]] == case["runs"][setting]["tokens"]
+        assert out == f"{wav}\t{row['text']}\n" and row["text"] == spelled([SimpleNamespace(**t) for t in row["tokens"]])
+    for form in ("txt", "srt", "vtt", "tsv", "ctm"):
+        assert stream_command(capsys, wav, "--output", tmp_path / form, "--format", form, variant=variant)[0] == 0
+        assert len(list((tmp_path / form).iterdir())) == 1
+
+
+# C164
+@needs_kit
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_keeps_the_tokens_of_a_stream(precision):
+    system = streaming_system("streaming")
+    samples, case = streaming_cases("streaming")["fsdd_dev_a"]
+    results = listen.hear_stream(system._replace(precision=precision), samples.split(4000))
+    assert [token.token for result in results for token in result.tokens] == case["runs"]["a"]["tokens"]
+
+
+# C165
+@needs_kit
+def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):
+    samples, rate_hz = audio.load_wav(KIT / "wavs/libri_dev.wav")
+    whole = stream_command(capsys, KIT / "wavs/libri_dev.wav")[1].partition("\t")[2].rstrip("\n")
+    outs = [stream_command(capsys, "--stream", KIT / "wavs/libri_dev.wav")]
+    for content, options in ((wav_bytes(samples, rate_hz, 0), []), (wav_bytes(samples, rate_hz)[44:], ["--pcm", rate_hz])):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Trickle(content, 0))))
+        outs.append(stream_command(capsys, "--stream", "-", *options))
+    for code, out, err in outs:
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert (code, err) == (0, "") and len(rows) > 5 and rows[-1]["text"] == whole
+        assert all(after["text"].startswith(before["text"][:2]) for before, after in itertools.pairwise(rows))
+        assert [row["tokens"] for row in rows] == [json.loads(line)["tokens"] for line in outs[0][1].splitlines()]
+
+
+# C165
+@needs_kit
+def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
+    samples, rate_hz = audio.load_wav(KIT / "wavs/fsdd_dev_a.wav")
+
+    class Pressed(Trickle):
+        def readinto(self, buffer):
+            if not self.rest:
+                raise KeyboardInterrupt
+            return super().readinto(buffer)
+
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Pressed(wav_bytes(samples, rate_hz, 0), 0))))
+    code, out, _ = stream_command(capsys, "--stream", "-")
+    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
+    assert code == 130 and json.loads(out.splitlines()[-1])["text"] == wanted
+
+
+# C167
+@needs_kit
+@pytest.mark.parametrize("variant, options, words", [
+    ("sanm", ["--stream", "a.wav"], "--stream: wanted a streaming model, such as paraformer-zh-streaming"),
+    ("sanm", ["--chunk", "10,5", "a.wav"], "--chunk: wanted a streaming model"),
+    ("streaming", ["--chunk", "10,0", "a.wav"], "wanted 1 look-ahead frame or more"),
+    ("streaming", ["--batch-size", "3", "a.wav"], "--batch-size: of no use to a streaming model"),
+    ("streaming", ["--plot", "x", "a.wav"], "--plot: of no use to a streaming model"),
+    ("streaming", ["--vad", "x", "a.wav"], "--vad: of no use to a streaming model"),
+    ("streaming", ["--hotwords", "x", "a.wav"], "--hotwords: wanted a model that can be told hotwords"),
+    ("streaming", ["--stream", "nothere.wav"], "nothere.wav")])
+def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options, words):
+    code, out, err = stream_command(capsys, *options, variant=variant)
+    assert (code, out, err.count("\n")) == (2, "", 1) and words in err
+
+
+# C167
+@needs_kit
+def test_whole_utterances_are_no_business_of_a_streaming_model():
+    system = streaming_system("streaming")
+    with pytest.raises(ValueError, match="got a streaming one"):
+        decode.decode_batch(system, [torch.zeros(30, 560)])
+    with pytest.raises(ValueError, match="training.init_from=.*got a streaming one"):
+        checkpoint.start_from(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
+                                      training=config.TrainingConfig(init_from=str(KIT / "streaming"))))
+    with pytest.raises(ValueError, match="got a streaming one"):
+        serve.load_warm(serve.parse_arguments(["--checkpoint", str(KIT / "streaming"), "--device", "cpu"]))
+
+
+# C164
+@needs_kit
+def test_an_exported_streaming_model_is_the_same(tmp_path, capsys):
+    assert stream_command(capsys, "--export", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out/model.pt").exists() and "SANMEncoderChunkOpt" in (tmp_path / "out/config.yaml").read_text()
+    samples = streaming_cases("streaming")["edge"][0]
+    for path in (tmp_path / "out",):
+        results, _ = stream_through(checkpoint.load_system(path, "cpu"), streaming.Chunk(), [samples])
+        assert results == stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0]
+
+
 # ---- decode: published models, texts, times and exports ----
 
 # C44
@@ -9219,9 +9723,9 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1,
-          "data": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "vad": 4, "punctuation": 4,
-          "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
+          "data": 2, "live": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
+          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
+          "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
           "train": 6, "amounts": 7, "decode": 6, "serve": 7, "bench_long": 7, "bench": 8}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
@@ -9247,8 +9751,8 @@ def test_masks_and_features_have_one_source(name):
     """Nobody else calls what the front end is made of, or draws triangles for masks."""
     called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
               if isinstance(node, ast.Call)}
-    assert name == "audio" or not called & {"fbank", "lfr", "mel_matrix"}
-    assert name in ("audio", "data", "corpora") or "resample" not in called
+    assert name in ("audio", "live") or not called & {"fbank", "lfr", "mel_matrix"}
+    assert name in ("audio", "live", "data", "corpora") or "resample" not in called
     assert name == "attention" or not called & {"tril", "triu"}
 
 

@@ -1,0 +1,106 @@
+"""Recordings, and standard input, heard by a streaming model: what decode.py does with one.
+
+`hear_stream` says what is certain after each piece of a recording, `stream_result` makes a Result of all of it, and
+`show_streams` prints the text as it grows. `system` as checkpoint.System. Needs torch, audio.py, live.py, streaming.py,
+report.py and what these need.
+"""
+import argparse
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from audio import stream
+from live import pipe_header, pipe_samples, resample_pieces
+from report import Result, Token, mean_confidence, text_of, words_of
+from streaming import Chunk, StreamResult, StreamToken, feed, start
+
+
+def with_chunk(arguments: argparse.Namespace, system):
+    """The system with the chunk that decode.py's arguments ask for. Raises ValueError for what has no effect on it."""
+    asked = [f"--{name.replace('_', '-')}" for name in ("stream", "chunk", "look_back") if getattr(arguments, name)]
+    if system.chunk is None:
+        if asked:
+            raise ValueError(f"{asked[0]}: wanted a streaming model, such as paraformer-zh-streaming, got a "
+                             f"{system.config.model.name}: leave it out, or take that model")
+        return system
+    usual = system._field_defaults
+    changed = {"--batch-size": system.batch_size != usual["batch_size"],
+               "--batch-seconds": system.batch_seconds != usual["batch_seconds"],
+               "--min-segment-sec, --max-segment-sec": system.segment_sec != usual["segment_sec"],
+               "--plot": arguments.plot is not None, "--explain": arguments.explain,
+               "--vad": arguments.vad is not None}
+    for option, is_changed in changed.items():
+        if is_changed:
+            raise ValueError(f"{option}: of no use to a streaming model, which hears a recording chunk by chunk; "
+                             "leave it out")
+    new, ahead = arguments.chunk or (Chunk.new, Chunk.ahead)
+    encoder, decoder = arguments.look_back or (Chunk.encoder_look_back, Chunk.decoder_look_back)
+    return system._replace(chunk=Chunk(new, ahead, encoder, decoder))
+
+
+def hear_stream(system, pieces: Iterable[Tensor]) -> Iterator[StreamResult]:
+    """What is certain after each of these pieces (n,) at the model's rate, and at the end. A KeyboardInterrupt (Ctrl-C)
+    while it waits for a piece comes behind the result of all pieces before."""
+    state = start(system, system.chunk)
+    pieces = iter(pieces)
+    interrupted = None
+    ended = False
+    while not ended:
+        try:
+            piece = next(pieces, None)
+        except KeyboardInterrupt as pressed:
+            interrupted = pressed
+            piece = None
+        ended = piece is None
+        state, result = feed(system, state, torch.zeros(0) if ended else piece, ended)
+        yield result
+    if interrupted:
+        raise interrupted
+
+
+def stream_result(system, heard: Sequence[StreamToken]) -> Result:
+    """The Result of all tokens of a stream."""
+    tokens = [Token(*token) for token in heard]
+    unit = system.tokenizer.unit
+    words = words_of(tokens, system.tokenizer, unit == "word")
+    return Result(text_of(tokens, words, unit), mean_confidence(tokens), tokens, words)
+
+
+def pieces_of(name: str, pcm_hz: int | None, rate_hz: int) -> Iterator[Tensor]:
+    """A recording in pieces of 0.1 s at rate_hz; "-" is a WAV on standard input, or, with pcm_hz, bare 16-bit samples,
+    in pieces as they come. Raises as audio.stream and pipe_header."""
+    if name != "-":
+        return itertools.chain.from_iterable(piece.split(rate_hz // 10) for piece in stream(name, rate_hz))
+    header = pipe_header(sys.stdin.buffer, pcm_hz)
+    return resample_pieces(pipe_samples(sys.stdin.buffer, header), header.rate_hz, rate_hz)
+
+
+def show_streams(system, names: Sequence[str], pcm_hz: int | None) -> None:
+    """Print the text of each recording as it grows: on a terminal in one line that is written over, else a line of JSON
+    for each result that has tokens. Raises as `pieces_of`, and KeyboardInterrupt once all that was heard is printed."""
+    for name in names:
+        text = ""
+        try:
+            for result in hear_stream(system, pieces_of(name, pcm_hz, system.config.data.sample_rate)):
+                text = result.text
+                show_growing(name, result)
+        finally:
+            if sys.stdout.isatty():
+                print(f"{ERASE}{text}")
+
+
+ERASE = "\r\x1b[K"  # a terminal's line
+
+
+def show_growing(name: str, result: StreamResult) -> None:
+    if sys.stdout.isatty():
+        room = (shutil.get_terminal_size().columns - 1) // 2  # an ideograph takes two columns
+        print(ERASE + result.text[-room:], end="", flush=True)
+    elif result.tokens:
+        row = {"key": name, "text": result.text, "tokens": [token._asdict() for token in result.tokens]}
+        print(json.dumps(row, ensure_ascii=False), flush=True)
