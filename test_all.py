@@ -4900,6 +4900,22 @@ def test_vad_refuses_what_it_does_not_implement(tmp_path, change, line):
 
 
 @needs_kit
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
+@pytest.mark.parametrize("load, name", [(vad.load_vad, "vad"), (punctuation.load_punctuation, "punc")])
+def test_parts_are_mapped_and_refuse_other_weights(tmp_path, load, name):
+    folder = kit_copy(name, tmp_path / name)
+    part = load(str(folder))
+    assert part and str(folder / "model.pt") in Path("/proc/self/maps").read_text()
+    weights = funasr.read_weights(KIT / name / "model.pt", mapped=False)
+    missing, *rest = weights
+    (folder / "model.pt").unlink()
+    torch.save({"extra": torch.zeros(1), **{key: weights[key] for key in rest[1:]}, rest[0]: torch.zeros(3)}, folder / "model.pt")
+    with pytest.raises(ValueError) as error:
+        load(str(folder))
+    assert f"missing {missing}" in str(error.value) and "unused extra" in str(error.value) and f"{rest[0]} (3,)" in str(error.value)
+
+
+@needs_kit
 @pytest.mark.parametrize("command, folder", [(vad.main, "vad"), (punctuation.main, "punc")])
 def test_parts_say_how_to_download_them(capsys, command, folder):
     extra = ["a.wav"] if folder == "vad" else []
@@ -4944,7 +4960,7 @@ def test_punctuated_texts_are_funasrs(monkeypatch):
     assert count > 600 and max(max(case["lengths"], default=0) for case in given["texts"]) > 200
     lengths.clear()
     silent = kit_punctuation("punc")._replace(marks=("_",) * 6)
-    assert punctuation.punctuate(silent, "我" * 5000)[0] == "我" * 5000 + "。" and 1000 < max(lengths) <= 1020
+    assert punctuation.punctuate(silent, "我" * 1500)[0] == "我" * 1500 + "。" and 1000 < max(lengths) <= 1020
     inputs, texts = (ast.literal_eval(str(given["list"][key])) for key in ("input", "texts"))
     assert [punctuation.punctuate(kit_punctuation("punc"), text)[0] for text in inputs] == texts
 
