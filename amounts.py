@@ -16,6 +16,7 @@ from pathlib import Path
 import data
 import train
 from checkpoint import System, load_parts
+from files import write_atomic
 from manifests import scan_rows
 
 UTTERANCES = 30000  # that a run sees, within 20 to 200 epochs: many passes over few recordings, few over many
@@ -34,7 +35,7 @@ def cut_manifest(source: Path, size: int, path: Path) -> None:
     for row in rows:
         given = {name: value for name, value in row._asdict().items() if value is not None}
         lines.append(json.dumps({**given, "audio": os.path.abspath(row.audio)}, ensure_ascii=False) + "\n")
-    data.write_atomic(path, "".join(lines))
+    write_atomic(path, "".join(lines))
 
 
 def word_error_rate(system: System, manifest: Path) -> float:

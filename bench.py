@@ -54,6 +54,7 @@ from checkpoint import PackedLinear, System, build, export_directory, load_syste
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
                     read_result, with_search)
 from dry_run import num_parameters, rehearse
+from files import write_atomic
 from funasr import PieceTokenizer
 from model import Hypotheses
 from report import Outcome, Score, score
@@ -134,7 +135,7 @@ def first_step_sec(config: configs.Config, folder: Path) -> float:
     """Seconds from the command to the checkpoint after the first step. Raises ValueError if the run ends before it."""
     folder.mkdir()
     stepwise = replace(config, training=replace(config.training, checkpoint_steps=1))
-    data.write_atomic(folder / "config.yaml", configs.dump(stepwise))
+    write_atomic(folder / "config.yaml", configs.dump(stepwise))
     command = [sys.executable, str(HERE / "train.py"), str(folder / "config.yaml"), "--runs", str(folder)]
     started = time.perf_counter()
     done = False

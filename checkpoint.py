@@ -23,8 +23,8 @@ import config as configs
 import data
 from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
-from data import read_file
 from downloads import check_name, check_pointer
+from files import read_file, save_atomic, write_atomic
 from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funasr_names, is_published, load_model,
                     published_files, read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
@@ -169,8 +169,8 @@ def save_run(folder: Path, state: dict, is_best: bool) -> None:
     """
     folder = folder / "checkpoints"
     if is_best:
-        data.save_atomic(folder / "best.pt", state)
-    data.save_atomic(folder / "next.pt", state)
+        save_atomic(folder / "best.pt", state)
+    save_atomic(folder / "next.pt", state)
     if (folder / "latest.pt").exists():
         os.replace(folder / "latest.pt", folder / "previous.pt")
     os.replace(folder / "next.pt", folder / "latest.pt")
@@ -487,13 +487,13 @@ def export_directory(system: System, folder: Path) -> None:
         pieces = tokenizer.pieces
     elif tokenizer.unit == "word":
         pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
-    data.write_atomic(folder / "config.yaml", config)
-    data.write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+    write_atomic(folder / "config.yaml", config)
+    write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
     write_cmvn(folder / "am.mvn", system.stats.cpu())
     if pieces is not None:
         lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
-        data.write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    data.save_atomic(folder / "model.pt", weights)
+        write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
+    save_atomic(folder / "model.pt", weights)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
     if pieces is None:
         (folder / "seg_dict").unlink(missing_ok=True)
@@ -517,5 +517,5 @@ def export(system: System, path: str) -> str:
     place.parent.mkdir(parents=True, exist_ok=True)
     state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
              "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    data.save_atomic(place, state)
+    save_atomic(place, state)
     return f"{place}: a checkpoint{reason}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import parse_yaml, show_value
-from data import write_atomic
+from files import write_atomic
 from plot import COLOURS, Curve, column, three_panels
 
 FIGURES = ("token_accuracy", "wer", "cer", "dev_loss")  # of the table, from a run's best epoch

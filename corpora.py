@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from audio import Part, audio_seconds, load_wav, resample, save_wav
-from data import generator, write_atomic
+from data import generator
+from files import write_atomic
 from manifests import (LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi,
                        scan_lines)
 

@@ -1,6 +1,6 @@
 """From utterances (recordings or synthetic speech) to padded batches of features and token ids.
 
-Each section uses only what stands above it: files -> augmentation -> utterances -> toy data -> recordings -> batches.
+Each section uses only what stands above it: augmentation -> utterances -> toy data -> recordings -> batches.
 Needs torch, numpy, audio.py and manifests.py. Functions take `options`, any object with the attributes of the config's
 data section, and datasets take `encode`, any function from text to ids. Bad input is a ValueError that names the place;
 a bad recording in a manifest is a `Skip`.
@@ -13,10 +13,8 @@ import functools
 import itertools
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,49 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 from audio import (FRAME_SEC, SHIFT_SEC, Part, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
-
-
-# ---- files ----
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Context manager: yields a temporary path to write; it replaces `path` if the block ends without an error."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> None:
-    """Replace the file whole: a reader, or a crash, meets the old content or the new, never a part."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def save_atomic(path: str | os.PathLike, state: dict) -> None:
-    """torch.save, replacing the file whole. Raises OSError for a full disk, which torch hides behind a RuntimeError."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-
-def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
-    """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
-
-    Raises ValueError with what was wanted if there is no such file or torch cannot load it, OSError if the disk fails.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
-    except OSError:  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
-        raise
-    except Exception as error:  # whatever unpickling or the zip reader raise
-        raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
 
 
 # ---- augmentation ----

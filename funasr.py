@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
-from data import read_file, write_atomic
 from downloads import check_files, check_kind
+from files import read_file, write_atomic
 from tokenizer import SPECIALS, UNK, parse_file, spoken_symbols, tidy
 from weights import WithoutInit, load_weights
 

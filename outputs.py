@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-import data
+from files import replacing, write_atomic
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
 from report import (FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report,
@@ -66,7 +66,7 @@ def file_names(keys: Sequence[str]) -> list[str]:
 def write_file(path: Path, content: str) -> None:
     """Write a file whole, and make the folders that it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_atomic(path, content)
+    write_atomic(path, content)
 
 
 # ---- the plan ----
@@ -221,7 +221,7 @@ def begin_merged(output: Output, going_on: bool) -> None:
         if twice:
             raise ValueError(f"--resume: wanted a key of its own for each input, to find what {output.merged} lacks, got "
                              f"{twice[0]!r} twice")
-        with data.replacing(output.part) as path:  # it is whole or not there
+        with replacing(output.part) as path:  # it is whole or not there
             shutil.copyfile(output.merged, path)
 
 
@@ -292,7 +292,7 @@ def merge_parts(output: Output, keep: bool) -> None:
             row = json.loads(line)
             lines.append((places.get((row["key"], row.get("number", 0)), -1), number, start))
     files = [open(part, "rb") for part in parts]
-    with data.replacing(output.merged) as path, open(path, "wb") as target:
+    with replacing(output.merged) as path, open(path, "wb") as target:
         for index, number, start in sorted(lines):
             files[number].seek(start)
             line = files[number].readline()

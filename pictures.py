@@ -11,6 +11,7 @@ from torch import nn
 
 import data
 from audio import frame_sec
+from files import write_atomic
 from model import Paraformer, in_feature_frames
 from plot import epochs_page, explain_svg
 from report import utterance_svgs
@@ -46,9 +47,9 @@ def write_pictures(run, epoch: int) -> None:
     for index in range(min(PICTURED, run.config.training.overfit or PICTURED, len(run.dev_set))):
         item = run.dev_set[index]
         for kind, svg in draw(run, item).items() if isinstance(item, data.Utterance) else ():
-            data.write_atomic(folder / f"{index + 1}_{kind}_{epoch:04d}.svg", svg)
+            write_atomic(folder / f"{index + 1}_{kind}_{epoch:04d}.svg", svg)
     names = sorted(path.name for path in folder.glob("*_alignment_*.svg"))
-    data.write_atomic(folder / "index.html", epochs_page(run.folder.name, names))
+    write_atomic(folder / "index.html", epochs_page(run.folder.name, names))
 
 
 # ---- the way through a model ----
@@ -83,4 +84,4 @@ def write_explained(folder: Path, model: nn.Module, system, items: Iterable[tupl
         svg = explain(model, system.config, system.tokenizer.symbols, item, system.stats.device)
         path = folder / f"{name}.explain.svg"  # a name may have folders of its own
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomic(path, svg)
+        write_atomic(path, svg)

@@ -19,7 +19,8 @@ import numpy as np
 from torch import Tensor
 
 from audio import frame_sec
-from data import Utterance, write_atomic
+from data import Utterance
+from files import write_atomic
 from funasr import PIECE, PieceTokenizer, UNSPOKEN, are_spaced, spell_words
 from model import Hypotheses, in_feature_frames
 from plot import alignment_svg, attention_svg, escape

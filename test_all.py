@@ -69,6 +69,7 @@ import data
 import decode
 import downloads
 import dry_run
+import files
 import funasr
 import funasr_layers
 import hotwords
@@ -6295,14 +6296,14 @@ def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(t
 # C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "latest.pt"
-    data.save_atomic(path, {"a": torch.ones(2)})
+    files.save_atomic(path, {"a": torch.ones(2)})
 
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError):
-        data.save_atomic(path, {"a": torch.zeros(2)})
+        files.save_atomic(path, {"a": torch.zeros(2)})
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
 
@@ -6793,7 +6794,7 @@ def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(fin
 # C85
 @pytest.mark.parametrize("name", ["next.pt", "metrics.json", "train.log"])
 def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys, name):
-    path, real, writes = tiny_yaml(tmp_path / "tiny.yaml"), data.replacing, collections.Counter()
+    path, real, writes = tiny_yaml(tmp_path / "tiny.yaml"), files.replacing, collections.Counter()
 
     @contextlib.contextmanager
     def full(target):
@@ -6810,7 +6811,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp
         return real_say(run, line)
 
     real_say = train.say
-    monkeypatch.setattr(data, "replacing", full)
+    monkeypatch.setattr(files, "replacing", full)
     if name == "train.log":
         monkeypatch.setattr(train, "say", no_log)
     code = train.main([path, "--runs", str(tmp_path / "runs"), "--training.checkpoint_steps=4"])
@@ -9738,7 +9739,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
-          "weights": 1, "manifests": 1,
+          "weights": 1, "manifests": 1, "files": 1,
           "data": 2, "live": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,

@@ -50,6 +50,7 @@ import data
 from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from)
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
+from files import write_atomic
 from funasr import PieceTokenizer
 from manifests import find_again
 from pictures import write_pictures
@@ -130,9 +131,9 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
     """metrics.json, results.csv with a row per epoch and a column per figure, and curves.svg."""
     names = column_names(history)
     table = [names, *([str(row.get(name, "")) for name in names] for row in history)]
-    data.write_atomic(run / "metrics.json", json.dumps(history, indent=1) + "\n")
-    data.write_atomic(run / "results.csv", "".join(",".join(cells) + "\n" for cells in table))
-    data.write_atomic(run / "curves.svg", curves_svg(history))
+    write_atomic(run / "metrics.json", json.dumps(history, indent=1) + "\n")
+    write_atomic(run / "results.csv", "".join(",".join(cells) + "\n" for cells in table))
+    write_atomic(run / "curves.svg", curves_svg(history))
 
 
 def new_run(root: Path, name: str) -> Path:
@@ -459,7 +460,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     say(run, headline(run))
     if own_rank() == 0:
         run = run._replace(lock=lock(run.folder / "lock"))
-        data.write_atomic(run.folder / "config.yaml", configs.dump(run.config))
+        write_atomic(run.folder / "config.yaml", configs.dump(run.config))
         for line in warnings(run, num_steps(run)):
             say(run, f"warning: {line}")
     save(run, Progress())
@@ -487,7 +488,7 @@ def resume(folder: Path, overrides: Sequence[str], stop: threading.Event) -> tup
     if progress.history:
         write_reports(folder, progress.history)
     if overrides:
-        data.write_atomic(folder / "config.yaml", configs.dump(config))
+        write_atomic(folder / "config.yaml", configs.dump(config))
         say(run, f"going on with {' '.join(overrides)}")
     print(f"{headline(run)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
     return run, progress
