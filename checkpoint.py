@@ -137,7 +137,7 @@ def check_state(state: dict, place: str) -> None:
         for name, x in weights.items():
             if not is_dense(x):
                 raise ValueError(f"{place}: {part}: wanted dense tensors, got {one_line(x)} under {name!r:.60}")
-    if "trained" in state and not (isinstance(state.get("progress"), dict) and isinstance(state.get("history"), list)):
+    if "trained" in state and not (isinstance(state.get("progress"), dict) and isinstance(state.get("history"), (list, tuple))):
         raise ValueError(f"{place}: wanted progress and history to resume from, got {one_line(state.get('progress'))}")
 
 
