@@ -16,9 +16,7 @@ import contextlib
 import ctypes
 import errno
 import hmac
-import io
 import ipaddress
-import json
 import math
 import os
 import re
@@ -33,7 +31,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 if __name__ == "__main__":      # before torch is loaded, which takes seconds
     # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
@@ -44,300 +42,25 @@ if __name__ == "__main__":      # before torch is loaded, which takes seconds
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import decode
-from audio import ffmpeg_to_wav, format_name, frame_sec, frontend, normalise, read_header
+from audio import frame_sec
 from batcher import Batcher, Job, Log, Metrics, deadline_passed, num_utterances, resident_bytes
+from bodies import INTERRUPTIBLE, Recording, Request, Upload, convert, is_wav, parse_request, read_recording
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
-from hotwords import split_phrases, unknown_warning, why_no_hotwords
-from openai_forms import OpenAIForm, openai_response, parse_openai_form
+from hotwords import unknown_warning
+from openai_forms import openai_response
 from punctuation import load_punctuation
 from report import Result, sentence_entries, token_entry, written_text
 from sentences import with_sentences
 from vad import SCHEDULES, load_vad
 from web import (ClientLeft, Door, Head, Limits, MIB, Refusal, Response, body_too_large, client_address, json_response,
-                 media_type, parse_flag, parse_form, parse_origin, shutting_down)
+                 media_type, parse_origin, shutting_down)
 
-MAX_ITEMS = 64                                          # utterances in one request
 QUIET_SEC = 5.0                                         # until the log begins: what fails before is one line
 CUT_SEC = 2.0                                           # for requests that are still being sent at SIGTERM
-
-
-# ---- the body: bytes to features ----
-
-class Upload(NamedTuple):
-    """One utterance of a request."""
-
-    pieces: list[tuple[float, Tensor]]      # start in seconds, features (T,F) float32 on the CPU, normalised
-    seconds: float                          # of all of it
-    hotwords: tuple[str, ...] | None = None     # None: no list
-
-
-class Terms(NamedTuple):
-    """What a POST says about its answer."""
-
-    timeout: float                  # seconds
-    is_batch: bool                  # from {"batch": ...}: the answer is a list
-    alignment: bool                 # with the firing weights
-    openai: OpenAIForm | None       # None on /transcribe
-
-
-class Recording(NamedTuple):
-    """A POST with a recording, before its samples are read."""
-
-    wav: bytes
-    fields: dict[str, Any]          # texts; hotwords may be a list of them
-    terms: Terms
-
-
-class Request(NamedTuple):
-    uploads: list[Upload]
-    terms: Terms
-
-
-INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
-
-
-def to_float(text: str) -> float:
-    return float(text)
-
-
-def parse_json(body: bytes) -> dict:
-    """A JSON object, all numbers as float; overflow gives inf, which its reader refuses. Raises Refusal 400.
-
-    In a large body a Python function converts each number: json's C code alone does not yield the GIL, and /health
-    would wait for it.
-    """
-    number = float if len(body) < INTERRUPTIBLE else to_float
-    try:
-        value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
-    except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
-        raise Refusal(400, "invalid_json", f"the body cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "invalid_json", 'the body must be a JSON object like {"features": [[...], ...]}')
-    return value
-
-
-def json_type(value: Any) -> str:
-    """The JSON type of a value, for messages."""
-    names = {dict: "an object", list: "an array", str: "a string", float: "a number", bool: "a boolean"}
-    return names.get(type(value), "null")
-
-
-def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
-    """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Raises Refusal, which names `place`."""
-    if not isinstance(value, list):
-        raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {json_type(value)}", place)
-    if not value:
-        raise Refusal(422, "empty_features", f"{place}: wanted at least one row", place)
-    if len(value) > max_frames:
-        raise Refusal(413, "too_many_frames", f"{place}: {len(value)} rows, at most {max_frames} are allowed", place)
-    feats = np.empty((len(value), dim), np.float32)
-    with np.errstate(over="ignore"):        # gives inf, found below
-        for i, row in enumerate(value):
-            if not isinstance(row, list):
-                raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {json_type(row)}", place)
-            if len(row) != dim:
-                raise Refusal(422, "wrong_dim", f"{place}: row {i} has {len(row)} values, the model needs {dim}", place)
-            types = list(map(type, row))
-            if types.count(float) < dim:
-                j = next(j for j, found in enumerate(types) if found is not float)
-                message = f"{place}: row {i}, column {j} must be a number, got {json_type(row[j])}"
-                raise Refusal(422, "invalid_type", message, place)
-            feats[i] = row
-    finite = np.isfinite(feats)
-    if not finite.all():
-        i, j = np.argwhere(~finite)[0]
-        raise Refusal(422, "not_finite", f"{place}: row {i}, column {j} is not finite as float32", place)
-    return feats
-
-
-def prepare(system: System, feats: Tensor, place: str) -> Tensor:
-    """Raw features (T,F) -> the model's input (T,F), normalised and clamped. Raises Refusal 422 for NaN."""
-    feats = normalise(feats, system.stats.cpu())
-    if feats.isnan().any():
-        raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
-    return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
-
-
-MAX_HOTWORDS, MAX_HOTWORD_LENGTH = 1000, 64      # entries of a list, characters of each
-
-
-def parse_hotwords(value: Any, system: System, place: str) -> tuple[str, ...] | None:
-    """An array of phrases, or text with one a line or commas between them; None: no list. Raises Refusal 422."""
-    if value is None:
-        return None
-    if system.encode_list is None:
-        raise Refusal(422, "no_hotwords", f"{place}: {why_no_hotwords(system.model)}", place)
-    phrases = split_phrases(value) if isinstance(value, str) else value
-    if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-        raise Refusal(422, "invalid_type", f"{place}: wanted an array of strings, or a string with one phrase a line "
-                      "or commas between them", place)
-    longest = max(map(len, phrases), default=0)
-    if len(phrases) > MAX_HOTWORDS or longest > MAX_HOTWORD_LENGTH:
-        raise Refusal(422, "too_many_hotwords", f"{place}: wanted at most {MAX_HOTWORDS} phrases of at most "
-                      f"{MAX_HOTWORD_LENGTH} characters, got {len(phrases)}, the longest of {longest}", place)
-    return tuple(phrases)
-
-
-def features_upload(item: dict, system: System, max_frames: int, place: str) -> Upload:
-    """{"features": ...} -> Upload. Raises Refusal."""
-    dim = system.stats.shape[1]
-    if "features" not in item:
-        raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
-    feats = parse_features(item["features"], dim, max_frames, place)
-    seconds = len(feats) * frame_sec(system.config.data)
-    return Upload([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
-
-
-def json_uploads(value: dict, system: System, options: argparse.Namespace) -> list[Upload]:
-    """{"features": ...} or {"batch": [{"features": ...}, ...]} -> its utterances. Raises Refusal."""
-    if "batch" not in value:
-        return [features_upload(value, system, options.max_frames, "features")]
-    batch = value["batch"]
-    most = min(MAX_ITEMS, options.max_queue)
-    if "features" in value or not isinstance(batch, list) or not 1 <= len(batch) <= most:
-        message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
-        raise Refusal(422, "invalid_value", message, "batch")
-    for i, item in enumerate(batch):
-        if not isinstance(item, dict):
-            raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {json_type(item)}", f"batch[{i}]")
-    uploads = []
-    for i, item in enumerate(batch):
-        upload = features_upload(item, system, options.max_frames, f"batch[{i}].features")
-        hotwords = parse_hotwords(item.get("hotwords"), system, f"batch[{i}].hotwords")
-        uploads.append(upload._replace(hotwords=hotwords))
-    return uploads
-
-
-def wav_seconds(body: bytes, longest: float) -> float:
-    """The length of a WAV file, once its header has been checked. Raises Refusal."""
-    if not body:
-        raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
-    try:
-        header = read_header(io.BytesIO(body))
-    except ValueError as error:
-        raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
-    if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
-        found = f"{header.channels} channels at {header.rate_hz} Hz" if header else format_name(body[:1000])
-        raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law or "
-                      f"mu-law, 1 to 8 channels, 4 to 384 kHz), got {found}", "file")
-    seconds = header.num_samples / header.rate_hz
-    if not seconds:
-        raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
-    if seconds > longest:
-        raise Refusal(413, "audio_too_long", f"file: {seconds:.1f} s, at most {longest:g} s are allowed", "file")
-    return seconds
-
-
-def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
-    """A WAV file -> Upload, one piece per segment of decode.cut_recording. Raises Refusal.
-
-    All that the header tells is checked before any sample is decoded.
-    """
-    seconds = wav_seconds(body, options.max_audio_seconds)
-    config = system.config.data
-    pieces = []
-    try:
-        for piece in decode.cut_recording(system, body):
-            pieces.append((piece.start_sec, frontend(piece.samples, config.sample_rate, config)))
-    except ValueError as error:
-        message = str(error).removeprefix("<bytes>: ")
-        raise Refusal(422, "not_finite", f"file: {message}", "file") from None
-    if not pieces:  # no speech
-        pieces = [(0.0, torch.zeros(0, system.stats.shape[1]))]
-    return Upload([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
-
-
-def parse_timeout(value: Any, longest: float) -> float:
-    """Seconds above 0, as float or text, None = `longest` -> those, at most `longest`. Raises Refusal 422."""
-    seconds = longest if value is None else math.nan
-    if type(value) in (float, str):         # in JSON, in a query or form
-        with contextlib.suppress(ValueError):
-            seconds = float(value)
-    if not 0 < seconds < math.inf:
-        raise bad_timeout()
-    return min(seconds, longest)
-
-
-def bad_timeout() -> Refusal:
-    return Refusal(422, "invalid_value", "timeout: wanted a number of seconds above 0", "timeout")
-
-
-def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: System, path: str) -> list[Upload]:
-    """The uploads with the hotwords that a request has for all of them. Raises Refusal 422."""
-    place = "hotwords"
-    value = fields.get("hotwords")
-    if value is None and path != "/transcribe" and system.encode_list is not None:
-        place = "prompt"        # the field of OpenAI's clients, which a model that takes none ignores
-        value = fields.get("prompt") or None
-    hotwords = parse_hotwords(value, system, place)
-    return [upload._replace(hotwords=hotwords) if upload.hotwords is None else upload for upload in uploads]
-
-
-def parse_terms(fields: dict[str, Any], longest: float, is_batch: bool = False,
-                openai: OpenAIForm | None = None) -> Terms:
-    alignment = openai is None and parse_flag("alignment", fields.get("alignment"))
-    return Terms(parse_timeout(fields.get("timeout"), longest), is_batch, alignment, openai)
-
-
-def read_recording(head: Head, body: bytes, options: argparse.Namespace) -> Recording:
-    """A form, or a recording as it is -> Recording, of any format; /transcribe takes fields from the query too, those
-    of the body win. Raises Refusal."""
-    texts: dict[str, list[str]] = {}
-    if media_type(head) == "multipart/form-data":
-        body, texts = parse_form(body, head.headers["content-type"])
-    fields: dict[str, Any] = {name: values[-1] for name, values in texts.items()}
-    if len(texts.get("hotwords", ())) > 1:
-        fields["hotwords"] = texts["hotwords"]
-    if head.path == "/transcribe":
-        fields = {**head.query, **fields}
-        return Recording(body, fields, parse_terms(fields, options.request_timeout))
-    openai = parse_openai_form(texts)
-    return Recording(body, fields, parse_terms(fields, options.request_timeout, openai=openai))
-
-
-def is_wav(body: bytes) -> bool:
-    """Whether wav_seconds is the one to judge it, good or bad."""
-    return not body or body[:4] in (b"RIFF", b"RF64") and body[8:12] == b"WAVE"
-
-
-def convert(body: bytes, most_sec: float, deadline: float, running: threading.Semaphore) -> bytes:
-    """A recording of any format -> WAV by ffmpeg, once one of those that are `running` has ended. Raises Refusal.
-
-    What is too long becomes a little longer than most_sec, and is refused by who reads it.
-    """
-    if not running.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise deadline_passed()
-    try:
-        with ffmpeg_to_wav(body, most_sec + 0.1, max(0.0, deadline - time.monotonic())) as file:
-            file.seek(0)
-            return file.read()
-    except TimeoutError:
-        raise deadline_passed() from None
-    except ValueError as error:
-        message = f"file: got {format_name(body[:1000])}; {error}"
-        raise Refusal(400, "unsupported_format", message, "file") from None
-    finally:
-        running.release()
-
-
-def parse_request(head: Head, sent: bytes | Recording, system: System, options: argparse.Namespace) -> Request:
-    """JSON as it came, or a Recording, which is WAV -> Request. Raises Refusal."""
-    if isinstance(sent, Recording):
-        fields, terms = sent.fields, sent.terms
-        uploads = [wav_upload(sent.wav, system, options)]
-    else:
-        given = parse_json(sent)
-        if isinstance(given.get("timeout"), str):
-            raise bad_timeout()
-        fields = {**head.query, **given}        # not kept: each number of features has 24 bytes
-        uploads = json_uploads(given, system, options)
-        terms = parse_terms(fields, options.request_timeout, "batch" in given)
-    return Request(told_hotwords(uploads, fields, system, head.path), terms)
 
 
 # ---- recognition ----

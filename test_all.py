@@ -59,6 +59,7 @@ import attention
 import audio
 import baselines
 import batcher
+import bodies
 import bench
 import bench_long
 import checkpoint
@@ -1759,7 +1760,7 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
 
 # C58
 def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypatch):
-    read, parsed = serve.parse_request, []
+    read, parsed = bodies.parse_request, []
     monkeypatch.setattr(serve, "parse_request", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
     with serving(request_timeout=0.4) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         started = time.monotonic()
@@ -2135,7 +2136,7 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
 def test_recordings_on_many_connections_are_parsed_by_one_thread():
     """So that torch keeps its helper threads once, and not for each connection that has sent a recording."""
     raw, threads = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 15))), torch.get_num_threads()
-    assert len(raw) < serve.INTERRUPTIBLE
+    assert len(raw) < bodies.INTERRUPTIBLE
     helpers = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
     torch.set_num_threads(3)
     try:
@@ -2154,14 +2155,14 @@ def test_recordings_on_many_connections_are_parsed_by_one_thread():
 
 def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     """A thread that is held plays a parser at work."""
-    recording = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 1 + serve.INTERRUPTIBLE // NOISE.nbytes)))
-    large = post_json(json.dumps({"features": ROWS}).encode().ljust(serve.INTERRUPTIBLE))
+    recording = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 1 + bodies.INTERRUPTIBLE // NOISE.nbytes)))
+    large = post_json(json.dumps({"features": ROWS}).encode().ljust(bodies.INTERRUPTIBLE))
     with serving() as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
         held = threading.Event()
         try:
             server.large_json_parser.submit(held.wait)
             late = post_json({"features": ROWS, "timeout": 0.5})
-            assert len(recording) > serve.INTERRUPTIBLE and exchange(server, recording)[0] == 200
+            assert len(recording) > bodies.INTERRUPTIBLE and exchange(server, recording)[0] == 200
             waits = pool.submit(exchange, server, large)
         finally:
             held.set()
@@ -9762,7 +9763,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "data": 2, "live": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 6, "serve": 7, "bench_long": 7, "bench": 8}
+          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "serve": 8, "bench": 9}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
