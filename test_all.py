@@ -2666,7 +2666,7 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     assert list(data.training_texts(options)) == [f"text {i} \u00e9" for i in range(3)]
     for inputs, wanted in (([], ["3", "4", "5", "2"]), (["s-2.jsonl", "x,*.wav"], ["2", "x,*.wav"])):
         system = SimpleNamespace(config=SimpleNamespace(data=options), tokenizer=tokenizer.Tokenizer.build(["a"]),
-                                 stats=torch.zeros(2, 80), segment_sec=(1.0, 30.0), vad=None)
+                                 stats=torch.zeros(2, 80), segment_sec=(1.0, 30.0), vad=None, chunk=None)
         assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
         with pytest.raises(ValueError, match=words):
