@@ -51,17 +51,16 @@ from audio import feature_dim, frontend, normalise
 from baselines import Search
 from bench_long import measure_cuts, measure_parts
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
-from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches,
-                    read_result, with_search)
+from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result,
+                    with_search)
 from dry_run import num_parameters, rehearse
 from files import write_atomic
-from funasr import PieceTokenizer
 from model import Hypotheses
+from pieces import PieceTokenizer
 from report import Outcome, Score, score
 from serve import load_warm, recognise_batch
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, save
-
 
 HERE = Path(__file__).resolve().parent
 

@@ -25,10 +25,11 @@ from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from downloads import check_name, check_pointer
 from files import read_file, save_atomic, write_atomic
-from funasr import (HOTWORD_MODELS, PieceTokenizer, dump_published_config, funasr_names, is_published, load_model,
-                    published_files, read_cmvn, read_published_config, write_cmvn)
+from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
+                    read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
+from pieces import PieceTokenizer
 from punctuation import Punctuation
 from streaming import Chunk
 from tokenizer import SPECIALS, Tokenizer

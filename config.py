@@ -603,8 +603,6 @@ def _starts_with_dash(line: Line) -> bool:
     return line.text == "-" or line.text.startswith("- ")
 
 
-# Each of the next three takes the lines of its value off the front of `lines`.
-
 def _parse_block(lines: deque[Line], outer: int) -> Any:
     """The list, map or scalar in the lines that are indented deeper than outer; null if there are none."""
     if not lines or lines[0].indent <= outer:

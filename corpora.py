@@ -19,8 +19,7 @@ import numpy as np
 from audio import Part, audio_seconds, load_wav, resample, save_wav
 from data import generator
 from files import write_atomic
-from manifests import (LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi,
-                       scan_lines)
+from manifests import LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi, scan_lines
 
 
 # ---- corpora ----

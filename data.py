@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from audio import (FRAME_SEC, SHIFT_SEC, Part, audio_seconds, choose_channel, frontend, normalise, num_frames,
+from audio import (FRAME_SEC, Part, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
 
@@ -239,7 +239,6 @@ class ToySeq2SeqDataset(Dataset):
 
 
 # ---- recordings ----
-
 
 def part_of(row: Row) -> Part:
     """What a row asks to be read; of a pipe, what it writes now. Raises as run_pipe."""

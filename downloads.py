@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-
 class Download(NamedTuple):
     name: str  # FunASR's short name; "": it has none
     modelscope: str  # there by organisation and name

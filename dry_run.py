@@ -145,7 +145,6 @@ def warnings(run, steps: int) -> Iterator[str]:
 
 # ---- shapes ----
 
-
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: yields a temporary path to write; it replaces `path` if the block ends without an error."""

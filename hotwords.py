@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attention import MultiHeadAttention, key_mask, padding_mask, run_blocks
 from funasr_layers import Pointwise, SanmDecoder, SanmDecoderBlock
-from model import SOS, Paraformer, Prediction
+from model import Paraformer, Prediction, SOS
 
 NONE_OF_THEM = (SOS,)  # the last entry of every list
 LONGEST = 50  # entries that SeACo's second decoder chooses from a longer list, before "none of them" is added

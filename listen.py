@@ -19,7 +19,6 @@ from live import pipe_header, pipe_samples, resample_pieces
 from report import Result, Token, mean_confidence, text_of, words_of
 from streaming import Chunk, StreamResult, StreamToken, feed, start
 
-
 def with_chunk(arguments: argparse.Namespace, system):
     """The system with the chunk that decode.py's arguments ask for. Raises ValueError for what has no effect on it."""
     asked = [f"--{name.replace('_', '-')}" for name in ("stream", "chunk", "look_back") if getattr(arguments, name)]

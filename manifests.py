@@ -17,7 +17,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-
 class Row(NamedTuple):
     key: str
     audio: str                      # path, "" = none given; with `folder` the command of a pipe

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from report import Result, cues, join_words, log_confidence, subtitles, word_entry, written_text
 from web import Refusal, Response, json_response, parse_flag
 
-
 class OpenAIForm(NamedTuple):
     response_format: str            # json, text, srt, vtt or verbose_json
     granularities: list[str]        # of verbose_json: segment, word

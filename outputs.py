@@ -19,8 +19,7 @@ from typing import BinaryIO, NamedTuple
 from files import replacing, write_atomic
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
-from report import (FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report,
-                    written_text)
+from report import FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report, written_text
 from survival import interrupted_later, stream_error
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from audio import frame_sec
 from data import Utterance
 from files import write_atomic
-from funasr import PIECE, PieceTokenizer, UNSPOKEN, are_spaced, spell_words
 from model import Hypotheses, in_feature_frames
+from pieces import PIECE, PieceTokenizer, UNSPOKEN, are_spaced, spell_words
 from plot import alignment_svg, attention_svg, escape
 from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
                        spoken_places, token_accuracy, word_errors)

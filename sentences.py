@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from punctuation import Punctuation, punctuate_words
 from report import Result, Sentence, Word, is_ideograph, join_words
 
-
 def with_sentences(punctuation: Punctuation | None, result: Result) -> Result:
     """The result with `sentences`: its words with their marks and capitals, in their own times. None: as it is."""
     if punctuation is None:

@@ -23,11 +23,10 @@ from torch import Tensor
 
 from attention import at_least_float32, full_precision
 from audio import frame_sec
-from funasr import UNSPOKEN, PieceTokenizer, are_spaced, spell_words, write_sentence
 from live import first_sample, frame_samples, frontend_part, samples_until
 from model import Carry, cif_step, no_carry
+from pieces import PieceTokenizer, UNSPOKEN, are_spaced, spell_words, write_sentence
 from tokenizer import spoken_places
-
 
 @dataclass(frozen=True)
 class Chunk:

@@ -100,6 +100,8 @@ from checkpoint import build, read_checkpoint
 from batcher import Batcher, Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
 from step import dev_losses, sampler_order, split as split_batch
+from pieces import (PIECE, PieceTokenizer, SpelledWord, UNSPOKEN, _is_han, _kind, are_spaced, merge_letters,
+                    spell_words, write_sentence)
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
                        format_alignment, normalise_text, token_accuracy, word_errors)
 
@@ -4128,13 +4130,13 @@ def test_sentences_keep_every_character_and_equal_funasrs_where_it_loses_none():
     """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
     equal = 0
     for case in unit_cases("text"):
-        symbols, words = case["tokens"], funasr.spell_words(case["tokens"], case["ts_in"])
-        spoken = [symbol for symbol in symbols if symbol not in funasr.UNSPOKEN]
+        symbols, words = case["tokens"], spell_words(case["tokens"], case["ts_in"])
+        spoken = [symbol for symbol in symbols if symbol not in UNSPOKEN]
         whole = "".join(spoken).replace("@@", "").lower()
-        assert funasr.write_sentence(words).replace(" ", "").lower() == whole
+        assert write_sentence(words).replace(" ", "").lower() == whole
         if funasr_keeps(spoken):
             equal += 1
-            assert funasr.write_sentence(words) == case["text"], symbols
+            assert write_sentence(words) == case["text"], symbols
             assert " ".join(word.text for word in words) == case["text_ts"]
             timed = [word for word in words if word.kind != "other"]  # D4: to a mark FunASR gives no time
             assert [[word.start, word.end] for word in timed] == case["ts_out"]
@@ -4145,7 +4147,7 @@ def test_a_list_of_symbols_ends_its_lines_with_newlines_only(tmp_path):
     """U+0085, U+2028 and a form feed are symbols like others: no id behind them may shift."""
     symbols = ["<blank>", "<s>", "</s>", "a\x85", "\u2028", "\x0c", "<unk>"]
     (tmp_path / "tokens.txt").write_text("\n".join(symbols) + "\n", "utf-8")
-    assert funasr.PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
+    assert PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
 
 
 @pytest.mark.parametrize("name, content, error", [
@@ -4158,11 +4160,11 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     (tmp_path / "tokens.json").write_text(json.dumps(["<blank>", "<s>", "</s>", "ab@@", "\u2028", "<unk>"]))
     (tmp_path / "seg_dict").write_text("ab\u2028 ab@@\nc ab@@ <unk>\n", "utf-8")
     files = tmp_path / "tokens.json", tmp_path / "seg_dict"
-    whole = funasr.PieceTokenizer.load(*files)
+    whole = PieceTokenizer.load(*files)
     assert whole.encode("c") == [3, 5] and set(whole.pieces) == {"ab", "c"}
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
-        funasr.PieceTokenizer.load(*files)
+        PieceTokenizer.load(*files)
     with pytest.raises(ValueError, match=r"x.pt: wanted a list of pieces by word, got \[\['ab'\]\]"):
         checkpoint.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3}"):
@@ -4175,7 +4177,7 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
 def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     folder = KIT / variant
     dictionary = folder / "seg_dict"
-    ours = funasr.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
+    ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
@@ -4189,7 +4191,7 @@ def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):
     """A second space, a tab, U+3000, a no-break space, a byte order mark; and what is unknown is named as it is written."""
     folder = KIT / variant
     dictionary = folder / "seg_dict"
-    ours = funasr.PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
+    ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     wanted = ours.encode("我 在 一 我")
     assert ours.unknown not in wanted
     for text in ("我  在\t一\u3000我", "\ufeff我\u00a0在 \u200b 一 我\u00ad ", "\n我\u2003在\u2028一 \x85我"):
@@ -4472,7 +4474,7 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name,
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = tiny_system()._replace(search=baselines.Search(nbest=2))
     predictor = replace(system.config.model.predictor, upsampling=upsampling)
-    system = system._replace(tokenizer=funasr.PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
+    system = system._replace(tokenizer=PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
     found = Hypotheses(ints(4, 5)[None], ints(2), torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [])
     candidates = [baselines.Candidate([4, 5], -1.0, -0.5), baselines.Candidate([4, EOS], -1.4, -0.7)]
@@ -5101,7 +5103,7 @@ def planted_words(symbols, tokenizer) -> report.Result:
     ("piece", ["you", "<unk>", "at"], "you at", ["you 0 1 1 s", "at 1 2 3 s"])])     # D5: the time of <unk>
 def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):
     known = (*SPECIALS, *dict.fromkeys(s for s in symbols if s != "<unk>"))
-    vocabulary = funasr.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    vocabulary = PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     result = planted_words(symbols, vocabulary)
     assert result.text == text and len(result.words) == len(words)
     for word, wanted in zip(result.words, words):
@@ -5311,7 +5313,7 @@ def stream_through(system, chunk, pieces, then_empty=False):
 
 
 def spelled(tokens):
-    return funasr.write_sentence(funasr.spell_words([token.token for token in tokens]))
+    return write_sentence(spell_words([token.token for token in tokens]))
 
 
 def same_states(one, other):
@@ -5523,7 +5525,7 @@ def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
             state, text = streaming.write_on(vocabulary, state, portion)
             said += portion
             if vocabulary is pieces:
-                assert text == funasr.write_sentence(funasr.spell_words(said)), said
+                assert text == write_sentence(spell_words(said)), said
             else:
                 assert text == (" " if vocabulary.unit == "word" else "").join(said)
 
@@ -6911,7 +6913,7 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": "a.wav", "text": "xyz xyz"}])
     path = tiny_yaml(tmp_path / "tiny.yaml")
     assert train.main([path, start, "--data.kind=manifest", f"--data.train={manifest}"]) == 2
-    assert "without 7 of their 7 symbols, some of them in 'xyz xyz'" in capsys.readouterr().err
+    assert "without 7 of their 7 symbols, the most frequent 'x' 'y' 'z' ' '" in capsys.readouterr().err
     assert train.main([path, start, "--data.num_mels=20", "--data.augment.freq_width=20"]) == 2
     assert "data.augment.freq_width: wanted at most num_mels 8, got 20" in capsys.readouterr().err
 
@@ -7851,7 +7853,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
     ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
 def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
     known = (*SPECIALS, *dict.fromkeys(symbol for text in texts for symbol in text))
-    speller = funasr.PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
+    speller = PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
     found = decode.join_results(tiny_system()._replace(tokenizer=speller), parts)
     assert found.text == wanted and report.join_words(found.words) == wanted.strip()
@@ -7907,7 +7909,7 @@ def pipeline_system(variant: str) -> checkpoint.System:
         vad=vad.load_vad(str(KIT / "vad")), punctuation=kit_punctuation("punc"))
 
 
-def long_wav(folder: Path, name: str) -> Path:
+def kit_wav(folder: Path, name: str) -> Path:
     audio.save_wav(folder / f"{name}.wav", long_samples(name), 16000)
     return folder / f"{name}.wav"
 
@@ -7916,7 +7918,7 @@ def long_wav(folder: Path, name: str) -> Path:
 @needs_kit
 @pytest.mark.parametrize("variant", ["bicif", "seaco", "sanm", "conformer", "contextual"])
 def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant):
-    path = long_wav(tmp_path, "talk_a")
+    path = kit_wav(tmp_path, "talk_a")
     options = ["--ckpt", KIT / variant, "--output", tmp_path / "out.jsonl"]
     assert decoded(capsys, *options, "--vad", KIT / "vad", path)[0] == 0
     plain = json.loads((tmp_path / "out.jsonl").read_text())
@@ -7941,7 +7943,7 @@ def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant
 # C177
 @needs_kit
 def test_punctuation_alone_writes_every_form(tmp_path, capsys):
-    path = long_wav(tmp_path, "talk_b")
+    path = kit_wav(tmp_path, "talk_b")
     for form in ("txt", "srt", "vtt", "tsv", "json"):
         assert decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", "--output", tmp_path, "--format", form,
                        path)[0] == 0
@@ -7958,7 +7960,7 @@ def test_punctuation_alone_writes_every_form(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["paraformer", "transformer", "ctc"])
 def test_own_models_take_both(tmp_path, capsys, name):
     checkpoint_path = saved(tiny_system(name=name), tmp_path / "tiny.pt")
-    path, quiet = long_wav(tmp_path, "talk_a"), long_wav(tmp_path, "silence")
+    path, quiet = kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence")
     options = ["--ckpt", checkpoint_path, "--output", tmp_path / "out.jsonl"]
     assert decoded(capsys, *options, "--vad", KIT / "vad", "--punctuate", KIT / "punc", path, quiet)[0] == 0
     row, empty = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
@@ -7972,7 +7974,7 @@ def test_own_models_take_both(tmp_path, capsys, name):
 
 @needs_kit
 def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
-    path = long_wav(tmp_path, "talk_b")
+    path = kit_wav(tmp_path, "talk_b")
     row = {"audio": str(path), "text": decode.transcribe_recording(checkpoint.load_system(KIT / "sanm", "cpu"), path).text}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     code, lines, error = decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", tmp_path / "a.jsonl")
@@ -7989,7 +7991,7 @@ def test_the_schedule_is_a_named_option(tmp_path, capsys, monkeypatch, schedule,
         return iter([])
 
     monkeypatch.setattr(decode, "transcribe_segments", spy)
-    path = long_wav(tmp_path, "long")
+    path = kit_wav(tmp_path, "long")
     assert decoded(capsys, "--ckpt", KIT / "sanm", "--vad", KIT / "vad", "--vad-schedule", schedule, path)[0] == 0
     assert heard == [begin for begin, _ in vad_results("offline")[run]["value"]["long"]]
 
@@ -8012,31 +8014,31 @@ def test_decode_refuses_parts_that_do_not_fit(ckpt, capsys, options, line):
 
 # ---- decode: FunASR's own results of the three models together ----
 
-def funasr_words(tokens: list[report.Token]) -> list[funasr.SpelledWord]:
+def funasr_words(tokens: list[report.Token]) -> list[SpelledWord]:
     """A segment's words and times in ms as FunASR makes them, which loses and glues what breaks off (his@@ 不)."""
-    spoken = [token for token in tokens if token.token not in funasr.UNSPOKEN]
-    all_han = all(funasr._is_han(token.token) for token in spoken)
+    spoken = [token for token in tokens if token.token not in UNSPOKEN]
+    all_han = all(_is_han(token.token) for token in spoken)
     words, held, waiting, after_word = [], "", None, False
     for token, timed in zip(spoken, tokens):
-        kind = "han" if all_han else funasr._kind(token.token)
+        kind = "han" if all_han else _kind(token.token)
         start, end = round(timed.start * 1000), round(timed.end * 1000)
         if kind == "piece":
-            held += token.token.replace(funasr.PIECE, "")
+            held += token.token.replace(PIECE, "")
             waiting = (waiting[0] if waiting else start, end)
             after_word = False
         elif kind == "word":
-            words.append(funasr.SpelledWord(held + token.token, waiting[0] if waiting else start, end, "word"))
+            words.append(SpelledWord(held + token.token, waiting[0] if waiting else start, end, "word"))
             held, waiting, after_word = "", None, True
         elif kind == "han":
             glued = not words or words[-1].kind != "word" or after_word
             if after_word and words[-1].kind == "other":
                 words.pop()
                 glued = False
-            words.append(funasr.SpelledWord(token.token, *(waiting or (start, end)), "han" if glued else "other"))
+            words.append(SpelledWord(token.token, *(waiting or (start, end)), "han" if glued else "other"))
             waiting, after_word = None, False
         else:
-            words.append(funasr.SpelledWord(token.token, None, None, "other"))
-    return funasr.merge_letters(words)
+            words.append(SpelledWord(token.token, None, None, "other"))
+    return merge_letters(words)
 
 
 def funasr_merged(segments: list, most_ms: int) -> list:
@@ -8092,7 +8094,7 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
             return {"text": "", "timestamp": []}
         text = words[0].text if words else ""
         for before, word in itertools.pairwise(words):
-            text += " " * (timed or funasr.are_spaced(before, word)) + word.text
+            text += " " * (timed or are_spaced(before, word)) + word.text
         own = [[word.start + begin, word.end + begin] for word in words if timed and word.start is not None]
         texts.append(text)
         stamps += own
@@ -9550,7 +9552,7 @@ def test_page_asks_for_the_key(browser, monkeypatch):
 @needs_kit
 def test_every_route_answers_with_sentences(tmp_path):
     """The answers are those of decode.py; segments of verbose_json are sentences."""
-    system, path = pipeline_system("bicif"), long_wav(tmp_path, "talk_b")
+    system, path = pipeline_system("bicif"), kit_wav(tmp_path, "talk_b")
     result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
     written = report.written_text(result)
     assert len(result.sentences) > 3
@@ -9564,7 +9566,7 @@ def test_every_route_answers_with_sentences(tmp_path):
         assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
         subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
         assert subtitles == report.subtitles(result, "srt")
-        quiet = ask(running, post("/transcribe", "audio/wav", long_wav(tmp_path, "silence").read_bytes()))
+        quiet = ask(running, post("/transcribe", "audio/wav", kit_wav(tmp_path, "silence").read_bytes()))
         assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
         rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
         batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
@@ -9770,7 +9772,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1, "files": 1,
-          "data": 2, "live": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
+          "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
           "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "serve": 8, "bench": 9}

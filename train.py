@@ -44,16 +44,15 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-import audio
 import config as configs
 import data
-from checkpoint import (CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from)
+from checkpoint import CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
 from files import write_atomic
-from funasr import PieceTokenizer
 from manifests import find_again
 from pictures import write_pictures
+from pieces import PieceTokenizer
 from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from step import (Step, dev_losses, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share,

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from torch import Tensor, cat, nn
 from torch.overrides import TorchFunctionMode
 
-
 def same_name(name: str) -> list[str]:
     return [name]
 
