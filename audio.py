@@ -189,9 +189,11 @@ def read_samples(file: BinaryIO, header: WavHeader, start: int = 0, stop: int | 
 FORMATS = (             # what the first bytes of a file say
     (rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]", "MP3"), (rb"\xff[\xf0\xf1\xf8\xf9]|ADIF", "AAC"),
     (rb"OggS.{24}OpusHead", "Opus in Ogg"), (rb"OggS", "Ogg"), (rb"fLaC", "FLAC"),
-    (rb"\x1aE\xdf\xa3", "WebM or Matroska"), (rb".{4}ftyp", "MP4 or M4A"), (rb"RIFF.{4}AVI", "AVI"), (rb"RIFF|RF64", "WAV with another sample format"),
+    (rb"\x1aE\xdf\xa3", "WebM or Matroska"), (rb".{4}ftyp", "MP4 or M4A"), (rb"RIFF.{4}AVI", "AVI"),
+    (rb"RIFF|RF64", "WAV with another sample format"),
     (rb"RIFX", "big-endian WAV"), (rb"FORM", "AIFF"), (rb"caff", "CAF"), (rb"#!AMR", "AMR"),
-    (rb"\x30\x26\xb2\x75", "WMA"), (rb"\.snd", "AU"), (rb"\s*<(!doctype html|html)", "an HTML page"), (rb"\s*[{\[]", "JSON"), (rb"%PDF", "PDF"),
+    (rb"\x30\x26\xb2\x75", "WMA"), (rb"\.snd", "AU"), (rb"\s*<(!doctype html|html)", "an HTML page"),
+    (rb"\s*[{\[]", "JSON"), (rb"%PDF", "PDF"),
     (rb"PK\x03\x04", "a ZIP archive"), (rb"\x1f\x8b", "gzip"), (rb"\x89PNG|\xff\xd8\xff|GIF8", "a picture"))
 WORST_RATE = 8 * 192000     # bytes a second that ffmpeg may make: two channels of floats at 192 kHz
 

@@ -1,6 +1,6 @@
 """The models that a Paraformer is compared with, an autoregressive transformer and CTC, and their searches.
 
-Reading order: the models, then the searches. Needs torch, numpy, attention.py, model.py and tokenizer.py.
+Reading order: the models, then the searches. Needs torch, numpy, attention.py and model.py.
 
 Dims: B utterances, L encoder frames, U tokens, D model width, V vocabulary, W beam.
 Sources: Vaswani et al. 2017 (transformer); Graves et al. 2006 (CTC); Wu et al. 2016 "GNMT" (beam search); Graves &

@@ -7,7 +7,7 @@
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
     python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
     python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
-    python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; also --vad DIR
+    python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; --vad DIR
 
 Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
 """

@@ -48,7 +48,8 @@ def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int
     listener = Vad(FrontEnd(), Options(), Fsmn(Network()).eval(), stats)
     minute = torch.randn(60 * 16000) / 10
     clock, busy = best_of(turns, lambda: list(segments_of(listener, itertools.repeat(minute, seconds // 60))))
-    print(f"VAD: {seconds} s of audio in {clock:.2f} s, {100 * clock / seconds:.3f}% of real time; busy for {busy:.2f} s",
+    print(f"VAD: {seconds} s of audio in {clock:.2f} s, {100 * clock / seconds:.3f}% of real time; "
+          f"busy for {busy:.2f} s",
           flush=True)
     shape = EncoderConfig("sanm", num_layers=4, hidden_dim=256, num_heads=8, ffn_dim=1024, kernel_size=11)
     marks = ("<unk>", "_", "，", "。", "？", "、")

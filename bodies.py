@@ -1,7 +1,7 @@
 """The body of a POST to features: JSON, recordings, forms; what may be asked beside them.
 
 Everything here is a function from bytes to values. Bad input raises web.Refusal, which names the field, what was
-wanted and what came. Needs numpy, torch, audio.py, checkpoint.py and web.py.
+wanted and what came. Needs numpy, torch and what its imports name.
 """
 import argparse
 import contextlib

@@ -1,7 +1,7 @@
 """A model from its name, from a checkpoint of train.py or from a directory of FunASR's; and back into files.
 
-Reading order: by name, checkpoints and strict loading, FunASR's weights, weights repacked for CPUs, a system that is
-ready to recognise, what training starts from, exports. Needs torch, config.py, tokenizer.py, audio.py, data.py, model.py, baselines.py, funasr.py.
+Reading order: by name and from a file, the checkpoints of a run, FunASR's weights, weights repacked for CPUs, a system
+that is ready to recognise, what training starts from, exports. Needs torch and what its imports name.
 """
 import ctypes
 import functools
@@ -44,8 +44,8 @@ ARCHITECTURES = {"paraformer": Paraformer, "streaming": Paraformer, "seaco": Sea
 
 
 def architecture(name: str) -> type[nn.Module]:
-    """One of ARCHITECTURES, or, where name is file.Class, a class of file.py in the working directory. Raises ValueError
-    if there is none of that name."""
+    """One of ARCHITECTURES, or, where name is file.Class, a class of file.py in the working directory. Raises
+    ValueError if there is none of that name."""
     stem, dot, kind = name.rpartition(".")
     if not dot:
         return pick(ARCHITECTURES, "model.name", name)
@@ -138,7 +138,8 @@ def check_state(state: dict, place: str) -> None:
         for name, x in weights.items():
             if not is_dense(x):
                 raise ValueError(f"{place}: {part}: wanted dense tensors, got {one_line(x)} under {name!r:.60}")
-    if "trained" in state and not (isinstance(state.get("progress"), dict) and isinstance(state.get("history"), (list, tuple))):
+    resumable = isinstance(state.get("progress"), dict) and isinstance(state.get("history"), (list, tuple))
+    if "trained" in state and not resumable:
         raise ValueError(f"{place}: wanted progress and history to resume from, got {one_line(state.get('progress'))}")
 
 

@@ -1,6 +1,6 @@
 """Runs of train.py beside each other: a table of what differs and what came of it, and a picture of their curves.
 
-Needs config.py, data.py (and what it needs) and plot.py.
+Needs config.py, files.py and plot.py.
 """
 import itertools
 import json

@@ -82,7 +82,7 @@ class HotwordConfig:                     # of the models seaco and contextual, w
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = "paraformer"             # paraformer streaming seaco contextual transformer ctc; what they ignore: UNUSED
+    name: str = "paraformer"             # paraformer streaming seaco contextual transformer ctc; they ignore: UNUSED
     encoder: EncoderConfig = EncoderConfig()
     predictor: PredictorConfig = PredictorConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -222,7 +222,7 @@ UNUSED = {  # field -> value -> fields and sections beside it that then have no 
     "model.decoder.kind": {
         "transformer": "attention_layers kernel_size memory_shift attention_dropout",
         "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},
-    "data.kind": {"toy": "unit lfr_m lfr_n augment.speeds augment.snr_db"},
+    "data.kind": {"toy": "train dev test unit lfr_m lfr_n augment.speeds augment.snr_db"},
 }
 
 

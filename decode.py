@@ -10,16 +10,16 @@
     python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
     python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
     python decode.py --ckpt DIR --vad VAD_DIR --punctuate PUNC_DIR folder    cut by a VAD model, written in sentences
-    python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (class Search)
+    python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (baselines.Search)
     python decode.py --ckpt STREAMING --stream a.wav    the text as it grows; - is a WAV (with --pcm RATE, bare 16-bit
                                                     samples) from a pipe, until it ends or Ctrl-C
-    python decode.py --export DIR                   the model alone, as such a directory where FunASR knows the model
+    python decode.py --export DIR                   the model alone, as a FunASR directory where FunASR knows it
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM. Whatever ends it, --output keeps what is done, and
-the same command with --resume goes on.
+be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM. Whatever ends it, --output keeps what is done,
+and the same command with --resume goes on.
 Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
-Needs torch, numpy, audio.py, data.py, checkpoint.py, report.py and what these need.
+Needs torch, numpy and what its imports name.
 """
 import argparse
 import datetime
@@ -176,7 +176,7 @@ def clip_times(system: System, result: Result, seconds: float) -> Result:
 
 
 def transcribe(system: System, feats: Sequence[Tensor]) -> list[Result]:
-    """Normalised features (T,F) of some utterances, as `data.frontend` makes them -> a Result each, in one batch."""
+    """Normalised features (T,F) of some utterances, as `audio.frontend` makes them -> a Result each, in one batch."""
     spoken = [i for i, x in enumerate(feats) if len(x)]
     results = [Result("", 0.0, [], [])] * len(feats)
     if spoken:
@@ -407,8 +407,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "checkpoint, any other path as a directory, FunASR's if it knows the model")
     add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
         "(UTF-8) with one a line, # before a remark, or words with spaces between them")
-    add("--vad", metavar="DIR", help="cut every recording where a VAD model finds speech: a directory as FunASR publishes "
-        "fsmn-vad")
+    add("--vad", metavar="DIR", help="cut every recording where a VAD model finds speech: a directory as FunASR "
+        "publishes fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
         "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
     add("--punctuate", metavar="DIR", help="write sentences: a directory as FunASR publishes ct-punc")
@@ -499,8 +499,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if arguments.export and arguments.dtype == "int8":
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
-        for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "batch_size", "batch_seconds", "limit",
-                     "min_segment_sec", "max_segment_sec", *Search._fields):
+        for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "explain", "allow_pipes",
+                     "batch_size", "batch_seconds", "limit", "min_segment_sec", "max_segment_sec", *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
 

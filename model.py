@@ -426,8 +426,8 @@ class Recogniser(nn.Module):
             return self.decode(hidden, hidden_lens, feat_lens)
 
     def total(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses and before them `loss`, their sum, each times the option <name>_weight; ce times 1 - ctc_weight and
-        timing times quantity_weight / 2."""
+        """The losses and before them `loss`, their sum, each times the option <name>_weight; ce times 1 - ctc_weight
+        and timing times quantity_weight / 2."""
         options = self.options
         weights = {"ce": 1 - options.ctc_weight, "timing": options.quantity_weight / 2}
         for name in sums.keys() - weights.keys():
@@ -484,8 +484,8 @@ class Paraformer(Recogniser):
 
     def optional_losses(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, token_lens: Tensor,
                         logits: Tensor) -> dict[str, Tensor]:
-        """The losses that options ask for: of the second pass's logits, a CTC head and a timing head on the encoder. One
-        more is a line here and its <name>_weight a line in config.py."""
+        """The losses that options ask for: of the second pass's logits, a CTC head and a timing head on the encoder.
+        One more is a line here and its <name>_weight a line in config.py."""
         targets, counts = self.targets(tokens, token_lens)
         sums = {}
         if self.options.mwer_weight:
@@ -563,6 +563,6 @@ class Paraformer(Recogniser):
 
     def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
         """For pictures: the cross-attention (B,H,U,L) of each decoder layer that has one, where decoding behind the
-        encoder, hidden (B,L,D), hidden_lens (B,), found tokens (B,U), lens (B,)."""
+        encoder, hidden (B,L,D), hidden_lens (B,), found tokens (B,U), lens (B,), which only Transformer has to read."""
         counts, embeds = self.integrate(hidden, self.predictor(hidden, hidden_lens))
         return self.predict(embeds, counts, hidden, hidden_lens, need_weights=True).attention

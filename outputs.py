@@ -1,9 +1,9 @@
 """Where decode.py's results go: a file for each utterance, or one for all, which can be gone on with.
 
 One file for all, x.jsonl, grows beside it, in x.jsonl.part: a line of JSON for each result as soon as it is there, so
-whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go into
-x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1).
-Reading order: names, the plan, what is done already, writing, the console. Needs data.py, manifests.py, report.py and what these need.
+whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go
+into x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1).
+Reading order: names, the plan, what is done already, writing, the console. Needs what its imports name.
 """
 import glob
 import json
@@ -225,8 +225,8 @@ def begin_merged(output: Output, going_on: bool) -> None:
 
 
 def prepare_output(options, dataset, count: int, rank: int) -> Output:
-    """Where the results of a dataset's first `count` inputs go; options are those of decode.py. Raises ValueError, in every process, for a file that must not
-    be replaced."""
+    """Where the results of a dataset's first `count` inputs go; options are those of decode.py. Raises ValueError, in
+    every process, for a file that must not be replaced."""
     keys = dataset.keys[:count] if options.output else []
     output = plan_output(options.output, options.format, keys, rank)
     recordings = (row.audio for row in getattr(dataset, "rows", ()))  # toy data have none

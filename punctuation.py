@@ -1,6 +1,6 @@
 """Punctuation: marks behind the words of a text, by the CT-Transformers that FunASR publishes (ct-punc).
 
-    python punctuation.py PUNC_DIR < texts      every line punctuated; of a realtime model, each line goes on from the last
+    python punctuation.py PUNC_DIR < texts      every line punctuated; of a realtime model, each goes on from the last
 
 Reading order: text to tokens, the network, marks, marks into text, words of a recogniser, realtime, loading.
 Needs torch, numpy, attention.py, config.py, downloads.py, funasr.py, funasr_layers.py with what these need.

@@ -1,6 +1,6 @@
 """Results in files: txt, json, srt, vtt, tsv and ctm; error rates and confusions; report.html.
 
-Needs torch, numpy, tokenizer.py, audio.py, manifests.py, data.py, funasr.py, model.py and plot.py. Everything here is a
+Needs torch, numpy, tokenizer.py, audio.py, data.py, files.py, model.py, pieces.py and plot.py. Everything here is a
 function of results, which decode.py makes.
 Sources: Bisani & Ney 2004 (intervals); whisper's tsv; NIST's ctm.
 """

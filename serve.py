@@ -5,9 +5,9 @@
     curl -F file=@a.wav -F response_format=srt http://localhost:8000/v1/audio/transcriptions     (OpenAI's)
     http://localhost:8000          a page to drop recordings on        /health  /ready  /metrics  /v1/models
 
-The file follows a request: its body becomes features (on a parser thread), these become text (on the one inference
-thread, which owns the model); then come the routes and the command line. How requests arrive is in web.py, how they
-wait and are batched in batcher.py, OpenAI's answers in openai_forms.py; the page is page.html.
+The file follows a request: its features (made of its body by bodies.py, on a parser thread) become text (on the one
+inference thread, which owns the model); then come the routes and the command line. How requests arrive is in web.py,
+how they wait and are batched in batcher.py, OpenAI's answers in openai_forms.py; the page is page.html.
 
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
 """

@@ -158,7 +158,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
     Nothing is updated if, in any rank, loss or gradient is not finite.
     """
-    undo = keep_statistics(model)
+    undo = keep_statistics(model)  # of BatchNorm layers, which a step that is skipped must not have moved
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
     model.zero_grad()
     sums = add_gradients(model, batch, options, number)

@@ -1,7 +1,7 @@
 """Texts to token ids and back, and the edit distance between two texts.
 
 Reading order: the one text normalisation, Tokenizer, alignment, error counts, a picture of an alignment. Vocabularies
-that FunASR publishes are in funasr.py. Needs numpy; imports nothing of ours, so it can be copied alone.
+that FunASR publishes are in pieces.py. Needs numpy; imports nothing of ours, so it can be copied alone.
 
 Glossary: the unit of a vocabulary is what its ids stand for, char or word; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.

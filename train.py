@@ -1,7 +1,7 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
 Reading order: decisions (pure functions: best, stop), one evaluation, a run and its files (metrics, curves), what is
-trained and its checkpoints, the loop, starting and going on, the dry run, main. A step is in step.py.
+trained and its checkpoints, the loop, starting and going on, main. A step is in step.py, a dry run in dry_run.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
     python train.py CONFIG --overfit 4      learn four utterances by heart: the first thing to try on new data
@@ -293,7 +293,7 @@ def step_totals(step: Step, batch: data.Batch, seconds: float, wait: float) -> d
 
 def epoch_row(progress: Progress, totals: dict[str, float], rate: float, dev: dict, seconds: float,
               memory_mb: float) -> dict:
-    """One entry of metrics.json: sums of training are divided here, those of dev in dev_figures. seconds: of the run."""
+    """One entry of metrics.json: sums of training are divided here, those of dev in dev_figures. seconds: the run's."""
     losses = {name: totals[name] / max(1.0, totals["tokens"]) for name in totals if name.startswith("loss")}
     return {"epoch": progress.epoch + 1, "step": progress.step, "learning_rate": rate, **losses,
             "grad_norm": totals["grad_norm"] / max(1, totals["steps"]), **dev,

@@ -309,7 +309,8 @@ def feed(vad: Vad, state: State, samples: Tensor, last: bool = False) -> tuple[S
     vad.announce, (begin, -1) of one that stays open and (-1, end) of one that was reported so.
 
     Does not depend on how the samples are cut into calls. last: nothing follows; the state is then that of `start`.
-    An open segment is closed, but with vad.announce one that begins in the very last frame has (begin, -1) only. Raises ValueError if samples are not finite.
+    An open segment is closed, but with vad.announce one that begins in the very last frame has (begin, -1) only. Raises
+    ValueError if samples are not finite.
     """
     waiting = torch.cat([state.waiting, samples])
     size = vad.front_end.fs * vad.piece_ms // 1000

@@ -1,4 +1,4 @@
-"""Tensors into a module: strictly by name, and without drawing random weights first. Needs torch only: copy it alone."""
+"""Tensors into a module: strictly by name, and without drawing random weights first. Needs torch: copy it alone."""
 from collections.abc import Callable
 
 from torch import Tensor, cat, nn
