@@ -176,6 +176,8 @@ def training_figures(config: configs.Config) -> Iterator[str]:
 
 # ---- recognition: a large model ----
 
+FRESH = ("Fresh processes, beyond import torch: seconds to load and then to the text of 10 s of audio; MB held beyond "
+         "torch, and at most with it\n")
 MEASURE = """
 import re, sys, time, torch
 def in_mb(field):
@@ -226,8 +228,7 @@ def loading_figures() -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
         print(f"{sum(x.nbytes for x in system.model.parameters()) / 1e6:.0f} MB of weights in float32, "
-              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
-              "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
+              f"{torch.get_num_threads()} threads\n\n{FRESH}"
               "precision  weights   to load   to text        MB    peak", flush=True)
         layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
         for layout in layouts:
@@ -501,7 +502,7 @@ def serving_figures(options: argparse.Namespace) -> None:
           f"median (at most 50; {len(health)} asked)")
 
 
-# ---- main ----
+# ---- the arguments of each ----
 
 def check_decode(arguments: argparse.Namespace) -> None:
     """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
@@ -561,8 +562,7 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
         print(f"{sum(x.numel() for x in system.model.parameters()) / 1e6:.0f} M parameters, "
-              f"{torch.get_num_threads()} threads\n\nFresh processes, beyond import torch: seconds to load and then to "
-              "the text of 10 s of audio; MB held beyond torch, and at most with it\n"
+              f"{torch.get_num_threads()} threads\n\n{FRESH}"
               "hotwords precision  weights   to load   to text        MB    peak", flush=True)
         for layout in layouts:
             for count in LISTS:
@@ -590,6 +590,8 @@ def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
         extent = f"({model_ms.min():.0f} to {model_ms.max():.0f})"
         print(f"{count:8} {dtype:9}{np.median(model_ms):8.0f} {extent:18}{np.median(list_ms):10.1f}", flush=True)
 
+
+# ---- main ----
 
 MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
             "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts}

@@ -18,6 +18,8 @@ from audio import stream
 from live import pipe_header, pipe_samples, resample_pieces
 from report import Result, Token, mean_confidence, text_of, words_of
 from streaming import Chunk, StreamResult, StreamToken, feed, start
+from survival import ERASE
+
 
 def with_chunk(arguments: argparse.Namespace, system):
     """The system with the chunk that decode.py's arguments ask for. Raises ValueError for what has no effect on it."""
@@ -91,9 +93,6 @@ def show_streams(system, names: Sequence[str], pcm_hz: int | None) -> None:
         finally:
             if sys.stdout.isatty():
                 print(f"{ERASE}{text}")
-
-
-ERASE = "\r\x1b[K"  # a terminal's line
 
 
 def show_growing(name: str, result: StreamResult) -> None:

@@ -20,7 +20,7 @@ from files import replacing, write_atomic
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
 from report import FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report, written_text
-from survival import interrupted_later, stream_error
+from survival import ERASE, interrupted_later, stream_error
 
 
 # ---- names ----
@@ -317,9 +317,6 @@ def end_output(output: Output, part: BinaryIO | None, interrupted: bool, process
 
 
 # ---- on the console ----
-
-ERASE = "\r\x1b[K"  # a terminal's line
-
 
 class ProgressBar:
     """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as

@@ -21,6 +21,9 @@ except ImportError:  # on Windows, where nothing is locked
 
 # ---- standard streams ----
 
+ERASE = "\r\x1b[K"  # a terminal's line
+
+
 class SafeStream:
     """Standard output or error that never raises: what its encoding lacks becomes ?, and once it is gone or full, what
     is written goes nowhere and `error` says why."""

@@ -57,7 +57,7 @@ from plot import column_names, curves_svg
 from ranks import is_first_process, join_processes, num_ranks, own_rank, share_model, sum_by_name, sum_over_ranks
 from step import (Step, dev_losses, in_steps, inputs, learning_rate, load_optimizer, make_optimizer, newest_share,
                   num_updates, recompute_blocks, train_step)
-from survival import catch_signals, keep_streams, lock
+from survival import ERASE, catch_signals, keep_streams, lock
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
 from weights import load_weights
 
@@ -171,7 +171,7 @@ class Run(NamedTuple):
 
 def show(line: str, end: str = "\n") -> None:
     """Print a line in place of the progress line. That has end="", which counts on a terminal only."""
-    print("\r\x1b[K" + line if sys.stdout.isatty() else line, end=end if sys.stdout.isatty() else "\n", flush=True)
+    print(ERASE + line if sys.stdout.isatty() else line, end=end if sys.stdout.isatty() else "\n", flush=True)
 
 
 def say(run: Run, line: str, own: bool = False) -> None:
