@@ -1,12 +1,11 @@
 """From utterances (recordings or synthetic speech) to padded batches of features and token ids.
 
-Each section uses only what stands above it: augmentation -> utterances -> toy data -> recordings -> batches.
-Needs torch, numpy, audio.py and manifests.py. Functions take `options`, any object with the attributes of the config's
-data section, and datasets take `encode`, any function from text to ids. Bad input is a ValueError that names the place;
-a bad recording in a manifest is a `Skip`.
+Each section uses only what stands above it: utterances -> toy data -> recordings -> batches.
+Needs torch, numpy, audio.py, augment.py and manifests.py. Functions take `options`, any object with the attributes of
+the config's data section, and datasets take `encode`, any function from text to ids. Bad input is a ValueError that
+names the place; a bad recording in a manifest is a `Skip`.
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances.
-Source: SpecAugment (Park et al. 2019).
 """
 import contextlib
 import functools
@@ -23,66 +22,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from augment import add_noise, generator, spec_augment
 from audio import (FRAME_SEC, Part, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
-
-
-# ---- augmentation ----
-
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """A random generator that these three numbers decide, whatever is drawn before it and in whichever process."""
-    return np.random.default_rng((seed, epoch, index))
-
-
-def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Generator) -> Tensor:
-    """samples (N,) -> samples + noise, at a signal-to-noise ratio in dB drawn from snr_db (low, high). The noise is
-    w[t] + c w[t-1] with w white and c drawn from 0 to 1. The signal's power is that without its DC offset."""
-    white = rng.standard_normal(len(samples) + 1, dtype=np.float32)
-    noise = torch.from_numpy(white[1:] + np.float32(rng.uniform()) * white[:-1])
-    level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.std(correction=0)
-    return samples + noise * (level / noise.square().mean().sqrt())
-
-
-def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:
-    """(size,) bool, False in one random span of 0..widest entries, True elsewhere."""
-    width = rng.integers(min(widest, size) + 1)
-    start = rng.integers(size - width + 1)
-    place = np.arange(size)
-    return (place < start) | (place >= start + width)
-
-
-def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.ndarray:
-    """What another microphone or room adds to log energies: a smooth curve over the mel bins, (num_mels,). It is a
-    constant and three cosines of 1 to 3 half periods, each times a normal number of deviation `std`."""
-    phase = np.pi * (np.arange(num_mels) + 0.5) / num_mels
-    return (rng.normal(0, std, (4, 1)) * np.cos(np.arange(4)[:, None] * phase)).sum(0)
-
-
-def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
-    """Normalised feats (T,F) -> a copy with a random channel, and random bands and spans of time set to 0, the mean.
-
-    options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
-    0..time_width frames, each at most time_share of T. Each of the F / options.num_mels frames that lfr stacked has the
-    same channel and the same bands masked.
-    Source: Park et al. 2019, without time warping; the channel is ours.
-    """
-    mels = options.num_mels
-    augment = options.augment
-    if feats.dim() != 2 or feats.shape[1] % mels:
-        raise ValueError(f"feats must be (T, a multiple of {mels}), got {tuple(feats.shape)}")
-    T, F = feats.shape
-    if augment.channel_std:
-        channel = np.tile(random_channel(mels, augment.channel_std, rng), F // mels)
-        feats = feats + torch.from_numpy(channel).to(feats)
-    bins = np.ones(mels, bool)
-    frames = np.ones(T, bool)
-    for _ in range(augment.freq_masks):
-        bins &= mask_span(mels, augment.freq_width, rng)
-    for _ in range(augment.time_masks):
-        frames &= mask_span(T, min(augment.time_width, int(augment.time_share * T)), rng)
-    keep = frames[:, None] & np.tile(bins, F // mels)
-    return feats * torch.from_numpy(keep).to(feats)
 
 
 # ---- utterances ----

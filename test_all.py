@@ -57,6 +57,7 @@ from torch import nn
 import amounts
 import attention
 import audio
+import augment
 import baselines
 import batcher
 import bodies
@@ -1226,8 +1227,8 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: audio.resample(torch.zeros(9), 0, 16000), "rates must be positive Hz, got 0"),
     (lambda: audio.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
     (lambda: audio.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
-    (lambda: data.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
-    (lambda: data.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
+    (lambda: augment.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
+    (lambda: augment.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
     (lambda: audio.compute_stats([torch.zeros(3, 4), torch.zeros(4, 3)]), r"feats must be \(T,F\) .* got \(4, 3\)"),
     (lambda: audio.compute_stats([torch.zeros(3)]), r"feats must be \(T,F\) .* got \(3,\)"),
     (lambda: funasr.write_cmvn("never", torch.zeros(3, 4)), r"stats must be \(2,F\), got \(3, 4\)"),
@@ -2360,21 +2361,21 @@ def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
             assert seen == reached and survival.exit_code(caught.value) == 128 + number
 
 
-# ---- data: augmentation ----
+# ---- augment: noise, masks, channels ----
 
 def test_noise_is_as_loud_as_drawn_and_between_white_and_dull():
     samples = torch.from_numpy(tone(1.0, 8000)).float()
     ratios, colours = [], []
     for index in range(60):
-        noisy = data.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index))
-        assert torch.equal(noisy, data.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index)))
+        noisy = augment.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index))
+        assert torch.equal(noisy, augment.add_noise(samples, (5.0, 25.0), data.generator(0, 1, index)))
         noise = (noisy - samples).double()
         ratios.append(10 * math.log10(samples.double().square().mean() / noise.square().mean()))
         colours.append(float((noise[1:] * noise[:-1]).mean() / noise.square().mean()))
     assert 5 <= min(ratios) < 7 and 23 < max(ratios) <= 25
     assert -0.05 < min(colours) < 0.1 and 0.4 < max(colours) < 0.55        # of neighbours: 0 white, 0.5 their mean
-    assert torch.equal(data.add_noise(torch.zeros(50), (0.0, 0.0), data.generator(0, 0, 0)), torch.zeros(50))
-    shifted = data.add_noise(samples + 0.5, (5.0, 25.0), data.generator(0, 1, 59)) - 0.5
+    assert torch.equal(augment.add_noise(torch.zeros(50), (0.0, 0.0), data.generator(0, 0, 0)), torch.zeros(50))
+    shifted = augment.add_noise(samples + 0.5, (5.0, 25.0), data.generator(0, 1, 59)) - 0.5
     torch.testing.assert_close(shifted, noisy, rtol=0, atol=1e-5)
 
 
@@ -2383,15 +2384,15 @@ def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     options, widest_bins, widest_frames = data_options(), 0, 0
     for index in range(300):
         feats = torch.ones(30, 40)
-        out = data.spec_augment(feats, options, data.generator(0, 1, index))
+        out = augment.spec_augment(feats, options, data.generator(0, 1, index))
         frames, bins = (out == 0).all(1), (out == 0).all(0)
         assert torch.equal(out, 1 - (frames[:, None] | bins).float()) and torch.equal(bins[:20], bins[20:])
         assert (feats == 1).all()
         widest_bins, widest_frames = max(widest_bins, int(bins[:20].sum())), max(widest_frames, int(frames.sum()))
-        assert torch.equal(out, data.spec_augment(feats, options, data.generator(0, 1, index)))
+        assert torch.equal(out, augment.spec_augment(feats, options, data.generator(0, 1, index)))
     assert 5 < widest_bins <= 10 and 4 < widest_frames <= 8         # two masks each, of up to 5 bins and 4 frames
     options.augment.time_share = 0.04                               # of 30 frames: one
-    assert max(int((data.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
+    assert max(int((augment.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
                for i in range(100)) == 2
 
 
@@ -2400,7 +2401,7 @@ def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     options.augment.freq_masks = options.augment.time_masks = 0
     options.augment.channel_std = 0.3
     feats = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
-    augmented = torch.stack([data.spec_augment(feats, options, data.generator(0, 1, i)) for i in range(400)])
+    augmented = torch.stack([augment.spec_augment(feats, options, data.generator(0, 1, i)) for i in range(400)])
     curves = (augmented - feats).double()
     assert (curves - curves[:, :1, :20].repeat(1, 1, 2)).abs().max() < 1e-5
     curves = curves[:, 0, :20]
@@ -9780,7 +9781,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
-          "weights": 1, "manifests": 1, "files": 1,
+          "weights": 1, "manifests": 1, "files": 1, "augment": 1,
           "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
