@@ -1,4 +1,4 @@
-"""What training does to an utterance, so that the model has heard other noises, microphones and voices.
+"""What training does to an utterance, so that the model has heard other noises, rooms and microphones.
 
 Everything is a pure function of what it is given, a random generator among it. Needs torch and numpy and imports nothing
 of ours, so it can be copied alone: functions take `options`, any object with the attributes of the config's data section.
@@ -16,11 +16,28 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 def add_noise(samples: Tensor, snr_db: tuple[float, float], rng: np.random.Generator) -> Tensor:
     """samples (N,) -> samples + noise, at a signal-to-noise ratio in dB drawn from snr_db (low, high). The noise is
-    w[t] + c w[t-1] with w white and c drawn from 0 to 1. The signal's power is that without its DC offset."""
+    w[t] + c w[t-1] with w white and c drawn from 0 to 1."""
     white = rng.standard_normal(len(samples) + 1, dtype=np.float32)
     noise = torch.from_numpy(white[1:] + np.float32(rng.uniform()) * white[:-1])
-    level = 10 ** (-rng.uniform(*snr_db) / 20) * samples.std(correction=0)
-    return samples + noise * (level / noise.square().mean().sqrt())
+    return mix(samples, noise, rng.uniform(*snr_db))
+
+
+def mix(samples: Tensor, noise: Tensor, snr_db: float) -> Tensor:
+    """samples (N,), noise (M,), M >= 1 -> (N,): samples + noise, repeated or cut to N, at a signal-to-noise ratio in
+    dB. The signal's power is that without its DC offset. Silence adds nothing."""
+    noise = noise.repeat(-(-len(samples) // len(noise)))[:len(samples)]
+    level = 10 ** (-snr_db / 20) * samples.std(correction=0)
+    return samples + noise * (level / noise.square().mean().sqrt().clamp(min=1e-20))
+
+
+def reverberate(samples: Tensor, response: Tensor) -> Tensor:
+    """samples (N,) as heard in a room with the impulse response (M,): their convolution, with the energy that samples
+    had. The largest sample of response, the direct sound, leaves every word where it was; N samples remain."""
+    size = len(samples) + len(response) - 1
+    spectrum = torch.fft.rfft(samples, size) * torch.fft.rfft(response, size)
+    direct = int(response.abs().argmax())
+    heard = torch.fft.irfft(spectrum, size)[direct:direct + len(samples)]
+    return heard * (samples.norm() / heard.norm().clamp(min=1e-20))
 
 
 def mask_span(size: int, widest: int, rng: np.random.Generator) -> np.ndarray:

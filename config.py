@@ -119,6 +119,9 @@ class ToyConfig:
 class AugmentConfig:
     speeds: tuple[float, ...] = (1.0,)   # speed factors, 0.1 to 10; one is drawn per utterance and epoch
     snr_db: tuple[float, ...] = ()       # range (low, high) of the signal-to-noise ratio of added noise, dB; () = none
+    noise: str = ""                      # manifests of noises, read at a random place; "" = synthetic, white to dull
+    reverb: str = ""                     # manifests of the impulse responses of rooms; "" = none
+    reverb_share: float = 0.5            # share of utterances that a room is drawn for, [0, 1]
     channel_std: float = 0.0             # a random smooth curve over the bins, in feature deviations; 0 = none
     freq_masks: int = 0                  # masks over feature bins per utterance
     freq_width: int = 0                  # their largest width, bins, at most num_mels
@@ -196,8 +199,8 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
     "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
-    "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share final_lr_ratio target_token_accuracy
-        target_sequence_accuracy"""),
+    "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share reverb_share final_lr_ratio
+        target_token_accuracy target_sequence_accuracy"""),
     "from 0 to 0.2": (lambda x: 0 <= x <= 0.2, "warmup_share average_share"),
     "from 0.1 to 10": (lambda x: 0.1 <= x <= 10, "speeds"),
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
@@ -222,7 +225,9 @@ UNUSED = {  # field -> value -> fields and sections beside it that then have no 
     "model.decoder.kind": {
         "transformer": "attention_layers kernel_size memory_shift attention_dropout",
         "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},
-    "data.kind": {"toy": "train dev test unit lfr_m lfr_n augment.speeds augment.snr_db"},
+    "data.kind": {"toy": """train dev test unit lfr_m lfr_n augment.speeds augment.snr_db augment.noise
+        augment.reverb"""},
+    "data.augment.reverb": {"": "reverb_share"},
 }
 
 
@@ -255,7 +260,7 @@ def _value_errors(config: Config) -> list[Error]:
             errors.append((path, "below 2^31"))
         numbers = value if isinstance(value, tuple) else (value,)
         wanted = _range_of(name)
-        if wanted and not (numbers and all(map(RANGES[wanted][0], numbers))):
+        if wanted and type(value) is not str and not (numbers and all(map(RANGES[wanted][0], numbers))):
             errors.append((path, wanted))
     return errors
 
@@ -363,6 +368,8 @@ def _data_errors(data: DataConfig) -> list[Error]:
         errors.append(("data.max_sec", f"at least min_sec {data.min_sec}"))
     if snr_db and not (len(snr_db) == 2 and -100 <= snr_db[0] <= snr_db[1] <= 100):
         errors.append(("data.augment.snr_db", "[] or two numbers from -100 to 100, the lower first"))
+    if data.augment.noise and not snr_db:
+        errors.append(("data.augment.snr_db", "two numbers, how loud the recordings of data.augment.noise are"))
     if data.augment.freq_width > data.num_mels:
         errors.append(("data.augment.freq_width", f"at most num_mels {data.num_mels}"))
     return errors

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from augment import add_noise, generator, spec_augment
+from augment import add_noise, generator, mix, reverberate, spec_augment
 from audio import (FRAME_SEC, Part, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
@@ -189,6 +190,66 @@ def part_of(row: Row) -> Part:
     return Part(recording, row.offset, row.duration)
 
 
+@contextlib.contextmanager
+def unusable(path: str) -> Iterator[None]:
+    """What goes wrong with the recording inside the block is raised as Unusable."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise Unusable(f"missing: {path}") from None
+    except (OSError, ValueError) as error:
+        raise Unusable(f"unreadable: {error}") from None
+
+
+class Surroundings(NamedTuple):
+    """Recordings for augmentation; None = none."""
+    noises: Manifest | None = None
+    rooms: Manifest | None = None       # impulse responses
+
+
+RESPONSE_SEC = 10       # the longest impulse response: beyond, it is something else
+
+
+def open_surroundings(augment) -> Surroundings:
+    """What options.augment names. Raises ValueError that names the field."""
+    manifests = []
+    for field in ("noise", "reverb"):
+        path = getattr(augment, field)
+        try:
+            manifests.append(Manifest(path) if path else None)
+        except ValueError as error:
+            raise ValueError(f"data.augment.{field}: {error}") from None
+        if path and not len(manifests[-1]):
+            raise ValueError(f"data.augment.{field}: wanted recordings, got none in {path}")
+    return Surroundings(*manifests)
+
+
+def draw_row(manifest: Manifest, rng: np.random.Generator) -> Row:
+    return manifest[int(rng.integers(len(manifest)))]
+
+
+def read_noise(row: Row, seconds: float, rate_hz: int, rng: np.random.Generator) -> Tensor:
+    """At most so many seconds of a recording, from a random place on -> (N,) at rate_hz. Raises Unusable."""
+    with unusable(row.audio), open_recording(part_of(row)) as (file, header):
+        if not header.num_samples:
+            raise ValueError("wanted samples, got none")
+        count = min(header.num_samples, math.ceil(seconds * header.rate_hz))
+        start = int(rng.integers(header.num_samples - count + 1))
+        return resample(read_samples(file, header, start, start + count), header.rate_hz, rate_hz)
+
+
+def read_response(row: Row, rate_hz: int) -> Tensor:
+    """The impulse response of a room -> (N,) at rate_hz. Raises Unusable."""
+    with unusable(row.audio), open_recording(part_of(row)) as (file, header):
+        seconds = header.num_samples / header.rate_hz
+        if seconds > RESPONSE_SEC:
+            raise ValueError(f"wanted an impulse response of at most {RESPONSE_SEC} s, got {seconds:.3f}")
+        response = resample(read_samples(file, header), header.rate_hz, rate_hz)
+        if not response.any():
+            raise ValueError("wanted an impulse response, got silence")
+        return response
+
+
 @dataclass(eq=False)
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
@@ -203,7 +264,8 @@ class ManifestDataset(Dataset):
     options: Any
     encode: Callable[[str], list[int]]
     seed: int = 0
-    augment: bool = False           # a speed, noise and SpecAugment, pure functions of (seed, epoch, index)
+    augment: bool = False           # speed, room, noise, SpecAugment: pure functions of (seed, epoch, index and key)
+    surroundings: Surroundings = Surroundings()         # to draw noises and rooms from
     stats: Tensor | None = None     # (2,F), to normalise by
     frames_per_token: int = 1       # feature frames that a token needs: the encoder's subsampling
     for_training: bool = True
@@ -249,7 +311,7 @@ class ManifestDataset(Dataset):
         row = self.rows[index]
         try:
             samples, rate_hz, seconds = self._read(row)
-            feats = self._features(samples, rate_hz, epoch, index)
+            feats = self._features(samples, rate_hz, epoch, index, row.key)
             tokens = self._tokens(row.text, len(feats))
         except Unusable as reason:
             return Skip(row.key, printable(str(reason)))
@@ -262,15 +324,10 @@ class ManifestDataset(Dataset):
         if not row.audio:
             raise Unusable("no audio: wav.scp has no line for it")
         samples = torch.zeros(0)
-        try:
-            with open_recording(part_of(row)) as (file, header):
-                seconds = header.num_samples / header.rate_hz
-                if seconds <= self.whole_sec:
-                    samples = read_samples(file, choose_channel(file, header, row.audio))
-        except FileNotFoundError:
-            raise Unusable(f"missing: {row.audio}") from None
-        except (OSError, ValueError) as error:
-            raise Unusable(f"unreadable: {error}") from None
+        with unusable(row.audio), open_recording(part_of(row)) as (file, header):
+            seconds = header.num_samples / header.rate_hz
+            if seconds <= self.whole_sec:
+                samples = read_samples(file, choose_channel(file, header, row.audio))
         shortest = max(self.options.min_sec, FRAME_SEC)
         longest = self.options.max_sec
         if self.for_training and not shortest <= seconds <= longest:
@@ -278,18 +335,30 @@ class ManifestDataset(Dataset):
             raise Unusable(f"{found if seconds else 'empty'}: {seconds:.3f} s, wanted {shortest} to {longest}")
         return samples, header.rate_hz, seconds
 
-    def _features(self, samples: Tensor, rate_hz: int, epoch: int, index: int) -> Tensor:
+    def _features(self, samples: Tensor, rate_hz: int, epoch: int, index: int, key: str) -> Tensor:
         """samples (N,) -> features (T,F), augmented if the dataset is. Raises Unusable if they are not finite."""
         options = self.options
         speed, rng = self._speed(epoch, index)
-        if self.augment and options.augment.snr_db:
+        if self.augment and (options.augment.snr_db or self.surroundings.rooms):
             samples = resample(samples, rate_hz, options.sample_rate)
             rate_hz = options.sample_rate
-            samples = add_noise(samples, options.augment.snr_db, rng)
+            samples = self._surround(samples, generator(self.seed, epoch, zlib.crc32(key.encode())), rng)
         feats = frontend(samples, round(rate_hz * speed), options, self.stats)      # a higher rate plays faster
         if not feats.isfinite().all():
             raise Unusable("features not finite: are the samples of a float WAV far beyond 1?")
         return spec_augment(feats, options, rng) if self.augment else feats
+
+    def _surround(self, samples: Tensor, drawn: np.random.Generator, rng: np.random.Generator) -> Tensor:
+        """samples (N,) -> in a room and with noise, both recorded and of `drawn`; or with synthetic noise of rng."""
+        rate_hz = self.options.sample_rate
+        augment = self.options.augment
+        noises, rooms = self.surroundings
+        if rooms and drawn.random() < augment.reverb_share:
+            samples = reverberate(samples, read_response(draw_row(rooms, drawn), rate_hz))
+        if noises:
+            noise = read_noise(draw_row(noises, drawn), len(samples) / rate_hz, rate_hz, drawn)
+            return mix(samples, noise, drawn.uniform(*augment.snr_db))
+        return add_noise(samples, augment.snr_db, rng) if augment.snr_db else samples
 
     def _tokens(self, text: str, num_frames: int) -> Tensor:
         """-> (U,) int64. Raises Unusable if the frames cannot hold them."""
@@ -324,8 +393,10 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
         split_seed = 3 * seed + ("train", "dev", "test").index(split)
         return ToySeq2SeqDataset(size, options, encode, split_seed, augment, stats)
     field = split if getattr(options, split) else "train"
+    surroundings = open_surroundings(options.augment) if augment else Surroundings()
     try:
-        return ManifestDataset(getattr(options, field), options, encode, seed, augment, stats, frames_per_token)
+        return ManifestDataset(getattr(options, field), options, encode, seed, augment, surroundings, stats,
+                               frames_per_token)
     except ValueError as error:
         raise ValueError(f"data.{field}: {error}") from None
 

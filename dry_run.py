@@ -122,6 +122,27 @@ def rates_of(dataset: data.ManifestDataset, indices: Iterable[int]) -> list[int]
     return rates
 
 
+def surroundings_warnings(surroundings: data.Surroundings, rate_hz: int) -> Iterator[str]:
+    """A line each if recordings for augmentation cannot be read: utterances that draw one would be skipped."""
+    rng = data.generator(0, 0, 0)
+    for field, manifest in zip(("noise", "reverb"), surroundings):
+        if manifest is None:
+            continue
+        chosen = range(0, len(manifest), math.ceil(len(manifest) / LOOKED_AT))
+        reasons = []
+        for index in chosen:
+            try:
+                if field == "noise":
+                    data.read_noise(manifest[index], 1.0, rate_hz, rng)
+                else:
+                    data.read_response(manifest[index], rate_hz)
+            except data.Unusable as reason:
+                reasons.append(str(reason))
+        if reasons:
+            yield (f"data.augment.{field}: wanted recordings that can be read, got {len(reasons)} of {len(chosen)} "
+                   f"that cannot: {'; '.join(reasons[:3])}; leave them out, or utterances that draw one are skipped")
+
+
 def warnings(run, steps: int) -> Iterator[str]:
     """What cannot work in a run of so many steps: a line each, with the option and a value that would do."""
     config, dataset = run.config, run.train_set
@@ -131,6 +152,7 @@ def warnings(run, steps: int) -> Iterator[str]:
     yield from dev_warnings(config, len(dataset), len(run.dev_set))
     if config.data.kind == "toy":
         return
+    yield from surroundings_warnings(dataset.surroundings, config.data.sample_rate)
     for split in ("train", "dev", "test"):
         is_built_of_it = split == "train" and not config.training.init_from
         if getattr(config.data, split) and not is_built_of_it:

@@ -206,6 +206,8 @@ def find_again(source: str, checkpoint: str | os.PathLike) -> str:
     Its relative names are looked for in the folder that holds `runs`, then above that, then here; it stays as it is if
     they are nowhere.
     """
+    if not source:
+        return source
     for folder in Path(os.path.abspath(checkpoint)).parents[3:]:        # of runs/<run>/checkpoints/<name>.pt
         moved = ",".join(os.path.join(folder, name.strip()) for name in source.split(","))
         if all(os.path.exists(path) for path in find_manifests(moved)):

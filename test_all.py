@@ -2411,6 +2411,124 @@ def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     np.testing.assert_allclose(strengths[:, :4].std(0), 0.3, rtol=0.15)
 
 
+@pytest.mark.parametrize("N, M, direct", [(300, 77, 5), (40, 90, 60), (50, 1, 0)])
+def test_a_room_is_the_direct_sum_with_the_energy_and_the_times_of_the_speech(N, M, direct):
+    rng = np.random.default_rng(N)
+    samples, response = rng.normal(size=N), rng.normal(size=M)
+    response[direct] = 9.0
+    heard = np.zeros(N)
+    for n in range(N):
+        for m in range(M):
+            if 0 <= n + direct - m < N:
+                heard[n] += response[m] * samples[n + direct - m]
+    heard *= math.sqrt((samples ** 2).sum() / (heard ** 2).sum())
+    found = augment.reverberate(torch.from_numpy(samples), torch.from_numpy(response))
+    np.testing.assert_allclose(found, heard, rtol=0, atol=1e-10)
+    assert torch.equal(augment.reverberate(torch.zeros(N), torch.ones(M)), torch.zeros(N))
+
+
+def test_a_recorded_noise_is_as_loud_as_said_and_repeated_or_cut():
+    samples = torch.from_numpy(tone(0.1, 8000)).float() + 0.5
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    for given in (noise, noise.repeat(9)):
+        added = (augment.mix(samples, given, 10.0) - samples).double()
+        expected = noise.repeat(3)[:800].double()
+        torch.testing.assert_close(added, expected * (added.norm() / expected.norm()), rtol=0, atol=1e-6)
+        assert abs(10 * math.log10(0.3 ** 2 / 2 / added.square().mean()) - 10) < 0.01
+    assert torch.equal(augment.mix(samples, torch.zeros(7), 10.0), samples)
+
+
+def surrounded(folder: Path, **changes) -> SimpleNamespace:
+    """Options of a dataset with one noise, shorter than every utterance, at 10 dB, and one room of 200 samples."""
+    rng = np.random.default_rng(0)
+    audio.save_wav(folder / "noise.wav", 0.1 * rng.normal(size=1000), 8000)
+    audio.save_wav(folder / "room.wav", 0.2 * rng.normal(size=200), 8000)
+    options = data_options()
+    noise, room = (str(write_manifest(folder / f"{x}.jsonl", [{"audio": f"{x}.wav"}])) for x in ("noise", "room"))
+    vars(options.augment).update({**dict(speeds=(1.0,), freq_masks=0, time_masks=0, snr_db=(10.0, 10.0), noise=noise,
+                                         reverb=room, reverb_share=1.0), **changes})
+    return options
+
+
+def opened(path: Path, options: SimpleNamespace, seed: int = 0) -> data.ManifestDataset:
+    return data.ManifestDataset(path, options, letters, seed, True, data.open_surroundings(options.augment))
+
+
+def test_an_item_stands_in_its_room_and_noise_as_they_are_without_them_as_drawn_by_hand(tmp_path):
+    options = surrounded(tmp_path)
+    path = recordings(tmp_path, 6)
+    for index in range(6):
+        samples, rate_hz = audio.load_wav(tmp_path / f"r{index}.wav")
+        samples = audio.resample(samples, rate_hz, 8000)
+        room, noise = (audio.load_wav(tmp_path / f"{name}.wav")[0] for name in ("room", "noise"))
+        heard = augment.mix(augment.reverberate(samples, room), noise, 10.0)
+        torch.testing.assert_close(opened(path, options)[3, index].feats, audio.frontend(heard, 8000, options))
+        bare = surrounded(tmp_path, noise="", reverb="", snr_db=(5.0, 30.0))
+        rng = data.generator(0, 3, index)
+        rng.integers(1)
+        noisy = augment.add_noise(samples, (5.0, 30.0), rng)
+        assert torch.equal(opened(path, bare)[3, index].feats, audio.frontend(noisy, 8000, bare))
+
+
+# C16
+def test_rooms_and_noises_are_drawn_by_seed_epoch_and_key(tmp_path):
+    """One recording under nine keys; then, without noise, half of them in the room."""
+    options = surrounded(tmp_path, snr_db=(0.0, 30.0), reverb_share=0.5)
+    audio.save_wav(tmp_path / "noise.wav", 0.1 * np.random.default_rng(1).normal(size=90000), 16000)
+    audio.save_wav(tmp_path / "r.wav", tone(0.5, 8000), 8000)
+    rows = [{"audio": "r.wav", "text": "a", "key": f"k{i}"} for i in range(9)]
+    there, back = (write_manifest(tmp_path / f"{i}.jsonl", rows[::step]) for i, step in ((1, 1), (2, -1)))
+    feats = [opened(there, options)[2, i].feats for i in range(9)]
+    for i in range(9):
+        assert torch.equal(opened(back, options)[2, 8 - i].feats, feats[i])
+        assert not any(torch.equal(feats[i], other) for other in (
+            feats[i - 1], opened(there, options)[3, i].feats, opened(there, options, seed=1)[2, i].feats))
+    vars(options.augment).update(noise="", snr_db=())
+    dry = audio.frontend(torch.from_numpy(tone(0.5, 8000)).float(), 8000, options)
+    wet = [(opened(there, options)[epoch, i].feats - dry).abs().max() > 0.1 for epoch in range(20) for i in range(9)]
+    assert 60 < sum(wet) < 120
+
+
+def test_a_noise_is_read_from_any_place_and_at_the_rate_asked_for(tmp_path):
+    """The values of a ramp say which samples were read: 100 of 300; no more than there are; twice as many at 16 kHz."""
+    audio.save_wav(tmp_path / "ramp.wav", np.arange(300) / 1000, 8000)
+    row, rng = manifests.Row("a", str(tmp_path / "ramp.wav"), "", None), np.random.default_rng(0)
+    found = [data.read_noise(row, 100 / 8000, 8000, rng) for _ in range(300)]
+    starts = [round(float(x[0]) * 1000) for x in found]
+    assert all(len(x) == 100 and abs(float(x[-1] - x[0]) - 0.099) < 1e-3 for x in found)
+    assert min(starts) <= 5 and max(starts) >= 195 and max(starts) <= 200
+    assert len(data.read_noise(row, 9.0, 8000, rng)) == 300 and len(data.read_noise(row, 9.0, 16000, rng)) == 600
+
+
+def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, capsys):
+    options = surrounded(tmp_path)
+    path = recordings(tmp_path, 2)
+    audio.save_wav(tmp_path / "empty.wav", np.zeros(0), 8000)
+    audio.save_wav(tmp_path / "silence.wav", np.zeros(800), 8000)
+    audio.save_wav(tmp_path / "long.wav", np.ones(80001), 8000)
+    for field, name, reason in (
+            ("noise", "gone", f"missing: {tmp_path}/gone.wav"), ("noise", "empty", "wanted samples, got none"),
+            ("reverb", "gone", f"missing: {tmp_path}/gone.wav"), ("reverb", "silence", "impulse response, got silence"),
+            ("reverb", "long", "impulse response of at most 10 s, got 10.000"), ("reverb", "empty", "got silence")):
+        manifest = write_manifest(tmp_path / "bad.jsonl", [{"audio": f"{name}.wav"}, {"audio": "room.wav"}])
+        setattr(options.augment, field, str(manifest))
+        line, = dry_run.surroundings_warnings(data.open_surroundings(options.augment), 8000)
+        assert line.startswith(f"data.augment.{field}: ") and "got 1 of 2" in line and reason in line
+        write_manifest(tmp_path / "bad.jsonl", [{"audio": f"{name}.wav"}])
+        assert reason in opened(path, options)[1].reason
+        options = surrounded(tmp_path)
+    assert list(dry_run.surroundings_warnings(data.open_surroundings(options.augment), 8000)) == []
+    write_manifest(tmp_path / "e.jsonl", [])
+    for field in ("noise", "reverb"):
+        for name, wanted in (("none", "wanted a text file"), ("e", "wanted recordings, got none")):
+            place = f"{tmp_path}/{name}.jsonl"
+            options = surrounded(tmp_path, **{field: place})
+            options.kind, options.train = "manifest", str(path)
+            with pytest.raises(ValueError, match=f"^data.augment.{field}: .*{wanted}"):
+                data.open_dataset(options, "train", letters, augment=True)
+            assert len(data.open_dataset(options, "train", letters)) == 2   # what does not augment needs none
+
+
 # ---- data: toy ----
 
 def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
@@ -2952,7 +3070,7 @@ def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_fold
         assert code == 0 and [key for key, _ in lines] == ["home0", "home1", "home2", "home3"]
         assert manifests.find_again("corpus/train.jsonl,corpus/d*.jsonl", best) == (
             f"{moved}/corpus/train.jsonl,{moved}/corpus/d*.jsonl")
-    assert manifests.find_again("gone.jsonl", best) == "gone.jsonl"
+    assert manifests.find_again("gone.jsonl", best) == "gone.jsonl" and manifests.find_again("", best) == ""
     assert manifests.find_again(f"{home}/corpus/dev.jsonl", best) == f"{home}/corpus/dev.jsonl"
 
 

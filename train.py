@@ -229,8 +229,10 @@ def make_run(config: configs.Config, state: dict | None = None, place: str = "")
     config, tokenizer, stats, model = system[:4]
     training = config.training
     if state is not None:  # for the datasets alone: checkpoints keep the names that were given
+        given = config.data.augment
+        augment = replace(given, noise=find_again(given.noise, place), reverb=find_again(given.reverb, place))
         found = {split: find_again(getattr(config.data, split), place) for split in ("train", "dev")}
-        system = system._replace(config=replace(config, data=replace(config.data, **found)))
+        system = system._replace(config=replace(config, data=replace(config.data, **found, augment=augment)))
     train_set = open_split(system, "train", augment=not training.overfit)
     dev_set = train_set if training.overfit else open_split(system, "dev", augment=False)
     if state is not None and state["utterances"] != len(train_set):
