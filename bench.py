@@ -58,9 +58,10 @@ from files import write_atomic
 from model import Hypotheses
 from pieces import PieceTokenizer
 from report import Outcome, Score, score
-from serve import load_warm, recognise_batch
+from serve import load_warm
 from tokenizer import Counts
 from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, save
+from transcribe import recognise_batch
 
 HERE = Path(__file__).resolve().parent
 

@@ -92,6 +92,7 @@ import survival
 import streaming
 import tokenizer
 import train
+import transcribe
 import vad
 import web
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, PositionalEncoding,
@@ -1772,7 +1773,7 @@ def test_full_queue_is_429_and_a_passed_deadline_504():
 # C58
 def test_who_waits_for_a_parser_gets_his_504_in_time_and_is_not_parsed(monkeypatch):
     read, parsed = bodies.parse_request, []
-    monkeypatch.setattr(serve, "parse_request", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
+    monkeypatch.setattr(transcribe, "parse_request", lambda *given: (time.sleep(0.8), parsed.append(1), read(*given))[2])
     with serving(request_timeout=0.4) as server, concurrent.futures.ThreadPoolExecutor(4) as pool:
         started = time.monotonic()
         found = list(pool.map(lambda _: exchange(server, post_json({"features": ROWS[:30]})), range(4)))
@@ -2016,12 +2017,12 @@ def test_a_hundred_stops_are_seen_and_none_takes_long(tmp_path, capsys):
             print(f"\n{len(seconds):3} stops {way}: median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s")
 
 ENDLESS = """
-import sys, torch, serve
-passes, x = serve.recognise_batch, torch.ones(300, 300)
+import sys, torch, serve, transcribe
+passes, x = transcribe.recognise_batch, torch.ones(300, 300)
 def recognise_batch(system, feats, hotwords=None):
     while len(feats[0]) == 120: x @ x
     return passes(system, feats, hotwords)
-serve.recognise_batch = recognise_batch
+transcribe.recognise_batch = recognise_batch
 sys.exit(serve.main(sys.argv[1:]))
 """
 
@@ -2182,7 +2183,7 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
         found = exchange(server, late)  # its deadline counts from the request, not from its parsing
         assert check_error(*found) == (504, "deadline_exceeded")
         with pytest.raises(web.ClientLeft):  # and what nobody waits for is not even parsed
-            serve.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
+            transcribe.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
 
 def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
     def some(i: int) -> None:
@@ -3355,7 +3356,7 @@ def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
     assert max(waits) < 3 * cost([260] * 16) and 3000 / now > 1.3 / cost([135])
 
 def job(frames: int, now: float, deadline: float = 1e9, has_left=lambda: False) -> batcher.Job:
-    return batcher.Job(torch.zeros(frames, 40), serve.Upload([], 0.0), now, deadline, has_left)
+    return batcher.Job(torch.zeros(frames, 40), bodies.Upload([], 0.0), now, deadline, has_left)
 
 def batcher_without_model(**options) -> Batcher:
     return Batcher(lambda feats: [None] * len(feats), serve_options(**options), Metrics())
@@ -3439,7 +3440,7 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
         seen.append([len(job.feats) for job in jobs])
         if 13 in seen[-1]:
             raise RuntimeError("poison")
-        return [serve.Recognition(report.Result(str(n), 1.0, [], []), []) for n in seen[-1]]
+        return [transcribe.Recognition(report.Result(str(n), 1.0, [], []), []) for n in seen[-1]]
 
     now = time.monotonic()
     batcher = Batcher(infer, serve_options(), Metrics())
@@ -9162,10 +9163,10 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
     """Oracle: each utterance alone."""
     system, rng = serving_system(), np.random.default_rng(0)
     feats = [torch.from_numpy(rng.standard_normal((n, 40))).float() for n in rng.integers(5, 260, 24)]
-    alone = [serve.recognise_batch(system, [x])[0].result for x in feats]
+    alone = [transcribe.recognise_batch(system, [x])[0].result for x in feats]
     for trial in range(6):
         chosen = rng.permutation(24)[:rng.integers(2, 17)]
-        for i, found in zip(chosen, serve.recognise_batch(system, [feats[i] for i in chosen])):
+        for i, found in zip(chosen, transcribe.recognise_batch(system, [feats[i] for i in chosen])):
             assert found.result.text == alone[i].text
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
@@ -9190,7 +9191,7 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     weights, step = found["alignment"]["weights"], found["alignment"]["step"]
     assert 8.9 < len(weights) * step < 9.05
     pieces = list(audio.segments(raw, system.config.data, *system.segment_sec))
-    alone = serve.recognise_batch(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    alone = transcribe.recognise_batch(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
 
@@ -9473,7 +9474,7 @@ def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(se
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
     system = checkpoint.load_system(KIT / "sanm", "cpu")
     feats = recorded("sanm", WAVS[0])["feats"]
-    found, wanted = serve.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
+    found, wanted = transcribe.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
     verbose = openai_forms.parse_openai_form({"response_format": ["verbose_json"], "timestamp_granularities": ["word"]})
     body = json.loads(openai_forms.openai_response(found, 9.0, verbose).body)
@@ -9482,7 +9483,7 @@ def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
 # C53
 def test_word_tokens_are_marked_so_that_they_spell_the_text():
     system = serving_system("word")
-    found = serve.recognise_batch(system, [torch.from_numpy(np.array(ROWS)).float()])[0].result
+    found = transcribe.recognise_batch(system, [torch.from_numpy(np.array(ROWS)).float()])[0].result
     assert len(found.text.split()) > 2
     assert "".join(t.token for t in found.tokens).replace("▁", " ").strip() == found.text
 
@@ -9903,7 +9904,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "serve": 8, "bench": 9}
+          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "transcribe": 8, "serve": 9, "bench": 10}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 

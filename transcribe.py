@@ -1,0 +1,186 @@
+"""A POST with features or recordings to its answer: parsed, queued, recognised, joined.
+
+The file follows a request: its features (made of its body by bodies.py, on a parser thread) become text (on the one
+inference thread, which owns the model). `server` is serve.Server, of which the system, the options, the batcher, the
+parsers and the metrics are used. Needs torch and what its imports name.
+"""
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+import decode
+from audio import frame_sec
+from batcher import Job, deadline_passed
+from bodies import INTERRUPTIBLE, Recording, Request, Upload, convert, is_wav, parse_request, read_recording
+from checkpoint import System
+from hotwords import unknown_warning
+from openai_forms import openai_response
+from report import Result, sentence_entries, token_entry, written_text
+from sentences import with_sentences
+from web import ClientLeft, Head, Refusal, Response, json_response, media_type
+
+
+# ---- recognition ----
+
+class Recognition(NamedTuple):
+    result: Result              # tokens that spell its text when joined, "▁" for the space before a word
+    weights: list[float]        # (L,) firing weight of each encoder frame
+
+
+def recognise_batch(system: System, feats: Sequence[Tensor],
+                    hotwords: Sequence[tuple[str, ...] | None] | None = None) -> list[Recognition]:
+    """Normalised features (T,F), T >= 1, and for each what to listen for, as decode.decode_batch -> a Recognition each.
+
+    Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
+    """
+    found = decode.decode_batch(system, feats, hotwords)
+    mark = "▁" if system.tokenizer.unit == "word" else ""
+    recognised = []
+    for i, x in enumerate(feats):
+        result = decode.read_result(system, found, i)
+        tokens = [token._replace(token=mark + token.token) for token in result.tokens]
+        frames = math.ceil(len(x) / system.config.model.encoder.subsampling)
+        recognised.append(Recognition(result._replace(tokens=tokens), found.alpha[i, :frames].tolist()))
+    return recognised
+
+
+def recognise_jobs(system: System, jobs: Sequence[Job]) -> list[Recognition]:
+    return recognise_batch(system, [job.feats for job in jobs], [job.hotwords for job in jobs])
+
+
+def frame_step(system: System) -> float:
+    """Seconds from one firing weight to the next."""
+    return frame_sec(system.config.data) * system.config.model.encoder.subsampling
+
+
+def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) -> Recognition:
+    """An upload's Recognition of those of its pieces, times from its start; weights between pieces are 0."""
+    weights: list[float] = []
+    parts = []
+    for (start, _), piece in zip(upload.pieces, found):
+        place = round(start / frame_step(system))
+        weights += [0.0] * (place - len(weights)) + piece.weights
+        parts.append((start, piece.result))
+    joined = decode.join_results(system, parts) if len(parts) > 1 else found[0].result
+    result = with_sentences(system.punctuation, decode.clip_times(system, joined, upload.seconds))
+    return Recognition(result, weights)
+
+
+def model_name(system: System) -> str:
+    return system.config.model.name
+
+
+def trained_on(system: System) -> str:
+    """What a checkpoint has learned from, for who wonders about its answers."""
+    options = system.config.data
+    if options.kind == "toy":
+        return "toy features"
+    source = Path(options.train).name or "recordings"
+    return f"{source} at {options.sample_rate} Hz"
+
+
+# ---- requests ----
+
+def receive(server, head: Head, body: bytes, complete: float,
+            has_left: Callable[[], bool]) -> bytes | Recording:
+    """On the connection's thread: JSON as it is, a recording as WAV, by ffmpeg if it must.
+
+    Raises Refusal, or ClientLeft if the client left before its turn.
+    """
+    if media_type(head) == "application/json":
+        return body
+    if server.system.config.data.kind == "toy":
+        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(server.system)}, which "
+                      "are no speech: it takes features as JSON, and no recordings", "file")
+    recording = read_recording(head, body, server.options)
+    if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
+        return recording
+    if has_left():
+        raise ClientLeft
+    deadline = complete + recording.terms.timeout
+    converted = convert(recording.wav, server.options.max_audio_seconds, deadline, server.conversions)
+    return recording._replace(wav=converted)
+
+
+def enqueue(server, head: Head, sent: bytes | Recording, complete: float,
+            has_left: Callable[[], bool]) -> tuple[Request, list[list[Job]]]:
+    """Parse what was sent and queue its jobs, on a parser thread -> its Request; for each upload, a job per piece.
+
+    A piece without frames is not queued, as its outcome is known. complete: monotonic seconds at which the whole
+    request had arrived; its deadline counts from there.
+    Raises Refusal, or ClientLeft if the client left before its turn.
+    """
+    if has_left():
+        raise ClientLeft
+    request = parse_request(head, sent, server.system, server.options)
+    now = time.monotonic()
+    queue, by_upload = [], []
+    for upload in request.uploads:
+        jobs = [Job(feats, upload, now, complete + request.terms.timeout, has_left, upload.hotwords, taken=now)
+                for _, feats in upload.pieces]
+        by_upload.append(jobs)
+        for job in jobs:
+            if len(job.feats):
+                queue.append(job)
+            else:
+                job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
+    server.batcher.submit(queue)
+    return request, by_upload
+
+
+def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
+    """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
+    complete = time.monotonic()
+    sent = receive(server, head, body, complete, has_left)
+    is_large = isinstance(sent, bytes) and len(sent) >= INTERRUPTIBLE
+    parser = server.large_json_parser if is_large else server.parser
+    found = []
+    try:
+        with server.batcher.preparing():
+            parsing = parser.submit(enqueue, server, head, sent, complete, has_left)
+            request, by_upload = parsing.result(max(0.0, complete + server.options.request_timeout - time.monotonic()))
+        for upload, jobs in zip(request.uploads, by_upload):
+            pieces = [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
+            found.append(join_pieces(server.system, upload, pieces))
+    except TimeoutError:
+        parsing.cancel()        # has no effect once it has begun
+        raise deadline_passed() from None
+    server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
+    server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+    terms = request.terms
+    if terms.openai:
+        response = openai_response(found[0].result, request.uploads[0].seconds, terms.openai)
+    else:
+        total_ms = (time.monotonic() - head.started) * 1e3
+        results = [entry(server.system, upload, jobs, recognition, total_ms, terms.alignment)
+                   for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
+        answered = {"results": results} if terms.is_batch else results[0]
+        response = json_response({"id": head.id, "model": model_name(server.system), **answered})
+    warning = unknown_warning(request.uploads[0].hotwords or (), server.system.tokenizer) or ""
+    return response._replace(batch=by_upload[0][0].batch_size, warning=warning)
+
+
+def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognition, total_ms: float,
+          alignment: bool) -> dict:
+    """The answer for one upload. alignment adds the firing weights, one every `step` seconds, for pictures."""
+    batches = {job.taken: job.infer_sec for job in jobs}        # pieces may share a batch
+    timing = {"queue_ms": round((min(batches) - jobs[0].queued) * 1e3, 2),
+              "infer_ms": round(sum(batches.values()) * 1e3, 2),
+              "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
+    value = {"text": written_text(found.result), "confidence": found.result.confidence,
+             "tokens": [token_entry(token) for token in found.result.tokens],
+             "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
+             "timing": timing}
+    if found.result.sentences is not None:
+        value["sentences"] = sentence_entries(found.result)
+    if warning := unknown_warning(upload.hotwords or (), system.tokenizer):
+        value["warning"] = warning
+    if alignment:
+        weights = [round(weight, 4) for weight in found.weights]
+        value["alignment"] = {"step": round(frame_step(system), 4), "weights": weights}
+    return value
