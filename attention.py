@@ -6,8 +6,8 @@ positions, attention, feed-forwards, blocks.
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width,
 W hypotheses of an utterance; in decoders U tokens, L encoder frames. `source` is the sequence that
 cross-attention reads.
-Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only;
-`key_mask` is padding_mask shaped for the keys:
+Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only (by
+chunked.py for the windows of a stream); `key_mask` is padding_mask shaped for the keys:
 
     encoder self-attention    key_mask(lens, T)                                       (B,1,T), None without padding
     limited to n neighbours   padding_mask(lens, T)[:, None, :] & near_mask(T, n)     (B,T,T)

@@ -23,6 +23,7 @@ import config as configs
 import data
 from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
+from chunked import StreamingParaformer, check_trainable
 from downloads import check_name, check_pointer
 from files import read_file, save_atomic, write_atomic
 from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
@@ -39,7 +40,7 @@ from weights import load_weights
 
 # ---- by name, and from a file ----
 
-ARCHITECTURES = {"paraformer": Paraformer, "streaming": Paraformer, "seaco": SeacoParaformer,
+ARCHITECTURES = {"paraformer": Paraformer, "streaming": StreamingParaformer, "seaco": SeacoParaformer,
                  "contextual": ContextualParaformer, "transformer": Transformer, "ctc": CTC}
 
 
@@ -403,7 +404,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     encode_list = None
     if isinstance(model, HotwordParaformer):
         encode_list = list_encoder(model, system.tokenizer.encode_hotword)
-    chunk = Chunk() if system.config.model.name == "streaming" else None
+    chunk = Chunk(**asdict(system.config.model.chunk)) if system.config.model.name == "streaming" else None
     return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list,
                            chunk=chunk)
 
@@ -446,6 +447,7 @@ def fresh(config: configs.Config) -> System:
     if config.model.name in HOTWORD_MODELS:
         raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach it "
                          "to read hotwords: training.init_from=DIR")
+    check_trainable(config.model, "model")
     tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
     plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
                               config.model.encoder.subsampling)
@@ -459,11 +461,10 @@ def start_from(config: configs.Config) -> System:
     """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
     section and front end then replace those of config. Raises ValueError if they do not fit the data."""
     place = config.training.init_from
-    check_not_streaming(config, "model.name")
     if not place:
         return fresh(config)
     system = load_parts(place, adapt=functools.partial(with_model, config))
-    check_not_streaming(system.config, f"training.init_from={place}")
+    check_trainable(system.config.model, f"training.init_from={place}")
     configs.check(system.config, f"training.init_from={place}")
     texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
     check_vocabulary(texts, system.tokenizer, place)

@@ -81,6 +81,15 @@ class HotwordConfig:                     # of the models seaco and contextual, w
 
 
 @dataclass(frozen=True)
+class ChunkConfig:                       # how a streaming model hears; frames as data.lfr_n stacks them
+    new: int = 10                        # frames of a chunk
+    ahead: int = 5                       # frames heard beyond them before they are decided
+    encoder_look_back: int = 4           # chunks before it that the encoder sees; -1 = all
+    decoder_look_back: int = 1           # chunks before it that the decoder sees
+    old: int = 0                         # frames before it that are computed again
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     name: str = "paraformer"             # paraformer streaming seaco contextual transformer ctc; they ignore: UNUSED
     encoder: EncoderConfig = EncoderConfig()
@@ -98,6 +107,7 @@ class ModelConfig:
     place_embedding: bool = False        # glancing sampler: true embeddings are scaled by sqrt(D) and get positions
     norm_eps: float = 1e-5               # of every LayerNorm, added to the variance
     hotwords: HotwordConfig = HotwordConfig()
+    chunk: ChunkConfig = ChunkConfig()
 
 
 @dataclass(frozen=True)
@@ -190,12 +200,13 @@ class Config:
 RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, in every section, that must lie in it)
     "1 or more": (lambda x: 1 <= x < math.inf, """hidden_dim num_heads num_train num_dev num_symbols
         min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
-        num_epochs max_bad_steps accumulate"""),
+        num_epochs max_bad_steps accumulate new ahead"""),
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
     "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
         weight_decay checkpoint_steps picture_epochs overfit patience
-        no_bias memory_shift left right smooth upsampling timing_smooth timing_noise attention_layers"""),
+        no_bias memory_shift old left right smooth upsampling timing_smooth timing_noise attention_layers"""),
+    "-1 or more": (lambda x: -1 <= x < math.inf, "encoder_look_back decoder_look_back"),
     "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
         attention_dropout tail"""),
@@ -209,11 +220,11 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
 
 UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
     "model.name": {
-        "paraformer": "hotwords", "streaming": "hotwords", "seaco": "hotwords.share_embedding",
-        "contextual": "hotwords.decoder hotwords.both_ways hotwords.no_bias",
-        "transformer": """hotwords predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples
+        "paraformer": "hotwords chunk", "streaming": "hotwords", "seaco": "hotwords.share_embedding chunk",
+        "contextual": "hotwords.decoder hotwords.both_ways hotwords.no_bias chunk",
+        "transformer": """hotwords chunk predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples
             end_token share_embedding place_embedding""",
-        "ctc": """hotwords predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight
+        "ctc": """hotwords chunk predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight
             mwer_samples end_token share_embedding place_embedding"""},
     "model.encoder.kind": {
         "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
@@ -389,6 +400,8 @@ def _cross_errors(config: Config) -> list[Error]:
         errors.append(("data.train", manifest))
     if data.kind == "manifest" and data.dev == "" and config.training.init_from == "":     # fine-tuning can do without
         errors.append(("data.dev", manifest))
+    if config.model.name == "streaming" and config.training.picture_epochs:
+        errors.append(("training.picture_epochs", "0 for a streaming model, whose windows overlap"))
     for share, number in (("warmup_share", "warmup_steps"), ("average_share", "average_decay")):
         default = getattr(TrainingConfig(), number)
         if getattr(config.training, share) and getattr(config.training, number) != default:

@@ -432,10 +432,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--stream", action="store_true", help="with a streaming model: print the text of recordings, or of - (a WAV "
         "from a pipe), as it grows")
     add("--pcm", type=int, metavar="RATE", help="- of --stream is bare 16-bit little-endian mono samples at RATE Hz")
-    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames of 60 ms that are decided "
-        "at a time, and frames that it hears beyond them (default 10,5)")
+    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames that are decided at a "
+        "time, and frames that it hears beyond them (default: as it was trained; FunASR's: 10,5, of 60 ms)")
     add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="of a streaming model: how many chunks before "
-        "it a chunk sees; -1: all (default 4,1)")
+        "it a chunk sees; -1: all (default: likewise; FunASR's: 4,1)")
 
     def number(name: str, default: float, meaning: str) -> None:
         add(name, type=type(default), default=default, help=f"{meaning} (default {default:g})")

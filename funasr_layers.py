@@ -138,16 +138,20 @@ class SanmAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False,
                 seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,in_dim), mask (B,1,T), seen (T,T): keys that each query attends to where that is not all, without
-        padding -> (B,T,dim), weights (B,H,T,T) where asked for."""
+        """x (B,T,in_dim), mask (B,1,T) -> (B,T,dim), weights (B,H,T,T) where asked for.
+
+        seen (b,S,S) bool, b * S = B * T, None for one window each: x are the windows of b sequences of S steps, whose
+        queries attend to these keys, also of other windows; the FSMN sees the window alone.
+        """
         check_shapes(x=(x, "B", "T", self.query_key_value.in_features))
         with full_precision(x, self.training):
             x = x if self.training else at_least_float32(x)
             q, k, v = self.query_key_value(x).chunk(3, dim=-1)  # (B,T,dim) each
-            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v)]  # (B,H,T,K) each
-            keys = mask if seen is None else seen[None]
+            joined = (q, k, v) if seen is None else [y.reshape(*seen.shape[:2], -1) for y in (q, k, v)]
+            heads = [y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in joined]  # (B,H,T,K) each
+            keys = mask if seen is None else seen
             out, weights = attend(*heads, keys, need_weights, dropout=self.dropout if self.training else 0.0)
-            out = self.out(out.transpose(1, 2).flatten(2))  # (B,H,T,K) -> (B,T,dim)
+            out = self.out(out.transpose(1, 2).flatten(2)).view(v.shape)  # (B,H,T,K) -> (B,T,dim)
             return out + self.memory(v, mask), weights
 
     def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ class SeacoParaformer(HotwordParaformer):
         """Through which hotwords are read."""
         return self.embedding
 
-    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
                 need_weights: bool = False) -> Prediction:
         """As Paraformer.predict; the logits are the second decoder's wherever its best token is not no_bias."""
         states, attention = self.decoder.states(self.decoder.blocks, embeds, counts, hidden, hidden_lens, need_weights)
@@ -232,7 +232,7 @@ class ContextualParaformer(HotwordParaformer):
         """As SeacoParaformer.hotword_table."""
         return self.embedding if self.shared else self.hotword_embedding
 
-    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
                 need_weights: bool = False) -> Prediction:
         """As Paraformer.predict; an utterance without a list has the empty one, in training too."""
         entries, lens, _ = self.stack_lists(len(embeds))

@@ -39,9 +39,10 @@ def with_chunk(arguments: argparse.Namespace, system):
         if is_changed:
             raise ValueError(f"{option}: of no use to a streaming model, which hears a recording chunk by chunk; "
                              "leave it out")
-    new, ahead = arguments.chunk or (Chunk.new, Chunk.ahead)
-    encoder, decoder = arguments.look_back or (Chunk.encoder_look_back, Chunk.decoder_look_back)
-    return system._replace(chunk=Chunk(new, ahead, encoder, decoder))
+    chunk = system.chunk
+    new, ahead = arguments.chunk or (chunk.new, chunk.ahead)
+    encoder, decoder = arguments.look_back or (chunk.encoder_look_back, chunk.decoder_look_back)
+    return system._replace(chunk=Chunk(new, ahead, encoder, decoder, chunk.old))
 
 
 def hear_stream(system, pieces: Iterable[Tensor]) -> Iterator[StreamResult]:

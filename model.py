@@ -407,6 +407,10 @@ class Recogniser(nn.Module):
         self.options = options
         self.encoder = pick(ENCODERS, "encoder.kind", options.encoder.kind)(input_dim, options.encoder)
 
+    def hear(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's part, where chunked.py differs: arguments and results as Encoder.forward, without weights."""
+        return self.encoder(feats, feat_lens)[:2]
+
     def encode(self, feats: Tensor, feat_lens: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's part of decoding: feats (B,T,F), feat_lens (B,) -> hidden (B,L,D) in float32 or float64, its
         lens. Raises ValueError naming the utterances whose features are not finite."""
@@ -415,7 +419,7 @@ class Recogniser(nn.Module):
         bad = (~sums.isfinite() & padding_mask(feat_lens, feats.shape[1])).any(1)
         if bad.any():
             raise ValueError(f"feats must be finite, got NaN or infinity in utterances {bad.nonzero()[:, 0].tolist()}")
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)  # after the check, which waits for a GPU's queue
+        hidden, hidden_lens = self.hear(feats, feat_lens)  # after the check, which waits for a GPU's queue
         return at_least_float32(hidden), hidden_lens
 
     @torch.no_grad()
@@ -465,18 +469,19 @@ class Paraformer(Recogniser):
         feats (B,T,F), feat_lens (B,), tokens (B,U) int64 padded with 0, token_lens (B,); order (B,U): the sampler's
         draw, random if None -> loss sums by name (`loss`: their weighted total), and what to divide them by.
         """
-        hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
+        hidden, hidden_lens = self.hear(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
         targets, counts = self.targets(tokens, token_lens)
-        alpha = self.predictor(hidden, hidden_lens)
-        embeds = cif(hidden, scale_weights(alpha, counts), targets.shape[1])
+        alpha = self.weigh(hidden, hidden_lens)
+        scaled = scale_weights(alpha, counts)
+        embeds = cif(hidden, scaled, targets.shape[1])
         with torch.no_grad():  # this pass only counts errors, which have no gradient
-            first = self.predict(embeds, counts, hidden, hidden_lens).logits
+            first = self.predict(embeds, counts, hidden, hidden_lens, scaled).logits
             wrong = ((first.argmax(-1) != targets) & padding_mask(counts, targets.shape[1])).sum(1)
         order = torch.rand(targets.shape, device=targets.device) if order is None else order
         mixed = glance(embeds, self.truth(targets), counts, wrong, self.options.sampling_ratio, order)
-        logits = self.predict(mixed, counts, hidden, hidden_lens).logits
+        logits = self.predict(mixed, counts, hidden, hidden_lens, scaled).logits
         sums = {"ce": cross_entropy_sum(logits, targets, counts, self.options.label_smoothing),  # are the tokens right?
                 "quantity": (alpha.sum(1) - counts).abs().sum()}  # do the weights sum to the number of tokens?
         sums |= self.optional_losses(hidden, hidden_lens, tokens, token_lens, logits)
@@ -514,6 +519,10 @@ class Paraformer(Recogniser):
             return x
         return x * math.sqrt(x.shape[-1]) + sinusoids(torch.arange(x.shape[1]), x.shape[2]).to(x)
 
+    def weigh(self, hidden: Tensor, hidden_lens: Tensor) -> Tensor:
+        """The predictor's part, where chunked.py differs: hidden (B,L,D), hidden_lens (B,) -> alpha (B,L)."""
+        return self.predictor(hidden, hidden_lens)
+
     def count(self, alpha: Tensor) -> Tensor:
         """alpha (B,L) -> number of tokens (B,) int64: floor(sum + tail), or without a tail the rounded sum.
 
@@ -533,9 +542,10 @@ class Paraformer(Recogniser):
         U = int(counts.max()) if len(counts) else 0
         return counts, cif(hidden, alpha, U)
 
-    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor,
+    def predict(self, embeds: Tensor, counts: Tensor, hidden: Tensor, hidden_lens: Tensor, alpha: Tensor,
                 need_weights: bool = False) -> Prediction:
-        """The decoder's part, where the models of hotwords.py differ: arguments as Decoder.forward."""
+        """The decoder's part, where chunked.py and hotwords.py differ: arguments as Decoder.forward, and the weights
+        alpha (B,L) that the tokens fired from."""
         return Prediction(*self.decoder(embeds, counts, hidden, hidden_lens, need_weights))
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor) -> Hypotheses:
@@ -544,9 +554,9 @@ class Paraformer(Recogniser):
         hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses.
         """
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
-        alpha = self.predictor(hidden, hidden_lens)
+        alpha = self.weigh(hidden, hidden_lens)
         counts, embeds = self.integrate(hidden, alpha)
-        found = self.predict(embeds, counts, hidden, hidden_lens)
+        found = self.predict(embeds, counts, hidden, hidden_lens, alpha)
         log_p = found.logits.float().log_softmax(-1)
         tokens = log_p.argmax(-1)
         log_p = log_p.gather(2, tokens[:, :, None]).squeeze(2)  # (B,U,V) -> (B,U)
@@ -564,5 +574,6 @@ class Paraformer(Recogniser):
     def cross_attention(self, hidden: Tensor, hidden_lens: Tensor, tokens: Tensor, lens: Tensor) -> list[Tensor]:
         """For pictures: the cross-attention (B,H,U,L) of each decoder layer that has one, where decoding behind the
         encoder, hidden (B,L,D), hidden_lens (B,), found tokens (B,U), lens (B,), which only Transformer has to read."""
-        counts, embeds = self.integrate(hidden, self.predictor(hidden, hidden_lens))
-        return self.predict(embeds, counts, hidden, hidden_lens, need_weights=True).attention
+        alpha = self.weigh(hidden, hidden_lens)
+        counts, embeds = self.integrate(hidden, alpha)
+        return self.predict(embeds, counts, hidden, hidden_lens, alpha, need_weights=True).attention

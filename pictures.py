@@ -64,8 +64,9 @@ def explain(model: nn.Module, config, symbols: tuple[str, ...], item: data.Utter
     hop_sec = frame_sec(config.data)
     found = model.greedy(feats, lens)
     hidden, hidden_lens = model.encode(feats, lens)
-    counts, embeds = model.integrate(hidden, model.predictor(hidden, hidden_lens))
-    logits = model.predict(embeds, counts, hidden, hidden_lens).logits
+    alpha = model.weigh(hidden, hidden_lens)
+    counts, embeds = model.integrate(hidden, alpha)
+    logits = model.predict(embeds, counts, hidden, hidden_lens, alpha).logits
     shares, ids = logits[0].float().softmax(-1).topk(2)  # (U,2)
     edges = (found.boundaries[0] * hop_sec).tolist()
     places = spoken_places(found.tokens[0].tolist())

@@ -95,8 +95,8 @@ class RealtimeModel(PunctuationModel):
             seen[:num_carried - 1, num_carried:] = False  # what is decided already is not decided again
         blocks = [encoder.first, *encoder.blocks]
         for block in blocks[:-1]:
-            x, _ = block(x, None, seen=past)
-        x, _ = blocks[-1](x, None, seen=seen)
+            x, _ = block(x, None, seen=past[None])
+        x, _ = blocks[-1](x, None, seen=seen[None])
         return encoder.norm(x)[0]
 
 

@@ -105,7 +105,7 @@ from step import dev_losses, sampler_order, split as split_batch
 from pieces import (PIECE, PieceTokenizer, SpelledWord, UNSPOKEN, _is_han, _kind, are_spaced, merge_letters,
                     spell_words, write_sentence)
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
-                       format_alignment, normalise_text, token_accuracy, word_errors)
+                       format_alignment, normalise_text, spoken_places, token_accuracy, word_errors)
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
@@ -496,6 +496,8 @@ def test_check_lists_every_violation_in_one_error(tmp_path):
 
 MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
 RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4"]
+STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decoder.kind=sanm",
+           "--model.predictor.kind=dense"]
 
 
 # C27
@@ -536,6 +538,13 @@ RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampl
      "model.predictor.smooth: wanted at most 1 + noise 0.2, as weights are at most 1, got 1.25"),
     (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
      "model.encoder.context: wanted its default 0, as model.encoder.kind sanm has no use for it, got 3"),
+    ([*STREAMS, "--model.chunk.encoder_look_back=-1", "--model.chunk.old=3"], ""),
+    ([*STREAMS, "--model.chunk.ahead=0"], "model.chunk.ahead: wanted 1 or more, got 0"),
+    ([*STREAMS, "--model.chunk.decoder_look_back=-2"], "model.chunk.decoder_look_back: wanted -1 or more, got -2"),
+    ([*STREAMS, "--training.picture_epochs=1"],
+     "training.picture_epochs: wanted 0 for a streaming model, whose windows overlap, got 1"),
+    (["--model.chunk.new=4"],
+     "model.chunk.new: wanted its default 10, as model.name paraformer has no use for it, got 4"),
     (["--model.predictor.upsampling=3"],
      "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
@@ -3528,11 +3537,11 @@ def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout
     return built.eval()
 
 
-def ragged(seed, dtype=torch.float64):
-    """feats (4,13,5), feat_lens, tokens (4,5), token_lens: one without tokens, one with more tokens than frames."""
+def ragged(seed, dtype=torch.float64, width=5):
+    """feats (4,13,width), feat_lens, tokens (4,5), token_lens: one without tokens, one with more tokens than frames."""
     token_lens = ints(3, 0, 5, 2)
     tokens = torch.randint(1, 7, (4, 5), generator=torch.Generator().manual_seed(seed)) * padding_mask(token_lens, 5)
-    return normal(seed, 4, 13, 5, dtype=dtype), ints(13, 7, 2, 10), tokens, token_lens
+    return normal(seed, 4, 13, width, dtype=dtype), ints(13, 7, 2, 10), tokens, token_lens
 
 
 def one(batch, i):
@@ -3707,10 +3716,16 @@ def test_a_decoder_without_layers_reads_each_embedding_alone():
 @pytest.mark.parametrize("kind", ["transformer", "conformer"])
 def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, context, train):
     paraformer, batch = tiny(kind, subsampling, seed=subsampling, context=context).train(train), ragged(1)
-    order = normal(2, 4, 5)
     batch[0][~padding_mask(batch[1], 13)] = math.nan  # what pads may hold anything
     hidden, hidden_lens, _ = paraformer.encoder(*batch[:2])
     assert not hidden[~padding_mask(hidden_lens, hidden.shape[1])].any()
+    check_padding(paraformer, batch)
+
+
+def check_padding(paraformer, batch):
+    """Losses and gradients of a batch are the sums of those of its utterances; every parameter has a gradient."""
+    order = normal(2, 4, 5)
+    batch[0][~padding_mask(batch[1], 13)] = math.nan
     sums, tokens = paraformer(*batch, order)
     wanted, total, counted = gradients(paraformer, sums["loss"]), dict.fromkeys(sums, 0.0), 0
     for i in range(4):
@@ -5726,6 +5741,123 @@ def test_a_single_block_without_cross_attention_takes_part(tmp_path):
         system.model.decoder.memory_blocks[0].memory.weight.data *= scale
         said.append(stream_through(system, streaming.Chunk(), [samples])[0][0])
     assert said[0].tokens != said[1].tokens
+
+
+# ---- chunked: all chunks of an utterance at once ----
+
+GEOMETRIES = [(8, 4, 4, 2, 4), (10, 5, 4, 1, 0), (10, 5, 1, 2, 5), (8, 4, -1, 0, 0), (4, 2, 0, 0, 3), (1, 1, 2, 1, 0),
+              (3, 7, 1, 3, 9), (50, 3, 4, 1, 0), (2, 5, 2, 2, 8)]
+
+
+def chunked_system(chunk=GEOMETRIES[0], bias=0.0):
+    """A streaming model with random weights that fires every other frame of 40 ms or, with a bias of -3, every tenth."""
+    sizes = dict(kind="sanm", hidden_dim=16, num_heads=2, ffn_dim=32, kernel_size=5, dropout=0.0)
+    section = config.ModelConfig(
+        "streaming", config.EncoderConfig(num_layers=3, **sizes), config.PredictorConfig("dense", tail=0.45),
+        config.DecoderConfig(num_layers=2, memory_shift=2, **sizes), chunk=config.ChunkConfig(*chunk))
+    options = config.DataConfig(kind="manifest", train="x", dev="x", sample_rate=8000, num_mels=10, lfr_m=7, lfr_n=4)
+    torch.manual_seed(1)
+    network = build(section, 70, 12).eval()
+    network.predictor.firing.weight.data *= 8
+    network.predictor.firing.bias.data += bias
+    stats = torch.stack([torch.full((70,), 8.0), torch.full((70,), 0.3)])
+    return checkpoint.System(config.Config(section, options), Tokenizer.build(["a b c d e f g h"], "word"), stats,
+                             network, chunk=streaming.Chunk(*chunk))
+
+
+def chunk_by_chunk(system, feats):
+    """feats (T,F) -> hidden (L,D) and alpha (L,) of the rows that count, logits (U,V), by a stream's own functions"""
+    chunk, state = system.chunk, streaming.start(system, system.chunk)
+    hiddens, alphas, logits = [], [], [torch.zeros(0, 12)]
+    parts = feats.split(chunk.new)
+    for i, part in enumerate(parts):
+        due = streaming.Due(state, part, i == len(parts) - 1)
+        hidden, alpha, states = streaming.encode(system, [due])
+        fired = streaming.integrate(system, due, states[0], hidden[0], alpha[0])
+        state = fired[0]
+        if len(fired[2]):
+            (state,), scores = streaming.decode(system, [fired])
+            logits += scores
+        counted = slice(chunk.old, None if due.is_last else chunk.old + chunk.new)
+        hiddens.append(hidden[0, counted])
+        alphas.append(alpha[0, counted])
+    return torch.cat(hiddens), torch.cat(alphas), torch.cat(logits)
+
+
+# C5 C168
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+@pytest.mark.parametrize("chunk", GEOMETRIES)
+@torch.no_grad()
+def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):
+    system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46)
+    feats = normal(0, 6, 61, 70, dtype=torch.float32)
+    feats[~padding_mask(lens, 61)] = math.nan  # what pads may hold anything
+    net = system.model
+    hidden, hidden_lens = net.encode(feats, lens)
+    alpha = net.weigh(hidden, hidden_lens)
+    counts, embeds = net.integrate(hidden, alpha)
+    logits = net.predict(embeds, counts, hidden, hidden_lens, alpha).logits
+    assert counts.max() > (20 if not bias else 5) and not alpha[~padding_mask(hidden_lens, alpha.shape[1])].any()
+    found = net.greedy(feats, lens)
+    for i, T in enumerate(lens.tolist()):
+        L, n = hidden_lens[i], counts[i]
+        assert L == T + system.chunk.ahead and torch.equal(found.tokens[i, :n], logits[i, :n].argmax(-1))
+        for whole, part in zip((hidden[i, :L], alpha[i, :L], logits[i, :n]), chunk_by_chunk(system, feats[i, :T])):
+            assert_same(whole, part, 3e-5)
+        edges = found.boundaries[i]
+        assert len(edges) == n + 1 and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+
+
+# C5 C168
+def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():
+    check_padding(chunked_system((4, 2, 1, 1, 1)).model.double().train(), ragged(1, width=70))
+
+
+# C168
+def test_a_streaming_model_learns_utterances_by_heart():
+    batch = tiny_batch(4)
+    section = replace(chunked_system((5, 3, 2, 1, 2)).config.model, sampling_ratio=0.5)
+    torch.manual_seed(0)
+    network = build(section, 8, 8)
+    optimizer = train.make_optimizer(network, 0.0)
+    losses = []
+    for number in range(150):
+        step = train.train_step(network.train(), optimizer, batch, 5e-3, config.TrainingConfig(), number)
+        losses.append(step.sums["loss"] / step.tokens)
+    assert losses[-1] < 0.2 * losses[0]
+    assert torch.equal(network.eval().greedy(batch.feats, batch.feat_lens).tokens, batch.tokens)
+
+
+# C164 C168
+@pytest.mark.parametrize("options, chunk", [([], GEOMETRIES[0]),
+                                            (["--chunk", "3,2", "--look-back", "1,2"], (3, 2, 1, 2, 4))])
+def test_a_checkpoint_of_a_streaming_model_is_decoded_with_the_chunks_it_was_trained_with(tmp_path, capsys, options,
+                                                                                         chunk):
+    path, wav = saved(chunked_system(), tmp_path / "s.pt"), tmp_path / "a.wav"
+    audio.save_wav(wav, 0.1 * normal(3, 320 * 45), 8000)
+    samples, _ = audio.load_wav(wav)
+    system = chunked_system(chunk)
+    feats = audio.frontend(samples, 8000, system.config.data, system.stats)
+    found = system.model.greedy(feats[None], ints(45))
+    wanted = [found.tokens[0, u].item() for u in spoken_places(found.tokens[0].tolist())]
+    assert decode.main(["--ckpt", path, str(wav), *options, "--output", str(tmp_path / "o.jsonl")]) == 0
+    row = json.loads((tmp_path / "o.jsonl").read_text())
+    assert [token["id"] for token in row["tokens"]] == wanted and len(wanted) > 10
+    capsys.readouterr()
+    assert decode.main(["--ckpt", path, "--stream", str(wav), *options]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == row["text"]
+
+
+# C167
+@pytest.mark.parametrize("part, changed, line", [
+    ("decoder", dict(num_layers=2, attention_layers=1), "decoder.attention_layers: wanted 0, all layers"),
+    ("decoder", dict(memory_shift=1), "decoder.memory_shift: wanted 2, half of kernel_size"),
+    ("predictor", dict(tail=0.0), "predictor.tail: wanted a weight")])
+def test_what_streaming_model_cannot_be_trained_is_refused_by_name(part, changed, line):
+    whole = chunked_system().config
+    section = replace(whole.model, **{part: replace(getattr(whole.model, part), **changed)})
+    with pytest.raises(ValueError, match=f"model: {line}"):
+        checkpoint.start_from(replace(whole, model=section))
 
 
 # ---- checkpoint: published models, inference ----
@@ -8484,9 +8616,9 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
     system = streaming_system("streaming")
     with pytest.raises(ValueError, match="got a streaming one"):
         decode.decode_batch(system, [torch.zeros(30, 560)])
-    with pytest.raises(ValueError, match="training.init_from=.*got a streaming one"):
+    with pytest.raises(ValueError, match="training.init_from=.*decoder.attention_layers: wanted 0, all layers"):
         checkpoint.start_from(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
-                                      training=config.TrainingConfig(init_from=str(KIT / "streaming"))))
+                                      training=config.TrainingConfig(init_from=str(KIT / "streaming_alt"))))
     with pytest.raises(ValueError, match="got a streaming one"):
         serve.load_warm(serve.parse_arguments(["--checkpoint", str(KIT / "streaming"), "--device", "cpu"]))
 
@@ -9902,7 +10034,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1, "files": 1, "augment": 1,
           "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
-          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "vad": 4, "punctuation": 4,
+          "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
           "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "transcribe": 8, "serve": 9, "bench": 10}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
