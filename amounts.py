@@ -22,8 +22,9 @@ from manifests import scan_rows
 UTTERANCES = 30000  # that a run sees, within 20 to 200 epochs: many passes over few recordings, few over many
 
 
-def epochs_for(size: int) -> int:
-    return max(20, min(200, UTTERANCES // size))
+def epochs_for(size: int, share: float = 1.0) -> int:
+    """Epochs of a run from scratch on so many utterances, or a share of them, which is enough to fine-tune."""
+    return max(1, round(share * max(20, min(200, UTTERANCES // size))))
 
 
 def cut_manifest(source: Path, size: int, path: Path) -> None:
@@ -52,15 +53,18 @@ def table_line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def measure(size: int, folder: Path, config: str, tests: Sequence[Path], runs: Path, overrides: Sequence[str]) -> str:
+def measure(size: int, arguments: argparse.Namespace, tests: Sequence[Path], runs: Path,
+            overrides: Sequence[str]) -> str:
     """Train on the first `size` utterances of folder/train.jsonl, choose the epoch on folder/dev.jsonl -> a line of the
     table: utterances, epochs, seconds, WER on dev and on each test manifest."""
     manifest = runs / f"train_{size}.jsonl"
+    folder = arguments.folder
     cut_manifest(folder / "train.jsonl", size, manifest)
     started = time.monotonic()
     options = [f"--data.train={manifest}", f"--data.dev={folder / 'dev.jsonl'}", "--data.test="]
+    epochs = epochs_for(size, arguments.epochs_share)
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        code = train.main([config, *options, f"--training.num_epochs={epochs_for(size)}", *overrides,
+        code = train.main([arguments.config, *options, f"--training.num_epochs={epochs}", *overrides,
                            "--runs", str(runs / str(size))])
     if code:
         raise ValueError(f"training on {size} utterances ended with exit code {code}: {log.getvalue()[-300:]}")
@@ -79,6 +83,8 @@ def measure_amounts(argv: Sequence[str]) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 250, 1000, 3000], help="utterances to train on")
     parser.add_argument("--config", default="configs/small.yaml", help="default configs/small.yaml; overrides may "
                         "follow, such as --training.init_from=CHECKPOINT")
+    parser.add_argument("--epochs-share", type=float, default=1.0, help="share of the epochs that a run from scratch "
+                        "has, for fine-tuning (default 1)")
     parser.add_argument("--runs", type=Path, help="keep the runs in this folder (default: nowhere)")
     arguments, overrides = parser.parse_known_args(argv)
     tests = sorted(path for path in arguments.folder.glob("*.jsonl") if path.stem not in ("train", "dev"))
@@ -88,4 +94,4 @@ def measure_amounts(argv: Sequence[str]) -> None:
         runs = arguments.runs or Path(scratch)
         runs.mkdir(parents=True, exist_ok=True)
         for size in arguments.sizes:
-            print(measure(size, arguments.folder, arguments.config, tests, runs.resolve(), overrides), flush=True)
+            print(measure(size, arguments, tests, runs.resolve(), overrides), flush=True)

@@ -9998,6 +9998,7 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     assert bench.main([*argv[:3], "20", *argv[5:]]) == 2
     assert "train.jsonl: wanted 20 utterances, got 12" in capsys.readouterr().err
     assert [amounts.epochs_for(size) for size in (64, 250, 1000, 3000)] == [200, 120, 30, 20]
+    assert [amounts.epochs_for(size, 0.33) for size in (64, 250, 1000, 3000)] == [66, 40, 10, 7]
 
 
 def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
@@ -10132,6 +10133,31 @@ def test_readmes_new_architecture_is_trained_and_found_again_by_the_command_that
         assert done.returncode == 0, done.stderr
         argv = (re.findall("decode with: python (.*)", done.stdout) or [""])[0].split()
     assert "token accuracy" in done.stderr
+
+
+def test_readmes_new_loss_is_in_the_total_and_in_all_that_a_run_leaves(tmp_path):
+    """Its lines put below the ones that README shows, in a copy of the project. Oracle: the sum by hand."""
+    change, = re.findall(r"^```diff\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(change.splitlines()) <= 15
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name, lines in re.findall(r"^# (\S+)\n((?:[ +].*\n)+)", change, re.MULTILINE):
+        above, *added = lines.splitlines(keepends=True)
+        text = (tmp_path / name).read_text()
+        assert text.count(f"\n{above[1:]}") == 1
+        (tmp_path / name).write_text(text.replace(above[1:], above[1:] + "".join(line[1:] for line in added)))
+    argv = ["train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--model.z_weight=0.25", "--training.num_epochs=1"]
+    subprocess.run([sys.executable, *argv], cwd=tmp_path, check=True, timeout=120, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = run_of(tmp_path / "runs")
+    row, = json.loads((run / "metrics.json").read_text())
+    options = config.load(argv[1]).model
+    for split in ("", "dev_"):
+        ce, quantity, ctc, z = (row[f"{split}loss_{name}"] for name in ("ce", "quantity", "ctc", "z"))
+        assert row[f"{split}loss"] == pytest.approx((1 - options.ctc_weight) * ce + options.quantity_weight * quantity +
+                                                    options.ctc_weight * ctc + 0.25 * z) and z > 0
+    assert {"loss_z", "dev_loss_z"} <= set((run / "results.csv").read_text().split("\n")[0].split(","))
+    assert "  z " in (run / "train.log").read_text() and ">z " in (run / "curves.svg").read_text()
 
 
 @pytest.mark.parametrize("name, words", [
