@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import contextlib
 import csv
+import email.utils
 import errno
 import functools
 import html.parser
@@ -1647,11 +1648,34 @@ def test_headers_ids_methods_and_keep_alive(server):
                 assert answered.status == 200 and bool(body) == (method == "GET")
                 assert answered.headers["X-Request-Id"] == "my-id.1"
                 assert answered.headers["Content-Type"] == kind and answered.headers["Cache-Control"] == "no-store"
+                sent_at = email.utils.parsedate_to_datetime(answered.headers["Date"]).timestamp()
+                assert abs(time.time() - sent_at) < 60 and answered.headers["X-Content-Type-Options"] == "nosniff"
     for path, allow in serve.ROUTES.items():
         status, headers, _ = exchange(server, get(f"OPTIONS {path.replace('{id}', 'x')} HTTP/1.1"))
         assert status == 204 and headers["allow"] == allow and headers["server"] == "serve.py"
-        assert "access-control-allow-origin" not in headers
-    assert exchange(server, get("GET /health HTTP/1.1", "X-Request-Id: a<b"))[1]["x-request-id"] != "a<b"
+        assert not {"access-control-allow-origin", "content-length", "connection"} & set(headers)
+    for given, is_echoed in (("a" * 64, True), ("a" * 65, False), ("a<b", False)):
+        found = exchange(server, get("GET /health HTTP/1.1", f"X-Request-Id: {given}"))[1]["x-request-id"]
+        assert (found == given) == is_echoed
+    for raw in (b"GET /health HTTP/1.0\r\n\r\n", get("GET /health HTTP/1.1", "Connection: keep-alive, Close")):
+        assert exchange(server, raw)[1]["connection"] == "close"
+    policies = []
+    for _ in range(2):
+        _, headers, page = exchange(server, get("GET / HTTP/1.1"))
+        policies.append(headers["content-security-policy"])
+        nonce = re.search("nonce-([0-9a-f]{32})'", policies[-1])[1]
+        assert page.count(f'nonce="{nonce}"'.encode()) == 2 and b"up to 20 s" in page
+    assert policies[0] != policies[1] and "frame-ancestors 'none'" in policies[0]
+    kinds = ("audio/any", "video/webm", "video/mp4", "video/ogg", "text/audio")
+    assert [serve.is_taken(kind, "/transcribe") for kind in kinds] == [True, True, True, False, False]
+
+def test_a_message_has_1000_characters_at_most_and_a_flag_few_spellings():
+    error = json.loads(web.Refusal(400, "code", "a" * 2000).response().body)["error"]
+    assert error["message"] == "a" * 1000
+    with pytest.raises(web.Refusal, match="got '" + "x" * 40 + "'$"):
+        openai_forms.parse_openai_form({"response_format": ["x" * 50]})
+    given = (True, "TRUE", "1", False, "False", "0", "", None)
+    assert [web.parse_flag("alignment", value) for value in given] == [True] * 3 + [False] * 5
 
 def test_an_answer_and_its_line_in_the_log_have_one_id():
     """Also where the head of the request cannot be read; a request behind one that was refused is not taken up."""
@@ -1760,12 +1784,81 @@ def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(ser
         connection.close()
     assert time.monotonic() - started < 6
 
-def slow_system(seconds: float) -> checkpoint.System:
-    """A system whose model takes so long."""
+class Large(web.Door):
+    """Answers with 32 MiB, more than the system takes in for a client that does not read."""
+
+    def answer(self, head, body, has_left):
+        return web.Response(200, "text/plain", bytes(2**25))
+
+    def count_and_log(self, head, response):
+        self.log(response.status)
+
+    def shutdown_request(self, request):
+        self.log((request.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY), threading.current_thread().daemon))
+        super().shutdown_request(request)
+
+POST_HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+CHUNKED_HEAD = POST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+# C58
+@pytest.mark.parametrize("limit, sent, status", [
+    ("idle_timeout", b"", None), ("header_timeout", b"GET /", 408), ("body_timeout", POST_HEAD + b"Content-Length: 2\r\n\r\n{", 408),
+    ("body_timeout", CHUNKED_HEAD + b"5\r\n{", 408), ("write_timeout", b"GET / HTTP/1.0\r\n\r\n", 499),
+    ("max_body_mb", CHUNKED_HEAD + b"4CCCD\r\n", 413)])
+def test_each_wait_for_a_client_has_a_limit_of_its_own(monkeypatch, limit, sent, status):
+    """0.3 s, where every other limit is a minute; then the port is free at once."""
+    rests, seen = [], []
+    monkeypatch.setattr(web.Connection, "read_away", lambda self, seconds: rests.append(seconds))
+    limits = web.Limits(60, 60, 60, 60, 60, 60, ())._replace(**{limit: 0.3})
+    door = serve.start(Large("127.0.0.1", 0, limits, seen.append))
+    with socket.create_connection(door.server_address) as client:
+        started = time.monotonic()
+        client.sendall(sent)
+        wait_until(lambda: (1, True) in seen and not door.phases)      # no delay, and a thread that keeps nobody alive
+        assert status == 413 or 0.3 <= time.monotonic() - started
+    assert seen == [status] * (status is not None) + [(1, True)] and rests == {408: [0.5], 413: [3.0]}.get(status, [])
+    door.shutdown()
+    door.server_close()
+    web.Door(*door.server_address, limits, print).server_close()
+
+def test_a_refused_body_is_read_away_up_to_64_mib_and_a_body_has_100_000_chunks_at_most(monkeypatch):
+    connection = object.__new__(web.Connection)
+    connection.request = SimpleNamespace(shutdown=lambda how: None)
+    connection.server = SimpleNamespace(limits=web.Limits(60, 60, 60, 60, 1, 60, ()))
+    pieces = []
+    connection.read_some = lambda deadline: pieces.append(1) or bytes(2**20)
+    connection.read_away(3.0)
+    assert len(pieces) == 64
+    assert web.MAX_CHUNKS == 100_000
+    monkeypatch.setattr(web, "MAX_CHUNKS", 3)
+    for count in (2, 3):                # and the last, which is empty
+        connection.buffer = bytearray(b"1\r\na\r\n" * count + b"0\r\n\r\n")
+        with contextlib.nullcontext() if count == 2 else pytest.raises(web.Refusal, match="at most 3 chunks"):
+            assert connection.read_chunks(web.unread_head()) == b"aa"
+
+def test_refused_connections_are_closed_after_a_second_or_when_256_more_have_come():
+    closed = []
+    door = SimpleNamespace(refused=[(math.inf, SimpleNamespace(close=lambda: closed.append(1)))] * 258)
+    web.Door.service_actions(door)
+    assert (len(door.refused), len(closed)) == (256, 2)
+
+def slow_system(seconds: float, wait=time.sleep) -> checkpoint.System:
+    """A system whose model waits so long."""
     system = serving_system()
     fast = system.model.greedy
-    system.model.greedy = lambda *arguments: (time.sleep(seconds), fast(*arguments))[1]
+    system.model.greedy = lambda *arguments: (wait(seconds), fast(*arguments))[1]
     return system
+
+class Held(threading.Event):
+    """What a slow_system waits for; `begun` says that it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun = threading.Event()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        self.begun.set()
+        return super().wait(seconds)
 
 # C58
 def test_full_queue_is_429_and_a_passed_deadline_504():
@@ -1821,10 +1914,12 @@ def test_connections_above_the_cap_get_503_and_room_is_made_again():
         time.sleep(0.1)
         found = exchange(small, get())
         assert check_error(*found) == (503, "overloaded") and found[1]["retry-after"] == "1"
+        assert 0.5 < small.refused[0][0] - time.monotonic() < 1
         for connection in held:
             connection.close()
-        time.sleep(0.2)
-        assert healthy(small)
+        wait_until(lambda: not small.phases)
+        text = exchange(small, get("GET /metrics HTTP/1.1"))[2].decode()
+        assert 'asr_rejected_total{reason="overloaded"} 1\n' in text and 'status="503"' not in text
 
 # C58
 def test_key_is_wanted_where_it_is_set(monkeypatch):
@@ -1836,7 +1931,10 @@ def test_key_is_wanted_where_it_is_set(monkeypatch):
             assert check_error(*found) == (401, "invalid_api_key") and b"secret" not in found[2]
         for scheme in ("Bearer", "bearer"):
             assert exchange(locked, get("GET /v1/models HTTP/1.1", f"Authorization: {scheme} secret"))[0] == 200
-        assert healthy(locked) and not any("secret" in line for line in locked.lines)
+        for path in ("/", "/health", "/ready", "/metrics"):
+            assert exchange(locked, get(f"GET {path} HTTP/1.1"))[0] == 200
+        assert exchange(locked, get("OPTIONS /transcribe HTTP/1.1"))[0] == 204      # browsers ask without a key
+        assert not any("secret" in line for line in locked.lines)
 
 # C58
 def test_cors_is_for_named_origins_only():
@@ -1847,6 +1945,8 @@ def test_cors_is_for_named_origins_only():
         assert preflight[0] == 204 and preflight[1]["access-control-allow-origin"] == "https://a.example"
         assert preflight[1]["access-control-allow-methods"] == "POST, OPTIONS" and preflight[1]["vary"] == "Origin"
         assert preflight[1]["access-control-allow-headers"] == "x-stainless-os"     # of OpenAI's client in a page
+        assert preflight[1]["access-control-max-age"] == "600"
+        assert preflight[1]["access-control-expose-headers"] == "X-Request-Id, Retry-After"
         other = exchange(open_door, get("GET /health HTTP/1.1", "Origin: https://b.example"))
         assert "access-control-allow-origin" not in other[1]
 
@@ -1862,11 +1962,26 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):
 @pytest.mark.parametrize("flags,words", [
     (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
     (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
-    (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address")])
+    (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address"),
+    *((["--port", port], f"--port must be 0 to 65535, got {port}") for port in ("-1", "65536")),
+    (["--threads", "-1"], "--threads must be 0 or more"), (["--max-queue", "0"], "--max-queue must be above 0"),
+    *((["--body-timeout", value], "--body-timeout must be above 0") for value in ("0", "inf", "nan"))])
 def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):
     with pytest.raises(SystemExit) as stopped:
         serve.parse_arguments(flags)
     assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+# C196
+def test_every_number_of_serve_has_its_default_and_its_least_value():
+    """Seconds, ms, MiB, utterances, frames and rows as shared/HTTP.md has them."""
+    wanted = {"host": "127.0.0.1", "port": 8000, "device": "auto", "dtype": "float32", "threads": 0, "max_batch_size": 16,
+              "max_wait_ms": 5, "max_batch_frames": 20000, "max_queue": 128, "request_timeout": 30, "header_timeout": 10,
+              "body_timeout": 30, "write_timeout": 15, "idle_timeout": 15, "drain_timeout": 20, "max_body_mb": 25,
+              "max_audio_seconds": 60, "max_frames": 6000, "max_connections": 256, "log_format": "text"}
+    assert vars(serve.parse_arguments([])).items() >= wanted.items()
+    least = {"port": 65535, "threads": 0, "max_wait_ms": 0, "max_queue": 1, "idle_timeout": 0.001}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in least.items()]
+    assert vars(serve.parse_arguments(flags)).items() >= least.items()
 
 # C58
 def test_any_origin_may_call_where_a_star_stands():
@@ -1895,17 +2010,33 @@ def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
         stuck.sendall(b"POST /transcribe HTTP/1.1\r\n")
         time.sleep(0.2)
         started = time.monotonic()
-        drained = pool.submit(serve.drain, ending, 5.0)
+        drained = pool.submit(serve.drain, ending, 20.0)
         time.sleep(0.1)
         status, headers, body = exchange(ending, get())
         assert status == 503 and json.loads(body)["status"] == "draining" and headers["connection"] == "close"
+        assert headers["retry-after"] == "5"
         assert exchange(ending, post_json({"features": ROWS[:30]}))[0] == 503
         assert [one.result()[0] for one in accepted] == [200] * 3
         drained.result()
-        assert time.monotonic() - started < 4.5
+        assert 2 <= time.monotonic() - started < 5
         stuck.close()
         with pytest.raises(OSError):
             exchange(ending, get())
+        ending.shutdown = ending.server_close = lambda: None        # done already
+
+# C59
+def test_a_drain_ends_in_time_and_refuses_who_still_waits():
+    held = Held()
+    with serving(slow_system(10, held.wait), max_batch_size=1) as ending, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(exchange, ending, post_json({"features": ROWS[:30]})) for _ in range(3)]
+        asked.append(pool.submit(exchange, ending, b"GET /"))
+        wait_until(lambda: sorted(ending.phases.values()) == ["busy"] * 3 + ["reading"])
+        wait_until(lambda: held.begun.is_set() and len(ending.batcher.waiting) == 2)
+        started = time.monotonic()
+        serve.drain(ending, 1.0)
+        assert 0.5 <= time.monotonic() - started < 1.5
+        held.set()
+        assert sorted(one.result()[0] for one in asked) == [200, 503, 503, 503]
         ending.shutdown = ending.server_close = lambda: None        # done already
 
 def test_a_connection_that_is_reset_before_a_request_is_none():
@@ -2134,6 +2265,15 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(tmp_path):
     assert events[0][0] == "log" and events[0][1].startswith("lost=")
     assert [event[0] for event in events[1:]] == ["request", "signal", "drain", "stop"]
 
+def metrics_of(server) -> dict[str, float]:
+    samples = {}
+    for line in exchange(server, get("GET /metrics HTTP/1.1"))[2].decode().splitlines():
+        if not line.startswith("#"):
+            label = r'[a-z]+="[^"]*"'
+            match = re.fullmatch(rf"([a-z_]+(?:\{{{label}(?:,{label})*\}})?) ([0-9.e+-]+)", line)
+            samples[match[1]] = float(match[2])
+    return samples
+
 # C60
 def test_metrics_are_prometheus_text_that_adds_up(server):
     assert exchange(server, post_json({"features": ROWS[:30]}))[0] == 200
@@ -2142,17 +2282,46 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
     assert text.endswith("\n") and "/secret" not in text
     kinds = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
     assert set(batcher.HELP) == set(kinds)
-    samples = {}
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            label = r'[a-z]+="[^"]*"'
-            match = re.fullmatch(rf"([a-z_]+(?:\{{{label}(?:,{label})*\}})?) ([0-9.e+-]+)", line)
-            samples[match[1]] = float(match[2])
+    samples = metrics_of(server)
     for name in (n for n, kind in kinds.items() if kind == "histogram"):
         rows_of = [v for n, v in samples.items() if re.match(name + r"_bucket\{(route=\"/transcribe\",)?le", n)]
         count = samples.get(f"{name}_count", samples.get(f'{name}_count{{route="/transcribe"}}'))
         assert rows_of == sorted(rows_of) and rows_of[-1] == count
     assert samples["asr_tokens_total"] > 0 and 0 <= samples["asr_batch_padding_ratio"] < 1
+
+# C60
+def test_times_are_in_the_units_of_their_names_and_gauges_count_what_is_there():
+    """Two requests for a model that takes one at a time, and needs as long as the first is held."""
+    held = Held()
+    with (serving(slow_system(10, held.wait), max_batch_size=1) as server, contextlib.ExitStack() as kept,
+          concurrent.futures.ThreadPoolExecutor(2) as pool):
+        for sent in (b"", b"GET /"):
+            kept.enter_context(socket.create_connection(server.server_address)).sendall(sent)
+        asked = [pool.submit(ask, server, post_json({"features": ROWS[:30]})) for _ in range(2)]
+        wait_until(lambda: sorted(server.phases.values()) == ["busy", "busy", "idle", "reading"])
+        wait_until(lambda: held.begun.is_set() and server.batcher.waiting)
+        started = time.monotonic()
+        now = metrics_of(server)
+        time.sleep(0.3)
+        held.set()
+        answers = [one.result() for one in asked]
+        first, second = sorted((answer["timing"] for answer in answers), key=lambda timing: timing["queue_ms"])
+        most = 1e3 * (time.monotonic() - started) + 1e3
+        wait_until(lambda: len(server.lines) == 3)
+        then = metrics_of(server)
+    assert (now["asr_inflight_requests"], now["asr_connections"], now["asr_queue_depth"]) == (3, 5, 1)     # it is one
+    assert abs(now["process_start_time_seconds"] - time.time()) < 60
+    kilobytes = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    assert now["process_resident_memory_bytes"] == pytest.approx(1024 * kilobytes, rel=0.3)
+    for timing, slow, quick in ((first, "infer_ms", "queue_ms"), (second, "queue_ms", "infer_ms")):
+        assert timing[quick] < 300 <= timing[slow] <= timing["total_ms"] < most
+    logged = re.findall(r"path=/transcribe status=200 ms=([0-9.]+)", "\n".join(server.lines))
+    assert len(logged) == 2 and all(300 <= float(ms) < most for ms in logged)
+    for name in ("asr_queue_seconds", "asr_inference_seconds", 'asr_request_duration_seconds'):
+        label = '{route="/transcribe"}' if "request" in name else ""
+        assert then[f"{name}_count{label}"] == 2 and 0.3 <= then[f"{name}_sum{label}"] < 2e-3 * most
+    assert then["asr_audio_seconds_total"] == pytest.approx(0.6)
+    assert then["asr_tokens_total"] == sum(len(answer["tokens"]) for answer in answers) > 0
 
 def test_recordings_on_many_connections_are_parsed_by_one_thread():
     """So that torch keeps its helper threads once, and not for each connection that has sent a recording."""
@@ -2179,12 +2348,14 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     recording = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 1 + bodies.INTERRUPTIBLE // NOISE.nbytes)))
     large = post_json(json.dumps({"features": ROWS}).encode().ljust(bodies.INTERRUPTIBLE))
     with serving() as server, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert [server.conversions.acquire(False) for _ in range(os.cpu_count() + 1)] == [True] * os.cpu_count() + [False]
         held = threading.Event()
         try:
             server.large_json_parser.submit(held.wait)
             late = post_json({"features": ROWS, "timeout": 0.5})
             assert len(recording) > bodies.INTERRUPTIBLE and exchange(server, recording)[0] == 200
             waits = pool.submit(exchange, server, large)
+            assert not concurrent.futures.wait([waits], 0.2).done
         finally:
             held.set()
         assert waits.result()[0] == 200
@@ -3386,8 +3557,8 @@ def test_batch_waits_for_as_many_as_were_just_answered_and_not_for_one_who_is_al
     batcher.submit([job(10, batcher.last_answer)])
     assert len(batcher.poll(batcher.last_answer + 0.0501)[0]) == 1         # the other one has left
     batcher.run_batch([job(10, 0.0), job(10, 0.0)])
-    batcher.submit([job(10, batcher.last_answer + 0.06)])
-    assert len(batcher.poll(batcher.last_answer + 0.06)[0]) == 1           # too late to belong to them
+    batcher.submit([job(10, batcher.last_answer + 0.05)])
+    assert len(batcher.poll(batcher.last_answer + 0.05)[0]) == 1           # too late to belong to them
     batcher.submit([job(10, 0.0) for _ in range(2)] + [job(100, 0.0)])      # one request of two batches
     batcher.run_batch(batcher.poll(0.0)[0])
     assert len(batcher.poll(0.0)[0]) == 1                   # is not waited for by its own rest
@@ -3414,7 +3585,7 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():
     batcher.submit([first])
     with batcher.preparing():
         assert batcher.poll(0.002) == ([], pytest.approx(0.003))
-        assert batcher.poll(0.0051)[0] == [first]       # patience is over
+        assert batcher.poll(0.005)[0] == [first]        # patience is over
         batcher.submit([first, second])
         assert batcher.poll(0.002)[0] == [first, second]        # full
         batcher.submit([first, job(100, 0.0)])
@@ -3442,8 +3613,10 @@ def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
     assert sound.outcome.result(0) is None and sound.batch_size == 1
 
 # C56
-def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
+def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone(monkeypatch):
     seen = []
+    now = 100.0
+    monkeypatch.setattr(batcher, "time", SimpleNamespace(monotonic=lambda: now))
 
     def infer(jobs):
         seen.append([len(job.feats) for job in jobs])
@@ -3451,10 +3624,9 @@ def test_batch_drops_the_late_and_the_gone_and_a_poisoned_item_fails_alone():
             raise RuntimeError("poison")
         return [transcribe.Recognition(report.Result(str(n), 1.0, [], []), []) for n in seen[-1]]
 
-    now = time.monotonic()
-    batcher = Batcher(infer, serve_options(), Metrics())
-    jobs = [job(10, now), job(11, now, deadline=now - 1), job(12, now, has_left=lambda: True), job(13, now), job(14, now)]
-    batcher.run_batch(jobs)
+    queue = Batcher(infer, serve_options(), Metrics())
+    jobs = [job(10, now), job(11, now, deadline=now), job(12, now, has_left=lambda: True), job(13, now), job(14, now)]
+    queue.run_batch(jobs)
     assert seen == [[10, 13, 14], [10], [13], [14]]
     outcomes = [j.outcome.exception(0) or j.outcome.result(0) for j in jobs]
     outcomes = [getattr(outcome, "status", None) or type(outcome).__name__ for outcome in outcomes]
@@ -3478,7 +3650,28 @@ def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
         piece.utterance = pieces[0].utterance
     server.batcher.submit(pieces + [job(10, 0.0)])
     server.server_close()
-    assert "\nasr_queue_depth 2\n" in serve.metrics_text(server)
+    server.batcher.measure([job(10, 0.0), job(30, 0.0), job(20, 0.0)], 0.0, 0.0)
+    text = serve.metrics_text(server)
+    assert "\nasr_queue_depth 2\n" in text and text.count("\nasr_batch_padding_ratio 0.333333") == 1
+
+# C60
+def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason():
+    metrics = Metrics()
+    for value in (0.001, 0.0025, 0.0026, 30, 31):
+        metrics.observe("asr_queue_seconds", value)
+    metrics.observe("asr_batch_size", 1)
+    text = metrics.text({"asr_queue_depth": 2})
+    found = {name: re.findall(rf'{name}_bucket{{le="(.*)"}} (.*)', text) for name in ("asr_queue_seconds", "asr_batch_size")}
+    bounds = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 +Inf".split()
+    assert found["asr_queue_seconds"] == list(zip(bounds, "1 2 3 3 3 3 3 3 3 3 3 3 3 4 5".split(), strict=True))
+    assert [bound for bound, _ in found["asr_batch_size"]] == "1 2 4 8 12 16 24 32 64 +Inf".split()
+    assert "asr_queue_seconds_sum 61.0061\n" in text and "# TYPE asr_queue_depth gauge\nasr_queue_depth 2\n" in text
+    for status, code in ((429, "queue_full"), (504, "deadline_exceeded"), (408, "request_timeout"), (413, "body_too_large"),
+                         (503, "draining"), (503, "loading"), (200, ""), (404, "not_found")):
+        for route in ("/transcribe", "/health", "/ready"):
+            metrics.count_request(route, status, code, 0.0)
+    reasons = re.findall(r'asr_rejected_total{reason="(.*)"} 1\n', metrics.text({}))
+    assert reasons == "queue_full deadline_exceeded request_timeout too_large draining loading".split()
 
 
 # ---- batcher: the log ----
@@ -3492,6 +3685,14 @@ def test_a_line_of_the_log_is_a_line_whatever_stands_in_it():
     line = batcher.log_line("json", 1e9 + 0.0625, "WARNING", "request", fields)
     assert "\n" not in line and json.loads(line) == {"time": "2001-09-09T01:46:40.062Z", "level": "WARNING",
                                                      "event": "request", **fields}
+
+# C193
+def test_a_thousand_lines_may_wait_and_a_closed_standard_error_gets_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    log = batcher.Log("text")
+    for _ in range(1003):
+        log("INFO", "request")
+    assert (log.lines.qsize(), log.num_lost, log.descriptor) == (1000, 3, -1)
 
 # C193
 def test_a_log_that_cannot_be_written_is_said_once_it_can(monkeypatch):
@@ -9043,6 +9244,15 @@ def get(line: str = "GET /health HTTP/1.1", *headers: str) -> bytes:
 def oai(*parts: tuple, path: str = "/v1/audio/transcriptions", boundary: str = "; boundary=B", **more) -> bytes:
     return post(path, f"multipart/form-data{boundary}", form(*parts, **more))
 
+def wide_get(size: int) -> bytes:
+    """A request for /health with a head of so many bytes, the empty line apart."""
+    return get("GET /health HTTP/1.1", "A: " + "b" * (size + 2 - len(get("GET /health HTTP/1.1", "A: "))))
+
+def wide_name(size: int) -> str:
+    """A part's line, for `form`, that makes its header so long."""
+    line = 'name="file"; filename=""'
+    return line[:-1] + "a" * (size - len("Content-Disposition: form-data; " + line)) + '"'
+
 def chunked(sent: bytes) -> bytes:
     """A request whose head says that its body comes in chunks, and what then comes."""
     return get("POST /transcribe HTTP/1.1", "Content-Type: application/json", "Transfer-Encoding: chunked") + sent
@@ -9052,7 +9262,7 @@ BAD_CHUNKS = {
     "size of 9 digits": b"000000002\r\n{}",
     "size with a space before": b" 2\r\n{}\r\n0\r\n\r\n", "size with plus": b"+2\r\n{}\r\n", "size not hex": b"g\r\n",
     "longer than said": b"1\r\n{}\r\n0\r\n\r\n",
-    "bare line feed": b"2\n{}\n0\n\n" + bytes(300), "endless size": b"2;" + b"a" * 300,
+    "bare line feed": b"2\n{}\n0\n\n" + bytes(300), "line of 257": b"2;" + b"a" * 255 + b"\r\n{}\r\n0\r\n\r\n",
     "NUL in an extension": b"2;\0\r\n{}\r\n", "trailer without a colon": b"2\r\n{}\r\n0\r\nab\r\n\r\n"}
 Z = [0.0] * 40
 CHUNKED_BODY = json.dumps({"features": ROWS[:30]}).encode()
@@ -9065,7 +9275,8 @@ BAD_FRAMING = {  # by status and code: what is sent
         "binary": bytes(range(128, 256)) + b"\r\n\r\n",
         "tls hello": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n",
         "bare line feeds": b"GET /health HTTP/1.1\nHost: x\n\n", "no host": b"GET /health HTTP/1.1\r\n\r\n",
-        "two hosts": get("GET /health HTTP/1.1", "Host: y"), "space before colon": get("GET /health HTTP/1.1", "A : b"),
+        "two hosts": get("GET /health HTTP/1.1", "Host: y"), "two keys": get("GET / HTTP/1.1", *["Authorization: a"] * 2),
+        "two types": get("GET /health HTTP/1.1", *["Content-Type: a"] * 2), "space before colon": get("GET /health HTTP/1.1", "A : b"),
         "no colon": get("GET /health HTTP/1.1", "nonsense"), "empty name": get("GET /health HTTP/1.1", ": b"),
         "folded line": get("GET /health HTTP/1.1", "A: b", " c"),
         "NUL in a value": get("GET /health HTTP/1.1", "A: b\0c"),
@@ -9081,7 +9292,8 @@ BAD_FRAMING = {  # by status and code: what is sent
         "other encoding": get("POST /transcribe HTTP/1.1", "Transfer-Encoding: gzip, chunked"),
         "encoding in 1.0": get("POST /transcribe HTTP/1.0", "Transfer-Encoding: chunked"),
         **{f"chunk {name}": chunked(sent) for name, sent in BAD_CHUNKS.items()},
-        "body too short": post_json(b"{}")[:-1], "bad percent in the path": get("GET /health%ff HTTP/1.1")},
+        "body too short": post_json(b"{}")[:-1], "bad percent in the path": get("GET /health%ff HTTP/1.1"),
+        "101 fields": get(f"GET /health?{'a=b&' * 100}a=b HTTP/1.1")},
     (411, "length_required"): {
         "no length": get("POST /transcribe HTTP/1.1")},
     (413, "body_too_large"): {
@@ -9089,12 +9301,11 @@ BAD_FRAMING = {  # by status and code: what is sent
         "length over": get("POST /transcribe HTTP/1.1", "Content-Type: audio/wav", "Content-Length: 1048577"),
         "chunk huge": chunked(b"FFFFFFFF\r\n"), "chunks over": chunked(b"80000\r\n" + bytes(2**19) + b"\r\n80001\r\n")},
     (414, "uri_too_long"): {
-        "long uri": get(f"GET /{'a' * 4100} HTTP/1.1"), "endless line": b"GET /" + b"a" * 9000},
+        "line of 4,113": get(f"GET /{'a' * 4099} HTTP/1.1"), "endless line": b"GET /" + b"a" * 9000},
     (431, "headers_too_large"): {
-        "many headers": get("GET /health HTTP/1.1", *("A: b" for _ in range(101))),
-        "large header": get("GET /health HTTP/1.1", "A: " + "b" * 66000),
-        "many trailers": chunked(b"0\r\n" + b"A: b\r\n" * 101),
-        "large trailers": chunked(b"0\r\n" + (b"A: " + b"b" * 1000 + b"\r\n") * 70)},
+        "101 lines": get("GET /health HTTP/1.1", *["A: b"] * 100), "65,537 bytes": wide_get(65537),
+        "101 trailers": chunked(b"0\r\n" + b"A: b\r\n" * 101),
+        "trailers of 65,537": chunked(b"0\r\n" + b"A:" + b"b" * 65533 + b"\r\n\r\n")},
     (404, "not_found"): {
         "unknown path": get("GET /nothing HTTP/1.1"), "path upwards": get("GET /../../etc/passwd HTTP/1.1"),
         "markup in the path": get("GET /<script>alert(1)</script> HTTP/1.1"),
@@ -9161,7 +9372,7 @@ BAD_FORMS = {
         "no name": oai(FILE, ('filename="b"', b"")), "empty name": oai(FILE, ('name=""', b"")),
         "no blank line": post("/v1/audio/transcriptions", "multipart/form-data; boundary=B",
                               b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'),
-        "long part header": oai(('name="file"; filename="' + "a" * 9000 + '"', wav(NOISE))),
+        "part header of 8,193": oai((wide_name(8193), wav(NOISE))),
         "129 parts": oai(FILE, *(field(f"x{i}", "") for i in range(128))),
         "field not utf-8": oai(FILE, ('name="language"', b"\xff"))},
     (400, "missing_file"): {
@@ -9171,7 +9382,7 @@ BAD_FORMS = {
         "format xml": oai(FILE, field("response_format", "xml")),
         "format empty": oai(FILE, field("response_format", "")),
         "granularity": oai(FILE, field("timestamp_granularities[]", "char")),
-        "temperature 2": oai(FILE, field("temperature", "2")),
+        **{f"temperature {value}": oai(FILE, field("temperature", value)) for value in ("1.01", "-0.01")},
         "temperature hot": oai(FILE, field("temperature", "hot")),
         "temperature nan": oai(FILE, field("temperature", "nan")), "include": oai(FILE, field("include[]", "all")),
         "stream maybe": oai(FILE, field("stream", "maybe"))}}
@@ -9191,13 +9402,36 @@ BAD_WAVS = {
     (422, "not_finite"): {
         "NaN": wav(np.array([0, np.nan] * 900, "<f4"), 3, 32),
         "infinity": wav(np.array([0, np.inf] * 900, "<f8"), 3, 64)},
-    (413, "audio_too_long"): {"too long": wav(bytes(21 * 8000), bits=8)}}
+    (413, "audio_too_long"): {"20 s and a sample": wav(bytes(20 * 8000 + 1), bits=8)}}
 TABLE = {f"{kind}: {name}": (make(case), status, code)
          for kind, groups, make in (("http", BAD_FRAMING, bytes), ("json", BAD_JSON, post_json),
                                     ("form", BAD_FORMS, bytes),
                                     ("wav", BAD_WAVS, lambda body: post("/transcribe", "audio/wav", body)),
                                     ("wav in a form", BAD_WAVS, lambda body: oai((FILE[0], body))))
          for (status, code), cases in groups.items() for name, case in cases.items()}
+
+HALF = b"80000\r\n" + b" " * 2**19 + b"\r\n"
+LARGEST = {  # what a server with the limits of the fixture `server` still takes: status, code of the error
+    "line of 4,112": (get(f"GET /health?{'a' * 4091} HTTP/1.1"), 200, ""), "head of 65,536": (wide_get(65536), 200, ""),
+    "100 lines": (get("GET /health HTTP/1.1", *["A: b"] * 99), 200, ""), "http 1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200, ""),
+    "100 fields": (get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"), 200, ""),
+    "absolute": (get("GET HTTP://x:8000/health HTTP/1.1"), 200, ""),
+    "100 trailers": (chunked(b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 100 + b"\r\n"), 400, "missing_field"),
+    "trailers of 65,536": (chunked(b"2\r\n{}\r\n0\r\n" + b"A:" + b"b" * 65532 + b"\r\n\r\n"), 400, "missing_field"),
+    "chunk's line of 256": (chunked(b"2;" + b"a" * 254 + b"\r\n{}\r\n0\r\n\r\n"), 400, "missing_field"),
+    "1 MiB in chunks": (chunked(HALF + HALF + b"0\r\n\r\n"), 400, "invalid_json"),
+    "1 MiB": (post_json(b" " * 2**20), 400, "invalid_json"),
+    "500 rows": (post_json({"features": [[0] * 40] * 500}), 200, ""),
+    "64 utterances": (post_json({"batch": [{"features": [Z]}] * 64}), 200, ""),
+    "128 parts": (oai(FILE, *(field(f"x{i}", "") for i in range(127))), 200, ""),
+    "part header of 8,192": (oai((wide_name(8192), wav(NOISE))), 200, ""),
+    "boundary of 70": (post("/transcribe", f'multipart/form-data; boundary="{"B" * 70}"',
+                            form(FILE).replace(b"--B", b"--" + b"B" * 70)), 200, ""),
+    "filename*": (oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), 200, ""),
+    "temperature 1": (oai(FILE, field("temperature", "1")), 200, ""),
+    "20 s": (post("/transcribe", "audio/wav", wav(bytes(20 * 8000), bits=8)), 200, ""),
+    "8 channels": (post("/transcribe", "audio/wav", wav(bytes(1600), channels=8)), 200, ""),
+    **{f"{rate} Hz": (post("/transcribe", "audio/wav", wav(NOISE, rate_hz=rate)), 200, "") for rate in (4000, 384000)}}
 
 def healthy(server) -> bool:
     return exchange(server, get())[0] == 200
@@ -9220,7 +9454,16 @@ def test_malformed_request_gets_its_error_and_the_server_lives(server, name):
     found = exchange(server, raw, end=name in ("http: body too short", "http: endless line"))
     assert check_error(*found) == (status, code)
     assert ("allow" in found[1]) == (status == 405)
+    if code in ("body_too_large", "unsupported_media_type"):    # a body that is not read is no next request
+        assert found[1]["connection"] == "close"
     assert healthy(server)
+
+# C52
+@pytest.mark.parametrize("name", LARGEST)
+def test_what_just_keeps_a_limit_is_taken(server, name):
+    raw, status, code = LARGEST[name]
+    found = exchange(server, raw)
+    assert (found[0], "" if found[0] == 200 else check_error(*found)[1]) == (status, code)
 
 # C52
 def test_mutations_of_good_requests_are_answered_or_refused(server):
@@ -9377,7 +9620,7 @@ def test_an_m4a_whose_index_stands_at_its_end_is_read_whole(server):
 
 # C190
 def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch, tmp_path):
-    found = exchange(server, post("/transcribe", "audio/mpeg", encoded("mp3", 25.0)))
+    found = exchange(server, post("/transcribe", "audio/flac", encoded("flac", 20.05)))
     assert check_error(*found) == (413, "audio_too_long")
     for junk, name in ((b"<!DOCTYPE html><p>", "an HTML page"), (b"{}", "JSON"), (b"x" * 99, "an unknown format"),
                        (b"#EXTM3U\nfile:///etc/passwd", "an unknown format")):
@@ -9391,6 +9634,11 @@ def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch
     found = exchange(server, post("/transcribe?timeout=0.5", "audio/mpeg", b"ID3"))
     assert check_error(*found) == (504, "deadline_exceeded") and time.monotonic() - started < 2
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    (tmp_path / "pid").unlink()
+    head = web.unread_head()._replace(path="/transcribe", headers={"content-type": "audio/mpeg"})
+    with pytest.raises(web.ClientLeft):         # who has left is not converted for
+        serve.receive(server, head, b"ID3", time.monotonic(), lambda: True)
+    assert not (tmp_path / "pid").exists()
     with serving(no_ffmpeg=True) as strict:
         assert check_error(*exchange(strict, post("/transcribe", "audio/mpeg", b"ID3"))) == (400, "unsupported_format")
 
@@ -9415,6 +9663,21 @@ def test_a_timeout_is_a_number_in_json_and_text_elsewhere(server):
     assert exchange(server, post_json(body, "/transcribe?timeout=5"))[0] == 200
     assert exchange(server, oai(FILE, field("timeout", "5"), path="/transcribe"))[0] == 200
     assert check_error(*exchange(server, post_json(body, "/transcribe?timeout=soon"))) == (422, "invalid_value")
+    both = (post_json({"features": ROWS[:30], "timeout": 5}, "/transcribe?timeout=soon"),       # the body's counts
+            oai(FILE, field("timeout", "5"), path="/transcribe?timeout=soon"))
+    assert [exchange(server, raw)[0] for raw in both] == [200, 200]
+    for value, seconds in ((None, 30), (5.0, 5), ("5", 5), (30.0, 30), (31.0, 30), ("1e9", 30)):    # the server's is the most
+        assert bodies.parse_timeout(value, 30.0) == seconds
+
+def test_features_are_clamped_at_a_thousand_and_large_json_lets_others_work(monkeypatch):
+    given = torch.tensor([[2000.0, -2000.0, 999.5, -999.5] * 10])
+    assert torch.equal(bodies.prepare(serving_system(), given, "features"), given.clamp(-1000, 1000))
+    converted = []
+    monkeypatch.setattr(bodies, "to_float", lambda text: converted.append(text) or float(text))
+    for size in (2**19 - 1, 2**19):
+        assert bodies.parse_json(b'{"a": 1}'.ljust(size)) == {"a": 1.0} and len(converted) == (size == 2**19)
+    kinds = (b"", b"RIFF\0\0\0\0WAVE", b"RF64\0\0\0\0WAVE", b"RIFX\0\0\0\0WAVE", b"RIFF\0\0\0\0AVI ")
+    assert [bodies.is_wav(start) for start in kinds] == [True, True, True, False, False]
 
 
 # ---- serve: what the operator needs ----
@@ -9425,7 +9688,7 @@ def test_every_request_has_a_line_that_says_who_asked_what_and_how_it_ended():
         body = json.dumps({"features": ROWS[:30]}).encode()
         raw = post("/transcribe", "application/json", body, "X-Request-Id: a\r\nX-Forwarded-For: 9.9.9.9, 7.7.7.7\r\n")
         text = ask(server, raw)["text"]
-        for sent in (get("GET /no%0Away?key=secret HTTP/1.1", "X-Forwarded-For: <b>"), b"GET\r\n\r\n"):
+        for sent in (get(f"GET /no%0Away{'y' * 200}?key=secret HTTP/1.1", "X-Forwarded-For: <b>"), b"GET\r\n\r\n"):
             time.sleep(0.1)             # a line is written behind its answer
             exchange(server, sent)
         with contextlib.ExitStack() as held:
@@ -9437,7 +9700,7 @@ def test_every_request_has_a_line_that_says_who_asked_what_and_how_it_ended():
     time_ = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     for line, wanted in zip(server.lines, (
             "INFO request id=a client=7.7.7.7 method=POST path=/transcribe status=200 ms=X batch=1",
-            'WARNING request id=X client=127.0.0.1 method=GET path="/no\\nway" status=404 ms=X error=not_found',
+            f'WARNING request id=X client=127.0.0.1 method=GET path="/no\\nway{"y" * 193}" status=404 ms=X error=not_found',
             "WARNING request id=X client=127.0.0.1 method=- path=- status=400 ms=X error=bad_framing",
             "ERROR request id=X client=127.0.0.1 method=- path=- status=503 ms=X error=overloaded"), strict=True):
         assert re.fullmatch(f"{time_} {re.escape(wanted).replace('=X', '=[0-9a-z.]+')}", line), line
@@ -9459,21 +9722,57 @@ def test_ready_says_when_the_model_is_loaded_and_who_comes_early_waits():
     server = serve.start(serve.Server(serve_options(), lambda *said, **fields: None))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         early = pool.submit(exchange, server, post_json({"features": ROWS[:30]}))
-        assert check_error(*exchange(server, get("GET /ready HTTP/1.1"))) == (503, "loading")
+        found = exchange(server, get("GET /ready HTTP/1.1"))
+        assert json.loads(found[2])["error"]["code"] == "loading" and (found[0], found[1]["retry-after"]) == (503, "1")
         health = ask(server, get())
         assert (health["status"], health["model"]) == ("loading", None) and not early.done()
         assert 'reason="' not in exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()     # to ask is no load
         server.open(serving_system())
+        server.started -= 100       # seconds
         threading.Thread(target=server.batcher.run, daemon=True).start()
         assert early.result()[0] == 200 and ask(server, get("GET /ready HTTP/1.1")) == {"status": "ready"}
         health = ask(server, get())
-        assert (health["status"], health["model"], health["feature_dim"]) == ("ok", "paraformer", 40)
+        wanted = {"status": "ok", "model": "paraformer", "feature_dim": 40, "sample_rate": 8000, "device": "cpu"}
+        assert health.items() >= wanted.items() and 100 <= health["uptime"] < 160
         server.draining.set()
         assert check_error(*exchange(server, get("GET /ready HTTP/1.1"))) == (503, "draining")
     serve.drain(server, 1.0)
     hasty = serve.start(serve.Server(serve_options(request_timeout=0.2), lambda *said, **fields: None))
     assert check_error(*exchange(hasty, post_json({"features": ROWS[:30]}))) == (503, "loading")
     serve.drain(hasty, 1.0)
+
+class Recorded(list):
+    """A log that keeps what it is told."""
+    write = list.append
+
+    def __call__(self, level: str, event: str, **fields) -> None:
+        self.append((level, event, fields))
+
+# C194
+def test_the_model_is_loaded_as_the_options_say_warmed_and_named(ckpt, monkeypatch):
+    calls, said = [], []
+    monkeypatch.setattr(serve, "load_system", lambda *given, **more: calls.append((*given, more)) or serving_system())
+    monkeypatch.setattr(serve, "recognise_batch", lambda system, feats: calls.append(feats[0].shape))
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    options = serve_options(checkpoint=ckpt, device="cuda", dtype="int8", threads=3)
+    log = Recorded()
+    server = serve.start(serve.Server(options, log))
+    server.batcher.run = calls.clear        # the thread goes on to the queue
+    os.utime(ckpt, (10**9, 10**9))
+    wake, failures = os.open(os.devnull, os.O_WRONLY), []
+    monkeypatch.setattr(server, "open", lambda *given: said.extend(calls) or serve.Server.open(server, *given))
+    serve.serve_model(server, failures, wake)
+    os.close(wake)
+    assert (failures, calls, said) == ([], [], [3, (ckpt, "cuda", "int8", {"laid_out": True}), (50, 40)])
+    card = {"id": "paraformer", "object": "model", "created": 10**9, "owned_by": "local"}
+    assert ask(server, get("GET /v1/models/paraformer HTTP/1.1")) == card
+    assert ask(server, get("GET /v1/models HTTP/1.1")) == {"object": "list", "data": [card]}
+    line = f"listening on http://127.0.0.1:{server.server_address[1]} (paraformer, {ckpt}, cpu, trained on recordings at 8000 Hz)"
+    for options.log_format, wanted in (("json", [("INFO", "ready", {"message": line})]), ("text", [line, ("INFO", "ready", {})])):
+        log.clear()
+        serve.announce(server, log)
+        assert log == wanted
+    serve.drain(server, 1.0)
 
 # C195
 def test_a_toy_checkpoint_refuses_recordings_and_says_what_it_was_trained_on():
@@ -9496,20 +9795,26 @@ SPOKEN_WORDS = [report.Word(t.token[1:], t.start, t.end, t.confidence) for t in 
 
 # C57
 def test_openai_formats_by_hand():
+    kinds = {}
+
     def body(**changes) -> str:
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
         form = openai_forms.parse_openai_form({"language": ["en"]})._replace(**changes)
-        return openai_forms.openai_response(result, 62.0, form).body.decode()
+        response = openai_forms.openai_response(result, 62.5, form)
+        kinds["stream" if form.stream else form.response_format] = response.media_type.removesuffix("; charset=utf-8")
+        return response.body.decode()
 
-    assert json.loads(body()) == {"text": "one two six", "usage": {"type": "duration", "seconds": 62.0}}
+    usage = {"type": "duration", "seconds": 62.5}
+    assert json.loads(body()) == {"text": "one two six", "usage": usage}
     assert body(response_format="text") == "one two six\n"
     assert body(response_format="srt") == ("1\n00:00:00,100 --> 00:00:01,200\none two\n\n"
                                   "2\n00:01:01,000 --> 00:01:01,500\nsix\n\n")
     assert body(response_format="vtt").startswith("WEBVTT\n\n1\n00:00:00.100 --> 00:00:01.200\none two\n")
-    verbose = json.loads(body(response_format="verbose_json", granularities=["segment", "word"]))
+    verbose = json.loads(body(response_format="verbose_json", granularities=["segment", "word"], temperature=0.5))
+    assert verbose["duration"] == 62.5 and verbose["usage"] == usage
     assert verbose["words"][1] == {"word": "two", "start": 0.4, "end": 1.2, "confidence": 0.8}
     assert verbose["segments"][0] == {
-        "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.0,
+        "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.5,
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
     assert "segments" not in json.loads(body(response_format="verbose_json", granularities=["word"]))
@@ -9518,6 +9823,8 @@ def test_openai_formats_by_hand():
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
     assert [d["type"] for d in deltas] == ["transcript.text.delta", "transcript.text.done"]
     assert deltas[1]["text"] == "one two six"
+    assert kinds == {"json": "application/json", "verbose_json": "application/json", "text": "text/plain", "srt": "text/plain",
+                     "vtt": "text/vtt", "stream": "text/event-stream"}
 
 
 @pytest.fixture(scope="module")
@@ -9600,6 +9907,8 @@ def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(se
         error = json.loads(body)["error"]
         assert (status, error["code"]) == (422, "no_hotwords") and "SeacoParaformer (paraformer-zh)" in error["message"]
     assert exchange(server, oai(field("prompt", "a, b"), FILE))[0] == 200
+    takes = serving_system()._replace(encode_list=print)
+    assert bodies.parse_hotwords(["字" * 64] * 1000, takes, "hotwords") == ("字" * 64,) * 1000
 
 
 @needs_kit
