@@ -167,6 +167,13 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Ten
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout) * has_key
 
 
+def attend_step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` without a mask, to the last bit the same in every batch, on any number of threads: the last bits of
+    torch's kernel depend on where in a cache line the scratch of a thread begins, which queries in sixteens align."""
+    T = q.shape[2]
+    return attend(F.pad(q, (0, 0, 0, -T % 16)), k, v, None, need_weights=False)[0][:, :, :T]
+
+
 def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None,
                     dropout: float) -> tuple[Tensor, Tensor]:
     """`attend` step by step -> (B,H,T,K), weights (B,H,T,S)."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, at_least_float32, attend,
-                       check_feats, check_lens, check_shapes, convolve, full_precision, hide_padding, key_mask,
-                       padding_mask, run_blocks, sinusoids, zero_padding)
+                       attend_step, check_feats, check_lens, check_shapes, convolve, full_precision, hide_padding,
+                       key_mask, padding_mask, run_blocks, sinusoids, zero_padding)
 
 
 # ---- positions ----
@@ -162,7 +162,7 @@ class SanmAttention(nn.Module):
             query, key, value = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B,H,T,K)
             own = torch.stack([key, value])
             keys, values = torch.cat([past, own], 3)
-            out, _ = attend(query, keys, values, None, need_weights=False)
+            out = attend_step(query, keys, values)
             return self.out(out.transpose(1, 2).flatten(2)) + self.memory(v, None), own
 
 
@@ -311,7 +311,9 @@ class SanmDecoderBlock(nn.Module):
         x = x + y
         if self.cross_attention is None:
             return x, past
-        return x + self.cross_attention.attend_to(self.norm_cross(x), *source)[0], past
+        cross = self.cross_attention
+        out = attend_step(cross.split_heads(cross.query(self.norm_cross(x))), *source)  # (B,H,U,K)
+        return x + cross.out(out.transpose(1, 2).flatten(2)), past
 
 
 # ---- encoders ----

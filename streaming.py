@@ -99,8 +99,7 @@ def feed(system, state: State, samples: Tensor, last: bool = False) -> tuple[Sta
 def feed_many(system, states: Sequence[State], pieces: Sequence[Tensor],
               last: Sequence[bool]) -> list[tuple[State, StreamResult]]:
     """`feed` of several streams, each with its samples and whether they are its last: chunks that are due together go
-    through the model together where their shapes are alike, and give what they give alone: on one thread of torch to
-    the last bit, on more to rounding."""
+    through the model together where their shapes are alike, and give what they give alone, to the last bit."""
     states = [hear(state, samples) for state, samples in zip(states, pieces, strict=True)]
     tokens: list[list[StreamToken]] = [[] for _ in states]
     running = [i for i, state in enumerate(states) if state.frames or len(state.samples)]

@@ -5783,26 +5783,26 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
 
 # C162
 @needs_kit
+@pytest.mark.parametrize("threads, calls", [(1, 30), (2, 6)])
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant):
-    """Twelve streams that begin and end at different times, in all four settings; on one thread: with two, kernels share
-    their work out by the size of the batch"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):
+    """Twelve streams that begin and end at different times, in all four settings."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        check_batch_of_streams(variant)
+        check_batch_of_streams(variant, calls)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(usual)
 
 
-def check_batch_of_streams(variant):
+def check_batch_of_streams(variant, calls):
     system, rng = streaming_system(variant), random.Random(1)
     sources = [samples for samples, _ in streaming_cases(variant).values()]
     chunks = [SETTINGS[rng.choice("aaabcd")] for _ in range(12)]
     alone = [streaming.start(system, chunk) for chunk in chunks]
     together = list(alone)
     rest = [rng.choice(sources) for _ in chunks]
-    for _ in range(30):
+    for _ in range(calls):
         sizes = [rng.choice((0, 700, 9600, 9600, 20000)) for _ in chunks]
         pieces = [samples[:size] for samples, size in zip(rest, sizes)]
         last = [len(samples) <= size for samples, size in zip(rest, sizes)]
