@@ -488,6 +488,37 @@ def find_cut(level: np.ndarray, least: int, most: int) -> int:
     return least + (start + end) // 2
 
 
+class Pauses(NamedTuple):
+    """How a recording is cut at pauses: into segments of min_sec to max_sec, 0 < 2 * min_sec <= max_sec."""
+
+    rate_hz: int
+    min_sec: float
+    max_sec: float
+
+    def size(self) -> int:
+        """Samples of a level."""
+        return int(self.rate_hz * LEVEL_SEC)
+
+    def whole(self) -> int:
+        """Samples of the longest recording that is one segment."""
+        return int(self.max_sec * self.rate_hz + 1e-6)      # 2.01 * 8000 is below 16080
+
+    def least(self) -> int:
+        """Levels of the shortest segment."""
+        return math.ceil(self.min_sec * self.rate_hz / self.size() - 1e-6)
+
+    def ahead(self) -> int:
+        """Samples that must be known, or all up to the end, before a segment is cut."""
+        return (self.least() + self.whole() // self.size()) * self.size()
+
+    def cut(self, held: Tensor, is_first: bool) -> int:
+        """held (n,): the samples `ahead` or more, or all that are left -> how many of them the next segment takes."""
+        if is_first and len(held) <= self.whole():
+            return len(held)
+        level = levels(held[:self.ahead()], self.size())
+        return find_cut(level, self.least(), self.whole() // self.size()) * self.size()
+
+
 def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
     """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order.
 
@@ -496,23 +527,16 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
     """
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
-    size = int(rate_hz * LEVEL_SEC)
-    whole = int(max_sec * rate_hz + 1e-6)       # 2.01 * 8000 is below 16080
-    most = whole // size
-    least = math.ceil(min_sec * rate_hz / size - 1e-6)
-    ahead = (least + most) * size
+    pauses = Pauses(rate_hz, min_sec, max_sec)
     chunks = iter(chunks)
     held = torch.zeros(0)
     start = 0
     while True:
-        while len(held) < ahead and (chunk := next(chunks, None)) is not None:
+        while len(held) < pauses.ahead() and (chunk := next(chunks, None)) is not None:
             held = torch.cat([held, chunk])
         if not len(held):
             return
-        if start == 0 and len(held) <= whole:
-            end = len(held)
-        else:
-            end = find_cut(levels(held[:ahead], size), least, most) * size
+        end = pauses.cut(held, start == 0)
         yield Segment(start / rate_hz, held[:end].clone())
         held = held[end:]
         start += end

@@ -68,6 +68,13 @@ class Job:
     outcome: Future = field(default_factory=Future)         # of what the model makes of it
 
 
+@dataclass(eq=False)
+class Step(Job):
+    """More of a stream: feats are its next samples (n,), utterance is its state."""
+
+    is_last: bool = False               # the stream ends with them
+
+
 def num_utterances(jobs: Sequence[Job]) -> int:
     """How many utterances the jobs belong to: the pieces of one count once."""
     return len({id(job.utterance) for job in jobs})
@@ -76,20 +83,27 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 class Batcher:
     """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model.
 
+    Steps of streams are not queued: all that are there go through `infer_steps` together, and a step waits for one
+    batch of utterances at most, as these for one batch of steps.
+
     options: max_batch_size (utterances), max_batch_frames (padded), max_wait_ms, max_queue (utterances that may wait).
     """
 
-    def __init__(self, infer: Callable[[Sequence[Job]], list], options: argparse.Namespace, metrics: "Metrics"):
+    def __init__(self, infer: Callable[[Sequence[Job]], list], options: argparse.Namespace, metrics: "Metrics",
+                 infer_steps: Callable[[Sequence[Step]], list] | None = None):
         self.infer = infer
+        self.infer_steps = infer_steps
         self.options = options
         self.metrics = metrics
         self.waiting: list[Job] = []        # oldest first
+        self.steps: list[Step] = []
+        self.stepped = False                # whether the last batch was one of steps
         self.arriving = 0                   # requests that are being parsed
         self.num_expected = 0               # utterances of the last batch less those since: many clients ask again
         self.last_answer = -math.inf        # when the last batch ended
         self.padded = 0                     # frames run so far with padding
         self.padding = 0                    # those of them that were padding
-        self.changed = threading.Condition()        # guards waiting, arriving, num_expected and last_answer
+        self.changed = threading.Condition()        # guards all these but the padding
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
@@ -104,12 +118,12 @@ class Batcher:
                 if self.waiting and not self.arriving:
                     self.changed.notify()
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all of them, or none: Refusal 429."""
+    def submit(self, jobs: Sequence[Job], bounded: bool = True) -> None:
+        """Queue all of them, or, if bounded and there is no room, none: Refusal 429."""
         with self.changed:
             waiting = num_utterances(self.waiting)
             more = num_utterances(jobs)
-            if waiting + more > self.options.max_queue:
+            if bounded and waiting + more > self.options.max_queue:
                 message = (f"{waiting} utterances wait and this request brings {more}, at most "
                            f"{self.options.max_queue} may wait; send it again later")
                 raise Refusal(429, "queue_full", message, headers=[("Retry-After", "1")])
@@ -118,8 +132,27 @@ class Batcher:
             if not waiting or len(self.waiting) >= self.options.max_batch_size:
                 self.changed.notify()       # only then: waking `run` while it must wait takes the GIL from the parsers
 
-    def poll(self, now: float) -> tuple[list[Job], float | None]:
-        """The batch to run at `now`, or [] and the seconds to wait for more (None: until `changed`). Needs the lock.
+    def submit_step(self, step: Step) -> None:
+        with self.changed:
+            self.steps.append(step)
+            self.changed.notify()
+
+    def poll(self, now: float) -> tuple[Sequence[Job], float | None]:
+        """The batch to run at `now`, of steps or of utterances, or [] and the seconds to wait for more (None: until
+        `changed`). Needs the lock."""
+        batch: Sequence[Job] = []
+        wait = None
+        if self.stepped or not self.steps:
+            batch, wait = self.poll_utterances(now)
+        self.stepped = False
+        if not batch and self.steps:
+            batch = self.steps
+            self.steps = []
+            self.stepped = True
+        return batch, wait
+
+    def poll_utterances(self, now: float) -> tuple[list[Job], float | None]:
+        """`poll` of what is queued.
 
         It waits only while a request is being parsed, or a client of the last batch may be back (many ask again at
         once); while fewer than max_batch_size jobs wait; and until max_wait_ms have passed since the newest job or
@@ -167,8 +200,9 @@ class Batcher:
                 kept.append(job)
         if not kept:
             return
+        infer = self.infer_steps if isinstance(kept[0], Step) else self.infer
         try:
-            found = self.infer(kept)
+            found = infer(kept)
         except Exception as error:
             if len(kept) == 1:
                 kept[0].outcome.set_exception(error)
@@ -177,11 +211,11 @@ class Batcher:
                     self.run_batch([job])
             return
         seconds = time.monotonic() - now
-        self.measure(kept, now, seconds)
-        with self.changed:
-            unanswered = {job.has_left for job in self.waiting}     # by request: those with other jobs that wait
-            self.num_expected = num_utterances([job for job in kept if job.has_left not in unanswered])
-            self.last_answer = now + seconds
+        if isinstance(kept[0], Step):
+            self.metrics.observe("asr_step_size", len(kept))
+            self.metrics.observe("asr_step_seconds", seconds)
+        else:
+            self.measure(kept, now, seconds)
         for job, outcome in zip(kept, found):
             job.taken = now
             job.infer_sec = seconds
@@ -196,6 +230,10 @@ class Batcher:
         self.padding += max(lengths) * len(jobs) - sum(lengths)
         for job in jobs:
             self.metrics.observe("asr_queue_seconds", now - job.queued)
+        with self.changed:
+            unanswered = {job.has_left for job in self.waiting}     # by request: those with other jobs that wait
+            self.num_expected = num_utterances([job for job in jobs if job.has_left not in unanswered])
+            self.last_answer = now + seconds
 
 
 def deadline_passed() -> Refusal:
@@ -207,7 +245,8 @@ def deadline_passed() -> Refusal:
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 HISTOGRAMS = {"asr_request_duration_seconds": SECONDS, "asr_queue_seconds": SECONDS, "asr_inference_seconds": SECONDS,
-              "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64)}
+              "asr_batch_size": (1, 2, 4, 8, 12, 16, 24, 32, 64), "asr_step_seconds": SECONDS,
+              "asr_step_size": (1, 2, 4, 8, 12, 16, 24, 32, 64, 128), "asr_stream_latency_seconds": SECONDS}
 HELP = {"asr_requests_total": "answers by route and status; 499: the client left",
         "asr_request_duration_seconds": "from the end of a request's header to its answer",
         "asr_queue_seconds": "from the queue to the model", "asr_inference_seconds": "of one forward pass",

@@ -472,7 +472,7 @@ def health_ms(port: int, bodies: Sequence[bytes]) -> list[float]:
 
 def serving_figures(options: argparse.Namespace) -> None:
     """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
-    system = load_warm(options)
+    system = load_warm(options).whole
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
     torch_sec = import_sec()

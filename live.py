@@ -6,7 +6,7 @@ there. Needs torch and audio.py. Dims and units as in audio.py.
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,27 +56,55 @@ def pipe_samples(file: BinaryIO, header: WavHeader) -> Iterator[Tensor]:
 
 # ---- resampling ----
 
+class Resampling(NamedTuple):
+    """What resampling a stream has to remember; of fixed size."""
+
+    rate_in: int
+    rate_out: int
+    held: Tensor        # the last inputs
+    before: int = 0     # inputs at the start of `held` that are there only for what follows
+
+    def inputs_for(self, count: int) -> int:
+        """How many more inputs must come until `count` more outputs, 1 or more, are there."""
+        up, down = Fraction(self.rate_out, self.rate_in).as_integer_ratio()
+        if up == down:
+            return count
+        return max(0, -(-count // up) * down + reach(up, down) + self.before - len(self.held))
+
+
+def reach(up: int, down: int) -> int:
+    """Inputs on either side that an output depends on, in whole periods of `down`."""
+    return -(-half_width(up, down) // down) * down
+
+
+def resample_more(state: Resampling, piece: Tensor, last: bool = False) -> tuple[Resampling, Tensor]:
+    """More of a recording (n,) -> what `resample` makes of the whole, as far as all that it depends on is there."""
+    up, down = Fraction(state.rate_out, state.rate_in).as_integer_ratio()
+    if up == down:
+        return state, piece
+    held = torch.cat([state.held, piece])
+    before = state.before
+    if last:
+        rest = resample(held, state.rate_in, state.rate_out)[before // down * up:]
+        return Resampling(state.rate_in, state.rate_out, torch.zeros(0)), rest
+    around = reach(up, down)
+    ready = (len(held) - before - around) // down * down
+    if ready <= 0:
+        return state._replace(held=held), torch.zeros(0)
+    part = resample(held[:before + ready + around], state.rate_in, state.rate_out)
+    kept = min(before + ready, around)
+    after = state._replace(held=held[before + ready - kept:].clone(), before=kept)
+    return after, part[before // down * up:(before + ready) // down * up]
+
+
 def resample_pieces(pieces: Iterable[Tensor], rate_in: int, rate_out: int) -> Iterator[Tensor]:
-    """What `resample` makes of the pieces (n,) of a recording, in pieces, each as soon as all that it depends on is
-    there; memory does not grow with their number."""
-    up, down = Fraction(rate_out, rate_in).as_integer_ratio()
-    around = -(-half_width(up, down) // down) * down    # inputs on either side, whole periods of `down`
-    if rate_in == rate_out:
-        yield from pieces
-        return
-    held = torch.zeros(0)
-    before = 0      # inputs at the start of `held` that are there only for what follows
+    """`resample_more` of all pieces, in pieces that are not empty."""
+    state = Resampling(rate_in, rate_out, torch.zeros(0))
     for piece in pieces:
-        held = torch.cat([held, piece])
-        ready = (len(held) - before - around) // down * down
-        if ready <= 0:
-            continue
-        part = resample(held[:before + ready + around], rate_in, rate_out)
-        yield part[before // down * up:(before + ready) // down * up]
-        kept = min(before + ready, around)
-        held = held[before + ready - kept:].clone()
-        before = kept
-    yield resample(held, rate_in, rate_out)[before // down * up:]
+        state, part = resample_more(state, piece)
+        if len(part):
+            yield part
+    yield resample_more(state, torch.zeros(0), last=True)[1]
 
 
 # ---- features ----

@@ -47,7 +47,12 @@ from audio import frame_sec
 from batcher import Batcher, Log, Metrics, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
 from punctuation import load_punctuation
-from transcribe import model_name, recognise_batch, recognise_jobs, trained_on, transcribe
+from sessions import hold
+from settings import Models
+from sockets import handshake, is_same_host, is_upgrade, why_no_handshake
+from streaming import Chunk, feed, start as start_stream
+from streams import hear_steps
+from transcribe import model_name, recognise_batch, recognise_jobs, refuse_toy, trained_on, transcribe
 from vad import SCHEDULES, load_vad
 from web import (Door, Head, Limits, MIB, Refusal, Response, body_too_large, client_address, json_response,
                  media_type, parse_origin, shutting_down)
@@ -59,8 +64,8 @@ CUT_SEC = 2.0                                           # for requests that are 
 # ---- routes ----
 
 GET, POST = "GET, HEAD, OPTIONS", "POST, OPTIONS"       # values of the header Allow
-ROUTES = {"/": GET, "/health": GET, "/ready": GET, "/metrics": GET, "/v1/models": GET, "/v1/models/{id}": GET,
-          "/transcribe": POST, "/v1/audio/transcriptions": POST}
+ROUTES = {"/": GET, "/ws": GET, "/health": GET, "/ready": GET, "/metrics": GET, "/v1/models": GET,
+          "/v1/models/{id}": GET, "/transcribe": POST, "/v1/audio/transcriptions": POST}
 OPEN = ("/", "/health", "/ready", "/metrics")           # without a key, and while draining
 MEDIA_TYPES = {"/transcribe": ("application/json", "audio/*", "video/webm", "video/mp4", "multipart/form-data"),
                "/v1/audio/transcriptions": ("multipart/form-data",)}
@@ -77,19 +82,24 @@ def is_taken(kind: str, route: str) -> bool:
     return kind in MEDIA_TYPES[route] or f"{kind.partition('/')[0]}/*" in MEDIA_TYPES[route]
 
 
+def asks_for_socket(head: Head) -> bool:
+    return head.method == "GET" and head.path in ("/", "/ws") and is_upgrade(head.headers)
+
+
 class Server(Door):
     """What the routes need, and the routes. It listens at once; `open` gives it what it recognises with."""
 
     def __init__(self, options: argparse.Namespace, log: Callable[..., None]):
         self.options = options
         self.loaded = threading.Event()
-        self.system: System | None = None               # until loaded
+        self.models: Models | None = None               # until loaded
         self.created = 0                                # the checkpoint, seconds since 1970
         self.started = time.monotonic()
         page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.page = page.replace("LONGEST", f"{options.max_audio_seconds:g}")
         self.metrics = Metrics()
-        self.batcher = Batcher(lambda jobs: recognise_jobs(self.system, jobs), options, self.metrics)
+        self.batcher = Batcher(lambda jobs: recognise_jobs(self.system, jobs), options, self.metrics,
+                               lambda steps: hear_steps(self.models, steps))
         self.key = read_key()                           # "" = anybody may
         self.conversions = threading.Semaphore(os.cpu_count() or 1)     # each by a process of ffmpeg
         # One thread each: parsing holds the GIL, and torch keeps a pool of its own for every thread that calls it.
@@ -98,10 +108,15 @@ class Server(Door):
         limits = Limits(*(getattr(options, name) for name in Limits._fields))
         super().__init__(options.host, options.port, limits, log)
 
-    def open(self, system: System, created: int = 0) -> None:
-        self.system = system
+    def open(self, models: Models | System, created: int = 0) -> None:
+        self.models = models if isinstance(models, Models) else Models(None, models)
         self.created = created
         self.loaded.set()
+
+    @property
+    def system(self) -> System | None:
+        """That of whole utterances."""
+        return self.models.whole
 
     def wait_loaded(self) -> None:
         """Who comes early waits. Raises Refusal 503."""
@@ -116,6 +131,9 @@ class Server(Door):
             raise Refusal(404, "not_found", f"wanted one of {', '.join(ROUTES)}")
         if head.method not in allow.split(", "):
             raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
+        if asks_for_socket(head):
+            self.admit_socket(head)
+            return
         if head.method == "OPTIONS" or route in OPEN:
             return
         self.check_key(head)
@@ -132,8 +150,23 @@ class Server(Door):
         if head.length is not None and head.length > limit:
             raise body_too_large(head.length, limit)
 
+    def admit_socket(self, head: Head) -> None:
+        """The page of another site may not open one in the name of who looks at it: browsers ask nobody before."""
+        wrong = why_no_handshake(head.headers)
+        if wrong:
+            raise Refusal(400, "bad_handshake", wrong, headers=[("Sec-WebSocket-Version", "13")])
+        origin = head.headers.get("origin")
+        named = {"*", origin} & set(self.limits.cors_origin)
+        if origin and not named and not is_same_host(origin, head.headers.get("host", "")):
+            raise Refusal(403, "forbidden_origin", f"origin {origin[:200]}: wanted this host, or one of --cors-origin")
+        self.check_key(head)
+        if self.draining.is_set():
+            raise shutting_down()
+
     def check_key(self, head: Head) -> None:
         scheme, _, key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if asks_for_socket(head) and "key" in head.query:       # a browser sends no headers with one
+            scheme, key = b"bearer", head.query["key"].encode()
         if self.key and not (scheme.lower() == b"bearer" and hmac.compare_digest(self.key.encode(), key)):
             raise Refusal(401, "invalid_api_key",
                           "wanted the header 'Authorization: Bearer KEY' with this server's key",
@@ -144,6 +177,10 @@ class Server(Door):
         route = route_of(head)
         if head.method == "OPTIONS":
             return Response(204, "", b"", (("Allow", ROUTES[route]),))
+        if asks_for_socket(head):
+            return socket_response(self, head)
+        if route == "/ws":
+            raise Refusal(426, "upgrade_required", "wanted a web socket", headers=[("Upgrade", "websocket")])
         if route == "/":
             return page_response(self.page)
         if route == "/health":
@@ -154,12 +191,9 @@ class Server(Door):
             return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self).encode())
         self.wait_loaded()
         if route == "/v1/models":
-            return json_response({"object": "list", "data": [model_card(self)]})
+            return json_response({"object": "list", "data": model_cards(self)})
         if route == "/v1/models/{id}":
-            name = model_name(self.system)
-            if head.path != f"/v1/models/{name}":
-                raise Refusal(404, "not_found", f"the one model here is {name}", "model")
-            return json_response(model_card(self))
+            return json_response(find_card(model_cards(self), head.path.removeprefix("/v1/models/")))
         return transcribe(self, head, body, has_left)
 
     def count_and_log(self, head: Head, response: Response) -> None:
@@ -198,12 +232,12 @@ def loading() -> Refusal:
 def health(server: Server) -> Response:
     """200 from the start, as the process is well; 503 while draining."""
     about = {"status": "ok" if server.loaded.is_set() else "loading", "model": None, "feature_dim": None,
-             "sample_rate": None, "device": None, "trained_on": None}
+             "sample_rate": None, "device": None, "trained_on": None, "modes": None}     # modes: of the web socket
     if server.loaded.is_set():
-        system = server.system
+        system = server.models.loaded()[0]
         about.update(model=model_name(system), feature_dim=system.stats.shape[1],
                      sample_rate=system.config.data.sample_rate, device=str(system.stats.device),
-                     trained_on=trained_on(system))
+                     trained_on=trained_on(system), modes=server.models.modes())
     about["uptime"] = round(time.monotonic() - server.started, 3)
     if server.draining.is_set():
         return shutting_down().response(beside={**about, "status": "draining"})
@@ -228,8 +262,25 @@ def page_response(page: str) -> Response:
     return Response(200, "text/html; charset=utf-8", page.replace("NONCE", nonce).encode(), headers)
 
 
-def model_card(server: Server) -> dict:
-    return {"id": model_name(server.system), "object": "model", "created": server.created, "owned_by": "local"}
+def socket_response(server: Server, head: Head) -> Response:
+    """The answer to who asks for a web socket; a session then has the connection. Raises Refusal."""
+    server.wait_loaded()
+    for system in server.models.loaded():
+        refuse_toy(system)
+    return Response(101, "", b"", handshake(head.headers, "binary"), then=lambda connection: hold(server, head, connection))
+
+
+def model_cards(server: Server) -> list[dict]:
+    return [{"id": model_name(system), "object": "model", "created": server.created, "owned_by": "local"}
+            for system in server.models.loaded()]
+
+
+def find_card(cards: Sequence[dict], name: str) -> dict:
+    """Raises Refusal 404."""
+    for card in cards:
+        if card["id"] == name:
+            return card
+    raise Refusal(404, "not_found", f"the models here are {', '.join(card['id'] for card in cards)}", "model")
 
 
 def metrics_text(server: Server) -> str:
@@ -238,7 +289,7 @@ def metrics_text(server: Server) -> str:
     return server.metrics.text({
         "asr_batch_padding_ratio": batcher.padding / max(1, batcher.padded),
         "asr_queue_depth": num_utterances(batcher.waiting), "asr_inflight_requests": phases.count("busy"),
-        "asr_connections": len(phases), "process_resident_memory_bytes": resident_bytes(),
+        "asr_connections": len(phases), "asr_sockets": phases.count("socket"), "process_resident_memory_bytes": resident_bytes(),
         "process_start_time_seconds": time.time() - (time.monotonic() - server.started)})
 
 
@@ -249,6 +300,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                                      "if set, is a key that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
+    add("--offline-checkpoint", metavar="DIR", help="beside a streaming one: of whole utterances, for the second pass of "
+        "a web socket and for what is not streamed")
+    add("--chunk", type=decode.two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames that are decided "
+        "at a time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
+    add("--look-back", type=decode.two_numbers, metavar="ENCODER,DECODER", help="and chunks before them that are seen "
+        "(default: as its config says, 4,1 for FunASR's); clients may ask for others")
     add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
     add("--punctuate", metavar="DIR", help="answer with sentences: a directory of ct-punc")
@@ -307,11 +364,12 @@ def drain(server: Server, timeout: float) -> None:
     """Refuse new requests, answer those that came whole, cut the others after CUT_SEC; takes `timeout` s at most."""
     started = time.monotonic()
     server.draining.set()
-    server.cut(["idle"], started + min(CUT_SEC, 0.3 * timeout))
+    server.cut(["idle", "socket"], started + min(CUT_SEC, 0.3 * timeout))
     server.cut(["idle", "reading"], started + max(0.5 * timeout, timeout - 1.0))
     with server.batcher.changed:
-        late = server.batcher.waiting
+        late = [*server.batcher.waiting, *server.batcher.steps]
         server.batcher.waiting = []
+        server.batcher.steps = []
     for job in late:
         job.outcome.set_exception(shutting_down())
     if late:
@@ -320,18 +378,49 @@ def drain(server: Server, timeout: float) -> None:
     server.server_close()
 
 
-def load_warm(options: argparse.Namespace) -> System:
-    """The system, after one pass on as many threads as are asked for: the first client does not wait for torch."""
+def load_warm(options: argparse.Namespace) -> Models:
+    """The systems, after one pass on as many threads as are asked for: the first client does not wait for torch.
+    Raises ValueError that says which of the options do not go together."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    models = load_models(options)
+    if models.whole:
+        if options.vad:
+            models = models._replace(whole=models.whole._replace(
+                vad=load_vad(options.vad, options.vad_schedule or "config")))
+        if options.punctuate:
+            models = models._replace(whole=models.whole._replace(punctuation=load_punctuation(options.punctuate)))
+        recognise_batch(models.whole, [torch.zeros(50, models.whole.stats.shape[1])])
+    if models.streaming:
+        samples = torch.zeros(models.rate_hz())
+        feed(models.streaming, start_stream(models.streaming, models.streaming.chunk), samples, last=True)
+    return models
+
+
+def load_models(options: argparse.Namespace) -> Models:
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
-    check_not_streaming(system.config, options.checkpoint)
-    if options.vad:
-        system = system._replace(vad=load_vad(options.vad, options.vad_schedule or "config"))
-    if options.punctuate:
-        system = system._replace(punctuation=load_punctuation(options.punctuate))
-    recognise_batch(system, [torch.zeros(50, system.stats.shape[1])])
-    return system
+    name = system.config.model.name
+    if system.chunk is None:
+        for option in ("offline_checkpoint", "chunk", "look_back"):
+            if getattr(options, option) is not None:
+                raise ValueError(f"--{option.replace('_', '-')}: wanted a streaming --checkpoint, got a {name}")
+        return Models(None, system)
+    own = system.chunk
+    new, ahead = options.chunk or (own.new, own.ahead)
+    encoder, decoder = options.look_back or (own.encoder_look_back, own.decoder_look_back)
+    system = system._replace(chunk=Chunk(new, ahead, encoder, decoder, own.old))
+    if options.offline_checkpoint is None:
+        for option in ("vad", "punctuate"):
+            if getattr(options, option):
+                raise ValueError(f"--{option}: is for whole utterances, and wants an --offline-checkpoint beside the "
+                                 f"streaming one, got none")
+        return Models(system, None)
+    whole = load_system(options.offline_checkpoint, options.device, options.dtype, laid_out=True)
+    check_not_streaming(whole.config, options.offline_checkpoint)
+    rates = system.config.data.sample_rate, whole.config.data.sample_rate
+    if rates[0] != rates[1]:
+        raise ValueError(f"--offline-checkpoint: wanted {rates[0]} Hz as the --checkpoint has, got {rates[1]} Hz")
+    return Models(system, whole)
 
 
 def bound_memory() -> None:
@@ -377,8 +466,7 @@ def listen(options: argparse.Namespace, log: Callable[..., None]) -> Server:
 def serve_model(server: Server, failures: list[Exception], wake: int) -> None:
     """The inference thread: load the model, say so by a byte to `wake`, and work through the queue."""
     try:
-        system = load_warm(server.options)
-        server.open(system, int(Path(server.options.checkpoint).stat().st_mtime))
+        server.open(load_warm(server.options), int(Path(server.options.checkpoint).stat().st_mtime))
     except Exception as error:
         failures.append(error)
     os.write(wake, bytes([LOADED]))
@@ -390,7 +478,7 @@ def announce(server: Server, log: Log) -> None:
     """Say where it listens and what it has loaded: in a log of text by a plain line, for people and their scripts."""
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
-    system = server.system
+    system = server.models.loaded()[-1]
     about = f"{model_name(system)}, {server.options.checkpoint}, {system.stats.device}, trained on {trained_on(system)}"
     line = f"listening on http://{shown}:{port} ({about})"
     if server.options.log_format == "text":

@@ -146,6 +146,13 @@ def hear(state: State, samples: Tensor) -> State:
     return state._replace(samples=torch.cat([state.samples, samples.cpu()]))
 
 
+def samples_missing(system, state: State) -> int:
+    """How many samples must come until the next chunk is due; not above 0: it is."""
+    options = system.config.data
+    stop = samples_until(state.frames + state.chunk.new, options)
+    return stop - first_sample(state.frames, options) - len(state.samples)
+
+
 def cut_chunk(system, state: State, last: bool) -> Due | None:
     """The next chunk, of `chunk.new` frames; None if they are not all there, but at the end of a stream its last chunk.
 
@@ -155,7 +162,7 @@ def cut_chunk(system, state: State, last: bool) -> Due | None:
     options, stats = system.config.data, system.stats.cpu()
     begin = first_sample(state.frames, options)
     stop = state.frames + state.chunk.new
-    needed = samples_until(stop, options) - begin
+    needed = len(state.samples) + samples_missing(system, state)
     is_last = len(state.samples) < needed
     if is_last and not last:
         return None
@@ -289,6 +296,16 @@ def read_tokens(system, logits: Tensor | None, spans: Sequence[tuple[float, floa
         token = int(ids[u])
         tokens.append(StreamToken(system.tokenizer.symbols[token], token, round(log_p[u].exp().item(), 4), begin, end))
     return tokens
+
+
+def certain_text(tokenizer, state: State, text: str) -> str:
+    """What of the text so far stays as it is, whatever follows: without a last word of single letters, which become
+    capitals as soon as there are two of them."""
+    if not isinstance(tokenizer, PieceTokenizer):
+        return text
+    word = text[len(state.settled):]
+    is_spelled = word.isascii() and word.isalpha() and len(word) <= len(state.recent)
+    return state.settled.rstrip(" ") if is_spelled else text
 
 
 def write_on(tokenizer, state: State, symbols: Sequence[str]) -> tuple[State, str]:

@@ -89,8 +89,12 @@ import ranks
 import report
 import sentences
 import serve
+import sessions
+import settings
+import sockets
 import survival
 import streaming
+import streams
 import tokenizer
 import train
 import transcribe
@@ -8820,8 +8824,6 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
     with pytest.raises(ValueError, match="training.init_from=.*decoder.attention_layers: wanted 0, all layers"):
         checkpoint.start_from(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
                                       training=config.TrainingConfig(init_from=str(KIT / "streaming_alt"))))
-    with pytest.raises(ValueError, match="got a streaming one"):
-        serve.load_warm(serve.parse_arguments(["--checkpoint", str(KIT / "streaming"), "--device", "cpu"]))
 
 
 # C164
@@ -10147,10 +10149,114 @@ def test_every_route_answers_with_sentences(tmp_path):
 def test_serve_loads_both_parts():
     arguments = ["--checkpoint", str(KIT / "sanm"), "--vad", str(KIT / "vad"), "--vad-schedule", "funasr", "--punctuate",
                  str(KIT / "punc"), "--device", "cpu"]
-    system = serve.load_warm(serve.parse_arguments(arguments))
+    system = serve.load_warm(serve.parse_arguments(arguments)).whole
     assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
     with pytest.raises(SystemExit):
         serve.parse_arguments(["--vad-schedule", "funasr"])
+
+
+# ---- sessions: what FunASR's clients send and get, over a socket ----
+
+def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: bytes | None = b"\1\2\3\4") -> bytes:
+    """A frame as a client sends it, byte by byte; mask None: not masked."""
+    n = len(payload)
+    size = bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536 else b"\x7f" + struct.pack(">Q", n)
+    head = bytearray([0x80 * is_last | opcode]) + size
+    if mask is None:
+        return bytes(head) + payload
+    head[1] |= 0x80
+    return bytes(head) + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+
+
+class Talker:
+    """A client as FunASR's are: settings, audio, is_speaking false; texts are appended. Slow and simple."""
+
+    def __init__(self, server, path="/", *headers, timeout=20.0):
+        self.connection = socket.create_connection(server.server_address[:2], timeout)
+        port = server.server_address[1]
+        self.connection.sendall(get(f"GET {path} HTTP/1.1", "Upgrade: websocket", "Connection: keep-alive, Upgrade",
+                                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", *headers))
+        self.file = self.connection.makefile("rb")
+        self.status = int(self.file.readline().split()[1])
+        self.headers = {}
+        while line := self.file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            self.headers[name.lower()] = value
+
+    def send(self, data: dict | str | bytes) -> None:
+        if isinstance(data, bytes):
+            self.connection.sendall(client_frame(2, data, mask=bytes(4)) if len(data) > 20000 else client_frame(2, data))
+        else:
+            text = data if isinstance(data, str) else json.dumps(data)
+            self.connection.sendall(client_frame(1, text.encode()))
+
+    def frame(self) -> tuple[int, bytes]:
+        """The next frame of the server; (-1, b"") at the end of the connection."""
+        head = self.file.read(2)
+        if len(head) < 2:
+            return -1, b""
+        assert head[0] & 0x80 and not head[1] & 0x80        # whole messages, never masked
+        size = head[1]
+        if size > 125:
+            size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
+        return head[0] & 0x0F, self.file.read(size)
+
+    def read(self) -> dict:
+        opcode, payload = self.frame()
+        assert opcode == 1, (opcode, payload)
+        return json.loads(payload, parse_constant=pytest.fail)
+
+    def until_final(self) -> list[dict]:
+        """Messages up to the one with is_final."""
+        messages = [self.read()]
+        while "error" in messages[-1] or not messages[-1]["is_final"]:
+            messages.append(self.read())
+        return messages
+
+    def closed(self) -> int:
+        """The code of the close frame that comes next, behind which the connection ends; 0 without one."""
+        opcode, payload = self.frame()
+        code = int.from_bytes(payload[:2], "big") if opcode == 8 else 0
+        assert (opcode == -1 or self.frame()[0] == -1) and opcode in (8, -1)
+        return code
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        self.connection.close()
+
+
+def streaming_models(variant="streaming", whole=None):
+    return settings.Models(streaming_system(variant), whole)
+
+
+def pcm_of(samples):
+    return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
+
+
+# C200
+@needs_kit
+def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_open():
+    """Oracle: the samples through `streaming.feed`, whole; twice over one socket, cut into odd numbers of bytes."""
+    samples, _ = streaming_cases("streaming")["aishell_dev"]
+    system = streaming_system("streaming")
+    results, _ = stream_through(system, streaming.Chunk(), [samples])
+    data = pcm_of(samples)
+    with serving(streaming_models()) as server, Talker(server, "/ws") as client:
+        assert client.status == 101
+        for size, sizes in ((1921, [0, 10, 5]), (30001, "0, 10, 5")):
+            client.send({"mode": "online", "chunk_size": sizes, "wav_name": "a", "is_speaking": True, "itn": True})
+            for start in range(0, len(data), size):
+                client.send(data[start:start + size])
+            client.send({"is_speaking": False, "is_end": True})
+            messages = client.until_final()
+            assert {(m["mode"], m["wav_name"]) for m in messages} == {("online", "a")} and len(messages) > 4
+            assert "".join(m["text"] for m in messages) == messages[-1]["text_so_far"] == results[0].text
+            tokens = [token for m in messages for token in m["tokens"]]
+            assert tokens == [token._asdict() for token in results[0].tokens]
+            assert client.read() == {"mode": "online", "wav_name": "a", "is_final": True, "is_end": True}
 
 
 # ---- bench: figures ----
@@ -10341,12 +10447,13 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 
 # ---- the project: layout, floors, documents ----
 
-FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "downloads": 1, "ranks": 1, "survival": 1,
+FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1, "files": 1, "augment": 1,
           "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "transcribe": 8, "serve": 9, "bench": 10}
+          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "transcribe": 8, "settings": 8, "streams": 9,
+          "sessions": 10, "serve": 11, "bench": 12}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
@@ -10395,7 +10502,7 @@ def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
 
 def test_readme_counts_the_lines_of_each_file():
     text = (HERE / "README.md").read_text()
-    rows = re.findall(r"^\| [\d-] \| `(\w+\.py)` \| (\d+) \|", text, re.MULTILINE)
+    rows = re.findall(r"^\| [\d-]+ \| `(\w+\.py)` \| (\d+) \|", text, re.MULTILINE)
     rows += re.findall(r"`(\w+\.py)` \((\d+)\)", text)
     counts = {f"{name}.py": str((HERE / f"{name}.py").read_text().count("\n")) for name in [*FILES, "test_all"]}
     assert dict(rows) == counts and len(rows) == len(counts)

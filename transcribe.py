@@ -94,10 +94,19 @@ def receive(server, head: Head, body: bytes, complete: float,
     """
     if media_type(head) == "application/json":
         return body
-    if server.system.config.data.kind == "toy":
-        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(server.system)}, which "
-                      "are no speech: it takes features as JSON, and no recordings", "file")
-    recording = read_recording(head, body, server.options)
+    refuse_toy(server.system)
+    return as_wav(server, read_recording(head, body, server.options), complete, has_left)
+
+
+def refuse_toy(system: System) -> None:
+    """Raises Refusal 400 if the system has never heard a recording."""
+    if system.config.data.kind == "toy":
+        raise Refusal(400, "toy_checkpoint", f"this checkpoint was trained on {trained_on(system)}, which are no "
+                      "speech: it takes features as JSON, and no recordings", "file")
+
+
+def as_wav(server, recording: Recording, complete: float, has_left: Callable[[], bool]) -> Recording:
+    """The recording as WAV, by ffmpeg if it must. Raises as `receive`."""
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
     if has_left():
@@ -133,10 +142,10 @@ def enqueue(server, head: Head, sent: bytes | Recording, complete: float,
     return request, by_upload
 
 
-def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
-    """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
-    complete = time.monotonic()
-    sent = receive(server, head, body, complete, has_left)
+def recognise(server, head: Head, sent: bytes | Recording, complete: float, has_left: Callable[[], bool]
+              ) -> tuple[Request, list[list[Job]], list[Recognition]]:
+    """What was sent -> its Request; for each upload its jobs, and what became of them. Raises as `enqueue`, and Refusal
+    504."""
     is_large = isinstance(sent, bytes) and len(sent) >= INTERRUPTIBLE
     parser = server.large_json_parser if is_large else server.parser
     found = []
@@ -152,6 +161,17 @@ def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) ->
         raise deadline_passed() from None
     server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
     server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
+    return request, by_upload, found
+
+
+def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
+    """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
+    complete = time.monotonic()
+    if server.system is None:
+        raise Refusal(400, "streaming_checkpoint", "the model here hears streams: wanted a web socket (GET /ws), or a "
+                      "server with --offline-checkpoint")
+    sent = receive(server, head, body, complete, has_left)
+    request, by_upload, found = recognise(server, head, sent, complete, has_left)
     terms = request.terms
     if terms.openai:
         response = openai_response(found[0].result, request.uploads[0].seconds, terms.openai)

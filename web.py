@@ -85,6 +85,7 @@ class Response(NamedTuple):
     code: str = ""                  # of an error, for the log
     batch: int = 0                  # utterances that the model worked through together, for the log
     warning: str = ""               # for the log
+    then: "Callable[[Connection], None] | None" = None      # of status 101: who has the connection from now on
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
@@ -102,7 +103,7 @@ def to_bytes(head: Head, response: Response, close: bool) -> bytes:
     lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}", f"X-Request-Id: {head.id}",
              f"Server: serve.py\r\nDate: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
              "X-Content-Type-Options: nosniff\r\nCache-Control: no-store"]
-    if response.status != 204:
+    if response.status not in (101, 204):
         lines += [f"Content-Type: {response.media_type}", f"Content-Length: {len(response.body)}"]
     lines += [f"{name}: {value}" for name, value in response.headers]
     if close:
@@ -167,6 +168,9 @@ class Connection(socketserver.BaseRequestHandler):
                 self.write_answer(to_bytes(head, response, close))
                 sent = True
         self.server.count_and_log(head, response if sent else client_left())
+        if sent and response.then:
+            response.then(self)
+            close = True
         if sent and unread:
             self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
@@ -175,9 +179,12 @@ class Connection(socketserver.BaseRequestHandler):
     def write_answer(self, answer: bytes) -> None:
         """Send it all within write_timeout, in one write: a second one could wait for the client's delayed ACK."""
         with self.writing:
-            self.request.settimeout(self.server.limits.write_timeout)      # of the whole sendall
-            self.request.sendall(answer.removeprefix(STATUS_START) if self.probed else answer)
+            self.write(answer.removeprefix(STATUS_START) if self.probed else answer)
             self.probed = False
+
+    def write(self, data: bytes) -> None:
+        self.request.settimeout(self.server.limits.write_timeout)       # of the whole sendall
+        self.request.sendall(data)
 
     def read_some(self, deadline: float) -> bytes:
         """The next bytes; b"" when the client sends no more. Raises TimeoutError at `deadline` (monotonic seconds)."""

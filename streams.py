@@ -1,0 +1,167 @@
+"""Streams of several clients, heard together: samples to words while somebody speaks, and to segments of speech.
+
+A Stream is a value, and everything here runs on the one inference thread. Words are those of streaming.py; segments are
+cut as decode.py cuts a recording, by a VAD or at pauses, and are recognised elsewhere. Needs torch and what its imports
+name.
+"""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import vad
+from audio import Pauses, frontend
+from batcher import Step
+from bodies import prepare
+from checkpoint import System
+from decode import shifted
+from live import Resampling, resample_more
+from settings import Models, Settings
+from streaming import State, StreamToken, certain_text, feed_many, samples_missing, start
+
+VAD_MS = 100                # that a VAD hears at a time
+STEP_SEC = 0.6              # of audio that are heard at a time where no chunks set the pace
+
+
+class Stream(NamedTuple):
+    """What one utterance has to remember; of fixed size, but for the text."""
+
+    settings: Settings                  # that it began with
+    resampling: Resampling              # from audio_fs to the models' rate
+    heard: int                          # samples so far, at the models' rate
+    online: State | None                # None: mode offline
+    begun: int                          # sample at which `online` began
+    pending: Tensor                     # (n,) samples that `online` is still to hear
+    shown: str                          # what the client has of its text
+    vad: vad.State | None               # of what cuts segments; None: pauses do
+    vad_resampling: Resampling | None
+    held: Tensor                        # (n,) samples that are in no segment yet
+    first: int                          # the place of held[0]
+
+
+class Words(NamedTuple):
+    new: str                            # what the client is to append
+    text: str                           # all of the stream, or since the last segment
+    tokens: list[StreamToken]
+
+
+class Piece(NamedTuple):
+    """A segment for the model of whole utterances."""
+
+    start_sec: float
+    feats: Tensor                       # (T,F)
+
+
+def start_stream(models: Models, settings: Settings) -> Stream:
+    rate_hz = models.rate_hz()
+    resampling = Resampling(settings.audio_fs, rate_hz, torch.zeros(0))
+    online = None if settings.mode == "offline" else start(models.streaming, settings.chunk)
+    detector = vad_resampling = None
+    if settings.mode != "online" and models.whole.vad:
+        detector = vad.start(models.whole.vad)
+        vad_resampling = Resampling(rate_hz, models.whole.vad.front_end.fs, torch.zeros(0))
+    return Stream(settings, resampling, 0, online, 0, torch.zeros(0), "", detector, vad_resampling, torch.zeros(0), 0)
+
+
+def samples_due(models: Models, stream: Stream) -> int:
+    """How many more samples at audio_fs make the next step worth while: a chunk is whole then, or STEP_SEC."""
+    if stream.online is None:
+        return int(STEP_SEC * stream.settings.audio_fs)
+    missing = samples_missing(models.streaming, stream.online) - len(stream.pending)
+    return stream.resampling.inputs_for(missing) if missing > 0 else 0
+
+
+def hear_steps(models: Models, steps: Sequence[Step]) -> list[tuple[Stream, list[Words | Piece]]]:
+    """The next samples (n,) at audio_fs of several streams -> each, and what is certain of it now."""
+    streams: list[Stream] = []
+    events: list[list[Words | Piece]] = []
+    online = []                         # places of those that hear a chunk
+    for i, step in enumerate(steps):
+        stream, samples = take_in(step.utterance, step.feats, step.is_last)
+        pieces: list[Words | Piece] = []
+        if stream.settings.mode != "online":
+            stream, pieces = cut(models, stream, samples, step.is_last)
+        streams.append(stream)
+        events.append(pieces)
+        if stream.settings.mode == "online" or stream.online and not pieces and not step.is_last:
+            online.append(i)            # else the other model's text takes the place of its words
+    heard = hear_chunks(models, [streams[i] for i in online], [steps[i].is_last for i in online])
+    for i, (stream, words) in zip(online, heard, strict=True):
+        streams[i] = stream
+        if words.new or words.tokens or steps[i].is_last:
+            events[i].append(words)
+    return list(zip(streams, events))
+
+
+def take_in(stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, Tensor]:
+    """-> the stream with more samples, and these at the models' rate."""
+    resampling, samples = resample_more(stream.resampling, samples, is_last)
+    pending = stream.pending if stream.online is None else torch.cat([stream.pending, samples])
+    return stream._replace(resampling=resampling, heard=stream.heard + len(samples), pending=pending), samples
+
+
+def hear_chunks(models: Models, streams: Sequence[Stream], last: Sequence[bool]) -> list[tuple[Stream, Words]]:
+    """Streams that wait for words hear a chunk each, or all that is left."""
+    system = models.streaming
+    pieces = []
+    for stream, is_last in zip(streams, last, strict=True):
+        missing = samples_missing(system, stream.online)
+        pieces.append(stream.pending if is_last else stream.pending[:missing])
+    found = []
+    states = [stream.online for stream in streams]
+    for stream, piece, is_last, (state, result) in zip(streams, pieces, last, feed_many(system, states, pieces, last)):
+        shown = result.text if is_last else certain_text(system.tokenizer, state, result.text)
+        tokens = shifted(result.tokens, stream.begun / models.rate_hz())
+        words = Words(shown[len(stream.shown):], result.text, tokens)
+        found.append((stream._replace(online=state, pending=stream.pending[len(piece):].clone(), shown=shown), words))
+    return found
+
+
+def cut(models: Models, stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Piece]]:
+    """More samples of a stream -> the segments that end in them, as decode.py cuts a recording. Its words begin anew
+    behind them."""
+    rate_hz = models.rate_hz()
+    stream = stream._replace(held=torch.cat([stream.held, samples]))
+    if stream.vad:
+        stream, ends, free = find_speech(models, stream, samples, is_last)
+    else:
+        ends, free = find_pauses(models, stream, is_last)
+    pieces = []
+    for begin, end in ends:
+        piece = stream.held[begin - stream.first:end - stream.first]
+        pieces.append(Piece(begin / rate_hz, features(models.whole, piece)))
+    if ends and stream.online:
+        end = ends[-1][1]
+        stream = stream._replace(online=start(models.streaming, stream.settings.chunk), begun=end, shown="",
+                                 pending=stream.held[end - stream.first:].clone())
+    return stream._replace(held=stream.held[free - stream.first:].clone(), first=free), pieces
+
+
+def find_speech(models: Models, stream: Stream, samples: Tensor,
+                is_last: bool) -> tuple[Stream, list[tuple[int, int]], int]:
+    """-> stream, first sample and end of each segment, the first sample that a later one may hold."""
+    rate_hz = models.rate_hz()
+    detector = models.whole.vad._replace(piece_ms=VAD_MS)
+    resampling, samples = resample_more(stream.vad_resampling, samples, is_last)
+    state, events = vad.feed(detector, stream.vad, samples, is_last)
+    ends = [(begin * rate_hz // 1000, min(stream.heard, end * rate_hz // 1000)) for begin, end in events]
+    free = min(stream.heard, max(stream.first, state.detector.earliest() * rate_hz // 100))
+    return stream._replace(vad=state, vad_resampling=resampling), ends, free
+
+
+def find_pauses(models: Models, stream: Stream, is_last: bool) -> tuple[list[tuple[int, int]], int]:
+    """-> as find_speech."""
+    pauses = Pauses(models.rate_hz(), *models.whole.segment_sec)
+    ends = []
+    place = stream.first
+    while stream.heard - place >= pauses.ahead() or is_last and stream.heard > place:
+        end = place + pauses.cut(stream.held[place - stream.first:], place == 0)
+        ends.append((place, end))
+        place = end
+    return ends, place
+
+
+def features(system: System, samples: Tensor) -> Tensor:
+    config = system.config.data
+    return prepare(system, frontend(samples, config.sample_rate, config), "audio")
