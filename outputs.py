@@ -2,10 +2,12 @@
 
 One file for all, x.jsonl, grows beside it, in x.jsonl.part: a line of JSON for each result as soon as it is there, so
 whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go
-into x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1).
+into x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1). Meanwhile
+x.jsonl.lock keeps others away, and each line of a part has what decides a result, so that no other model goes on.
 Reading order: names, the plan, what is done already, writing, the console. Needs what its imports name.
 """
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +22,7 @@ from files import replacing, write_atomic
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
 from report import FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report, written_text
-from survival import ERASE, interrupted_later, stream_error
+from survival import ERASE, interrupted_later, lock, release, stream_error
 
 
 # ---- names ----
@@ -79,6 +81,8 @@ class Output(NamedTuple):
     files: Sequence[Path] = ()  # of each input
     merged: Path | None = None  # one file for all
     rank: int = 0
+    made: dict[str, str] = {}  # what decides the results of `merged`, by option
+    lock: BinaryIO | None = None  # of rank 0: while it is open, no other process writes `merged`
 
     @property
     def part(self) -> Path:
@@ -113,6 +117,40 @@ def plan_output(path: str | None, form: str | None, keys: Sequence[str], rank: i
     if len(keys) != 1:
         raise ValueError(f"--output: wanted a folder for the {form} files of {len(keys)} inputs, got the file {path}")
     return Output(form, keys, files=[place], rank=rank)
+
+
+MODELS = ("ckpt", "vad", "punctuate", "hotwords")  # options that name files
+DECIDING = ("dtype", "vad_schedule", "min_segment_sec", "max_segment_sec", "chunk", "look_back")
+
+
+def digest(path: str) -> str:
+    """Of a file, or of the files in a directory."""
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+    total = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return f"sha256 {total.hexdigest()[:12]}"
+
+
+def made_with(options) -> dict[str, str]:
+    """Those of decode.py's options that decide a result, with the digests of the files that they name."""
+    made = {name: str(getattr(options, name)) for name in (*DECIDING, *options.search._fields)}
+    for name in MODELS:
+        value = getattr(options, name)
+        if value:
+            made[name] = digest(value) if os.path.exists(value) else value
+    return made
+
+
+def check_made(found: dict[str, str], made: dict[str, str], part: Path) -> None:
+    """Raises ValueError for a line of a part that was made with other options than these."""
+    for name in sorted(found.keys() | made.keys()):
+        if found.get(name) != made.get(name):
+            raise ValueError(f"--{name.replace('_', '-')}: wanted {found.get(name)}, as for the results in {part}, got "
+                             f"{made.get(name)}; to start over, remove that file")
 
 
 def check_replaced(output: Output, inputs: Sequence[str], recordings: Iterable[str]) -> None:
@@ -157,12 +195,12 @@ def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
     return pairs
 
 
-def part_line(outcome: Outcome, number: int) -> bytes:
-    """The line of JSON of a result; in a part it has the number of its key, where that is not 0, and the text without
-    punctuation, where there is some."""
-    more = {}
-    if number:
-        more["number"] = number
+def part_line(output: Output, outcome: Outcome) -> bytes:
+    """The line of JSON of a result; in a part it has what it was made with, the number of its key, where that is not 0,
+    and the text without punctuation, where there is some."""
+    more = {"made": output.made}
+    if output.numbers[outcome.index]:
+        more["number"] = output.numbers[outcome.index]
     if written_text(outcome.result) != outcome.result.text:
         more["spoken"] = outcome.result.text
     row = json.loads(json_row(outcome)) | more
@@ -172,8 +210,8 @@ def part_line(outcome: Outcome, number: int) -> bytes:
 def final_line(line: bytes) -> bytes:
     """A line of a part as `json_row` wrote it."""
     row = json.loads(line)
-    row.pop("number", None)
-    row.pop("spoken", None)
+    for name in ("made", "number", "spoken"):
+        row.pop(name, None)
     return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
 
 
@@ -200,7 +238,9 @@ def earlier_outcomes(output: Output) -> Iterator[Outcome]:
         for part in parts_of(output.merged):
             for start, line in whole_lines(part):
                 outcome = read_outcome(line, -1, f"{part}, byte {start}")
-                pair = outcome.key, json.loads(line).get("number", 0)
+                row = json.loads(line)
+                check_made(row.get("made", output.made), output.made, part)  # lines of a finished file have none
+                pair = outcome.key, row.get("number", 0)
                 yield outcome._replace(index=places.get(pair, -1))
     for index, file in enumerate(output.files):
         if file.exists():
@@ -210,7 +250,6 @@ def earlier_outcomes(output: Output) -> Iterator[Outcome]:
 
 def begin_merged(output: Output, going_on: bool) -> None:
     """Rank 0 looks at what an earlier run left. Raises ValueError for results that would be lost."""
-    output.merged.parent.mkdir(parents=True, exist_ok=True)
     parts = parts_of(output.merged)
     if parts and not going_on:
         raise ValueError(f"{parts[0]}: results of a run that has not come to its end; to go on with it, add --resume, to "
@@ -232,10 +271,16 @@ def prepare_output(options, dataset, count: int, rank: int) -> Output:
     recordings = (row.audio for row in getattr(dataset, "rows", ()))  # toy data have none
     check_replaced(output, options.inputs, () if options.resume else recordings)
     refused = {}
+    if output.merged:
+        output.merged.parent.mkdir(parents=True, exist_ok=True)
+        output = output._replace(made=made_with(options))
     if output.merged and rank == 0:
         try:
+            held = lock(output.merged.with_name(f"{output.merged.name}.lock"), f"{output.merged}: wanted a file")
+            output = output._replace(lock=held)
             begin_merged(output, options.resume)
         except ValueError as error:
+            release(output.lock)
             refused = {"why": str(error)}
     refused = sum_over_ranks(refused)  # the others wait for rank 0
     if refused:
@@ -274,7 +319,7 @@ def write_outcomes(output: Output, part: BinaryIO | None, outcomes: Sequence[Out
     """What one batch has come to, at once."""
     done = [outcome for outcome in outcomes if outcome.result]
     if part:
-        part.write(b"".join(part_line(outcome, output.numbers[outcome.index]) for outcome in done))
+        part.write(b"".join(part_line(output, outcome) for outcome in done))
         part.flush()
     for outcome in done if output.files else ():
         write_file(output.files[outcome.index], FORMS[output.form](outcome))
@@ -312,6 +357,7 @@ def end_output(output: Output, part: BinaryIO | None, interrupted: bool, process
     if output.merged and output.rank == 0 and (processes == 1 or not interrupted):
         with interrupted_later():
             merge_parts(output, keep=interrupted)
+    release(output.lock)
     if interrupted and output.rank == 0 and (output.merged or output.files):
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
 

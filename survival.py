@@ -147,10 +147,10 @@ def catch_signals() -> threading.Event:
 
 # ---- locks ----
 
-def lock(path: Path) -> BinaryIO | None:
+def lock(path: Path, wanted: str) -> BinaryIO | None:
     """Make the file at path this process's own for as long as what is returned is kept open; the system ends that with
-    the process, however it dies. Raises ValueError, with pid and host of the process that has it. On a file system
-    without locks nothing is locked."""
+    the process, however it dies. Raises ValueError, which begins with wanted (place: wanted a ...), with pid and host
+    of the process that has it. On a file system without locks nothing is locked."""
     if fcntl is None:
         return None
     file = open(path, "a+b")
@@ -160,10 +160,20 @@ def lock(path: Path) -> BinaryIO | None:
         file.seek(0)
         holder = file.read().decode(errors="replace").strip()
         file.close()
-        raise ValueError(f"{path.parent}: wanted a folder that no process works on, got one of {holder}") from None
+        raise ValueError(f"{wanted} that no process works on, got one of {holder}") from None
     except OSError:
         return file
+    if os.fstat(file.fileno()).st_nlink == 0:  # released since it was opened
+        file.close()
+        return lock(path, wanted)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     file.flush()
     return file
+
+
+def release(held: BinaryIO | None) -> None:
+    """Give up a lock, and remove its file."""
+    if held:
+        Path(held.name).unlink(missing_ok=True)
+        held.close()

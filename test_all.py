@@ -7083,9 +7083,10 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
 
 
 # C84
-@pytest.mark.parametrize("number", [2, 15])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothing_was(number, zygote, whole_run,
                                                                                        tmp_path):
+    """SIGHUP, from a terminal that is closed, ends none."""
     argv, whole, seconds = whole_run
     argv = [a for a in argv if "checkpoint_steps" not in a]
     pid = zygote.start(tmp_path / "out", *argv, "--runs", str(tmp_path / "runs"))
@@ -7093,10 +7094,10 @@ def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothi
     os.kill(pid, number)
     assert zygote.wait(pid) == 0
     run, out = run_of(tmp_path / "runs"), (tmp_path / "out").read_text()
-    assert f"interrupted; go on with: python train.py --resume {run}" in out and "Traceback" not in out
-    state = read_checkpoint(run / "checkpoints/latest.pt")
-    assert 0 < state["progress"]["step"] < 15
-    zygote.run(tmp_path / "out", "--resume", str(run))
+    if number != signal.SIGHUP:
+        assert f"interrupted; go on with: python train.py --resume {run}" in out and "Traceback" not in out
+        assert 0 < read_checkpoint(run / "checkpoints/latest.pt")["progress"]["step"] < 15
+        zygote.run(tmp_path / "out", "--resume", str(run))
     assert_same_run(run, whole)
 
 
@@ -7117,17 +7118,6 @@ def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dea
     zygote.wait(pid)
     zygote.run(tmp_path / "third", "--resume", str(run))
     assert_same_run(run, whole)
-
-
-# C84
-def test_sighup_ends_no_run(zygote, whole_run, tmp_path):
-    """The terminal is closed: the run goes on without it."""
-    argv, whole, _ = whole_run
-    pid = zygote.start(tmp_path / "out", *argv, "--runs", str(tmp_path / "runs"))
-    wait_for(tmp_path / "runs/latest")
-    os.kill(pid, signal.SIGHUP)
-    assert zygote.wait(pid) == 0
-    assert_same_run(run_of(tmp_path / "runs"), whole)
 
 
 # C181
@@ -7475,15 +7465,10 @@ def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp
 
 # C89
 @slow
-def test_torchrun_trains_and_ends_with_the_error_of_a_rank(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-               str(HERE / "train.py"), tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=80)
-    assert done.returncode == 0 and "3 epochs done" in done.stdout, done.stderr
-    done = subprocess.run([*command, "--data.kind=manifest"], capture_output=True, text=True, env=environment,
-                          timeout=80)
-    assert done.returncode and "data.train: wanted a manifest" in done.stderr
+def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):
+    with torchrun("train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--data.kind=manifest") as process:
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode and "data.train: wanted a manifest" in error
 
 
 # ---- train: memory ----
@@ -8002,33 +7987,8 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
 
-# C34 C74
-@pytest.mark.parametrize("output", ["out", "out.jsonl"])
-def test_ctrl_c_keeps_what_is_done_and_exits_with_130(ckpt, tmp_path, capsys, monkeypatch, output):
-    real, calls = decode.transcribe, []
-    files = [spoken(tmp_path / f"{i}.wav", 0.9 - i / 10) for i in range(5)]
-    everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
-
-    def interrupted(system, feats):
-        calls.append(len(feats))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(system, feats)
-
-    monkeypatch.setattr(decode, "transcribe", interrupted)
-    code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=1", "--output", tmp_path / output)
-    assert (code, texts) == (130, everything[3:])  # the shortest come first
-    assert error.startswith("interrupted; the same command with --resume goes on\n2 utterances, ")
-    if output == "out":
-        rows = [json.loads((tmp_path / f"out/{i}.json").read_text()) for i in (3, 4)]
-        assert len(list((tmp_path / "out").iterdir())) == 2
-    else:
-        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [[row["key"], row["text"]] for row in rows] == texts
-
-
-# C74 C182
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+# C34 C74 C182
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.ctm", "out"])
 def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(ckpt, tmp_path, capsys, monkeypatch,
                                                                                name, number, code):
@@ -8053,12 +8013,18 @@ def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(c
         status = 70
         try:
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ran before
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdout = open(tmp_path / "shown", "w", buffering=1)
+            sys.stderr = open(tmp_path / "said", "w", buffering=1)
             decode.transcribe = ended
             status = decode.main(arguments(name))
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
-    capsys.readouterr()
+    if number != signal.SIGKILL:
+        assert (tmp_path / "shown").read_text().count("same\t") == 2
+        said = (tmp_path / "said").read_text()
+        assert said.startswith("interrupted; the same command with --resume goes on\n") and "\n2 utterances, " in said
     part = tmp_path / f"{name}.part"
     if name == "out":
         assert len(list((tmp_path / name).iterdir())) == 2
@@ -8095,17 +8061,62 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
     assert decoded(capsys, *again)[0] == 0 and sum(calls) == 2
     assert (tmp_path / "o.jsonl").read_text() == (tmp_path / "w.jsonl").read_text()
     assert (tmp_path / "o/summary.txt").read_text() == (tmp_path / "w/summary.txt").read_text()
+    assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.jsonl", "--resume", first)[0] == 0 and sum(calls) == 2
+    assert sorted((tmp_path / "o.jsonl").read_text()) == sorted((tmp_path / "w.jsonl").read_text())  # those of others stay
 
 
 # C182
-def test_a_run_that_goes_on_keeps_the_results_of_inputs_that_are_not_its_own(ckpt, tmp_path, capsys):
-    first, second = (spoken(tmp_path / f"{i}.wav", 0.5 + i / 10) for i in range(2))
-    out = tmp_path / "out.jsonl"
-    decoded(capsys, "--ckpt", ckpt, first, "--output", out)
-    assert decoded(capsys, "--ckpt", ckpt, second, "--output", out, "--resume")[0] == 0
-    assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == [first, second]
-    (tmp_path / "out.jsonl.part").write_text("no result\n")
-    assert "out.jsonl.part, byte 0: wanted a result" in refusal(capsys, "--ckpt", ckpt, second, "--output", out, "--resume")
+def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_dead(ckpt, tmp_path, capsys):
+    file, out = spoken(tmp_path / "a.wav", 0.5), tmp_path / "out.jsonl"
+    told, tell = os.pipe()
+
+    def stuck(system, feats):
+        os.write(tell, b"here")
+        signal.pause()
+
+    pid = os.fork()
+    if pid == 0:
+        decode.transcribe = stuck
+        decode.main(["--device=cpu", "--ckpt", ckpt, "--output", str(out), file])
+        os._exit(70)
+    try:
+        assert select.select([told], [], [], 60)[0]
+        for more in ([], ["--resume"]):
+            error = refusal(capsys, "--ckpt", ckpt, "--output", out, *more, file)
+            assert error == (f"decode.py: {out}: wanted a file that no process works on, got one of process {pid} on "
+                             f"{socket.gethostname()}\n")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert decoded(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "out.jsonl"]
+
+
+# C182
+def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):
+    file, out, words = spoken(tmp_path / "a.wav", 0.5), tmp_path / "out.jsonl", tmp_path / "words"
+    words.write_text("ab")
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "merge_parts", lambda output, keep: None)
+        decoded(capsys, "--ckpt", ckpt, "--output", out, file)
+    part = (tmp_path / "out.jsonl.part").read_bytes()
+    (tmp_path / "out.jsonl.part1").write_text("no result\n")
+    assert "out.jsonl.part1, byte 0: wanted a result" in refusal(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)
+    (tmp_path / "out.jsonl.part1").unlink()
+    other = saved(tiny_system(encoder={"ffn_dim": 8}), tmp_path / "other.pt")
+    for name, more in (("min-segment-sec", ["--min-segment-sec=2"]), ("max-segment-sec", ["--max-segment-sec=10"]), ("ckpt", ["--ckpt", other])):
+        error = refusal(capsys, "--ckpt", ckpt, "--output", out, "--resume", file, *more)
+        assert error.startswith(f"decode.py: --{name}: wanted ") and "to start over, remove that file" in error
+        assert (tmp_path / "out.jsonl.part").read_bytes() == part
+    moved = shutil.copy(ckpt, tmp_path / "moved.pt")
+    more = ["--batch-size=1", "--threads=1", "--resume", "--limit=1"]
+    assert decoded(capsys, "--ckpt", moved, "--output", out, file, *more)[:2] == (0, [])
+    assert "made" not in out.read_text()
+    options = decode.parse_arguments(["--hotwords", str(words), "--vad", str(tmp_path)])
+    assert outputs.made_with(options)["hotwords"] == outputs.digest(str(words)) != outputs.digest(file)
+    no_matter = {"inputs", "export", "allow_pipes", "output", "format", "resume", "report", "plot", "explain", "device", "stream",
+                 "pcm", "limit", "threads", "plot_layer", "batch_size", "batch_seconds", "search"}
+    assert vars(options).keys() - no_matter == {*outputs.made_with(options), "punctuate"}  # "punctuate" is not given
 
 
 # C181
@@ -8250,6 +8261,63 @@ def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):
     for file in ("one.txt", "one.jsonl", "one/summary.txt", "one/alignments.txt"):
         assert (tmp_path / file).read_text() == (tmp_path / file.replace("one", "two", 1)).read_text() != ""
     assert (tmp_path / "one.txt").read_text().count("\n") == 14
+
+
+@contextlib.contextmanager
+def torchrun(script: str, *argv):
+    """Two processes of a script. Whatever happens, they end with the block."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+               str(HERE / script), *map(str, argv)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.terminate()  # it ends its own, which SIGKILL would leave behind
+        process.communicate(timeout=60)
+
+
+def end_rank(lock: Path, is_under_way, number: int) -> None:
+    """Once is_under_way(), end rank 0, which `lock` names."""
+    wait_until(is_under_way, 120)
+    os.kill(int(lock.read_text().split()[1]), number)
+
+
+# C182
+@slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_two_processes_whose_first_is_ended_go_on_under_torchrun_and_lose_nothing(ckpt, tmp_path, number):
+    rows = [{"audio": spoken(tmp_path / f"{i % 7}.wav", 0.3 + i % 7 / 10), "text": "ab", "key": f"{i}"} for i in range(600)]
+    manifest, out = write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out.jsonl"
+    options = ["--device=cpu", "--threads=1", "--batch-size=1", "--ckpt", ckpt, str(manifest)]
+    parts = [tmp_path / "out.jsonl.part", tmp_path / "out.jsonl.part1"]
+    with torchrun("decode.py", "--output", out, *options) as process:
+        end_rank(tmp_path / "out.jsonl.lock", lambda: all(part.exists() and part.stat().st_size for part in parts), number)
+        process.communicate(timeout=120)
+    assert process.returncode and not out.exists()
+    with torchrun("decode.py", "--output", out, "--resume", *options) as process:
+        error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0 and 0 < int(re.search(r"going on: (\d+) of 600", error)[1]) < 600, error
+    assert decode.main(["--output", str(tmp_path / "one.jsonl"), *options]) == 0
+    assert out.read_text() == (tmp_path / "one.jsonl").read_text() and not list(tmp_path.glob("out.jsonl.*"))
+
+
+# C83
+@slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_of_two_processes_whose_first_is_ended_goes_on_under_torchrun_as_if_nothing_was(tmp_path, number):
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.num_epochs=6",
+            "--training.checkpoint_steps=1", "--model.encoder.dropout=0.2"]
+    with torchrun("train.py", *argv, "--runs", tmp_path / "whole") as process:
+        assert process.communicate(timeout=300) and process.returncode == 0
+    latest = tmp_path / "runs/latest"
+    with torchrun("train.py", *argv, "--runs", tmp_path / "runs") as process:
+        end_rank(latest / "lock", (latest / "checkpoints/previous.pt").exists, number)
+        process.communicate(timeout=120)
+    assert 0 < read_checkpoint(latest / "checkpoints/latest.pt")["progress"]["step"] < 30
+    with torchrun("train.py", "--resume", latest) as process:
+        assert process.communicate(timeout=300) and process.returncode == 0
+    assert_same_run(run_of(tmp_path / "runs"), run_of(tmp_path / "whole"))
 
 
 def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, capsys, monkeypatch):

@@ -460,7 +460,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     run = run._replace(folder=Path(sum_over_ranks(made)["folder"]), stop=stop)  # rank 0 tells the others its name
     say(run, headline(run))
     if own_rank() == 0:
-        run = run._replace(lock=lock(run.folder / "lock"))
+        run = run._replace(lock=lock(run.folder / "lock", f"{run.folder}: wanted a folder"))
         write_atomic(run.folder / "config.yaml", configs.dump(run.config))
         for line in warnings(run, num_steps(run)):
             say(run, f"warning: {line}")
@@ -473,7 +473,9 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 def resume(folder: Path, overrides: Sequence[str], stop: threading.Event) -> tuple[Run, Progress]:
     """A run that stopped, its files brought back to where its last checkpoint stands, with overrides of its config.
     Raises ValueError if another process works on it."""
-    held = lock(folder / "lock") if is_first_process() and (folder / "checkpoints").is_dir() else None
+    held = None
+    if is_first_process() and (folder / "checkpoints").is_dir():
+        held = lock(folder / "lock", f"{folder}: wanted a folder")
     path, state, config = last_checkpoint(folder, overrides)
     join(config.training)  # all ranks wait here: the files below may be moved once all have read them
     run = make_run(config, state, str(path))._replace(folder=folder, stop=stop, lock=held)
