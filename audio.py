@@ -19,6 +19,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import textwrap
 import warnings
 import wave
 from collections.abc import Iterable, Iterator
@@ -230,7 +231,8 @@ def ffmpeg_to_wav(source: str | bytes, most_sec: float | None = None, timeout: f
                               stderr=subprocess.PIPE, timeout=timeout)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise ValueError(f"wanted a recording, ffmpeg says: {said[-300:]}")
+            said = textwrap.shorten(said.replace(f"file:{source}: ", ""), 300)
+            raise ValueError(f"wanted a recording, ffmpeg says: {said}")
         if most_sec is not None and converted.seek(0, os.SEEK_END) >= most_bytes:
             raise ValueError(f"wanted a recording of at most {most_bytes} bytes once it is decoded, got more")
         return converted

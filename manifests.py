@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -152,7 +153,7 @@ def run_pipe(command: str, folder: str) -> bytes:
         raise ValueError(f"{command} |: {error}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise ValueError(f"{command} |: wanted exit code 0, got {done.returncode}: {said[:300]}")
+        raise ValueError(f"{command} |: wanted exit code 0, got {done.returncode}: {textwrap.shorten(said, 300)}")
     return done.stdout
 
 

@@ -415,7 +415,8 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, bar: Prog
             bar.erase()
             if outcome.result is None:
                 failed += 1
-                print(f"decode.py: {outcome.key}: {' '.join(outcome.reason.split())}", file=sys.stderr)
+                why = outcome.reason.replace(f": {outcome.key}", "")  # of a recording without another key
+                print(f"decode.py: {outcome.key}: {' '.join(why.split())}", file=sys.stderr)
                 continue
             if not brief:
                 print(f"{outcome.key}\t{written_text(outcome.result)}", flush=True)

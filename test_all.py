@@ -7759,10 +7759,13 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.01)
     (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
     output = tmp_path / "out.jsonl"
-    code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, "--output", str(output)])
+    code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, str(tmp_path / "no.wav"), "--output", str(output)])
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert code == 1 and "bad.wav: " in err and "1 could not be recognised" in err
+    said = err.splitlines()
+    assert said[0] == f"decode.py: {tmp_path}/bad.wav: unreadable: wanted a 'data' chunk among the first 10000, got none"
+    assert said[1] == f"decode.py: {tmp_path}/no.wav: missing"
+    assert code == 1 and said[2].endswith("2 could not be recognised")
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = audio.frontend(*audio.load_wav(good), tiny_system().config.data, tiny_system().stats)
