@@ -430,20 +430,14 @@ def test_unreadable_files_are_one_line_that_names_the_path(tmp_path):
 BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_heads=7": "model.encoder.num_heads: wanted a divisor of hidden_dim 512, got 7",
     "--model.decoder.hidden_dim=100": "model.decoder.num_heads: wanted a divisor of hidden_dim 100, got 8",
-    "--model.encoder.dropout=1": "model.encoder.dropout: wanted at least 0 and below 1, got 1.0",
-    "--model.predictor.kernel_size=4": "model.predictor.kernel_size: wanted odd and above 0, got 4",
     "--model.predictor.num_layers=0": "model.predictor.num_layers: wanted 1 or more, got 0",
     "--model.encoder.num_layers=-1": "model.encoder.num_layers: wanted 0 or more, got -1",
-    "--model.sampling_ratio=1.5": "model.sampling_ratio: wanted between 0 and 1, got 1.5",
-    "--training.warmup_steps=-1": "training.warmup_steps: wanted 0 or more, got -1",
     "--model.encoder.ffn_dim=2147483648": "model.encoder.ffn_dim: wanted below 2^31, got 2147483648",
     "--training.seed=18446744073709551616": "training.seed: wanted at least 0 and below 2^64, got 18446744073709551616",
-    "--training.learning_rate=0": "training.learning_rate: wanted above 0, got 0.0",
     "--data.toy.max_symbols=2": "data.toy.max_symbols: wanted at least min_symbols 3, got 2",
     "--data.toy.max_frames=17": "data.toy.max_frames: wanted at least 3 x min_frames 6, got 17",
     "--data.toy.blend_frames=7": "data.toy.blend_frames: wanted at most min_frames 6, got 7",
     "--data.max_sec=0.05": "data.max_sec: wanted at least min_sec 0.1, got 0.05",
-    "--data.augment.speeds=[1, -1]": "data.augment.speeds: wanted from 0.1 to 10, got [1.0, -1.0]",
     "--data.augment.freq_width=81": "data.augment.freq_width: wanted at most num_mels 80, got 81",
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
 
@@ -515,9 +509,8 @@ STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decod
     ([*MANIFESTS, "--data.augment.snr_db=[5]"],
      "data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got [5.0]"),
     ([*MANIFESTS, "--data.augment.snr_db=[-5, 20]"], ""),
-    (["--training.batch_frames=2147483647"], ""), ([*MANIFESTS, "--data.augment.speeds=[0.1, 10]"], ""),
-    ([*MANIFESTS, "--data.augment.speeds=[1e-9]"], "data.augment.speeds: wanted from 0.1 to 10, got [1e-09]"),
-    ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""), (["--training.seed=18446744073709551615"], ""),
+    (["--training.batch_frames=2147483647"], ""),
+    ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""),
     ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.memory_shift=7"], ""),
     (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
       "--data.augment.freq_width=80"], ""),
@@ -558,6 +551,30 @@ def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
         assert config_refusal(path, overrides).split("\n  ")[1:] == [line]
     else:
         assert config.load(path, overrides)
+
+
+BOUNDS = {  # range -> a field that has it, values within, values outside
+    "1 or more": ("training.batch_size", [1], [0]), "2 or more": ("model.mwer_samples", [2], [1]),
+    "0 or more": ("data.toy.noise", [0], [-0.01, math.nan, math.inf]),
+    "above 0": ("training.learning_rate", [1e-9], [0, math.nan, math.inf]),
+    "at least 0 and below 1": ("model.encoder.dropout", [0, 0.999], [-0.01, 1, math.nan]),
+    "between 0 and 1": ("model.sampling_ratio", [0, 1], [-0.01, 1.01, math.nan]),
+    "from 0 to 0.2": ("training.warmup_share", [0, 0.2], [-0.01, 0.21, math.nan]),
+    "from 0.1 to 10": ("data.augment.speeds", [[0.1, 10]], [[0.09], [1, 10.1], [math.nan], []]),
+    "at least 0 and below 2^64": ("training.seed", [0, 2**64 - 1], [-1, 2**64]),
+    "odd and above 0": ("model.predictor.kernel_size", [1, 3], [-1, 0, 2])}
+
+
+# C27
+@pytest.mark.parametrize("wanted", config.RANGES)
+def test_every_range_holds_at_its_bounds(wanted):
+    field, inside, outside = BOUNDS[wanted]
+    for value in [*inside, *outside]:
+        values = value
+        for key in reversed(field.split(".")):
+            values = {key: values}
+        errors = config._value_errors(config.from_dict(values, "test"))
+        assert errors == ([] if value in inside else [(field, wanted)]), value
 
 
 def test_every_field_has_a_comment_and_every_number_a_range():
@@ -996,6 +1013,21 @@ def test_the_real_ffmpeg_reads_other_formats(tmp_path, suffix, lossy):
     if suffix != "m4a":        # its index may stand at the end, which a pipe cannot seek to
         assert torch.equal(audio.load_wav((tmp_path / f"b.{suffix}").read_bytes())[0], samples)
     assert audio.audio_seconds(tmp_path / f"b.{suffix}") == pytest.approx(len(samples) / 16000, abs=0.1)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not here")
+def test_what_the_real_ffmpeg_gives_keeps_every_bit_both_channels_and_the_limit(tmp_path):
+    """Floats beyond 1, in opposite phase."""
+    left = (5 * tone(1.0, 16000)).astype("<f4")
+    both = np.stack([left, -0.9 * left], 1).astype("<f4")
+    (tmp_path / "a.wav").write_bytes(wav(both.tobytes(), 3, 32, 2, 16000))
+    command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-c:a", "pcm_f32be", tmp_path / "b.aiff"]
+    subprocess.run(command, check=True, timeout=60)
+    with pytest.warns(UserWarning, match="opposite phase.*reading the left one"):
+        samples, _ = audio.load_wav(tmp_path / "b.aiff")
+    assert np.array_equal(samples, left) and left.max() > 1
+    with audio.ffmpeg_to_wav(str(tmp_path / "b.aiff"), most_sec=0.5) as file:
+        assert audio.read_header(file).num_samples == 8000
 
 
 # ---- audio: resampling ----
@@ -3111,7 +3143,7 @@ def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refuse
 
 @pytest.mark.parametrize("count,dev,test,sizes", [
     (10, 0.1, 0.1, (8, 1, 1)), (30, 0.1, 0.2, (21, 3, 6)), (7, 0.5, 0.5, (0, 4, 3)), (10, 0, 1, (0, 0, 10)),
-    (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0))])
+    (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0)), (10, 0, 0.06, (9, 0, 1))])
 def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
     """The whole number nearest to the share of what has a text, whatever else is in the folder."""
     for i in range(count + 5):
@@ -3484,15 +3516,19 @@ def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
 
 
 def test_batch_norm_learns_from_real_steps_only():
-    module, x = funasr_layers.BatchNormConvolution(4, 3), torch.randn(2, 6, 4)
-    mask = attention.padding_mask(torch.tensor([6, 3]), 6)[:, None]
-    module(x, mask)
-    other = funasr_layers.BatchNormConvolution(4, 3)
-    fresh = {"norm.running_mean": torch.zeros(4), "norm.running_var": torch.ones(4)}
-    other.load_state_dict({**module.state_dict(), **fresh})
-    other(torch.where(mask.transpose(1, 2), x, 1e3), mask)
-    torch.testing.assert_close(other.norm.running_var, module.norm.running_var)
-    torch.testing.assert_close(other.norm.running_mean, module.norm.running_mean)
+    """Mean and variance by hand, of what each utterance, without padding, gives it in evaluation; BatchNorm takes a tenth."""
+    module, x, lens = funasr_layers.BatchNormConvolution(4, 3).double(), torch.randn(2, 6, 4).double(), torch.tensor([6, 3])
+    steps = []  # (n,4) of each
+    hook = module.norm.register_forward_pre_hook(lambda _, given: steps.append(given[0][0].T))
+    for n, row in zip(lens.tolist(), x):
+        module.eval()(row[None, :n], None)
+    hook.remove()
+    mask = attention.padding_mask(lens, 6)[:, None]
+    module.train()(torch.where(mask.transpose(1, 2), x, 1e3), mask)
+    real = torch.cat(steps)
+    mean = sum(real) / 9
+    torch.testing.assert_close(module.norm.running_mean, 0.1 * mean)
+    torch.testing.assert_close(module.norm.running_var, 0.9 + 0.1 * sum((real - mean) ** 2) / 8)
 
 
 # C25
@@ -9123,15 +9159,15 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
 @needs_kit
 def test_a_published_config_that_leaves_an_option_out_gets_funasrs_default(tmp_path):
     """tail_threshold of CifPredictor is 0.45, of CifPredictorV2 0; a null shift of the decoder is causal, not centred."""
-    for variant in ("sanm", "sanm_alt"):
-        text = (KIT / variant / "config.yaml").read_text()
-        kind = re.search(r"^predictor: (\w+)", text, re.M)[1]
-        text = re.sub(r"^ *tail_threshold:.*\n", "", text, flags=re.M)
-        (tmp_path / "config.yaml").write_text(text)
+    for variant, tail in (("conformer", 0.45), ("sanm", 0.0), ("bicif", 0.0)):
+        values = config.parse_yaml((KIT / variant / "config.yaml").read_text(), variant)
+        del values["predictor_conf"]["tail_threshold"]
+        if "sanm_shfit" in values["decoder_conf"]:
+            values["decoder_conf"]["sanm_shfit"] = None
+        (tmp_path / "config.yaml").write_text(config.dump_yaml(values))
         found = funasr.read_published_config(tmp_path / "config.yaml").model
-        assert found.predictor.tail == {"CifPredictor": 0.45, "CifPredictorV2": 0.0}[kind], variant
-        shift = re.search(r"^decoder_conf:\n(?: .*\n)*? +sanm_shfit: *(\S+)", text, re.M)
-        if shift and shift[1] == "null":
+        assert found.predictor.tail == tail, variant
+        if variant != "conformer":
             assert found.decoder.memory_shift == (found.decoder.kernel_size - 1) // 2 != 0
 
 
@@ -9155,27 +9191,34 @@ def test_the_weights_of_a_directory_are_mapped_and_not_read(tmp_path):
     assert str(tmp_path / "out/model.pt") in Path("/proc/self/maps").read_text() and system.model is not None
 
 
-@pytest.mark.parametrize("make, width", [
-    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), 8), (lambda p: funasr_layers.Fsmn(8, 3, 0, p), 8)])
-def test_dropout_of_attention_has_an_effect_in_training_and_none_outside(make, width):
+CODES = torch.randn(1, 6, 8), torch.tensor([6])  # of relative positions, and the length
+SOURCE = torch.randn(1, 5, 8), None
+
+
+@pytest.mark.parametrize("make, given, times", [
+    (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2), (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
+    (lambda p: ConformerBlock(8, 2, 16, p), (None,), 4),
+    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), (None,), 0), (lambda p: funasr_layers.Fsmn(8, 3, 0, p), (None,), 1),
+    (lambda p: funasr_layers.SanmBlock(8, 8, 2, 16, 3, 0, p), (None,), 2),
+    (lambda p: funasr_layers.SanmDecoderBlock(8, 2, 16, 3, 0, p), (None, *SOURCE), 2),
+    (lambda p: funasr_layers.RelativeAttention(8, 2, p), CODES, 0),
+    (lambda p: funasr_layers.RelativeConformerBlock(8, 2, 16, p), (None, *CODES), 4)])
+def test_dropout_has_an_effect_behind_every_part_in_training_and_none_outside(make, given, times):
+    """times: how often what is added to the input passes the module's own dropout; attention drops its weights."""
     torch.manual_seed(0)
-    module, x = make(0.5), torch.randn(1, 6, width)
-    results = {}
+    module, x, changed = make(0.5), torch.randn(1, 6, 8), []
+    for other in module.modules():
+        if isinstance(other, nn.Dropout):
+            other.p = 0.0 if other is not getattr(module, "dropout", None) else 0.5
+    if times:
+        module.dropout.register_forward_hook(lambda _, before, after: changed.append(not torch.equal(before[0], after)))
     for is_training in (True, False):
         module.train(is_training)
-        out = [module(x, None) for _ in range(2)]
-        first, second = (y[0] if isinstance(y, tuple) else y for y in out)
-        results[is_training] = torch.equal(first, second)
-    assert results == {True: False, False: True}
-
-
-def test_dropout_behind_self_attention_has_an_effect_of_its_own():
-    torch.manual_seed(0)
-    block = funasr_layers.SanmBlock(8, 8, 2, 16, 3, 0, 0.5)
-    changed = []
-    block.dropout.register_forward_hook(lambda module, given, out: changed.append(not torch.equal(given[0], out)))
-    block.train()(torch.randn(1, 6, 8), None)
-    assert changed == [True, True]  # behind self-attention and behind the feed-forward layer
+        if hasattr(module, "memory") and not times:  # its own dropout shows beside that of the memory
+            module.memory.eval()
+        first, second = (module(x, *given) for _ in range(2))
+        assert torch.equal(first[0], second[0]) != is_training
+    assert changed == [True] * 2 * times + [False] * 2 * times
 
 
 @needs_kit
