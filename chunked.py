@@ -83,20 +83,21 @@ def seen_by_encoder(chunk, rows: Rows) -> Tensor:
 
 
 def seen_by_decoder(chunk, rows: Rows, alpha: Tensor, last: Tensor, counts: Tensor, U: int) -> Tensor:
-    """(B,U,S) bool: a token sees the window in which it fires, and the rows before in earlier windows with a token, as
-    many as look back. alpha (B,S), last (B,) the last row that counts; its rows, and those seen, are in rows.order."""
-    window = rows.window[rows.order]  # (B,S)
+    """(B,U,S) bool: a token sees the window in which it fires, and of earlier windows with a token the last rows, as
+    many as look back. alpha (B,S) and the rows seen are in rows.order, last (B,) is the last row that counts."""
+    W = num_rows(chunk)
+    window, place = rows.window[rows.order], rows.place[rows.order]  # (B,S) each
     unit = torch.arange(1, U + 1, device=alpha.device).double().repeat(len(alpha), 1)
     row = torch.searchsorted(alpha.detach().double().cumsum(1), unit)  # (B,U): where the running sum reaches it
-    own = window.gather(1, torch.minimum(row, last[:, None]))  # (B,U)
-    every = rows.window.unique()  # (C,)
+    own = window.gather(1, torch.minimum(row, last[:, None]))  # (B,U) the window in which a token fires
+    every = torch.arange(len(rows.window) // W, device=alpha.device)
     fires = ((own[:, :, None] == every) & padding_mask(counts, U)[:, :, None]).any(1)  # (B,C)
-    start = (fires.cumsum(1) - fires.long()) * num_rows(chunk)  # (B,C): rows in earlier windows with a token
-    number = start.gather(1, window) + rows.place[rows.order]  # (B,S) among all such rows
-    stop = start.gather(1, own)[:, :, None] + num_rows(chunk)  # (B,U,1)
-    first = stop - num_rows(chunk) - max(0, chunk.decoder_look_back) * chunk.new
-    is_there = fires.gather(1, window) & rows.real.gather(1, rows.order)
-    return is_there[:, None] & (number[:, None] >= first) & (number[:, None] < stop)
+    start = (fires.cumsum(1) - fires.long()) * W  # (B,C): how many rows earlier windows with a token have
+    number = (start.gather(1, window) + place)[:, None]  # (B,1,S) among all such rows
+    own_start = start.gather(1, own)[:, :, None]  # (B,U,1)
+    is_near = (number >= own_start - max(0, chunk.decoder_look_back) * chunk.new) & (number < own_start + W)
+    is_there = fires.gather(1, window) & rows.real.gather(1, rows.order)  # (B,S)
+    return is_near & is_there[:, None]
 
 
 # ---- the model ----
