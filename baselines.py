@@ -273,7 +273,7 @@ class Search(NamedTuple):
 def check_search(search: Search, model: nn.Module, name: str) -> None:
     """Raises ValueError, with decode.py's option, for what is out of range or has no effect on a model of this name."""
     if search != Search() and not hasattr(model, "search"):
-        raise ValueError(f"a {name} decodes greedily: leave out --beam, --nbest and penalties")
+        raise ValueError(f"a {name} model decodes greedily: leave out --beam, --nbest and penalties")
     for option, value in (("--beam", search.beam), ("--nbest", search.nbest)):
         if not 1 <= value < 2**31:
             raise ValueError(f"{option}: wanted 1 or more, below 2^31, got {value}")
