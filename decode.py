@@ -493,7 +493,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         if not arguments.inputs:
             parser.error("--stream needs a recording or -")
         for name in ("export", "hotwords", "output", "format", "report", "plot", "limit", "allow_pipes",
-                     "resume", "explain", "vad", "punctuate"):
+                     "resume", "explain", "vad"):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--stream prints texts alone; leave out --{name.replace('_', '-')}")
     if arguments.export and arguments.dtype == "int8":
@@ -614,9 +614,6 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
     system = with_chunk(arguments, with_search(greedy_system(arguments, arguments.ckpt), arguments.search))
-    if arguments.stream:
-        show_streams(system, arguments.inputs, arguments.pcm)
-        return 0
     if arguments.export:
         if rank == 0:
             print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
@@ -628,6 +625,9 @@ def load_and_run(arguments: argparse.Namespace) -> int:
         system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
     if arguments.punctuate:
         system = system._replace(punctuation=load_punctuation(arguments.punctuate))
+    if arguments.stream:
+        show_streams(system, arguments.inputs, arguments.pcm)
+        return 0
     with tempfile.TemporaryDirectory() as scratch:
         dataset = open_inputs(system, arguments.inputs, Path(scratch), arguments.allow_pipes, arguments.ckpt)
         return run(arguments, system, dataset, shard)

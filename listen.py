@@ -2,7 +2,7 @@
 
 `hear_stream` says what is certain after each piece of a recording, `stream_result` makes a Result of all of it, and
 `show_streams` prints the text as it grows. `system` as checkpoint.System. Needs torch, audio.py, live.py, streaming.py,
-report.py and what these need.
+report.py, sentences.py and what these need.
 """
 import argparse
 import itertools
@@ -10,13 +10,16 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from audio import stream
 from live import pipe_header, pipe_samples, resample_pieces
-from report import Result, Token, mean_confidence, text_of, words_of
+from pieces import UNSPOKEN
+from report import Result, Token, is_ideograph, mean_confidence, text_of, words_of
+from sentences import with_sentences
 from streaming import Chunk, StreamResult, StreamToken, feed, start
 from survival import ERASE
 
@@ -82,15 +85,42 @@ def pieces_of(name: str, pcm_hz: int | None, rate_hz: int) -> Iterator[Tensor]:
     return resample_pieces(pipe_samples(sys.stdin.buffer, header), header.rate_hz, rate_hz)
 
 
+class Written(NamedTuple):
+    """What a punctuation model has made of a stream."""
+
+    over: str = ""  # sentences that no later word changes
+    rest: tuple[StreamToken, ...] = ()  # the tokens behind them
+
+
+def write_sentences(system, written: Written, tokens: Sequence[StreamToken]) -> tuple[Written, str]:
+    """More tokens of a stream -> the text so far with marks. Only the last sentence is written again, as it may go on."""
+    rest = (*written.rest, *(token for token in tokens if token.token not in UNSPOKEN))
+    *ended, last = with_sentences(system.punctuation, stream_result(system, rest)).sentences or [None]
+    over = written.over
+    for sentence in ended:
+        over = join_sentences(over, sentence.text)
+        rest = tuple(token for token in rest if token.end > sentence.words[-1].end)
+    return Written(over, rest), join_sentences(over, last.text) if last else over
+
+
+def join_sentences(before: str, after: str) -> str:
+    is_spaced = before[-1:].isascii() and not is_ideograph(after[:1])
+    return f"{before} {after}" if before and is_spaced else before + after
+
+
 def show_streams(system, names: Sequence[str], pcm_hz: int | None) -> None:
     """Print the text of each recording as it grows: on a terminal in one line that is written over, else a line of JSON
     for each result that has tokens. Raises as `pieces_of`, and KeyboardInterrupt once all that was heard is printed."""
     for name in names:
         text = ""
+        written = Written()
         try:
             for result in hear_stream(system, pieces_of(name, pcm_hz, system.config.data.sample_rate)):
-                text = result.text
-                show_growing(name, result)
+                if system.punctuation is None:
+                    text = result.text
+                elif result.tokens:
+                    written, text = write_sentences(system, written, result.tokens)
+                show_growing(name, result._replace(text=text))
         finally:
             if sys.stdout.isatty():
                 print(f"{ERASE}{text}")

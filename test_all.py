@@ -8873,7 +8873,6 @@ def test_half_precision_keeps_the_tokens_of_a_stream(precision):
     assert [token.token for result in results for token in result.tokens] == case["runs"]["a"]["tokens"]
 
 
-# C165
 # C164
 @needs_kit
 @CAN_INT8
@@ -8892,6 +8891,7 @@ def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
 
 
 @needs_kit
+# C165
 def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):
     samples, rate_hz = audio.load_wav(KIT / "wavs/libri_dev.wav")
     whole = stream_command(capsys, KIT / "wavs/libri_dev.wav")[1].partition("\t")[2].rstrip("\n")
@@ -8907,6 +8907,29 @@ def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, c
 
 
 # C165
+# C165
+@needs_kit
+@pytest.mark.parametrize("variant", STREAMING_KITS)
+def test_a_stream_is_written_in_sentences(capsys, variant):
+    """Each is over once the next begins; from a file and as it grows, the words are those without marks."""
+    def bare(text):
+        return re.sub(r"\W", "", text.replace("<unk>", "")).lower()  # a mark of the kit
+
+    wav, options = KIT / "wavs/libri_dev.wav", ["--punctuate", KIT / "punc"]
+    plain, whole = (stream_command(capsys, wav, *more, variant=variant)[1].partition("\t")[2] for more in ([], options))
+    code, out, err = stream_command(capsys, "--stream", wav, *options, variant=variant)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "") and rows[-1]["text"] != plain.strip() != whole.strip()
+    assert bare(rows[-1]["text"]) == bare(plain) == bare(whole)
+    assert variant != "streaming" or rows[-1]["text"] == whole.strip()
+    system, written = streaming_system(variant)._replace(punctuation=kit_punctuation("punc")), listen.Written()
+    for row in rows:
+        before = written
+        written, text = listen.write_sentences(system, before, [streaming.StreamToken(**token) for token in row["tokens"]])
+        assert text == row["text"] and text.startswith(before.over) and len(written.over) <= len(text)
+    assert len(written.over) > 9
+
+
 @needs_kit
 def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     samples, rate_hz = audio.load_wav(KIT / "wavs/fsdd_dev_a.wav")
@@ -10584,9 +10607,9 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "weights": 1, "manifests": 1, "files": 1, "augment": 1,
           "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4, "punctuation": 4,
-          "checkpoint": 5, "sentences": 5, "listen": 5, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 6, "bodies": 7, "bench_long": 7, "transcribe": 8, "settings": 8, "streams": 9,
-          "sessions": 10, "serve": 11, "bench": 12}
+          "checkpoint": 5, "sentences": 5, "listen": 6, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
+          "train": 6, "amounts": 7, "decode": 7, "bodies": 8, "bench_long": 8, "transcribe": 9, "settings": 9, "streams": 10,
+          "sessions": 11, "serve": 12, "bench_stream": 13, "bench": 14}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
