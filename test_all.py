@@ -10171,11 +10171,13 @@ class Browser:
         os.close(self.to), os.close(self.source)
 
 @pytest.fixture
-def browser(tmp_path):
+def browser(tmp_path, request):
+    """Its microphone plays the WAV that is the parameter."""
     if shutil.which("chromium") is None:
         pytest.skip("chromium is not installed (apt-get install -y chromium)")
-    speech = tmp_path / "microphone.wav"
-    speech.write_bytes(wav(np.tile(NOISE, 4)))
+    speech = getattr(request, "param", tmp_path / "microphone.wav")
+    if not speech.exists():
+        speech.write_bytes(wav(np.tile(NOISE, 4)))
     started = Browser(tmp_path / "profile", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
                       f"--use-file-for-fake-audio-capture={speech}")
     try:
@@ -10299,6 +10301,46 @@ def test_every_route_answers_with_sentences(tmp_path):
         rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
         batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
         assert all("sentences" in item for item in batch["results"])
+def saved_wav(browser) -> bytes:
+    """What the page has of a recording."""
+    return base64.b64decode(browser.run("""new Promise(done => { const reader = new FileReader();
+        reader.onload = () => done(reader.result.split(",")[1]); reader.readAsDataURL(shown.wav); })"""))
+
+
+# C211
+@needs_kit
+@pytest.mark.parametrize("browser", [KIT / "wavs/libri_dev.wav"], indirect=True)
+@pytest.mark.parametrize("offline", [None, "sanm"])
+def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, offline):
+    """The last text is decode.py's of what the page has recorded: by the streaming model, or, in a second pass, by the
+    other one. So is that of a file. A wrong key is asked for before."""
+    monkeypatch.setenv("ASR_API_KEY", "sec&ret")
+    system = streaming_system("streaming")
+    whole = offline and checkpoint.load_system(KIT / offline, "cpu")
+
+    def check_result(name):
+        browser.wait(f"document.getElementById('name').textContent.startsWith('{name}') && !recorder && {DONE}", 60)
+        (tmp_path / "said.wav").write_bytes(saved_wav(browser))
+        wanted = decode.transcribe_recording(whole or system, tmp_path / "said.wav").text
+        shown = browser.run("document.getElementById('transcript').textContent")
+        assert len(wanted) > 9 and browser.run("shown.found.text") == wanted and shown.replace("<unk>", "") == wanted
+
+    with serving(settings.Models(system, whole)) as server:
+        browser.open("http://%s:%d/" % server.server_address[:2], width=360, dark=True)
+        browser.run("document.getElementById('record').click()")
+        browser.wait("!document.getElementById('ask').hidden && !recorder")
+        browser.run("document.getElementById('key').value = 'sec&ret'; document.querySelector('#ask button').click()")
+        browser.wait("recorder && document.querySelector('#transcript .open')?.parentElement.textContent.length > 9", 60)
+        assert browser.run("document.documentElement.scrollWidth") <= 360
+        browser.run("document.getElementById('record').click()")
+        check_result("recording")
+        assert browser.run("document.querySelector('[data-export=srt]').hidden") is (offline is None)
+        browser.drop((tmp_path / "said.wav").read_bytes(), "said.wav")
+        check_result("said.wav")
+    assert {event["params"]["entry"]["text"] for event in browser.complaints()} == {
+        "Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
+
+
 
 
 @needs_kit
