@@ -6,6 +6,7 @@
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
     python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
+    python bench.py stream [DIR [INPUT ...]]   a chunk, streams in real time, latency; DIR: of 50 sockets that speak INPUT
     python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
     python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; --vad DIR
 
@@ -50,6 +51,7 @@ from amounts import measure_amounts
 from audio import feature_dim, frontend, normalise
 from baselines import Search
 from bench_long import measure_cuts, measure_parts
+from bench_stream import measure_streams
 from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result,
                     with_search)
@@ -595,7 +597,8 @@ def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
 # ---- main ----
 
 MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
-            "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts}
+            "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts,
+            "stream": partial(measure_streams, large_system, running)}
 
 
 def main(argv: Sequence[str]) -> int:

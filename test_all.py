@@ -64,6 +64,7 @@ import batcher
 import bodies
 import bench
 import bench_long
+import bench_stream
 import checkpoint
 import compare
 import config
@@ -8890,8 +8891,8 @@ def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
         assert 0 < (exact - found).norm() < 0.03 * exact.norm()
 
 
-@needs_kit
 # C165
+@needs_kit
 def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):
     samples, rate_hz = audio.load_wav(KIT / "wavs/libri_dev.wav")
     whole = stream_command(capsys, KIT / "wavs/libri_dev.wav")[1].partition("\t")[2].rstrip("\n")
@@ -8906,7 +8907,6 @@ def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, c
         assert [row["tokens"] for row in rows] == [json.loads(line)["tokens"] for line in outs[0][1].splitlines()]
 
 
-# C165
 # C165
 @needs_kit
 @pytest.mark.parametrize("variant", STREAMING_KITS)
@@ -8930,6 +8930,7 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
     assert len(written.over) > 9
 
 
+# C165
 @needs_kit
 def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     samples, rate_hz = audio.load_wav(KIT / "wavs/fsdd_dev_a.wav")
@@ -8953,6 +8954,8 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     ("sanm", ["--chunk", "10,5", "a.wav"], "--chunk: wanted a streaming model"),
     ("streaming", ["--chunk", "10,0", "a.wav"], "wanted 1 look-ahead frame or more"),
     ("streaming", ["--batch-size", "3", "a.wav"], "--batch-size: of no use to a streaming model"),
+    ("streaming", ["--beam", "3", "a.wav"], "a streaming model decodes greedily: leave out --beam, --nbest and penalties"),
+    ("streaming", ["--stream", "--nbest", "3", "a.wav"], "a streaming model decodes greedily"),
     ("streaming", ["--plot", "x", "a.wav"], "--plot: of no use to a streaming model"),
     ("streaming", ["--vad", "x", "a.wav"], "--vad: of no use to a streaming model"),
     ("streaming", ["--hotwords", "x", "a.wav"], "--hotwords: wanted a model that can be told hotwords"),
@@ -8977,8 +8980,6 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
 @needs_kit
 def test_an_exported_streaming_model_is_the_same(tmp_path, capsys):
     assert stream_command(capsys, "--export", tmp_path / "out")[0] == 0
-    ("streaming", ["--beam", "3", "a.wav"], "a streaming model decodes greedily: leave out --beam, --nbest and penalties"),
-    ("streaming", ["--stream", "--nbest", "3", "a.wav"], "a streaming model decodes greedily"),
     assert (tmp_path / "out/model.pt").exists() and "SANMEncoderChunkOpt" in (tmp_path / "out/config.yaml").read_text()
     samples = streaming_cases("streaming")["edge"][0]
     for path in (tmp_path / "out",):
@@ -10277,30 +10278,6 @@ def test_page_asks_for_the_key(browser, monkeypatch):
         browser.wait(DONE)
 
 
-# ---- serve: voice activity and punctuation ----
-
-@needs_kit
-def test_every_route_answers_with_sentences(tmp_path):
-    """The answers are those of decode.py; segments of verbose_json are sentences."""
-    system, path = pipeline_system("bicif"), kit_wav(tmp_path, "talk_b")
-    result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
-    written = report.written_text(result)
-    assert len(result.sentences) > 3
-    with serving(system) as running:
-        direct = ask(running, post("/transcribe", "audio/wav", path.read_bytes()))
-        assert direct["text"] == written and direct["sentences"] == report.sentence_entries(result)
-        file = ('name="file"; filename="a.wav"', path.read_bytes())
-        verbose = ask(running, oai(file, field("response_format", "verbose_json")))
-        assert verbose["text"] == written
-        assert [(s["text"], s["start"], s["end"]) for s in verbose["segments"]] == [s[:3] for s in result.sentences]
-        assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
-        subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
-        assert subtitles == report.subtitles(result, "srt")
-        quiet = ask(running, post("/transcribe", "audio/wav", kit_wav(tmp_path, "silence").read_bytes()))
-        assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
-        rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
-        batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
-        assert all("sentences" in item for item in batch["results"])
 def saved_wav(browser) -> bytes:
     """What the page has of a recording."""
     return base64.b64decode(browser.run("""new Promise(done => { const reader = new FileReader();
@@ -10341,6 +10318,30 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
         "Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
 
 
+# ---- serve: voice activity and punctuation ----
+
+@needs_kit
+def test_every_route_answers_with_sentences(tmp_path):
+    """The answers are those of decode.py; segments of verbose_json are sentences."""
+    system, path = pipeline_system("bicif"), kit_wav(tmp_path, "talk_b")
+    result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
+    written = report.written_text(result)
+    assert len(result.sentences) > 3
+    with serving(system) as running:
+        direct = ask(running, post("/transcribe", "audio/wav", path.read_bytes()))
+        assert direct["text"] == written and direct["sentences"] == report.sentence_entries(result)
+        file = ('name="file"; filename="a.wav"', path.read_bytes())
+        verbose = ask(running, oai(file, field("response_format", "verbose_json")))
+        assert verbose["text"] == written
+        assert [(s["text"], s["start"], s["end"]) for s in verbose["segments"]] == [s[:3] for s in result.sentences]
+        assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
+        subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
+        assert subtitles == report.subtitles(result, "srt")
+        quiet = ask(running, post("/transcribe", "audio/wav", kit_wav(tmp_path, "silence").read_bytes()))
+        assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
+        rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
+        batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
+        assert all("sentences" in item for item in batch["results"])
 
 
 @needs_kit
@@ -10641,6 +10642,46 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     whole = "5 cuts, 0 inside one of 6 utterances; WER alone 0.00%, joined 0.00% of 6 words"
     assert len(lines) == 5 and lines[0] == f"silent pauses: {whole}" and lines[4] == f"an offset of 0.1: {whole}"
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
+
+
+# C212
+@needs_kit
+def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):
+    """Planted: a batch takes 50 ms and 45 ms a stream. 600 ms hold six single streams, and twelve in a batch."""
+    monkeypatch.setattr(bench_stream, "step_ms", lambda system, states, turns: 50 + 45 * len(states))
+    lines = list(bench_stream.chunk_figures(streaming_system("streaming"), 1))
+    assert "real-time factor 0.158" in lines[0] and "alone, one after another, 6 streams" in lines[0]
+    assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "8", "16"]
+    assert lines[-2] == "in one batch, 12 streams stay in real time"
+    assert lines[-1].endswith("greatest difference: 0 (0: equal to the last bit)")
+
+
+# C212
+@needs_kit
+def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():
+    """A chunk of 600 ms decides the tokens up to 300 ms before its end: one that ends at 0.25 s is of the first, one at
+    0.35 s of the second, one at 0.3 s of either; one at 1.9 s is completed by the end of the stream. Planted."""
+    client = bench_stream.Client(None, b"", 0.0)
+    client.sent_at = [(160 * i, 0.01 * i) for i in range(1, 200)]
+    said = [(0.7, 0.25), (1.5, 0.35), (1.6, 0.3), (1.7, 1.9), (2.0, None)]
+    client.messages = [(now, {"is_final": end is None, "tokens": [{"end": end}]}) for now, end in said]
+    system = streaming_system("streaming")
+    assert bench_stream.latencies_ms(client, system) == pytest.approx([100, 300])
+    client.messages.append((3.0, {"error": {"message": "no"}}))
+    with pytest.raises(ValueError, match="the server: no"):
+        bench_stream.latencies_ms(client, system)
+
+
+# C212
+@needs_kit
+def test_sockets_speak_at_real_time_pace_and_are_timed():
+    system, began = streaming_system("streaming"), time.monotonic()
+    with serving(settings.Models(system, None)) as server:
+        port, wav = server.server_address[1], str(KIT / "wavs/libri_dev.wav")
+        line = next(bench_stream.socket_figures(system, port, [wav], 2, 2.0))
+    found = re.match(r"2 sockets at real-time pace for 2 s: latency p50 (\d+) ms, p99 (\d+) ms .* of (\d+) messages", line)
+    assert time.monotonic() - began > 2 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
+    assert bench.main(["stream", str(KIT / "sanm")]) == 2
 
 
 # ---- the project: layout, floors, documents ----
