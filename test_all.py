@@ -3086,14 +3086,16 @@ def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refuse
 
 @pytest.mark.parametrize("count,dev,test,sizes", [
     (10, 0.1, 0.1, (8, 1, 1)), (30, 0.1, 0.2, (21, 3, 6)), (7, 0.5, 0.5, (0, 4, 3)), (10, 0, 1, (0, 0, 10)),
-    (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0)), (10, 0, 0.06, (9, 0, 1))])
+    (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0)), (10, 0, 0.06, (9, 0, 1)),
+    (20, None, None, (18, 2, 0))])
 def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
     """The whole number nearest to the share of what has a text, whatever else is in the folder."""
     for i in range(count + 5):
         audio.save_wav(tmp_path / f"{i}.wav", tone(0.1, 8000), 8000)
         if i < count:
             (tmp_path / f"{i}.txt").write_text(str(i))
-    options = SimpleNamespace(source=tmp_path, out=tmp_path, dev_share=dev, test_share=test, seed=0)
+    shares = [] if dev is None else ["--dev-share", str(dev), "--test-share", str(test)]
+    options = corpora.build_parser().parse_args(["folder", str(tmp_path), str(tmp_path), *shares])
     splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
     assert tuple(splits.count(split) for split in ("train", "dev", "test")) == sizes
 
@@ -4344,7 +4346,8 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
-    (["folder", ".", "out", "--dev-share", "2"], "--dev-share, --test-share: wanted 0 or more"),
+    (["folder", ".", "out", "--dev-share", "0.6", "--test-share", "0.5"], "together at most 1, got 0.6 and 0.5"),
+    (["folder", ".", "out", "--dev-share=-0.1"], "--dev-share, --test-share: wanted 0 or more"),
     (["folder", ".", "out", "--test-share", "nan"], "--dev-share, --test-share: wanted 0 or more"),
     (["fsdd", ".", "out", "--utterances", "-1", "5", "5", "5"], "--utterances: wanted 0 or more each, got [-1, 5,"),
     (["fsdd", ".", "out", "--seed", "-1"], "--seed: wanted 0 or more, got -1")])
@@ -6531,6 +6534,15 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_onl
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=f"step {number}: {name}")
 
 
+def test_a_run_has_the_threads_that_are_asked_for(tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        train.make_run(config.load(tiny_yaml(tmp_path / "tiny.yaml"), [f"--training.threads={threads + 2}"]))
+        assert torch.get_num_threads() == threads + 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_the_moving_average_is_the_closed_form_once_grown():
     value = 5.0
     for n in range(200):
@@ -6809,7 +6821,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
 
 @pytest.mark.parametrize("arguments", [
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "--compare", "b"], ["--resume", "a", "--compare", "b"], ["--dry-run"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
-    ["a.yaml", "--average", "2"], ["a.yaml", "--overfit", "-1"], ["a.yaml", "--dry-run", "--runs", "b"],
+    ["a.yaml", "--average", "2"], ["a.yaml", "--overfit", "0"], ["a.yaml", "--dry-run", "--runs", "b"],
     ["--resume", "a", "--runs", "runs"], ["--resume="]])
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
@@ -7824,18 +7836,44 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, caps
     assert refusal(capsys, "--ckpt", path).startswith(f"decode.py: {path}: ") and words in refusal(capsys, "--ckpt", path)
 
 
+def refused_arguments(capsys, *arguments: str) -> str:
+    """What the parser says to arguments that it refuses, "" to others."""
+    try:
+        decode.parse_arguments(arguments)
+        return ""
+    except SystemExit as stop:
+        assert stop.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("arguments", [
-    ["--batch-size=0"], ["--limit=-1"], ["--nonsense"], ["--threads=x"], ["--batch-seconds=0"], ["--batch-seconds=inf"],
-    ["--format=srt"], ["--format=srt", "--output=x.jsonl"], ["--format=doc", "--output=x"], ["--dtype=int4"],
-    ["--export=x", "--dtype=int8"],
-    ["--max-segment-sec=1.9"], ["--min-segment-sec=0.09"], ["--max-segment-sec=nan"], ["--plot-layer=1"],
-    ["--threads=99999999999999999999"], ["--batch-seconds=1e308"],
-    ["--export=x", "--output=y"], ["--export=x", "--report=y"], ["--export=x", "--plot=y"],
-    ["--export=x", "--nbest=3"], ["--export=x", "--batch-size=3"]])
-def test_bad_decoding_arguments_exit_with_2(arguments):
-    with pytest.raises(SystemExit) as stop:
-        decode.main(arguments)
-    assert stop.value.code == 2
+    "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0", "--batch-seconds=inf",
+    "--format=srt", "--format=srt --output=x.jsonl", "--output=x --format=doc", "--dtype=int4", "--export=x --dtype=int8",
+    "--min-segment-sec=0.5 --max-segment-sec=0.99", "--min-segment-sec=0.09", "--max-segment-sec=nan", "--max-segment-sec=inf",
+    "--plot-layer=1", "--plot=x --plot-layer=-1", "--threads=99999999999999999999", "--batch-seconds=1e308", "--limit=1000000000",
+    "--resume", "--vad-schedule=funasr", "--vad=x --min-segment-sec=2", "--vad=x --max-segment-sec=30", "--stream",
+    "--stream - --pcm=999", "--stream a.wav --pcm=8000", "--pcm=8000", "--chunk=10", "--chunk=1.5,2", "--look-back=1,2,3"])
+def test_bad_decoding_arguments_exit_with_2_and_are_named(capsys, arguments):
+    assert arguments.split()[-1].split("=")[0] in refused_arguments(capsys, *arguments.split())
+
+
+def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
+    for arguments in ("--batch-size=1", "--batch-seconds=0.001", "--limit=999999999", "--min-segment-sec=0.1 --max-segment-sec=0.2",
+                      "--min-segment-sec=10", "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
+        assert refused_arguments(capsys, *arguments.split()) == "", arguments
+
+
+def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
+    """All options but those named have none, or, beside --stream, are refused once the model is known."""
+    given = {"format": "txt", "dtype": "bfloat16", "vad_schedule": "funasr", "chunk": "8,4", "look_back": "3,1", "pcm": "8000"}
+    usual = vars(decode.parse_arguments([]))
+    with_stream = {"chunk", "look_back", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec", *baselines.Search._fields}
+    for mode, own, taken in (("--export=x", "export", set()), ("--stream a.wav", "stream", with_stream)):
+        for name in usual.keys() - taken - {"inputs", "search", "ckpt", "device", "dtype", "threads", own}:
+            option, value = f"--{name.replace('_', '-')}", usual[name]
+            if value is not False:  # no flag
+                option += "=" + given.get(name, str(value / 2 if type(value) is float and value else (value or 0) + 1))
+            assert option.split("=")[0] in refused_arguments(capsys, *mode.split(), option), (mode, option)
 
 
 # ---- decode: inputs and outputs ----
@@ -9196,6 +9234,8 @@ def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_h
     found = decode.decode_batch(system, [feats[:1]])
     none = found._replace(lens=torch.zeros(1, dtype=torch.int64), tokens=found.tokens[:, :0])
     assert decode.token_times(system, none, 0, []) == []
+    both = system.model.greedy(torch.stack([feats, feats]), torch.tensor([len(feats), 0]))
+    assert both.lens.tolist() == [len(alone.tokens), 0]
 
 
 def test_a_predictor_may_have_one_layer_of_the_encoders_width_or_of_its_own():
