@@ -43,7 +43,6 @@ if __name__ == "__main__":      # before torch is loaded, which takes seconds
 import torch
 
 import decode
-from audio import frame_sec
 from batcher import Batcher, Log, Metrics, num_utterances, resident_bytes
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
 from punctuation import load_punctuation
@@ -267,7 +266,8 @@ def socket_response(server: Server, head: Head) -> Response:
     server.wait_loaded()
     for system in server.models.loaded():
         refuse_toy(system)
-    return Response(101, "", b"", handshake(head.headers, "binary"), then=lambda connection: hold(server, head, connection))
+    return Response(101, "", b"", handshake(head.headers, "binary"),
+                    then=lambda connection: hold(server, head, connection))
 
 
 def model_cards(server: Server) -> list[dict]:
@@ -289,7 +289,8 @@ def metrics_text(server: Server) -> str:
     return server.metrics.text({
         "asr_batch_padding_ratio": batcher.padding / max(1, batcher.padded),
         "asr_queue_depth": num_utterances(batcher.waiting), "asr_inflight_requests": phases.count("busy"),
-        "asr_connections": len(phases), "asr_sockets": phases.count("socket"), "process_resident_memory_bytes": resident_bytes(),
+        "asr_connections": len(phases), "asr_sockets": phases.count("socket"),
+        "process_resident_memory_bytes": resident_bytes(),
         "process_start_time_seconds": time.time() - (time.monotonic() - server.started)})
 
 
@@ -300,12 +301,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                                      "if set, is a key that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
-    add("--offline-checkpoint", metavar="DIR", help="beside a streaming one: of whole utterances, for the second pass of "
-        "a web socket and for what is not streamed")
-    add("--chunk", type=decode.two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames that are decided "
-        "at a time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
-    add("--look-back", type=decode.two_numbers, metavar="ENCODER,DECODER", help="and chunks before them that are seen "
-        "(default: as its config says, 4,1 for FunASR's); clients may ask for others")
+    add("--offline-checkpoint", metavar="DIR", help="of whole utterances, beside a streaming one: for a second pass of "
+        "web sockets, and for requests")
+    add("--chunk", type=decode.two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames decided at a "
+        "time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
+    add("--look-back", type=decode.two_numbers, metavar="ENCODER,DECODER", help="chunks before them that are seen (4,1 "
+        "for FunASR's); clients may ask for others")
     add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
     add("--punctuate", metavar="DIR", help="answer with sentences: a directory of ct-punc")

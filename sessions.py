@@ -16,7 +16,6 @@ changes. `"is_end": true` beside is_speaking asks for an acknowledgement.
 Reading order: settings, a stream on the inference thread, a session, the conversation over a socket.
 Needs torch, numpy and what its imports name. Source: FunASR's runtime/docs/websocket_protocol.md and its clients.
 """
-import contextlib
 import json
 import math
 import select
@@ -24,8 +23,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from threading import Event
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +45,53 @@ from web import ClientLeft, Connection, Head, MIB, Refusal, body_too_large
 MOST_TEXT = 65536           # characters of a text message
 NO_SPACE = " ，。？、"      # between segments on either side of which there is no space
 
+
+# ---- the models behind a connection ----
+
+class Engine:
+    """What a session waits for. `server` is serve.Server. All may raise Refusal or ClientLeft."""
+
+    def __init__(self, server, head: Head, connection: Connection):
+        self.server = server
+        self.head = head
+        self.connection = connection
+
+    def has_left(self) -> bool:
+        ended = self.connection.poll(select.POLLIN, 0) and not self.connection.request.recv(1, socket.MSG_PEEK)
+        return ended and not self.server.draining.is_set()      # while draining nothing is read any more
+
+    def hear(self, stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Words | Piece]]:
+        """streams.hear_steps, together with other streams."""
+        step = Step(samples, stream, time.monotonic(), math.inf, self.has_left, is_last=is_last)
+        self.server.batcher.submit_step(step)
+        return step.outcome.result()
+
+    def recognise(self, feats: Tensor, hotwords: tuple[str, ...] | None) -> Result:
+        """Features (T,F) by the model of whole utterances, in a batch with requests."""
+        if not len(feats):
+            return Result("", 0.0, [], [])
+        job = Job(feats, object(), time.monotonic(), math.inf, self.has_left, hotwords)
+        self.server.batcher.submit([job], bounded=False)
+        return job.outcome.result().result
+
+    def read_file(self, body: bytes, hotwords: tuple[str, ...] | None) -> Result:
+        """A recording in any format, as /transcribe has it."""
+        now = time.monotonic()
+        fields = {"hotwords": list(hotwords)} if hotwords else {}
+        recording = Recording(body, fields, parse_terms({}, self.server.options.request_timeout))
+        wav = as_wav(self.server, recording, now, self.has_left)
+        return recognise(self.server, self.head._replace(path="/transcribe"), wav, now, self.has_left)[2][0].result
+
+
 # ---- a session ----
 
-class Engine(NamedTuple):
-    """What a session lets others do for it. All three may raise Refusal, or ClientLeft."""
-
-    hear: Callable[[Stream, Tensor, bool], tuple[Stream, list[Words | Piece]]]      # hear_steps of one stream
-    recognise: Callable[[Tensor, tuple[str, ...] | None], Result]   # features (T,F), hotwords: by the other model
-    read_file: Callable[[bytes, tuple[str, ...] | None], Result]    # a recording in any format, hotwords
-
-
 class Session:
-    """What a client sends, utterance by utterance, to what it gets."""
+    """What a client sends, utterance by utterance, to what it gets. max_bytes: of a recording that is a file."""
 
     def __init__(self, models: Models, engine: Engine, max_bytes: int, log: Callable[..., None]):
         self.models = models
         self.engine = engine
-        self.max_bytes = max_bytes              # of a recording that is a file
+        self.max_bytes = max_bytes
         self.log = log
         self.settings = first_settings(models)
         self.seconds = 0.0                      # of audio in all utterances that have ended
@@ -74,8 +102,8 @@ class Session:
         """Nothing of the next utterance is there yet."""
         self.stream: Stream | None = None
         self.received = bytearray()             # not heard yet
-        self.parts: list[tuple[float, Result]] = []         # of its segments, with their starts; mode offline
-        self.written = ""                       # the text of its segments; mode 2pass
+        self.parts: list[tuple[float, Result]] = []         # of segments, with their starts, that are not told yet
+        self.written = ""                       # the text of segments that are told; mode 2pass
         self.is_open = False                    # the client has words of the segment that has not ended
         self.carried: list[str] = []            # of punctuate_more
         self.failure: Refusal | None = None     # once it has failed, no more of it is heard
@@ -83,7 +111,9 @@ class Session:
     def take(self, message: str | bytes) -> Iterator[dict[str, Any]]:
         """A message of the client -> the answers to it. Raises ClientLeft."""
         self.arrived = time.monotonic()
-        return self.take_text(message) if isinstance(message, str) else self.take_audio(message)
+        if isinstance(message, str):
+            return self.take_text(message)
+        return self.guarded(self.take_audio(message))
 
     def take_text(self, text: str) -> Iterator[dict[str, Any]]:
         try:
@@ -106,98 +136,43 @@ class Session:
             self.stream = start_stream(self.models, self.settings)
         settings = self.stream.settings
         self.received += data
-        if not is_pcm(settings):
-            if settings.mode != "offline":
-                yield self.fail(bad_value("wav_format", f"pcm in mode {settings.mode}", settings.wav_format))
-            elif len(self.received) > self.max_bytes:
-                yield self.fail(body_too_large(f"more than {self.max_bytes}", self.max_bytes))
-            return
-        while not self.failure and len(self.received) >= 2 * (count := samples_due(self.models, self.stream)):
-            yield from self.step(count, False)
+        if is_pcm(settings):
+            while len(self.received) >= 2 * (count := samples_due(self.models, self.stream)):
+                yield from self.hear(count, False)
+        elif settings.mode != "offline":
+            raise bad_value("wav_format", f"pcm in mode {settings.mode}", settings.wav_format)
+        elif len(self.received) > self.max_bytes:
+            raise body_too_large(f"more than {self.max_bytes}", self.max_bytes)
 
-    def step(self, count: int, is_last: bool) -> Iterator[dict[str, Any]]:
+    def hear(self, count: int, is_last: bool) -> Iterator[dict[str, Any]]:
         """Hear so many samples of what was received -> what there is to say."""
         samples = np.frombuffer(self.received[:2 * count], "<i2").astype(np.float32) / 32768
         del self.received[:2 * count]
+        self.stream, events = self.engine.hear(self.stream, torch.from_numpy(samples), is_last)
+        for event in events:
+            if isinstance(event, Words):
+                yield self.tell_words(event)
+            else:
+                yield from self.tell_piece(event)
+
+    def guarded(self, answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The answers; with what goes wrong the utterance fails, and the socket goes on."""
         try:
-            self.stream, events = self.engine.hear(self.stream, torch.from_numpy(samples), is_last)
-            for event in events:
-                if isinstance(event, Words):
-                    yield self.tell_words(event)
-                else:
-                    yield from self.tell_piece(event)
+            yield from answers
+            return
         except ClientLeft:
             raise
         except Refusal as refusal:
-            yield self.fail(refusal)
+            self.failure = refusal
         except Exception:
-            yield self.fail(self.bug())
-
-    def bug(self) -> Refusal:
-        self.log("ERROR", "bug", traceback=traceback.format_exc())
-        return Refusal(500, "internal", "the server failed on this utterance; its log says more")
-
-    def fail(self, refusal: Refusal) -> dict[str, Any]:
-        self.failure = refusal
+            self.log("ERROR", "bug", traceback=traceback.format_exc())
+            self.failure = Refusal(500, "internal", "the server failed on this utterance; its log says more")
         self.received.clear()
-        return error_message(refusal)
-
-    # ---- answers ----
-
-    def tell_words(self, words: Words) -> dict[str, Any]:
-        mark = "\u2581" if self.models.streaming.tokenizer.unit == "word" else ""
-        tokens = [{**token._asdict(), "token": mark + token.token} for token in words.tokens]
-        gap = self.gap(words.text)
-        new = words.new if self.is_open else self.gap(words.new) + words.new
-        self.is_open = self.is_open or bool(new)
-        mode = "online" if self.stream.settings.mode == "online" else "2pass-online"
-        return self.message(mode, new, self.written + gap + words.text, tokens, words.tokens)
-
-    def tell_piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """A segment has ended: its text takes the place of the words so far, which are none in mode offline."""
-        result = self.engine.recognise(piece.feats, self.stream.settings.hotwords)
-        if self.stream.settings.mode == "offline":
-            self.parts.append((piece.start_sec, result))
-            return
-        system = self.models.whole
-        result = self.finished([(piece.start_sec, result)])
-        text = written_text(result)
-        if system.punctuation and isinstance(system.punctuation.model, RealtimeModel):
-            text, _, self.carried = punctuate_more(system.punctuation, self.carried, result.text)
-        if text or self.is_open:
-            self.is_open = False
-            text = self.gap(text) + text
-            self.written += text
-            yield self.whole_message("2pass-offline", result, text, self.written)
-
-    def finished(self, parts: Sequence[tuple[float, Result]]) -> Result:
-        """The Result of segments that are recognised, as decode.py writes one."""
-        system = self.models.whole
-        joined = decode.join_results(system, parts)
-        clipped = decode.clip_times(system, joined, self.stream.heard / self.models.rate_hz())
-        return with_sentences(system.punctuation, clipped)
-
-    def gap(self, text: str) -> str:
-        """The space that text needs behind the segments before it, if any."""
-        if not self.written or not text or self.written[-1] in NO_SPACE or text[0] in NO_SPACE:
-            return ""
-        before, after = (Word(x, 0.0, 0.0, 0.0, True) for x in (self.written, text))
-        return " " if decode.is_spaced(self.models.whole, before, after) else ""
-
-    def whole_message(self, mode: str, result: Result, text: str, so_far: str) -> dict[str, Any]:
-        tokens = [token_entry(token) for token in result.tokens]
-        return self.message(mode, text, so_far, tokens, result.words)
-
-    def message(self, mode: str, text: str, so_far: str, tokens: list[dict[str, Any]],
-                timed: Sequence[StreamToken | Word]) -> dict[str, Any]:
-        times = [[round(1000 * item.start), round(1000 * item.end)] for item in timed]
-        return {"mode": mode, "wav_name": self.settings.wav_name, "text": text, "is_final": False,
-                "timestamp": json.dumps(times) if times else "", "tokens": tokens, "text_so_far": so_far,
-                "latency_ms": round(1000 * (time.monotonic() - self.arrived), 1)}
+        yield error_message(self.failure)
 
     def finish(self) -> Generator[dict[str, Any], None, Refusal | None]:
         """The utterance ends -> its last messages, the very last one with is_final; returns why it failed, if so."""
-        messages = list(self.last_messages())
+        messages = list(self.guarded(self.last_answers()))
         if not messages or "error" in messages[-1]:
             mode = self.stream.settings.mode if self.stream else self.settings.mode
             messages.append(self.message("2pass-offline" if mode == "2pass" else mode, "", self.written, [], []))
@@ -207,22 +182,68 @@ class Session:
         self.begin()
         return failure
 
-    def last_messages(self) -> Iterator[dict[str, Any]]:
+    def last_answers(self) -> Iterator[dict[str, Any]]:
         if self.stream is None or self.failure:
             return
         settings = self.stream.settings
-        if is_pcm(settings):
-            yield from self.step(len(self.received) // 2, True)
+        result = None
+        if not is_pcm(settings):
+            result = self.engine.read_file(bytes(self.received), settings.hotwords)
+        else:
+            yield from self.hear(len(self.received) // 2, True)
             self.seconds += self.stream.heard / self.models.rate_hz()
-        if settings.mode != "offline" or self.failure:
+            if settings.mode == "offline":
+                result = self.joined()
+        if result:
+            text = written_text(result)
+            yield self.message("offline", text, text, list(map(token_entry, result.tokens)), result.words)
+
+    # ---- answers ----
+
+    def tell_words(self, words: Words) -> dict[str, Any]:
+        mark = "\u2581" if self.models.streaming.tokenizer.unit == "word" else ""
+        tokens = [{**token._asdict(), "token": mark + token.token} for token in words.tokens]
+        new = words.new if self.is_open else self.gap(words.new) + words.new
+        self.is_open = self.is_open or bool(new)
+        mode = "online" if self.stream.settings.mode == "online" else "2pass-online"
+        return self.message(mode, new, self.written + self.gap(words.text) + words.text, tokens, words.tokens)
+
+    def tell_piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """A segment has ended: its text takes the place of the words so far, which are none in mode offline."""
+        system = self.models.whole
+        result = self.engine.recognise(piece.feats, self.stream.settings.hotwords)
+        self.parts.append((piece.start_sec, decode.clip_times(system, result, piece.seconds)))
+        if self.stream.settings.mode == "offline":
             return
-        try:
-            result = self.finished(self.parts) if is_pcm(settings) else self.engine.read_file(
-                bytes(self.received), settings.hotwords)
-        except Refusal as refusal:
-            yield self.fail(refusal)
-            return
-        yield self.whole_message("offline", result, written_text(result), written_text(result))
+        joined = self.joined()
+        self.parts = []
+        text = written_text(joined)
+        if system.punctuation and isinstance(system.punctuation.model, RealtimeModel):
+            text, _, self.carried = punctuate_more(system.punctuation, self.carried, joined.text)
+        if text or self.is_open:
+            self.is_open = False
+            text = self.gap(text) + text
+            self.written += text
+            yield self.message("2pass-offline", text, self.written, list(map(token_entry, joined.tokens)), joined.words)
+
+    def joined(self) -> Result:
+        """The Result of segments that are not told yet."""
+        system = self.models.whole
+        return with_sentences(system.punctuation, decode.join_results(system, self.parts))
+
+    def gap(self, text: str) -> str:
+        """The space that text needs behind the segments before it, if any."""
+        if not self.written or not text or self.written[-1] in NO_SPACE or text[0] in NO_SPACE:
+            return ""
+        before, after = (Word(x, 0.0, 0.0, 0.0, True) for x in (self.written, text))
+        return " " if decode.is_spaced(self.models.whole, before, after) else ""
+
+    def message(self, mode: str, text: str, so_far: str, tokens: list[dict[str, Any]],
+                timed: Sequence[StreamToken | Word]) -> dict[str, Any]:
+        times = [[round(1000 * item.start), round(1000 * item.end)] for item in timed]
+        return {"mode": mode, "wav_name": self.settings.wav_name, "text": text, "is_final": False,
+                "timestamp": json.dumps(times) if times else "", "tokens": tokens, "text_so_far": so_far,
+                "latency_ms": round(1000 * (time.monotonic() - self.arrived), 1)}
 
 
 def is_pcm(settings: Settings) -> bool:
@@ -256,76 +277,45 @@ def acknowledgement(settings: Settings, failure: Refusal | None) -> dict[str, An
 
 # ---- the conversation ----
 
-def converse(socket: Socket, session: Session, draining: Event, told: Callable[[dict[str, Any]], None]) -> Closed:
-    """Messages of a client and their answers, until either side ends it -> how. told: each answer that was sent."""
-    try:
-        while True:
-            try:
-                if draining.is_set():
-                    raise Closed(GOING_AWAY)
-                message = socket.read()
-            except Closed as end:
-                if not draining.is_set():
-                    raise
-                tell(socket, session.finish() if session.stream else (), told)
-                raise Closed(GOING_AWAY, "the server is shutting down") from end
-            tell(socket, session.take(message), told)
-    except Closed as end:
-        with contextlib.suppress(OSError):
-            if end.code != GONE:
-                socket.close(end)
-        return end
-    except (ClientLeft, OSError):
-        return Closed(GONE, "the connection broke")
-
-
-def tell(socket: Socket, answers: Iterable[dict[str, Any]], told: Callable[[dict[str, Any]], None]) -> None:
-    for answer in answers:
-        socket.send_text(json.dumps(answer, ensure_ascii=False, allow_nan=False))
-        told(answer)
-
-
-# ---- the connection ----
-
 def hold(server, head: Head, connection: Connection) -> None:
     """A connection from its handshake, which `head` asked for, to its end. `server` is serve.Server."""
-    batcher, limits = server.batcher, server.limits
-
-    def has_left() -> bool:
-        ended = connection.poll(select.POLLIN, 0) and not connection.request.recv(1, socket.MSG_PEEK)
-        return ended and not server.draining.is_set()       # while draining nothing is read any more
-
-    def hear(stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Words | Piece]]:
-        step = Step(samples, stream, time.monotonic(), math.inf, has_left, is_last=is_last)
-        batcher.submit_step(step)
-        return step.outcome.result()
-
-    def recognise_piece(feats: Tensor, hotwords: tuple[str, ...] | None) -> Result:
-        if not len(feats):
-            return Result("", 0.0, [], [])
-        job = Job(feats, object(), time.monotonic(), math.inf, has_left, hotwords)
-        batcher.submit([job], bounded=False)
-        return job.outcome.result().result
-
-    def read_file(body: bytes, hotwords: tuple[str, ...] | None) -> Result:
-        fields = {"hotwords": list(hotwords)} if hotwords else {}
-        now = time.monotonic()
-        recording = Recording(body, fields, parse_terms({}, server.options.request_timeout))
-        wav = as_wav(server, recording, now, has_left)
-        return recognise(server, head._replace(path="/transcribe"), wav, now, has_left)[2][0].result
-
-    def told(answer: dict[str, Any]) -> None:
-        if "latency_ms" in answer:
-            server.metrics.observe("asr_stream_latency_seconds", answer["latency_ms"] / 1e3)
-
     server.phases[connection.request] = "socket"
+    limits = server.limits
     most = int(limits.max_body_mb * MIB)
-    session = Session(server.models, Engine(hear, recognise_piece, read_file), most, server.log)
+    session = Session(server.models, Engine(server, head, connection), most, server.log)
     client = Socket(connection.read_some, connection.write, most, limits.idle_timeout, limits.body_timeout,
                     connection.take(len(connection.buffer)))
-    end = converse(client, session, server.draining, told)
-    if end.code != GONE:
-        connection.read_away(1.0)
+    try:
+        end = converse(client, session, server)
+        if end.code != GONE:
+            client.close(end)
+            connection.read_away(1.0)
+    except (ClientLeft, OSError):
+        end = Closed(GONE, "the connection broke")
     server.metrics.add("asr_audio_seconds_total", amount=session.seconds)
     server.log("INFO", "socket", id=head.id, seconds=round(time.monotonic() - head.started, 1),
                audio=round(session.seconds, 1), code=end.code, reason=end.reason)
+
+
+def converse(client: Socket, session: Session, server) -> Closed:
+    """Messages of a client and their answers, until either side ends it -> how. Raises ClientLeft or OSError."""
+    while not server.draining.is_set():
+        try:
+            message = client.read()
+        except Closed as end:
+            if not server.draining.is_set():
+                return end
+        else:
+            tell(client, session.take(message), server.metrics)
+    if session.stream:
+        tell(client, session.finish(), server.metrics)
+    return Closed(GOING_AWAY, "the server is shutting down")
+
+
+def tell(client: Socket, answers: Iterable[dict[str, Any]], metrics) -> None:
+    for answer in answers:
+        client.send_text(json.dumps(answer, ensure_ascii=False, allow_nan=False))
+        if "latency_ms" in answer:
+            metrics.observe("asr_stream_latency_seconds", answer["latency_ms"] / 1e3)
+            if answer["mode"] != "2pass-online":        # whose words come again
+                metrics.add("asr_tokens_total", amount=len(answer["tokens"]))

@@ -50,6 +50,7 @@ class Piece(NamedTuple):
     """A segment for the model of whole utterances."""
 
     start_sec: float
+    seconds: float
     feats: Tensor                       # (T,F)
 
 
@@ -130,7 +131,7 @@ def cut(models: Models, stream: Stream, samples: Tensor, is_last: bool) -> tuple
     pieces = []
     for begin, end in ends:
         piece = stream.held[begin - stream.first:end - stream.first]
-        pieces.append(Piece(begin / rate_hz, features(models.whole, piece)))
+        pieces.append(Piece(begin / rate_hz, len(piece) / rate_hz, features(models.whole, piece)))
     if ends and stream.online:
         end = ends[-1][1]
         stream = stream._replace(online=start(models.streaming, stream.settings.chunk), begun=end, shown="",

@@ -105,7 +105,7 @@ from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHead
                        TransformerBlock, attend, causal_mask, check_lens, check_shapes, convolve, key_mask,
                        padding_mask, sinusoids)
 from checkpoint import build, read_checkpoint
-from batcher import Batcher, Metrics
+from batcher import Batcher, Metrics, Step
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
 from step import dev_losses, sampler_order, split as split_batch
 from pieces import (PIECE, PieceTokenizer, SpelledWord, UNSPOKEN, _is_han, _kind, are_spaced, merge_letters,
@@ -2399,6 +2399,194 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         assert error.startswith(f"serve.py: --host {host}: no address of this machine: ") and error.count("\n") == 1
 
 
+# ---- sockets: the handshake, frames, messages ----
+
+def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: bytes | None = b"\1\2\3\4",
+                 size: bytes | None = None) -> bytes:
+    """A frame as a client sends it, masked byte by byte; mask None: not masked; size: the length, if not written as
+    it should be."""
+    n = len(payload)
+    if size is None:
+        size = bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536 else b"\x7f" + struct.pack(">Q", n)
+    head = bytes([0x80 * is_last | opcode])
+    if mask is None:
+        return head + size + payload
+    masked = (np.frombuffer(payload, np.uint8) ^ np.resize(np.frombuffer(mask, np.uint8), n)).tobytes()
+    return head + bytes([size[0] | 0x80]) + size[1:] + mask + masked
+
+
+ASKS = ("Upgrade: websocket", "Connection: keep-alive, Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+        "Sec-WebSocket-Version: 13")
+
+
+class Talker:
+    """A client as FunASR's are."""
+
+    def __init__(self, server, path: str = "/", *headers: str, timeout: float = 30.0):
+        self.connection = socket.create_connection(server.server_address[:2], timeout)
+        self.connection.sendall(get(f"GET {path} HTTP/1.1", *(headers or ASKS)))
+        self.file = self.connection.makefile("rb")
+        self.status = int(self.file.readline().split()[1])
+        self.headers = {}
+        while line := self.file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            self.headers[name.lower()] = value
+
+    def send(self, message: dict | str | bytes) -> None:
+        if isinstance(message, bytes):
+            self.connection.sendall(client_frame(2, message))
+        else:
+            text = message if isinstance(message, str) else json.dumps(message)
+            self.connection.sendall(client_frame(1, text.encode()))
+
+    def frame(self) -> tuple[int, bytes]:
+        """The next frame of the server; (-1, b"") at the end of the connection."""
+        with contextlib.suppress(ConnectionError):
+            head = self.file.read(2)
+            if len(head) == 2:
+                assert head[0] & 0x80 and not head[1] & 0x80        # whole messages, never masked
+                size = head[1]
+                if size > 125:
+                    size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
+                return head[0] & 0x0F, self.file.read(size)
+        return -1, b""
+
+    def read(self) -> dict:
+        opcode, payload = self.frame()
+        assert opcode == 1, (opcode, payload)
+        return json.loads(payload, parse_constant=pytest.fail)
+
+    def until_final(self) -> list[dict]:
+        """Messages up to the one with is_final."""
+        messages = [self.read()]
+        while not messages[-1]["is_final"]:
+            messages.append(self.read())
+        return messages
+
+    def say(self, settings: dict, data: bytes, size: int = 9600) -> list[dict]:
+        """An utterance -> its messages."""
+        self.send(settings)
+        for start in range(0, len(data), size):
+            self.send(data[start:start + size])
+        self.send({"is_speaking": False})
+        return self.until_final()
+
+    def closed(self) -> int:
+        """The code of the close frame that comes next, behind which the connection ends; -1 without one."""
+        opcode, payload = self.frame()
+        while opcode in (1, 10):
+            opcode, payload = self.frame()
+        assert opcode in (8, -1) and (opcode == -1 or self.frame()[0] == -1)
+        return int.from_bytes(payload[:2], "big") if opcode == 8 else -1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        self.connection.close()
+
+
+# C201
+def test_handshake_and_frames_are_those_of_the_rfc():
+    """Oracle: the examples of RFC 6455, 1.3 and 5.7; unmasking by a loop over bytes."""
+    headers = dict(line.lower().split(": ") for line in ASKS) | {"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    assert dict(sockets.handshake(headers, "binary"))["Sec-WebSocket-Accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+    hello = bytes.fromhex("818537fa213d7f9f4d5158")
+    assert sockets.parse_header(hello) == (True, 1, 5, hello[2:6], 6)
+    assert sockets.unmask(hello[6:], hello[2:6]) == b"Hello" and client_frame(1, b"Hello", mask=hello[2:6]) == hello
+    assert sockets.to_frame(1, b"Hello").hex() == "810548656c6c6f"
+    assert [sockets.to_frame(2, bytes(n))[:4].hex() for n in (125, 126, 256, 65535, 65536)] == [
+        "827d0000", "827e007e", "827e0100", "827effff", "827f0000"]
+    for n in (0, 1, 3, 4, 1001):
+        data = random.Random(n).randbytes(n)
+        assert sockets.unmask(data, b"abcd") == bytes(byte ^ b"abcd"[i % 4] for i, byte in enumerate(data))
+    for cut in range(len(hello) - 5):
+        assert sockets.parse_header(hello[:cut]) is None
+
+
+REFUSED_FRAMES = {  # by the code of the close frame: what is sent
+    1002: {"not masked": client_frame(1, b"{}", mask=None), "first reserved bit": client_frame(0x41, b"{}"),
+           "second reserved bit": client_frame(0x21, b"{}"), "third reserved bit": client_frame(0x12, b"{}"),
+           "unknown opcode": client_frame(3, b"{}"), "unknown control": client_frame(11),
+           "control in fragments": client_frame(9, b"", is_last=False), "long control": client_frame(9, bytes(126)),
+           "goes on without a beginning": client_frame(0, b"{}"),
+           "begins within another": client_frame(1, b"{", is_last=False) + client_frame(2, b"a"),
+           "length in too many bytes": client_frame(2, bytes(5), size=b"\x7e\0\5"),
+           "length in far too many bytes": client_frame(2, bytes(200), size=b"\x7f" + (200).to_bytes(8, "big")),
+           "length with its first bit set": client_frame(2, b"", size=b"\x7f" + b"\xff" * 8),
+           "close of one byte": client_frame(8, b"a"), "close with 1005": client_frame(8, b"\x03\xed"),
+           "close with 999": client_frame(8, b"\x03\xe7")},
+    1007: {"text that is no UTF-8": client_frame(1, b"\xff"), "close that is none": client_frame(8, b"\x03\xe8\xff")},
+    1008: {"pings that flood": client_frame(9) * 1100, "fragments without data": client_frame(2, b"", False) + client_frame(0, b"", False) * 1100},
+    1009: {"huge length": client_frame(2, b"", size=b"\x7f" + (2**62).to_bytes(8, "big")),
+           "above the limit": client_frame(1, b"a" * (2**20 + 1)),
+           "fragments that never end": client_frame(2, b"", False) + client_frame(0, bytes(50000), False) * 30}}
+
+
+# C202
+@pytest.mark.parametrize("code, name", [(code, name) for code, sent in REFUSED_FRAMES.items() for name in sent])
+def test_what_no_client_may_send_closes_its_socket_with_a_code(server, code, name):
+    with Talker(server) as client:
+        with contextlib.suppress(ConnectionError):
+            client.connection.sendall(REFUSED_FRAMES[code][name])
+        assert client.closed() == code
+    assert exchange(server, get())[0] == 200
+
+
+# C202
+def test_pings_fragments_and_closing_are_answered(server):
+    """A message in fragments, a ping between them; a close with and without a code, and one in pieces."""
+    sent = (client_frame(1, b'{"is_spea', False) + client_frame(9, b"abc") + client_frame(0, b"", False)
+            + client_frame(10, b"not asked for") + client_frame(0, b'king": false}'))
+    for end, code in ((struct.pack(">H", 1000) + b"bye", 1000), (struct.pack(">H", 4999), 4999), (b"", None)):
+        with Talker(server) as client:
+            for i in range(0, len(sent), 7 if code == 1000 else 1000):
+                client.connection.sendall(sent[i:i + (7 if code == 1000 else 1000)])
+            assert client.frame() == (10, b"abc")
+            assert client.read()["is_final"]
+            client.connection.sendall(client_frame(8, end))
+            opcode, payload = client.frame()
+            assert opcode == 8 and payload[:2] == end[:2] and client.frame()[0] == -1
+
+
+# C201
+def test_the_handshake_is_checked():
+    def without(name: str, *more: str) -> list[str]:
+        return [line for line in ASKS if not line.startswith(name)] + list(more)
+
+    with serving(cors_origin=["https://other.example"]) as server:
+        port = server.server_address[1]
+        refused = {"version": (400, without("Sec-WebSocket-Version", "Sec-WebSocket-Version: 8")),
+                   "no version": (400, without("Sec-WebSocket-Version")), "no key": (400, without("Sec-WebSocket-Key")),
+                   "short key": (400, without("Sec-WebSocket-Key", "Sec-WebSocket-Key: YWJj")),
+                   "origin": (403, [*ASKS, "Origin: http://evil.example"]), "null": (403, [*ASKS, "Origin: null"]),
+                   "port": (403, [*ASKS, "Origin: http://x:81"])}
+        for name, (status, headers) in refused.items():
+            assert check_error(*exchange(server, get("GET /ws HTTP/1.1", *headers)))[0] == status, name
+        assert exchange(server, get("GET /ws HTTP/1.1", *refused["version"][1]))[1]["sec-websocket-version"] == "13"
+        for headers in (without("Upgrade"), without("Connection")):
+            assert check_error(*exchange(server, get("GET /ws HTTP/1.1", *headers))) == (426, "upgrade_required")
+            assert exchange(server, get("GET / HTTP/1.1", *headers))[1]["content-type"].startswith("text/html")
+        for origin in ("http://x", "https://X:443", "https://other.example"):
+            with Talker(server, "/ws", *ASKS, f"Origin: {origin}", "Sec-WebSocket-Protocol: chat, binary") as client:
+                assert client.status == 101 and client.headers["sec-websocket-protocol"] == "binary"
+        with Talker(server, "/") as client:
+            assert client.status == 101 and "sec-websocket-protocol" not in client.headers
+
+
+# C201
+def test_the_key_is_wanted_in_the_handshake_as_header_or_in_the_address(monkeypatch):
+    monkeypatch.setenv("ASR_API_KEY", "secret")
+    with serving() as server:
+        for path, headers, status in (("/", [], 401), ("/?key=wrong", [], 401), ("/ws?key=secret", [], 101),
+                                      ("/ws", ["Authorization: Bearer secret"], 101)):
+            with Talker(server, path, *ASKS, *headers) as client:
+                assert client.status == status
+        assert exchange(server, post_json({"features": ROWS[:30]}, "/transcribe?key=secret"))[0] == 401
+    assert not any("secret" in line for line in server.lines)
+
+
 # ---- downloads: names, and paths that hold no model ----
 
 def kit_copy(variant: str, folder: Path, *left_out: str) -> Path:
@@ -3394,6 +3582,12 @@ def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
     rng = random.Random(rate_in)
     samples = normal(rate_in, 3 * rate_in // 2)
     whole = audio.resample(samples, rate_in, rate_out)
+    state = live.Resampling(rate_in, rate_out, torch.zeros(0))
+    for count in (1, 999, 160):     # outputs, which come with the input that is said and not before
+        needed = state.inputs_for(count)
+        assert len(live.resample_more(state, samples[:needed])[1]) >= count
+        assert len(live.resample_more(state, samples[:needed - 1])[1]) < count
+        state, _ = live.resample_more(state, samples[:777])
     for longest in (300, 40000):
         sizes = [rng.randint(0, longest) for _ in range(2 * len(samples) // longest + 1)]
         pieces = list(samples.split([*sizes, len(samples) - sum(sizes)])) if sum(sizes) < len(samples) else [samples]
@@ -3657,6 +3851,38 @@ def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason(
             metrics.count_request(route, status, code, 0.0)
     reasons = re.findall(r'asr_rejected_total{reason="(.*)"} 1\n', metrics.text({}))
     assert reasons == "queue_full deadline_exceeded request_timeout too_large draining loading".split()
+
+
+# C205
+def test_steps_of_streams_go_together_and_take_turns_with_batches_of_utterances():
+    """A step waits for one batch of utterances at most, and these for one batch of steps; without a model."""
+    seen = []
+    options = serve_options(max_batch_size=2, max_queue=2)
+    batcher = Batcher(lambda jobs: seen.append(len(jobs)) or jobs, options, Metrics(),
+                      lambda steps: seen.append(-len(steps)) or steps)
+
+    def step() -> Step:
+        return Step(torch.zeros(9), None, 0.0, math.inf, lambda: False)
+
+    batcher.submit([job(10, 0.0)])
+    batcher.submit([job(10, 0.0) for _ in range(4)], bounded=False)         # a stream's segments find room
+    for _ in range(3):
+        batcher.submit_step(step())
+    for _ in range(6):
+        batch, _ = batcher.poll(1e3)
+        batcher.run_batch(batch)
+        if len(seen) in (2, 3):
+            batcher.submit_step(step())
+    assert seen == [-3, 2, -1, 2, -1, 1] and batcher.poll(0.0) == ([], None)
+    with batcher.preparing():
+        batcher.submit([job(10, 0.0)])
+        batcher.submit_step(step())
+        batcher.stepped = True
+        assert isinstance(batcher.poll(0.0)[0][0], Step)     # utterances that wait for more let it pass
+    late = step()
+    late.has_left = lambda: True
+    batcher.run_batch([late, step()])
+    assert isinstance(late.outcome.exception(0), web.ClientLeft) and seen[-1] == -1
 
 
 # ---- batcher: the log ----
@@ -10312,106 +10538,369 @@ def test_serve_loads_both_parts():
 
 # ---- sessions: what FunASR's clients send and get, over a socket ----
 
-def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: bytes | None = b"\1\2\3\4") -> bytes:
-    """A frame as a client sends it, byte by byte; mask None: not masked."""
-    n = len(payload)
-    size = bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536 else b"\x7f" + struct.pack(">Q", n)
-    head = bytearray([0x80 * is_last | opcode]) + size
-    if mask is None:
-        return bytes(head) + payload
-    head[1] |= 0x80
-    return bytes(head) + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
+@functools.cache
+def socket_models(*parts: str) -> settings.Models:
+    """The kit's streaming model, and beside it, with "whole", sanm, with "vad", "punc" or "punc_realtime"."""
+    if not parts:
+        return settings.Models(streaming_system("streaming"), None)
+    whole = checkpoint.load_system(KIT / "sanm", "cpu")._replace(segment_sec=(0.5, 2.5))
+    if "vad" in parts:
+        whole = whole._replace(vad=vad.load_vad(str(KIT / "vad")))
+    if parts[-1].startswith("punc"):
+        whole = whole._replace(punctuation=kit_punctuation(parts[-1]))
+    return settings.Models(streaming_system("streaming"), whole)
 
 
-class Talker:
-    """A client as FunASR's are: settings, audio, is_speaking false; texts are appended. Slow and simple."""
-
-    def __init__(self, server, path="/", *headers, timeout=20.0):
-        self.connection = socket.create_connection(server.server_address[:2], timeout)
-        port = server.server_address[1]
-        self.connection.sendall(get(f"GET {path} HTTP/1.1", "Upgrade: websocket", "Connection: keep-alive, Upgrade",
-                                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", *headers))
-        self.file = self.connection.makefile("rb")
-        self.status = int(self.file.readline().split()[1])
-        self.headers = {}
-        while line := self.file.readline().strip():
-            name, _, value = line.decode().partition(": ")
-            self.headers[name.lower()] = value
-
-    def send(self, data: dict | str | bytes) -> None:
-        if isinstance(data, bytes):
-            self.connection.sendall(client_frame(2, data, mask=bytes(4)) if len(data) > 20000 else client_frame(2, data))
-        else:
-            text = data if isinstance(data, str) else json.dumps(data)
-            self.connection.sendall(client_frame(1, text.encode()))
-
-    def frame(self) -> tuple[int, bytes]:
-        """The next frame of the server; (-1, b"") at the end of the connection."""
-        head = self.file.read(2)
-        if len(head) < 2:
-            return -1, b""
-        assert head[0] & 0x80 and not head[1] & 0x80        # whole messages, never masked
-        size = head[1]
-        if size > 125:
-            size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
-        return head[0] & 0x0F, self.file.read(size)
-
-    def read(self) -> dict:
-        opcode, payload = self.frame()
-        assert opcode == 1, (opcode, payload)
-        return json.loads(payload, parse_constant=pytest.fail)
-
-    def until_final(self) -> list[dict]:
-        """Messages up to the one with is_final."""
-        messages = [self.read()]
-        while "error" in messages[-1] or not messages[-1]["is_final"]:
-            messages.append(self.read())
-        return messages
-
-    def closed(self) -> int:
-        """The code of the close frame that comes next, behind which the connection ends; 0 without one."""
-        opcode, payload = self.frame()
-        code = int.from_bytes(payload[:2], "big") if opcode == 8 else 0
-        assert (opcode == -1 or self.frame()[0] == -1) and opcode in (8, -1)
-        return code
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-        self.connection.close()
-
-
-def streaming_models(variant="streaming", whole=None):
-    return settings.Models(streaming_system(variant), whole)
-
-
-def pcm_of(samples):
+def pcm_of(samples: torch.Tensor) -> bytes:
     return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
+
+
+def kit_speech(seconds: float = 4.0) -> torch.Tensor:
+    return streaming_cases("streaming")["aishell_dev"][0][:int(16000 * seconds)]
 
 
 # C200
 @needs_kit
 def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_open():
-    """Oracle: the samples through `streaming.feed`, whole; twice over one socket, cut into odd numbers of bytes."""
-    samples, _ = streaming_cases("streaming")["aishell_dev"]
-    system = streaming_system("streaming")
-    results, _ = stream_through(system, streaming.Chunk(), [samples])
-    data = pcm_of(samples)
-    with serving(streaming_models()) as server, Talker(server, "/ws") as client:
+    """Oracle: the samples through `streaming.feed`, whole; over one socket, cut into odd numbers of bytes."""
+    system, samples = streaming_system("streaming"), kit_speech()
+    with serving(socket_models()) as server, Talker(server, "/ws") as client:
         assert client.status == 101
-        for size, sizes in ((1921, [0, 10, 5]), (30001, "0, 10, 5")):
-            client.send({"mode": "online", "chunk_size": sizes, "wav_name": "a", "is_speaking": True, "itn": True})
-            for start in range(0, len(data), size):
-                client.send(data[start:start + size])
-            client.send({"is_speaking": False, "is_end": True})
-            messages = client.until_final()
+        for size, sizes, chunk in ((1921, [0, 10, 5], streaming.Chunk()), (30001, "5, 8,4", streaming.Chunk(8, 4, old=5))):
+            wanted = stream_through(system, chunk, [samples])[0][0]
+            settings = {"mode": "online", "chunk_size": sizes, "chunk_interval": 10, "encoder_chunk_look_back": 4,
+                        "decoder_chunk_look_back": 1, "wav_name": "a", "wav_format": "pcm", "audio_fs": 16000,
+                        "is_speaking": True, "hotwords": "", "itn": True}
+            messages = client.say(settings, pcm_of(samples), size)
             assert {(m["mode"], m["wav_name"]) for m in messages} == {("online", "a")} and len(messages) > 4
-            assert "".join(m["text"] for m in messages) == messages[-1]["text_so_far"] == results[0].text
+            assert all(m["text"] or m["tokens"] for m in messages[:-1])
+            assert "".join(m["text"] for m in messages) == messages[-1]["text_so_far"] == wanted.text
             tokens = [token for m in messages for token in m["tokens"]]
-            assert tokens == [token._asdict() for token in results[0].tokens]
-            assert client.read() == {"mode": "online", "wav_name": "a", "is_final": True, "is_end": True}
+            assert tokens == [token._asdict() for token in wanted.tokens]
+            times = [span for m in messages if m["timestamp"] for span in json.loads(m["timestamp"])]
+            assert times == [[round(1000 * t.start), round(1000 * t.end)] for t in wanted.tokens]
+            assert all(m["latency_ms"] >= 0 for m in messages)
+        client.send({"is_speaking": False, "is_end": True})         # an utterance of nothing has a last message too
+        last, ending = client.read(), client.read()
+        assert (last["text"], last["tokens"], last["is_final"]) == ("", [], True)
+        assert ending == {"mode": "online", "wav_name": "a", "is_final": True, "is_end": True}
+
+
+# C200
+@needs_kit
+@pytest.mark.parametrize("rate_hz", [8000, 11025, 48000])
+def test_any_rate_is_resampled_as_a_stream(rate_hz):
+    """Oracle: the samples resampled whole."""
+    data = pcm_of(audio.resample(kit_speech(3.0), 16000, rate_hz))
+    samples = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
+    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [audio.resample(samples, rate_hz, 16000)])[0][0]
+    with serving(socket_models()) as server, Talker(server) as client:
+        messages = client.say({"audio_fs": rate_hz}, data, 3333)
+        assert "".join(m["text"] for m in messages) == wanted.text and len(messages) > 1
+
+
+# C203
+@needs_kit
+@pytest.mark.parametrize("parts", [("whole",), ("whole", "vad"), ("whole", "vad", "punc"), ("whole", "punc_realtime")])
+def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path, parts):
+    """Oracle: decode.py's cutting and recognition of the whole recording, and what a client shows as FunASR's does."""
+    models = socket_models(*parts)
+    samples = long_samples("talk_b")[16000 * 4:16000 * 15]
+    path = tmp_path / "a.wav"
+    audio.save_wav(path, samples, 16000)
+    segments = [decode.transcribe(models.whole, [audio.frontend(s.samples, 16000, models.whole.config.data, models.whole.stats)])[0]
+                for s in decode.cut_recording(models.whole, path)]
+    whole = decode.transcribe_recording(models.whole, path)
+    texts = [result.text for result in segments]
+    if "punc" in parts:
+        texts = [report.written_text(sentences.with_sentences(models.whole.punctuation, result)) for result in segments]
+    carried: list[str] = []
+    for i, text in enumerate(texts if "punc_realtime" in parts else []):
+        texts[i], _, carried = punctuation.punctuate_more(models.whole.punctuation, carried, text)
+    with serving(models) as server, Talker(server) as client:
+        messages = client.say({"wav_name": "b", "chunk_size": [5, 10, 5]}, pcm_of(samples))
+        second = [m for m in messages if m["mode"] == "2pass-offline"]
+        assert {m["mode"] for m in messages} == {"2pass-online", "2pass-offline"} and len(second) > 2
+        assert [m["text"].strip() for m in second if m["text"]] == [text.strip() for text in texts if text.strip()]
+        assert [m["is_final"] for m in messages] == [False] * (len(messages) - 1) + [True]
+        times = [span for m in second if m["timestamp"] for span in json.loads(m["timestamp"])]
+        assert times == [[round(1000 * word.start), round(1000 * word.end)] for word in whole.words]
+        settled = shown = ""
+        for m in messages:      # as funasr_wss_client.py does
+            shown = shown + m["text"] if m["mode"] == "2pass-online" else ""
+            settled += m["text"] * (m["mode"] == "2pass-offline")
+            assert m["text_so_far"].startswith(settled) and (m["text_so_far"] == settled + shown or m["tokens"])
+        assert settled == messages[-1]["text_so_far"]
+        direct = ask(server, post("/transcribe", "audio/wav", path.read_bytes()))["text"]
+        for settings, data in (({"mode": "offline"}, pcm_of(samples)), ({"wav_format": "wav"}, path.read_bytes())):
+            only, = client.say(settings, data)
+            assert (only["mode"], only["text"], only["text_so_far"]) == ("offline", direct, direct)
+
+
+# C204
+@needs_kit
+def test_what_is_refused_is_said_and_the_socket_goes_on():
+    refused = {"no json": ("{", 'invalid_json'), "no object": ("[1]", "invalid_json"), "deep": ("[" * 9000, "invalid_json"),
+               "long": (json.dumps({"wav_name": "a" * 70000}), "invalid_json"), "mode": ({"mode": "2pass"}, "invalid_value"),
+               "mode of a type": ({"mode": 1}, "invalid_value"), "rate": ({"audio_fs": 7999}, "invalid_value"),
+               "rate above": ({"audio_fs": 48001}, "invalid_value"), "rate of a type": ({"audio_fs": "16000"}, "invalid_value"),
+               "rate true": ({"audio_fs": True}, "invalid_value"), "chunk": ({"chunk_size": [5, 10]}, "invalid_value"),
+               "chunk text": ({"chunk_size": "5,10,x"}, "invalid_value"), "no look-ahead": ({"chunk_size": [0, 10, 0]}, "invalid_value"),
+               "long chunk": ({"chunk_size": [0, 96, 5]}, "invalid_value"), "chunk of floats": ({"chunk_size": [0, 10.0, 5]}, "invalid_value"),
+               "endless look-back": ({"encoder_chunk_look_back": -1}, "invalid_value"),
+               "long look-back": ({"encoder_chunk_look_back": 11}, "invalid_value"),
+               "look-back of a type": ({"decoder_chunk_look_back": "1"}, "invalid_value"), "name": ({"wav_name": 5}, "invalid_value"),
+               "format": ({"wav_format": None}, "invalid_value"), "speaking": ({"is_speaking": 1}, "invalid_value"),
+               "end": ({"is_end": "yes"}, "invalid_value"), "hotwords": ({"hotwords": "我们"}, "no_hotwords")}
+    system = streaming_system("streaming")
+    samples = kit_speech(2.0)
+    with serving(socket_models()) as server, Talker(server) as client:
+        for name, (sent, code) in refused.items():
+            client.send(sent)
+            answer = client.read()
+            assert set(answer["error"]) == {"message", "type", "param", "code"} and answer["error"]["code"] == code, name
+            if isinstance(sent, dict):
+                assert answer["error"]["param"] in (*sent, "chunk_size"), name
+        messages = client.say({"chunk_size": [0, 10, 5], "unknown": {}}, pcm_of(samples))
+        assert messages[-1]["text_so_far"] == stream_through(system, streaming.Chunk(), [samples])[0][0].text
+        client.send({"wav_format": "mp3", "mode": "online"})        # a file is for mode offline
+        client.send(b"ID3" + bytes(50000))
+        client.send({"is_speaking": False, "is_end": True})
+        error, last, ending = client.read(), client.read(), client.read()
+        assert error["error"]["param"] == "wav_format" and last["is_final"] and not ending["is_final"] and ending["error"]
+
+
+# C204
+@needs_kit
+def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():
+    models = socket_models("whole")
+    defaults = settings.first_settings(models)
+    assert (defaults.mode, defaults.audio_fs, defaults.chunk) == ("2pass", 16000, streaming.Chunk())
+    hotwords = settings.Models(models.streaming, checkpoint.load_system(KIT / "contextual", "cpu"))
+    for given in ('{"我们": 20, "ab": 30}', "我们,ab", ["我们", "ab"]):
+        assert settings.read_settings(defaults, {"hotwords": given}, hotwords)[0].hotwords == ("我们", "ab")
+    with serving(models) as server, Talker(server) as client:
+        client.send(pcm_of(kit_speech(1.0)))            # before any text: the defaults hold
+        client.send({"mode": "online", "audio_fs": 8000, "wav_name": "now"})
+        messages = client.say({}, pcm_of(kit_speech(2.0))[32000:])
+        assert {m["mode"] for m in messages} <= {"2pass-online", "2pass-offline"} and messages[-1]["wav_name"] == "now"
+        assert {m["mode"] for m in client.say({}, pcm_of(kit_speech(1.0)))} == {"online"}
+
+
+# C205
+@needs_kit
+def test_streams_that_are_heard_together_are_what_they_are_alone():
+    """Of all modes and several rates and chunks, due at different times; exactly, on one thread."""
+    models = socket_models("whole")
+    data = kit_speech()
+    asked = [{"mode": "online"}, {"mode": "online", "chunk_size": [5, 8, 4]}, {"mode": "2pass"}, {"mode": "offline"},
+             {"mode": "online", "audio_fs": 8000}, {"mode": "2pass", "audio_fs": 48000}]
+    first = [streams.start_stream(models, settings.read_settings(settings.first_settings(models), given, models)[0])
+             for given in asked]
+
+    def run(together: bool) -> list[list]:
+        found, states, places = [[] for _ in first], list(first), [0] * len(first)
+        running = list(range(len(first)))
+        while running:
+            steps, rest = [], []
+            for i in running:
+                count = streams.samples_due(models, states[i])
+                is_last = places[i] + count > len(data)
+                piece = data[places[i]:] if is_last else data[places[i]:places[i] + count]
+                places[i] += len(piece)
+                steps.append(batcher.Step(piece, states[i], 0.0, 0.0, lambda: False, is_last=is_last))
+                rest += [] if is_last else [i]
+            heard = streams.hear_steps(models, steps) if together else [streams.hear_steps(models, [s])[0] for s in steps]
+            for i, (state, events) in zip(running, heard):
+                states[i] = state
+                found[i] += events
+            running = rest
+        return found
+
+    for together, alone in zip(run(True), run(False), strict=True):
+        assert len(together) == len(alone) > 0
+        for one, other in zip(together, alone):
+            assert type(one) is type(other)
+            for x, y in zip(one, other):
+                assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+
+
+# C200
+def test_what_is_shown_of_a_text_is_never_taken_back():
+    """Random symbols, letters among them, which become capitals when a second one follows: what certain_text gives only
+    grows. Oracle: the text of all of them."""
+    rng = random.Random(0)
+    symbols = ["a", "b", "i", "he@@", "b@@", "llo", "我", "7", "ok", "%", "c", "<unk>", "不"]
+    tokenizer = PieceTokenizer(("<blank>", "<s>", "</s>", "<unk>"), None)
+    state = SimpleNamespace(settled="", recent=())
+    state = streaming.State(*[None] * (len(streaming.State._fields) - 2), "", ())
+    for _ in range(300):
+        heard, shown, now = [], "", state
+        for _ in range(rng.randint(1, 8)):
+            new = rng.choices(symbols, k=rng.randint(0, 3))
+            heard += new
+            now, text = streaming.write_on(tokenizer, now, new)
+            certain = streaming.certain_text(tokenizer, now, text)
+            assert certain.startswith(shown) and not certain.endswith(" "), (heard, shown, certain)
+            shown = certain
+        assert text.startswith(shown) and len(text) - len(shown) < 12 and text == write_sentence(spell_words(heard))
+
+
+# C206
+@needs_kit
+def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_1001():
+    samples = kit_speech(3.0)
+    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][0].text
+    with serving(socket_models()) as server, Talker(server) as client, Talker(server) as silent:
+        client.send(pcm_of(samples))
+        messages = [client.read() for _ in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            draining = pool.submit(serve.drain, server, 8.0)
+            messages += client.until_final()
+            assert "".join(m["text"] for m in messages) == wanted
+            assert client.closed() == 1001 == silent.closed()
+            draining.result(10)
+
+
+# C206
+@needs_kit
+def test_who_is_silent_is_pinged_and_closed_and_who_answers_stays():
+    with serving(socket_models(), idle_timeout=0.4, body_timeout=0.6) as server:
+        with Talker(server) as gone, Talker(server) as there, Talker(server) as stuck:
+            stuck.connection.sendall(client_frame(2, bytes(1000))[:500])        # half a frame
+            for _ in range(4):
+                assert there.frame() == (9, b"")
+                there.connection.sendall(client_frame(10))
+            assert gone.frame() == (9, b"") and gone.closed() == 1001 == stuck.closed()
+            assert there.say({}, bytes(3200))[-1]["is_final"]
+    assert sum("code=1001" in line for line in server.lines) >= 2
+
+
+# C207
+@needs_kit
+def test_audio_that_comes_too_fast_is_held_back_by_not_reading_and_hurts_nobody(monkeypatch):
+    """While nothing is heard, no more is taken in than a message and what the system keeps; then all of it is heard."""
+    gate, heard = threading.Event(), []
+    hear = serve.hear_steps
+
+    def wait_and_hear(models, steps):
+        gate.wait(20)
+        heard.append(sum(len(step.feats) for step in steps))
+        return hear(models, steps)
+
+    monkeypatch.setattr(serve, "hear_steps", wait_and_hear)
+    message = client_frame(2, bytes(64000))         # two seconds
+    with serving(socket_models()) as server, Talker(server) as client:
+        client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        client.connection.settimeout(1.0)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 2**26:
+                client.connection.sendall(message)
+                sent += 1
+        assert sent * 64000 < 2**25 and exchange(server, get())[0] == 200
+        gate.set()
+        wait_until(lambda: sum(heard) > 16000 * 4, 20)
+        assert max(heard) <= 9600
+    assert not [line for line in server.lines if "bug" in line]
+
+
+# C207
+@needs_kit
+def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
+    with serving(socket_models(), write_timeout=0.5) as server:
+        with Talker(server) as client:
+            client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    client.connection.sendall(client_frame(1, b"no json") * 1000)
+            wait_until(lambda: any("code=1006" in line for line in server.lines), 20)
+        with Talker(server) as client:
+            client.send(pcm_of(kit_speech()))
+        wait_until(lambda: not server.phases, 20)
+        assert exchange(server, get())[0] == 200 and not [line for line in server.lines if "bug" in line]
+
+
+# C207
+@needs_kit
+@pytest.mark.parametrize("count", [12, pytest.param(300, marks=slow)])
+def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refused(count):
+    samples = kit_speech(1.5)
+    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][0].text
+    with serving(socket_models(), max_connections=count) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Talker(server, timeout=300)) for _ in range(count)]
+        with Talker(server) as above:
+            assert above.status == 503
+        wait_until(lambda: f"\nasr_connections {count}\n" in serve.metrics_text(server))      # the one above has left
+        wait_until(lambda: f"\nasr_sockets {count}\n" in serve.metrics_text(server))
+        for client in clients:
+            client.send({"mode": "online"})
+            client.send(pcm_of(samples))
+            client.send({"is_speaking": False})
+        for client in clients:
+            assert client.until_final()[-1]["text_so_far"] == wanted
+    steps = re.search(r"asr_step_size_sum (\d+)\nasr_step_size_count (\d+)", serve.metrics_text(server))
+    assert int(steps[1]) == 3 * count > int(steps[2])
+
+
+# C208
+@needs_kit
+def test_what_is_offered_is_said_and_requests_want_a_model_of_whole_utterances():
+    with serving(socket_models()) as server:
+        about = ask(server, get())
+        assert (about["model"], about["modes"], about["sample_rate"]) == ("streaming", ["online"], 16000)
+        found = exchange(server, post("/transcribe", "audio/wav", wav(NOISE)))
+        assert check_error(*found) == (400, "streaming_checkpoint")
+    with serving(socket_models("whole")) as server:
+        assert ask(server, get())["modes"] == ["2pass", "online", "offline"]
+        assert [card["id"] for card in ask(server, get("GET /v1/models HTTP/1.1"))["data"]] == ["paraformer", "streaming"]
+        assert ask(server, get("GET /v1/models/streaming HTTP/1.1"))["id"] == "streaming"
+    with serving() as server, Talker(server) as client:         # 8 kHz, and no streaming model
+        only, = client.say({"audio_fs": 8000}, NOISE.tobytes())
+        assert ask(server, get())["modes"] == ["offline"]
+        assert (only["mode"], only["text"]) == ("offline", ask(server, post("/transcribe", "audio/wav", wav(NOISE)))["text"])
+    with serving(serving_system(kind="toy")) as server:
+        assert check_error(*exchange(server, get("GET /ws HTTP/1.1", *ASKS))) == (400, "toy_checkpoint")
+
+
+# C208
+@needs_kit
+@pytest.mark.parametrize("options, words", [
+    (["streaming", "--vad", "vad"], "--vad: .* wants an --offline-checkpoint"),
+    (["streaming", "--punctuate", "punc"], "--punctuate: .* wants an --offline-checkpoint"),
+    (["streaming", "--offline-checkpoint", "streaming"], "got a streaming one"),
+    (["streaming", "--chunk", "10,0"], "wanted 1 look-ahead frame or more"),
+    (["sanm", "--offline-checkpoint", "sanm"], "--offline-checkpoint: wanted a streaming --checkpoint, got a paraformer"),
+    (["sanm", "--chunk", "10,5"], "--chunk: wanted a streaming --checkpoint"),
+    (["sanm", "--look-back", "4,1"], "--look-back: wanted a streaming --checkpoint"), (["streaming", "--chunk", "8,4"], "")])
+def test_checkpoints_that_do_not_go_together_are_refused(options, words):
+    argv = ["--device", "cpu", "--checkpoint", *[str(KIT / x) if (KIT / x).is_dir() else x for x in options]]
+    if words:
+        with pytest.raises(ValueError, match=words):
+            serve.load_warm(serve.parse_arguments(argv))
+    else:
+        assert serve.load_warm(serve.parse_arguments(argv)).streaming.chunk == streaming.Chunk(8, 4)
+
+
+# C200
+@needs_kit
+def test_the_websockets_package_is_understood():
+    """As funasr_wss_client.py uses it: subprotocol binary, no pings, compression offered."""
+    client = pytest.importorskip("websockets.sync.client", reason="the websockets package is not installed")
+    samples = kit_speech(2.0)
+    with serving(socket_models()) as server:
+        host, port = server.server_address[:2]
+        with client.connect(f"ws://{host}:{port}", subprotocols=["binary"], ping_interval=None) as connection:
+            assert connection.subprotocol == "binary"
+            connection.send(json.dumps({"mode": "online", "chunk_size": [5, 10, 5], "is_speaking": True}))
+            for start in range(0, len(pcm_of(samples)), 1920):
+                connection.send(pcm_of(samples)[start:start + 1920])
+            connection.send(json.dumps({"is_speaking": False, "is_end": True}))
+            text = ""
+            while not (message := json.loads(connection.recv(timeout=30))).get("is_end"):
+                text += message["text"]
+        assert text == stream_through(streaming_system("streaming"), streaming.Chunk(old=5), [samples])[0][0].text
+        wait_until(lambda: any("code=1000" in line for line in server.lines))
 
 
 # ---- bench: figures ----
