@@ -48,13 +48,10 @@ def noise(seed: int, samples: int) -> Tensor:
     return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) / 20
 
 
-def ready_streams(system: System, count: int) -> list[State]:
-    """Streams that have heard so much that all their caches are full."""
+def ready_stream(system: System) -> State:
+    """A stream that has heard so much that all its caches are full."""
     chunks = system.chunk.encoder_look_back + 3
-    states = []
-    for seed in range(count):
-        states.append(feed(system, start(system, system.chunk), noise(seed, chunks * chunk_samples(system)))[0])
-    return states
+    return feed(system, start(system, system.chunk), noise(0, chunks * chunk_samples(system)))[0]
 
 
 def step_ms(system: System, states: Sequence[State], turns: int) -> float:
@@ -81,29 +78,27 @@ def difference(system: System, states: Sequence[State]) -> float:
 
 
 def chunk_figures(system: System, turns: int) -> Iterator[str]:
-    """Of a chunk alone, and of batches that double until they are late."""
+    """Of a chunk alone, and of batches, which double until they are late."""
     due_ms = 1000 * system.chunk.new * frame_sec(system.config.data)
-    states = ready_streams(system, 1)
-    alone_ms = step_ms(system, states, turns)
-    yield (f"a chunk of one stream    {alone_ms:8.1f} ms of {due_ms:.0f}: real-time factor {alone_ms / due_ms:.3f}; "
-           f"alone, one after another, {int(due_ms / alone_ms)} streams stay in real time")
-    ms = alone_ms
-    most = int(ms < due_ms)
-    while ms < due_ms and len(states) < 512:
-        states += ready_streams(system, len(states))
-        ms = step_ms(system, states, turns)
-        yield f"a batch of {len(states):3} streams   {ms:8.1f} ms, {ms / len(states):.1f} a stream"
-        if ms < due_ms:
-            most = len(states)
-    late = len(states)
+    state = ready_stream(system)
+    ms = step_ms(system, [state], turns)
+    yield (f"a chunk of one stream    {ms:8.1f} ms of {due_ms:.0f}: real-time factor {ms / due_ms:.3f}; "
+           f"alone, one after another, {int(due_ms / ms)} streams stay in real time")
+    most = 0
+    late = 1
+    while ms < due_ms and late < 512:
+        most = late
+        late *= 2
+        ms = step_ms(system, [state] * late, turns)
+        yield f"a batch of {late:3} streams   {ms:8.1f} ms, {ms / late:.1f} a stream"
     while late - most > max(1, most // 8):
         middle = (most + late) // 2
-        if step_ms(system, states[:middle], turns) < due_ms:
+        if step_ms(system, [state] * middle, turns) < due_ms:
             most = middle
         else:
             late = middle
     yield f"in one batch, {most} streams stay in real time"
-    yield f"batch against alone, greatest difference: {difference(system, states[:4]):.1g} (0: equal to the last bit)"
+    yield f"batch against alone, greatest difference: {difference(system, [state] * 4):.1g} (0: equal to the last bit)"
 
 
 # ---- clients of a web socket ----
@@ -296,8 +291,9 @@ def measure_streams(large_system: Callable, running: Callable, argv: Sequence[st
         system = load_system(place, "cpu", laid_out=True)
         if system.chunk is None:
             raise ValueError(f"{place}: wanted a streaming model, got a {system.config.model.name}")
-        size = sum(x.numel() for x in system.model.parameters()) / 1e6
-        print(f"{size:.1f} M parameters, {options.threads} threads, {system.chunk}", flush=True)
+        encoder, decoder = system.config.model.encoder, system.config.model.decoder
+        print(f"{encoder.num_layers} + {decoder.num_layers} blocks, {encoder.hidden_dim} wide, {options.threads} threads, "
+              f"{system.chunk}", flush=True)
         for line in chunk_figures(system, options.turns):
             print(line, flush=True)
         count = options.sockets if options.checkpoint else 1
