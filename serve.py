@@ -152,6 +152,8 @@ class Server(Door):
     def admit_socket(self, head: Head) -> None:
         """The page of another site may not open one in the name of who looks at it: browsers ask nobody before."""
         wrong = why_no_handshake(head.headers)
+        if head.close or head.length or head.chunked:
+            wrong = "wanted HTTP/1.1, without a body and without Connection: close"
         if wrong:
             raise Refusal(400, "bad_handshake", wrong, headers=[("Sec-WebSocket-Version", "13")])
         origin = head.headers.get("origin")
@@ -414,7 +416,7 @@ def load_models(options: argparse.Namespace) -> Models:
         for option in ("vad", "punctuate"):
             if getattr(options, option):
                 raise ValueError(f"--{option}: is for whole utterances, and wants an --offline-checkpoint beside the "
-                                 f"streaming one, got none")
+                                 "streaming one, got none")
         return Models(system, None)
     whole = load_system(options.offline_checkpoint, options.device, options.dtype, laid_out=True)
     check_not_streaming(whole.config, options.offline_checkpoint)

@@ -213,7 +213,7 @@ class Socket:
         until = until or time.monotonic() + self.frame_sec
         while (header := parse_header(self.buffer)) is None:
             self.fill(until)
-        if header.size > most:
+        if header.size > most and header.opcode < CLOSE:
             raise Closed(TOO_BIG, f"a message has more than {self.most} bytes")
         while len(self.buffer) < header.length + header.size:
             self.fill(until)
