@@ -557,6 +557,7 @@ def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
 BOUNDS = {  # range -> a field that has it, values within, values outside
     "1 or more": ("training.batch_size", [1], [0]), "2 or more": ("model.mwer_samples", [2], [1]),
     "0 or more": ("data.toy.noise", [0], [-0.01, math.nan, math.inf]),
+    "-1 or more": ("model.chunk.encoder_look_back", [-1], [-2]),
     "above 0": ("training.learning_rate", [1e-9], [0, math.nan, math.inf]),
     "at least 0 and below 1": ("model.encoder.dropout", [0, 0.999], [-0.01, 1, math.nan]),
     "between 0 and 1": ("model.sampling_ratio", [0, 1], [-0.01, 1.01, math.nan]),
