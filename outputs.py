@@ -197,11 +197,11 @@ def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
 
 def part_line(output: Output, outcome: Outcome) -> bytes:
     """The line of JSON of a result; in a part it has what it was made with, the number of its key, where that is not 0,
-    and the text without punctuation, where there is some."""
+    and the text without punctuation, where some was asked for."""
     more = {"made": output.made}
     if output.numbers[outcome.index]:
         more["number"] = output.numbers[outcome.index]
-    if written_text(outcome.result) != outcome.result.text:
+    if outcome.result.sentences is not None:
         more["spoken"] = outcome.result.text
     row = json.loads(json_row(outcome)) | more
     return f"{json.dumps(row, ensure_ascii=False)}\n".encode()

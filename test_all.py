@@ -5726,7 +5726,8 @@ def test_file_names_are_safe_and_never_the_same():
     cut = "你" * 29 + "..." + "你" * 29
     assert outputs.file_names(keys) == ["x/a", "y/A", "a", "spk.utt2", "_/_", "_", cut, "a-2"]
     assert outputs.file_names(["a.wav", "A", "a", "a-2"]) == ["a", "A-2", "a-3", "a-2-2"]
-    assert outputs.file_names(["/d/x/a.wav", "/d/x/b.wav", "/d/y/a.wav"]) == ["x/a", "x/b", "y/a"]
+    assert outputs.file_names(["/d/x/a.wav", "/d/x/b.WAV", "/d/y/a.wav"]) == ["x/a", "x/b", "y/a"]
+    assert outputs.safe_name("n" * 180) == "n" * 180 and outputs.safe_name("n" * 181) == "n" * 88 + "..." + "n" * 88
     talk = "a talk on what is to be remembered of a long evening, " * 5
     first, second = outputs.file_names([f"/d/{talk}part 1.mp3", f"/d/{talk}part 2.mp3"])
     assert first.endswith("part 1") and second.endswith("part 2") and first.startswith("a talk on what")
@@ -8302,6 +8303,11 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
     assert (tmp_path / "o/summary.txt").read_text() == (tmp_path / "w/summary.txt").read_text()
     assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.jsonl", "--resume", first)[0] == 0 and sum(calls) == 2
     assert sorted((tmp_path / "o.jsonl").read_text()) == sorted((tmp_path / "w.jsonl").read_text())  # those of others stay
+    texts = []
+    for more in ([], ["--resume"]):  # of a ctm, which is none of these lines, all is decoded again
+        assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.ctm", *more, first)[0] == 0
+        texts.append((tmp_path / "o.ctm").read_text())
+    assert texts[0] == texts[1] and sum(calls) == 2 + 3 + 3
 
 
 # C182
@@ -8329,6 +8335,22 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
         os.waitpid(pid, 0)
     assert decoded(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "out.jsonl"]
+
+
+# C182
+@pytest.mark.parametrize("mark", [None, "", "."])
+def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(mark):
+    """mark: what punctuation put behind the word; None: there was none."""
+    word = report.Word("ab", 0.1, 0.2, 0.9)
+    written = word._replace(text=f"ab{mark}")
+    found = None if mark is None else (report.Sentence(written.text, 0.1, 0.2, [written]),)
+    result = report.Result("ab", 0.9, [report.Token("ab", 5, 0.9, 0.1, 0.2)], [word], sentences=found)
+    outcome = report.Outcome(1, "k", 0.5, "ab", result)
+    line = outputs.part_line(outputs.Output("json", ["k", "k"], [0, 1], made={"ckpt": "x"}), outcome)
+    assert json.loads(line)["number"] == 1 and outputs.final_line(line) == report.json_row(outcome).encode()
+    back = outputs.read_outcome(line, 1, "part")
+    assert (back.key, back.seconds, back.reference, back.result.text, back.result.tokens) == ("k", 0.5, "ab", "ab", result.tokens)
+    assert outputs.read_outcome(outputs.final_line(line), 1, "end").reference == ("ab" if mark is None else "")
 
 
 # C182
@@ -8562,13 +8584,19 @@ def test_a_run_of_two_processes_whose_first_is_ended_goes_on_under_torchrun_as_i
 def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, capsys, monkeypatch):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(3)]
     plain = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    clock = itertools.count(0.0, 0.75)  # seconds at which the bar looks at it
     with monkeypatch.context() as patch:
+        patch.setattr(outputs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
     assert texts == plain[1] and plain[2].count("\n") == 1 and "\r" not in plain[2]
     bars = [part.rstrip("\r") for part in error.split("\x1b[K") if part.startswith("[")]
     assert [bar.split("real")[0] for bar in bars] == [f"[{'#' * 20:30}] 2/3  ", f"[{'#' * 30}] 3/3  "]
-    assert all(re.fullmatch(r".* real-time factor \d+\.\d{4}", bar) for bar in bars)
+    assert [bar.split()[-1] for bar in bars] == ["0.7500", "1.0000"]  # 0.75 s for 1 s of audio, 1.5 s for 1.5 s
+    shared = outputs.ProgressBar(5, (0, 2))  # rank 0 of two
+    for done, seconds in ((4, 6.0), (5, 12.0)):
+        shared.add([report.Outcome(0, "a", 1.5)] * 2)
+        assert (shared.done, shared.seconds) == (done, seconds)
     assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
 
 
@@ -8944,7 +8972,7 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
 
 
 # C97
-def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
+def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
     """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
     system, [feats] = tiny_system(encoder={"num_layers": 3}, decoder={"num_layers": 2}), ragged_feats([31])
     calls = []
@@ -8955,13 +8983,17 @@ def test_the_heads_of_any_layer_can_be_drawn(monkeypatch):
         found = system.model.greedy(feats[None], torch.tensor([31]))
         hidden, lens = system.model.encode(feats[None], torch.tensor([31]))
         cross = system.model.cross_attention(hidden, lens, found.tokens, found.lens)
-    spoken = found.tokens[0] > EOS
+    heard = found.tokens[0] > EOS
     for layer, (i, j) in {1: (0, 0), 2: (1, 1), 3: (2, 1), 0: (2, 1), 9: (2, 1)}.items():
         calls.clear()
         decode.draw(system, item, layer)
         (ours, first), (theirs, second) = calls
         assert (first, second) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
-        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, spoken])
+        assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, heard])
+    monkeypatch.undo()
+    options = ["--device=cpu", "--ckpt", saved(system, tmp_path / "x.pt"), "--plot", str(tmp_path), "--plot-layer=2"]
+    assert decode.main([*options, spoken(tmp_path / "a.wav", 0.5)]) == 0
+    assert "encoder, layer 2 of 3" in (tmp_path / "a.encoder.svg").read_text()
 
 
 # C159
