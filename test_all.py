@@ -3097,7 +3097,8 @@ def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_w
     for source in (lambda: manifests.Manifest(folder), lambda: decode.open_inputs(system, [str(folder)], tmp_path)):
         with pytest.raises(ValueError, match=r"wav.scp:1: wanted a path, got the pipe .*--allow-pipes decode.py runs"):
             source()
-    assert corpora.main(["kaldi", str(folder), str(tmp_path / "out")]) == 2 and not (folder / "ran").exists()
+    assert corpora.main(["kaldi", str(folder), str(tmp_path / "out")]) == 2
+    assert decode.main(["--ckpt", saved(system, tmp_path / "x.pt"), str(folder)]) == 2 and not (folder / "ran").exists()
     dataset = decode.open_inputs(system, [str(folder)], tmp_path, allow_pipes=True)
     assert not (folder / "ran").exists() and dataset.durations.tolist() == [0.5, 0.5, 0, 0, 0, 0.5, 0]
     whole = data.ManifestDataset([manifests.Row("a", f"{folder}/a b.wav", "", None)], system.config.data, letters,
@@ -3124,9 +3125,9 @@ def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_w
         "X=1 a", "a (b)", "a #b", "a \\b", "a !b"))])
 def test_a_shell_reads_a_pipe_only_where_it_must(monkeypatch, command, words):
     given = []
-    monkeypatch.setattr(subprocess, "run", lambda words, **how: given.append((words, how["cwd"])) or SimpleNamespace(
-        returncode=0, stdout=b"x"))
-    assert manifests.run_pipe(command, "folder") == b"x" and given == [(words, "folder")]
+    monkeypatch.setattr(subprocess, "run", lambda words, **how: given.append((words, how["cwd"], how["stdin"])) or
+                        SimpleNamespace(returncode=0, stdout=b"x"))
+    assert manifests.run_pipe(command, "folder") == b"x" and given == [(words, "folder", subprocess.DEVNULL)]
 
 
 def shards(folder: Path) -> list[Path]:
@@ -3507,6 +3508,7 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
             assert len(batch) <= size and (len(batch) * lengths[batch].max() <= frames or len(batch) == 1)
             assert shuffle or lengths[batch].sum() >= 0.9 * len(batch) * lengths[batch].max()
         assert batches == data.make_batches(lengths, size, frames, 3, 1, shuffle)
+    assert len(data.make_batches(np.array([10, 10]), 2, 20, 3, 1, shuffle)) == 1  # both bounds to the last frame
     mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
              for epoch in (1, 2)]
     assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
@@ -8443,6 +8445,16 @@ def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path
     assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
 
 
+def test_options_of_the_system_reach_it(ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "runs_on", lambda precision, device: True)
+    arguments = decode.parse_arguments(["--dtype=bfloat16", "--batch-size=3", "--batch-seconds=7", "--min-segment-sec=2",
+                                        "--max-segment-sec=9"])
+    assert arguments.ckpt == "runs/latest/checkpoints/best.pt"
+    system = decode.greedy_system(arguments, ckpt)
+    assert (system.precision, system.batch_size, system.batch_seconds, system.segment_sec) == ("bfloat16", 3, 7.0, (2.0, 9.0))
+    assert "wanted auto, cpu or" in refusal(capsys, "--ckpt", ckpt, "a.wav", "--device=tpu")
+
+
 # C120
 def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.jsonl"
@@ -8991,9 +9003,10 @@ def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
         assert (first, second) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, heard])
     monkeypatch.undo()
-    options = ["--device=cpu", "--ckpt", saved(system, tmp_path / "x.pt"), "--plot", str(tmp_path), "--plot-layer=2"]
+    options = ["--device=cpu", "--ckpt", saved(system, tmp_path / "x.pt"), "--plot", str(tmp_path), "--plot-layer=2",
+               "--explain"]
     assert decode.main([*options, spoken(tmp_path / "a.wav", 0.5)]) == 0
-    assert "encoder, layer 2 of 3" in (tmp_path / "a.encoder.svg").read_text()
+    assert "encoder, layer 2 of 3" in (tmp_path / "a.encoder.svg").read_text() and (tmp_path / "a.explain.svg").exists()
 
 
 # C159
