@@ -2656,6 +2656,30 @@ def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, cap
     assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
 
 # C154
+def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(tmp_path, monkeypatch):
+    """Sizes and names are those of FunASR's model list."""
+    monkeypatch.chdir(tmp_path)
+    for model in downloads.DOWNLOADS:
+        names = {model.name, model.huggingface, model.modelscope, Path(model.modelscope).name, model.modelscope.upper() + "/"}
+        for name in names - {""}:
+            with pytest.raises(ValueError) as refused:
+                downloads.check_name(name)
+            assert str(refused.value).endswith(f", and pass {model.name or 'paraformer'}")
+            assert ("  or  hf download " in str(refused.value)) == bool(model.huggingface)
+    (tmp_path / "paraformer-zh").mkdir()
+    for path in ("", "paraformer-zh"):
+        downloads.check_name(path)
+    for kind in "SenseVoiceSmall FsmnVADStreaming CTTransformer CTTransformerStreaming MonotonicAligner CAMPPlus".split():
+        with pytest.raises(ValueError, match="wanted a recogniser that runs here"):
+            downloads.check_kind(kind, "config.yaml")
+    (tmp_path / "._____temp").mkdir()       # where modelscope's client writes what has not come whole
+    with pytest.raises(ValueError, match="has not finished"):
+        downloads.check_files(tmp_path, {"model": tmp_path / "model.pt"})
+    assert [model.megabytes for model in downloads.DOWNLOADS] == [989, 881, 900, 912, 887, 880]
+    found = [model.huggingface for model in (*downloads.DOWNLOADS, *downloads.PARTS.values()) if model.huggingface]
+    assert found == [f"funasr/{name}" for name in "paraformer-zh paraformer-en paraformer-zh-streaming fsmn-vad ct-punc".split()]
+
+# C154
 @pytest.mark.parametrize("name, error", [
     ("paraformer-zh", "paraformer-zh: wanted a path, got FunASR's name of a model (989 MB); download it with " +
      TAKE.partition(": ")[2] + ", and pass paraformer-zh\n"),
@@ -5555,6 +5579,8 @@ def test_punctuated_texts_are_funasrs(monkeypatch):
     assert count > 600 and max(max(case["lengths"], default=0) for case in given["texts"]) > 200
     lengths.clear()
     silent = kit_punctuation("punc")._replace(marks=("_",) * 6)
+    ends = [word.ends for word in punctuation.punctuate_words(silent, ["好！", "hi!", "a,", "我"])]
+    assert ends == ["sentence", "sentence", "pause", "sentence"]
     assert punctuation.punctuate(silent, "我" * 1500)[0] == "我" * 1500 + "。" and 1000 < max(lengths) <= 1020
     inputs, texts = (ast.literal_eval(str(given["list"][key])) for key in ("input", "texts"))
     assert [punctuation.punctuate(kit_punctuation("punc"), text)[0] for text in inputs] == texts
