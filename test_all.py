@@ -2946,14 +2946,16 @@ def test_toy_features_are_the_trajectories_between_true_boundaries():
 def test_toy_utterances_keep_their_promises():
     options = data_options(num_mels=80)
     dataset = data.ToySeq2SeqDataset(300, options, letters, seed=5)
-    repeats = 0
+    repeats, sizes = 0, set()
     for i, u in enumerate(dataset):
         durations = u.boundaries.diff()
         assert durations.max() >= 3 * durations.min() and 6 <= durations.min() and durations.max() <= 20
-        assert 3 <= len(u.text) <= 12 and u.tokens.tolist() == letters(u.text)
+        sizes.add(len(u.text))
+        assert u.tokens.tolist() == letters(u.text)
         assert len(u.feats) == dataset.lengths()[i]
         repeats += sum(a == b for a, b in zip(u.text, u.text[1:]))
     assert i == 299 and repeats > 10                                # about 300 * 6.5 / 26
+    assert sizes == set(range(3, 13))                               # min_symbols to max_symbols, both included
     again = data.ToySeq2SeqDataset(10**9, options, letters, seed=5)
     for i in (299, 0, 123_456_789):
         assert torch.equal(again[i].feats, again[7, i].feats)
@@ -3413,6 +3415,10 @@ def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path)
         audio.save_wav(tmp_path / "a.wav", tone(n / 8000, 8000)[:n], 8000)
         assert isinstance(training[0], data.Utterance) == trained
         assert (len(whole[0].feats) > 0) == read and whole[0].seconds == n / 8000
+    anything = data.ManifestDataset(path, data_options(min_sec=0.0), letters)
+    for n, trained in ((199, False), (200, True)):  # a window of 25 ms
+        audio.save_wav(tmp_path / "a.wav", tone(n / 8000, 8000)[:n], 8000)
+        assert isinstance(anything[0], data.Utterance) == trained
 
 
 def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by_field(tmp_path, capsys, ckpt):
