@@ -5521,6 +5521,18 @@ def test_parts_refuse_what_they_do_not_implement(tmp_path, change, line):
     with pytest.raises(ValueError, match=re.escape(line)):
         load[name](str(folder))
 
+def test_vad_limits_are_exact():
+    """The schedule's steps, speech that is just likely enough, and more silence than max_start_silence_time."""
+    scheduled = SimpleNamespace(schedule=vad.SCHEDULE, options=vad.Options())
+    steps = [0, 10000, 10001, 20001, 30001, 40001, 50001, 60000, 60001]
+    assert [vad.limits(scheduled, ms) for ms in steps] == [(ms, 0.5) for ms in (1850, 1850, 850, 650, 450, 250, 50, 50, 0)]
+    assert vad.find_speech(vad.Options(), 0.5, np.array([0.25, 0.2501]), None, 0.0)[0] == [True, False]
+    detector = vad.Detector(vad.Options(detect_mode=0, max_start_silence_time=100))
+    found = []
+    while not detector.done:
+        found.append(detector.step(False, 800, False))
+    assert found == [None] * 11
+
 @needs_kit
 def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
     """The kit's has every one of them, with FunASR's own value."""
