@@ -1,7 +1,7 @@
 """What training does to an utterance, so that the model has heard other noises, rooms and microphones.
 
-Everything is a pure function of what it is given, a random generator among it. Needs torch and numpy and imports nothing
-of ours, so it can be copied alone: functions take `options`, any object with the attributes of the config's data section.
+Pure functions of what they are given, a random generator among it. Needs torch and numpy and imports nothing of ours,
+so it can be copied alone: functions take `options`, any object with the attributes of the config's data section.
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m). Source: SpecAugment (Park et al. 2019).
 """
 import numpy as np

@@ -6,7 +6,7 @@
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
     python bench.py parts                 an hour through a VAD, 10,000 characters through a punctuation model
-    python bench.py stream [DIR [INPUT ...]]   a chunk, streams in real time, latency; DIR: of 50 sockets that speak INPUT
+    python bench.py stream [DIR [INPUT ...]]   a chunk, streams in real time, latency; DIR: 50 sockets that speak INPUT
     python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
     python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; --vad DIR
 

@@ -413,7 +413,8 @@ def check_not_streaming(config: configs.Config, place: str) -> None:
     """Raises ValueError that says what to use instead where only whole utterances are heard."""
     if config.model.name == "streaming":
         raise ValueError(f"{place}: wanted a model that hears whole utterances, such as paraformer-zh, got a streaming "
-                         "one (model.name streaming), which runs in decode.py --ckpt DIR [--stream] and serve.py --checkpoint DIR")
+                         "one (model.name streaming), which runs in decode.py --ckpt DIR [--stream] and "
+                         "serve.py --checkpoint DIR")
 
 
 # ---- what training starts from ----

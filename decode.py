@@ -500,7 +500,8 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         parser.error("--export writes the weights as they are; leave out --dtype")
     if arguments.export and not arguments.inputs:
         for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "explain", "allow_pipes",
-                     "chunk", "look_back", "batch_size", "batch_seconds", "limit", "min_segment_sec", "max_segment_sec", *Search._fields):
+                     "chunk", "look_back", "batch_size", "batch_seconds", "limit", "min_segment_sec", "max_segment_sec",
+                     *Search._fields):
             if getattr(arguments, name) != parser.get_default(name):
                 parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
 
