@@ -52,12 +52,13 @@ from audio import feature_dim, frontend, normalise
 from baselines import Search
 from bench_long import measure_cuts, measure_parts
 from bench_stream import measure_streams
-from checkpoint import PackedLinear, System, build, export_directory, load_system, runs_on
+from checkpoint import System, build, export_directory, load_system, runs_on
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result,
                     with_search)
 from dry_run import num_parameters, rehearse
 from files import write_atomic
 from model import Hypotheses
+from packed import PackedLinear
 from pieces import PieceTokenizer
 from report import Outcome, Score, score
 from serve import load_warm

@@ -3,7 +3,7 @@
 Reading order: by name and from a file, the checkpoints of a run, FunASR's weights, weights repacked for CPUs, a system
 that is ready to recognise, what training starts from, exports. Needs torch and what its imports name.
 """
-import ctypes
+import contextlib
 import functools
 import itertools
 import json
@@ -25,17 +25,18 @@ from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from chunked import StreamingParaformer, check_trainable
 from downloads import check_name, check_pointer
-from files import read_file, save_atomic, write_atomic
+from files import read_file, save_atomic, trim, write_atomic
 from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
                     read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
+from packed import Int8Linear, Int8Weights, PackedLinear, lay_out, quantise
 from pieces import PieceTokenizer
 from punctuation import Punctuation
 from streaming import Chunk
 from tokenizer import SPECIALS, Tokenizer
 from vad import Vad
-from weights import load_weights
+from weights import WithoutInit, load_weights
 
 
 # ---- by name, and from a file ----
@@ -94,13 +95,13 @@ def without_retired(values: dict, section: str = "") -> dict:
             if f"{section}{name}" not in RETIRED}
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
     """The state that train.py saved, as `read_file` reads it, its config without RETIRED fields; of a directory, its
     checkpoint.pt."""
     check_name(str(path))
     check_pointer(Path(path))
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    state = read_file(path, "a checkpoint, which python train.py CONFIG makes")
+    state = read_file(path, "a checkpoint, which python train.py CONFIG makes", mapped)
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
     if missing and (Path(path).parent / "config.yaml").exists():
         raise ValueError(f"{path}: wanted a checkpoint of train.py or a directory of FunASR's, got its weights alone: "
@@ -228,73 +229,10 @@ def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, 
 
 # ---- weights that FunASR publishes ----
 
-def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike,
-                   mapped: bool = True) -> nn.Module:
+def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
     """The model of these options with the weights of FunASR's model.pt. Raises as `load_model`."""
     return load_model(lambda: build(options, input_dim, vocab_size), path,
-                      lambda name: funasr_names(name, options), mapped)
-
-
-# ---- weights repacked for recognition on a CPU ----
-
-class PackedLinear(nn.Module):
-    """An nn.Linear with its weights in the order in which oneDNN's matrix products read them. Relies on
-    torch.ops.mkldnn, as frozen models of torch.compile do."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-class Int8Linear(nn.Module):
-    """An nn.Linear in int8 arithmetic, equal to about 1%: float32 in, float32 out.
-
-    Each output channel of the weights has its own scale, and so has each row of the input, which therefore does not
-    depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
-    without VNNI add them. Relies on torch.ops.onednn, as quantised models of torch.compile do.
-    """
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        self.in_features = linear.in_features
-        self.scale = weight.abs().amax(1).clamp(min=1e-12) / 127  # (out,)
-        levels = (weight / self.scale[:, None]).round()
-        self.sums = levels.sum(1) * self.scale  # (out,): output for an input of ones
-        self.bias = torch.zeros_like(self.scale) if linear.bias is None else linear.bias.detach().clone()
-        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
-        self.weight = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = x.amin(-1, keepdim=True).clamp(max=0)
-        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
-        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
-        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
-                                               torch.float32, "none", [], "")
-        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
-
-
-KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts not repacked: they read features or place tokens
-LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them
-
-
-def lay_out(model: nn.Module, linear: Callable[[nn.Linear], nn.Module]) -> int:
-    """Replace every nn.Linear of LARGE or more weights outside KEPT by linear(it), in place, for evaluation only
-    -> how many were replaced."""
-    count = 0
-    for name, child in model.named_children():
-        if name in KEPT:
-            continue
-        if not isinstance(child, nn.Linear):
-            count += lay_out(child, linear)
-        elif child.weight.numel() >= LARGE:
-            setattr(model, name, linear(child))  # one by one, so that no two layouts of the whole are held
-            count += 1
-    return count
+                      lambda name: funasr_names(name, options))
 
 
 # ---- a checkpoint, ready to recognise ----
@@ -329,32 +267,39 @@ def unchanged(config: configs.Config) -> configs.Config:
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-def load_directory(folder: str | os.PathLike, mapped: bool = True, adapt: Adapt = unchanged) -> System:
+def load_directory(folder: str | os.PathLike, adapt: Adapt = unchanged) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = published_files(folder)
     config = adapt(read_published_config(files["config"]))
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
-    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"], mapped)
+    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
     return System(config, tokenizer, stats, model)
 
 
-def load_state(state: dict, where: str, adapt: Adapt = unchanged) -> System:
-    """The system in the state of a checkpoint. Raises ValueError if its weights do not fit its config."""
+def load_state(state: dict, where: str, adapt: Adapt = unchanged, adopt: bool = False) -> System:
+    """The system in the state of a checkpoint; in int8, its large linears are Int8Weights. adopt: the model takes the
+    state's tensors themselves and draws no weights. Raises ValueError if the weights do not fit the config."""
     config = adapt(configs.from_dict(state["config"], f"{where}: config"))
     tokenizer = read_tokenizer(state["tokenizer"], f"{where}: tokenizer")
     check_sizes(config, state["model"], where)
-    model = build(config.model, state["stats"].shape[1], len(tokenizer))
-    load_weights(model, state["model"], where)
-    return System(config, tokenizer, state["stats"], model)
+    hollow = adopt and config.model.name in ARCHITECTURES  # a class of the user's may fill what no file holds
+    with WithoutInit() if hollow else contextlib.nullcontext():
+        model = build(config.model, state["stats"].shape[1], len(tokenizer))
+    precision = "float32"
+    if any(x.dtype == torch.int8 for x in state["model"].values()):
+        precision = "int8"
+        lay_out(model, Int8Weights)
+    load_weights(model, state["model"], where, adopt=adopt)
+    return System(config, tokenizer, state["stats"].clone(), model, precision)
 
 
-def load_parts(path: str | os.PathLike, mapped: bool = True, adapt: Adapt = unchanged) -> System:
-    """The system in a directory of FunASR's or a checkpoint of train.py, on the CPU. adapt: what the config found there
-    becomes before the model is built."""
+def load_parts(path: str | os.PathLike, adapt: Adapt = unchanged) -> System:
+    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped. adapt: what the
+    config found there becomes before the model is built."""
     if is_published(path):
-        return load_directory(path, mapped, adapt)
-    return load_state(read_checkpoint(path), str(path), adapt)
+        return load_directory(path, adapt)
+    return load_state(read_checkpoint(path, mapped=True), str(path), adapt, adopt=True)
 
 
 def runs_on(precision: str, device: torch.device) -> bool:
@@ -377,7 +322,7 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
 
     If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
     int8 and, on a CPU in float32, laid_out put large weights into the order that its products want, which pays for
-    many short recordings. Else the weights of a directory are memory-mapped, which starts sooner.
+    many short recordings; they are read one matrix at a time. Else weights are memory-mapped, which starts sooner.
     """
     target = pick_device(device)
     linear = None
@@ -388,19 +333,24 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
         linear = Int8Linear
     elif laid_out and precision == "float32" and target.type == "cpu" and torch.backends.mkldnn.is_available():
         linear = PackedLinear
-    system = load_parts(path, mapped=linear is None)
-    check_finite(system.model, str(path))
+    system = load_parts(path)
+    if system.precision == "int8" and precision != "int8":
+        raise ValueError(f"{path}: wanted --dtype int8, as its weights are in int8, got {precision}")
+    if linear is not Int8Linear:
+        check_finite(system.model, str(path))
     model = system.model.to(target).eval()
     if linear is not None:
         count = lay_out(model, linear)
+        check_finite(model, str(path))
         if not count and precision == "int8":
             print("warning: no matrix of this model is large enough for int8 to pay; going on in float32",
                   file=sys.stderr)
             precision = "float32"
         if count and type(model) is Paraformer:  # the others may read hotwords through it
             model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
-        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)  # the weights as loaded: glibc would keep their freed memory
+        for x in itertools.chain(model.parameters(), model.buffers()):
+            x.data = x.data.clone()  # no longer in the file
+        trim()
     encode_list = None
     if isinstance(model, HotwordParaformer):
         encode_list = list_encoder(model, system.tokenizer.encode_hotword)
@@ -464,7 +414,9 @@ def start_from(config: configs.Config) -> System:
     place = config.training.init_from
     if not place:
         return fresh(config)
-    system = load_parts(place, adapt=functools.partial(with_model, config))
+    system = load_parts(place, functools.partial(with_model, config))
+    if system.precision == "int8":
+        raise ValueError(f"training.init_from={place}: wanted weights in float32, got int8, which cannot learn")
     check_trainable(system.config.model, f"training.init_from={place}")
     configs.check(system.config, f"training.init_from={place}")
     texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
@@ -503,6 +455,28 @@ def export_directory(system: System, folder: Path) -> None:
         (folder / "seg_dict").unlink(missing_ok=True)
 
 
+def export_int8(source: str, path: str) -> str:
+    """Write the checkpoint or directory at source with its large weights in int8, as FILE.pt or as checkpoint.pt of a
+    folder -> what was written, in words. Raises ValueError if they are in int8 already, or none is large or finite."""
+    system = load_parts(source)
+    if system.precision == "int8":
+        raise ValueError(f"--export: wanted weights in float32 to make int8 of, got {source}, which is in int8")
+    if not lay_out(system.model, quantise):
+        raise ValueError(f"--export: no matrix of {source} is large enough for int8 to pay; leave out --dtype")
+    check_finite(system.model, source)
+    place = Path(path) if Path(path).suffix == ".pt" else Path(path) / "checkpoint.pt"
+    return write_checkpoint(system, place) + " in int8"
+
+
+def write_checkpoint(system: System, place: Path) -> str:
+    """Write a checkpoint of ours, without optimizer state -> what was written, in words."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
+             "stats": system.stats.cpu(), "model": system.model.state_dict()}
+    save_atomic(place, state)
+    return f"{place}: a checkpoint"
+
+
 def export(system: System, path: str) -> str:
     """Write the model without optimizer state -> what was written, in words.
 
@@ -518,8 +492,4 @@ def export(system: System, path: str) -> str:
         except ValueError as error:
             place = place / "checkpoint.pt"
             reason = f"; no FunASR directory: {error}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    state = {"config": asdict(system.config), "tokenizer": system.tokenizer.state(),
-             "stats": system.stats.cpu(), "model": system.model.state_dict()}
-    save_atomic(place, state)
-    return f"{place}: a checkpoint{reason}"
+    return write_checkpoint(system, place) + reason

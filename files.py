@@ -3,12 +3,16 @@
 Needs torch; imports nothing of ours, so it can be copied alone.
 """
 import contextlib
+import ctypes
+import mmap
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -49,3 +53,26 @@ def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> obj
         raise
     except Exception as error:  # whatever unpickling or the zip reader raise
         raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
+
+
+def release(x: Tensor) -> None:
+    """Let go of the memory of a tensor in a mapped file, which is read again where it is used again. Other tensors stay
+    as they are, and so do all where there is no /proc (macOS)."""
+    first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it only
+    last = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first >= last or x.untyped_storage().resizable() or not os.path.exists("/proc/self/maps"):
+        return  # resizable: torch's own
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            addresses, _, _, _, inode = line.split()[:5]
+            if inode == "0":
+                continue
+            start, stop = (int(address, 16) for address in addresses.split("-"))
+            if start <= first and last <= stop:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Let go of freed memory, of which glibc keeps what lies between blocks in use. Linux only."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)

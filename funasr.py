@@ -376,12 +376,12 @@ def funasr_names(name: str, options) -> list[str]:
     return [theirs]
 
 
-def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names, read as `read_file` does.
+def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a model.pt of FunASR by its names, mapped as `read_file` does.
 
     Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name.
     """
-    state = read_file(path, "the weights of a model", mapped)
+    state = read_file(path, "the weights of a model", mapped=True)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -390,14 +390,13 @@ def read_weights(path: str | os.PathLike, mapped: bool = True) -> dict[str, Tens
     return {name.removeprefix("module."): x for name, x in state.items()}
 
 
-def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: Callable[[str], list[str]],
-               mapped: bool = True) -> nn.Module:
+def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: Callable[[str], list[str]]) -> nn.Module:
     """What `build` makes, with the weights of FunASR's model.pt; names as in load_weights. Raises as
     `read_weights`, with the sizes wanted and found if the file is too short, and `load_weights`."""
     with WithoutInit():  # every tensor comes from the file
         model = build()
     try:
-        weights = read_weights(path, mapped)
+        weights = read_weights(path)
     except ValueError as error:
         found = os.path.getsize(path) if os.path.exists(path) else 0
         needed = sum(x.nbytes for x in model.state_dict().values())

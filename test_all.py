@@ -83,6 +83,7 @@ import manifests
 import model
 import openai_forms
 import outputs
+import packed
 import pictures
 import plot
 import punctuation
@@ -5355,7 +5356,7 @@ def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path, 
 def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(variant, monkeypatch):
     if not checkpoint.runs_on("int8", torch.device("cpu")):
         pytest.skip("this processor has no int8 products")
-    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    monkeypatch.setattr("packed.LARGE", 0)
     system, exact = (checkpoint.load_system(KIT / variant, "cpu", precision) for precision in ("int8", "float32"))
     part = system.model.hotword_decoder if variant == "seaco" else system.model.hotword_block
     assert not any(type(layer) is nn.Linear for layer in part.modules())
@@ -5547,7 +5548,7 @@ def test_parts_are_mapped_and_refuse_other_weights(tmp_path, load, name):
     folder = kit_copy(name, tmp_path / name)
     part = load(str(folder))
     assert part and str(folder / "model.pt") in Path("/proc/self/maps").read_text()
-    weights = funasr.read_weights(KIT / name / "model.pt", mapped=False)
+    weights = funasr.read_weights(KIT / name / "model.pt")
     missing, *rest = weights
     (folder / "model.pt").unlink()
     torch.save({"extra": torch.zeros(1), **{key: weights[key] for key in rest[1:]}, rest[0]: torch.zeros(3)}, folder / "model.pt")
@@ -6633,8 +6634,8 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     unit = (high - low).clamp(min=1e-12) / 127
     wanted = F.linear(((x - low) / unit).round() * unit + low, weight, layer.bias)
-    found, alone = (checkpoint.Int8Linear(layer)(part) for part in (x, x[1:2, 3:4]))
-    nothing = checkpoint.Int8Linear(layer)(torch.zeros(1, 48))
+    found, alone = (packed.Int8Linear(layer)(part) for part in (x, x[1:2, 3:4]))
+    nothing = packed.Int8Linear(layer)(torch.zeros(1, 48))
     assert_same(nothing[0], torch.zeros(40) if layer.bias is None else layer.bias.detach())
     scale = layer(x).detach().abs().amax(-1, keepdim=True)
     assert ((found - wanted) / scale).abs().max() < 0.01  # where a level lies half way, rounding may differ
@@ -6650,15 +6651,15 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
 def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
     8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are laid out here only."""
-    monkeypatch.setattr(checkpoint, "LARGE", 0)
-    exact, packed = (checkpoint.load_system(KIT / variant, "cpu", laid_out=laid_out) for laid_out in (False, True))
+    monkeypatch.setattr("packed.LARGE", 0)
+    exact, ordered = (checkpoint.load_system(KIT / variant, "cpu", laid_out=laid_out) for laid_out in (False, True))
     small = checkpoint.load_system(KIT / variant, "cpu", "int8")
-    assert any(isinstance(layer, checkpoint.PackedLinear) for layer in packed.model.modules())
-    assert packed.model.embedding.weight.is_meta and not exact.model.embedding.weight.is_meta  # the sampler's
+    assert any(isinstance(layer, packed.PackedLinear) for layer in ordered.model.modules())
+    assert ordered.model.embedding.weight.is_meta and not exact.model.embedding.weight.is_meta  # the sampler's
     clear, kept = 0, 0
     for name in WAVS:
         wanted = recorded(variant, name)
-        found = decode.decode_batch(packed, [wanted["feats"]])
+        found = decode.decode_batch(ordered, [wanted["feats"]])
         assert torch.equal(found.tokens[0], wanted["ids_raw"])
         count, both = found.lens, []
         for system in (exact, small):
@@ -6676,7 +6677,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
 def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_says_so(ckpt, capsys):
     net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
                          "c": nn.Sequential(nn.Linear(256, 1024))})
-    assert checkpoint.lay_out(net, lambda linear: nn.Identity()) == 2
+    assert packed.lay_out(net, lambda linear: nn.Identity()) == 2
     assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
         "Identity", "Linear", "Linear", "Identity"]
     warning = "warning: no matrix of this model is large enough for int8 to pay; going on in float32\n"
@@ -6684,6 +6685,74 @@ def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_sa
         if checkpoint.runs_on(precision, torch.device("cpu")):
             assert checkpoint.load_system(ckpt, "cpu", precision, laid_out=True).precision == "float32"
             assert capsys.readouterr().err == said
+
+
+# C140
+@CAN_INT8
+@needs_kit
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_int8_weights_on_disk_give_what_int8_made_on_loading_gives(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr("packed.LARGE", 0)
+    place = tmp_path / "small"
+    assert decode.main(["--ckpt", str(KIT / variant), "--export", str(place), "--dtype=int8"]) == 0
+    ours, theirs = (checkpoint.load_system(path, "cpu", "int8") for path in (place, KIT / variant))
+    for name in WAVS:
+        found, wanted = (decode.decode_batch(system, [recorded(variant, name)["feats"]]) for system in (ours, theirs))
+        assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.log_probs, wanted.log_probs)
+
+
+# C140
+@CAN_INT8
+@needs_kit
+def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("packed.LARGE", 0)
+    place = tmp_path / "small.pt"
+    said = checkpoint.export_int8(str(KIT / "sanm"), str(place))
+    assert said == f"{place}: a checkpoint in int8"
+    assert refusal(capsys, "--ckpt", place) == (
+        f"decode.py: {place}: wanted --dtype int8, as its weights are in int8, got float32\n")
+    with pytest.raises(ValueError, match="wanted weights in float32 to make int8 of, got .*small.pt, which is in int8"):
+        checkpoint.export_int8(str(place), "x")
+    with pytest.raises(ValueError, match="small.pt: wanted weights in float32, got int8, which cannot learn"):
+        checkpoint.start_from(replace(config.Config(), training=config.TrainingConfig(init_from=str(place))))
+    state = torch.load(place, weights_only=True)
+    weights = state["model"]
+    del weights["decoder.output.scale"]
+    weights["decoder.blocks.0.feed_forward.up.weight"] = weights["decoder.blocks.0.feed_forward.up.weight"].float()
+    torch.save(state, place)
+    with pytest.raises(ValueError, match="missing decoder.output.scale; decoder.blocks.0.feed_forward.up.weight "
+                                         "torch.float32, wanted torch.int8$"):
+        checkpoint.load_system(place, "cpu", "int8")
+
+
+MEASURE_PEAK = """
+import re, sys, checkpoint
+def in_mb(field):
+    return int(re.search(field + r":\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1000
+before = in_mb("VmRSS")
+system = checkpoint.load_system(sys.argv[1], "cpu", "int8")
+print(in_mb("VmHWM") - before, in_mb("VmRSS") - before)
+"""
+
+
+# C140
+@CAN_INT8
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_loading_for_int8_takes_the_memory_that_is_held_and_a_layer(tmp_path):
+    """190 MB of weights, and the same in int8, of which the first layer stays in float32: 1.3 times what is held, and
+    the largest matrix, which weighs more here than in a model of 50 layers."""
+    sizes = config.EncoderConfig(kind="sanm", num_layers=9, hidden_dim=512, num_heads=4, ffn_dim=4096, subsampling=1)
+    options = replace(config.Config(), model=replace(config.ModelConfig(), encoder=sizes))
+    words = Tokenizer.build(["a b"], "word")
+    net = checkpoint.build(options.model, 80, len(words))
+    system = checkpoint.System(options, words, torch.tensor([[0.0], [1.0]]).repeat(1, 80), net)
+    checkpoint.export(system, str(tmp_path / "large.pt"))
+    checkpoint.export_int8(str(tmp_path / "large.pt"), str(tmp_path / "small.pt"))
+    for name in ("large.pt", "small.pt"):
+        done = subprocess.run([sys.executable, "-c", MEASURE_PEAK, str(tmp_path / name)], cwd=HERE, timeout=120,
+                              capture_output=True, text=True, check=True)
+        peak, held = map(float, done.stdout.split())
+        assert peak <= 1.3 * held + 9, name
 
 
 # C141
@@ -8137,7 +8206,7 @@ def refused_arguments(capsys, *arguments: str) -> str:
 
 @pytest.mark.parametrize("arguments", [
     "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0", "--batch-seconds=inf",
-    "--format=srt", "--format=srt --output=x.jsonl", "--output=x --format=doc", "--dtype=int4", "--export=x --dtype=int8",
+    "--format=srt", "--format=srt --output=x.jsonl", "--output=x --format=doc", "--dtype=int4",
     "--min-segment-sec=0.5 --max-segment-sec=0.99", "--min-segment-sec=0.09", "--max-segment-sec=nan", "--max-segment-sec=inf",
     "--plot-layer=1", "--plot=x --plot-layer=-1", "--threads=99999999999999999999", "--batch-seconds=1e308", "--limit=1000000000",
     "--resume", "--vad-schedule=funasr", "--vad=x --min-segment-sec=2", "--vad=x --max-segment-sec=30", "--stream",
@@ -9169,7 +9238,7 @@ def test_half_precision_keeps_the_tokens_of_a_stream(precision):
 @pytest.mark.parametrize("variant", STREAMING_KITS)
 def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
     """The encoder's output within 3% (1.2 to 1.7% measured), as many tokens, most of them the same: random weights."""
-    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    monkeypatch.setattr("packed.LARGE", 0)
     systems = streaming_system(variant), checkpoint.load_system(KIT / variant, "cpu", "int8")
     hidden = [outputs_of(system.model.encoder.norm, monkeypatch) for system in systems]
     for samples, _ in streaming_cases(variant).values():
@@ -11251,7 +11320,7 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1, "ranks": 1, "survival": 1,
           "weights": 1, "manifests": 1, "files": 1, "augment": 1,
-          "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
+          "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 6, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
           "train": 6, "amounts": 7, "decode": 7, "bodies": 8, "bench_long": 8, "transcribe": 9, "settings": 9, "streams": 10,

@@ -20,11 +20,14 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
     for name, x in own.items():
         parts = names(name)
         part = x if len(parts) == 1 else x.chunk(len(parts))[0]
-        wanted.update(dict.fromkeys(parts, tuple(part.shape)))
+        wanted.update(dict.fromkeys(parts, part))
     wrong = [f"missing {name}" for name in wanted if name not in weights]
     wrong += [f"unused {name}" for name in weights if name not in wanted]
-    wrong += [f"{name} {tuple(weights[name].shape)}, wanted {shape}" for name, shape in wanted.items()
-              if name in weights and weights[name].shape != shape]
+    for name, x in weights.items():
+        if name in wanted and x.shape != wanted[name].shape:
+            wrong.append(f"{name} {tuple(x.shape)}, wanted {tuple(wanted[name].shape)}")
+        elif name in wanted and x.is_floating_point() != wanted[name].is_floating_point():
+            wrong.append(f"{name} {x.dtype}, wanted {wanted[name].dtype}")
     if wrong:
         raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
     found = {}

@@ -1,0 +1,99 @@
+"""Linear layers whose weights are repacked for recognition on a CPU: in the order of its products, or in int8.
+
+Relies on torch.ops.mkldnn and torch.ops.onednn, as frozen and quantised models of torch.compile do. Needs torch.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from files import release, trim
+
+
+class PackedLinear(nn.Module):
+    """An nn.Linear with its weights in the order in which oneDNN's matrix products read them."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class Int8Weights(nn.Module):
+    """What a file holds of an nn.Linear in int8: levels (out,in) from -127 to 127, the scale of each output channel
+    (out,), the output for an input of ones (out,), a bias (out,). New: room for those of a linear of this size."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(linear.out_features))
+        self.register_buffer("sums", torch.empty(linear.out_features))
+        self.register_buffer("bias", torch.empty(linear.out_features))
+
+
+ROWS = 64  # of a matrix that are quantised at a time
+
+
+def quantise(linear: nn.Linear) -> Int8Weights:
+    """The weights of an nn.Linear, each output channel in 127 steps from 0 to its largest."""
+    found = Int8Weights(linear)
+    for first in range(0, linear.out_features, ROWS):
+        rows = linear.weight.detach()[first:first + ROWS].float()
+        scale = rows.abs().amax(1).clamp(min=1e-12) / 127
+        found.scale[first:first + ROWS] = scale
+        levels = (rows / scale[:, None]).round_()
+        found.sums[first:first + ROWS] = levels.sum(1) * scale
+        found.weight[first:first + ROWS] = levels  # as int8
+    found.bias = torch.zeros_like(found.scale) if linear.bias is None else linear.bias.detach()
+    trim()  # or the holes in the heap come to as much as all weights in float32
+    return found
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear in int8 arithmetic, equal to about 1%: float32 in, float32 out.
+
+    Each output channel of the weights has its own scale, and so has each row of the input, which therefore does not
+    depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
+    without VNNI add them.
+    """
+
+    def __init__(self, given: nn.Linear | Int8Weights):
+        super().__init__()
+        weights = quantise(given) if isinstance(given, nn.Linear) else given
+        self.in_features = weights.weight.shape[1]
+        self.register_buffer("scale", weights.scale)
+        self.register_buffer("bias", weights.bias)
+        self.register_buffer("sums", weights.sums)
+        self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
+        self.weight = torch.ops.onednn.qlinear_prepack(weights.weight, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.amin(-1, keepdim=True).clamp(max=0)
+        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
+        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
+        y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
+                                               torch.float32, "none", [], "")
+        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
+
+
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts not repacked: they read features or place tokens
+LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them
+
+
+def lay_out(model: nn.Module, linear: Callable[[nn.Module], nn.Module]) -> int:
+    """Replace every nn.Linear, or its Int8Weights, of LARGE or more weights outside KEPT by linear(it), in place, for
+    evaluation only -> how many were replaced. One by one: no two layouts of the whole are held."""
+    count = 0
+    for name, child in model.named_children():
+        if name in KEPT:
+            continue
+        if not isinstance(child, (nn.Linear, Int8Weights)):
+            count += lay_out(child, linear)
+        elif child.weight.numel() >= LARGE:
+            setattr(model, name, linear(child))
+            release(child.weight)
+            count += 1
+    return count
