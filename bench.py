@@ -1,7 +1,7 @@
 """How fast training, recognition and serving are on this machine.
 
     python bench.py train CONFIG          the loop against a plain one, and what loading and checkpoints cost
-    python bench.py decode                how configs/paraformer_large.yaml loads and runs, with random weights
+    python bench.py decode [--peer-python PYTHON]     how configs/paraformer_large.yaml loads and runs, beside its peers
     python bench.py decode a.pt b.pt      a table of their speed and errors, greedily and by beam
     python bench.py serve [CHECKPOINT]    overhead, throughput and latency of a server
     python bench.py hotwords              what lists of 0, 10 and 100 cost a SeacoParaformer, with random weights
@@ -51,6 +51,7 @@ from amounts import measure_amounts
 from audio import feature_dim, frontend, normalise
 from baselines import Search
 from bench_long import measure_cuts, measure_parts
+from bench_peers import measure_peers, peer_python
 from bench_stream import measure_streams
 from checkpoint import System, build, export_directory, load_system, runs_on
 from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result,
@@ -225,9 +226,9 @@ def measure_fresh(folder: str, dtype: str, layout: str, hotwords: Sequence[str] 
         raise ValueError(f"the process that measures {dtype} {layout} has failed")
 
 
-def loading_figures() -> None:
+def loading_figures(python: str) -> None:
     """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
-    and to recognise, beside the matrix products that it cannot do without."""
+    and to recognise, beside the matrix products that it cannot do without, and beside others (bench_peers)."""
     system = large_system(configs.load(str(HERE / "configs/paraformer_large.yaml")))
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
@@ -238,6 +239,7 @@ def loading_figures() -> None:
         for layout in layouts:
             measure_fresh(folder, *layout)
         time_loads({layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts})
+        measure_peers(folder, torch.get_num_threads(), layouts, python)
 
 
 def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
@@ -352,9 +354,7 @@ def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score]
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
-
-    Timed is what makes Hypotheses of normalised features.
-    """
+    Timed is what makes Hypotheses of normalised features."""
     paths = [path for path in arguments.inputs if path.endswith(".pt")]
     named: dict[str, System] = {}
     for path in paths or [arguments.ckpt]:
@@ -523,14 +523,17 @@ def check_decode(arguments: argparse.Namespace) -> None:
 
 
 def measure_decode(argv: Sequence[str]) -> None:
-    arguments = decode.parse_arguments(argv)
+    python, rest = peer_python(argv)
+    arguments = decode.parse_arguments(rest)
     check_decode(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if arguments.inputs:
-        compare(arguments)
+    if not arguments.inputs:
+        loading_figures(python)
+    elif len(rest) < len(argv):
+        raise ValueError("--peer-python: wanted no INPUT beside it, as others run no checkpoint")
     else:
-        loading_figures()
+        compare(arguments)
 
 
 def measure_train(argv: Sequence[str]) -> None:

@@ -64,6 +64,7 @@ import batcher
 import bodies
 import bench
 import bench_long
+import bench_peers
 import bench_stream
 import checkpoint
 import compare
@@ -11191,6 +11192,7 @@ def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command)
                         or SimpleNamespace(returncode=0))
     monkeypatch.setattr(bench, "time_loads", lambda systems: None)
+    monkeypatch.setattr(bench, "measure_peers", lambda folder, threads, layouts, python: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", None)  # nobody asks for a number
     assert bench.main(["decode"]) == 0
@@ -11210,6 +11212,83 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
             assert re.search(rf"^{load} +{layout} +\d+\.\d +\d+ \(\d+ to \d+\) +\d+\.\d +\d+\.\d\d% +\d+%$", text, re.M)
+
+
+PLANTED_FUNASR = """
+from types import SimpleNamespace
+import torch
+
+class AutoModel:
+    def __init__(self, model, **options):
+        print("{ funasr says hello")
+        self.folder = model
+        self.model = self
+    def eval(self):
+        return self
+    def export(self, type, quantize):
+        assert torch.onnx.export.keywords == {"dynamo": False} and (type, quantize) == ("onnx", True)
+        for name in ("model.onnx", "model_quant.onnx"):
+            open(f"{self.folder}/{name}", "w").close()
+    def encode(self, feats, lens):
+        return feats, lens
+    def calc_predictor(self, hidden, lens):
+        return hidden, lens.float() / 10, None, None
+    def cal_decoder_with_predictor(self, hidden, lens, embeds, counts):
+        return hidden, lens
+"""
+PLANTED_ONNXRUNTIME = """
+import os
+SessionOptions = type("SessionOptions", (), {})
+
+class InferenceSession:
+    def __init__(self, path, options, providers):
+        assert os.path.exists(path) and options.intra_op_num_threads == 1
+    def run(self, wanted, given):
+        assert given["speech_lengths"].dtype == "int32"
+        return given["speech"], given["speech_lengths"] // 5
+"""
+
+
+@needs_kit
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+@pytest.mark.parametrize("peers", [True, False])
+def test_ours_is_measured_beside_the_peers_that_are_installed(tmp_path, monkeypatch, capfd, peers):
+    """Planted: peers that find a token per 5 or 10 frames of 2 s, and a machine of which every third turn is lost."""
+    (tmp_path / "packages").mkdir()
+    names = {"funasr": PLANTED_FUNASR, "onnxruntime": PLANTED_ONNXRUNTIME, "onnx": ""} if peers else {}
+    for name, text in names.items():
+        (tmp_path / f"packages/{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setattr(bench_peers, "CASES", ((2, 2, 1),))
+    monkeypatch.setattr(bench_peers, "TURNS", 2)
+    turns = itertools.count()
+    monkeypatch.setattr(bench_peers, "is_disturbed", lambda busy, own, wall: next(turns) % 3 == 0)
+    folder = kit_copy("sanm", tmp_path / "model")
+    bench_peers.measure_peers(str(folder), 1, [("float32", "mapped")], sys.executable)
+    out = capfd.readouterr().out
+    figures = r" +\d+ \(\d+ to \d+\) +{} +{} +\d+ +\d+\.\d$"
+    assert re.search(f"^ours float32 mapped{figures.format('[0-9.]+' if peers else '-', '[0-9]+')}", out, re.M)
+    assert re.search(r"^2 of 2 s; [1-9]\d* turns beside other work discarded$", out, re.M)
+    missing = f"{sys.executable} has no funasr, onnx, onnxruntime (--peer-python names another): measured are ours\n"
+    assert (missing in out) == (not peers)
+    for name, tokens in (("onnxruntime float32", 12), ("onnxruntime int8", 12), ("FunASR float32", 6)):
+        ratio = "1.00" if name.startswith("onnx") else "[0-9.]+"
+        assert bool(re.search(f"^{name}{figures.format(ratio, tokens)}", out, re.M)) == peers
+    assert len(out.splitlines()) == (9 if peers else 8)
+
+
+@pytest.mark.parametrize("busy, own, wall, disturbed", [(1.0, 1.0, 1.0, False), (1.99, 1.9, 1.0, False),
+                                                        (2.0, 1.8, 1.0, True), (0.0, 1.5, 1.0, False)])
+def test_a_turn_is_disturbed_if_others_use_a_twentieth_of_two_cores(monkeypatch, busy, own, wall, disturbed):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert bench_peers.is_disturbed(busy, own, wall) == disturbed
+
+
+def test_a_peer_interpreter_that_is_none_or_has_no_effect_is_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="--peer-python: wanted a Python interpreter, got nowhere"):
+        bench_peers.measure_peers(str(tmp_path), 1, [], "nowhere")
+    assert bench.main(["decode", "a.pt", "--peer-python=x"]) == 2
+    assert "--peer-python: wanted no INPUT beside it" in capsys.readouterr().err
 
 
 @slow
@@ -11323,7 +11402,7 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
           "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4, "punctuation": 4,
           "checkpoint": 5, "sentences": 5, "listen": 6, "dry_run": 5, "outputs": 5, "pictures": 5, "openai_forms": 5,
-          "train": 6, "amounts": 7, "decode": 7, "bodies": 8, "bench_long": 8, "transcribe": 9, "settings": 9, "streams": 10,
+          "train": 6, "amounts": 7, "decode": 7, "bodies": 8, "bench_long": 8, "bench_peers": 1, "transcribe": 9, "settings": 9, "streams": 10,
           "sessions": 11, "serve": 12, "bench_stream": 13, "bench": 14}
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
