@@ -8224,9 +8224,11 @@ def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
-    given = {"format": "txt", "dtype": "bfloat16", "vad_schedule": "funasr", "chunk": "8,4", "look_back": "3,1", "pcm": "8000"}
+    given = {"format": "txt", "dtype": "bfloat16", "vad_schedule": "funasr", "chunk": "8,4", "look_back": "3,1",
+             "pcm": "8000"}
     usual = vars(decode.parse_arguments([]))
-    with_stream = {"chunk", "look_back", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec", *baselines.Search._fields}
+    with_stream = {"chunk", "look_back", "punctuate", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec",
+                   *baselines.Search._fields}
     for mode, own, taken in (("--export=x", "export", set()), ("--stream a.wav", "stream", with_stream)):
         for name in usual.keys() - taken - {"inputs", "search", "ckpt", "device", "dtype", "threads", own}:
             option, value = f"--{name.replace('_', '-')}", usual[name]
