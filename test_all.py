@@ -122,7 +122,6 @@ needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason="../shared/funasr_kit is
 needs_digits = pytest.mark.skipif(not (SHARED / "speech/digits").is_dir(), reason="../shared/speech/digits is not here")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
-
 # ---- shared by the sections below ----
 
 def wait_until(holds, seconds: float = 10.0) -> None:
@@ -131,7 +130,6 @@ def wait_until(holds, seconds: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.01)
-
 
 @pytest.fixture(autouse=True)
 def process_wide_settings():
@@ -144,13 +142,11 @@ def process_wide_settings():
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
-
 def misfit(path: Path) -> None:
     state = torch.load(saved(tiny_system(), path), weights_only=True)
     weights = {**state["model"], "extra": torch.zeros(1), "decoder.norm.bias": torch.zeros(3)}
     del weights["decoder.norm.weight"]
     torch.save({**state, "model": weights}, path)
-
 
 # ---- config: YAML ----
 
@@ -196,7 +192,6 @@ FRAGMENTS = ["- ", "  ", "\n", "a: ", "b:", "\n  - ", "[1, ", "]", "'", "\"", " 
     " : ", "? ", "\r\n", "\r", "\t", "{}", "1_0", "&a ", "*a", "!!str ", "|", ">", "%", "@", "\u2028", "\ufeff", "é",
     "7", "-", "+", "."]
 
-
 def same_value(ours, theirs) -> bool:
     """Equal in value and type; PyYAML takes 1e-4 for text, which is the one difference that is wanted."""
     if isinstance(ours, float) and isinstance(theirs, str):
@@ -209,13 +204,11 @@ def same_value(ours, theirs) -> bool:
         return len(ours) == len(theirs) and all(map(same_value, ours, theirs))
     return ours == theirs
 
-
 SCALARS = [("0", 0), ("-17", -17), ("+3", 3), ("2.50", 2.5), (".5", 0.5), ("1.", 1.0), ("-0.25", -0.25),
     ("1.5e+3", 1500.0), ("true", True), ("FALSE", False), ("null", None), ("~", None), ("abc", "abc"),
     ("it's", "it's"), ("a  b", "a  b"), ("x:y", "x:y"), ("a#b", "a#b"), ("-x", "-x"), ("é中", "é中"), ("''", ""),
     ("'a''b # c: d'", "a'b # c: d"), ('"true"', "true"),
     (r'"\n\t\x41\u00e9\U0001f600 \" \\ /"', '\n\tA\u00e9\U0001f600 " \\ /'), ("y.z/w-1", "y.z/w-1")]
-
 
 def random_block(rng, depth: int, is_map: bool) -> tuple[list[str], dict | list]:
     """Lines of a random document in the subset, in a random style, and the value that was planted in them."""
@@ -239,7 +232,6 @@ def random_block(rng, depth: int, is_map: bool) -> tuple[list[str], dict | list]
         pairs.append((head.strip(" '\""), value))
     return lines, dict(pairs) if is_map else [value for _, value in pairs]
 
-
 def test_yaml_reads_planted_values_as_pyyaml_does():
     yaml, rng = pytest.importorskip("yaml"), random.Random(0)
     for _ in range(300):
@@ -248,13 +240,11 @@ def test_yaml_reads_planted_values_as_pyyaml_does():
         assert same_value(config.parse_yaml(text), planted), text
         assert same_value(planted, yaml.safe_load(text)), text
 
-
 @needs_kit
 def test_yaml_reads_funasrs_configs_as_pyyaml_does():
     yaml = pytest.importorskip("yaml")
     for path in KIT.glob("*/config.yaml"):
         assert same_value(config.parse_yaml(path.read_text(), path.name), yaml.safe_load(path.read_text())), path
-
 
 # C26
 def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
@@ -273,7 +263,6 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
         assert same_value(ours, yaml.safe_load(text)), text
     assert read > 500
 
-
 # C26
 @pytest.mark.parametrize("text, line", [
     ("", 1), ("# only a comment", 1), ("a: 1\na: 2", 2), ("a:\n  b: 1\n c: 2", 3), ("a: 1\n  b: 2", 2),
@@ -290,12 +279,10 @@ def test_yaml_outside_the_subset_names_its_line(text, line):
     with pytest.raises(ValueError, match=rf"\Af\.yaml:{line}: wanted [^\n]+\Z"):
         config.parse_yaml(text, "f.yaml")
 
-
 # C26
 @pytest.mark.parametrize("text, value", [("1e-4", 0.0001), ("1E5", 1e5), ("-2.5e3", -2500.0), ("+1.e2", 100.0)])
 def test_yaml_exponents_make_floats(text, value):
     assert config.parse_yaml(f"a: {text}\nb: [{text}]") == {"a": value, "b": [value]}
-
 
 # ---- config: load, dump, check ----
 
@@ -303,18 +290,15 @@ def written(tmp_path, text: str) -> str:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
     return str(tmp_path / "a.yaml")
 
-
 def config_refusal(path: str, overrides: tuple | list = ()) -> str:
     with pytest.raises(ValueError) as caught:
         config.load(path, overrides)
     return str(caught.value)
 
-
 def leaves(section, path=()):
     for f in fields(section):
         value = getattr(section, f.name)
         yield from leaves(value, (*path, f.name)) if is_dataclass(value) else [((*path, f.name), value)]
-
 
 def random_config(rng, section):
     def draw(value):
@@ -331,7 +315,6 @@ def random_config(rng, section):
     return replace(section, **{f.name: rng.choice(get_args(f.type)) if get_origin(f.type) is Literal
                                else draw(getattr(section, f.name)) for f in fields(section)})
 
-
 def test_issue_file_loads_word_for_word(tmp_path):
     loaded = config.load(written(tmp_path, ISSUE_FILE))
     model, training = loaded.model, loaded.training
@@ -342,11 +325,9 @@ def test_issue_file_loads_word_for_word(tmp_path):
     assert (training.learning_rate, training.max_grad_norm) == (0.0001, 1.0)
     assert (HERE / "configs" / "paraformer.yaml").read_text().startswith(ISSUE_FILE)
 
-
 @pytest.mark.parametrize("path", sorted((HERE / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_load(path):
     assert config.load(str(path)).model.name == config.parse_yaml(path.read_text())["model"]["name"]
-
 
 # C27
 def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
@@ -356,7 +337,6 @@ def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
         for values in (asdict(drawn), config.parse_yaml(config.dump(drawn))):
             assert repr(config.from_dict(values, "x")) == repr(drawn)
 
-
 def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     data = {"kind": "manifest", "train": " a: #'\"\\\n\u2028é😀", "dev": "null", "augment": {"speeds": [0.9, 1, 1.1]}}
     odd = config.from_dict({"data": data, "training": {"learning_rate": 1e-5, "weight_decay": 1e22}}, "test")
@@ -365,11 +345,9 @@ def test_dump_then_load_gives_the_same_config_and_pyyaml_agrees(tmp_path):
     yaml = pytest.importorskip("yaml")
     assert config.from_dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")), "x") == odd
 
-
 def test_nested_values_are_dumped_so_that_they_are_read_back():
     values = {"a": {"b": {}, "c": [1, [0.5, "x: y"]], "d": {"e": None, "f": True}}, "g": 1e-9, "h": ""}
     assert config.parse_yaml(config.dump_yaml(values)) == values
-
 
 # C27
 def test_overrides_do_what_editing_the_file_does(tmp_path):
@@ -380,7 +358,6 @@ def test_overrides_do_what_editing_the_file_does(tmp_path):
                  "--data.augment.speeds=[0.9, 1]"]
     assert config.load(written(tmp_path, ISSUE_FILE), [*overrides, "--data.train=a=b"]) == wanted
     assert wanted.data.augment.speeds == (0.9, 1.0) and repr(wanted.model.encoder.dropout) == "0.0"
-
 
 @pytest.mark.parametrize("old, new, message", [
     ("  batch_size: 16", "  batch_size: big", "18: training.batch_size: wanted int, got 'big'"),
@@ -411,7 +388,6 @@ def test_wrong_keys_and_types_name_the_line_and_what_was_wanted(tmp_path, old, n
     path = written(tmp_path, ISSUE_FILE.replace(old, new, 1))
     assert config_refusal(path) == f"{path}:{message}"
 
-
 @pytest.mark.parametrize("override, message", [
     ("--training.batch_size=big", "training.batch_size: wanted int, got 'big'"),
     ("--training.lr=1", "unknown key 'training.lr' (did you mean 'training.learning_rate'?)"),
@@ -423,12 +399,10 @@ def test_wrong_overrides_name_themselves(tmp_path, override, message):
     error = config_refusal(written(tmp_path, ISSUE_FILE), [override])
     assert error.startswith(f"{override}: {message}") and "\n" not in error
 
-
 def test_unreadable_files_are_one_line_that_names_the_path(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model:\n  name: \xe9\n")
     for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
         assert re.fullmatch(rf"{re.escape(str(path))}: wanted a config in YAML .+", config_refusal(str(path)))
-
 
 BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_heads=7": "model.encoder.num_heads: wanted a divisor of hidden_dim 512, got 7",
@@ -443,7 +417,6 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.max_sec=0.05": "data.max_sec: wanted at least min_sec 0.1, got 0.05",
     "--data.augment.freq_width=81": "data.augment.freq_width: wanted at most num_mels 80, got 81",
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
-
 
 # C68
 @pytest.mark.parametrize("choice, override, default", [
@@ -465,7 +438,6 @@ def test_an_option_that_the_model_or_a_kind_does_not_use_must_have_its_default(t
     assert error.startswith(f"model.{option}: wanted its default {default}, as model.{why} has no use for it, got ")
     config.load(path, [f"--model.{choice}", f"--model.{option}={default}"])
 
-
 @pytest.mark.parametrize("switch", ["model.name=transformer", "model.name=ctc", "model.encoder.kind=transformer",
                                     "model.predictor.kind=dense", "model.decoder.kind=bare"])
 def test_who_switches_a_kind_on_the_command_line_need_not_undo_what_the_file_says_for_its_own(tmp_path, switch):
@@ -480,11 +452,9 @@ def test_who_switches_a_kind_on_the_command_line_need_not_undo_what_the_file_say
     if unused not in ("attention_layers",):
         assert config_refusal(toy, [f"--{switch}", f"--{typed}"]).count(typed.partition("=")[0]) >= 2
 
-
 def test_options_that_the_compared_models_use_are_theirs_to_set(tmp_path):
     for name, used in (("transformer", ("decoder.num_heads=2", "ctc_weight=0.5")), ("ctc", ("encoder.num_heads=2",))):
         config.load(written(tmp_path, f"model:\n  name: {name}\n"), [f"--model.{option}" for option in used])
-
 
 # C27
 def test_check_lists_every_violation_in_one_error(tmp_path):
@@ -495,12 +465,10 @@ def test_check_lists_every_violation_in_one_error(tmp_path):
     dev = "data.dev: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"
     assert sorted(config_refusal(path, list(BROKEN)).split("\n  ")[1:]) == sorted([*BROKEN.values(), dev])
 
-
 MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
 RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4"]
 STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decoder.kind=sanm",
            "--model.predictor.kind=dense"]
-
 
 # C27
 @pytest.mark.parametrize("overrides, line", [
@@ -555,7 +523,6 @@ def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
     else:
         assert config.load(path, overrides)
 
-
 BOUNDS = {  # range -> a field that has it, values within, values outside
     "1 or more": ("training.batch_size", [1], [0]), "2 or more": ("model.mwer_samples", [2], [1]),
     "0 or more": ("data.toy.noise", [0], [-0.01, math.nan, math.inf]),
@@ -568,7 +535,6 @@ BOUNDS = {  # range -> a field that has it, values within, values outside
     "at least 0 and below 2^64": ("training.seed", [0, 2**64 - 1], [-1, 2**64]),
     "odd and above 0": ("model.predictor.kernel_size", [1, 3], [-1, 0, 2])}
 
-
 # C27
 @pytest.mark.parametrize("wanted", config.RANGES)
 def test_every_range_holds_at_its_bounds(wanted):
@@ -580,7 +546,6 @@ def test_every_range_holds_at_its_bounds(wanted):
         errors = config._value_errors(config.from_dict(values, "test"))
         assert errors == ([] if value in inside else [(field, wanted)]), value
 
-
 def test_every_field_has_a_comment_and_every_number_a_range():
     ranged = {name for _, names in config.RANGES.values() for name in names.split()}
     assert ranged <= {path[-1] for path, _ in leaves(config.Config())}
@@ -590,12 +555,10 @@ def test_every_field_has_a_comment_and_every_number_a_range():
     for line in re.findall(r"^    \w+: (?:int|float|bool|str|tuple).*= .*", inspect.getsource(config), re.MULTILINE):
         assert re.search(r"  # \S", line), line
 
-
 # ---- tokenizer: texts and ids ----
 
 ODD = [*"\u0e33\u0eb3\u0edc\u0e4d\u0e32\u0e49\u00ad\u200b\ufeff\u200dİẞßΣςﬁＡｶﾞ①½´ÅK가각\u1100\u1161\u11a8\u0301\u0323\u0307\U0001d170\u00a0\u3000\u2028\x1c\t\n\ud800\udfff",
        "<unk>", "<blank>", " <eos> "]
-
 
 def random_texts(seed, n):
     """n texts that mix ASCII, Chinese, characters that normalisation moves, and any code point at all."""
@@ -603,7 +566,6 @@ def random_texts(seed, n):
     draws = (lambda: chr(rng.randrange(32, 127)), lambda: chr(rng.randrange(0x4e00, 0x9fff)), lambda: rng.choice(ODD),
              lambda: " ", lambda: chr(rng.randrange(0x110000)), lambda: chr(rng.randrange(0x300, 0x370)))
     return ["".join(rng.choice(draws)() for _ in range(rng.randrange(12))) for _ in range(n)]
-
 
 # C8
 @pytest.mark.parametrize("text, wanted", [
@@ -616,7 +578,6 @@ def random_texts(seed, n):
 def test_normalise_text_gives_the_planted_form(text, wanted):
     assert normalise_text(text) == wanted
 
-
 # C8
 def test_normalise_text_is_idempotent_and_writable():
     texts = random_texts(0, 5000) + ["İ\U0001d170"]  # the last: NFKC then lower case once is not enough
@@ -625,7 +586,6 @@ def test_normalise_text_is_idempotent_and_writable():
     for once in map(normalise_text, texts):
         assert normalise_text(once) == once == once.encode("utf-8").decode("utf-8")
         assert once == once.strip() and "  " not in once and (not once or once.split(" ") == once.split())
-
 
 # C9
 @pytest.mark.parametrize("unit", ["char", "word"])
@@ -650,7 +610,6 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
             lossless += 1
     assert lossless > 1000 and (unit == "word") == (lossless < len(texts))
 
-
 # C8
 @pytest.mark.parametrize("unit", ["char", "word"])
 def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
@@ -664,7 +623,6 @@ def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
     new = Tokenizer.build([text], unit)
     assert new.decode(new.encode(text)) == text and char_errors(text, text).errors == 0
 
-
 # C6
 def test_planted_ids_counts_and_specials():
     char = Tokenizer.build(["B b", "b B"])
@@ -677,7 +635,6 @@ def test_planted_ids_counts_and_specials():
     for ids in ([6], [-1]):
         with pytest.raises(ValueError, match=rf"ids must be in 0\.\.5, got {ids[0]}"):
             word.decode(ids)
-
 
 @pytest.mark.parametrize("text, message", [
     ("{oops", "got no JSON"), (b"\xff\xfe", "got 'utf-8' codec"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
@@ -700,7 +657,6 @@ def test_a_bad_file_is_one_line_that_names_it(text, message, tmp_path):
         Tokenizer.load(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
 
-
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "tokens.json"
     Tokenizer.build(["old"]).save(path)
@@ -712,7 +668,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk"):
         Tokenizer.build(["newer"]).save(path)
     assert path.read_bytes() == before
-
 
 # ---- tokenizer: alignment and error counts ----
 
@@ -727,13 +682,11 @@ def best_by_recursion(ref, hyp):
         return min((edits + e, subs + s) for (edits, subs), (e, s) in ways)
     return best(len(ref), len(hyp))
 
-
 def random_pairs(seed, n):
     rng = random.Random(seed)
     for _ in range(n):
         items = rng.sample(["a", "b", "cc", 0, 7, ("x", 1)], rng.randrange(1, 7))
         yield tuple([rng.choice(items) for _ in range(rng.randrange(13))] for _ in "rh")
-
 
 # C10
 def test_alignment_is_minimal_and_spells_both_sides():
@@ -746,7 +699,6 @@ def test_alignment_is_minimal_and_spells_both_sides():
         swapped = count_errors(hyp, ref)
         assert (swapped.sub, swapped.ins, swapped.del_) == (counts.sub, counts.del_, counts.ins)
 
-
 def test_errors_are_counted_in_the_memory_of_a_row():
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcd", k=700)) for _ in range(2)]
@@ -755,7 +707,6 @@ def test_errors_are_counted_in_the_memory_of_a_row():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert counts.errors > 200 and peak < 200_000  # all rows: 3.9 MB
-
 
 def test_planted_edits_are_counted_as_planted():
     rng = random.Random(0)
@@ -769,13 +720,11 @@ def test_planted_edits_are_counted_as_planted():
         assert counts == Counts(sub=total, ins=total, del_=total, ref=40)
         assert {type(x) for x in vars(counts).values()} == {int}  # what JSON and a checkpoint can hold
 
-
 def test_ties_keep_hits_and_are_settled_from_the_end():
     assert align("ab", "bc") == [("del", "a", None), ("hit", "b", "b"), ("ins", None, "c")]  # 2 edits, not 2 sub
     assert align("aa", "a") == [("del", "a", None), ("hit", "a", "a")]
     assert align("ab", "x") == [("del", "a", None), ("sub", "b", "x")]
     assert align([], []) == [] and align([], "a") == [("ins", None, "a")]
-
 
 # C10 C75
 @pytest.mark.parametrize("ref, hyp, chars, words", [  # jiwer 4.0.0 on the normalised texts; 3,000 more had its totals
@@ -790,7 +739,6 @@ def test_ties_keep_hits_and_are_settled_from_the_end():
 def test_text_errors_count_normalised_characters_with_spaces_and_words(ref, hyp, chars, words):
     assert (char_errors(ref, hyp), word_errors(ref, hyp)) == (chars, words)
 
-
 # C11
 def test_counts_add_and_divide_once():
     parts = [Counts(1, 2, 3, 10), Counts(ins=4), Counts(ref=10)]
@@ -799,7 +747,6 @@ def test_counts_add_and_divide_once():
     assert Counts().rate == 0.0 and token_accuracy(Counts()) == 1.0
     assert Counts(ins=4).rate == 4.0 and token_accuracy(Counts(ins=4)) == 0.0  # no reference: finite
     assert token_accuracy(count_errors([5, 6], [6])) == 0.5  # by alignment: position by position it would be 0
-
 
 def test_format_alignment_is_the_planted_picture():
     assert format_alignment("the cat sat on".split(), "a cat on it".split()) == (
@@ -812,10 +759,8 @@ def test_format_alignment_is_the_planted_picture():
         "HYP: 今 *** 天 汽  ,  q \u0301 x\n"
         "OPS:    D      I   S     I")
 
-
 def letters(text: str) -> list[int]:
     return [ord(c) - ord("a") for c in text]
-
 
 def data_options(**changes) -> SimpleNamespace:
     toy = SimpleNamespace(num_train=20, num_dev=10, num_symbols=26, min_symbols=3, max_symbols=12, min_frames=6,
@@ -825,15 +770,12 @@ def data_options(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**dict(kind="toy", sample_rate=8000, num_mels=20, lfr_m=2, lfr_n=2, min_sec=0.1,
                                      max_sec=2.0, toy=toy, augment=augment), **changes})
 
-
 def tone(seconds: float, rate_hz: int, hz: float = 440.0) -> np.ndarray:
     return 0.3 * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate_hz)) / rate_hz)
-
 
 def write_manifest(path: Path, rows: list) -> Path:
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
-
 
 # ---- audio: wav ----
 
@@ -850,7 +792,6 @@ def wav(samples: np.ndarray | bytes, code: int = 1, bits: int = 16, channels: in
     chunk = b"data" + struct.pack("<I", len(content) if size is None else size) + content
     return head + b"\xff\xff\xff\xffWAVE" + before + b"fmt " + struct.pack("<I", len(fmt)) + fmt + chunk + after
 
-
 def encode_samples(values: list[int], code: int, bits: int) -> bytes:
     """Sixteenths of full scale -> bytes."""
     if code == 3:
@@ -858,7 +799,6 @@ def encode_samples(values: list[int], code: int, bits: int) -> bytes:
     if bits == 8:
         return bytes(128 + v * 8 for v in values)
     return b"".join((v << (bits - 5)).to_bytes(bits // 8, "little", signed=True) for v in values)
-
 
 # C12
 @pytest.mark.parametrize("code,bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
@@ -876,7 +816,6 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, ch
             np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
         assert audio.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
-
 # C12
 def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused():
     values = [-8, 7, 0, -16, 15, 3]
@@ -890,14 +829,12 @@ def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused():
         with pytest.raises(ValueError, match=words):
             audio.load_wav(blob)
 
-
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases is not here")
 @pytest.mark.parametrize("name", ["a_24in4_low_arecord", "c_24in4_low_stereo"])
 def test_recordings_of_24_bits_in_4_bytes_equal_the_plain_one(name):
     plain, rate_hz = audio.load_wav(SHARED / "cases/wav_24_in_4/k_plain16.wav")
     samples, own_hz = audio.load_wav(SHARED / f"cases/wav_24_in_4/{name}.wav")
     assert own_hz == rate_hz == 16000 and torch.equal(samples, plain)
-
 
 # C12
 @pytest.mark.parametrize("code,planted", [       # of 16 bits, from the tables of G.711
@@ -910,7 +847,6 @@ def test_a_law_and_mu_law_have_the_numbers_of_their_tables(code, planted):
     assert np.array_equal(np.sort(-numbers[:128]), positive)
     spaces = [np.unique(np.diff(part)).tolist() for part in positive.reshape(8, 16)]
     assert spaces == [[16 << max(0, s - 1) if code == 6 else 8 << s] for s in range(8)]
-
 
 # C12
 def test_of_stereo_in_opposite_phase_the_louder_channel_is_read_with_a_warning(tmp_path, monkeypatch):
@@ -937,18 +873,15 @@ def test_of_stereo_in_opposite_phase_the_louder_channel_is_read_with_a_warning(t
         assert said == 3 * [f"{tmp_path}/a.wav: the channels cancel each other (opposite phase), reading the {wanted} "
                             "one"] if wanted else said == []
 
-
 def test_rf64_has_the_size_of_its_samples_in_a_chunk_of_its_own():
     payload = encode_samples([1, 2, 3, 4], 1, 16)
     ds64 = b"ds64" + struct.pack("<IQQQI", 28, 2**33, len(payload), 4, 0)
     blob = wav(payload, 1, 16, size=0xFFFFFFFF, before=ds64, after=b"LIST\4\0\0\0abcd", head=b"RF64")
     assert audio.load_wav(blob)[0].tolist() == [1 / 16, 2 / 16, 3 / 16, 4 / 16]
 
-
 def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
-
 
 # C12
 @pytest.mark.parametrize("blob,words", [
@@ -966,7 +899,6 @@ def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypa
             audio.load_wav(source)
         assert str(error.value).startswith(str(path) if source is path else "<bytes>")
 
-
 def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, monkeypatch):
     planted = encode_samples([1, 2, 3, 4], 3, 32)
     (tmp_path / "answer").write_bytes(wav(planted, 3, 32, 2, 16000, size=0xFFFFFFFF))
@@ -983,7 +915,6 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     assert f"-protocol_whitelist file -i file:{tmp_path}/a.mp3" in path_call
     assert "-protocol_whitelist cache,pipe -read_ahead_limit -1 -i cache:pipe:0" in bytes_call and piped == "piped"
 
-
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
@@ -992,13 +923,11 @@ def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypat
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(17) + b"\1" + bytes(16))
     assert audio.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
 
-
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
     audio.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
     with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
         assert file.getparams()[:4] == (1, 2, 8000, 5)
         assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 2]
-
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not here")
 @pytest.mark.parametrize("suffix,lossy", [("flac", 1e-4), ("mp3", 0.05), ("ogg", 0.1), ("m4a", 0.05), ("aiff", 1e-4)])
@@ -1018,7 +947,6 @@ def test_the_real_ffmpeg_reads_other_formats(tmp_path, suffix, lossy):
         assert torch.equal(audio.load_wav((tmp_path / f"b.{suffix}").read_bytes())[0], samples)
     assert audio.audio_seconds(tmp_path / f"b.{suffix}") == pytest.approx(len(samples) / 16000, abs=0.1)
 
-
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not here")
 def test_what_the_real_ffmpeg_gives_keeps_every_bit_both_channels_and_the_limit(tmp_path):
     """Floats beyond 1, in opposite phase."""
@@ -1033,12 +961,10 @@ def test_what_the_real_ffmpeg_gives_keeps_every_bit_both_channels_and_the_limit(
     with audio.ffmpeg_to_wav(str(tmp_path / "b.aiff"), most_sec=0.5) as file:
         assert audio.read_header(file).num_samples == 8000
 
-
 # ---- audio: resampling ----
 
 RATES = [(8000, 16000), (16000, 8000), (44100, 16000), (22050, 16000), (7200, 8000), (8800, 8000), (48000, 16000),
          (4000, 384000), (384000, 4000), (8191, 8000)]
-
 
 # C13
 @pytest.mark.parametrize("rate_in,rate_out", RATES)
@@ -1054,7 +980,6 @@ def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, 
         out = audio.resample(torch.from_numpy(sine(high, N, rate_in)).float(), rate_in, rate_out).numpy()
         assert np.abs(out[edge:-edge]).max() < 1e-4
 
-
 def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     """16001 -> 15999 Hz: 15999 phases, each output with weights of its own."""
     x = np.random.default_rng(0).standard_normal(1000)
@@ -1067,7 +992,6 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
         assert abs((weights[200:1200] * x).sum() / weights.sum() - out[j]) < 1e-5
     flat = audio.resample(torch.ones(1000), 16001, 15999)
     assert (flat[60:-60] - 1).abs().max() < 1e-6
-
 
 # ---- audio: segments of long recordings ----
 
@@ -1084,13 +1008,11 @@ def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch
             assert len(pieces) == math.ceil(N / (chunk_sec * rate_in))
             torch.testing.assert_close(torch.cat([torch.zeros(0), *pieces]), whole, atol=2e-6, rtol=0)
 
-
 def test_a_stream_names_the_file_and_the_sample_that_is_not_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "CHUNK_SEC", 1)
     (tmp_path / "a.wav").write_bytes(wav(struct.pack("<f", 0.0) * 8100 + struct.pack("<f", math.inf), 3, 32, 1))
     with pytest.raises(ValueError, match=f"^{tmp_path}/a.wav: wanted finite samples, got inf at sample 8100$"):
         list(audio.stream(tmp_path / "a.wav", 8000))
-
 
 def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8000) -> np.ndarray:
     """Sounds of plan[i][0] seconds, each followed by plan[i][1] seconds without, over noise of floor_db."""
@@ -1098,7 +1020,6 @@ def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8
                                                  np.zeros(round(rest * rate_hz)))]
     joined = np.concatenate(parts)
     return joined + 10 ** (floor_db / 20) * rng.standard_normal(len(joined))
-
 
 # C79
 @pytest.mark.parametrize("gain", [1.0, 0.01, 0.0001])
@@ -1122,7 +1043,6 @@ def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_the_floor_
             wanted, last = [*wanted, pause], pause
     assert len(wanted) > 15 and len(cuts) == len(wanted) and np.abs(cuts - wanted).max() < 0.06
 
-
 # C79
 def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_level():
     level = np.full(3000, -20.0)
@@ -1136,13 +1056,11 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     assert audio.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
     assert audio.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
 
-
 def test_silence_stays_with_the_speech_that_it_is_beside():
     rng = np.random.default_rng(2)
     samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
     found = list(audio.cut_at_pauses([samples], 8000, 1.0, 15.0))
     assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
-
 
 # C79
 @pytest.mark.parametrize("kind", ["noise", "speech", "zeros", "constant"])
@@ -1173,7 +1091,6 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
     with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
         next(audio.cut_at_pauses([samples], 8000, 2.0, 3.0))
 
-
 # ---- audio: features ----
 
 def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
@@ -1203,7 +1120,6 @@ def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
         rows.append(row)
     return np.array(rows)
 
-
 # C14
 @pytest.mark.parametrize("rate_hz,num_mels", [(16000, 80), (8000, 40)])
 def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
@@ -1213,7 +1129,6 @@ def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
     got = audio.fbank(torch.from_numpy(x), rate_hz, num_mels)
     assert got.shape == expected.shape == (8, num_mels)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
-
 
 # C14
 @needs_kit
@@ -1229,13 +1144,11 @@ def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
             frames = torch.arange(int(name[4:])).float()[:, None]
             np.testing.assert_array_equal(audio.lfr(frames, 7, 6).numpy(), units[name])
 
-
 def test_features_of_a_long_recording_equal_those_of_its_parts():
     x = 0.1 * torch.randn(16000 * 12, generator=torch.Generator().manual_seed(0))
     whole = audio.fbank(x, 16000, 80)                # 1198 frames: three blocks
     part = audio.fbank(x[500 * 160:540 * 160 + 240], 16000, 80)
     torch.testing.assert_close(whole[500:540], part, atol=1e-4, rtol=0)
-
 
 @pytest.mark.parametrize("m,n", [(1, 1), (7, 6), (4, 4), (3, 1), (1, 3), (4, 2)])
 def test_lfr_equals_a_loop_over_slots(m, n):
@@ -1245,7 +1158,6 @@ def test_lfr_equals_a_loop_over_slots(m, n):
                 for t in range(0, T, n)]
         assert audio.lfr(feats, m, n).tolist() == rows and audio.lfr(feats, m, n).shape[1] == 2 * m
 
-
 @pytest.mark.parametrize("lfr_m,lfr_n", [(1, 1), (7, 6), (4, 3)])
 def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
     options = data_options(lfr_m=lfr_m, lfr_n=lfr_n)
@@ -1253,7 +1165,6 @@ def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
         feats = audio.frontend(torch.zeros(N), 8000, options)
         assert feats.shape == (audio.num_frames(N / 8000, options), audio.feature_dim(options))
     assert audio.frame_sec(options) == pytest.approx(0.01 * lfr_n)
-
 
 # C15
 def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
@@ -1269,7 +1180,6 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1 and stats[1, 2] == pytest.approx(1000)
     with pytest.raises(ValueError, match="got none"):
         audio.compute_stats(iter([]))
-
 
 # C7
 @pytest.mark.parametrize("call,words", [
@@ -1291,16 +1201,13 @@ def test_wrong_shapes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
 
-
 # ---- attention: masks ----
 
 def ints(*values):
     return torch.tensor(values, dtype=torch.int64)
 
-
 def normal(seed, *shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
 
 def fresh(seed, make):
     """A module with every parameter drawn from its own generator (biases and norms too), in float64."""
@@ -1310,16 +1217,13 @@ def fresh(seed, make):
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * (0.3 if p.dim() > 1 else 0.5)
     return module
 
-
 def gradients(module, value):
     module.zero_grad()
     value.backward()
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
-
 def assert_same(got, wanted, tolerance=1e-12):
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-
 
 # C2
 def test_masks_are_true_where_real():
@@ -1327,13 +1231,11 @@ def test_masks_are_true_where_real():
     assert causal_mask(3).tolist() == [[s <= t for s in range(3)] for t in range(3)]
     assert attention.near_mask(5, 2).tolist() == [[abs(s - t) <= 2 for s in range(5)] for t in range(5)]
 
-
 # ---- attention: positions ----
 
 def test_sinusoids_equal_their_closed_form():
     wanted = [[(math.sin, math.cos)[d % 2](t / 10000 ** (2 * (d // 2) / 6)) for d in range(6)] for t in range(300)]
     np.testing.assert_allclose(sinusoids(torch.arange(300), 6).numpy(), wanted, atol=3e-5)  # float32 angles up to 300
-
 
 @pytest.mark.parametrize("kind", ["sinusoidal", "learnable"])
 def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
@@ -1347,7 +1249,6 @@ def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
         with pytest.raises(ValueError, match="learnable table ends at 5 steps, got 10"):
             encode(longer)
 
-
 # ---- attention: arithmetic ----
 
 RAGGED = {  # name -> (mask of B=3 utterances, T queries, S keys); the second utterance has no key at all
@@ -1355,7 +1256,6 @@ RAGGED = {  # name -> (mask of B=3 utterances, T queries, S keys); the second ut
     "padding": lambda T, S: padding_mask(ints(S, 0, 2), S)[:, None, :],
     "causal": lambda T, S: padding_mask(ints(S, 0, 2), S)[:, None, :] & causal_mask(max(T, S))[:T, :S],
 }
-
 
 def slow_attention(q, k, v, mask):
     """One query of one head at a time, over its real keys only."""
@@ -1366,7 +1266,6 @@ def slow_attention(q, k, v, mask):
             scores = [math.exp(float(q[b, h, t] @ k[b, h, s]) / math.sqrt(K)) for s in keys]
             out[b, h, t] = sum(p / sum(scores) * v[b, h, s] for p, s in zip(scores, keys))
     return out
-
 
 # C4
 @pytest.mark.parametrize("S", [5, 7])  # 5: as in self-attention, 7: as in cross-attention
@@ -1384,7 +1283,6 @@ def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):
     assert_same(weights.sum(-1), seen[:, None].expand(3, 2, 5))
     if mask is not None:
         assert not weights.masked_select(~mask[:, None].expand_as(weights)).any()
-
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_multi_head_attention_equals_torchs(cross):
@@ -1404,7 +1302,6 @@ def test_multi_head_attention_equals_torchs(cross):
         assert_same(out, wanted)
     assert_same(weights, wanted_weights)
 
-
 # C3
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):
@@ -1413,7 +1310,6 @@ def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):
     assert (out[0] == 0).all() and (out[1] != 0).all()
     grad, = torch.autograd.grad(out.square().sum() + out[0].sum(), x)
     assert (grad[0] == 0).all() and grad[1].isfinite().all() and (grad[1] != 0).any()
-
 
 def test_a_causal_mask_hides_the_future():
     block, x = fresh(0, lambda: TransformerBlock(4, 2, 8)), normal(1, 2, 6, 4)
@@ -1424,7 +1320,6 @@ def test_a_causal_mask_hides_the_future():
     assert (after[:, 4:] - before[:, 4:]).abs().amax() > 0.1
     assert (block(changed, mask[:, -1:])[0][0, 0] - before[0, 0]).abs().amax() > 1e-3  # without the mask it is seen
 
-
 # ---- attention: blocks ----
 
 BLOCKS = {
@@ -1432,7 +1327,6 @@ BLOCKS = {
     "transformer with source": lambda: TransformerBlock(8, 2, 12, source_dim=6),
     "conformer": lambda: ConformerBlock(8, 2, 12, kernel_size=5),
 }
-
 
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
@@ -1458,7 +1352,6 @@ def test_padding_changes_no_output_and_no_gradient_of_a_block(name, need_weights
     for key in wanted:
         assert_same(got[key], wanted[key], 1e-10)
 
-
 def test_a_conformer_block_equals_its_formula():
     block, x = fresh(5, lambda: ConformerBlock(4, 2, 6, kernel_size=3)), normal(6, 1, 5, 4)
 
@@ -1479,7 +1372,6 @@ def test_a_conformer_block_equals_its_formula():
     y = y + feed(block.ffn_second, norm(block.norm_second, y)) / 2
     assert_same(block(x)[0], norm(block.norm_out, y), 1e-10)
 
-
 @pytest.mark.parametrize("inner, stride, reach", [(3, 1, (2, 2)), (3, 2, (1, 1)), (3, 1, (4, 0)), (1, 1, (3, 1))])
 def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride, reach):
     weight, bias = normal(1, 3, inner, sum(reach) + 1).requires_grad_(), normal(2, 3)
@@ -1490,11 +1382,9 @@ def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride
     for ours, theirs in zip(*results):
         assert_same(ours, theirs)
 
-
 def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads():
     assert key_mask(ints(4, 4), 4) is None and key_mask(ints(0, 0), 0).shape == (2, 1, 0)
     assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
-
 
 # C142
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read as Linux gives it")
@@ -1506,11 +1396,9 @@ def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():
     attend(q, q, q, mask, need_weights=False)
     assert peak_kb() - before < 60_000  # the scores alone would be 576,000
 
-
 # ---- attention: errors ----
 
 X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
-
 
 # C7
 @pytest.mark.parametrize("call, message", [
@@ -1559,7 +1447,6 @@ def test_attention_errors_name_what_was_wanted_and_got(call, message):
         call()
     assert message in str(error.value)
 
-
 # C93
 def test_a_length_check_reads_no_values_but_on_the_cpu():
     """A meta tensor stands for one on a GPU: whoever asks for its values gets a NotImplementedError."""
@@ -1567,7 +1454,6 @@ def test_a_length_check_reads_no_values_but_on_the_cpu():
     check_lens("n", lens, 2, 3)
     with pytest.raises(ValueError, match=r"n must be \(3,\) int64, got \(2,\)"):
         check_lens("n", lens, 3, 3)
-
 
 # ---- plot: pictures ----
 
@@ -1583,20 +1469,17 @@ def png_chunks(uri: str) -> dict[bytes, bytes]:
         chunks[name], at = body, at + 12 + size
     return chunks
 
-
 def png_levels(uri: str) -> np.ndarray:
     """(rows, columns) of a PNG whose rows are stored without a filter."""
     chunks = png_chunks(uri)
     width, height = struct.unpack(">II", chunks[b"IHDR"][:8])
     return np.frombuffer(zlib.decompress(chunks[b"IDAT"]), np.uint8).reshape(height, width + 1)[:, 1:]
 
-
 def test_a_heat_map_is_a_png_whose_pixels_rank_as_the_values():
     chunks = png_chunks(plot.heat_map(np.array([[0.0, 1.0, 0.5], [1.0, 0.25, 0.0]])))
     assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (3, 2, 8, 3, 0, 0, 0)
     assert zlib.decompress(chunks[b"IDAT"]) == bytes([0, 0, 255, 128, 0, 255, 64, 0])
     assert chunks[b"PLTE"][:3] == bytes(plot.PALETTE[0]) and chunks[b"PLTE"][-3:] == bytes(plot.PALETTE[-1])
-
 
 def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
     alpha = torch.zeros(50)
@@ -1613,7 +1496,6 @@ def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
     texts = {e.text: float(e.get("x")) for e in root.iter() if e.tag.endswith("text")}
     assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < plot.LEFT
     assert (texts["<我"], texts["␣"]) == (place(0.75), place(1.25))
-
 
 # C97
 @pytest.mark.parametrize("size", [1, 2, 4, 40])
@@ -1640,7 +1522,6 @@ def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
         shown.append(sum(map(len, lines.values())))
     assert shown[0] == 201 if size <= 2 else shown[0] > 100  # with the title
 
-
 # C97
 @pytest.mark.parametrize("cross", [True, False])
 def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross):
@@ -1663,7 +1544,6 @@ def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross)
     assert texts.count("b") == 4 + 2  # over each panel, and beside the two on the left
     ElementTree.fromstring(plot.attention_svg("none", torch.zeros(2, 0, 50), [], 1.0, (0.0, 1.0), True))
 
-
 def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
     values = torch.zeros(3000, 3000)
     values[2999, 1500] = 1.0
@@ -1671,7 +1551,6 @@ def test_a_heat_map_of_more_values_than_pixels_keeps_the_largest():
     image = ElementTree.fromstring(plot.image_svg(panel, values, (0, 1), (0, 1))).find("{*}image")
     levels = png_levels(image.get("href"))
     assert levels.shape == (200, 300) and np.argwhere(levels).tolist() == [[199, 150]]
-
 
 # ---- web: connections ----
 
@@ -2408,7 +2287,6 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
         error = capsys.readouterr().err
         assert error.startswith(f"serve.py: --host {host}: no address of this machine: ") and error.count("\n") == 1
 
-
 # ---- sockets: the handshake, frames, messages ----
 
 def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: bytes | None = b"\1\2\3\4",
@@ -2424,10 +2302,8 @@ def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: 
     masked = (np.frombuffer(payload, np.uint8) ^ np.resize(np.frombuffer(mask, np.uint8), n)).tobytes()
     return head + bytes([size[0] | 0x80]) + size[1:] + mask + masked
 
-
 ASKS = ("Upgrade: websocket", "Connection: keep-alive, Upgrade", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
         "Sec-WebSocket-Version: 13")
-
 
 class Talker:
     """A client as FunASR's are."""
@@ -2496,7 +2372,6 @@ class Talker:
         self.file.close()
         self.connection.close()
 
-
 # C201
 def test_handshake_and_frames_are_those_of_the_rfc():
     """Oracle: the examples of RFC 6455, 1.3 and 5.7; unmasking by a loop over bytes."""
@@ -2513,7 +2388,6 @@ def test_handshake_and_frames_are_those_of_the_rfc():
         assert sockets.unmask(data, b"abcd") == bytes(byte ^ b"abcd"[i % 4] for i, byte in enumerate(data))
     for cut in range(len(hello) - 5):
         assert sockets.parse_header(hello[:cut]) is None
-
 
 REFUSED_FRAMES = {  # by the code of the close frame: what is sent
     1002: {"not masked": client_frame(1, b"{}", mask=None), "first reserved bit": client_frame(0x41, b"{}"),
@@ -2534,7 +2408,6 @@ REFUSED_FRAMES = {  # by the code of the close frame: what is sent
            "above the limit": client_frame(1, b"a" * (2**20 + 1)),
            "fragments that never end": client_frame(2, b"", False) + client_frame(0, bytes(50000), False) * 30}}
 
-
 # C202
 @pytest.mark.parametrize("code, name", [(code, name) for code, sent in REFUSED_FRAMES.items() for name in sent])
 def test_what_no_client_may_send_closes_its_socket_with_a_code(server, code, name):
@@ -2543,7 +2416,6 @@ def test_what_no_client_may_send_closes_its_socket_with_a_code(server, code, nam
             client.connection.sendall(REFUSED_FRAMES[code][name])
         assert client.closed() == code
     assert exchange(server, get())[0] == 200
-
 
 # C202
 def test_pings_fragments_and_closing_are_answered(server):
@@ -2562,7 +2434,6 @@ def test_pings_fragments_and_closing_are_answered(server):
     with Talker(server) as client:      # beside a message that is as long as may be
         client.connection.sendall(client_frame(1, bytes(2**20), False) + client_frame(9, bytes(125)))
         assert client.frame() == (10, bytes(125))
-
 
 # C201
 def test_the_handshake_is_checked():
@@ -2590,7 +2461,6 @@ def test_the_handshake_is_checked():
         with Talker(server, "/") as client:
             assert client.status == 101 and "sec-websocket-protocol" not in client.headers
 
-
 # C201
 def test_the_key_is_wanted_in_the_handshake_as_header_or_in_the_address(monkeypatch):
     monkeypatch.setenv("ASR_API_KEY", "secret")
@@ -2601,7 +2471,6 @@ def test_the_key_is_wanted_in_the_handshake_as_header_or_in_the_address(monkeypa
                 assert client.status == status
         assert exchange(server, post_json({"features": ROWS[:30]}, "/transcribe?key=secret"))[0] == 401
     assert not any("secret" in line for line in server.lines)
-
 
 # ---- downloads: names, and paths that hold no model ----
 
@@ -2699,7 +2568,6 @@ def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_pa
     said = capsys.readouterr().err
     assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
 
-
 # ---- survival: consoles, signals ----
 
 # C181
@@ -2709,7 +2577,6 @@ def test_what_a_console_cannot_show_is_replaced(encoding, shown):
     stream = survival.SafeStream(io.TextIOWrapper(raw, encoding=encoding))
     print("\xe9\u4f60", file=stream, end="", flush=True)
     assert raw.getvalue().decode(encoding) == shown and not survival.stream_error(stream)
-
 
 # C181
 def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
@@ -2722,7 +2589,6 @@ def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
                 print("x" * 10000, file=stream, flush=True)
             assert words in survival.stream_error(stream)
 
-
 # C84
 def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
     lines = ["import os, survival, time", "stop = survival.catch_signals()"]
@@ -2730,7 +2596,6 @@ def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
         lines += ["os.kill(os.getpid(), 2)", "print(stop.is_set(), flush=True)"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=HERE, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
-
 
 # C120
 def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
@@ -2747,7 +2612,6 @@ def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
                         os.kill(os.getpid(), number)
                     seen.append("end")
             assert seen == reached and survival.exit_code(caught.value) == 128 + number
-
 
 # ---- augment: noise, masks, channels ----
 
@@ -2766,7 +2630,6 @@ def test_noise_is_as_loud_as_drawn_and_between_white_and_dull():
     shifted = augment.add_noise(samples + 0.5, (5.0, 25.0), data.generator(0, 1, 59)) - 0.5
     torch.testing.assert_close(shifted, noisy, rtol=0, atol=1e-5)
 
-
 def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     """Ones in: what comes out 0 must be the union of whole frames and of bins repeated in both stacked blocks."""
     options, widest_bins, widest_frames = data_options(), 0, 0
@@ -2783,7 +2646,6 @@ def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     assert max(int((augment.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
                for i in range(100)) == 2
 
-
 def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     options = data_options()
     options.augment.freq_masks = options.augment.time_masks = 0
@@ -2797,7 +2659,6 @@ def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     strengths = curves @ cosines.T.double() / cosines.square().sum(1)
     assert strengths[:, 4:].abs().max() < 1e-5
     np.testing.assert_allclose(strengths[:, :4].std(0), 0.3, rtol=0.15)
-
 
 @pytest.mark.parametrize("N, M, direct", [(300, 77, 5), (40, 90, 60), (50, 1, 0)])
 def test_a_room_is_the_direct_sum_with_the_energy_and_the_times_of_the_speech(N, M, direct):
@@ -2814,7 +2675,6 @@ def test_a_room_is_the_direct_sum_with_the_energy_and_the_times_of_the_speech(N,
     np.testing.assert_allclose(found, heard, rtol=0, atol=1e-10)
     assert torch.equal(augment.reverberate(torch.zeros(N), torch.ones(M)), torch.zeros(N))
 
-
 def test_a_recorded_noise_is_as_loud_as_said_and_repeated_or_cut():
     samples = torch.from_numpy(tone(0.1, 8000)).float() + 0.5
     noise = torch.randn(300, generator=torch.Generator().manual_seed(0))
@@ -2824,7 +2684,6 @@ def test_a_recorded_noise_is_as_loud_as_said_and_repeated_or_cut():
         torch.testing.assert_close(added, expected * (added.norm() / expected.norm()), rtol=0, atol=1e-6)
         assert abs(10 * math.log10(0.3 ** 2 / 2 / added.square().mean()) - 10) < 0.01
     assert torch.equal(augment.mix(samples, torch.zeros(7), 10.0), samples)
-
 
 def surrounded(folder: Path, **changes) -> SimpleNamespace:
     """Options of a dataset with one noise, shorter than every utterance, at 10 dB, and one room of 200 samples."""
@@ -2837,10 +2696,8 @@ def surrounded(folder: Path, **changes) -> SimpleNamespace:
                                          reverb=room, reverb_share=1.0), **changes})
     return options
 
-
 def opened(path: Path, options: SimpleNamespace, seed: int = 0) -> data.ManifestDataset:
     return data.ManifestDataset(path, options, letters, seed, True, data.open_surroundings(options.augment))
-
 
 def test_an_item_stands_in_its_room_and_noise_as_they_are_without_them_as_drawn_by_hand(tmp_path):
     options = surrounded(tmp_path)
@@ -2856,7 +2713,6 @@ def test_an_item_stands_in_its_room_and_noise_as_they_are_without_them_as_drawn_
         rng.integers(1)
         noisy = augment.add_noise(samples, (5.0, 30.0), rng)
         assert torch.equal(opened(path, bare)[3, index].feats, audio.frontend(noisy, 8000, bare))
-
 
 # C16
 def test_rooms_and_noises_are_drawn_by_seed_epoch_and_key(tmp_path):
@@ -2876,7 +2732,6 @@ def test_rooms_and_noises_are_drawn_by_seed_epoch_and_key(tmp_path):
     wet = [(opened(there, options)[epoch, i].feats - dry).abs().max() > 0.1 for epoch in range(20) for i in range(9)]
     assert 60 < sum(wet) < 120
 
-
 def test_a_noise_is_read_from_any_place_and_at_the_rate_asked_for(tmp_path):
     """The values of a ramp say which samples were read: 100 of 300; no more than there are; twice as many at 16 kHz."""
     audio.save_wav(tmp_path / "ramp.wav", np.arange(300) / 1000, 8000)
@@ -2886,7 +2741,6 @@ def test_a_noise_is_read_from_any_place_and_at_the_rate_asked_for(tmp_path):
     assert all(len(x) == 100 and abs(float(x[-1] - x[0]) - 0.099) < 1e-3 for x in found)
     assert min(starts) <= 5 and max(starts) >= 195 and max(starts) <= 200
     assert len(data.read_noise(row, 9.0, 8000, rng)) == 300 and len(data.read_noise(row, 9.0, 16000, rng)) == 600
-
 
 def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, capsys):
     options = surrounded(tmp_path)
@@ -2916,7 +2770,6 @@ def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, cap
                 data.open_dataset(options, "train", letters, augment=True)
             assert len(data.open_dataset(options, "train", letters)) == 2   # what does not augment needs none
 
-
 # ---- data: toy ----
 
 def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
@@ -2925,7 +2778,6 @@ def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
     gaps = [np.square(a - b).mean() for a, b in itertools.combinations(table, 2)]
     assert min(gaps) > 0.1
     np.testing.assert_array_equal(table[:6], data.toy_inventory(6, 80))         # independent of how many are asked for
-
 
 def test_toy_features_are_the_trajectories_between_true_boundaries():
     """Without noise, gain and tilt: frame t of a symbol is its trajectory there; half and half at a boundary."""
@@ -2942,7 +2794,6 @@ def test_toy_features_are_the_trajectories_between_true_boundaries():
         a, b = u.tokens[:2].tolist()
         mix = 0.75 * table[b, round(0.5 / (edges[2] - edges[1]) * 63)] + 0.25 * table[a, 63]
         np.testing.assert_allclose(u.feats[edges[1]], mix, atol=1e-5)       # half a frame after the boundary
-
 
 # C17
 def test_toy_utterances_keep_their_promises():
@@ -2965,7 +2816,6 @@ def test_toy_utterances_keep_their_promises():
     levels = torch.stack([item.feats.mean() for item in (dataset[i] for i in range(200))])
     assert 0.3 < levels.std() < 0.8                                 # gain_std 0.5 and what the symbols add
 
-
 # C17
 def test_toy_splits_and_seeds_share_no_utterance():
     options = data_options()
@@ -2974,7 +2824,6 @@ def test_toy_splits_and_seeds_share_no_utterance():
     assert [len(t) for t in texts] == [20, 10, 10] * 2 and len(set(sum(texts, []))) == 80
     assert list(data.training_texts(options)) == list("abcdefghijklmnopqrstuvwxyz")
 
-
 def test_open_dataset_reads_the_manifest_of_its_split(tmp_path):
     paths = {split: str(write_manifest(tmp_path / f"{split}.jsonl", [{"audio": f"{split}.wav", "text": split}]))
              for split in ("train", "dev", "test")}
@@ -2982,7 +2831,6 @@ def test_open_dataset_reads_the_manifest_of_its_split(tmp_path):
     for split in paths:
         assert data.open_dataset(options, split, letters)[0] == data.Skip(split, f"missing: {tmp_path}/{split}.wav")
     assert list(data.training_texts(options)) == ["train"]
-
 
 def test_toy_needs_order_not_frames():
     """Single frames with true boundaries stop near 1/2 (they cannot tell a pair apart); matching the order does not."""
@@ -3004,7 +2852,6 @@ def test_toy_needs_order_not_frames():
             linear += (u.feats[start:end] @ weights[:-1] + weights[-1]).sum(0).argmax() == symbol
     assert right / count > 0.99 and 0.35 < linear / count < 0.6
 
-
 # ---- data: manifests ----
 
 # C18
@@ -3023,7 +2870,6 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         manifests.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
         manifests.Row("u2", "/abs/b.wav", "zwei  drei", None), manifests.Row("u3", "", "vier", None)]
 
-
 # C18
 @pytest.mark.parametrize("line,words", [
     ('{"audio": "a.wav"', "wanted a JSON object"), ("[1]", "wanted a JSON object"), ("[" * 9999, "a JSON object"),
@@ -3040,7 +2886,6 @@ def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
         manifests.Manifest(path)
     assert str(error.value).startswith(f"{path}:3: ")
 
-
 @pytest.mark.parametrize("scp,text,words", [
     ("u1 a.wav\nu2 sox a.wav |\n", "u1 a\n", r"wav.scp:2: wanted a path, got the pipe 'sox a.wav \|'; with --allow-"),
     ("u1 |\n", "u1 a\n", r"wav.scp:1: wanted a path, got '\|'"),
@@ -3052,7 +2897,6 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
     with pytest.raises(ValueError, match=words):
         manifests.Manifest(tmp_path)
 
-
 @pytest.mark.parametrize("line,words", [
     ("p1 r1 0", "wanted KEY RECORDING START END"), ("p1 r1 0 1 2", "wanted KEY"), ("p1", "wanted KEY"),
     ("p1 r1 a 1", "wanted KEY"), ("p1 r1 -1 1", "wanted 0 <= START < END"), ("p1 r1 1 1", "wanted 0 <= START < END"),
@@ -3062,7 +2906,6 @@ def test_a_bad_line_of_segments_is_named(tmp_path, line, words):
     (tmp_path / "segments").write_text(f"p0 r1 0 1\n{line}\n")
     with pytest.raises(ValueError, match=f"^{tmp_path}/segments:2: {words}"):
         manifests.Manifest(tmp_path)
-
 
 # C18
 def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):
@@ -3096,7 +2939,6 @@ def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):
         assert re.match("unreadable: .*a.wav: wanted the part from 2 to", dataset[3].reason)
     assert dataset[4] == data.Skip("p5", "no audio: wav.scp has no line for it") and len(dataset) == 5
 
-
 # C18
 def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):
     """A short one, and one that is cut at its pauses; times begin with the part."""
@@ -3111,7 +2953,6 @@ def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):
                                        for_training=False, whole_sec=3.0)
         part, alone = (decode.recognise_inputs(system, dataset, [i])[0] for i in range(2))
         assert part.result == alone.result and len(part.result.tokens) > 5 and part.seconds == alone.seconds == seconds
-
 
 # C18
 def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_where_that_is_enough(tmp_path, capsys):
@@ -3145,7 +2986,6 @@ def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_w
     assert [item.seconds for item in dataset] == [0.2, 0.25, 0.1]
     assert os.listdir(tmp_path / "out/wav/dev") == ["000000.wav"]
 
-
 @pytest.mark.parametrize("command,words", [
     ("sox 'a b.wav' -t wav -", ["sox", "a b.wav", "-t", "wav", "-"]), ('flac -cds "x y"', ["flac", "-cds", "x y"]),
     *((command, ["sh", "-c", command]) for command in (
@@ -3157,7 +2997,6 @@ def test_a_shell_reads_a_pipe_only_where_it_must(monkeypatch, command, words):
                         SimpleNamespace(returncode=0, stdout=b"x"))
     assert manifests.run_pipe(command, "folder") == b"x" and given == [(words, "folder", subprocess.DEVNULL)]
 
-
 def shards(folder: Path) -> list[Path]:
     """Two shards, a Kaldi folder, and a manifest with a comma in its name: six rows, keys 0 to 5, some with seconds."""
     (folder / "kaldi").mkdir()
@@ -3168,7 +3007,6 @@ def shards(folder: Path) -> list[Path]:
     return [write_manifest(folder / "s-1.jsonl", first),
             write_manifest(folder / "s-2.jsonl", [json.dumps(row(2), ensure_ascii=False)]), folder / "kaldi",
             write_manifest(folder / "a,b.jsonl", [json.dumps({**row(5), "key": 6})])]
-
 
 # C95
 def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path, monkeypatch):
@@ -3197,7 +3035,6 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
         manifests.Manifest("s-*.jsonl")
 
-
 # C94
 def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):
     paths = shards(tmp_path)
@@ -3222,7 +3059,6 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
     with pytest.raises(ValueError, match=rf"^{paths[1]}, byte 0 \(has .*\): wanted UTF-8, got b'"):
         manifest[2]
 
-
 def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
     """A name between commas that is empty, a folder, a pipe; and of lines of standard input `-`, not the copy of it."""
     monkeypatch.setenv("PATH", "")      # no ffmpeg
@@ -3244,7 +3080,6 @@ def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"^{words}"):
             read(content)
 
-
 def odd_folder(folder: Path) -> list[Path]:
     """A folder of recordings and of everything that is none; returns the recordings, in order."""
     for name in ("far", "in/deep", "in/.git"):
@@ -3261,7 +3096,6 @@ def odd_folder(folder: Path) -> list[Path]:
     (folder / "in/gone.wav").symlink_to("nowhere")
     os.mkfifo(folder / "in/pipe.wav")
     return [folder / "in" / name for name in names]
-
 
 # C72
 def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, capsys):
@@ -3297,7 +3131,6 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     with pytest.raises(ValueError, match="got none; left out 1, no recording by its name: .*/none/a.txt$"):
         manifests.read_inputs([tmp_path / "none"], tmp_path)
 
-
 # C72
 def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refused(ckpt, tmp_path, capsys):
     """As `decode.py <(cat a.wav)` and `<(head list)` name it; and with several processes it is refused."""
@@ -3314,7 +3147,6 @@ def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refuse
     assert "/dev/null: wanted a recording, a folder or a manifest, got a device" in refusal(capsys, "--ckpt", ckpt,
                                                                                            "/dev/null")
 
-
 @pytest.mark.parametrize("count,dev,test,sizes", [
     (10, 0.1, 0.1, (8, 1, 1)), (30, 0.1, 0.2, (21, 3, 6)), (7, 0.5, 0.5, (0, 4, 3)), (10, 0, 1, (0, 0, 10)),
     (10, 1, 0, (0, 10, 0)), (3, 0.1, 0.1, (3, 0, 0)), (10, 0, 0.06, (9, 0, 1)),
@@ -3329,7 +3161,6 @@ def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
     options = corpora.build_parser().parse_args(["folder", str(tmp_path), str(tmp_path), *shares])
     splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
     assert tuple(splits.count(split) for split in ("train", "dev", "test")) == sizes
-
 
 # C94
 def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
@@ -3348,7 +3179,6 @@ def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
     assert kept / 4000 < 150 and peak / 4000 < 200 and texts / 4000 < 20
     assert len(pickle.dumps(dataset.rows)) < 4000 * 20 + 1000      # all that a worker process is given
 
-
 # C94
 def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
     names = [f"S0002W{i:06}" for i in range(20000)]
@@ -3360,7 +3190,6 @@ def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
     tracemalloc.stop()
     assert kept / 20000 < 200
     assert rows[7] == manifests.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
-
 
 # C94
 @slow
@@ -3379,7 +3208,6 @@ def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
     command = [sys.executable, "-c", script, tmp_path / "m.jsonl"]
     key, size = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout.split()
     assert key == "500000" and int(size) < 200 * 10**6
-
 
 # C19
 def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
@@ -3407,7 +3235,6 @@ def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
     kaldi = data.ManifestDataset(tmp_path, data_options(), letters)
     assert kaldi[0].text == "a" and kaldi[1].reason.startswith("no audio")
 
-
 def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path):
     """To the sample: min_sec and max_sec of training, and whole_sec, beyond which decode.py cuts."""
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}])
@@ -3421,7 +3248,6 @@ def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path)
     for n, trained in ((199, False), (200, True)):  # a window of 25 ms
         audio.save_wav(tmp_path / "a.wav", tone(n / 8000, 8000)[:n], 8000)
         assert isinstance(anything[0], data.Utterance) == trained
-
 
 def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by_field(tmp_path, capsys, ckpt):
     path = tiny_yaml(tmp_path / "tiny.yaml")
@@ -3438,7 +3264,6 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
     options = replace(system.config.data, kind="manifest", test=f"{tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^the checkpoint's data.test: {tmp_path}/gone: wanted a text file"):
         decode.open_inputs(system._replace(config=replace(system.config, data=options)), [], tmp_path)
-
 
 # C95
 def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_folder(tmp_path, monkeypatch, capsys):
@@ -3470,7 +3295,6 @@ def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_fold
     assert manifests.find_again("gone.jsonl", best) == "gone.jsonl" and manifests.find_again("", best) == ""
     assert manifests.find_again(f"{home}/corpus/dev.jsonl", best) == f"{home}/corpus/dev.jsonl"
 
-
 def recordings(folder: Path, count: int) -> Path:
     """A manifest of `count` tones of 0.3 to 1.2 s at 8 and 16 kHz, durations in every other row."""
     rows = []
@@ -3479,7 +3303,6 @@ def recordings(folder: Path, count: int) -> Path:
         audio.save_wav(folder / f"r{i}.wav", tone(seconds, rate_hz, 300 + 40 * i), rate_hz)
         rows.append({"audio": f"r{i}.wav", "text": "abc"[: i % 3 + 1], **({"duration": seconds} if i % 3 else {})})
     return write_manifest(folder / "train.jsonl", rows)
-
 
 def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path):
     path = recordings(tmp_path, 12)
@@ -3499,7 +3322,6 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
         y = audio.resample(played, round(rate_hz * speed), 8000)
         peak = torch.fft.rfft(y * torch.hann_window(len(y))).abs().argmax() * 8000 / len(y)
         assert abs(peak - 500 * speed) < 8000 / len(y)
-
 
 # C16
 def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):
@@ -3525,7 +3347,6 @@ def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path)
         assert sum(a != b for a, b in zip(sums["a"], sums[other])) > 9
     assert list(data.loader(make(0), batches, 2, start=len(batches))) == []
 
-
 # ---- data: batches ----
 
 # C20
@@ -3547,7 +3368,6 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     order = [batch[0] for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, 1, shuffle)]
     assert (np.corrcoef(order, np.arange(len(order)))[0, 1] < 0.7) == shuffle     # short and long ones in turn
 
-
 # C20
 @needs_digits
 @pytest.mark.parametrize("split", ["train", "dev", "test", "unseen_speaker"])
@@ -3559,7 +3379,6 @@ def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
         batches = data.make_batches(lengths, 16, 20000, epoch=epoch)
         padded = sum(len(batch) * lengths[batch].max() for batch in batches)
         assert 1 - lengths.sum() / padded < 0.10
-
 
 # C20
 def test_collate_pads_with_zeros_and_keeps_skips_apart():
@@ -3576,7 +3395,6 @@ def test_collate_pads_with_zeros_and_keeps_skips_apart():
         data.collate([make("a", 2, 3), make("c", 4, 1)._replace(feats=torch.zeros(2, 4))])
     with pytest.raises(ValueError, match=r"tokens \(U,\), got \[\(\(2, 3\), \(1, 3\)\)\]"):
         data.collate([make("a", 2, 3)._replace(tokens=torch.ones(1, 3))])
-
 
 # ---- live: pipes, resampling and features of what is still being made ----
 
@@ -3596,14 +3414,12 @@ class Trickle(io.RawIOBase):
         buffer[:len(got)] = got
         return len(got)
 
-
 def wav_bytes(samples, rate_hz, size=None, extra=b""):
     """A 16-bit WAV, with another data size if given, and a chunk before the samples"""
     content = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
     fmt = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate_hz, 2 * rate_hz, 2, 16)
     size = len(content) if size is None else size
     return b"RIFF" + struct.pack("<I", 36) + b"WAVE" + fmt + extra + b"data" + struct.pack("<I", size) + content
-
 
 # C161
 @pytest.mark.parametrize("size, extra", [(None, b""), (0, b""), (2**32 - 1, b"LIST" + struct.pack("<I", 3) + b"abc\0")])
@@ -3617,12 +3433,10 @@ def test_a_pipe_gives_what_the_file_holds(size, extra):
     bare = io.BufferedReader(Trickle(content[-10000:] + b"x", 1))  # an odd byte at the end
     assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
 
-
 def test_a_pipe_that_is_no_wav_is_one_error():
     for content in (b"", b"RIFF", b"hello, world, this is no WAV", wav_bytes(torch.zeros(9), 8000)[:30]):
         with pytest.raises(ValueError, match="standard input: wanted a WAV .* or, with --pcm RATE"):
             live.pipe_header(io.BufferedReader(Trickle(content, 0)))
-
 
 # C161
 @pytest.mark.parametrize("rate_in, rate_out", [(8000, 16000), (44100, 16000), (16000, 8000), (16000, 16000), (11025, 16000)])
@@ -3641,7 +3455,6 @@ def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
         pieces = list(samples.split([*sizes, len(samples) - sum(sizes)])) if sum(sizes) < len(samples) else [samples]
         close(torch.cat(list(live.resample_pieces(pieces, rate_in, rate_out))), whole, 1e-6)
 
-
 # C15
 @pytest.mark.parametrize("rate_hz, mels, m, n", [(16000, 80, 7, 6), (8000, 40, 1, 1), (8000, 20, 4, 3), (16000, 20, 5, 2)])
 def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
@@ -3658,25 +3471,21 @@ def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
     rest = live.frontend_part(samples[live.first_sample(first, options):], first, None, options, stats)
     close(rest, whole[first:], 1e-4)
 
-
 # ---- funasr_layers: FSMN, relative positions ----
 
 VARIANTS = ("sanm", "sanm_alt", "bicif", "conformer")
 WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order of batch.npz and train.npz
-
 
 @needs_kit
 def test_positions_of_sanm_equal_funasr():
     expected = np.load(KIT / "units/units.npz")["pe_560"]
     np.testing.assert_allclose(funasr_layers.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
 
-
 def test_relative_codes_count_down_from_5000_or_the_length():
     codes = funasr_layers.relative_codes(torch.tensor([3, 5002]), 5002, 8)
     table = attention.sinusoids(torch.arange(5002), 8)
     torch.testing.assert_close(codes[0, :3], table[[4999, 4998, 4997]], atol=1e-3, rtol=0)
     torch.testing.assert_close(codes[1], table.flip(0), atol=1e-3, rtol=0)
-
 
 def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length():
     scores, lens = torch.randn(3, 2, 7, 7), torch.tensor([7, 4, 1])
@@ -3685,7 +3494,6 @@ def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length
         own = scores[b, :, :L, :L]
         trick = torch.nn.functional.pad(own, (1, 0)).reshape(2, L + 1, L)[:, 1:]
         torch.testing.assert_close(moved[b, :, :L, :L], trick, atol=0, rtol=0)
-
 
 @pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
 def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
@@ -3700,7 +3508,6 @@ def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
     seen = fsmn(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
     torch.testing.assert_close(seen[0, :6], expected)
     assert not seen[0, 6:].any()
-
 
 def test_batch_norm_learns_from_real_steps_only():
     """Mean and variance by hand, of what each utterance, without padding, gives it in evaluation; BatchNorm takes a tenth."""
@@ -3717,7 +3524,6 @@ def test_batch_norm_learns_from_real_steps_only():
     torch.testing.assert_close(module.norm.running_mean, 0.1 * mean)
     torch.testing.assert_close(module.norm.running_var, 0.9 + 0.1 * sum((real - mean) ** 2) / 8)
 
-
 # C25
 @pytest.mark.parametrize("lens", [[1], [1, 0]])
 def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothing(lens):
@@ -3728,7 +3534,6 @@ def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothi
     found = module(x, mask)
     torch.testing.assert_close(module.eval()(x, mask)[0], found[0])
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-
 
 # ---- batcher: the rule, with a clock of our own ----
 
@@ -3901,7 +3706,6 @@ def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason(
     reasons = re.findall(r'asr_rejected_total{reason="(.*)"} 1\n', metrics.text({}))
     assert reasons == "queue_full deadline_exceeded request_timeout too_large draining loading".split()
 
-
 # C205
 def test_steps_of_streams_go_together_and_take_turns_with_batches_of_utterances():
     """A step waits for one batch of utterances at most, and these for one batch of steps; without a model."""
@@ -3932,7 +3736,6 @@ def test_steps_of_streams_go_together_and_take_turns_with_batches_of_utterances(
     late.has_left = lambda: True
     batcher.run_batch([late, step()])
     assert isinstance(late.outcome.exception(0), web.ClientLeft) and seen[-1] == -1
-
 
 # ---- batcher: the log ----
 
@@ -3979,7 +3782,6 @@ def test_a_log_that_cannot_be_written_is_said_once_it_can(monkeypatch):
     lines = [json.loads(line) for line in rest.splitlines()]
     assert [(line["event"], line.get("lost")) for line in lines] == [("log", 3), ("request", None), ("request", None)]
 
-
 # ---- model: small models and batches ----
 
 def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout=0.0, context=0, layers=1, **options):
@@ -3997,25 +3799,21 @@ def tiny(kind="transformer", subsampling=1, seed=0, dtype=torch.float64, dropout
     built.predictor.weight.bias.data.fill_(-0.8)
     return built.eval()
 
-
 def ragged(seed, dtype=torch.float64, width=5):
     """feats (4,13,width), feat_lens, tokens (4,5), token_lens: one without tokens, one with more tokens than frames."""
     token_lens = ints(3, 0, 5, 2)
     tokens = torch.randint(1, 7, (4, 5), generator=torch.Generator().manual_seed(seed)) * padding_mask(token_lens, 5)
     return normal(seed, 4, 13, width, dtype=dtype), ints(13, 7, 2, 10), tokens, token_lens
 
-
 def one(batch, i):
     """Utterance i of a batch, alone and without padding."""
     feats, feat_lens, tokens, token_lens = batch
     return (feats[i:i + 1, :feat_lens[i]], feat_lens[i:i + 1], tokens[i:i + 1, :token_lens[i]], token_lens[i:i + 1])
 
-
 @pytest.mark.parametrize("stop", [model.Predictor.forward, scale_weights, cif, glance, model.Decoder.forward,
                                   model.Paraformer.forward])
 def test_each_function_of_the_idea_in_ten_minutes_has_at_most_30_lines(stop):
     assert len(inspect.getsource(stop).splitlines()) <= 30
-
 
 # ---- model: integrate-and-fire ----
 
@@ -4032,7 +3830,6 @@ def slow_fire(hidden, alpha):
         held, state = held + left, state + left * h
     return fired
 
-
 # C21
 @pytest.mark.parametrize("peak", [0.4, 1.0, 3.5])  # 3.5: more than one token in a frame
 def test_cif_equals_the_sequential_loop(peak):
@@ -4046,7 +3843,6 @@ def test_cif_equals_the_sequential_loop(peak):
         assert_same(embeds[b, :len(fired)], torch.stack(fired), 1e-9)
         assert not embeds[b, len(fired) + 1:].any()  # the unit at len(fired) holds the rest
     assert_same(cif(torch.ones(20, 15, 1).double(), alpha, int(total.max()) + 1).sum((1, 2)), total)
-
 
 # C82
 def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_once(monkeypatch):
@@ -4064,7 +3860,6 @@ def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_onc
         assert not embeds[b, len(fired) + 1:].any()
     assert U > 5 * 64 and all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found))
 
-
 def slow_boundaries(alpha, n):
     """One frame after the other: the times at which the sum passes its (u + 1/2) / n, then the middles between them."""
     centres, held, total = [], 0.0, sum(alpha)
@@ -4074,7 +3869,6 @@ def slow_boundaries(alpha, n):
         held += a
     middles = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
     return [max(0.0, 2 * centres[0] - middles[0]), *middles, min(len(alpha), 2 * centres[-1] - middles[-1])]
-
 
 # C22
 def test_boundaries_lie_half_way_between_the_peaks():
@@ -4086,7 +3880,6 @@ def test_boundaries_lie_half_way_between_the_peaks():
     for seed, n in itertools.product(range(5), range(2, 9)):
         alpha = normal(seed, 12).sigmoid()
         assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
-
 
 # C22
 @pytest.mark.parametrize("kind, factor", [("conformer", 1), ("conformer", 2), ("conformer", 4),
@@ -4104,17 +3897,14 @@ def test_an_encoder_frame_stands_at_the_middle_of_the_features_that_it_sees(kind
         options = SimpleNamespace(kind=kind, subsampling=factor)
         assert model.in_feature_frames(edges, options).mean() == (seen[0] + seen[-1] + 1) / 2
 
-
 def test_cif_is_differentiable_through_the_scaling():
     hidden, alpha = normal(0, 2, 6, 2).requires_grad_(), normal(1, 2, 6).sigmoid().requires_grad_()
     assert torch.autograd.gradcheck(lambda h, a: cif(h, scale_weights(a, ints(3, 5)), 5), (hidden, alpha))
-
 
 def last_mass(alpha, counts):
     """The weight that the last of `counts` tokens collects, (B,)."""
     U = int(counts.max())
     return cif(torch.ones(*alpha.shape, 1, dtype=alpha.dtype), alpha, U)[..., 0].gather(1, counts[:, None] - 1)[:, 0]
-
 
 # C21 C47
 def test_cif_keeps_the_last_token_in_10000_draws():
@@ -4131,14 +3921,12 @@ def test_cif_keeps_the_last_token_in_10000_draws():
         lost += int((single.cumsum(1)[:, -1] < counts).sum())  # float32: the sum ends below the last firing
     assert lost > 1000
 
-
 def test_scaled_weights_sum_to_the_count_and_zeros_stay_zero():
     alpha = torch.tensor([[0.1, 0.3, 0.0], [0.0, 0.0, 0.0], [0.5, 0.5, 0.5]], requires_grad=True)
     scaled = scale_weights(alpha, ints(2, 4, 0))
     assert_same(scaled.detach(), torch.tensor([[0.5, 1.5, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.float64), 1e-7)
     scaled.sum().backward()
     assert alpha.grad.isfinite().all()
-
 
 # ---- model: lengths and padding ----
 
@@ -4152,7 +3940,6 @@ def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():
         for i in range(1, 10):
             assert_same(layer(x[i:i + 1, :i], lens[i:i + 1])[0][0], out[i, :out_lens[i]])
 
-
 @pytest.mark.parametrize("kind, reach", [("transformer", 1 + 2 * 2), ("conformer", 1 + 2 * (2 + 1))])
 def test_context_bounds_what_a_frame_sees(kind, reach):
     feats = normal(3, 1, 23, 5).requires_grad_()  # reach: of the subsampling, and in each block of attention and kernel
@@ -4161,7 +3948,6 @@ def test_context_bounds_what_a_frame_sees(kind, reach):
         seen = torch.autograd.grad(hidden[0, t, 0], feats, retain_graph=True)[0][0].any(1)
         assert seen.tolist() == [abs(s - t) <= reach for s in range(23)]
 
-
 def test_a_decoder_without_layers_reads_each_embedding_alone():
     decoder, embeds = tiny(layers=0).decoder, normal(3, 1, 6, 8).requires_grad_()
     logits, weights = decoder(embeds, ints(6), normal(4, 1, 9, 8), ints(9), need_weights=True)
@@ -4169,7 +3955,6 @@ def test_a_decoder_without_layers_reads_each_embedding_alone():
     for u in range(6):
         seen = torch.autograd.grad(logits[0, u].square().sum(), embeds, retain_graph=True)[0][0].any(1)
         assert seen.nonzero().tolist() == [[u]]
-
 
 # C5
 @pytest.mark.parametrize("train", [False, True])
@@ -4181,7 +3966,6 @@ def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, context, tra
     hidden, hidden_lens, _ = paraformer.encoder(*batch[:2])
     assert not hidden[~padding_mask(hidden_lens, hidden.shape[1])].any()
     check_padding(paraformer, batch)
-
 
 def check_padding(paraformer, batch):
     """Losses and gradients of a batch are the sums of those of its utterances; every parameter has a gradient."""
@@ -4199,7 +3983,6 @@ def check_padding(paraformer, batch):
     for name in wanted:
         assert (got[name] - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
         assert wanted[name].any(), name
-
 
 # C5 C22
 @pytest.mark.parametrize("subsampling", [1, 2, 4])
@@ -4234,7 +4017,6 @@ def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
             assert_same(looks[i, :, :n].sum(-1), torch.ones(2, n), 1e-5)
     assert len(seen) > 2
 
-
 # ---- model: the glancing sampler ----
 
 # C23
@@ -4249,7 +4031,6 @@ def test_glance_replaces_the_floor_of_ratio_times_wrong_by_order(ratio):
     for b in range(B):
         ranked = sorted(range(int(counts[b])), key=order[b].tolist().__getitem__)
         assert replaced[b, :, 0].nonzero()[:, 0].tolist() == sorted(ranked[:math.floor(ratio * int(wrong[b]))])
-
 
 def by_hand(paraformer, batch, order):
     """The cross-entropy of the second pass, token by token, with the first pass run on detached embeddings."""
@@ -4266,7 +4047,6 @@ def by_hand(paraformer, batch, order):
     return sum(cross_entropy_sum(logits[b:b + 1, :n], tokens[b:b + 1, :n], token_lens[b:b + 1], 0.1)
                for b, n in enumerate(token_lens.tolist()))
 
-
 # C23
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_only_the_second_pass_gives_gradient(ratio):
@@ -4278,7 +4058,6 @@ def test_only_the_second_pass_gives_gradient(ratio):
     assert wanted.get("embedding.weight", torch.zeros(1)).any() == (ratio > 0)
     for name in wanted:
         assert_same(got[name], wanted[name], 1e-6)
-
 
 # ---- model: losses ----
 
@@ -4293,7 +4072,6 @@ def test_cross_entropy_is_the_divergence_from_the_smoothed_target(smoothing):
     assert_same(*(torch.autograd.grad(x, logits)[0] for x in (got, wanted)), 1e-6)
     assert abs(cross_entropy_sum(q.clamp(min=1e-30).log(), tokens, lens, smoothing)) < 1e-5
 
-
 # C24
 def test_ctc_equals_the_sum_over_all_paths():
     logits, lens = normal(0, 3, 4, 3), ints(4, 3, 1)
@@ -4305,7 +4083,6 @@ def test_ctc_equals_the_sum_over_all_paths():
         wanted -= math.log(sum(math.prod(float(p[t, s]) for t, s in enumerate(path)) for path in paths
                                if [s for s, _ in itertools.groupby(path) if s] == tokens[b, :token_lens[b]].tolist()))
     assert float(ctc_sum(logits, lens, tokens, token_lens)) == pytest.approx(wanted, rel=1e-5)
-
 
 # C24
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -4320,7 +4097,6 @@ def test_the_loss_is_the_weighted_total_of_its_parts(weight):
     ctc = ctc_sum(paraformer.ctc(hidden), lens, *batch[2:]) if weight else 0.0
     assert_same(sums["loss"], (1 - weight) * sums["ce"] + 2 * sums["quantity"] + weight * ctc, 1e-6)
 
-
 # C69
 def test_edit_distances_equal_the_alignments_of_the_tokenizer():
     rng = torch.Generator().manual_seed(0)
@@ -4328,7 +4104,6 @@ def test_edit_distances_equal_the_alignments_of_the_tokenizer():
     hyp_lens, ref_lens = torch.randint(0, 7, (200,), generator=rng), torch.randint(0, 6, (200,), generator=rng)
     wanted = [count_errors(refs[i, :ref_lens[i]].tolist(), hyps[i, :hyp_lens[i]].tolist()).errors for i in range(200)]
     assert model.edit_distances(hyps, hyp_lens, refs, ref_lens).tolist() == wanted
-
 
 # C69
 def test_minimum_word_error_rate_on_planted_candidates():
@@ -4346,7 +4121,6 @@ def test_minimum_word_error_rate_on_planted_candidates():
     step = -logits.grad[0, :2]
     assert step[0, 1] > 0 > step[0, 2] and step[1, 2] > 0 > step[1, 0]  # down the gradient the true tokens win
     assert not logits.grad[1].any() and not logits.grad[0, 2].any()
-
 
 # C69
 def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model(monkeypatch):
@@ -4366,7 +4140,6 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     merged = checkpoint.with_model(ours, theirs).model
     assert (merged.mwer_weight, merged.mwer_samples, merged.sampling_ratio) == (2.0, 3, 0.25)
 
-
 # ---- model: edges ----
 
 # C25
@@ -4379,7 +4152,6 @@ def test_an_utterance_without_tokens_trains_its_count_only(subsampling):
     assert_same(sums["loss"], 2 * paraformer.predictor(hidden, lens).sum(), 1e-6)
     assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
 
-
 # C25
 def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_loss():
     paraformer, hidden, alpha = tiny(), normal(0, 1, 2, 8), torch.tensor([[0.3, 0.1]])
@@ -4389,7 +4161,6 @@ def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_los
     sums, _ = paraformer(normal(1, 1, 2, 5), ints(2), torch.arange(1, 7)[None], ints(6))
     assert sums["ctc"] == 0 and sums["ce"] > 0
     assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
-
 
 # C25
 @pytest.mark.parametrize("subsampling", [1, 2, 4])
@@ -4405,7 +4176,6 @@ def test_greedy_without_a_token_is_empty(subsampling):
     nobody = paraformer.greedy(feats[:0], feat_lens[:0])
     assert nobody.tokens.tolist() == nobody.lens.tolist() == []
 
-
 # C25
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
@@ -4415,7 +4185,6 @@ def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
         paraformer.greedy(*batch[:2])
     sums, _ = paraformer(*batch)
     assert not any(x.isfinite() for x in sums.values())
-
 
 FEATS, HIDDEN, ALPHA = torch.zeros(2, 6, 5).double(), torch.zeros(2, 4, 8).double(), torch.zeros(2, 4)
 LENS, TOKENS, LOGITS = ints(4, 3), torch.zeros(2, 3).long(), torch.zeros(2, 3, 7)
@@ -4485,7 +4254,6 @@ WRONG = {
              "must be one of ['paraformer', 'streaming', 'seaco', 'contextual', 'transformer', 'ctc'], got 'x'"),
 }
 
-
 # C1 C7
 @pytest.mark.parametrize("name", WRONG)
 def test_model_errors_name_what_was_wanted_and_got(name):
@@ -4493,7 +4261,6 @@ def test_model_errors_name_what_was_wanted_and_got(name):
     with pytest.raises(ValueError) as error:
         call(tiny())
     assert message in str(error.value)
-
 
 # ---- model: all of it ----
 
@@ -4507,7 +4274,6 @@ def planted(generator, n):
              for text in texts]
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(feats, True), ints(*map(len, feats)), pad(texts, True), ints(*map(len, texts))
-
 
 def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
     generator = torch.Generator().manual_seed(0)
@@ -4529,12 +4295,10 @@ def test_a_small_model_learns_a_planted_task_to_the_last_sequence():
     right = [found.tokens[i, :found.lens[i]].tolist() == tokens[i, :token_lens[i]].tolist() for i in range(100)]
     assert sum(right) == 100
 
-
 # ---- corpora: manifests of corpora and folders ----
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
 
 def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
     """Recordings are tones whose pitch tells their split; every composed utterance must hold its own split's pitch."""
@@ -4562,7 +4326,6 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
             assert row["duration"] == pytest.approx(len(samples) / rate_hz, abs=1e-4)
             assert row["speaker"] == ("bob" if split == "unseen_speaker" else "ann")
             assert (tmp_path / "b" / row["audio"]).read_bytes() == (tmp_path / "a" / row["audio"]).read_bytes()
-
 
 def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     libri, shell, pairs = tmp_path / "LibriSpeech", tmp_path / "data_aishell", tmp_path / "pairs"
@@ -4604,7 +4367,6 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert capsys.readouterr().err == (f"corpora.py: {tmp_path / 'out/test.jsonl'}: not of this run, whose manifests may "
                                        "list the same recordings\n")
 
-
 def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (tmp_path / "far/deep").mkdir(parents=True)
     (tmp_path / "out").symlink_to("far/deep")
@@ -4615,7 +4377,6 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     for folder in (tmp_path / "out", tmp_path / "far/deep"):
         (row,) = rows_of(folder / "train.jsonl")
         assert (folder / row["audio"]).exists()
-
 
 # C34
 @pytest.mark.parametrize("arguments,words", [
@@ -4633,7 +4394,6 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
     assert error.startswith("corpora.py: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
 
-
 # ---- funasr: options and files ----
 
 # C36
@@ -4650,7 +4410,6 @@ def test_published_configs_become_the_options_they_state():
     assert (found["bicif"].model.predictor.upsampling, found["bicif"].data.lfr_m) == (3, 7)
     assert (found["conformer"].model.encoder.kind, found["conformer"].data.lfr_n) == ("relative_conformer", 1)
 
-
 # C36
 @needs_kit
 @pytest.mark.parametrize("variant", (*VARIANTS, "streaming", "streaming_alt"))
@@ -4658,7 +4417,6 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
     found = funasr.read_published_config(KIT / variant / "config.yaml")
     path = written(tmp_path, funasr.dump_published_config(found))
     assert funasr.read_published_config(path) == found
-
 
 # C37
 @needs_kit
@@ -4680,7 +4438,6 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
         funasr.read_published_config(written(tmp_path, text.replace(old, new, 1)))
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
 
-
 @needs_kit
 def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     """Indents of four, lists at their key's column, lists in lists, {}, and 8405 symbols inside, as PyYAML writes."""
@@ -4694,7 +4451,6 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     assert funasr.read_published_config(path) == funasr.read_published_config(KIT / "sanm/config.yaml")
     values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
     assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
-
 
 # C38
 def test_configuration_json_names_the_files(tmp_path):
@@ -4710,24 +4466,20 @@ def test_configuration_json_names_the_files(tmp_path):
     (tmp_path / "tokens.txt").touch()
     assert funasr.published_files(tmp_path)["tokens"].name == "tokens.txt"
 
-
 def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
     assert funasr.is_published(tmp_path) and not funasr.is_published("") and not funasr.is_published(tmp_path / "none")
     (tmp_path / "checkpoint.pt").touch()
     assert not funasr.is_published(tmp_path)
-
 
 # ---- funasr: vocabularies and sentences ----
 
 def unit_cases(name):
     return json.loads((KIT / "units/text.json").read_text(encoding="utf-8"))[name]
 
-
 def funasr_keeps(symbols: list[str]) -> bool:
     """Whether FunASR's text has all that was said: no mark, and no word that breaks off before its last piece."""
     pairs = zip(symbols, [*symbols[1:], ""])
     return "%" not in symbols and all("@@" not in a or re.match("[a-z']", b) for a, b in pairs)
-
 
 # C44
 @needs_kit
@@ -4747,13 +4499,11 @@ def test_sentences_keep_every_character_and_equal_funasrs_where_it_loses_none():
             assert [[word.start, word.end] for word in timed] == case["ts_out"]
     assert equal > 80
 
-
 def test_a_list_of_symbols_ends_its_lines_with_newlines_only(tmp_path):
     """U+0085, U+2028 and a form feed are symbols like others: no id behind them may shift."""
     symbols = ["<blank>", "<s>", "</s>", "a\x85", "\u2028", "\x0c", "<unk>"]
     (tmp_path / "tokens.txt").write_text("\n".join(symbols) + "\n", "utf-8")
     assert PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
-
 
 @pytest.mark.parametrize("name, content, error", [
     ("tokens.json", b"[1, 2", r"tokens.json: wanted a list of symbols, got no JSON \(.*"),
@@ -4775,7 +4525,6 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3}"):
         checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
 
-
 # C42
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -4787,7 +4536,6 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
         assert (ours.encode_symbols(case["text"]), ours.encode(case["text"])) == (case["tokens"], case["ids"])
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert checkpoint.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
-
 
 # C42
 @needs_kit
@@ -4803,7 +4551,6 @@ def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):
         assert ours.encode(text) == wanted and ours.unknown_units(text) == []
     assert ours.unknown_units("我 ☃ 在☃") == ["☃", "☃"]
     assert ours.encode_hotword("我\u200b 在") == ours.encode_hotword("我 在")
-
 
 def test_unknown_symbols_are_told_by_share_and_name_and_refused_above_a_half(tmp_path):
     """Of a model that gives the vocabulary: 9 of 23 symbols; a half is trained on, more is an error."""
@@ -4823,7 +4570,6 @@ def test_unknown_symbols_are_told_by_share_and_name_and_refused_above_a_half(tmp
     options.training.init_from = ""
     assert "try --data.train=" in list(dry_run.symbol_warnings(options, known, "dev"))[0]
 
-
 # ---- funasr: am.mvn ----
 
 # C41
@@ -4833,7 +4579,6 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
         funasr.read_cmvn(tmp_path / "am.mvn", 80)
-
 
 # ---- baselines: models ----
 
@@ -4849,7 +4594,6 @@ def rival(name, seed=0, **options):
     for p in built.parameters():
         p.data += 0.3 * torch.randn(p.shape)
     return built
-
 
 # C61
 def test_step_by_step_decoding_equals_the_full_pass():
@@ -4867,7 +4611,6 @@ def test_step_by_step_decoding_equals_the_full_pass():
         logits, layers = transformer.decoder(torch.stack(rows, 2)[:, w], hidden, lens, need_weights=True)
         assert_same(torch.stack(steps, 2)[:, w], logits.log_softmax(-1), 1e-12)
         assert_same(torch.stack(looks, 2)[:, w], layers[-1].mean(1), 1e-12)
-
 
 # C61
 def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
@@ -4890,7 +4633,6 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
         assert len(edges) == len(tokens) and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
     assert ends == {True, False}
     assert_same(found.alpha.sum(1).double(), found.lens.double(), 1e-5)
-
 
 # C62
 def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
@@ -4919,7 +4661,6 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         best = max(spells, key=lambda p: sum(float(rows[t, s]) for t, s in enumerate(p)))
         assert baselines.ctc_path(rows, text) == list(best)
 
-
 # C63
 @pytest.mark.parametrize("name", ["transformer", "ctc"])
 def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(name):
@@ -4938,7 +4679,6 @@ def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(na
         assert_same(found.boundaries[i], single.boundaries[0], 1e-9)
     assert built.greedy(*(x[:0] for x in batch[:2])).tokens.shape[0] == 0
 
-
 # C63
 def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():
     transformer, (feats, feat_lens, tokens, token_lens) = rival("transformer", label_smoothing=0.0), ragged(7)
@@ -4951,7 +4691,6 @@ def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_e
             logits, _ = transformer.decoder(before, hidden[i:i + 1], lens[i:i + 1])
             wanted -= logits[0, -1].log_softmax(-1)[token].item()
     assert transformer(feats, feat_lens, tokens, token_lens)[0]["ce"].item() == pytest.approx(wanted, rel=1e-6)
-
 
 # ---- baselines: search ----
 
@@ -4970,7 +4709,6 @@ def table_model(B, V, L, seed):
 
     return step, told
 
-
 def every_text(told, b, frames, V, search):
     """{text: (log probability, score)} of all texts of at most `frames` tokens, by the formulas of GNMT."""
     found = {}
@@ -4982,7 +4720,6 @@ def every_text(told, b, frames, V, search):
             found[text] = log_prob, (log_prob / ((5 + n + 1) / 6) ** search.length_penalty
                                      + search.coverage_penalty * float(covered.log().sum()))
     return found
-
 
 # C64
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.6, 0.0), (1.0, 0.3)])
@@ -4999,7 +4736,6 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
             assert [one.score for one in found[b][:3]] == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
             assert [one.log_prob for one in found[b][:3]] == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
 
-
 # C64
 def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
     frames, V, search = ints(4, 4), 4, baselines.Search(3, 3, 0.6, 0.2)
@@ -5012,7 +4748,6 @@ def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
             assert scores == pytest.approx([wanted[tuple(one.tokens)][1] for one in found[b]], abs=1e-5)
             assert 1 <= len(scores) <= 3 and scores == sorted(scores, reverse=True)
 
-
 # C67
 def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes_longer():
     for seed in range(10):  # of the best ones some may have one text: the rest of the beam is asked for too
@@ -5021,7 +4756,6 @@ def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes
         alone, both = (baselines.beam_search(step, [past[:B]], ints(3, 6)[:B], search) for B in (1, 2))
         assert [one.tokens for one in alone[0]] == [one.tokens for one in both[0]]
         assert [one.score for one in alone[0]] == pytest.approx([one.score for one in both[0]], abs=1e-5)
-
 
 # C65
 def test_prefix_search_equals_the_sum_over_all_paths():
@@ -5039,7 +4773,6 @@ def test_prefix_search_equals_the_sum_over_all_paths():
         assert len(narrow) == min(3, len(texts)) and narrow[0].tokens == list(texts[0])
         assert all(math.exp(one.score) <= wanted[tuple(one.tokens)] * (1 + 1e-9) for one in narrow)
 
-
 # C65
 def test_prefix_search_looks_at_no_token_that_could_not_be_among_the_best():
     """Of 40 tokens and a beam of 2, against all tokens at every frame."""
@@ -5050,13 +4783,11 @@ def test_prefix_search_looks_at_no_token_that_could_not_be_among_the_best():
             beam = {text: grown[text] for text in sorted(grown, key=lambda text: -grown[text].total)[:2]}
         assert [tuple(one.tokens) for one in baselines.prefix_search(log_p, 2)] == list(beam)
 
-
 def searching_system(name: str, kind: str = "manifest", **options) -> checkpoint.System:
     system = tiny_system(kind, name, **options)
     for p in system.model.parameters():
         p.data += 0.2 * torch.randn(p.shape)
     return system
-
 
 # C67
 @pytest.mark.parametrize("name, search", [("transformer", baselines.Search(4, 3, 0.6, 0.1)),
@@ -5074,7 +4805,6 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name,
         assert not len(x) or texts[0] == result.text == "".join(token.token for token in result.tokens)
     assert len(together[0].nbest) == len(together[4].nbest) == 3 and together[1].nbest == ()
 
-
 @pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
     system = tiny_system()._replace(search=baselines.Search(nbest=2))
@@ -5089,14 +4819,12 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
         (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
         for text, score in zip(texts, (-0.5, -0.7))]
 
-
 # C67
 def test_a_beam_of_one_is_greedy():
     system, feats = searching_system("transformer"), ragged_feats([31, 7, 1, 50, 22])
     greedy = decode.transcribe(system, feats)
     assert decode.transcribe(decode.with_search(system, baselines.Search(1, 1, 0.0)), feats) == greedy
     assert any(result.text for result in greedy)
-
 
 # C68
 @pytest.mark.parametrize("name, flags, words", [
@@ -5113,17 +4841,14 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
     assert words in refusal(capsys, "--ckpt", ckpt, *flags, "x.wav", "--export", tmp_path / "out.pt")  # before writing
     assert os.listdir(tmp_path) == ["x.pt"]
 
-
 # ---- hotwords: the two models ----
 
 HOTWORD_KITS = ("seaco", "seaco_alt", "contextual", "contextual_alt")
-
 
 def hotword_results(variant: str) -> dict[str, dict]:
     """{recording: its case of results.json, with that of each list in "hot"}"""
     results = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
     return {name: case for name, case in results.items() if not name.startswith("_")}
-
 
 def hotword_phrases(variant: str, case: str) -> list[str] | None:
     """The phrases of a list of results.json; of "several_x2.5" those of "several"."""
@@ -5132,7 +4857,6 @@ def hotword_phrases(variant: str, case: str) -> list[str] | None:
         return (KIT / variant / "hotwords.txt").read_text(encoding="utf-8").splitlines()
     words = given[case.partition("_x")[0]]
     return None if words is None else words.split()
-
 
 def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
     """Where the (first) output of each call of the module will be."""
@@ -5144,7 +4868,6 @@ def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
         return out
     monkeypatch.setattr(module, "forward", recording)
     return seen
-
 
 # C43 C150
 @needs_kit
@@ -5197,7 +4920,6 @@ def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatc
                 close(scores[0], wanted[f"hot_{case}_asf_scores"], 3e-3)
     assert changed > 10
 
-
 # C45 C151
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
@@ -5232,7 +4954,6 @@ def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
     with pytest.raises(ValueError, match="with_hotwords: wanted a list or None for each of 6 utterances, got 1"):
         net.with_hotwords(lists[1:2]).decode(hidden, lens, lens)
 
-
 # C152
 @needs_kit
 @pytest.mark.parametrize("old, new, error", [
@@ -5262,7 +4983,6 @@ def test_what_a_config_of_a_model_with_hotwords_has_and_we_have_not_is_refused_b
     with pytest.raises(ValueError, match=re.escape(error)):
         checkpoint.load_system(folder, "cpu")
 
-
 # C152
 @needs_kit
 def test_every_missing_and_unused_tensor_of_the_hotword_part_is_named(tmp_path):
@@ -5275,7 +4995,6 @@ def test_every_missing_and_unused_tensor_of_the_hotword_part_is_named(tmp_path):
         checkpoint.load_system(tmp_path / "seaco", "cpu")
     for name in ("bias_encoder.bias_ih_l1", "seaco_decoder.decoders.5.norm1.bias", "hotword_output_layer.bias"):
         assert f"missing {name}" in str(raised.value) and f"unused old.{name}" in str(raised.value)
-
 
 # C152
 @needs_kit
@@ -5293,7 +5012,6 @@ def test_a_model_with_hotwords_is_exported_tensor_for_tensor(variant, tmp_path):
                                for folder in (tmp_path / "dir", KIT / variant))
     parts = ("model", "encoder", "decoder", "predictor", "seaco_decoder")
     assert [written.get(part) for part in parts] == [published_conf.get(part) for part in parts]
-
 
 # C153
 @needs_kit
@@ -5323,14 +5041,12 @@ def test_training_moves_all_but_the_hotword_part(variant):
         assert torch.equal(alike["loss"], sums["loss"])
         assert all(torch.equal(plain.get_parameter(name).grad, g) for name, g in trained.items())
 
-
 def test_a_model_with_hotwords_is_not_trained_from_random_weights(tmp_path, capsys):
     sanm = {"kind": "sanm", "hidden_dim": 16, "num_heads": 2}
     path = tmp_path / "a.yaml"
     path.write_text(config.dump_yaml({"model": {"name": "contextual", "encoder": sanm, "decoder": sanm}}))
     assert train.main([str(path), "--runs", str(tmp_path / "runs")]) == 2
     assert "model.name: a contextual starts from a published one, as training does not" in capsys.readouterr().err
-
 
 # C153
 @needs_kit
@@ -5348,7 +5064,6 @@ def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path, 
     assert set(before) == set(after)
     kept = {name for name, x in before.items() if torch.equal(x, after[name])}
     assert kept == {name for name in before if re.search("bias_[edo]|hotword|seaco|lstm_proj|embed.0", name)}
-
 
 # C140
 @needs_kit
@@ -5370,7 +5085,6 @@ def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(vari
         assert found[0].tokens[0].tolist() == case["ids_raw"]
         kept, total = kept + int((found[0].tokens == found[1].tokens).sum()), total + len(case["ids_raw"])
     assert kept >= 0.8 * total
-
 
 # ---- vad: scores, segments, streams ----
 
@@ -5566,7 +5280,6 @@ def test_parts_say_how_to_download_them(capsys, command, folder):
     assert command([str(KIT / ("punc" if folder == "vad" else "vad")), *extra]) == 2
     assert "got" in capsys.readouterr().err
 
-
 # ---- punctuation: marks, texts, realtime ----
 
 @functools.lru_cache
@@ -5677,7 +5390,6 @@ def test_the_commands_print_segments_and_punctuated_lines(tmp_path, capsys, monk
     assert punctuation.main([str(KIT / "punc_realtime")]) == 0
     assert capsys.readouterr().out.splitlines() == [case["text"].strip() for case in session]
 
-
 # ---- report: words and forms ----
 
 def planted_words(symbols, tokenizer) -> report.Result:
@@ -5687,7 +5399,6 @@ def planted_words(symbols, tokenizer) -> report.Result:
     found = Hypotheses(ids, torch.tensor([n]), -torch.arange(1.0, n + 1).log()[None],
                        [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [])
     return decode.read_result(tiny_system()._replace(tokenizer=tokenizer), found, 0)
-
 
 # C70
 @pytest.mark.parametrize("unit, symbols, text, words", [
@@ -5709,10 +5420,8 @@ def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit
         assert word[:3] == (name, float(start), float(end)) and word.spaced == bool(space)
         assert word.confidence == pytest.approx(math.prod(inverse) ** (-1 / len(inverse)), abs=1e-4)
 
-
 def with_words(words: list[report.Word]) -> report.Result:
     return report.Result("", 1.0, [], words)
-
 
 # C71
 def test_cues_end_before_seven_seconds_or_84_characters():
@@ -5726,7 +5435,6 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert report.cues(with_words([])) == []
     tagged = report.subtitles(with_words([report.Word("<unk>", 3654.0, 3661.0, 1.0)]), "vtt")
     assert tagged == "WEBVTT\n\n1\n01:00:54.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
-
 
 # C71
 @pytest.mark.parametrize("text", ["น้ำกินข้าวเช้าเมื่อวานนี้ครับ", "ນ້ຳກິນເຂົ້າເຊົ້າມື້ວານນີ້", "ខ្ញុំបានញ៉ាំបាយពេលព្រឹក", "မြန်မာစာကိုရေးသည်"])
@@ -5745,7 +5453,6 @@ def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_w
         assert not unicodedata.category(after[0]).startswith("M") and before[-1] not in "เແໂ\u17d2"
     if seconds == 0.2:
         assert max(cue[-1].end - cue[0].start for cue in found[:-1]) > 5.5      # and no shorter than they must be
-
 
 # C33 C71
 def test_every_form_is_written_as_its_readers_want_it():
@@ -5767,7 +5474,6 @@ def test_every_form_is_written_as_its_readers_want_it():
         "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
     assert report.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
 
-
 # C73
 def test_file_names_are_safe_and_never_the_same():
     keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
@@ -5780,7 +5486,6 @@ def test_file_names_are_safe_and_never_the_same():
     first, second = outputs.file_names([f"/d/{talk}part 1.mp3", f"/d/{talk}part 2.mp3"])
     assert first.endswith("part 1") and second.endswith("part 2") and first.startswith("a talk on what")
     assert outputs.file_names(["audio.wav"] * 50000)[-1] == "audio-50000"  # not quadratic: 0.4 s
-
 
 # C178
 def test_subtitles_break_at_sentences_then_commas_then_where_they_must():
@@ -5802,7 +5507,6 @@ def test_subtitles_break_at_sentences_then_commas_then_where_they_must():
     assert cut("a " * 19 + "a.", "B.") == [" ".join("a" * 14), "a a a a a a.".removeprefix(""), "B."]
     assert cut(f"{seven} " + "c " * 19 + "c.") == [seven, " ".join("c" * 14), "c c c c c c."]
     assert report.cues(said()) == [] and report.written_text(said("A b.", "C?")) == "A b. C?"
-
 
 # ---- report: report.html ----
 
@@ -5826,7 +5530,6 @@ class PageReader(html.parser.HTMLParser):
 
     def handle_data(self, text):
         self.texts.append((self.open[-1] if self.open else "", text))
-
 
 # C98
 def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
@@ -5852,7 +5555,6 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
     assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
     assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
 
-
 # C98
 def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
     """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
@@ -5873,18 +5575,15 @@ def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypa
     report.write_report(tmp_path, [], [], picture)
     assert "article" not in PageReader((tmp_path / "report.html").read_text()).tags
 
-
 # ---- streaming: chunk by chunk ----
 
 STREAMING_KITS = ("streaming", "streaming_alt")
 SETTINGS = {"a": streaming.Chunk(), "b": streaming.Chunk(10, 5, 1, 2, 5), "c": streaming.Chunk(8, 4, -1, 0),
             "d": streaming.Chunk(10, 5, 0, 0)}
 
-
 @functools.cache
 def streaming_system(variant):
     return checkpoint.load_system(KIT / variant, "cpu")
-
 
 def streaming_cases(variant) -> dict[str, tuple[torch.Tensor, dict]]:
     """{case: (its samples, its part of results.json)}"""
@@ -5895,7 +5594,6 @@ def streaming_cases(variant) -> dict[str, tuple[torch.Tensor, dict]]:
             samples, _ = audio.load_wav(KIT / "wavs" / case["wav"])
             cases[name] = samples[:case["samples"]], case
     return cases
-
 
 def stream_through(system, chunk, pieces, then_empty=False):
     """Pieces through one stream, the last one final -> the result of each call, the state after them"""
@@ -5909,10 +5607,8 @@ def stream_through(system, chunk, pieces, then_empty=False):
         results.append(result)
     return results, state
 
-
 def spelled(tokens):
     return write_sentence(spell_words([token.token for token in tokens]))
-
 
 def same_states(one, other):
     assert one.chunk == other.chunk and one.frames == other.frames and one.carry.begun == other.carry.begun
@@ -5921,7 +5617,6 @@ def same_states(one, other):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert (one.rows is None) == (other.rows is None) and (one.rows is None or torch.equal(one.rows, other.rows))
     assert torch.equal(one.carry.weight, other.carry.weight) and torch.equal(one.carry.frame, other.carry.frame)
-
 
 # C43 C160
 @needs_kit
@@ -5998,7 +5693,6 @@ def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
                 assert results[-1].text == spelled([token for result in results for token in result.tokens])
     assert compared > 100
 
-
 @needs_kit
 def test_a_stream_that_never_ends_keeps_its_last_words_back():
     """Recorded: texts_a_never_final; and a copy of the state that is told the end says them."""
@@ -6011,7 +5705,6 @@ def test_a_stream_that_never_ends_keeps_its_last_words_back():
                 assert spelled(result.tokens) == text
         _, ended = streaming.feed(system, state, torch.zeros(0), last=True)
         assert ended.text == stream_through(system, streaming.Chunk(), [samples])[0][-1].text
-
 
 # C161
 @needs_kit
@@ -6034,7 +5727,6 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
         assert tokens + result.tokens == stream_through(system, SETTINGS[setting], [samples])[0][0].tokens
         same_states(ended, streaming.start(system, SETTINGS[setting]))
 
-
 # C162
 @needs_kit
 @pytest.mark.parametrize("threads, calls", [(1, 30), (2, 6)])
@@ -6047,7 +5739,6 @@ def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, th
         check_batch_of_streams(variant, calls)
     finally:
         torch.set_num_threads(usual)
-
 
 def check_batch_of_streams(variant, calls):
     system, rng = streaming_system(variant), random.Random(1)
@@ -6068,7 +5759,6 @@ def check_batch_of_streams(variant, calls):
             assert result == both[i][1]
             same_states(alone[i], together[i])
 
-
 # C161
 @needs_kit
 def test_feeding_changes_no_state_and_one_can_go_back():
@@ -6083,11 +5773,9 @@ def test_feeding_changes_no_state_and_one_can_go_back():
     assert said == repeated and said.tokens
     same_states(first, again)
 
-
 def state_bytes(state):
     tensors = [state.samples, state.window, state.past, state.source, state.rows, state.carry.frame]
     return sum(x.untyped_storage().nbytes() for x in tensors)
-
 
 # C163
 @needs_kit
@@ -6105,7 +5793,6 @@ def test_a_long_stream_takes_constant_memory_and_linear_time(minutes):
     assert len(result.text) > 20 * minutes
     half = minutes // 2
     assert sum(times[half:]) < 1.2 * sum(times[:half]) + 0.5
-
 
 # C160
 @needs_kit
@@ -6127,7 +5814,6 @@ def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
             else:
                 assert text == (" " if vocabulary.unit == "word" else "").join(said)
 
-
 # C160
 @needs_kit
 def test_tokens_of_a_stream_have_times_that_never_go_back():
@@ -6136,7 +5822,6 @@ def test_tokens_of_a_stream_have_times_that_never_go_back():
         results, _ = stream_through(system, streaming.Chunk(), samples.split(5000))
         times = [time for result in results for token in result.tokens for time in (token.start, token.end)]
         assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
-
 
 # C166
 def test_planted_weights_fire_where_and_when_they_say():
@@ -6154,7 +5839,6 @@ def test_planted_weights_fire_where_and_when_they_say():
     assert [end for _, end in spans] == pytest.approx([4, 8, 11])  # the tail is a frame of its own
     assert [begin for begin, _ in spans] == pytest.approx([0.4, 4.4, 8.4]) and float(carry.weight) == 0
 
-
 # C167
 @pytest.mark.parametrize("chunk, words", [
     ((10, 0), "wanted 1 look-ahead frame or more, got 0: the next"), ((0, 5), "wanted 1 new frame or more"),
@@ -6162,7 +5846,6 @@ def test_planted_weights_fire_where_and_when_they_say():
 def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):
     with pytest.raises(ValueError, match=words):
         streaming.Chunk(*chunk)
-
 
 @needs_kit
 @pytest.mark.parametrize("samples, words", [
@@ -6172,7 +5855,6 @@ def test_samples_that_cannot_be_are_refused(samples, words):
     system = streaming_system("streaming")
     with pytest.raises(ValueError, match=words):
         streaming.feed(system, streaming.start(system), samples)
-
 
 # C160
 @needs_kit
@@ -6197,12 +5879,10 @@ def test_a_single_block_without_cross_attention_takes_part(tmp_path):
         said.append(stream_through(system, streaming.Chunk(), [samples])[0][0])
     assert said[0].tokens != said[1].tokens
 
-
 # ---- chunked: all chunks of an utterance at once ----
 
 GEOMETRIES = [(8, 4, 4, 2, 4), (10, 5, 4, 1, 0), (10, 5, 1, 2, 5), (8, 4, -1, 0, 0), (4, 2, 0, 0, 3), (1, 1, 2, 1, 0),
               (3, 7, 1, 3, 9), (50, 3, 4, 1, 0), (2, 5, 2, 2, 8)]
-
 
 def chunked_system(chunk=GEOMETRIES[0], bias=0.0):
     """A streaming model with random weights that fires every other frame of 40 ms or, with a bias of -3, every tenth."""
@@ -6218,7 +5898,6 @@ def chunked_system(chunk=GEOMETRIES[0], bias=0.0):
     stats = torch.stack([torch.full((70,), 8.0), torch.full((70,), 0.3)])
     return checkpoint.System(config.Config(section, options), Tokenizer.build(["a b c d e f g h"], "word"), stats,
                              network, chunk=streaming.Chunk(*chunk))
-
 
 def chunk_by_chunk(system, feats):
     """feats (T,F) -> hidden (L,D) and alpha (L,) of the rows that count, logits (U,V), by a stream's own functions"""
@@ -6237,7 +5916,6 @@ def chunk_by_chunk(system, feats):
         hiddens.append(hidden[0, counted])
         alphas.append(alpha[0, counted])
     return torch.cat(hiddens), torch.cat(alphas), torch.cat(logits)
-
 
 # C5 C168
 @pytest.mark.parametrize("bias", [0.0, -3.0])
@@ -6262,11 +5940,9 @@ def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk,
         edges = found.boundaries[i]
         assert len(edges) == n + 1 and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
 
-
 # C5 C168
 def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():
     check_padding(chunked_system((4, 2, 1, 1, 1)).model.double().train(), ragged(1, width=70))
-
 
 # C168
 def test_a_streaming_model_learns_utterances_by_heart():
@@ -6281,7 +5957,6 @@ def test_a_streaming_model_learns_utterances_by_heart():
         losses.append(step.sums["loss"] / step.tokens)
     assert losses[-1] < 0.2 * losses[0]
     assert torch.equal(network.eval().greedy(batch.feats, batch.feat_lens).tokens, batch.tokens)
-
 
 # C164 C168
 @pytest.mark.parametrize("options, chunk", [([], GEOMETRIES[0]),
@@ -6302,7 +5977,6 @@ def test_a_checkpoint_of_a_streaming_model_is_decoded_with_the_chunks_it_was_tra
     assert decode.main(["--ckpt", path, "--stream", str(wav), *options]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == row["text"]
 
-
 # C167
 @pytest.mark.parametrize("part, changed, line", [
     ("decoder", dict(num_layers=2, attention_layers=1), "decoder.attention_layers: wanted 0, all layers"),
@@ -6314,7 +5988,6 @@ def test_what_streaming_model_cannot_be_trained_is_refused_by_name(part, changed
     with pytest.raises(ValueError, match=f"model: {line}"):
         checkpoint.start_from(replace(whole, model=section))
 
-
 # ---- checkpoint: published models, inference ----
 
 @functools.cache
@@ -6325,15 +5998,12 @@ def published(variant, **changes):
     loaded = checkpoint.load_published(found.model, audio.feature_dim(found.data), 58, KIT / variant / "model.pt")
     return found, loaded.eval()
 
-
 def recorded(variant, name):
     arrays = np.load(KIT / variant / f"expected/{name}.npz").items()
     return {key: torch.from_numpy(value) for key, value in arrays if value.dtype.kind != "U"}
 
-
 def close(got, expected, atol):
     torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
-
 
 # C1 C15 C43
 @needs_kit
@@ -6364,7 +6034,6 @@ def test_every_stage_equals_funasr(variant):
             weights = net.timing(hidden, lens)[0]
             close(weights * (counts / weights.sum()), wanted["us_alphas"], 3e-5)
 
-
 # C43
 @needs_kit
 @pytest.mark.parametrize("case", range(4))
@@ -6383,7 +6052,6 @@ def test_cif_equals_both_of_funasrs_rules_where_no_weight_exceeds_1(case):
     counts = (alpha.double().sum(1) + tail.double() / len(alpha)).floor()
     assert torch.equal(counts, units["tail_num"].double())
 
-
 # C47
 @needs_kit
 def test_training_fires_what_funasr_fires_and_what_it_loses():
@@ -6400,7 +6068,6 @@ def test_training_fires_what_funasr_fires_and_what_it_loses():
         lost += int(gone.sum())
         assert (ours[gone].abs().amax(-1) > 0.1).all()
     assert lost == 3
-
 
 # C45
 @needs_kit
@@ -6423,7 +6090,6 @@ def test_a_batch_equals_its_utterances_one_by_one(variant):
             if net.timing is not None:
                 close(both.fine_alpha[i], alone.fine_alpha[0], 1e-5)
 
-
 # C51
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -6435,7 +6101,6 @@ def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
     assert found.log_probs.isfinite().all() and len(found.boundaries[2]) == found.lens[2] + 1
     assert net.greedy(feats[2:, :1], torch.tensor([1])).lens.tolist() == found.lens[2:].tolist()
 
-
 # C48
 @needs_kit
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -6446,7 +6111,6 @@ def test_half_precision_keeps_the_ids(variant, precision):
         wanted = recorded(variant, name)
         found = decode.decode_batch(system, [wanted["feats"]])
         assert torch.equal(found.tokens[0], wanted["ids_raw"]) and found.log_probs.isfinite().all()
-
 
 # ---- checkpoint: published models, training ----
 
@@ -6460,7 +6124,6 @@ def training_batch(variant):
         row[draw] = torch.arange(len(draw)).float()
     tokens = wanted["text"].clamp(min=0).long()  # padded with -1 there
     return wanted, (wanted["feats"], wanted["feats_lens"].long(), tokens, wanted["text_lens"].long(), order)
-
 
 # C46
 @needs_kit
@@ -6485,7 +6148,6 @@ def test_losses_and_every_gradient_norm_equal_funasr(variant):
     norms = np.load(KIT / variant / "expected/train_equal.npz")
     assert found == pytest.approx(dict(zip(norms["grad_names"], norms["grad_norms"])), rel=1e-3, abs=1e-5)
 
-
 # C46
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -6509,14 +6171,12 @@ def test_both_passes_of_the_decoder_equal_funasr(variant):
     close(mixed[mask], wanted["sematic_embeds"][mask], 5e-4)
     close(net.decoder(mixed, counts, hidden, lens)[0][mask], wanted["logits"][mask], 2e-4)
 
-
 SMALL = {"encoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5,
                      "dropout": 0.0},
         "decoder": {"num_layers": 2, "hidden_dim": 16, "num_heads": 2, "ffn_dim": 32, "kernel_size": 5, "dropout": 0.0},
         "predictor": {"dropout": 0.0}, "label_smoothing": 0.0}
 KINDS = [("sanm", 1, "dense", "sanm", 0), ("sanm", 1, "dense", "sanm", 3),
          ("relative_conformer", 4, "depthwise", "bare", 0)]
-
 
 @pytest.mark.parametrize("encoder, subsampling, predictor, decoder, upsampling", KINDS)
 def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsampling, predictor, decoder, upsampling):
@@ -6543,7 +6203,6 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
     torch.testing.assert_close(wide["loss"].float(), narrow["loss"], rtol=1e-3, atol=1e-3)
     assert torch.equal(net.eval().greedy(feats.double(), lens).tokens, found.tokens)
 
-
 # ---- checkpoint: loading ----
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -6558,7 +6217,6 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     with pytest.raises(ValueError, match="unknown key 'model.firing'"):
         checkpoint.load_parts(tmp_path / "odd.pt")
 
-
 # C40
 @needs_kit
 def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
@@ -6572,7 +6230,6 @@ def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
     assert str(caught.value).split("config: ")[1] == (
         "missing predictor.cif_output.bias; unused extra.weight; decoder.embed.0.weight (58, 5), wanted (58, 64)")
 
-
 # C40
 @needs_kit
 @pytest.mark.parametrize("wrapper", ["", "state_dict", "model_state_dict", "model"])
@@ -6585,7 +6242,6 @@ def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
     loaded = checkpoint.load_published(options.model, 560, 58, tmp_path / "model.pt").state_dict()
     assert all(torch.equal(x, loaded[name]) for name, x in net.state_dict().items())
 
-
 # C40
 @pytest.mark.parametrize("content, words", [(b"", "what torch cannot load"), (b"PK\3\4", "what torch cannot load"),
                                             (None, "no such file")])
@@ -6594,7 +6250,6 @@ def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
         (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z"):
         funasr.read_weights(tmp_path / "model.pt")
-
 
 # C49
 @pytest.mark.parametrize("name, tensors, parameters", [
@@ -6616,11 +6271,9 @@ def test_published_models_have_the_tensors_parameters_and_sizes_that_they_are_sa
     size = sum(x.nbytes for x in net.state_dict().values()) / 1e6
     assert any(abs(model.megabytes - size) < 1 for model in downloads.DOWNLOADS)
 
-
 # ---- checkpoint: weights laid out for recognition ----
 
 CAN_INT8 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this processor has no products of int8")
-
 
 # C140
 @CAN_INT8
@@ -6643,7 +6296,6 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
     assert ((found - wanted) / scale).abs().median() < 1e-5
     assert torch.equal(alone[0, 0], found[1, 3])
     assert ((found - layer(x)) / scale).abs().max() < 0.03
-
 
 # C140
 @needs_kit
@@ -6673,7 +6325,6 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
     assert small.precision == "float32" or kept >= 0.86 * clear > 0
 
-
 # C140
 def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_says_so(ckpt, capsys):
     net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
@@ -6687,7 +6338,6 @@ def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_sa
             assert checkpoint.load_system(ckpt, "cpu", precision, laid_out=True).precision == "float32"
             assert capsys.readouterr().err == said
 
-
 # C140
 @CAN_INT8
 @needs_kit
@@ -6700,7 +6350,6 @@ def test_int8_weights_on_disk_give_what_int8_made_on_loading_gives(variant, tmp_
     for name in WAVS:
         found, wanted = (decode.decode_batch(system, [recorded(variant, name)["feats"]]) for system in (ours, theirs))
         assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.log_probs, wanted.log_probs)
-
 
 # C140
 @CAN_INT8
@@ -6725,7 +6374,6 @@ def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, 
                                          "torch.float32, wanted torch.int8$"):
         checkpoint.load_system(place, "cpu", "int8")
 
-
 MEASURE_PEAK = """
 import re, sys, checkpoint
 def in_mb(field):
@@ -6734,7 +6382,6 @@ before = in_mb("VmRSS")
 system = checkpoint.load_system(sys.argv[1], "cpu", "int8")
 print(in_mb("VmHWM") - before, in_mb("VmRSS") - before)
 """
-
 
 # C140
 @CAN_INT8
@@ -6755,7 +6402,6 @@ def test_loading_for_int8_takes_the_memory_that_is_held_and_a_layer(tmp_path):
         peak, held = map(float, done.stdout.split())
         assert peak <= 1.3 * held + 9, name
 
-
 # C141
 def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckpt, monkeypatch, capsys):
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported",
@@ -6772,7 +6418,6 @@ def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckp
         assert [checkpoint.runs_on(precision, torch.device("cuda")) for precision in checkpoint.PRECISIONS] == [
             True, able, True, False]
 
-
 # ---- train: decisions ----
 
 @pytest.fixture(autouse=True)
@@ -6781,7 +6426,6 @@ def signals_as_before():
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 @pytest.mark.parametrize("schedule, steps", [
     ("cosine", {0: 0.1, 9: 1.0, 10: 1.0, 60: 0.6, 110: 0.2, 500: 0.2}),
@@ -6792,17 +6436,14 @@ def test_learning_rate_follows_its_closed_form(schedule, steps):
     for step, wanted in steps.items():
         assert train.learning_rate(step, 110, options) == pytest.approx(wanted)
 
-
 def scores(*pairs):
     return [{"token_accuracy": token, "sequence_accuracy": sequence} for token, sequence in pairs]
-
 
 @pytest.mark.parametrize("history, best", [
     (scores((0.5, 0.1)), True), (scores((0.5, 0.1), (0.6, 0.0)), True), (scores((0.5, 0.1), (0.5, 0.1)), True),
     (scores((0.5, 0.1), (0.5, 0.2)), True), (scores((0.9, 0.1), (0.5, 0.1), (0.8, 0.9)), False)])
 def test_best_is_the_highest_token_accuracy_then_sequence_accuracy_then_the_latest(history, best):
     assert (train.best_row(history) is history[-1]) is best
-
 
 @pytest.mark.parametrize("history, changes, word", [
     ([], {}, ""), (scores((0.9, 0.9)), {}, ""), (scores(*[(0.9, 0.9)] * 5), {}, "epochs done"),
@@ -6814,7 +6455,6 @@ def test_best_is_the_highest_token_accuracy_then_sequence_accuracy_then_the_late
 def test_a_run_stops_at_its_target_without_improvement_or_at_its_end(history, changes, word):
     reason = train.stop_reason(history, config.TrainingConfig(num_epochs=5, **changes))
     assert word in reason and bool(word) == bool(reason)
-
 
 # ---- train: one step ----
 
@@ -6843,22 +6483,18 @@ data:
     max_symbols: 3
 """
 
-
 def tiny_yaml(path: Path) -> str:
     path.write_text(TINY)
     return str(path)
-
 
 def tiny_batch(count: int = 3) -> data.Batch:
     options = config.DataConfig(num_mels=8, toy=config.ToyConfig(num_symbols=4, min_symbols=2, max_symbols=3))
     dataset = data.ToySeq2SeqDataset(count, options, lambda text: [4 + ord(c) - ord("a") for c in text])
     return data.collate([dataset[i] for i in range(count)])
 
-
 def tiny_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return build(config.from_dict(config.parse_yaml(TINY), "tiny").model, 8, 8)
-
 
 # C111
 def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_only():
@@ -6892,7 +6528,6 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_onl
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=f"step {number}: {name}")
 
-
 def test_a_run_has_the_threads_that_are_asked_for(tmp_path):
     threads = torch.get_num_threads()
     try:
@@ -6900,7 +6535,6 @@ def test_a_run_has_the_threads_that_are_asked_for(tmp_path):
         assert torch.get_num_threads() == threads + 2
     finally:
         torch.set_num_threads(threads)
-
 
 def test_the_moving_average_is_the_closed_form_once_grown():
     value = 5.0
@@ -6910,7 +6544,6 @@ def test_the_moving_average_is_the_closed_form_once_grown():
     assert value == pytest.approx(wanted, rel=1e-4)
     assert [train.newest_share(n, 0.9) for n in (0, 1, 500)] == pytest.approx([1.0, 1 - 2 / 11, 0.1])
 
-
 def test_dropout_is_drawn_by_the_number_of_the_step():
     model, batch = tiny_model().train(), tiny_batch()
     optimizer = train.make_optimizer(model, 0.0)
@@ -6918,7 +6551,6 @@ def test_dropout_is_drawn_by_the_number_of_the_step():
                           .sums["quantity"]
                           for number in (3, 3, 4))
     assert once == again != later
-
 
 # C31
 def test_a_non_finite_step_changes_nothing_and_says_so():
@@ -6930,7 +6562,6 @@ def test_a_non_finite_step_changes_nothing_and_says_so():
     assert not step.finite and not train.num_updates(optimizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
-
 
 def test_a_step_that_is_skipped_leaves_the_moving_average_as_it_is(tmp_path, monkeypatch):
     path = tiny_yaml(tmp_path / "tiny.yaml")
@@ -6946,12 +6577,10 @@ def test_a_step_that_is_skipped_leaves_the_moving_average_as_it_is(tmp_path, mon
     assert train.take_step(run, tiny_batch(), 1, 10).finite
     assert not all(torch.equal(value, before[name]) for name, value in run.average.state_dict().items())
 
-
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux gives it")
 def test_peak_memory_is_in_mib():
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     assert train.peak_memory_mb(torch.device("cpu")) == pytest.approx(peak, rel=0.05)
-
 
 # C19
 def test_a_step_whose_utterances_were_all_skipped_changes_nothing():
@@ -6960,7 +6589,6 @@ def test_a_step_whose_utterances_were_all_skipped_changes_nothing():
     train.train_step(model, train.make_optimizer(model, 0.01), data.collate([data.Skip("a", "broken")]), 0.1,
                      config.TrainingConfig())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
 
 # C24
 def test_the_figures_of_an_epoch_are_sums_divided_once():
@@ -6975,7 +6603,6 @@ def test_the_figures_of_an_epoch_are_sums_divided_once():
               "frames_per_second": batch.feat_lens.sum() / 2, "padding": 1 - batch.feat_lens.float().mean() /
               batch.feat_lens.max()}
     assert {name: row[name] for name in wanted} == pytest.approx({name: float(x) for name, x in wanted.items()})
-
 
 # C11
 def test_evaluation_counts_a_planted_set_by_alignment():
@@ -7001,7 +6628,6 @@ def test_evaluation_counts_a_planted_set_by_alignment():
                    "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
                    "dev_utterances": 3, "dev_skipped": 1, "dev_loss": 3.0, "dev_loss_ce": 1.0}  # what is infinite is left out
 
-
 # C28
 def test_dev_losses_are_those_of_a_training_pass_without_dropout_and_leave_the_generator_alone():
     """Oracle: the model itself, in eval mode, on each utterance alone; expected errors (MWER) draw, so they only repeat."""
@@ -7023,19 +6649,15 @@ def test_dev_losses_are_those_of_a_training_pass_without_dropout_and_leave_the_g
         if not mwer_weight:
             assert found["dev_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
-
 # ---- train: a run ----
 
 TIMES = ("seconds", "frames_per_second", "data_wait", "peak_memory_mb")
 
-
 def without_times(history):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in history]
 
-
 def run_of(folder: Path) -> Path:
     return (folder / "latest").resolve()
-
 
 # C28 C29
 def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
@@ -7059,10 +6681,8 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     assert sorted(p.name for p in run.iterdir()) == sorted(
         ["config.yaml", "train.log", "metrics.json", "results.csv", "curves.svg", "checkpoints", "lock"])
 
-
 class Killed(Exception):
     pass
-
 
 # C30
 def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_bit_for_bit(tmp_path, monkeypatch):
@@ -7087,7 +6707,6 @@ def test_a_run_killed_within_an_epoch_and_resumed_equals_the_uninterrupted_one_b
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert not torch.equal(state["model"]["decoder.output.weight"], state["trained"]["decoder.output.weight"])
 
-
 def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_second(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "20260101_000000")
     first, second = train.new_run(tmp_path, "x"), train.new_run(tmp_path, "x")
@@ -7097,13 +6716,11 @@ def test_two_runs_of_one_second_have_folders_of_their_own_and_latest_is_the_seco
     assert (tmp_path / "latest").resolve() == second.resolve()
     assert sorted(p.name for p in tmp_path.iterdir()) == [first.name, second.name, "latest"]
 
-
 def test_a_folder_in_the_place_of_latest_is_refused_and_nothing_is_left_beside_it(tmp_path, capsys):
     (tmp_path / "runs/latest").mkdir(parents=True)
     assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs")]) == 2
     assert capsys.readouterr().err.startswith(f"train.py: {tmp_path / 'runs/latest'}: wanted a link")
     assert os.listdir(tmp_path / "runs") == ["latest"]
-
 
 # C19
 def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):
@@ -7116,7 +6733,6 @@ def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(t
     assert log.count("skipped r2: unreadable") == log.count("skipped r3: missing") == 2     # as train and as dev
     row, = json.loads((run_of(tmp_path / "runs") / "metrics.json").read_text())
     assert (row["utterances"], row["skipped_utterances"], row["dev_skipped"]) == (4, 2, 2)
-
 
 # C28
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -7131,7 +6747,6 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
         files.save_atomic(path, {"a": torch.zeros(2)})
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
-
 
 # C31 C34
 def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_stays(tmp_path, monkeypatch, capsys):
@@ -7151,7 +6766,6 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
     state = read_checkpoint(run_of(tmp_path) / "checkpoints/latest.pt")
     assert state["progress"]["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
-
 # C34
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.yaml"], "nowhere.yaml"), (["CONFIG", "--training.batch_sise=3"], "batch_size"),
@@ -7168,7 +6782,6 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, a
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
-
 def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path, capsys):
     wav, dev = spoken(tmp_path / "a.wav", 0.7), write_manifest(tmp_path / "dev.jsonl", [])
     manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": wav, "text": "ab"}])
@@ -7176,7 +6789,6 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
     assert train.main([*arguments, f"--data.train={manifest}", f"--data.dev={dev}"]) == 2
     assert capsys.readouterr().err == f"train.py: data.dev: wanted utterances, got none in {dev}\n"
     assert not (tmp_path / "runs").exists()
-
 
 @pytest.mark.parametrize("arguments", [
     [], ["a.yaml", "--resume", "b"], ["a.yaml", "--compare", "b"], ["--resume", "a", "--compare", "b"], ["--dry-run"], ["a.yaml", "batch_size=3"], ["--resume", "a", "--dry-run"],
@@ -7186,7 +6798,6 @@ def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     assert stop.value.code == 2
-
 
 def test_a_new_loss_is_a_place_in_the_model_and_a_line_in_config_and_is_seen_in_the_curves(tmp_path):
     """Added to a copy: how far the most certain guesses are from being certain."""
@@ -7212,7 +6823,6 @@ def test_a_new_loss_is_a_place_in_the_model_and_a_line_in_config_and_is_seen_in_
     done = subprocess.run([*argv, "--model.doubt_weight=-1"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert "model.doubt_weight: wanted 0 or more, got -1.0" in done.stderr
 
-
 def test_curves_stand_where_their_values_say():
     """Three panels, 200 px high from 66, 322 and 578: losses from 0.01 to 1, errors and rates from 0 to 1."""
     rows = [{"loss": 10.0 ** -i, "dev_loss": 10.0 ** (i - 2), "wer": 1 - i / 2, "learning_rate": i / 2} for i in range(3)]
@@ -7230,7 +6840,6 @@ def test_curves_stand_where_their_values_say():
     older = [{name: row[name] for name in ("loss", "learning_rate")} | {"wer": 8 * row["wer"]} for row in rows]
     assert plot.curves_svg(older).count("L320.0") == 3 and "M90.0 322.0L320.0 322.0L" in plot.curves_svg(older)
 
-
 @pytest.mark.parametrize("low, high, log_scale, ticks", [
     (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.24, False, [0, 0.05, 0.1, 0.15, 0.2, 0.25]),
     (0, 37, False, [0, 10, 20, 30, 40]), (0.3, 0.3, True, [0.2, 0.5]), (1, 1, True, [1, 2]),
@@ -7238,7 +6847,6 @@ def test_curves_stand_where_their_values_say():
         0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
 def test_ticks_are_round_and_hold_their_values_between_them(low, high, log_scale, ticks):
     assert plot.round_ticks(low, high, log_scale) == ticks
-
 
 # C158
 def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_path, capsys):
@@ -7264,14 +6872,12 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     assert train.main(["--compare", str(runs / "README.md")]) == 2
     assert capsys.readouterr().err == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
 
-
 @slow
 def test_the_toy_config_learns_its_task(tmp_path):
     """The figures that README promises, on the task's own test split."""
     assert train.main([str(HERE / "configs/toy.yaml"), "--runs", str(tmp_path)]) == 0
     best = train.best_row(json.loads((run_of(tmp_path) / "metrics.json").read_text()))
     assert best["token_accuracy"] >= 0.99 and best["sequence_accuracy"] >= 0.97
-
 
 # ---- train: survival ----
 
@@ -7306,7 +6912,6 @@ for line in sys.stdin:
     os._exit(code)
 """
 
-
 class Zygote:
     """Starts train.main in processes of their own that can be killed, and that import torch only once together."""
 
@@ -7331,13 +6936,11 @@ class Zygote:
         assert self.wait(self.start(out, *argv)) == 0, out.read_text()
         return out.read_text()
 
-
 @pytest.fixture(scope="module")
 def zygote():
     zygote = Zygote()
     yield zygote
     zygote.process.communicate(timeout=20)
-
 
 def wait_for(path: Path) -> None:
     deadline = time.monotonic() + 60
@@ -7345,12 +6948,10 @@ def wait_for(path: Path) -> None:
         assert time.monotonic() < deadline, f"{path} does not come"
         time.sleep(0.001)
 
-
 def logged(run: Path) -> str:
     """train.log without times and speeds, and without the name of the run."""
     text = re.sub(r"\S*/(\d{8}_\d{6}_tiny\w*|run)(?=[/:])", "RUN", (run / "train.log").read_text())
     return re.sub(r"\d+:\d\d:\d\d|\d+ frames/s|wait +[\d.]+%", "#", text)
-
 
 def assert_not_torn(run: Path) -> None:
     """Every file of a run that is there is whole."""
@@ -7360,7 +6961,6 @@ def assert_not_torn(run: Path) -> None:
     config.load(str(run / "config.yaml"))
     for name, reader in (("metrics.json", json.loads), ("curves.svg", ElementTree.fromstring)):
         assert not (run / name).exists() or reader((run / name).read_text())
-
 
 def assert_same_run(parts: Path, whole: Path) -> None:
     """Weights, optimizer, metrics.json, results.csv and train.log are equal, up to times, speeds and memory."""
@@ -7375,7 +6975,6 @@ def assert_same_run(parts: Path, whole: Path) -> None:
     assert without_times(tables[0]) == without_times(tables[1])
     assert logged(parts) == logged(whole)
 
-
 @pytest.fixture(scope="module")
 def whole_run(zygote, tmp_path_factory):
     """-> arguments of a run, its folder after it ran uninterrupted, and how long that took."""
@@ -7385,7 +6984,6 @@ def whole_run(zygote, tmp_path_factory):
     began = time.monotonic()
     zygote.run(folder / "out", *argv, "--runs", str(folder / "runs"))
     return argv, run_of(folder / "runs"), time.monotonic() - began
-
 
 # C83
 @pytest.mark.parametrize("kills, workers", [(3, 0), (1, 1), pytest.param(20, 0, marks=slow)])
@@ -7409,7 +7007,6 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
         assert_same_run(run, whole)
         assert not [path for path in run.rglob("*") if path.suffix == ".tmp" or path.name == "next.pt"]
 
-
 # C84
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothing_was(number, zygote, whole_run,
@@ -7427,7 +7024,6 @@ def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothi
         assert 0 < read_checkpoint(run / "checkpoints/latest.pt")["progress"]["step"] < 15
         zygote.run(tmp_path / "out", "--resume", str(run))
     assert_same_run(run, whole)
-
 
 # C180
 def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dead(zygote, whole_run, tmp_path):
@@ -7447,7 +7043,6 @@ def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dea
     zygote.run(tmp_path / "third", "--resume", str(run))
     assert_same_run(run, whole)
 
-
 # C181
 @pytest.mark.parametrize("console", [">&- 2>&-", ">/dev/full 2>/dev/full", "2>&1 | head -c 1 >/dev/null"])
 def test_a_console_that_is_closed_full_or_gone_ends_no_run(tmp_path, console):
@@ -7455,7 +7050,6 @@ def test_a_console_that_is_closed_full_or_gone_ends_no_run(tmp_path, console):
     subprocess.run(["bash", "-c", f"set -o pipefail; {command} {console}"], cwd=HERE, check=True, timeout=60)
     assert (run_of(tmp_path / "runs") / "train.log").read_text().count("\nepoch") == 3
     assert not (run_of(tmp_path / "runs") / "lock").read_text().startswith("epoch")
-
 
 # C84
 def test_a_signal_during_evaluation_loses_no_step(tmp_path, monkeypatch):
@@ -7470,7 +7064,6 @@ def test_a_signal_during_evaluation_loses_no_step(tmp_path, monkeypatch):
     assert train.main([path, "--runs", str(tmp_path / "whole")]) == 0
     assert_same_run(run_of(tmp_path / "runs"), run_of(tmp_path / "whole"))
 
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of two epochs, to be copied."""
@@ -7478,26 +7071,21 @@ def finished(tmp_path_factory):
     assert train.main([tiny_yaml(folder / "tiny.yaml"), "--runs", str(folder / "runs"), "--training.num_epochs=2"]) == 0
     return run_of(folder / "runs")
 
-
 def change_latest(run: Path, **changes) -> None:
     state = read_checkpoint(run / "checkpoints/latest.pt")
     torch.save({**state, **changes}, run / "checkpoints/latest.pt")
-
 
 def other_config(run: Path, **changes) -> dict:
     """The config of a run's checkpoint with another encoder."""
     values = read_checkpoint(run / "checkpoints/latest.pt")["config"]
     return {**values, "model": {**values["model"], "encoder": {**values["model"]["encoder"], **changes}}}
 
-
 def another_vocabulary(run: Path) -> None:
     change_latest(run, tokenizer=Tokenizer.build(["abcdefg"]).state())
-
 
 def older(run: Path) -> None:
     state = read_checkpoint(run / "checkpoints/latest.pt")
     torch.save({name: value for name, value in state.items() if name != "format"}, run / "checkpoints/latest.pt")
-
 
 # C183
 def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path):
@@ -7516,7 +7104,6 @@ def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_st
     ours, theirs = (config.load(str(run_of(tmp_path / runs) / "config.yaml")) for runs in ("parts", "whole"))
     assert config.differing(ours, theirs) == ["data.num_workers"] and config.from_dict(states[0]["config"], "") == ours
 
-
 # C183
 @pytest.mark.parametrize("override", [
     "model.encoder.num_layers=2", "model.ctc_weight=0.5", "data.num_mels=9", "data.kind=manifest", "data.unit=word",
@@ -7526,7 +7113,6 @@ def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, tm
     assert train.main(["--resume", str(run), f"--{override}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train.py: {override.split('=')[0]}: cannot change") and error.count("\n") == 1
-
 
 # C183
 def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, tmp_path, capsys):
@@ -7542,7 +7128,6 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     rows = json.loads((run / "metrics.json").read_text())
     assert [1000 < row["seconds"] < 1060 for row in rows] == [True] * 3
     assert "3 epochs will take about 0:50:" in (run / "train.log").read_text()
-
 
 # C85
 @pytest.mark.parametrize("spoil, words", [
@@ -7565,7 +7150,6 @@ def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(fini
     assert words in error and "Traceback" not in error and error.strip().count("\n") == 0
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
-
 # C29
 def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(finished, tmp_path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
@@ -7575,7 +7159,6 @@ def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(fini
     (run / "config.yaml").write_text(written.replace("training:\n", "training:\n  compile: false\n  keep_epochs: 2\n"))
     assert train.main(["--resume", str(run)]) == 0
     assert train.main([str(run / "config.yaml"), "--runs", str(tmp_path)]) == 2  # a new run has no such field
-
 
 # C85
 @pytest.mark.parametrize("size", [0, 100, None])
@@ -7588,7 +7171,6 @@ def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished, 
     error = capsys.readouterr().err
     assert "latest.pt: wanted a checkpoint" in error and "going on from" in error and "previous.pt" in error
     assert_same_run(run, finished)
-
 
 # C85
 def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(finished, tmp_path, monkeypatch, capsys):
@@ -7604,7 +7186,6 @@ def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(fin
     assert train.main(["--resume", str(run)]) == 2
     assert "Input/output error" in capsys.readouterr().err
     assert (run / "checkpoints/latest.pt").read_bytes() == before
-
 
 # C85
 @pytest.mark.parametrize("name", ["next.pt", "metrics.json", "train.log"])
@@ -7640,7 +7221,6 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp
     assert train.main([path, "--runs", str(tmp_path / "whole"), "--training.checkpoint_steps=4"]) == 0
     assert_same_run(run, run_of(tmp_path / "whole"))
 
-
 # C86
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
@@ -7660,7 +7240,6 @@ def test_a_batch_that_does_not_fit_ends_the_run_with_a_line_and_leaves_the_last_
         f"checkpoint is good: go on with: python train.py --resume {run_of(tmp_path)}\n")
     assert read_checkpoint(run_of(tmp_path) / "checkpoints/latest.pt")["progress"]["step"] == 5
 
-
 # C86
 def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):
     real = data.ToySeq2SeqDataset.__getitem__
@@ -7678,7 +7257,6 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypat
     monkeypatch.undo()
     assert train.main(["--resume", str(run_of(tmp_path))]) == 0
 
-
 # C87
 def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch():
     paraformer, batch = tiny_model(), tiny_batch(3)
@@ -7688,7 +7266,6 @@ def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch():
         assert part.keys == [batch.keys[k]] and part.feats.shape[1] == batch.feat_lens[k]
         assert torch.equal(sampler_order(paraformer, part, 5, 9)[0][0], order[k, :n])
     assert not torch.equal(order, sampler_order(paraformer, batch, 5, 10)[0])
-
 
 # C85
 def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished, tmp_path, capsys):
@@ -7700,7 +7277,6 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     assert train.main([path, start, "--data.num_mels=20", "--data.augment.freq_width=20"]) == 2
     assert "data.augment.freq_width: wanted at most num_mels 8, got 20" in capsys.readouterr().err
 
-
 # ---- train: several processes, accumulation ----
 
 def free_port() -> str:
@@ -7708,13 +7284,11 @@ def free_port() -> str:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])
 
-
 def start_ranks(zygote: Zygote, out: Path, world: int, *argv: str) -> list[int]:
     """What torchrun does: `world` processes that know their number and where to meet. -> their pids"""
     meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [zygote.start(out.with_name(f"{out.name}{rank}"), *argv, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
             for rank in range(world)]
-
 
 # C88
 def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):
@@ -7754,7 +7328,6 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
                             for row in (ours, theirs))
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
-
 # C88
 def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_path):
     """A part is normalised by its own statistics, and the utterances of the parts and of the ranks are the same; the
@@ -7774,7 +7347,6 @@ def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_
         torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6, msg=name)
     assert states[0][statistics[-1]] < states[1][statistics[-1]]
 
-
 # C89
 @pytest.mark.parametrize("number", [9, 15])
 def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp_path, number):
@@ -7790,14 +7362,12 @@ def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp
         assert codes == [0, 0] and "interrupted; go on with" in out
     read_checkpoint(run_of(tmp_path / "runs") / "checkpoints/latest.pt")
 
-
 # C89
 @slow
 def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):
     with torchrun("train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--data.kind=manifest") as process:
         error = process.communicate(timeout=120)[1]
     assert process.returncode and "data.train: wanted a manifest" in error
-
 
 # ---- train: memory ----
 
@@ -7815,7 +7385,6 @@ def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(t
         found.append(ranks.batch_statistics(tiny))
     assert found[0][2] == parts
     torch.testing.assert_close(found[0], found[1])
-
 
 # C90
 def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_rounding():
@@ -7838,7 +7407,6 @@ def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
     assert saved[1] < 0.8 * saved[0]
 
-
 # ---- train: dry run, overfitting ----
 
 # C91
@@ -7859,7 +7427,6 @@ def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(t
     assert any("5 steps an epoch, 15 in all" in line for line in lines)
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
 
-
 # C157
 @pytest.mark.parametrize("steps, changes, options", [
     (300, {"warmup_steps": 60}, []), (299, {"warmup_steps": 59}, ["num_epochs"]),
@@ -7876,7 +7443,6 @@ def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, ch
     assert list(tried) == options
     mended = replace(training, **{name: type(getattr(training, name))(value) for name, value in tried.items()})
     assert list(dry_run.schedule_warnings(mended, steps * mended.num_epochs // training.num_epochs)) == []
-
 
 # C157
 def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they_are_mended(tmp_path, capsys):
@@ -7902,7 +7468,6 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     assert train.main([*argv, f"--data.dev={tmp_path}/all.jsonl", *values, "--dry-run"]) == 0
     assert "warning" not in capsys.readouterr().out
 
-
 # C157
 @pytest.mark.parametrize("wanted, rates, value", [
     (16000, [8000, 8000, 16000], "8000"), (16000, [44100, 8000], ""), (8000, [8000, 16000], ""), (16000, [], ""),
@@ -7910,7 +7475,6 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
 def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, value):
     lines = list(dry_run.rate_warnings(wanted, rates))
     assert [re.search(r"try --data\.sample_rate=(\d+)", line)[1] for line in lines] == ([value] if value else [])
-
 
 def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(tmp_path):
     """15 steps: a fifth is 3 of warm-up, and an average over 3 has the decay 2/3."""
@@ -7927,7 +7491,6 @@ def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(t
     with pytest.raises(ValueError, match="training.average_decay: wanted its default 0.0 beside average_share"):
         config.load(path, ["--training.average_decay=0.9"])
     assert train.overfitting(config.load(path), 2).training.average_share == 0.0
-
 
 # C91
 def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
@@ -7946,7 +7509,6 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     assert train.main([*argv, "--runs", str(tmp_path / "bad")]) == 1
     assert "failed to learn 2 utterances by heart" in capsys.readouterr().out
 
-
 # C92
 def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatch):
     def broken(*_, **__):
@@ -7960,7 +7522,6 @@ def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatc
     ours, theirs = (without_times(json.loads((run_of(tmp_path / runs) / "metrics.json").read_text()))
                     for runs in ("runs", "whole"))
     assert ours == theirs  # dropout is on again after the failure
-
 
 # C92
 @pytest.mark.parametrize("architecture", ["paraformer", "transformer", "ctc"])
@@ -7986,7 +7547,6 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
         spelled = sum(id not in (BLANK, SOS, EOS) for id in found.tokens[0, :found.lens[0]].tolist())
         assert len(lines) == (spelled + 1 if spelled else 0)
 
-
 # C92
 def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):
     path = tiny_yaml(tmp_path / "tiny.yaml")
@@ -7999,7 +7559,6 @@ def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):
         names = re.findall('src="([^"]*)"', images)
         assert names == [f"{i}_alignment_000{epoch}.svg" for i in (1, 2, 3)] and all((folder / n).exists() for n in names)
     assert '<input type="range" min="1" max="3" value="3"' in page and "<script" not in page
-
 
 # ---- train: from a published model ----
 
@@ -8019,7 +7578,6 @@ def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path, caps
     published_system = checkpoint.load_system(KIT / "sanm", "cpu")
     assert tuned.config.model == published_system.config.model and tuned.tokenizer == published_system.tokenizer
 
-
 # ---- decode: recognition ----
 
 def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict = {}, decoder: dict = {},
@@ -8036,21 +7594,17 @@ def tiny_system(kind: str = "manifest", name: str = "paraformer", encoder: dict 
     stats = torch.tensor([[0.0] * 8, [1.0] * 8])
     return checkpoint.System(config.Config(model=section, data=options), tokenizer, stats, network)
 
-
 def saved(system: checkpoint.System, path: Path) -> str:
     checkpoint.export(system, str(path))
     return str(path)
-
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory) -> str:
     return saved(tiny_system(), tmp_path_factory.mktemp("ckpt") / "tiny.pt")
 
-
 def ragged_feats(lens: list[int]) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(1)
     return [torch.randn(n, 8, generator=rng) for n in lens]
-
 
 # C5
 def test_a_batch_gives_each_utterance_what_it_gets_alone():
@@ -8064,7 +7618,6 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
     assert together[1] == together[6] == report.Result("", 0.0, [], []) and len(together[4].tokens) > 3
     assert decode.transcribe(system, []) == []
 
-
 # C33
 def test_results_are_planted_tokens_in_seconds_with_probabilities():
     log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.9, 1]]))
@@ -8075,12 +7628,10 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
     assert (result.text, result.confidence) == (" a", 0.25)
     assert [token[:5] for token in decode.read_result(tiny_system(), found, 1).tokens] == [("b", 6, 0.9, 0.0, 0.08)]
 
-
 def spoken(path: Path, seconds: float) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     audio.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
     return str(path)
-
 
 # C33 C34
 def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(ckpt, tmp_path, capsys):
@@ -8101,7 +7652,6 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     assert rows[0]["text"] == wanted.text and rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens]
     assert all(0 <= t["start"] <= t["end"] <= 1.0 and 0 <= t["confidence"] <= 1 for t in rows[0]["tokens"])
 
-
 def scored(*pairs: tuple[str, str]) -> list[report.Score]:
     """(reference, recognised) each -> their Scores."""
     system, encode = tiny_system(), tiny_system().tokenizer.encode
@@ -8109,7 +7659,6 @@ def scored(*pairs: tuple[str, str]) -> list[report.Score]:
     result = lambda text: report.Result(text, 1.0, tokens(text), [])
     return [report.score(report.Outcome(i, f"u{i}", 1.0, ref, result(hyp)), system.tokenizer.encode)
             for i, (ref, hyp) in enumerate(pairs)]
-
 
 # C75
 def test_the_report_adds_errors_and_divides_once():
@@ -8123,16 +7672,13 @@ def test_the_report_adds_errors_and_divides_once():
         heading, "     2  b -> d", "     1  *** -> c", "     1  b -> ***", "     1  cd -> ***"]
     assert len(report.report_lines(scores[1:2])) == 4
 
-
 def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[report.Outcome]:
     return decode.recognise_inputs(system, decode.open_inputs(system, [path], None), [0])
-
 
 def test_a_blank_text_is_no_reference(tmp_path):
     row = {"audio": spoken(tmp_path / "a.wav", 0.5), "text": " \u3000"}
     [outcome] = recognised(tiny_system(), write_manifest(tmp_path / "m.jsonl", [row]))
     assert outcome.result and outcome.reference == ""
-
 
 # C75
 def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, capsys):
@@ -8149,7 +7695,6 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     assert right.splitlines()[:1] == [f"right: 0 of {n} (0 sub, 0 ins, 0 del)"] and end == ""
     assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
 
-
 # C75
 @pytest.mark.parametrize("n, rate", [(400, 0.1), (100, 0.5)])
 def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate):
@@ -8161,7 +7706,6 @@ def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, r
     assert report.bootstrap_interval(counts) == report.bootstrap_interval(counts)
     assert report.bootstrap_interval([Counts(1, 0, 0, 4)] * 9) == (0.25, 0.25)
     assert report.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
-
 
 # C32
 @pytest.mark.parametrize("spoil, words", [
@@ -8181,7 +7725,6 @@ def test_a_checkpoint_with_absurd_fields_is_one_line_that_names_them(tmp_path, c
     error = refusal(capsys, "--ckpt", path, "x.wav")
     assert error.startswith(f"decode.py: {path}: ") and words in error
 
-
 # C32 C34
 @pytest.mark.parametrize("plant, words", [
     (lambda path: None, "no such file"),
@@ -8194,7 +7737,6 @@ def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, caps
     plant(path)
     assert refusal(capsys, "--ckpt", path).startswith(f"decode.py: {path}: ") and words in refusal(capsys, "--ckpt", path)
 
-
 def refused_arguments(capsys, *arguments: str) -> str:
     """What the parser says to arguments that it refuses, "" to others."""
     try:
@@ -8203,7 +7745,6 @@ def refused_arguments(capsys, *arguments: str) -> str:
     except SystemExit as stop:
         assert stop.code == 2
         return capsys.readouterr().err.splitlines()[-1]
-
 
 @pytest.mark.parametrize("arguments", [
     "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0", "--batch-seconds=inf",
@@ -8215,12 +7756,10 @@ def refused_arguments(capsys, *arguments: str) -> str:
 def test_bad_decoding_arguments_exit_with_2_and_are_named(capsys, arguments):
     assert arguments.split()[-1].split("=")[0] in refused_arguments(capsys, *arguments.split())
 
-
 def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
     for arguments in ("--batch-size=1", "--batch-seconds=0.001", "--limit=999999999", "--min-segment-sec=0.1 --max-segment-sec=0.2",
                       "--min-segment-sec=10", "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
         assert refused_arguments(capsys, *arguments.split()) == "", arguments
-
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
@@ -8236,7 +7775,6 @@ def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(cap
                 option += "=" + given.get(name, str(value / 2 if type(value) is float and value else (value or 0) + 1))
             assert option.split("=")[0] in refused_arguments(capsys, *mode.split(), option), (mode, option)
 
-
 # ---- decode: inputs and outputs ----
 
 def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
@@ -8245,13 +7783,11 @@ def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
     captured = capsys.readouterr()
     return code, [line.split("\t") for line in captured.out.splitlines()], captured.err
 
-
 def refusal(capsys, *arguments) -> str:
     """The one line with which decode.py refuses the arguments, before anything is decoded."""
     code, lines, error = decoded(capsys, *arguments)
     assert (code, lines) == (2, []) and re.fullmatch(r"decode\.py: .+\n", error)
     return error
-
 
 # C72
 def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_path, capsys, monkeypatch):
@@ -8279,7 +7815,6 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_p
     for path in (tmp_path / "empty", "", "-"):
         refusal(capsys, "--ckpt", ckpt, path)
 
-
 # C72
 def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path, monkeypatch):
     folder = tmp_path / "in"
@@ -8300,7 +7835,6 @@ def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path
                for i in (1, 2)]
     assert all(reason.encode() for reason in reasons)
 
-
 # C73
 @pytest.mark.parametrize("form", list(report.FORMS))
 def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsys, form):
@@ -8315,7 +7849,6 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsy
     assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
                        {f"a.{form}": parts[0], f"sub/a.{form}": parts[1]})
 
-
 # C73
 def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_decoded(ckpt, tmp_path, capsys):
     file = spoken(tmp_path / "a.wav", 0.5)
@@ -8327,7 +7860,6 @@ def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_
     before = manifest.read_text()
     refusal(capsys, "--ckpt", ckpt, manifest, "--output", manifest)
     assert manifest.read_text() == before
-
 
 # C74
 def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_on(ckpt, tmp_path, capsys, monkeypatch):
@@ -8344,7 +7876,6 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     code, texts, error = decoded(capsys, "--ckpt", ckpt, *files)
     assert (code, texts) == (1, wanted[:2] + wanted[3:])
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
-
 
 # C34 C74 C182
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
@@ -8406,7 +7937,6 @@ def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(c
     if name == "out.jsonl":
         assert "got 'same' twice" in refusal(capsys, *arguments(name, "--resume"))
 
-
 # C182
 def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_errors(ckpt, tmp_path, capsys, monkeypatch):
     real, calls = decode.transcribe, []
@@ -8427,7 +7957,6 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
         assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.ctm", *more, first)[0] == 0
         texts.append((tmp_path / "o.ctm").read_text())
     assert texts[0] == texts[1] and sum(calls) == 2 + 3 + 3
-
 
 # C182
 def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_dead(ckpt, tmp_path, capsys):
@@ -8455,7 +7984,6 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
     assert decoded(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "out.jsonl"]
 
-
 # C182
 @pytest.mark.parametrize("mark", [None, "", "."])
 def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(mark):
@@ -8470,7 +7998,6 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
     back = outputs.read_outcome(line, 1, "part")
     assert (back.key, back.seconds, back.reference, back.result.text, back.result.tokens) == ("k", 0.5, "ab", "ab", result.tokens)
     assert outputs.read_outcome(outputs.final_line(line), 1, "end").reference == ("ab" if mark is None else "")
-
 
 # C182
 def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):
@@ -8498,7 +8025,6 @@ def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_pa
                  "pcm", "limit", "threads", "plot_layer", "batch_size", "batch_seconds", "search"}
     assert vars(options).keys() - no_matter == {*outputs.made_with(options), "punctuate"}  # "punctuate" is not given
 
-
 # C181
 @pytest.mark.parametrize("console", [">&- 2>&-", ">/dev/full 2>/dev/full", "| head -1 >/dev/null"])
 def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, tmp_path, console):
@@ -8511,7 +8037,6 @@ def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, tmp_path, c
     if "full" in console:  # nobody else has the results
         done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], cwd=HERE, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "standard output: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
-
 
 # C73
 def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp_path, capsys):
@@ -8527,7 +8052,6 @@ def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp
         assert decoded(capsys, *arguments, "--resume")[0] == 0
         assert human.read_text() == "what a person heard" and (folder / f"a.{form}").exists()
 
-
 # C73
 def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, capsys):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(2)]
@@ -8542,7 +8066,6 @@ def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, c
             assert error.startswith("decode.py: --output: wanted a folder") and not other.exists()
     error = refusal(capsys, "--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt")
     assert "wanted a folder or a file that ends in .txt" in error
-
 
 def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path, capsys, monkeypatch):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
@@ -8561,7 +8084,6 @@ def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path
     (tmp_path / "bad.wav").write_bytes(b"junk")
     assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
 
-
 def test_options_of_the_system_reach_it(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "runs_on", lambda precision, device: True)
     arguments = decode.parse_arguments(["--dtype=bfloat16", "--batch-size=3", "--batch-seconds=7", "--min-segment-sec=2",
@@ -8570,7 +8092,6 @@ def test_options_of_the_system_reach_it(ckpt, monkeypatch, capsys):
     system = decode.greedy_system(arguments, ckpt)
     assert (system.precision, system.batch_size, system.batch_seconds, system.segment_sec) == ("bfloat16", 3, 7.0, (2.0, 9.0))
     assert "wanted auto, cpu or" in refusal(capsys, "--ckpt", ckpt, "a.wav", "--device=tpu")
-
 
 # C120
 def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
@@ -8584,7 +8105,6 @@ def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_pat
     assert decoded(capsys, "--ckpt", ckpt, *files, "--output", out)[:2] == (130, everything[:3])
     assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
 
 # C121
 def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
@@ -8600,7 +8120,6 @@ def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
                 assert now.end == min(was.end, seconds) and now.start == min(was.start, seconds)
     assert beyond
 
-
 # C77
 def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_path, capsys, monkeypatch):
     real, sizes = decode.transcribe, []
@@ -8611,7 +8130,6 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_
     monkeypatch.setattr(decode, "WINDOW", 4)
     assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
     assert sizes == [[23, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
-
 
 # C76
 def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
@@ -8635,7 +8153,6 @@ def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatc
     assert outcomes[0, 2] == outcomes[0, 1] and outcomes[1, 2] == sent == []
     assert [outcome.index for outcome in outcomes[0, 1]] == list(range(11))
 
-
 # C76
 @slow
 def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):
@@ -8652,7 +8169,6 @@ def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):
         assert (tmp_path / file).read_text() == (tmp_path / file.replace("one", "two", 1)).read_text() != ""
     assert (tmp_path / "one.txt").read_text().count("\n") == 14
 
-
 @contextlib.contextmanager
 def torchrun(script: str, *argv):
     """Two processes of a script. Whatever happens, they end with the block."""
@@ -8666,12 +8182,10 @@ def torchrun(script: str, *argv):
         process.terminate()  # it ends its own, which SIGKILL would leave behind
         process.communicate(timeout=60)
 
-
 def end_rank(lock: Path, is_under_way, number: int) -> None:
     """Once is_under_way(), end rank 0, which `lock` names."""
     wait_until(is_under_way, 120)
     os.kill(int(lock.read_text().split()[1]), number)
-
 
 # C182
 @slow
@@ -8691,7 +8205,6 @@ def test_two_processes_whose_first_is_ended_go_on_under_torchrun_and_lose_nothin
     assert decode.main(["--output", str(tmp_path / "one.jsonl"), *options]) == 0
     assert out.read_text() == (tmp_path / "one.jsonl").read_text() and not list(tmp_path.glob("out.jsonl.*"))
 
-
 # C83
 @slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -8708,7 +8221,6 @@ def test_a_run_of_two_processes_whose_first_is_ended_goes_on_under_torchrun_as_i
     with torchrun("train.py", "--resume", latest) as process:
         assert process.communicate(timeout=300) and process.returncode == 0
     assert_same_run(run_of(tmp_path / "runs"), run_of(tmp_path / "whole"))
-
 
 def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, capsys, monkeypatch):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(3)]
@@ -8728,7 +8240,6 @@ def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, c
         assert (shared.done, shared.seconds) == (done, seconds)
     assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
 
-
 # ---- decode: long recordings ----
 
 def long_wav(path: Path, seconds: float = 12.0) -> str:
@@ -8738,7 +8249,6 @@ def long_wav(path: Path, seconds: float = 12.0) -> str:
     audio.save_wav(path, talk(rng, plan, -60.0)[:round(8000 * seconds)], 8000)
     return str(path)
 
-
 @pytest.mark.parametrize("limits, sizes", [({}, {1, 2}), ({"batch_size": 1}, {1}), ({"batch_seconds": 0.1}, {1})])
 def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
     found, recognise, system = [], decode.transcribe, tiny_system()
@@ -8747,7 +8257,6 @@ def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, mo
                         or recognise(system, feats))
     assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(found)
     assert set(found) == sizes
-
 
 # C80
 def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
@@ -8773,7 +8282,6 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
     alone = decode.transcribe(system, [audio.frontend(*audio.load_wav(path), system.config.data, system.stats)])[0]
     assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
 
-
 # C80
 @pytest.mark.parametrize("unit, texts, wanted", [
     ("word", [["ab", "你"], [], ["好"]], "ab 你 好"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
@@ -8798,7 +8306,6 @@ def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
     if unit == "char":
         assert "".join(token.token for token in found.tokens) == wanted
 
-
 # C81
 def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_path, capsys, monkeypatch):
     long = long_wav(tmp_path / "l.wav")
@@ -8819,7 +8326,6 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
     assert rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens] and max(sizes) < 8200
 
-
 # C81
 def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
     monkeypatch.setattr(decode, "POOL_SEC", 3.0)
@@ -8829,7 +8335,6 @@ def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
         assert len(read) == 3 * (done // 3 + 1) + 1 or len(read) == 20  # with the one that the next begins with
     assert done == 19
 
-
 # ---- decode: voice activity and punctuation ----
 
 @functools.lru_cache
@@ -8837,11 +8342,9 @@ def pipeline_system(variant: str) -> checkpoint.System:
     return checkpoint.load_system(KIT / variant, "cpu")._replace(
         vad=vad.load_vad(str(KIT / "vad")), punctuation=kit_punctuation("punc"))
 
-
 def kit_wav(folder: Path, name: str) -> Path:
     audio.save_wav(folder / f"{name}.wav", long_samples(name), 16000)
     return folder / f"{name}.wav"
-
 
 # C177
 @needs_kit
@@ -8868,7 +8371,6 @@ def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant
     for token in row["tokens"]:
         assert any(begin / 1000 - margin <= token["start"] <= end / 1000 + margin for begin, end in segments)
 
-
 # C177
 @needs_kit
 def test_punctuation_alone_writes_every_form(tmp_path, capsys):
@@ -8882,7 +8384,6 @@ def test_punctuation_alone_writes_every_form(tmp_path, capsys):
     assert len(cues) >= len(row["sentences"]) > 3 and "".join(cues).replace(" ", "") == row["text"].replace(" ", "")
     assert re.findall(r"-->.*\n(.+)\n", (tmp_path / "talk_b.vtt").read_text()) == cues
     assert (tmp_path / "talk_b.tsv").read_text().count("\n") == len(cues) + 1
-
 
 # C177
 @needs_kit
@@ -8900,7 +8401,6 @@ def test_own_models_take_both(tmp_path, capsys, name):
     assert len(row["sentences"]) > 1 and [w["start"] for s in row["sentences"] for w in s["words"]] == [
         w["start"] for w in row["words"]]
 
-
 @needs_kit
 def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
     path = kit_wav(tmp_path, "talk_b")
@@ -8908,7 +8408,6 @@ def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     code, lines, error = decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", tmp_path / "a.jsonl")
     assert code == 0 and "。" in lines[0][1] and "%CER 0.00 [" in error
-
 
 @needs_kit
 @pytest.mark.parametrize("schedule, run", [("config", "no_dynamic"), ("funasr", "default")])
@@ -8924,7 +8423,6 @@ def test_the_schedule_is_a_named_option(tmp_path, capsys, monkeypatch, schedule,
     assert decoded(capsys, "--ckpt", KIT / "sanm", "--vad", KIT / "vad", "--vad-schedule", schedule, path)[0] == 0
     assert heard == [begin for begin, _ in vad_results("offline")[run]["value"]["long"]]
 
-
 @needs_kit
 @pytest.mark.parametrize("options, line", [
     (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"),
@@ -8939,7 +8437,6 @@ def test_decode_refuses_parts_that_do_not_fit(ckpt, capsys, options, line):
     except SystemExit as stopped:
         assert stopped.code == 2
     assert line in capsys.readouterr().err
-
 
 # ---- decode: FunASR's own results of the three models together ----
 
@@ -8969,7 +8466,6 @@ def funasr_words(tokens: list[report.Token]) -> list[SpelledWord]:
             words.append(SpelledWord(token.token, None, None, "other"))
     return merge_letters(words)
 
-
 def funasr_merged(segments: list, most_ms: int) -> list:
     """merge_vad."""
     times = sorted({time for segment in segments for time in segment})
@@ -8982,7 +8478,6 @@ def funasr_merged(segments: list, most_ms: int) -> list:
                 found.append((begin, time))
             begin = time
     return [*found, (begin, times[-1])]
-
 
 def funasr_sentences(words: list[str], marks: list[int], stamps: list, options: dict) -> list[dict]:
     """sentence_info, where there are as many marks as timestamps."""
@@ -9003,7 +8498,6 @@ def funasr_sentences(words: list[str], marks: list[int], stamps: list, options: 
             found.append(entry)
             text, raw, times = "", [], []
     return found
-
 
 def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict, options: dict, glued: bool) -> dict:
     """What AutoModel(...).generate(...) returns of a recording, without its key, from our parts alone. glued: with the
@@ -9048,11 +8542,9 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
         found["sentence_info"] = entries
     return found
 
-
 def pipeline_results() -> dict:
     path = KIT / "pipeline/results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"_meta": {}}
-
 
 # C179
 @needs_kit
@@ -9080,7 +8572,6 @@ def test_the_three_models_together_give_funasrs_results(run):
             if right is not None:
                 assert funasr_result(system, samples, build, options, glued=False)["sentence_info"] == right
 
-
 # ---- decode: pictures ----
 
 def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_names(ckpt, tmp_path, capsys):
@@ -9098,7 +8589,6 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
     for file in files:
         title = ElementTree.fromstring(file.read_text()).find("{*}text").text
         assert (str(far) if "xxx" in str(file) else hostile)[:60] in title
-
 
 # C97
 def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
@@ -9125,7 +8615,6 @@ def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
     assert decode.main([*options, spoken(tmp_path / "a.wav", 0.5)]) == 0
     assert "encoder, layer 2 of 3" in (tmp_path / "a.encoder.svg").read_text() and (tmp_path / "a.explain.svg").exists()
 
-
 # C159
 def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys, monkeypatch):
     """Oracle: the probabilities of the decoder's output, whose first guesses are what greedy decoding gives."""
@@ -9149,12 +8638,10 @@ def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys,
     assert sum(e.get("class") == "fire" for e in root.iter()) == len(said) + 1
     assert sum(e.tag.endswith("image") for e in root.iter()) == 2 and f"sum {found.alpha[0].sum():.2f}" in texts
 
-
 # C159
 def test_explain_refuses_a_model_without_firing_weights(tmp_path):
     with pytest.raises(ValueError, match="--explain: wanted a Paraformer, which has firing weights, got a ctc"):
         pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")), (), None, None)
-
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
     """And is decoded and reported as any other."""
@@ -9164,9 +8651,7 @@ def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, cap
     assert decoded(capsys, "--ckpt", ckpt, manifest, *arguments)[0] == 0
     assert sorted(f.name for f in (tmp_path / "plots").iterdir()) == ["a.alignment.svg", "a.encoder.svg"]
 
-
 NINE_TOYS = config.ToyConfig(num_dev=9, num_symbols=8)  # utterances of the letters a to h
-
 
 def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, capsys):
     system = tiny_system("toy", toy=NINE_TOYS)
@@ -9177,7 +8662,6 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     row = train.dev_figures(train.evaluate(system.model, [batch], system.tokenizer.decode))
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
-
 
 # C33
 def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):
@@ -9199,14 +8683,12 @@ def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(
     assert len(texts) == 12 and shown[:30] == wanted and shown[30].startswith("and 2 more")
     assert shown[31].startswith(f"{tmp_path / 'a.wav'}\t")  # of named inputs all
 
-
 # ---- decode: streams ----
 
 def stream_command(capsys, *argv, variant="streaming"):
     """-> exit code, standard output, standard error"""
     code = decode.main(["--device", "cpu", "--ckpt", str(KIT / variant), *map(str, argv)])
     return code, *capsys.readouterr()
-
 
 # C164
 @needs_kit
@@ -9224,7 +8706,6 @@ def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, var
         assert stream_command(capsys, wav, "--output", tmp_path / form, "--format", form, variant=variant)[0] == 0
         assert len(list((tmp_path / form).iterdir())) == 1
 
-
 # C164
 @needs_kit
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -9233,7 +8714,6 @@ def test_half_precision_keeps_the_tokens_of_a_stream(precision):
     samples, case = streaming_cases("streaming")["fsdd_dev_a"]
     results = listen.hear_stream(system._replace(precision=precision), samples.split(4000))
     assert [token.token for result in results for token in result.tokens] == case["runs"]["a"]["tokens"]
-
 
 # C164
 @needs_kit
@@ -9251,7 +8731,6 @@ def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
     for exact, found in zip(*hidden, strict=True):
         assert 0 < (exact - found).norm() < 0.03 * exact.norm()
 
-
 # C165
 @needs_kit
 def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):
@@ -9266,7 +8745,6 @@ def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, c
         assert (code, err) == (0, "") and len(rows) > 5 and rows[-1]["text"] == whole
         assert all(after["text"].startswith(before["text"][:2]) for before, after in itertools.pairwise(rows))
         assert [row["tokens"] for row in rows] == [json.loads(line)["tokens"] for line in outs[0][1].splitlines()]
-
 
 # C165
 @needs_kit
@@ -9290,7 +8768,6 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
         assert text == row["text"] and text.startswith(before.over) and len(written.over) <= len(text)
     assert len(written.over) > 9
 
-
 # C165
 @needs_kit
 def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
@@ -9306,7 +8783,6 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     code, out, _ = stream_command(capsys, "--stream", "-")
     wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
     assert code == 130 and json.loads(out.splitlines()[-1])["text"] == wanted
-
 
 # C167
 @needs_kit
@@ -9325,7 +8801,6 @@ def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options,
     code, out, err = stream_command(capsys, *options, variant=variant)
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err
 
-
 # C167
 @needs_kit
 def test_whole_utterances_are_no_business_of_a_streaming_model():
@@ -9336,7 +8811,6 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
         checkpoint.start_from(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
                                       training=config.TrainingConfig(init_from=str(KIT / "streaming_alt"))))
 
-
 # C164
 @needs_kit
 def test_an_exported_streaming_model_is_the_same(tmp_path, capsys):
@@ -9346,7 +8820,6 @@ def test_an_exported_streaming_model_is_the_same(tmp_path, capsys):
     for path in (tmp_path / "out",):
         results, _ = stream_through(checkpoint.load_system(path, "cpu"), streaming.Chunk(), [samples])
         assert results == stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0]
-
 
 # ---- decode: published models, texts, times and exports ----
 
@@ -9359,7 +8832,6 @@ def test_firing_spans_equal_funasrs_timestamps():
         spans, offset = funasr.firing_spans(np.array(case["alphas"], np.float32), n), case["vad_offset"] / 1000
         assert [[int((t * 0.02 + offset) * 1000) for t in span] for span in spans] == case["timestamp"]
 
-
 def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
     system = tiny_system()
     section = replace(system.config.model, predictor=config.PredictorConfig(kind="dense", upsampling=2))
@@ -9367,7 +8839,6 @@ def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
     timing = [torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])]  # fires in steps 0, 1 and 2, at -1.5, -0.5, 0.5
     found = Hypotheses(ints(4, 5, 2)[None], ints(3), torch.zeros(1, 3), [], torch.zeros(1, 4), timing)
     assert decode.token_times(system, found, 0, [0, 1]) == [(0.0, 0.0), (0.0, 0.042)]
-
 
 # C44
 @needs_kit
@@ -9394,7 +8865,6 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
             else:  # times from the firing, FunASR's words
                 assert " ".join(word["word"] for word in got["words"]) == case["pred_timestamp"]["text"]
     assert equal > 0
-
 
 # C44 C150 C155
 @needs_kit
@@ -9424,7 +8894,6 @@ def test_decode_with_hotwords_gives_funasrs_ids_texts_and_timestamps(variant, tm
                 assert times == expected.get("timestamp", times)
     assert equal > 0 and (flagged > 20 or "seaco" not in variant)
 
-
 # C155
 @needs_kit
 @pytest.mark.parametrize("content, phrases, weighted", [
@@ -9439,7 +8908,6 @@ def test_a_file_of_hotwords_has_a_phrase_a_line_remarks_and_weights_that_are_ign
     system = decode.with_hotwords(checkpoint.load_system(KIT / "seaco", "cpu"), str(path))
     assert system.hotwords == tuple(phrases)
     assert ("taken for weights and ignored" in capsys.readouterr().err) == weighted
-
 
 # C155
 @needs_kit
@@ -9463,7 +8931,6 @@ def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
     with pytest.raises(ValueError, match="hotwords: wanted a model that can be told hotwords"):
         decode.transcribe(checkpoint.load_system(KIT / "sanm", "cpu")._replace(hotwords=("a",)), feats)
 
-
 # C45
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -9479,7 +8946,6 @@ def test_texts_and_times_do_not_depend_on_the_batch(variant):
             assert [word[:3] for word in in_batch.words] == [word[:3] for word in alone.words]
             assert in_batch.text == alone.text
 
-
 # C51
 @needs_kit
 def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):
@@ -9489,7 +8955,6 @@ def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, caps
         wavs = [str(tmp_path / f"{name}.wav") for name in ("short", "frame", "silence")]
         assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", *wavs]) == 0
         assert capsys.readouterr().out.splitlines()[0] == f"{wavs[0]}\t"
-
 
 # C39 C50
 @needs_kit
@@ -9508,7 +8973,6 @@ def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(varian
         assert all(torch.equal(x, again.model.state_dict()[name]) for name, x in system.model.state_dict().items())
     assert set(torch.load(tmp_path / "model.pt", weights_only=True)) == {"config", "tokenizer", "stats", "model"}
 
-
 def sanm_system(unit: str) -> checkpoint.System:
     """In the layout that FunASR knows."""
     sections = {"encoder": {**SMALL["encoder"], "kind": "sanm"}, "predictor": {"kind": "dense", "tail": 0.45},
@@ -9516,7 +8980,6 @@ def sanm_system(unit: str) -> checkpoint.System:
     options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
     tokens = Tokenizer.build(["a b"], unit)
     return checkpoint.System(options, tokens, torch.rand(2, 20), checkpoint.build(options.model, 20, len(tokens)).eval())
-
 
 # C50
 def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
@@ -9533,7 +8996,6 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert again.tokenizer == other.tokenizer
     assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
-
 # C50
 def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):
     for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
@@ -9543,7 +9005,6 @@ def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_pa
         again = checkpoint.load_system(tmp_path, "cpu")
         assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
         assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
-
 
 # C34
 @pytest.mark.parametrize("target", ["out", "out.pt"])
@@ -9556,7 +9017,6 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
 
 # ---- decode: limits and units ----
 
@@ -9574,7 +9034,6 @@ def test_a_published_config_that_leaves_an_option_out_gets_funasrs_default(tmp_p
         if variant != "conformer":
             assert found.decoder.memory_shift == (found.decoder.kernel_size - 1) // 2 != 0
 
-
 def test_an_export_has_no_dither_and_float16_weights_give_a_float32_model(tmp_path):
     folder, exported = tmp_path / "out", sanm_system("word")
     checkpoint.export(exported, str(folder))
@@ -9587,17 +9046,14 @@ def test_an_export_has_no_dither_and_float16_weights_give_a_float32_model(tmp_pa
         assert ours.dtype == torch.float32, name
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are read as Linux shows them")
 def test_the_weights_of_a_directory_are_mapped_and_not_read(tmp_path):
     checkpoint.export(sanm_system("word"), str(tmp_path / "out"))
     system = checkpoint.load_system(tmp_path / "out", "cpu")
     assert str(tmp_path / "out/model.pt") in Path("/proc/self/maps").read_text() and system.model is not None
 
-
 CODES = torch.randn(1, 6, 8), torch.tensor([6])  # of relative positions, and the length
 SOURCE = torch.randn(1, 5, 8), None
-
 
 @pytest.mark.parametrize("make, given, times", [
     (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2), (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
@@ -9624,7 +9080,6 @@ def test_dropout_has_an_effect_behind_every_part_in_training_and_none_outside(ma
         assert torch.equal(first[0], second[0]) != is_training
     assert changed == [True] * 2 * times + [False] * 2 * times
 
-
 @needs_kit
 def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_head():
     system = checkpoint.load_system(KIT / "bicif", "cpu")
@@ -9640,14 +9095,12 @@ def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_h
     both = system.model.greedy(torch.stack([feats, feats]), torch.tensor([len(feats), 0]))
     assert both.lens.tolist() == [len(alone.tokens), 0]
 
-
 def test_a_predictor_may_have_one_layer_of_the_encoders_width_or_of_its_own():
     for width in (16, 24):
         section = tiny_system().config.model
         section = replace(section, predictor=replace(section.predictor, num_layers=1, hidden_dim=width))
         network = build(section, 8, 12).eval()
         assert network.greedy(torch.randn(2, 9, 8), torch.tensor([9, 4])).tokens.shape[0] == 2
-
 
 def test_the_statistics_of_two_ranks_are_their_mean(monkeypatch):
     """Two processes are played: a sum over ranks doubles what this one has and adds 2."""
@@ -9659,7 +9112,6 @@ def test_the_statistics_of_two_ranks_are_their_mean(monkeypatch):
     assert norm.running_mean.tolist() == [6.0] * 3 and norm.running_var.tolist() == [2.0] * 3
     assert norm.num_batches_tracked.item() == 1
 
-
 def test_attention_layers_may_be_all_of_a_decoder_and_no_more(tmp_path):
     choice = ["--model.encoder.kind=sanm", "--model.decoder.kind=sanm", "--model.decoder.num_layers=3",
               "--model.decoder.hidden_dim=144", "--model.encoder.hidden_dim=144"]
@@ -9667,7 +9119,6 @@ def test_attention_layers_may_be_all_of_a_decoder_and_no_more(tmp_path):
     config.load(path, [*choice, "--model.decoder.attention_layers=3"])
     error = config_refusal(path, [*choice, "--model.decoder.attention_layers=4"])
     assert "model.decoder.attention_layers: wanted at most num_layers 3, got 4" in error
-
 
 # ---- serve: requests, batching and answers ----
 
@@ -10112,7 +9563,6 @@ def test_an_upload_whose_pieces_were_in_two_batches_has_the_times_of_both():
     found = transcribe.entry(serving_system(), bodies.Upload([], 1.0), jobs, nothing, 2000.0, False)
     assert found["timing"] == {"queue_ms": 500.0, "infer_ms": 750.0, "total_ms": 2000.0, "batch_size": 3}
 
-
 # ---- serve: what clients send ----
 
 FORMATS = {  # by name: ffmpeg's flags, and what the message calls it
@@ -10214,7 +9664,6 @@ def test_features_are_clamped_at_a_thousand_and_large_json_lets_others_work(monk
         assert bodies.parse_json(b'{"a": 1}'.ljust(size)) == {"a": 1.0} and len(converted) == (size == 2**19)
     kinds = (b"", b"RIFF\0\0\0\0WAVE", b"RF64\0\0\0\0WAVE", b"RIFX\0\0\0\0WAVE", b"RIFF\0\0\0\0AVI ")
     assert [bodies.is_wav(start) for start in kinds] == [True, True, True, False, False]
-
 
 # ---- serve: what the operator needs ----
 
@@ -10460,7 +9909,6 @@ def test_word_tokens_are_marked_so_that_they_spell_the_text():
     assert len(found.text.split()) > 2
     assert "".join(t.token for t in found.tokens).replace("▁", " ").strip() == found.text
 
-
 # ---- serve: the page, in a browser ----
 
 class Browser:
@@ -10650,12 +10098,10 @@ def test_page_asks_for_the_key(browser, monkeypatch):
         browser.run("document.getElementById('key').value = 'secret'; document.querySelector('#ask button').click()")
         browser.wait(DONE)
 
-
 def saved_wav(browser) -> bytes:
     """What the page has of a recording."""
     return base64.b64decode(browser.run("""new Promise(done => { const reader = new FileReader();
         reader.onload = () => done(reader.result.split(",")[1]); reader.readAsDataURL(shown.wav); })"""))
-
 
 # C211
 @needs_kit
@@ -10690,7 +10136,6 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
     assert {event["params"]["entry"]["text"] for event in browser.complaints()} == {
         "Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
 
-
 # ---- serve: voice activity and punctuation ----
 
 @needs_kit
@@ -10723,7 +10168,6 @@ def test_serve_loads_both_parts():
     system = serve.load_warm(serve.parse_arguments(arguments)).whole
     assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
 
-
 # ---- sessions: what FunASR's clients send and get, over a socket ----
 
 @functools.cache
@@ -10738,14 +10182,11 @@ def socket_models(*parts: str) -> settings.Models:
         whole = whole._replace(punctuation=kit_punctuation(parts[-1]))
     return settings.Models(streaming_system("streaming"), whole)
 
-
 def pcm_of(samples: torch.Tensor) -> bytes:
     return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
 
-
 def kit_speech(seconds: float = 4.0) -> torch.Tensor:
     return streaming_cases("streaming")["aishell_dev"][0][:int(16000 * seconds)]
-
 
 # C200
 @needs_kit
@@ -10774,7 +10215,6 @@ def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_o
         assert (last["text"], last["tokens"], last["is_final"]) == ("", [], True)
         assert ending == {"mode": "online", "wav_name": "a", "is_final": True, "is_end": True}
 
-
 # C200
 @needs_kit
 @pytest.mark.parametrize("rate_hz", [8000, 11025, 48000])
@@ -10787,7 +10227,6 @@ def test_any_rate_is_resampled_as_a_stream(rate_hz):
     with serving(socket_models()) as server, Talker(server) as client:
         messages = client.say({"audio_fs": rate_hz}, data, 3333)
         assert "".join(m["text"] for m in messages) == wanted.text and len(messages) > 1
-
 
 # C203
 @needs_kit
@@ -10828,7 +10267,6 @@ def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path,
             only, = client.say(settings, data)
             assert (only["mode"], only["text"], only["text_so_far"]) == ("offline", direct, direct)
 
-
 # C204
 @needs_kit
 def test_what_is_refused_is_said_and_the_socket_goes_on():
@@ -10856,7 +10294,6 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():
         error, last, ending = client.read(), client.read(), client.read()
         assert error["error"]["param"] == "wav_format" and last["is_final"] and not ending["is_final"] and ending["error"]
 
-
 # C204
 @needs_kit
 def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():
@@ -10872,7 +10309,6 @@ def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():
         messages = client.say({}, pcm_of(kit_speech(2.0))[32000:])
         assert {m["mode"] for m in messages} <= {"2pass-online", "2pass-offline"} and messages[-1]["wav_name"] == "now"
         assert {m["mode"] for m in client.say({}, pcm_of(kit_speech(1.0)))} == {"online"}
-
 
 # C205
 @needs_kit
@@ -10913,7 +10349,6 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():
             for x, y in zip(one, other):
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
-
 # C200
 def test_what_is_shown_of_a_text_is_never_taken_back():
     """Random symbols, letters among them, which become capitals when a second one follows: what certain_text gives only
@@ -10933,7 +10368,6 @@ def test_what_is_shown_of_a_text_is_never_taken_back():
             shown = certain
         assert text.startswith(shown) and len(text) - len(shown) < 12 and text == write_sentence(spell_words(heard))
 
-
 # C206
 @needs_kit
 def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_1001():
@@ -10949,7 +10383,6 @@ def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_10
             assert client.closed() == 1001 == silent.closed()
             draining.result(10)
 
-
 # C206
 @needs_kit
 def test_who_is_silent_is_pinged_and_closed_and_who_answers_stays():
@@ -10962,7 +10395,6 @@ def test_who_is_silent_is_pinged_and_closed_and_who_answers_stays():
             assert gone.frame() == (9, b"") and gone.closed() == 1001 == stuck.closed()
             assert there.say({}, bytes(3200))[-1]["is_final"]
     assert sum("code=1001" in line for line in server.lines) >= 2
-
 
 # C207
 @needs_kit
@@ -10992,7 +10424,6 @@ def test_audio_that_comes_too_fast_is_held_back_by_not_reading_and_hurts_nobody(
         assert max(heard) <= 9600
     assert not [line for line in server.lines if "bug" in line]
 
-
 # C207
 @needs_kit
 def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
@@ -11007,7 +10438,6 @@ def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
             client.send(pcm_of(kit_speech()))
         wait_until(lambda: not server.phases, 20)
         assert exchange(server, get())[0] == 200 and not [line for line in server.lines if "bug" in line]
-
 
 # C207
 @needs_kit
@@ -11030,7 +10460,6 @@ def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refuse
     steps = re.search(r"asr_step_size_sum (\d+)\nasr_step_size_count (\d+)", serve.metrics_text(server))
     assert int(steps[1]) == 3 * count > int(steps[2])
 
-
 # C208
 @needs_kit
 def test_what_is_offered_is_said_and_requests_want_a_model_of_whole_utterances():
@@ -11052,7 +10481,6 @@ def test_what_is_offered_is_said_and_requests_want_a_model_of_whole_utterances()
     with serving(serving_system(kind="toy")) as server:
         assert check_error(*exchange(server, get("GET /ws HTTP/1.1", *ASKS))) == (400, "toy_checkpoint")
 
-
 # C208
 @needs_kit
 @pytest.mark.parametrize("options, words", [
@@ -11070,7 +10498,6 @@ def test_checkpoints_that_do_not_go_together_are_refused(options, words):
             serve.load_warm(serve.parse_arguments(argv))
     else:
         assert serve.load_warm(serve.parse_arguments(argv)).streaming.chunk == streaming.Chunk(8, 4)
-
 
 # C200
 @needs_kit
@@ -11092,7 +10519,6 @@ def test_the_websockets_package_is_understood():
         assert text == stream_through(streaming_system("streaming"), streaming.Chunk(old=5), [samples])[0][0].text
         wait_until(lambda: any("code=1000" in line for line in server.lines))
 
-
 # ---- bench: figures ----
 
 # C112
@@ -11112,7 +10538,6 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
     assert 0 < float(rows[1][1]) < 100 and save_sec < epoch_sec + 0.1
     assert rows[3][:2] == ("first step after 7.0 s, of which import torch 0.1 s", "6.9")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
-
 
 # C110
 def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(tmp_path, capsys, monkeypatch):
@@ -11147,7 +10572,6 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
         ["1.0", "1.00", *right, f"{paths[0]}, greedy"],
         ["0.2", "4.00", *wrong, f"{paths[1]}, greedy"], ["0.1", "12.00", *wrong, f"{paths[1]}, beam 10"]]
 
-
 # C110
 def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked_for(tmp_path, capsys):
     ckpt, wav = saved(searching_system("ctc"), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.7)
@@ -11159,7 +10583,6 @@ def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked
         assert bench.main(["decode", ckpt, *what]) == 2
         assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
 
-
 @pytest.mark.parametrize("arguments", [
     ["decode", "--plot=x"], ["decode", "--report=x"], ["decode", "--dtype=int8"], ["decode", "--ckpt=x"],
     ["decode", "--beam=2"], ["decode", "--batch-size=1"], ["decode", "x.pt", "--ckpt=y"],
@@ -11168,14 +10591,12 @@ def test_measuring_refuses_what_has_no_effect_on_it(arguments, capsys):
     assert bench.main(arguments) == 2
     assert re.fullmatch(r"bench\.py: .*wanted .*\n", capsys.readouterr().err)
 
-
 @pytest.mark.parametrize("arguments", [["x.pt", "--dtype=int8"], ["--dtype=int8", "--checkpoint=x.pt"]])
 def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, arguments):
     measured = []
     monkeypatch.setattr(bench, "serving_figures", measured.append)
     assert bench.main(["serve", *arguments]) == 0
     assert (measured[0].checkpoint, measured[0].dtype) == ("x.pt", "int8")
-
 
 def shrink_benchmark(monkeypatch) -> None:
     """configs/paraformer_large.yaml becomes small."""
@@ -11184,7 +10605,6 @@ def shrink_benchmark(monkeypatch) -> None:
     sizes = replace(options.model, encoder=replace(options.model.encoder, **small),
                     decoder=replace(options.model.decoder, **small))
     monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
-
 
 # C110
 def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):
@@ -11201,7 +10621,6 @@ def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert ", 3 threads\n" in out and {command[-2] for command in commands} == {"3"}
 
-
 @slow
 def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch, capfd):
     shrink_benchmark(monkeypatch)
@@ -11214,7 +10633,6 @@ def test_the_benchmark_prints_loading_and_every_load_in_every_layout(monkeypatch
         assert re.search(rf"^{layout}( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         for load in (" +1 +2 s", " +2 +2 s"):
             assert re.search(rf"^{load} +{layout} +\d+\.\d +\d+ \(\d+ to \d+\) +\d+\.\d +\d+\.\d\d% +\d+%$", text, re.M)
-
 
 PLANTED_FUNASR = """
 from types import SimpleNamespace
@@ -11250,7 +10668,6 @@ class InferenceSession:
         return given["speech"], given["speech_lengths"] // 5
 """
 
-
 @needs_kit
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 @pytest.mark.parametrize("peers", [True, False])
@@ -11278,20 +10695,17 @@ def test_ours_is_measured_beside_the_peers_that_are_installed(tmp_path, monkeypa
         assert bool(re.search(f"^{name}{figures.format(ratio, tokens)}", out, re.M)) == peers
     assert len(out.splitlines()) == (9 if peers else 8)
 
-
 @pytest.mark.parametrize("busy, own, wall, disturbed", [(1.0, 1.0, 1.0, False), (1.99, 1.9, 1.0, False),
                                                         (2.0, 1.8, 1.0, True), (0.0, 1.5, 1.0, False)])
 def test_a_turn_is_disturbed_if_others_use_a_twentieth_of_two_cores(monkeypatch, busy, own, wall, disturbed):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert bench_peers.is_disturbed(busy, own, wall) == disturbed
 
-
 def test_a_peer_interpreter_that_is_none_or_has_no_effect_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="--peer-python: wanted a Python interpreter, got nowhere"):
         bench_peers.measure_peers(str(tmp_path), 1, [], "nowhere")
     assert bench.main(["decode", "a.pt", "--peer-python=x"]) == 2
     assert "--peer-python: wanted no INPUT beside it" in capsys.readouterr().err
-
 
 @slow
 def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capfd):
@@ -11303,7 +10717,6 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
     for count in (0, 3):
         assert re.search(rf"^ +{count} float32 +mapped( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         assert re.search(rf"^ +{count} float32 +\d+ \(\d+ to \d+\) +\d+\.\d$", text, re.M)
-
 
 def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(tmp_path, capsys):
     """Oracle: decode.py on the checkpoint that the run left, and the rows that it was trained on."""
@@ -11327,7 +10740,6 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     assert [amounts.epochs_for(size) for size in (64, 250, 1000, 3000)] == [200, 120, 30, 20]
     assert [amounts.epochs_for(size, 0.33) for size in (64, 250, 1000, 3000)] == [66, 40, 10, 7]
 
-
 def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     bench_long.measure_parts([], 60, 100, 1)
@@ -11337,7 +10749,6 @@ def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
     listener = vad.Fsmn(vad.Network())
     assert len(listener.state_dict()) == 24 and sum(x.numel() for x in listener.state_dict().values()) == 428738
     assert bench.main(["parts", "more"]) == 2
-
 
 def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, capsys, monkeypatch):
     """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment."""
@@ -11356,7 +10767,6 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     assert len(lines) == 5 and lines[0] == f"silent pauses: {whole}" and lines[4] == f"an offset of 0.1: {whole}"
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
 
-
 # C212
 @needs_kit
 def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):
@@ -11367,7 +10777,6 @@ def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monke
     assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "8", "16"]
     assert lines[-2] == "in one batch, 12 streams stay in real time"
     assert lines[-1].endswith("greatest difference: 0 (0: equal to the last bit)")
-
 
 # C212
 @needs_kit
@@ -11384,7 +10793,6 @@ def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():
     with pytest.raises(ValueError, match="the server: no"):
         bench_stream.latencies_ms(client, system)
 
-
 # C212
 @needs_kit
 def test_sockets_speak_at_real_time_pace_and_are_timed():
@@ -11395,7 +10803,6 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
     found = re.match(r"2 sockets at real-time pace for 2 s: latency p50 (\d+) ms, p99 (\d+) ms .* of (\d+) messages", line)
     assert time.monotonic() - began > 2 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
     assert bench.main(["stream", str(KIT / "sanm")]) == 2
-
 
 # ---- the project: layout, floors, documents ----
 
@@ -11409,12 +10816,10 @@ FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "w
 LEAVES = [name for name, floor in FLOORS.items() if floor == 1]
 FILES = [name for name in FLOORS if (HERE / f"{name}.py").exists()]
 
-
 def imported(path: Path) -> set[str]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return {name.split(".")[0] for name in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
-
 
 # C35
 @pytest.mark.parametrize("name", FILES)
@@ -11422,7 +10827,6 @@ def test_imports_go_down_the_floors_only(name):
     names = imported(HERE / f"{name}.py")
     assert all(FLOORS[other] < FLOORS[name] for other in names & set(FLOORS))
     assert names - set(FLOORS) <= {"torch", "numpy"} | set(sys.stdlib_module_names)
-
 
 # C2 C15
 @pytest.mark.parametrize("name", FILES)
@@ -11434,14 +10838,12 @@ def test_masks_and_features_have_one_source(name):
     assert name in ("audio", "live", "data", "corpora") or "resample" not in called
     assert name == "attention" or not called & {"tril", "triu"}
 
-
 # C35
 @pytest.mark.parametrize("name", [name for name in LEAVES if name in FILES])
 def test_a_leaf_imports_alone_in_an_empty_folder(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
 
 def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
     allowed = {f"{name}.py" for name in [*FLOORS, "test_all"]} | {
@@ -11451,14 +10853,12 @@ def test_the_top_level_holds_what_the_layout_names_and_nothing_else():
         pytest.skip("no git checkout")
     assert {line.split("/")[0] for line in tracked.stdout.split("\n") if line} <= allowed
 
-
 def test_readme_counts_the_lines_of_each_file():
     text = (HERE / "README.md").read_text()
     rows = re.findall(r"^\| [\d-]+ \| `(\w+\.py)` \| (\d+) \|", text, re.MULTILINE)
     rows += re.findall(r"`(\w+\.py)` \((\d+)\)", text)
     counts = {f"{name}.py": str((HERE / f"{name}.py").read_text().count("\n")) for name in [*FILES, "test_all"]}
     assert dict(rows) == counts and len(rows) == len(counts)
-
 
 def test_every_contract_names_tests_that_exist_and_carry_its_id():
     source = Path(__file__).read_text()
@@ -11471,10 +10871,8 @@ def test_every_contract_names_tests_that_exist_and_carry_its_id():
             found = re.search(rf"((?:^[#@ )\]].*\n)*)^def {name}\(", source, re.MULTILINE)
             assert found and re.search(rf"# .*\b{id}\b", found.group(1)), f"{id}: {name}"
 
-
 def readme_code() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-
 
 def test_readmes_uses_of_copied_files_run_in_an_empty_folder(tmp_path):
     code, = [c for c in readme_code() if not c.startswith("# energy.py")]
@@ -11484,13 +10882,11 @@ def test_readmes_uses_of_copied_files_run_in_an_empty_folder(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": ""},
                    timeout=60)
 
-
 def energy_file(folder: Path) -> None:
     """energy.py, README's new architecture."""
     code, = [c for c in readme_code() if c.startswith("# energy.py")]
     assert len(code.splitlines()) <= 30
     (folder / "energy.py").write_text(code)
-
 
 def test_readmes_new_architecture_is_trained_and_found_again_by_the_command_that_its_run_prints(tmp_path):
     energy_file(tmp_path)
@@ -11501,7 +10897,6 @@ def test_readmes_new_architecture_is_trained_and_found_again_by_the_command_that
         assert done.returncode == 0, done.stderr
         argv = (re.findall("decode with: python (.*)", done.stdout) or [""])[0].split()
     assert "token accuracy" in done.stderr
-
 
 def test_readmes_new_loss_is_in_the_total_and_in_all_that_a_run_leaves(tmp_path):
     """Its lines put below the ones that README shows, in a copy of the project. Oracle: the sum by hand."""
@@ -11527,7 +10922,6 @@ def test_readmes_new_loss_is_in_the_total_and_in_all_that_a_run_leaves(tmp_path)
     assert {"loss_z", "dev_loss_z"} <= set((run / "results.csv").read_text().split("\n")[0].split(","))
     assert "  z " in (run / "train.log").read_text() and ">z " in (run / "curves.svg").read_text()
 
-
 @pytest.mark.parametrize("name, words", [
     ("nowhere.Energy", "wanted nowhere.py in the working directory for nowhere.Energy, got none"),
     ("mine.Nothing", "wanted a torch.nn.Module of the name Nothing in mine.py, got None"),
@@ -11539,20 +10933,17 @@ def test_an_architecture_that_is_not_there_is_named(tmp_path, monkeypatch, name,
     with pytest.raises(ValueError, match=re.escape(words)):
         checkpoint.architecture(name)
 
-
 def readme_commands() -> list[str]:
     """The command lines of README, without the remarks behind them."""
     blocks = re.findall(r"(?:^    .*\n)+", re.sub(r"```.*?```", "", (HERE / "README.md").read_text(), flags=re.S), re.M)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [re.split(r"\s{3,}", line.strip())[0] for line in lines]
 
-
 README_RUNS = {  # of configs as README names them: options that make a run of seconds
     "configs/toy.yaml": "--training.num_epochs=1 --data.toy.num_train=64 --data.toy.num_dev=12 --training.threads=1",
     "configs/finetune.yaml": "--training.num_epochs=1 --data.augment.freq_width=3 --training.threads=1",
     "configs/small.yaml": "--training.num_epochs=1 --data.num_workers=0",
     "configs/digits.yaml": "--training.num_epochs=1 --training.threads=1 --data.num_workers=0"}
-
 
 def small(command: str) -> str:
     """A command of README with README_RUNS's options; "" for what installs, tests, serves and measures."""
@@ -11563,7 +10954,6 @@ def small(command: str) -> str:
     for name, options in README_RUNS.items():
         command = command.replace(name, f"{name} {options}")
     return command
-
 
 @pytest.fixture(scope="module")
 def readme_folder(tmp_path_factory) -> Path:
@@ -11586,7 +10976,6 @@ def readme_folder(tmp_path_factory) -> Path:
     shutil.copytree(KIT / "streaming", folder / "paraformer-zh-streaming")
     return folder
 
-
 @slow
 @needs_kit
 def test_every_command_of_readme_runs_as_it_stands(readme_folder):
@@ -11602,7 +10991,6 @@ def test_every_command_of_readme_runs_as_it_stands(readme_folder):
         allowed = ("0", "1") if "--overfit" in command else ("0",)  # a few steps learn no made-up text by heart
         assert codes.get(str(n)) in allowed, (command, done.stderr[-3000:])
 
-
 @slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_every_curl_line_of_readme_is_answered(tmp_path):
@@ -11616,7 +11004,6 @@ def test_every_curl_line_of_readme_is_answered(tmp_path):
             command = line.replace("localhost:8000", f"{host}:{port}") + " --fail-with-body --silent --show-error"
             done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60)
             assert done.returncode == 0, (line, done.stdout, done.stderr)
-
 
 def test_ci_runs_the_test_command_of_readme():
     command = re.search(r"python -m pytest \S+ test_all\.py", (HERE / "README.md").read_text()).group(0)
