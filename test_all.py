@@ -10431,7 +10431,7 @@ def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
         with Talker(server) as client:
             client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             with contextlib.suppress(OSError):
-                for _ in range(100):
+                for _ in range(1000):
                     client.connection.sendall(client_frame(1, b"no json") * 1000)
             wait_until(lambda: any("code=1006" in line for line in server.lines), 20)
         with Talker(server) as client:
