@@ -10428,7 +10428,7 @@ def test_audio_that_comes_too_fast_is_held_back_by_not_reading_and_hurts_nobody(
 @needs_kit
 def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
     with serving(socket_models(), write_timeout=0.5) as server:
-        with Talker(server) as client:
+        with Talker(server, timeout=5) as client:
             client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             with contextlib.suppress(OSError):
                 for _ in range(1000):
