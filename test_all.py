@@ -1056,6 +1056,32 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     assert audio.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
     assert audio.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
 
+# C79
+def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():
+    for dip, cut in ((24.9, 120), (25.1, 97)):      # the middle of a pause from 95 to 145; without one, the lowest level
+        level = np.full(300, 100.0)
+        level[:40] = 0.0
+        level[95:145] = dip
+        assert audio.find_cut(level, 45, 200) == cut
+    level = audio.levels(torch.tensor([1.0, -1.0] * 50 + [0.0] * 100), 100)
+    assert level.tolist() == [0.0, -70.0]
+
+def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
+    for rate, taken in ((999, False), (1000, True), (1_000_000, True), (1_000_001, False)):
+        fmt = struct.pack("<HHIIHH", 1, 1, rate, rate * 2, 2, 16)
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match=f"at {rate} Hz"):
+            assert audio.parse_fmt(fmt)[3] == rate
+    header = audio.WavHeader(1, 16, 2, 1, 1000, 44, 10_000)
+    for seconds, samples in ((9.901, 10_000), (9.899, 9899), (10.5, 10_000)):
+        assert audio.cut_header(header, audio.Part("a.wav", seconds=seconds)).num_samples == samples
+    with pytest.raises(ValueError, match="from 0 to 10.51 s, got a recording of 10.000 s"):
+        audio.cut_header(header, audio.Part("a.wav", seconds=10.51))
+
+def test_times_turn_at_exactly_a_minute_and_an_hour():
+    assert [dry_run.clock(s) for s in (59.9, 60, 3599, 3600)] == ["0:00:59", "0:01:00", "0:59:59", "1:00:00"]
+    assert [report.timestamp(s, ",") for s in (59.9994, 59.9996, 3600)] == ["00:00:59,999", "00:01:00,000",
+                                                                            "01:00:00,000"]
+
 def test_silence_stays_with_the_speech_that_it_is_beside():
     rng = np.random.default_rng(2)
     samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
@@ -5558,6 +5584,10 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
 # C98
 def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
     """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
+    drawn = []
+    nothing = report.score(report.Outcome(0, "a", 1.0, "a", report.Result("", 0.0, [], [])), list)
+    report.write_report(tmp_path, [nothing] * 51, [], lambda i: drawn.append(i) or "")
+    assert len(drawn) == 50
     monkeypatch.setattr(report, "WORST", 3)
     system, paths = tiny_system(), [spoken(tmp_path / f"{i}.wav", 0.3 + 0.1 * i) for i in range(5)]
     dataset = decode.open_inputs(system, paths, tmp_path)
