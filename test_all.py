@@ -7474,6 +7474,21 @@ def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, ch
     mended = replace(training, **{name: type(getattr(training, name))(value) for name, value in tried.items()})
     assert list(dry_run.schedule_warnings(mended, steps * mended.num_epochs // training.num_epochs)) == []
 
+def test_what_cannot_work_begins_at_exact_bounds():
+    training = config.TrainingConfig(warmup_steps=64, average_decay=1 - 1 / 64)
+    for steps, wanted in ((320, []), (319, ["warmup_steps", "average_decay"])):
+        assert [re.match(r"training\.(\w+)", line)[1] for line in dry_run.schedule_warnings(training, steps)] == wanted
+    manifest = config.Config(data=config.DataConfig(kind="manifest"))
+    assert not list(dry_run.dev_warnings(manifest, 90, 10))
+    hints = ["corpora.py folder --dev-share 0.1", "corpora.py folder --dev-share 0.5", "record 20 or more"]
+    for num_train, hint in zip((91, 11, 10), hints):
+        assert next(dry_run.dev_warnings(manifest, num_train, 9)).endswith(hint)
+    lengths = np.full(10, 10 * manifest.model.encoder.subsampling)
+    for crowded, lines in ((1, 0), (2, 1)):
+        counts = np.where(np.arange(10) < crowded, 11, 10)     # tokens, for 10 frames behind the subsampling
+        assert len(list(dry_run.length_warnings(manifest, lengths, counts))) == lines
+    assert not list(dry_run.rate_warnings(16000, [8000, 16000])) and not list(dry_run.rate_warnings(8000, [8000, 16000]))
+
 # C157
 def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they_are_mended(tmp_path, capsys):
     """Sixteen recordings of 0.5 s at 8 kHz with 20 letters each, 12 frames behind a subsampling of 4."""
