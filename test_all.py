@@ -1078,6 +1078,7 @@ def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
         audio.cut_header(header, audio.Part("a.wav", seconds=10.51))
 
 def test_times_turn_at_exactly_a_minute_and_an_hour():
+    assert [corpora.show_length(s) for s in (59.9, 60, 3599, 3600)] == ["59.9 s", "1.0 min", "60.0 min", "1.00 h"]
     assert [dry_run.clock(s) for s in (59.9, 60, 3599, 3600)] == ["0:00:59", "0:01:00", "0:59:59", "1:00:00"]
     assert [report.timestamp(s, ",") for s in (59.9994, 59.9996, 3600)] == ["00:00:59,999", "00:01:00,000",
                                                                             "01:00:00,000"]
