@@ -7807,6 +7807,10 @@ def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
                       "--min-segment-sec=10", "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
         assert refused_arguments(capsys, *arguments.split()) == "", arguments
 
+def test_pieces_of_a_long_recording_have_1_to_20_s_unless_told_otherwise():
+    arguments = decode.parse_arguments([])
+    assert checkpoint.SEGMENT_SEC == (arguments.min_segment_sec, arguments.max_segment_sec) == (1.0, 20.0)
+
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
     given = {"format": "txt", "dtype": "bfloat16", "vad_schedule": "funasr", "chunk": "8,4", "look_back": "3,1",
