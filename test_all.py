@@ -10006,8 +10006,9 @@ class Browser:
                   mobile=width < 500)
         self.call("Emulation.setEmulatedMedia",
                   features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.run("window.left = true")                   # chromium answers before the new page is in the old one's place
         self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete' && document.getElementById('state')?.className")
+        self.wait("!window.left && document.readyState === 'complete' && document.querySelector('#state.ok, #state.bad')")
 
     def wait(self, condition: str, timeout: float = 20.0) -> None:
         deadline = time.monotonic() + timeout
