@@ -270,9 +270,7 @@ def embeddings_svg(panel: Panel, embeds: Tensor, tokens: Sequence[Span]) -> str:
     for values, (_, start, end) in zip(embeds, tokens):
         first, last = (round(panel.width * sec / panel.seconds) for sec in (start, end))
         columns[:, first:max(last, first + 1)] = values[:, None]
-    href = heat_map(F.adaptive_max_pool2d(columns[None], (min(len(columns), round(panel.height)), None))[0].numpy())
-    return (f'<image x="{panel.left}" y="{panel.top}" width="{panel.width}" height="{panel.height}" '
-            f'preserveAspectRatio="none" style="image-rendering:pixelated" href="{href}"/>')
+    return image_svg(panel, columns, (0, panel.seconds), (0, panel.seconds))
 
 
 def guesses_svg(panel: Panel, tokens: Sequence[Span], shares: Sequence[float],
