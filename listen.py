@@ -1,8 +1,7 @@
 """Recordings, and standard input, heard by a streaming model: what decode.py does with one.
 
 `hear_stream` says what is certain after each piece of a recording, `stream_result` makes a Result of all of it, and
-`show_streams` prints the text as it grows. `system` as checkpoint.System. Needs torch, audio.py, live.py, streaming.py,
-report.py, sentences.py and what these need.
+`show_streams` prints the text as it grows. `system` as checkpoint.System. Needs torch and what its imports name.
 """
 import argparse
 import itertools
@@ -18,7 +17,7 @@ from torch import Tensor
 from audio import stream
 from live import pipe_header, pipe_samples, resample_pieces
 from pieces import UNSPOKEN
-from report import Result, Token, is_ideograph, mean_confidence, text_of, words_of
+from report import Result, Token, join_words, mean_confidence, text_of, words_of
 from sentences import with_sentences
 from streaming import Chunk, StreamResult, StreamToken, feed, start
 from survival import ERASE
@@ -42,28 +41,28 @@ def with_chunk(arguments: argparse.Namespace, system):
         if is_changed:
             raise ValueError(f"{option}: of no use to a streaming model, which hears a recording chunk by chunk; "
                              "leave it out")
-    chunk = system.chunk
-    new, ahead = arguments.chunk or (chunk.new, chunk.ahead)
-    encoder, decoder = arguments.look_back or (chunk.encoder_look_back, chunk.decoder_look_back)
-    return system._replace(chunk=Chunk(new, ahead, encoder, decoder, chunk.old))
+    return system._replace(chunk=asked_chunk(arguments, system.chunk))
+
+
+def asked_chunk(arguments: argparse.Namespace, usual: Chunk) -> Chunk:
+    """The usual one with what --chunk and --look-back change of it. Raises ValueError for one that cannot be."""
+    new, ahead = arguments.chunk or (usual.new, usual.ahead)
+    encoder, decoder = arguments.look_back or (usual.encoder_look_back, usual.decoder_look_back)
+    return Chunk(new, ahead, encoder, decoder, usual.old)
 
 
 def hear_stream(system, pieces: Iterable[Tensor]) -> Iterator[StreamResult]:
     """What is certain after each of these pieces (n,) at the model's rate, and at the end. A KeyboardInterrupt (Ctrl-C)
-    while it waits for a piece comes behind the result of all pieces before."""
+    in between comes behind the result of all pieces that were heard."""
     state = start(system, system.chunk)
-    pieces = iter(pieces)
     interrupted = None
-    ended = False
-    while not ended:
-        try:
-            piece = next(pieces, None)
-        except KeyboardInterrupt as pressed:
-            interrupted = pressed
-            piece = None
-        ended = piece is None
-        state, result = feed(system, state, torch.zeros(0) if ended else piece, ended)
-        yield result
+    try:
+        for piece in pieces:
+            state, result = feed(system, state, piece)
+            yield result
+    except KeyboardInterrupt as pressed:
+        interrupted = pressed
+    yield feed(system, state, torch.zeros(0), last=True)[1]
     if interrupted:
         raise interrupted
 
@@ -89,23 +88,23 @@ class Written(NamedTuple):
     """What a punctuation model has made of a stream."""
 
     over: str = ""  # sentences that no later word changes
+    last: str = ""  # their last word, without marks
     rest: tuple[StreamToken, ...] = ()  # the tokens behind them
 
 
 def write_sentences(system, written: Written, tokens: Sequence[StreamToken]) -> tuple[Written, str]:
-    """More tokens of a stream -> the text so far with marks. Only the last sentence is written again, as it may go on."""
-    rest = (*written.rest, *(token for token in tokens if token.token not in UNSPOKEN))
-    *ended, last = with_sentences(system.punctuation, stream_result(system, rest)).sentences or [None]
-    over = written.over
-    for sentence in ended:
-        over = join_sentences(over, sentence.text)
-        rest = tuple(token for token in rest if token.end > sentence.words[-1].end)
-    return Written(over, rest), join_sentences(over, last.text) if last else over
-
-
-def join_sentences(before: str, after: str) -> str:
-    is_spaced = before[-1:].isascii() and not is_ideograph(after[:1])
-    return f"{before} {after}" if before and is_spaced else before + after
+    """More tokens of a stream -> the text so far with marks. Only the last sentence is written again: it may go on."""
+    over, last, rest = written
+    rest = (*rest, *(token for token in tokens if token.token not in UNSPOKEN))
+    result = stream_result(system, rest)
+    found = with_sentences(system.punctuation, result, last).sentences
+    count = 0
+    for sentence in found[:-1]:
+        over = join_words(sentence.words, over)
+        count += len(sentence.words)
+        last = result.words[count - 1].text
+        rest = tuple(token for token in rest if token.end > sentence.end)
+    return Written(over, last, rest), join_words(found[-1].words if found else [], over)
 
 
 def show_streams(system, names: Sequence[str], pcm_hz: int | None) -> None:

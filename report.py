@@ -90,12 +90,10 @@ def is_ideograph(text: str) -> bool:
     return len(text) == 1 and ("\u3040" <= text <= "\u30ff" or "\u3400" <= text <= "\u9fff" or text >= "\U00020000")
 
 
-def join_words(words: Sequence[Word]) -> str:
-    text = ""
-    for i, word in enumerate(words):
-        if i > 0 and word.spaced:
-            text += " "
-        text += word.text
+def join_words(words: Sequence[Word], text: str = "") -> str:
+    """The text with the words behind it."""
+    for word in words:
+        text += f" {word.text}" if text and word.spaced else word.text
     return text
 
 

@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from punctuation import Punctuation, punctuate_words
 from report import Result, Sentence, Word, is_ideograph, join_words
 
-def with_sentences(punctuation: Punctuation | None, result: Result) -> Result:
-    """The result with `sentences`: its words with their marks and capitals, in their own times. None: as it is."""
+
+def with_sentences(punctuation: Punctuation | None, result: Result, last: str = "") -> Result:
+    """The result with `sentences`: its words with their marks and capitals, in their own times. None: as it is.
+    last: the word that was spoken before it, without marks."""
     if punctuation is None:
         return result
     written = punctuate_words(punctuation, [word.text for word in result.words])
     sentences: list[Sentence] = []
     words: list[Word] = []
-    last = ""
-    for word, new in zip(result.words, written, strict=True):
-        apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))
-        words.append(word._replace(text=new.text, spaced=new.spaced or apart))  # apart: accents are no ASCII
+    for i, (word, new) in enumerate(zip(result.words, written, strict=True)):
+        apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))    # accents are no ASCII
+        words.append(word._replace(text=new.text, spaced=apart or i > 0 and new.spaced))
         last = word.text
         if new.ends == "sentence":
             sentences.append(sentence_of(words))
