@@ -115,6 +115,12 @@ def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndar
     return feats
 
 
+def features(system: System, samples: Tensor, place: str) -> Tensor:
+    """Samples (n,) at the model's rate -> its input (T,F). Raises Refusal 422 for NaN."""
+    config = system.config.data
+    return prepare(system, frontend(samples, config.sample_rate, config), place)
+
+
 def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     """Raw features (T,F) -> the model's input (T,F), normalised and clamped. Raises Refusal 422 for NaN."""
     feats = normalise(feats, system.stats.cpu())
@@ -199,17 +205,14 @@ def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Uplo
     All that the header tells is checked before any sample is decoded.
     """
     seconds = wav_seconds(body, options.max_audio_seconds)
-    config = system.config.data
     pieces = []
     try:
         for piece in decode.cut_recording(system, body):
-            pieces.append((piece.start_sec, frontend(piece.samples, config.sample_rate, config)))
+            pieces.append((piece.start_sec, features(system, piece.samples, "file")))
     except ValueError as error:
         message = str(error).removeprefix("<bytes>: ")
         raise Refusal(422, "not_finite", f"file: {message}", "file") from None
-    if not pieces:  # no speech
-        pieces = [(0.0, torch.zeros(0, system.stats.shape[1]))]
-    return Upload([(start, prepare(system, feats, "file")) for start, feats in pieces], seconds)
+    return Upload(pieces or [(0.0, torch.zeros(0, system.stats.shape[1]))], seconds)        # there may be no speech
 
 
 def parse_timeout(value: Any, longest: float) -> float:

@@ -13,8 +13,8 @@ gets the whole text. `timestamp` is JSON in a string, as FunASR's page parses it
 Ours beside FunASR's keys: tokens, text_so_far, latency_ms. What is refused is said in {"error": ...}, and nothing else
 changes. `"is_end": true` beside is_speaking asks for an acknowledgement.
 
-Reading order: settings, a stream on the inference thread, a session, the conversation over a socket.
-Needs torch, numpy and what its imports name. Source: FunASR's runtime/docs/websocket_protocol.md and its clients.
+First a session, then the conversation over a socket. Needs torch, numpy and what its imports name. Source: FunASR's
+runtime/docs/websocket_protocol.md and its clients.
 """
 import json
 import math
@@ -22,7 +22,7 @@ import select
 import socket
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,60 +40,24 @@ from sockets import Closed, GOING_AWAY, GONE, Socket
 from streaming import StreamToken
 from streams import Piece, Stream, Words, samples_due, start_stream
 from transcribe import as_wav, recognise
-from web import ClientLeft, Connection, Head, MIB, Refusal, body_too_large
+from web import ClientLeft, Connection, Head, Refusal, body_too_large
 
 MOST_TEXT = 65536           # characters of a text message
 NO_SPACE = " ，。？、"      # between segments on either side of which there is no space
 
 
-# ---- the models behind a connection ----
+# ---- a session ----
 
-class Engine:
-    """What a session waits for. `server` is serve.Server. All may raise Refusal or ClientLeft."""
+class Session:
+    """What the client behind a connection sends, utterance by utterance, to what it gets. `server` is serve.Server,
+    `head` what asked for the socket."""
 
     def __init__(self, server, head: Head, connection: Connection):
         self.server = server
         self.head = head
         self.connection = connection
-
-    def has_left(self) -> bool:
-        ended = self.connection.poll(select.POLLIN, 0) and not self.connection.request.recv(1, socket.MSG_PEEK)
-        return ended and not self.server.draining.is_set()      # while draining nothing is read any more
-
-    def hear(self, stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Words | Piece]]:
-        """streams.hear_steps, together with other streams."""
-        step = Step(samples, stream, time.monotonic(), math.inf, self.has_left, is_last=is_last)
-        self.server.batcher.submit_step(step)
-        return step.outcome.result()
-
-    def recognise(self, feats: Tensor, hotwords: tuple[str, ...] | None) -> Result:
-        """Features (T,F) by the model of whole utterances, in a batch with requests."""
-        if not len(feats):
-            return Result("", 0.0, [], [])
-        job = Job(feats, object(), time.monotonic(), math.inf, self.has_left, hotwords)
-        self.server.batcher.submit([job], bounded=False)
-        return job.outcome.result().result
-
-    def read_file(self, body: bytes, hotwords: tuple[str, ...] | None) -> Result:
-        """A recording in any format, as /transcribe has it."""
-        now = time.monotonic()
-        fields = {"hotwords": list(hotwords)} if hotwords else {}
-        recording = Recording(body, fields, parse_terms({}, self.server.options.request_timeout))
-        wav = as_wav(self.server, recording, now, self.has_left)
-        return recognise(self.server, self.head._replace(path="/transcribe"), wav, now, self.has_left)[2][0].result
-
-
-# ---- a session ----
-
-class Session:
-    """What a client sends, utterance by utterance, to what it gets. max_bytes: of a recording that is a file."""
-
-    def __init__(self, models: Models, engine: Engine, max_bytes: int, log: Callable[..., None]):
-        self.models = models
-        self.engine = engine
-        self.max_bytes = max_bytes
-        self.log = log
-        self.settings = first_settings(models)
+        self.models: Models = server.models
+        self.settings = first_settings(self.models)
         self.seconds = 0.0                      # of audio in all utterances that have ended
         self.arrived = 0.0                      # monotonic seconds
         self.begin()
@@ -141,14 +105,17 @@ class Session:
                 yield from self.hear(count, False)
         elif settings.mode != "offline":
             raise bad_value("wav_format", f"pcm in mode {settings.mode}", settings.wav_format)
-        elif len(self.received) > self.max_bytes:
-            raise body_too_large(f"more than {self.max_bytes}", self.max_bytes)
+        elif len(self.received) > (most := self.server.limits.max_body()):
+            raise body_too_large(f"more than {most}", most)
 
     def hear(self, count: int, is_last: bool) -> Iterator[dict[str, Any]]:
-        """Hear so many samples of what was received -> what there is to say."""
+        """Hear so many samples of what was received, together with other streams -> what there is to say."""
         samples = np.frombuffer(self.received[:2 * count], "<i2").astype(np.float32) / 32768
         del self.received[:2 * count]
-        self.stream, events = self.engine.hear(self.stream, torch.from_numpy(samples), is_last)
+        now = time.monotonic()
+        step = Step(torch.from_numpy(samples), self.stream, now, math.inf, self.has_left, is_last=is_last)
+        self.server.batcher.submit_step(step)
+        self.stream, events = step.outcome.result()
         for event in events:
             if isinstance(event, Words):
                 yield self.tell_words(event)
@@ -165,7 +132,7 @@ class Session:
         except Refusal as refusal:
             self.failure = refusal
         except Exception:
-            self.log("ERROR", "bug", traceback=traceback.format_exc())
+            self.server.log("ERROR", "bug", id=self.head.id, traceback=traceback.format_exc())
             self.failure = Refusal(500, "internal", "the server failed on this utterance; its log says more")
         self.received.clear()
         yield error_message(self.failure)
@@ -188,7 +155,7 @@ class Session:
         settings = self.stream.settings
         result = None
         if not is_pcm(settings):
-            result = self.engine.read_file(bytes(self.received), settings.hotwords)
+            result = self.recognise_file(bytes(self.received), settings.hotwords)
         else:
             yield from self.hear(len(self.received) // 2, True)
             self.seconds += self.stream.heard / self.models.rate_hz()
@@ -197,6 +164,29 @@ class Session:
         if result:
             text = written_text(result)
             yield self.message("offline", text, text, list(map(token_entry, result.tokens)), result.words)
+
+    # ---- the models, which may raise Refusal or ClientLeft ----
+
+    def has_left(self) -> bool:
+        ended = self.connection.poll(select.POLLIN, 0) and not self.connection.request.recv(1, socket.MSG_PEEK)
+        return ended and not self.server.draining.is_set()      # while draining nothing is read any more
+
+    def recognise_piece(self, feats: Tensor, hotwords: tuple[str, ...] | None) -> Result:
+        """Features (T,F) by the model of whole utterances, in a batch with requests."""
+        if not len(feats):
+            return Result("", 0.0, [], [])
+        job = Job(feats, object(), time.monotonic(), math.inf, self.has_left, hotwords)
+        self.server.batcher.submit([job], bounded=False)
+        return job.outcome.result().result
+
+    def recognise_file(self, body: bytes, hotwords: tuple[str, ...] | None) -> Result:
+        """A recording in any format, as /transcribe has it."""
+        now = time.monotonic()
+        fields = {"hotwords": list(hotwords)} if hotwords else {}
+        recording = Recording(body, fields, parse_terms({}, self.server.options.request_timeout))
+        wav = as_wav(self.server, recording, now, self.has_left)
+        _, heard = recognise(self.server, self.head._replace(path="/transcribe"), wav, now, self.has_left)
+        return heard[0].found.result
 
     # ---- answers ----
 
@@ -211,7 +201,7 @@ class Session:
     def tell_piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """A segment has ended: its text takes the place of the words so far, which are none in mode offline."""
         system = self.models.whole
-        result = self.engine.recognise(piece.feats, self.stream.settings.hotwords)
+        result = self.recognise_piece(piece.feats, self.stream.settings.hotwords)
         self.parts.append((piece.start_sec, decode.clip_times(system, result, piece.seconds)))
         if self.stream.settings.mode == "offline":
             return
@@ -267,7 +257,7 @@ def parse_message(text: str) -> dict[str, Any]:
 
 def error_message(refusal: Refusal) -> dict[str, Any]:
     """HTTP's error object; its empty text is for clients that append whatever comes."""
-    return json.loads(refusal.response({"text": "", "is_final": False}).body)
+    return {"text": "", "is_final": False, "error": refusal.entry()}
 
 
 def acknowledgement(settings: Settings, failure: Refusal | None) -> dict[str, Any]:
@@ -281,12 +271,11 @@ def hold(server, head: Head, connection: Connection) -> None:
     """A connection from its handshake, which `head` asked for, to its end. `server` is serve.Server."""
     server.phases[connection.request] = "socket"
     limits = server.limits
-    most = int(limits.max_body_mb * MIB)
-    session = Session(server.models, Engine(server, head, connection), most, server.log)
-    client = Socket(connection.read_some, connection.write, most, limits.idle_timeout, limits.body_timeout,
+    session = Session(server, head, connection)
+    client = Socket(connection.read_some, connection.write, limits.max_body(), limits.idle_timeout, limits.body_timeout,
                     connection.take(len(connection.buffer)))
     try:
-        end = converse(client, session, server)
+        end = converse(client, session)
         if end.code != GONE:
             client.close(end)
             connection.read_away(1.0)
@@ -297,18 +286,20 @@ def hold(server, head: Head, connection: Connection) -> None:
                audio=round(session.seconds, 1), code=end.code, reason=end.reason)
 
 
-def converse(client: Socket, session: Session, server) -> Closed:
+def converse(client: Socket, session: Session) -> Closed:
     """Messages of a client and their answers, until either side ends it -> how. Raises ClientLeft or OSError."""
-    while not server.draining.is_set():
+    draining = session.server.draining
+    metrics = session.server.metrics
+    while not draining.is_set():
         try:
             message = client.read()
         except Closed as end:
-            if not server.draining.is_set():
+            if not draining.is_set():
                 return end
         else:
-            tell(client, session.take(message), server.metrics)
+            tell(client, session.take(message), metrics)
     if session.stream:
-        tell(client, session.finish(), server.metrics)
+        tell(client, session.finish(), metrics)
     return Closed(GOING_AWAY, "the server is shutting down")
 
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 import vad
-from audio import Pauses, frontend
+from audio import Pauses
 from batcher import Step
-from bodies import prepare
-from checkpoint import System
+from bodies import features
 from decode import shifted
 from live import Resampling, resample_more
 from settings import Models, Settings
@@ -131,7 +130,7 @@ def cut(models: Models, stream: Stream, samples: Tensor, is_last: bool) -> tuple
     pieces = []
     for begin, end in ends:
         piece = stream.held[begin - stream.first:end - stream.first]
-        pieces.append(Piece(begin / rate_hz, len(piece) / rate_hz, features(models.whole, piece)))
+        pieces.append(Piece(begin / rate_hz, len(piece) / rate_hz, features(models.whole, piece, "audio")))
     if ends and stream.online:
         end = ends[-1][1]
         stream = stream._replace(online=start(models.streaming, stream.settings.chunk), begun=end, shown="",
@@ -161,8 +160,3 @@ def find_pauses(models: Models, stream: Stream, is_last: bool) -> tuple[list[tup
         ends.append((place, end))
         place = end
     return ends, place
-
-
-def features(system: System, samples: Tensor) -> Tensor:
-    config = system.config.data
-    return prepare(system, frontend(samples, config.sample_rate, config), "audio")

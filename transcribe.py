@@ -16,7 +16,7 @@ from torch import Tensor
 import decode
 from audio import frame_sec
 from batcher import Job, deadline_passed
-from bodies import INTERRUPTIBLE, Recording, Request, Upload, convert, is_wav, parse_request, read_recording
+from bodies import INTERRUPTIBLE, Recording, Terms, Upload, convert, is_wav, parse_request, read_recording
 from checkpoint import System
 from hotwords import unknown_warning
 from openai_forms import openai_response
@@ -71,10 +71,6 @@ def join_pieces(system: System, upload: Upload, found: Sequence[Recognition]) ->
     return Recognition(result, weights)
 
 
-def model_name(system: System) -> str:
-    return system.config.model.name
-
-
 def trained_on(system: System) -> str:
     """What a checkpoint has learned from, for who wonders about its answers."""
     options = system.config.data
@@ -86,18 +82,6 @@ def trained_on(system: System) -> str:
 
 # ---- requests ----
 
-def receive(server, head: Head, body: bytes, complete: float,
-            has_left: Callable[[], bool]) -> bytes | Recording:
-    """On the connection's thread: JSON as it is, a recording as WAV, by ffmpeg if it must.
-
-    Raises Refusal, or ClientLeft if the client left before its turn.
-    """
-    if media_type(head) == "application/json":
-        return body
-    refuse_toy(server.system)
-    return as_wav(server, read_recording(head, body, server.options), complete, has_left)
-
-
 def refuse_toy(system: System) -> None:
     """Raises Refusal 400 if the system has never heard a recording."""
     if system.config.data.kind == "toy":
@@ -106,7 +90,7 @@ def refuse_toy(system: System) -> None:
 
 
 def as_wav(server, recording: Recording, complete: float, has_left: Callable[[], bool]) -> Recording:
-    """The recording as WAV, by ffmpeg if it must. Raises as `receive`."""
+    """The recording as WAV, by ffmpeg if it must. Raises Refusal, or ClientLeft if the client left before its turn."""
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
     if has_left():
@@ -116,9 +100,17 @@ def as_wav(server, recording: Recording, complete: float, has_left: Callable[[],
     return recording._replace(wav=converted)
 
 
+class Heard(NamedTuple):
+    """One utterance of a request, and what became of it."""
+
+    upload: Upload
+    jobs: list[Job]             # of its pieces
+    found: Recognition
+
+
 def enqueue(server, head: Head, sent: bytes | Recording, complete: float,
-            has_left: Callable[[], bool]) -> tuple[Request, list[list[Job]]]:
-    """Parse what was sent and queue its jobs, on a parser thread -> its Request; for each upload, a job per piece.
+            has_left: Callable[[], bool]) -> tuple[Terms, list[tuple[Upload, list[Job]]]]:
+    """Parse what was sent and queue its jobs, on a parser thread -> its terms, and each upload with a job per piece.
 
     A piece without frames is not queued, as its outcome is known. complete: monotonic seconds at which the whole
     request had arrived; its deadline counts from there.
@@ -128,40 +120,39 @@ def enqueue(server, head: Head, sent: bytes | Recording, complete: float,
         raise ClientLeft
     request = parse_request(head, sent, server.system, server.options)
     now = time.monotonic()
-    queue, by_upload = [], []
+    queue, queued = [], []
     for upload in request.uploads:
         jobs = [Job(feats, upload, now, complete + request.terms.timeout, has_left, upload.hotwords, taken=now)
                 for _, feats in upload.pieces]
-        by_upload.append(jobs)
+        queued.append((upload, jobs))
         for job in jobs:
             if len(job.feats):
                 queue.append(job)
             else:
                 job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
     server.batcher.submit(queue)
-    return request, by_upload
+    return request.terms, queued
 
 
-def recognise(server, head: Head, sent: bytes | Recording, complete: float, has_left: Callable[[], bool]
-              ) -> tuple[Request, list[list[Job]], list[Recognition]]:
-    """What was sent -> its Request; for each upload its jobs, and what became of them. Raises as `enqueue`, and Refusal
-    504."""
+def recognise(server, head: Head, sent: bytes | Recording, complete: float,
+              has_left: Callable[[], bool]) -> tuple[Terms, list[Heard]]:
+    """What was sent -> its terms and utterances. Raises as `enqueue`, and Refusal 504."""
     is_large = isinstance(sent, bytes) and len(sent) >= INTERRUPTIBLE
     parser = server.large_json_parser if is_large else server.parser
-    found = []
+    heard = []
     try:
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, sent, complete, has_left)
-            request, by_upload = parsing.result(max(0.0, complete + server.options.request_timeout - time.monotonic()))
-        for upload, jobs in zip(request.uploads, by_upload):
+            terms, queued = parsing.result(max(0.0, complete + server.options.request_timeout - time.monotonic()))
+        for upload, jobs in queued:
             pieces = [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
-            found.append(join_pieces(server.system, upload, pieces))
+            heard.append(Heard(upload, jobs, join_pieces(server.system, upload, pieces)))
     except TimeoutError:
         parsing.cancel()        # has no effect once it has begun
         raise deadline_passed() from None
-    server.metrics.add("asr_audio_seconds_total", amount=sum(upload.seconds for upload in request.uploads))
-    server.metrics.add("asr_tokens_total", amount=sum(len(recognition.result.tokens) for recognition in found))
-    return request, by_upload, found
+    server.metrics.add("asr_audio_seconds_total", amount=sum(one.upload.seconds for one in heard))
+    server.metrics.add("asr_tokens_total", amount=sum(len(one.found.result.tokens) for one in heard))
+    return terms, heard
 
 
 def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
@@ -170,37 +161,39 @@ def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) ->
     if server.system is None:
         raise Refusal(400, "streaming_checkpoint", "the model here hears streams: wanted a web socket (GET /ws), or a "
                       "server with --offline-checkpoint")
-    sent = receive(server, head, body, complete, has_left)
-    request, by_upload, found = recognise(server, head, sent, complete, has_left)
-    terms = request.terms
+    sent = body
+    if media_type(head) != "application/json":
+        refuse_toy(server.system)
+        sent = as_wav(server, read_recording(head, body, server.options), complete, has_left)
+    terms, heard = recognise(server, head, sent, complete, has_left)
+    upload, jobs, found = heard[0]
     if terms.openai:
-        response = openai_response(found[0].result, request.uploads[0].seconds, terms.openai)
+        response = openai_response(found.result, upload.seconds, terms.openai)
     else:
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, upload, jobs, recognition, total_ms, terms.alignment)
-                   for upload, jobs, recognition in zip(request.uploads, by_upload, found)]
+        results = [entry(server.system, one, total_ms, terms.alignment) for one in heard]
         answered = {"results": results} if terms.is_batch else results[0]
-        response = json_response({"id": head.id, "model": model_name(server.system), **answered})
-    warning = unknown_warning(request.uploads[0].hotwords or (), server.system.tokenizer) or ""
-    return response._replace(batch=by_upload[0][0].batch_size, warning=warning)
+        response = json_response({"id": head.id, "model": server.system.config.model.name, **answered})
+    warning = unknown_warning(upload.hotwords or (), server.system.tokenizer) or ""
+    return response._replace(batch=jobs[0].batch_size, warning=warning)
 
 
-def entry(system: System, upload: Upload, jobs: Sequence[Job], found: Recognition, total_ms: float,
-          alignment: bool) -> dict:
-    """The answer for one upload. alignment adds the firing weights, one every `step` seconds, for pictures."""
+def entry(system: System, heard: Heard, total_ms: float, alignment: bool) -> dict:
+    """The answer for one utterance. alignment adds the firing weights, one every `step` seconds, for pictures."""
+    upload, jobs, (result, weights) = heard
     batches = {job.taken: job.infer_sec for job in jobs}        # pieces may share a batch
     timing = {"queue_ms": round((min(batches) - jobs[0].queued) * 1e3, 2),
               "infer_ms": round(sum(batches.values()) * 1e3, 2),
               "total_ms": round(total_ms, 2), "batch_size": max(job.batch_size for job in jobs)}
-    value = {"text": written_text(found.result), "confidence": found.result.confidence,
-             "tokens": [token_entry(token) for token in found.result.tokens],
+    value = {"text": written_text(result), "confidence": result.confidence,
+             "tokens": [token_entry(token) for token in result.tokens],
              "frames": sum(len(feats) for _, feats in upload.pieces), "duration": round(upload.seconds, 3),
              "timing": timing}
-    if found.result.sentences is not None:
-        value["sentences"] = sentence_entries(found.result)
+    if result.sentences is not None:
+        value["sentences"] = sentence_entries(result)
     if warning := unknown_warning(upload.hotwords or (), system.tokenizer):
         value["warning"] = warning
     if alignment:
-        weights = [round(weight, 4) for weight in found.weights]
-        value["alignment"] = {"step": round(frame_step(system), 4), "weights": weights}
+        step = round(frame_step(system), 4)
+        value["alignment"] = {"step": step, "weights": [round(weight, 4) for weight in weights]}
     return value
