@@ -518,6 +518,15 @@ def greedy_system(arguments: argparse.Namespace, path: str) -> System:
                            segment_sec=(arguments.min_segment_sec, arguments.max_segment_sec))
 
 
+def with_parts(arguments: argparse.Namespace, system: System) -> System:
+    """The system with the models of --vad and --punctuate."""
+    if arguments.vad:
+        system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
+    if arguments.punctuate:
+        system = system._replace(punctuation=load_punctuation(arguments.punctuate))
+    return system
+
+
 def with_hotwords(system: System, given: str) -> System:
     """The system that listens for the phrases of a file, or for the words of a text, in every utterance; on standard
     error, what is left out and what the vocabulary cannot spell. Raises ValueError."""
@@ -626,10 +635,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
             return 0
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
-    if arguments.vad:
-        system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
-    if arguments.punctuate:
-        system = system._replace(punctuation=load_punctuation(arguments.punctuate))
+    system = with_parts(arguments, system)
     if arguments.stream:
         show_streams(system, arguments.inputs, arguments.pcm)
         return 0

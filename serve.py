@@ -19,7 +19,6 @@ import ipaddress
 import math
 import os
 import re
-import select
 import signal
 import socket
 import sys
@@ -43,20 +42,20 @@ if __name__ == "__main__":      # before torch is loaded, which takes seconds
 import torch
 
 import decode
-from batcher import Batcher, Log, Metrics, num_utterances, resident_bytes
+from batcher import Batcher, num_utterances
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
-from punctuation import load_punctuation
+from listen import asked_chunk
+from monitor import Log, Metrics, resident_bytes
 from sessions import hold
 from settings import Models
 from sockets import handshake, is_same_host, is_upgrade, why_no_handshake
-from streaming import Chunk, feed, start as start_stream
+from streaming import feed, start as start_stream
 from streams import hear_steps
-from transcribe import model_name, recognise_batch, recognise_jobs, refuse_toy, trained_on, transcribe
-from vad import SCHEDULES, load_vad
-from web import (Door, Head, Limits, MIB, Refusal, Response, body_too_large, client_address, json_response,
+from transcribe import recognise_batch, recognise_jobs, refuse_toy, trained_on, transcribe
+from vad import SCHEDULES
+from web import (Door, Head, Limits, Refusal, Response, body_too_large, client_address, json_response,
                  media_type, parse_origin, shutting_down)
 
-QUIET_SEC = 5.0                                         # until the log begins: what fails before is one line
 CUT_SEC = 2.0                                           # for requests that are still being sent at SIGTERM
 
 
@@ -107,8 +106,8 @@ class Server(Door):
         limits = Limits(*(getattr(options, name) for name in Limits._fields))
         super().__init__(options.host, options.port, limits, log)
 
-    def open(self, models: Models | System, created: int = 0) -> None:
-        self.models = models if isinstance(models, Models) else Models(None, models)
+    def open(self, models: Models, created: int = 0) -> None:
+        self.models = models
         self.created = created
         self.loaded.set()
 
@@ -131,38 +130,14 @@ class Server(Door):
         if head.method not in allow.split(", "):
             raise Refusal(405, "method_not_allowed", f"{route} takes {allow}", headers=[("Allow", allow)])
         if asks_for_socket(head):
-            self.admit_socket(head)
-            return
-        if head.method == "OPTIONS" or route in OPEN:
+            check_handshake(head, self.limits.cors_origin)
+        elif head.method == "OPTIONS" or route in OPEN:
             return
         self.check_key(head)
         if self.draining.is_set():
             raise shutting_down()
-        if head.method != "POST":
-            return
-        limit = int(self.options.max_body_mb * MIB)
-        if head.length is None and not head.chunked:
-            raise Refusal(411, "length_required", "wanted a Content-Length header, or Transfer-Encoding: chunked")
-        if not is_taken(media_type(head), route) or "content-encoding" in head.headers:
-            wanted = ", ".join(MEDIA_TYPES[route])
-            raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
-        if head.length is not None and head.length > limit:
-            raise body_too_large(head.length, limit)
-
-    def admit_socket(self, head: Head) -> None:
-        """The page of another site may not open one in the name of who looks at it: browsers ask nobody before."""
-        wrong = why_no_handshake(head.headers)
-        if head.close or head.length or head.chunked:
-            wrong = "wanted HTTP/1.1, without a body and without Connection: close"
-        if wrong:
-            raise Refusal(400, "bad_handshake", wrong, headers=[("Sec-WebSocket-Version", "13")])
-        origin = head.headers.get("origin")
-        named = {"*", origin} & set(self.limits.cors_origin)
-        if origin and not named and not is_same_host(origin, head.headers.get("host", "")):
-            raise Refusal(403, "forbidden_origin", f"origin {origin[:200]}: wanted this host, or one of --cors-origin")
-        self.check_key(head)
-        if self.draining.is_set():
-            raise shutting_down()
+        if head.method == "POST":
+            check_body(head, route, self.limits.max_body())
 
     def check_key(self, head: Head) -> None:
         scheme, _, key = head.headers.get("authorization", "").encode("latin-1").partition(b" ")
@@ -216,6 +191,30 @@ class Server(Door):
         self.log(level, "request", **fields)
 
 
+def check_handshake(head: Head, origins: Sequence[str]) -> None:
+    """The page of a site that is not among the origins may not open a socket in the name of who looks at it: browsers
+    ask nobody before. Raises Refusal."""
+    wrong = why_no_handshake(head.headers)
+    if head.close or head.length or head.chunked:
+        wrong = "wanted HTTP/1.1, without a body and without Connection: close"
+    if wrong:
+        raise Refusal(400, "bad_handshake", wrong, headers=[("Sec-WebSocket-Version", "13")])
+    origin = head.headers.get("origin")
+    if origin and not {"*", origin} & set(origins) and not is_same_host(origin, head.headers.get("host", "")):
+        raise Refusal(403, "forbidden_origin", f"origin {origin[:200]}: wanted this host, or one of --cors-origin")
+
+
+def check_body(head: Head, route: str, most: int) -> None:
+    """Raises Refusal for a body that the route does not take, or of more than `most` bytes."""
+    if head.length is None and not head.chunked:
+        raise Refusal(411, "length_required", "wanted a Content-Length header, or Transfer-Encoding: chunked")
+    if not is_taken(media_type(head), route) or "content-encoding" in head.headers:
+        wanted = ", ".join(MEDIA_TYPES[route])
+        raise Refusal(415, "unsupported_media_type", f"{route} takes {wanted}, without Content-Encoding")
+    if head.length is not None and head.length > most:
+        raise body_too_large(head.length, most)
+
+
 def read_key() -> str:
     """The key in ASR_API_KEY, "" for none. Raises ValueError for one that no client can send."""
     given = os.environ.get("ASR_API_KEY", "")
@@ -236,7 +235,7 @@ def health(server: Server) -> Response:
              "sample_rate": None, "device": None, "trained_on": None, "modes": None}     # modes: of the web socket
     if server.loaded.is_set():
         system = server.models.loaded()[0]
-        about.update(model=model_name(system), feature_dim=system.stats.shape[1],
+        about.update(model=system.config.model.name, feature_dim=system.stats.shape[1],
                      sample_rate=system.config.data.sample_rate, device=str(system.stats.device),
                      trained_on=trained_on(system), modes=server.models.modes())
     about["uptime"] = round(time.monotonic() - server.started, 3)
@@ -273,7 +272,7 @@ def socket_response(server: Server, head: Head) -> Response:
 
 
 def model_cards(server: Server) -> list[dict]:
-    return [{"id": model_name(system), "object": "model", "created": server.created, "owned_by": "local"}
+    return [{"id": system.config.model.name, "object": "model", "created": server.created, "owned_by": "local"}
             for system in server.models.loaded()]
 
 
@@ -388,11 +387,6 @@ def load_warm(options: argparse.Namespace) -> Models:
         torch.set_num_threads(options.threads)
     models = load_models(options)
     if models.whole:
-        if options.vad:
-            models = models._replace(whole=models.whole._replace(
-                vad=load_vad(options.vad, options.vad_schedule or "config")))
-        if options.punctuate:
-            models = models._replace(whole=models.whole._replace(punctuation=load_punctuation(options.punctuate)))
         recognise_batch(models.whole, [torch.zeros(50, models.whole.stats.shape[1])])
     if models.streaming:
         samples = torch.zeros(models.rate_hz())
@@ -402,28 +396,27 @@ def load_warm(options: argparse.Namespace) -> Models:
 
 def load_models(options: argparse.Namespace) -> Models:
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
-    name = system.config.model.name
     if system.chunk is None:
-        for option in ("offline_checkpoint", "chunk", "look_back"):
-            if getattr(options, option) is not None:
-                raise ValueError(f"--{option.replace('_', '-')}: wanted a streaming --checkpoint, got a {name}")
-        return Models(None, system)
-    own = system.chunk
-    new, ahead = options.chunk or (own.new, own.ahead)
-    encoder, decoder = options.look_back or (own.encoder_look_back, own.decoder_look_back)
-    system = system._replace(chunk=Chunk(new, ahead, encoder, decoder, own.old))
+        refuse_options(options, ("offline_checkpoint", "chunk", "look_back"),
+                       f"wanted a streaming --checkpoint, got a {system.config.model.name}")
+        return Models(None, decode.with_parts(options, system))
+    system = system._replace(chunk=asked_chunk(options, system.chunk))
     if options.offline_checkpoint is None:
-        for option in ("vad", "punctuate"):
-            if getattr(options, option):
-                raise ValueError(f"--{option}: is for whole utterances, and wants an --offline-checkpoint beside the "
-                                 "streaming one, got none")
+        refuse_options(options, ("vad", "punctuate"), "is for whole utterances, and wants an --offline-checkpoint "
+                       "beside the streaming one, got none")
         return Models(system, None)
     whole = load_system(options.offline_checkpoint, options.device, options.dtype, laid_out=True)
     check_not_streaming(whole.config, options.offline_checkpoint)
-    rates = system.config.data.sample_rate, whole.config.data.sample_rate
-    if rates[0] != rates[1]:
-        raise ValueError(f"--offline-checkpoint: wanted {rates[0]} Hz as the --checkpoint has, got {rates[1]} Hz")
-    return Models(system, whole)
+    wanted, got = system.config.data.sample_rate, whole.config.data.sample_rate
+    if wanted != got:
+        raise ValueError(f"--offline-checkpoint: wanted {wanted} Hz as the --checkpoint has, got {got} Hz")
+    return Models(system, decode.with_parts(options, whole))
+
+
+def refuse_options(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: {why}")
 
 
 def bound_memory() -> None:
@@ -482,8 +475,8 @@ def announce(server: Server, log: Log) -> None:
     host, port = server.server_address[:2]
     shown = f"[{host}]" if ":" in host else host
     system = server.models.loaded()[-1]
-    about = f"{model_name(system)}, {server.options.checkpoint}, {system.stats.device}, trained on {trained_on(system)}"
-    line = f"listening on http://{shown}:{port} ({about})"
+    line = (f"listening on http://{shown}:{port} ({system.config.model.name}, {server.options.checkpoint}, "
+            f"{system.stats.device}, trained on {trained_on(system)})")
     if server.options.log_format == "text":
         log.write(line)
         log("INFO", "ready")
@@ -508,16 +501,12 @@ def run(options: argparse.Namespace) -> NoReturn:
     log("INFO", "start", host=host, port=port, checkpoint=options.checkpoint)
     failures: list[Exception] = []
     threading.Thread(target=serve_model, args=(server, failures, wake), daemon=True, name="inference").start()
-    is_slow = not select.select([signals], [], [], QUIET_SEC)[0]
-    if is_slow:
-        log.thread.start()
     number = os.read(signals, 1)[0]
     if failures:
-        raise failures[0]
+        raise failures[0]               # one line, as the log has not begun
     if number == LOADED:
         announce(server, log)
-    if not is_slow:
-        log.thread.start()
+    log.thread.start()
     if number == LOADED:
         number = os.read(signals, 1)[0]
     log("INFO", "signal", name=signal.Signals(number).name)

@@ -42,10 +42,14 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.code, self.param, self.headers = status, code, param, tuple(headers)
 
-    def response(self, beside: dict[str, Any] | None = None) -> "Response":
+    def entry(self) -> dict[str, str | None]:
+        """The error object."""
         kind = self.KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        error = {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
-        return json_response({**(beside or {}), "error": error}, self.status, self.headers)._replace(code=self.code)
+        return {"message": str(self)[:1000], "type": kind, "param": self.param, "code": self.code}
+
+    def response(self, beside: dict[str, Any] | None = None) -> "Response":
+        value = {**(beside or {}), "error": self.entry()}
+        return json_response(value, self.status, self.headers)._replace(code=self.code)
 
 
 class ClientLeft(Exception):
@@ -62,6 +66,10 @@ class Limits(NamedTuple):
     max_body_mb: float              # MiB
     max_connections: int
     cors_origin: Sequence[str]      # origins whose pages may call, as parse_origin gives them
+
+    def max_body(self) -> int:
+        """Bytes."""
+        return int(self.max_body_mb * MIB)
 
 
 class Head(NamedTuple):
@@ -143,7 +151,7 @@ class Connection(socketserver.BaseRequestHandler):
             unread = bool(head.length) or head.chunked
             self.server.admit(head)
             if head.method == "POST":
-                body = self.read_chunks(head) if head.chunked else self.read_body(head)
+                body = self.read_body(head)
                 unread = False
             self.server.phases[self.request] = "busy"
             response = self.server.answer(head, body, self.has_left)
@@ -230,16 +238,13 @@ class Connection(socketserver.BaseRequestHandler):
                 return None         # idle for too long, or gone: no request
 
     def read_body(self, head: Head) -> bytes:
-        """The body, exactly head.length bytes."""
         deadline = time.monotonic() + self.server.limits.body_timeout
-        if len(self.buffer) < head.length:
-            self.send_continue(head)
+        if not self.buffer and head.headers.get("expect", "").lower() == "100-continue":
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if head.chunked:
+            return self.read_chunks(deadline)
         self.fill(head.length, deadline, f"the body of {head.length} bytes")
         return self.take(head.length)
-
-    def send_continue(self, head: Head) -> None:
-        if head.headers.get("expect", "").lower() == "100-continue":
-            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def fill(self, size: int, deadline: float, what: str) -> None:
         """Receive until the buffer has `size` bytes or more."""
@@ -260,12 +265,9 @@ class Connection(socketserver.BaseRequestHandler):
             self.buffer += self.receive(deadline, "the chunked body")
         return self.take(end + 2)[:-2]
 
-    def read_chunks(self, head: Head) -> bytes:
+    def read_chunks(self, deadline: float) -> bytes:
         """A chunked body, decoded; extensions and trailers are discarded. Source: RFC 9112, 7.1."""
-        deadline = time.monotonic() + self.server.limits.body_timeout
-        most = int(self.server.limits.max_body_mb * MIB)
-        if not self.buffer:
-            self.send_continue(head)
+        most = self.server.limits.max_body()
         body = bytearray()
         for _ in range(MAX_CHUNKS):
             size = parse_chunk_size(self.take_line(MAX_CHUNK_LINE, deadline))
