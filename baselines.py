@@ -184,16 +184,18 @@ def best_step(scores: Sequence[float], states: Sequence[int], s: int) -> int:
     return max(steps, key=lambda step: scores[s - step])
 
 
-def path_tokens(path: Sequence[int]) -> list[tuple[int, int, int]]:
-    """(token, its first frame, the frame behind its last) of each token that a CTC path says."""
-    found = []
+def loudest_frames(log_p: Tensor, path: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tokens that a CTC path says, and of each the frame on it that says it loudest. log_p (L,V)."""
+    tokens = []
+    frames = []
     end = 0
-    for token, frames in itertools.groupby(path):
+    for token, run in itertools.groupby(path):
         start = end
-        end += len(list(frames))
+        end += len(list(run))
         if token != BLANK:
-            found.append((token, start, end))
-    return found
+            tokens.append(token)
+            frames.append(start + int(log_p[start:end, token].argmax()))
+    return tokens, frames
 
 
 class CTC(Recogniser):
@@ -235,9 +237,7 @@ class CTC(Recogniser):
         for i, (n, T) in enumerate(zip(hidden_lens.tolist(), feat_lens.tolist())):
             real = log_p[i, :n]
             path = real.argmax(-1).tolist() if texts is None else ctc_path(real, texts[i])
-            spans = path_tokens(path)
-            said = [token for token, _, _ in spans]
-            frames = [start + int(real[start:end, token].argmax()) for token, start, end in spans]
+            said, frames = loudest_frames(real, path)
             U = len(said)
             tokens[i, :U] = tokens.new_tensor(said)
             log_probs[i, :U] = real[frames, said]
@@ -274,11 +274,14 @@ def check_search(search: Search, model: nn.Module, name: str) -> None:
     """Raises ValueError, with decode.py's option, for what is out of range or has no effect on a model of this name."""
     if search != Search() and not hasattr(model, "search"):
         raise ValueError(f"a {name} model decodes greedily: leave out --beam, --nbest and penalties")
-    for option, value in (("--beam", search.beam), ("--nbest", search.nbest)):
+    for field in ("beam", "nbest"):
+        value = getattr(search, field)
         if not 1 <= value < 2**31:
-            raise ValueError(f"{option}: wanted 1 or more, below 2^31, got {value}")
-    for option, value, usual in (("--length-penalty", search.length_penalty, Search().length_penalty),
-                                 ("--coverage-penalty", search.coverage_penalty, Search().coverage_penalty)):
+            raise ValueError(f"--{field}: wanted 1 or more, below 2^31, got {value}")
+    for field in ("length_penalty", "coverage_penalty"):
+        option = f"--{field.replace('_', '-')}"
+        value = getattr(search, field)
+        usual = getattr(Search(), field)
         if not 0 <= value < math.inf:
             raise ValueError(f"{option}: wanted 0 or more, got {value}")
         if name != "transformer" and value != usual:
