@@ -18,9 +18,7 @@ import http.client
 import io
 import itertools
 import json
-import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -29,10 +27,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from timeit import repeat, timeit
+from timeit import timeit
 
 # Set before torch is loaded: idle threads then spin for 10 us and sleep, as in decode.py.
 if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
@@ -45,22 +43,19 @@ from torch import Tensor, nn
 
 import config as configs
 import data
-import decode
 import serve
 from amounts import measure_amounts
-from audio import feature_dim, frontend, normalise
+from audio import frontend, normalise
 from baselines import Search
-from bench_long import measure_cuts, measure_parts
+from bench_long import large_system, measure_cuts, measure_parts
 from bench_peers import measure_peers, peer_python
-from bench_stream import measure_streams
-from checkpoint import System, build, export_directory, load_system, runs_on
-from decode import (batch_limits, decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result,
-                    with_search)
+from bench_stream import measure_streams, running
+from checkpoint import System, export_directory, load_system, runs_on
+from decode import decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result, with_search
+from decode_options import parse_arguments
 from dry_run import num_parameters, rehearse
 from files import write_atomic
-from model import Hypotheses
 from packed import PackedLinear
-from pieces import PieceTokenizer
 from report import Outcome, Score, score
 from serve import load_warm
 from tokenizer import Counts
@@ -70,9 +65,25 @@ from transcribe import recognise_batch
 HERE = Path(__file__).resolve().parent
 
 
+def time_turns(turns: int, calls: dict[object, Callable[[], object]]) -> dict[object, list[float]]:
+    """Milliseconds that each of the named calls took in each turn, after a turn that is not counted."""
+    ms: dict[object, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn > 0:
+                ms[name].append(1000 * (time.perf_counter() - started))
+    return ms
+
+
 def import_sec() -> float:
     """Seconds that a process takes to import torch."""
-    return min(repeat(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1, repeat=2))
+    return min(timeit(lambda: subprocess.run([sys.executable, "-c", "import torch"]), number=1) for _ in range(2))
+
+
+def figure_row(figure: str, measured: str, asked: str) -> str:
+    return f"{figure:<64}{measured:>14}{asked:>12}"
 
 
 # ---- training ----
@@ -113,8 +124,8 @@ class PlainModel(nn.Module):
         return self.output(self.decoder(self.embedding(tokens), x, memory_key_padding_mask=pads))
 
 
-def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
-    """Steps a second of ours and of the plain loop, (2,): in turns at each batch, each at its best of all rounds."""
+def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> tuple[float, float]:
+    """Steps a second of ours and of the plain loop: in turns at each batch, each at its best of all rounds."""
     batches = list(data.loader(run.train_set, epoch_batches(run, 0)[:num_batches]))
     plain = PlainModel(run)
     optimizer = torch.optim.AdamW(plain.parameters())
@@ -127,12 +138,14 @@ def speeds(run: Run, num_batches: int = 20, rounds: int = 8) -> np.ndarray:
         optimizer.step()
         loss.item()
 
-    seconds = np.zeros((rounds, len(batches), 2))
-    for turn in range(rounds):
-        for i, batch in enumerate(batches):
-            seconds[turn, i, 0] = timeit(lambda: rehearse(run, [batch], 1e-4), number=1)
-            seconds[turn, i, 1] = timeit(lambda: plain_step(batch), number=1)
-    return len(batches) / seconds.min(0).sum(0)
+    calls = {}
+    for i, batch in enumerate(batches):
+        calls["ours", i] = partial(rehearse, run, [batch], 1e-4)
+        calls["plain", i] = partial(plain_step, batch)
+    spent_ms = {"ours": 0.0, "plain": 0.0}
+    for (name, _), ms in time_turns(rounds, calls).items():
+        spent_ms[name] += min(ms)
+    return 1000 * len(batches) / spent_ms["ours"], 1000 * len(batches) / spent_ms["plain"]
 
 
 def first_step_sec(config: configs.Config, folder: Path) -> float:
@@ -157,37 +170,34 @@ def first_step_sec(config: configs.Config, folder: Path) -> float:
 def training_figures(config: configs.Config) -> Iterator[str]:
     """The figures of a config on this machine's CPU, as lines of a table: what, measured, asked for."""
     config = replace(config, training=replace(config.training, device="cpu", num_epochs=2))
-    form = "{:<64}{:>14}{:>12}".format
-    yield form("figure", "measured", "asked")
+    yield figure_row("figure", "measured", "asked")
     run = make_run(config)
     ours, plain = speeds(run)
-    yield form(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}", f"{ours / plain:.2f} x",
-               ">= 1.0 x")
+    yield figure_row(f"steps a second, ours {ours:.1f}, plain with as many parameters {plain:.1f}",
+                     f"{ours / plain:.2f} x", ">= 1.0 x")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as runs:
         run = run._replace(folder=new_run(Path(runs), "benchmark"), stop=threading.Event())
         with contextlib.redirect_stdout(io.StringIO()):
             history = fit(run, Progress()).history
         epoch_sec = history[-1]["seconds"] - history[-2]["seconds"]
         save_sec = timeit(lambda: save(run, Progress(1, history=history[:1])), number=1)
-        yield form(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
-                   f"{history[-1]['data_wait']:.1%}", "< 5%")
-        yield form(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s", f"{save_sec / epoch_sec:.1%}",
-                   "< 2%")
+        yield figure_row(f"data wait, second epoch, data.num_workers={config.data.num_workers}",
+                         f"{history[-1]['data_wait']:.1%}", "< 5%")
+        yield figure_row(f"checkpoints, {save_sec:.2f} s of an epoch of {epoch_sec:.1f} s",
+                         f"{save_sec / epoch_sec:.1%}", "< 2%")
         torch_sec = import_sec()
         first_sec = first_step_sec(config, Path(runs) / "first")
-        yield form(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
-                   f"{first_sec - torch_sec:.1f} s", "< 3 s")
+        yield figure_row(f"first step after {first_sec:.1f} s, of which import torch {torch_sec:.1f} s",
+                         f"{first_sec - torch_sec:.1f} s", "< 3 s")
 
 
 # ---- recognition: a large model ----
 
-FRESH = ("Fresh processes, beyond import torch: seconds to load and then to the text of 10 s of audio; MB held beyond "
-         "torch, and at most with it\n")
 MEASURE = """
 import re, sys, time, torch
 def in_mb(field):
     return int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-folder, dtype, layout, threads, hotwords = sys.argv[1:]
+folder, dtype, layout, threads, *hotwords = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch_mb = in_mb("VmRSS")
 started = time.perf_counter()
@@ -197,58 +207,70 @@ from decode import transcribe
 system = load_system(folder, "cpu", dtype, layout == "laid out")
 loaded = time.perf_counter()
 if hotwords:
-    system = system._replace(hotwords=tuple(hotwords.split()))
+    system = system._replace(hotwords=tuple(hotwords))
 samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
 transcribe(system, [frontend(samples, 16000, system.config.data, system.stats)])
 done = time.perf_counter()
-print(f"{dtype:9}{layout:11}{loaded - started:8.2f}{done - loaded:10.2f}{in_mb('VmRSS') - torch_mb:10.0f}"
-      f"{in_mb('VmHWM'):8.0f}")
+print(f"{len(hotwords):8} {dtype:9}{layout:11}{loaded - started:8.2f}{done - loaded:10.2f}"
+      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}", flush=True)
 """
 LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
 LOADS = ((1, 10), (8, 10), (1, 60))  # utterances in a batch, seconds of each
 TIMINGS = 9  # of what is short, of which the benchmark prints the median and the range
 
 
-def large_system(config: configs.Config) -> System:
-    """One with random weights and 8404 symbols, for features of configs/paraformer_large.yaml."""
-    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
-    torch.manual_seed(0)
-    model = build(config.model, feature_dim(config.data), len(symbols))
-    stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
-    pieces = {symbol: [symbol] for symbol in symbols[3:-1]}
-    return System(config, PieceTokenizer(symbols, pieces), stats, model)
+def layouts_here(*layouts: tuple[str, str]) -> list[tuple[str, str]]:
+    """Those (precision, layout of the weights) that this processor runs."""
+    return [layout for layout in layouts if runs_on(layout[0], torch.device("cpu"))]
 
 
-def measure_fresh(folder: str, dtype: str, layout: str, hotwords: Sequence[str] = ()) -> None:
-    """Print MEASURE's line, from a process of its own."""
-    command = [sys.executable, "-c", MEASURE, folder, dtype, layout, str(torch.get_num_threads()), " ".join(hotwords)]
-    if subprocess.run(command, cwd=HERE).returncode:
-        raise ValueError(f"the process that measures {dtype} {layout} has failed")
+def load_layout(folder: str, layout: tuple[str, str]) -> System:
+    return load_system(folder, "cpu", layout[0], layout[1] == "laid out")
 
 
-def loading_figures(python: str) -> None:
-    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
-    and to recognise, beside the matrix products that it cannot do without, and beside others (bench_peers)."""
-    system = large_system(configs.load(str(HERE / "configs/paraformer_large.yaml")))
+def noise(seconds: int, seed: int = 0) -> Tensor:
+    return torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(seed)) / 50
+
+
+@contextlib.contextmanager
+def large_folder(config: configs.Config) -> Iterator[str]:
+    """A directory with a model of this config and random weights, whose size is printed."""
+    system = large_system(config)
     with tempfile.TemporaryDirectory() as folder:
         export_directory(system, Path(folder))
-        print(f"{sum(x.nbytes for x in system.model.parameters()) / 1e6:.0f} MB of weights in float32, "
-              f"{torch.get_num_threads()} threads\n\n{FRESH}"
-              "precision  weights   to load   to text        MB    peak", flush=True)
-        layouts = [layout for layout in LAYOUTS if runs_on(layout[0], torch.device("cpu"))]
-        for layout in layouts:
-            measure_fresh(folder, *layout)
-        time_loads({layout: load_system(folder, "cpu", layout[0], layout[1] == "laid out") for layout in layouts})
+        print(f"{num_parameters(system.model) / 1e6:.0f} M parameters, {torch.get_num_threads()} threads\n", flush=True)
+        yield folder
+
+
+def measure_fresh(folder: str, layouts: Sequence[tuple[str, str]], lists: Sequence[Sequence[str]] = ((),)) -> None:
+    """Print MEASURE's line of each layout and list of hotwords, from a process of its own."""
+    print("Fresh processes, beyond import torch: seconds to load and then to the text of 10 s of audio; MB held beyond "
+          "torch, and at most with it\nhotwords precision  weights   to load   to text        MB    peak", flush=True)
+    for dtype, layout in layouts:
+        for words in lists:
+            command = [sys.executable, "-c", MEASURE, folder, dtype, layout, str(torch.get_num_threads()), *words]
+            if subprocess.run(command, cwd=HERE).returncode:
+                raise ValueError(f"the process that measures {dtype} {layout} has failed")
+
+
+def measure_loading(python: str) -> None:
+    """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
+    and to recognise, beside the matrix products that it cannot do without, and beside others (bench_peers)."""
+    layouts = layouts_here(*LAYOUTS)
+    with large_folder(configs.load(str(HERE / "configs/paraformer_large.yaml"))) as folder:
+        measure_fresh(folder, layouts)
+        systems = {layout: load_layout(folder, layout) for layout in layouts}
+        print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
+              "batch  audio  precision  weights   front end  model                      text  real time    limit")
+        for B, seconds in LOADS:
+            time_load(systems, B, seconds)
         measure_peers(folder, torch.get_num_threads(), layouts, python)
 
 
-def time_turns(turns: int, *calls: Callable[[], object]) -> np.ndarray:
-    """Seconds that each of the calls took in each turn, (calls, turns), after a turn that is not counted."""
-    times = np.zeros((len(calls), turns + 1))
-    for turn in range(turns + 1):
-        for i, call in enumerate(calls):
-            times[i, turn] = timeit(call, number=1)
-    return times[:, 1:]
+def spread(ms: Sequence[float]) -> str:
+    """Median, least and most."""
+    extent = f"({min(ms):.0f} to {max(ms):.0f})"
+    return f"{statistics.median(ms):8.0f} {extent:18}"
 
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
@@ -272,35 +294,71 @@ def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], o
 def time_load(systems: dict[tuple[str, str], System], B: int, seconds: int) -> None:
     """Print the time of each system for B utterances, and what share of it the fastest products alone take."""
     system = systems["float32", "mapped"]
-    audio = [torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(b)) / 50 for b in range(B)]
+    audio = [noise(seconds, b) for b in range(B)]
 
     def front() -> list[Tensor]:
         return [frontend(x, 16000, system.config.data, system.stats) for x in audio]
 
     feats = front()
     found = decode_batch(system, feats)
-    sizes = B * len(feats[0]), found.tokens.numel()
-    plain, gflop = products(system.model, *sizes)
-    laid_out, _ = products(systems["float32", "laid out"].model, *sizes)
-    calls = [front, lambda: [read_result(system, found, i) for i in range(B)], plain, laid_out]
-    calls += [partial(decode_batch, one, feats) for one in systems.values()]
-    ms = 1000 * time_turns(TIMINGS, *calls)
-    front_ms, text_ms, plain_ms, laid_out_ms, *model_ms = np.median(ms, 1)
-    limit = min(plain_ms, laid_out_ms)
-    print(f"{B:5}{seconds:5} s  products of {gflop:.0f} GFLOP: {1000 * gflop / plain_ms:.0f} GFLOP/s mapped, "
-          f"{1000 * gflop / laid_out_ms:.0f} laid out; limit {limit:.0f} ms")
-    for (dtype, layout), middle, turns in zip(systems, model_ms, ms[4:]):
-        extent = f"({turns.min():.0f} to {turns.max():.0f})"
-        share = (middle + front_ms + text_ms) / (10 * B * seconds)
-        print(f"{B:5}{seconds:5} s  {dtype:9}  {layout:8}{front_ms:11.1f}{middle:8.0f} {extent:18}"
-              f"{text_ms:6.1f}{share:10.2f}%{100 * limit / middle:8.0f}%", flush=True)
+
+    def texts() -> None:
+        for i in range(B):
+            read_result(system, found, i)
+
+    calls = {"front end": front, "text": texts}
+    for weights in ("mapped", "laid out"):
+        model = systems["float32", weights].model
+        calls[f"products {weights}"], gflop = products(model, B * len(feats[0]), found.tokens.numel())
+    for layout, other in systems.items():
+        calls[layout] = partial(decode_batch, other, feats)
+    turns = time_turns(TIMINGS, calls)
+    ms = {name: statistics.median(times) for name, times in turns.items()}
+    limit = min(ms["products mapped"], ms["products laid out"])
+    print(f"{B:5}{seconds:5} s  products of {gflop:.0f} GFLOP: {1000 * gflop / ms['products mapped']:.0f} GFLOP/s "
+          f"mapped, {1000 * gflop / ms['products laid out']:.0f} laid out; limit {limit:.0f} ms")
+    for layout in systems:
+        percent = (ms[layout] + ms["front end"] + ms["text"]) / (10 * B * seconds)  # of real time
+        print(f"{B:5}{seconds:5} s  {layout[0]:9}  {layout[1]:8}{ms['front end']:11.1f}{spread(turns[layout])}"
+              f"{ms['text']:6.1f}{percent:10.2f}%{100 * limit / ms[layout]:8.0f}%", flush=True)
 
 
-def time_loads(systems: dict[tuple[str, str], System]) -> None:
-    print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
-          "batch  audio  precision  weights   front end  model                      text  real time    limit")
-    for B, seconds in LOADS:
-        time_load(systems, B, seconds)
+# ---- recognition: what hotwords cost ----
+
+LISTS = (0, 10, 100)  # hotwords in a list
+
+
+def measure_hotwords(arguments: Sequence[str]) -> None:
+    """Print what hotwords cost a SeacoParaformer of FunASR's size with random weights, for one recording of 10 s."""
+    if arguments:
+        raise ValueError(f"hotwords: wanted no arguments, got {' '.join(arguments)}")
+    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+    second = replace(config.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
+    section = replace(config.model, name="seaco", predictor=replace(config.model.predictor, upsampling=3),
+                      hotwords=configs.HotwordConfig(decoder=second))
+    words = [chr(0x4e00 + i) + chr(0x5e00 + i) for i in range(max(LISTS))]
+    lists = [tuple(words[:count]) for count in LISTS]
+    layouts = layouts_here(("float32", "mapped"), ("int8", "laid out"))
+    with large_folder(replace(config, model=section)) as folder:
+        measure_fresh(folder, layouts, lists)
+        print("\nMilliseconds of the model, median (least to most), with a list that is kept, and of encoding one\n"
+              "hotwords precision    model                  encoding")
+        for layout in layouts:
+            time_lists(load_layout(folder, layout), lists)
+
+
+@torch.inference_mode()
+def time_lists(system: System, lists: Sequence[tuple[str, ...]]) -> None:
+    feats = [frontend(noise(10), 16000, system.config.data, system.stats)]
+    calls = {}
+    for words in lists:
+        listening = system._replace(hotwords=words or None)
+        calls["model", words] = partial(decode_batch, listening, feats)
+        calls["list", words] = partial(system.encode_list.__wrapped__, words)
+    ms = time_turns(TIMINGS, calls)
+    for words in lists:
+        print(f"{len(words):8} {system.precision:9}{spread(ms['model', words])}"
+              f"{statistics.median(ms['list', words]):10.1f}", flush=True)
 
 
 # ---- recognition: checkpoints compared ----
@@ -309,14 +367,25 @@ BEAM = 10  # of the models that have a search, unless another is asked for
 RUNS = 3  # of each batch, of which the median is its time
 
 
-def both_searches(arguments: argparse.Namespace, path: str) -> dict[str, System]:
-    """The system of a checkpoint, greedy and, where it has a search, as the arguments ask, else with BEAM; by names."""
+@dataclass
+class Side:
+    """A checkpoint with a search, and what it has done so far."""
+
+    name: str
+    system: System
+    sec: float = 0.0
+    scores: list[Score] = field(default_factory=list)
+    shifts: list[Tensor] = field(default_factory=list)  # `boundary_shifts` of each utterance
+
+
+def both_searches(arguments: argparse.Namespace, path: str) -> list[Side]:
+    """A checkpoint greedily and, where it has a search, as the arguments ask, else with BEAM."""
     system = greedy_system(arguments, path)
-    found = {f"{path}, greedy": system}
+    sides = [Side(f"{path}, greedy", system)]
     if hasattr(system.model, "search"):
         search = Search(BEAM) if arguments.search == Search() else arguments.search
-        found[f"{path}, beam {search.width}"] = with_search(system, search)
-    return found
+        sides.append(Side(f"{path}, beam {search.width}", with_search(system, search)))
+    return sides
 
 
 def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
@@ -328,130 +397,108 @@ def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tens
     return (edges - true)[1:-1].abs() / system.config.model.encoder.subsampling
 
 
-def decode_in_turns(systems: Sequence[System], items: Sequence[data.Utterance]) -> tuple[list[Hypotheses], np.ndarray]:
-    """What each system makes of a batch, and the median of its seconds in RUNS turns."""
-    seconds = np.zeros((RUNS, len(systems)))
-    for turn in range(RUNS):
-        found = []
-        for s, system in enumerate(systems):
-            feats = [normalise(item.feats, system.stats.cpu()) for item in items]
-            started = time.perf_counter()
-            found.append(decode_batch(system, feats))
-            seconds[turn, s] = time.perf_counter() - started
-    return found, np.median(seconds, 0)
+def compare_batch(sides: Sequence[Side], items: Sequence[data.Utterance]) -> None:
+    """Add what each side makes of a batch, and the median of its seconds in RUNS turns."""
+    calls = {}
+    for side in sides:
+        system = side.system
+        feats = [normalise(item.feats, system.stats.cpu()) for item in items]
+        calls[side.name] = partial(decode_batch, system, feats)
+        found = decode_batch(system, feats)
+        for i, item in enumerate(items):
+            outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found, i))
+            side.scores.append(score(outcome, system.tokenizer.encode))
+            side.shifts.append(boundary_shifts(system, item, found.boundaries[i]))
+    ms = time_turns(RUNS, calls)
+    for side in sides:
+        side.sec += statistics.median(ms[side.name]) / 1000
 
 
-def figures_row(name: str, sec: float, first_sec: float, scores: Sequence[Score], shifts: Sequence[Tensor]) -> str:
-    words = sum((s.words for s in scores), Counts())
-    chars = sum((s.chars for s in scores), Counts())
-    tokens = sum((s.tokens for s in scores), Counts())
-    length = (tokens.ref + tokens.ins - tokens.del_) / len(scores)
-    shift = torch.cat(list(shifts))
+def side_row(side: Side, first_sec: float) -> str:
+    words = sum((s.words for s in side.scores), Counts())
+    chars = sum((s.chars for s in side.scores), Counts())
+    tokens = sum((s.tokens for s in side.scores), Counts())
+    length = (tokens.ref + tokens.ins - tokens.del_) / len(side.scores)
+    shift = torch.cat(side.shifts)
     shown = f"{shift.median():.2f}" if len(shift) else "-"
-    return (f"{len(scores) / sec:12.1f} {sec / first_sec:6.2f} {100 * words.rate:6.2f}% {100 * chars.rate:6.2f}% "
-            f"{length:7.2f} {shown:>10}  {name}")
+    return (f"{len(side.scores) / side.sec:12.1f} {side.sec / first_sec:6.2f} {100 * words.rate:6.2f}% "
+            f"{100 * chars.rate:6.2f}% {length:7.2f} {shown:>10}  {side.name}")
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
     Timed is what makes Hypotheses of normalised features."""
     paths = [path for path in arguments.inputs if path.endswith(".pt")]
-    named: dict[str, System] = {}
+    others = [path for path in arguments.inputs if path not in paths]
+    sides: list[Side] = []
     for path in paths or [arguments.ckpt]:
-        named |= both_searches(arguments, path)
-    systems = list(named.values())
-    first = systems[0]
+        sides += both_searches(arguments, path)
+    first = sides[0].system
     unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
-    spent = np.zeros(len(systems))
-    scores: list[list[Score]] = [[] for _ in systems]
-    shifts: list[list[Tensor]] = [[] for _ in systems]
     with tempfile.TemporaryDirectory() as scratch:
-        others = [path for path in arguments.inputs if path not in paths]
         dataset = open_inputs(first._replace(stats=unchanged), others, Path(scratch))
         lengths = dataset.lengths()[:arguments.limit or None]
-        for batch in itertools.chain.from_iterable(plan_batches(lengths, *batch_limits(first))):
-            items = [item for i in batch if (item := drawable(dataset, i)) and item.text.strip()]
-            if not items:
-                continue
-            found, seconds = decode_in_turns(systems, items)
-            spent += seconds
-            for s, system in enumerate(systems):
-                for i, item in enumerate(items):
-                    outcome = Outcome(i, item.key, item.seconds, item.text, read_result(system, found[s], i))
-                    scores[s].append(score(outcome, system.tokenizer.encode))
-                    shifts[s].append(boundary_shifts(system, item, found[s].boundaries[i]))
-    if not scores[0]:
+        for batches in plan_batches(range(len(lengths)), lengths, first):
+            for batch in batches:
+                items = [drawable(dataset, i) for i in batch]
+                items = [item for item in items if item and item.text.strip()]
+                if items:
+                    compare_batch(sides, items)
+    scores = sides[0].scores
+    if not scores:
         raise ValueError("wanted utterances with frames and a text, got none")
-    print(f"{len(scores[0])} utterances of {statistics.fmean(s.tokens.ref for s in scores[0]):.2f} tokens, batches of "
+    print(f"{len(scores)} utterances of {statistics.fmean(s.tokens.ref for s in scores):.2f} tokens, batches of "
           f"{arguments.batch_size}, {first.stats.device}, {torch.get_num_threads()} threads; boundaries: median error "
           "of the firing in encoder frames\nutterances/s   time     WER     CER  tokens boundaries  checkpoint, search")
-    for s, name in enumerate(named):
-        print(figures_row(name, spent[s], spent[0], scores[s], shifts[s]))
+    for side in sides:
+        print(side_row(side, sides[0].sec))
 
 
 # ---- serving ----
 
-@contextlib.contextmanager
-def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
-    """A server in a process of its own -> its port, and the seconds from its start until it listened."""
+def ask(connection: http.client.HTTPConnection, path: str, body: bytes | None = None) -> tuple[float, dict]:
+    """GET a path, or POST a body to it -> milliseconds until the whole answer is there, and what it says. Raises
+    ValueError unless its status is 200."""
     started = time.perf_counter()
-    names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
-    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
-    command = [sys.executable, str(HERE / "serve.py"), "--port=0", *given]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "ASR_API_KEY": ""})
-    try:
-        output = ""
-        while not (match := re.search(r"http://[^:]+:(\d+)", output)):
-            line = process.stderr.readline()
-            if not line:
-                raise ValueError(f"the server did not start: {output.strip()}")
-            output += line
-        ready = time.perf_counter() - started
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield int(match[1]), ready
-    finally:
-        process.terminate()
-        process.wait()
+    connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    ms = 1000 * (time.perf_counter() - started)
+    if response.status != 200:
+        raise ValueError(f"wanted 200, got {response.status} {answer[:200]!r}")
+    return ms, json.loads(answer)
 
 
-def post_all(port: int, bodies: Sequence[bytes]) -> list[tuple[float, dict]]:
-    """Send bodies over one kept connection, one after another -> (ms, the answer's timing) of each."""
+def post_all(port: int, bodies: Sequence[bytes]) -> list[tuple[float, float]]:
+    """Send bodies over one kept connection, one after another -> (ms of each, those of them in the model)."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     found = []
     for body in bodies:
-        started = time.perf_counter()
-        connection.request("POST", "/transcribe", body, {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        answer = reply.read()
-        ms = 1e3 * (time.perf_counter() - started)
-        if reply.status != 200:
-            raise ValueError(f"wanted 200, got {reply.status} {answer[:200]!r}")
-        found.append((ms, json.loads(answer)["timing"]))
+        ms, answer = ask(connection, "/transcribe", body)
+        found.append((ms, answer["timing"]["infer_ms"]))
     connection.close()
     return found
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies from so many clients at once -> seconds in all, and (ms, the answer's timing) of each body."""
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, float]]]:
+    """Send bodies from so many clients at once -> bodies a second, and what `post_all` says of each."""
+    found = []
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        shares = [bodies[i::clients] for i in range(clients)]
-        found = list(itertools.chain.from_iterable(pool.map(partial(post_all, port), shares)))
-    return time.perf_counter() - started, found
+        for share in pool.map(partial(post_all, port), [bodies[i::clients] for i in range(clients)]):
+            found += share
+    return len(bodies) / (time.perf_counter() - started), found
 
 
-ASK_HEALTH = """
-import http.client, sys, time
-connection, times = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1])), []
-for _ in range(200):
-    started = time.perf_counter()
-    connection.request("GET", "/health")
-    connection.getresponse().read()
-    times.append(1e3 * (time.perf_counter() - started))
-    time.sleep(0.02)
-print(*times)
-"""
-ROUNDS_SEC = 15     # no round of a benchmark starts later; a large model's first takes longer and is its only one
+def ask_health(port: int) -> list[float]:
+    """Milliseconds of each of 200 answers of /health, asked 50 times a second at most."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    found = []
+    for _ in range(200):
+        found.append(ask(connection, "/health")[0])
+        time.sleep(0.02)
+    connection.close()
+    return found
 
 
 def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
@@ -465,58 +512,57 @@ def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
     return {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
 
 
-def health_ms(port: int, bodies: Sequence[bytes]) -> list[float]:
-    """How long /health takes to answer while 16 clients send the bodies, sorted; [nan] if the asking process failed."""
-    asker = subprocess.Popen([sys.executable, "-c", ASK_HEALTH, str(port)], stdout=subprocess.PIPE, text=True)
-    while asker.poll() is None:
-        time_clients(port, bodies, 16)
-    return sorted(map(float, asker.stdout.read().split())) or [math.nan]
+ROUNDS_SEC = 15  # no round of a benchmark starts later; a large model's first takes longer and is its only one
 
 
-def serving_figures(options: argparse.Namespace) -> None:
-    """Print the figures that a server of this checkpoint reaches, client and server on this machine."""
+def serving_figures(options: argparse.Namespace) -> Iterator[str]:
+    """The figures that a server of this checkpoint reaches, client and server on this machine, as training_figures."""
     system = load_warm(options).whole
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
-    torch_sec = import_sec()
-    rounds: dict[tuple[str, int], list] = {key: [] for key in itertools.product(bodies, (1, 16))}
+    rates: dict[tuple[str, int], list[float]] = {}  # by kind and number of clients
+    replies: dict[tuple[str, int], list[tuple[float, float]]] = {}
     full_ms: list[float] = []
     with running(options) as (port, ready_sec):
         time_clients(port, bodies["mixed"][:32], 4)
         until = time.monotonic() + ROUNDS_SEC
-        while not full_ms or time.monotonic() < until:      # kinds in turn, as the machine's speed drifts
-            full_ms.append(1e3 * timeit(lambda: recognise_batch(system, largest), number=1))
-            for (kind, clients), found in rounds.items():
-                found.append(time_clients(port, bodies[kind], clients))
-        health = health_ms(port, bodies["mixed"])
-    alone = itertools.chain.from_iterable(found for _, found in rounds["equal", 1])
-    overhead = statistics.median(ms - timing["infer_ms"] for ms, timing in alone)
-    crowd = itertools.chain.from_iterable(found for _, found in rounds["mixed", 16])
-    p99 = np.quantile([ms for ms, _ in crowd], 0.99, method="higher")
-    print(f"start to ready beyond import torch     {ready_sec - torch_sec:8.2f} s     (asked for: at most 1)")
-    print(f"overhead of a request, median          {overhead:8.2f} ms    (at most 5; 100 frames, JSON)")
-    for kind, asked in (("mixed", 1.3), ("equal", 2.0)):
-        one = 160 / statistics.median(seconds for seconds, _ in rounds[kind, 1])
-        many = 160 / statistics.median(seconds for seconds, _ in rounds[kind, 16])
-        print(f"throughput, {kind} lengths, 16 clients  {many:8.1f} /s    {many / one:.2f} x one client (at least "
-              f"{asked}; medians of {len(full_ms)} rounds)")
-    print(f"p99 at 16 clients, mixed lengths       {p99:8.1f} ms    {p99 / statistics.median(full_ms):.2f} x a full "
-          "batch (at most 3)")
-    print(f"/health meanwhile, most                {health[-1]:8.1f} ms    {statistics.median(health):.1f} ms in the "
-          f"median (at most 50; {len(health)} asked)")
+        while not full_ms or time.monotonic() < until:  # kinds in turn, as the machine's speed drifts
+            full_ms.append(1000 * timeit(lambda: recognise_batch(system, largest), number=1))
+            for key in itertools.product(bodies, (1, 16)):
+                kind, clients = key
+                rate, found = time_clients(port, bodies[kind], clients)
+                rates.setdefault(key, []).append(rate)
+                replies.setdefault(key, []).extend(found)
+        with ThreadPoolExecutor(1) as pool:
+            health = pool.submit(ask_health, port)
+            while not health.done():
+                time_clients(port, bodies["mixed"], 16)
+    yield figure_row("figure", "measured", "asked")
+    yield figure_row("start to ready beyond import torch", f"{ready_sec - import_sec():.2f} s", "<= 1 s")
+    overhead = statistics.median(ms - model_ms for ms, model_ms in replies["equal", 1])
+    yield figure_row("overhead of a request, median (100 frames, JSON)", f"{overhead:.2f} ms", "<= 5 ms")
+    for kind, asked in (("mixed", ">= 1.3 x"), ("equal", ">= 2.0 x")):
+        one = statistics.median(rates[kind, 1])
+        many = statistics.median(rates[kind, 16])
+        yield figure_row(f"16 clients, {kind} lengths, {many:.1f} /s, one {one:.1f} /s ({len(full_ms)} rounds)",
+                         f"{many / one:.2f} x", asked)
+    p99 = np.quantile([ms for ms, _ in replies["mixed", 16]], 0.99, method="higher")
+    yield figure_row(f"p99 at 16 clients, mixed lengths, {p99:.1f} ms, against a full batch",
+                     f"{p99 / statistics.median(full_ms):.2f} x", "<= 3 x")
+    yield figure_row("/health meanwhile, most of 200", f"{max(health.result()):.1f} ms", "<= 50 ms")
 
 
-# ---- the arguments of each ----
+# ---- the command ----
 
 def check_decode(arguments: argparse.Namespace) -> None:
     """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
     idle = ["output", "report", "plot", "export"]
     if not arguments.inputs:
-        idle += ["ckpt", "device", "dtype", "limit", "min_segment_sec", "max_segment_sec",
-                 "batch_size", "batch_seconds", *Search._fields]
+        idle += ["ckpt", "device", "dtype", "limit", "min_segment_sec", "max_segment_sec", "batch_size",
+                 "batch_seconds", *Search._fields]
     elif any(path.endswith(".pt") for path in arguments.inputs):
         idle += ["ckpt"]
-    usual = decode.parse_arguments([])
+    usual = parse_arguments([])
     for name in idle:
         if getattr(arguments, name) != getattr(usual, name):
             raise ValueError(f"--{name.replace('_', '-')}: wanted none, as it has no effect on what is measured")
@@ -524,12 +570,12 @@ def check_decode(arguments: argparse.Namespace) -> None:
 
 def measure_decode(argv: Sequence[str]) -> None:
     python, rest = peer_python(argv)
-    arguments = decode.parse_arguments(rest)
+    arguments = parse_arguments(rest)
     check_decode(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if not arguments.inputs:
-        loading_figures(python)
+        measure_loading(python)
     elif len(rest) < len(argv):
         raise ValueError("--peer-python: wanted no INPUT beside it, as others run no checkpoint")
     else:
@@ -546,63 +592,12 @@ def measure_train(argv: Sequence[str]) -> None:
 def measure_serve(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--checkpoint", *argv]
-    serving_figures(serve.parse_arguments(argv))
+    for line in serving_figures(serve.parse_arguments(argv)):
+        print(line, flush=True)
 
-
-# ---- hotwords ----
-
-LISTS = (0, 10, 100)  # hotwords in a list
-
-
-def measure_hotwords(arguments: Sequence[str]) -> None:
-    """Print what hotwords cost a SeacoParaformer of FunASR's size with random weights, for one recording of 10 s."""
-    if arguments:
-        raise ValueError(f"hotwords: wanted no arguments, got {' '.join(arguments)}")
-    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
-    second = replace(config.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
-    section = replace(config.model, name="seaco", predictor=replace(config.model.predictor, upsampling=3),
-                      hotwords=configs.HotwordConfig(decoder=second))
-    system = large_system(replace(config, model=section))
-    words = [chr(0x4e00 + i) + chr(0x5e00 + i) for i in range(max(LISTS))]
-    layouts = [layout for layout in (("float32", "mapped"), ("int8", "laid out"))
-               if runs_on(layout[0], torch.device("cpu"))]
-    with tempfile.TemporaryDirectory() as folder:
-        export_directory(system, Path(folder))
-        print(f"{sum(x.numel() for x in system.model.parameters()) / 1e6:.0f} M parameters, "
-              f"{torch.get_num_threads()} threads\n\n{FRESH}"
-              "hotwords precision  weights   to load   to text        MB    peak", flush=True)
-        for layout in layouts:
-            for count in LISTS:
-                print(f"{count:8} ", end="", flush=True)
-                measure_fresh(folder, *layout, words[:count])
-        print("\nMilliseconds of the model, median (least to most), with a list that is kept, and of encoding one\n"
-              "hotwords precision    model                  encoding")
-        for dtype, layout in layouts:
-            time_lists(load_system(folder, "cpu", dtype, layout == "laid out"), dtype, words)
-
-
-@torch.inference_mode()
-def time_lists(system: System, dtype: str, words: Sequence[str]) -> None:
-    samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
-    feats = [frontend(samples, 16000, system.config.data, system.stats)]
-    calls = []
-    for count in LISTS:
-        phrases = tuple(words[:count])
-        listening = system._replace(hotwords=phrases if count else None)
-        calls.append(partial(decode_batch, listening, feats))
-        calls.append(partial(system.encode_list.__wrapped__, phrases))
-    ms = 1000 * time_turns(TIMINGS, *calls)
-    for i, count in enumerate(LISTS):
-        model_ms, list_ms = ms[2 * i], ms[2 * i + 1]
-        extent = f"({model_ms.min():.0f} to {model_ms.max():.0f})"
-        print(f"{count:8} {dtype:9}{np.median(model_ms):8.0f} {extent:18}{np.median(list_ms):10.1f}", flush=True)
-
-
-# ---- main ----
 
 MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_serve, "hotwords": measure_hotwords,
-            "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts,
-            "stream": partial(measure_streams, large_system, running)}
+            "parts": measure_parts, "cuts": measure_cuts, "amounts": measure_amounts, "stream": measure_streams}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`.
+"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`; and random
+models of the published sizes.
 
 Needs decode.py with all that it needs.
 """
@@ -12,18 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import decode
-from audio import frontend, save_wav, stream
-from checkpoint import System
-from config import EncoderConfig
+from audio import feature_dim, frontend, save_wav, stream
+from checkpoint import System, build
+from config import Config, EncoderConfig
 from decode import cut_recording, greedy_system, join_results, transcribe, transcribe_segments
+from decode_options import parse_arguments
 from manifests import Row, read_inputs
+from pieces import PieceTokenizer
 from punctuation import Punctuation, PunctuationModel, punctuate
 from tokenizer import word_errors
 from vad import FrontEnd, Fsmn, Network, Options, Vad, load_vad, segments_of
 
 
 # ---- models of the published sizes ----
+
+def large_system(config: Config) -> System:
+    """One with random weights and 8404 symbols, for features of configs/paraformer_large.yaml."""
+    symbols = ("<blank>", "<s>", "</s>", *(chr(0x4e00 + i) for i in range(8400)), "<unk>")
+    torch.manual_seed(0)
+    model = build(config.model, feature_dim(config.data), len(symbols))
+    stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
+    return System(config, PieceTokenizer(symbols, {symbol: [symbol] for symbol in symbols[3:-1]}), stats, model)
+
 
 def best_of(turns: int, call: Callable[[], object]) -> tuple[float, float]:
     """Least seconds of the clock, least seconds of a processor."""
@@ -49,8 +60,7 @@ def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int
     minute = torch.randn(60 * 16000) / 10
     clock, busy = best_of(turns, lambda: list(segments_of(listener, itertools.repeat(minute, seconds // 60))))
     print(f"VAD: {seconds} s of audio in {clock:.2f} s, {100 * clock / seconds:.3f}% of real time; "
-          f"busy for {busy:.2f} s",
-          flush=True)
+          f"busy for {busy:.2f} s", flush=True)
     shape = EncoderConfig("sanm", num_layers=4, hidden_dim=256, num_heads=8, ffn_dim=1024, kernel_size=11)
     marks = ("<unk>", "_", "，", "。", "？", "、")
     alphabet = [chr(0x4E00 + i) for i in range(3000)]
@@ -63,15 +73,15 @@ def measure_parts(arguments: Sequence[str], seconds: int = 3600, characters: int
 
 # ---- cutting a long recording ----
 
-CONDITIONS = (("silent pauses", None, 0.0), ("noise at -60 dBFS", -60, 0.0), ("noise at -45 dBFS", -45, 0.0),
-              ("noise at -30 dBFS", -30, 0.0), ("an offset of 0.1", None, 0.1))
+NOISES_DB = (-60, -45, -30)
+OFFSET = 0.1  # of full scale
 PAUSE_SEC = 0.5, 1.5  # between joined utterances
 EDGE_SEC = 0.05  # at the edges of an utterance, where a cut hurts nobody
 
 
 def measure_cuts(argv: Sequence[str]) -> None:
     """Print how many cuts fall into utterances that are joined, and the word error rates of each alone and of all."""
-    arguments = decode.parse_arguments(argv)
+    arguments = parse_arguments(argv)
     if not arguments.inputs:
         raise ValueError("cuts: wanted a manifest behind the options, got nothing")
     system = greedy_system(arguments, arguments.ckpt)
@@ -79,11 +89,15 @@ def measure_cuts(argv: Sequence[str]) -> None:
         system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row for row in read_inputs(arguments.inputs, Path(scratch))[0] if row.text][:arguments.limit or 100]
-        for name, noise_db, offset in CONDITIONS:
-            print(f"{name}: {cut_joined(system, rows, noise_db, offset, Path(scratch) / 'joined.wav')}", flush=True)
+        path = Path(scratch) / "joined.wav"
+        print(f"silent pauses: {cut_joined(system, rows, path)}", flush=True)
+        for noise_db in NOISES_DB:
+            print(f"noise at {noise_db} dBFS: {cut_joined(system, rows, path, noise_db)}", flush=True)
+        print(f"an offset of {OFFSET}: {cut_joined(system, rows, path, offset=OFFSET)}", flush=True)
 
 
-def cut_joined(system: System, rows: Sequence[Row], noise_db: float | None, offset: float, path: Path) -> str:
+def cut_joined(system: System, rows: Sequence[Row], path: Path, noise_db: float | None = None,
+               offset: float = 0.0) -> str:
     """The figures of one condition; path: of the joined recording."""
     rate_hz = system.config.data.sample_rate
     rng = np.random.default_rng(0)

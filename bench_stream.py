@@ -7,20 +7,24 @@ the time from the sample that completes a chunk, look-ahead included, to the mes
 Needs serve.py with all that it needs.
 """
 import argparse
+import asyncio
 import base64
-import heapq
+import contextlib
 import itertools
 import json
 import math
 import os
-import selectors
-import socket
+import re
 import struct
+import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,12 +33,14 @@ from torch import Tensor
 import config as configs
 import serve
 from audio import frame_sec, stream
+from bench_long import large_system
 from checkpoint import System, export_directory, load_system
 from live import samples_until
 from manifests import read_inputs
 from streaming import Chunk, State, feed, feed_many, start
 
 HERE = Path(__file__).resolve().parent
+TURNS = 9  # of a step, of which the median is taken
 
 
 # ---- the time of a chunk ----
@@ -54,11 +60,11 @@ def ready_stream(system: System) -> State:
     return feed(system, start(system, system.chunk), noise(0, chunks * chunk_samples(system)))[0]
 
 
-def step_ms(system: System, states: Sequence[State], turns: int) -> float:
+def step_ms(system: System, states: Sequence[State]) -> float:
     """Median of the milliseconds that a chunk of all these streams takes, in one batch."""
     pieces = [noise(100 + i, chunk_samples(system)) for i in range(len(states))]
     spent = []
-    for _ in range(turns):
+    for _ in range(TURNS):
         started = time.perf_counter()
         feed_many(system, states, pieces, [False] * len(states))
         spent.append(1000 * (time.perf_counter() - started))
@@ -77,11 +83,11 @@ def difference(system: System, states: Sequence[State]) -> float:
     return found
 
 
-def chunk_figures(system: System, turns: int) -> Iterator[str]:
+def chunk_figures(system: System) -> Iterator[str]:
     """Of a chunk alone, and of batches, which double until they are late."""
     due_ms = 1000 * system.chunk.new * frame_sec(system.config.data)
     state = ready_stream(system)
-    ms = step_ms(system, [state], turns)
+    ms = step_ms(system, [state])
     yield (f"a chunk of one stream    {ms:8.1f} ms of {due_ms:.0f}: real-time factor {ms / due_ms:.3f}; "
            f"alone, one after another, {int(due_ms / ms)} streams stay in real time")
     most = 0
@@ -89,11 +95,11 @@ def chunk_figures(system: System, turns: int) -> Iterator[str]:
     while ms < due_ms and late < 512:
         most = late
         late *= 2
-        ms = step_ms(system, [state] * late, turns)
+        ms = step_ms(system, [state] * late)
         yield f"a batch of {late:3} streams   {ms:8.1f} ms, {ms / late:.1f} a stream"
     while late - most > max(1, most // 8):
         middle = (most + late) // 2
-        if step_ms(system, [state] * middle, turns) < due_ms:
+        if step_ms(system, [state] * middle) < due_ms:
             most = middle
         else:
             late = middle
@@ -113,101 +119,83 @@ def to_frame(opcode: int, payload: bytes) -> bytes:
     return bytes([128 | opcode]) + length + bytes(4) + payload
 
 
-@dataclass
-class Client:
-    """Somebody who speaks at real-time pace into a socket."""
+class Talk(NamedTuple):
+    """What became of somebody who spoke into a socket; times are those of time.monotonic."""
 
-    connection: socket.socket
-    audio: bytes  # 16-bit samples at the model's rate
     begun: float
-    sent: int = 0  # bytes of audio
-    received: bytes = b""
-    sent_at: list[tuple[int, float]] = field(default_factory=list)  # samples so far, and when
-    messages: list[tuple[float, dict]] = field(default_factory=list)
-
-    def speak(self, rate_hz: int) -> float | None:
-        """Send the next piece -> when the one after it is due; None behind the last."""
-        size = 2 * int(rate_hz * PIECE_SEC)
-        self.connection.sendall(to_frame(2, self.audio[self.sent:self.sent + size]))
-        self.sent += size
-        self.sent_at.append((self.sent // 2, time.monotonic()))
-        if self.sent >= len(self.audio):
-            self.connection.sendall(to_frame(1, b'{"is_speaking": false}'))
-            return None
-        return self.begun + (self.sent + size) / 2 / rate_hz
-
-    def listen(self) -> None:
-        data = self.connection.recv(65536)
-        if not data:
-            raise ValueError("the server closed a socket")
-        self.received += data
-        now = time.monotonic()
-        while len(self.received) >= 4:
-            size = self.received[1]
-            head = 2
-            if size >= 126:
-                head = 4 if size == 126 else 10
-                size = int.from_bytes(self.received[2:head], "big")
-            if len(self.received) < head + size:
-                return
-            payload = self.received[head:head + size]
-            if self.received[0] == 0x81:
-                self.messages.append((now, json.loads(payload)))
-            self.received = self.received[head + size:]
+    sent_at: list[tuple[int, float]]  # samples so far, and when, of each piece
+    messages: list[tuple[float, dict]]  # when each came
 
 
-def connect(port: int, audio: bytes, begun: float, rate_hz: int) -> Client:
-    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+async def open_socket(port: int, rate_hz: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     key = base64.b64encode(os.urandom(16)).decode()
-    connection.sendall(f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                       f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
-    answer = b""
-    while b"\r\n\r\n" not in answer:
-        more = connection.recv(1)
-        if not more:
-            raise ValueError(f"wanted a web socket, got {answer[:200]!r}")
-        answer += more
+    writer.write(f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                 f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
+    answer = await reader.readuntil(b"\r\n\r\n")
     if b" 101 " not in answer.partition(b"\r\n")[0]:
         raise ValueError(f"wanted a web socket, got {answer[:200]!r}")
-    connection.sendall(to_frame(1, json.dumps({"mode": "online", "audio_fs": rate_hz}).encode()))
-    return Client(connection, audio, begun)
+    writer.write(to_frame(1, json.dumps({"mode": "online", "audio_fs": rate_hz}).encode()))
+    return reader, writer
 
 
-def converse(clients: Sequence[Client], rate_hz: int) -> None:
-    """All speak at real-time pace, and listen until each has its last message. Raises ValueError if one does not get
-    it within a minute of its last word."""
-    until = max(client.begun + len(client.audio) / 2 / rate_hz for client in clients) + 60
-    due = [(client.begun, i) for i, client in enumerate(clients)]
-    heapq.heapify(due)
-    with selectors.DefaultSelector() as selector:
-        for client in clients:
-            selector.register(client.connection, selectors.EVENT_READ, client)
-        while selector.get_map():
-            if time.monotonic() > until:
-                raise ValueError(f"{len(selector.get_map())} of {len(clients)} sockets got no last message in a minute")
-            while due and due[0][0] <= time.monotonic():
-                _, i = heapq.heappop(due)
-                following = clients[i].speak(rate_hz)
-                if following is not None:
-                    heapq.heappush(due, (following, i))
-            wait = due[0][0] - time.monotonic() if due else 1.0
-            for key, _ in selector.select(max(0.0, wait)):
-                client = key.data
-                client.listen()
-                if client.messages and client.messages[-1][1].get("is_final"):
-                    selector.unregister(client.connection)
-                    client.connection.close()
+async def speak(writer: asyncio.StreamWriter, audio: bytes, begun: float, rate_hz: int) -> list[tuple[int, float]]:
+    """Send 16-bit samples as if they were spoken from `begun` on -> Talk.sent_at."""
+    size = 2 * int(rate_hz * PIECE_SEC)
+    sent_at = []
+    for start in range(0, len(audio), size):
+        piece = audio[start:start + size]
+        samples = (start + len(piece)) // 2
+        await asyncio.sleep(begun + samples / rate_hz - time.monotonic())
+        writer.write(to_frame(2, piece))
+        sent_at.append((samples, time.monotonic()))
+    writer.write(to_frame(1, b'{"is_speaking": false}'))
+    return sent_at
 
 
-def latencies_ms(client: Client, system: System) -> list[float]:
+async def listen(reader: asyncio.StreamReader) -> list[tuple[float, dict]]:
+    """The messages up to the last one."""
+    messages: list[tuple[float, dict]] = []
+    while not messages or not messages[-1][1].get("is_final"):
+        kind, size = await reader.readexactly(2)
+        if size >= 126:
+            size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
+        payload = await reader.readexactly(size)
+        if kind == 0x81:  # a whole text
+            messages.append((time.monotonic(), json.loads(payload)))
+    return messages
+
+
+async def talk(port: int, audio: bytes, begun: float, rate_hz: int) -> Talk:
+    reader, writer = await open_socket(port, rate_hz)
+    listening = asyncio.create_task(listen(reader))
+    sent_at = await speak(writer, audio, begun, rate_hz)
+    messages = await asyncio.wait_for(listening, 60)
+    writer.close()
+    return Talk(begun, sent_at, messages)
+
+
+async def talk_at_once(port: int, speeches: Sequence[bytes], rate_hz: int, apart_sec: float) -> list[Talk]:
+    """One socket for each speech, begun one after another, so far apart. Raises ValueError if one is closed, or gets no
+    last message within a minute of its last word."""
+    begun = time.monotonic() + 1.0
+    talks = [talk(port, audio, begun + i * apart_sec, rate_hz) for i, audio in enumerate(speeches)]
+    try:
+        return await asyncio.gather(*talks)
+    except EOFError:
+        raise ValueError("the server closed a socket") from None
+    except TimeoutError:
+        raise ValueError("a socket got no last message within a minute of its last word") from None
+
+
+def latencies_ms(heard: Talk, system: System) -> list[float]:
     """From the sample that completed a chunk to the message with its last token, which says what chunk it is of; left
     out where that token ends within a millisecond of an edge, and what the end of the stream completed."""
     chunk = system.chunk
     seconds = frame_sec(system.config.data)
-    counts = [samples for samples, _ in client.sent_at]
+    counts = [samples for samples, _ in heard.sent_at]
     found = []
-    for received, message in client.messages:
+    for received, message in heard.messages:
         if "error" in message:
             raise ValueError(f"the server: {message['error']['message']}")
         if message["is_final"] or not message["tokens"]:
@@ -218,7 +206,7 @@ def latencies_ms(client: Client, system: System) -> list[float]:
         if abs(place - round(place)) * chunk.new * seconds < 0.001 or complete > counts[-1]:
             continue
         piece = next(i for i, samples in enumerate(counts) if samples >= complete)
-        found.append(1000 * (received - client.sent_at[piece][1]))
+        found.append(1000 * (received - heard.sent_at[piece][1]))
     return found
 
 
@@ -226,7 +214,7 @@ def speeches(system: System, inputs: Sequence[str], count: int, seconds: float) 
     """Of each client, so many seconds of the inputs joined, each from another one on; noise without inputs."""
     rate_hz = system.config.data.sample_rate
     wanted = int(seconds * rate_hz)
-    sources = []
+    sources = [noise(i, wanted) for i in range(count)]
     if inputs:
         with tempfile.TemporaryDirectory() as scratch:
             rows = read_inputs(inputs, Path(scratch))[0][:4 * count]
@@ -235,45 +223,64 @@ def speeches(system: System, inputs: Sequence[str], count: int, seconds: float) 
             raise ValueError("wanted recordings with samples, got none")
     found = []
     for i in range(count):
-        joined = noise(i, wanted)
-        if sources:
-            joined = torch.zeros(0)
-            following = itertools.islice(itertools.cycle(sources), i, None)
-            while len(joined) < wanted:
-                joined = torch.cat([joined, next(following)])
+        following = itertools.islice(itertools.cycle(sources), i, None)
+        joined = torch.zeros(0)
+        while len(joined) < wanted:
+            joined = torch.cat([joined, next(following)])
         found.append((joined[:wanted].clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
     return found
 
 
-def socket_figures(system: System, port: int, inputs: Sequence[str], count: int, seconds: float) -> Iterator[str]:
+def socket_figure(system: System, port: int, inputs: Sequence[str], count: int, seconds: float) -> str:
     rate_hz = system.config.data.sample_rate
     chunk_sec = system.chunk.new * frame_sec(system.config.data)
     audio = speeches(system, inputs, count, seconds)
-    begin = time.monotonic() + 1.0
-    clients = [connect(port, x, begin + i * chunk_sec / count, rate_hz) for i, x in enumerate(audio)]
-    converse(clients, rate_hz)
-    found = []
-    for client in clients:
-        found += latencies_ms(client, system)
-    late = [now - client.begun - samples / rate_hz for client in clients for samples, now in client.sent_at]
+    found: list[float] = []
+    late: list[float] = []
+    for heard in asyncio.run(talk_at_once(port, audio, rate_hz, chunk_sec / count)):
+        found += latencies_ms(heard, system)
+        late += [now - heard.begun - samples / rate_hz for samples, now in heard.sent_at]
     if not found:
         raise ValueError("no chunk of these recordings has words: wanted other recordings, or more seconds")
     p50, p99 = np.quantile(found, [0.5, 0.99], method="higher")
-    yield (f"{count} sockets at real-time pace for {seconds:g} s: latency p50 {p50:.0f} ms, p99 {p99:.0f} ms "
-           f"(asked of 50 with digits_streaming: p99 under 300), most {max(found):.0f} ms, of {len(found)} messages; "
-           f"the client itself was up to {1000 * max(late):.0f} ms late")
+    return (f"{count} sockets at real-time pace for {seconds:g} s: latency p50 {p50:.0f} ms, p99 {p99:.0f} ms "
+            f"(asked of 50 with digits_streaming: p99 under 300), most {max(found):.0f} ms, of {len(found)} messages; "
+            f"the client itself was up to {1000 * max(late):.0f} ms late")
 
 
 # ---- the command ----
 
-def true_size(large_system: Callable[[configs.Config], System]) -> System:
+@contextlib.contextmanager
+def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
+    """A server in a process of its own -> its port, and the seconds from its start until it listened."""
+    started = time.perf_counter()
+    names = ("checkpoint", "device", "threads", "dtype", "max_batch_size", "max_wait_ms", "max_batch_frames")
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
+    process = subprocess.Popen([sys.executable, str(HERE / "serve.py"), "--port=0", *given], stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "ASR_API_KEY": ""})
+    try:
+        output = ""
+        while not (match := re.search(r"http://[^:]+:(\d+)", output)):
+            line = process.stderr.readline()
+            if not line:
+                raise ValueError(f"the server did not start: {output.strip()}")
+            output += line
+        ready = time.perf_counter() - started
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield int(match[1]), ready
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def true_size() -> System:
     config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
     system = large_system(replace(config, model=replace(config.model, name="streaming")))
     return system._replace(model=system.model.eval(), chunk=Chunk())
 
 
-def measure_streams(large_system: Callable, running: Callable, argv: Sequence[str]) -> None:
-    """Print the figures. large_system, running: those of bench.py."""
+def measure_streams(argv: Sequence[str]) -> None:
+    """Print the figures."""
     parser = argparse.ArgumentParser(prog="bench.py stream", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a streaming one (default: random weights of the published size)")
@@ -281,23 +288,21 @@ def measure_streams(large_system: Callable, running: Callable, argv: Sequence[st
     add("--sockets", type=int, default=50, help="at once, with a checkpoint (default 50)")
     add("--seconds", type=float, default=30.0, help="that each speaks (default 30)")
     add("--threads", type=int, default=2, help="of torch (default 2)")
-    add("--turns", type=int, default=9, help="of which the median is taken (default 9)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         place = options.checkpoint or folder
         if not options.checkpoint:
-            export_directory(true_size(large_system), Path(folder))
+            export_directory(true_size(), Path(folder))
         system = load_system(place, "cpu", laid_out=True)
         if system.chunk is None:
             raise ValueError(f"{place}: wanted a streaming model, got a {system.config.model.name}")
         encoder, decoder = system.config.model.encoder, system.config.model.decoder
-        print(f"{encoder.num_layers} + {decoder.num_layers} blocks, {encoder.hidden_dim} wide, {options.threads} threads, "
-              f"{system.chunk}", flush=True)
-        for line in chunk_figures(system, options.turns):
+        print(f"{encoder.num_layers} + {decoder.num_layers} blocks, {encoder.hidden_dim} wide, {options.threads} "
+              f"threads, {system.chunk}", flush=True)
+        for line in chunk_figures(system):
             print(line, flush=True)
         count = options.sockets if options.checkpoint else 1
-        with running(serve.parse_arguments(["--checkpoint", place, "--device", "cpu", "--threads",
-                                            str(options.threads)])) as (port, _):
-            for line in socket_figures(system, port, options.inputs, count, options.seconds):
-                print(line, flush=True)
+        given = ["--checkpoint", place, "--device", "cpu", "--threads", str(options.threads)]
+        with running(serve.parse_arguments(given)) as (port, _):
+            print(socket_figure(system, port, options.inputs, count, options.seconds), flush=True)

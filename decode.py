@@ -46,25 +46,25 @@ import audio
 import data
 from audio import Segment, frame_sec, frontend, segments
 from baselines import Candidate, Search, check_search
-from checkpoint import PRECISIONS, SEGMENT_SEC, System, check_not_streaming, export, export_int8, load_system
+from checkpoint import PRECISIONS, System, check_not_streaming, export, export_int8, load_system
+from decode_options import DEFAULT_CHECKPOINT, parse_arguments
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from listen import hear_stream, show_streams, stream_result, with_chunk
 from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
-from outputs import (ProgressBar, end_output, file_names, open_part, prepare_output, print_results, report_figures,
-                     what_is_done, write_file, write_outcomes)
-from pictures import write_explained
+from outputs import (ProgressBar, end_output, file_names, prepare_output, print_results, report_figures, what_is_done,
+                     write_file, write_outcomes)
+from pictures import explain
 from punctuation import load_punctuation
 from ranks import gather_in_first, join_processes, own_rank
-from report import (Alternative, FORMS, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of,
-                    utterance_svgs, words_of)
+from report import (Alternative, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of, utterance_svgs,
+                    words_of)
 from sentences import with_sentences
 from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
-from vad import SCHEDULES, cut_speech, load_vad
+from vad import cut_speech, load_vad
 
-DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
 
 
@@ -121,7 +121,10 @@ def read_alternatives(system: System, candidates: Sequence[Candidate]) -> tuple[
 
 
 def on_cpu(found: Hypotheses) -> Hypotheses:
-    return Hypotheses(*(x.cpu() if isinstance(x, Tensor) else [part.cpu() for part in x] for x in found))
+    moved = []
+    for x in found:
+        moved.append(x.cpu() if isinstance(x, Tensor) else [part.cpu() for part in x])
+    return Hypotheses(*moved)
 
 
 Hotwords = Sequence[tuple[str, ...] | None]  # what to listen for in each utterance of a batch; None: no list
@@ -279,10 +282,7 @@ def recognise_inputs(system: System, dataset: Dataset, indices: Sequence[int]) -
     except (RuntimeError, ValueError) as error:
         if len(indices) == 1:
             return [Outcome(indices[0], items[0].key, reason=f"the model failed: {error}")]
-        outcomes = []
-        for i in indices:
-            outcomes += recognise_inputs(system, dataset, [i])
-        return outcomes
+        return list(itertools.chain(*(recognise_inputs(system, dataset, [i]) for i in indices)))
     outcomes = []
     for i, item in zip(indices, items):
         if isinstance(item, data.Skip):
@@ -311,11 +311,12 @@ def outcome_of(system: System, dataset: Dataset, index: int, item: data.Utteranc
 WINDOW = 1024  # inputs that are sorted by length together; their results go out before the next are begun
 
 
-def plan_batches(lengths: np.ndarray, batch_size: int, batch_frames: int) -> Iterator[list[list[int]]]:
-    """The batches of each window of inputs of `lengths` frames, as lists of their places."""
-    for first in range(0, len(lengths), WINDOW):
-        batches = data.make_batches(lengths[first:first + WINDOW], batch_size, batch_frames, shuffle=False)
-        yield [[first + i for i in batch] for batch in batches]
+def plan_batches(todo: Sequence[int], lengths: np.ndarray, system: System) -> Iterator[list[list[int]]]:
+    """The batches of each window of the inputs `todo`, as lists of their places; lengths: frames of all inputs."""
+    for first in range(0, len(todo), WINDOW):
+        window = np.array(todo[first:first + WINDOW])
+        batches = data.make_batches(lengths[window], *batch_limits(system), shuffle=False)
+        yield [window[batch].tolist() for batch in batches]
 
 
 def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[int]]], shard: tuple[int, int],
@@ -376,134 +377,30 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
     return utterance_svgs(title, item, found, tokens, system.config, encoder_layers, cross_layers, layer or 0)
 
 
-def write_pictures(folder: Path, system: System, dataset: Dataset, named: Sequence[tuple[int, str]],
-                   layer: int) -> None:
-    """name.alignment.svg, name.encoder.svg and, of a decoder with layers, name.cross.svg of each utterance (its place,
-    name). One that was cut into segments or has no frames has none; their number goes to standard error."""
+def draw_all(arguments: argparse.Namespace, system: System, dataset: Dataset, named: Sequence[tuple[int, str]]) -> None:
+    """Of each utterance (its place, name): for --plot, name.alignment.svg, name.encoder.svg and, of a decoder with
+    layers, name.cross.svg; for --explain, name.explain.svg. One that was cut into segments or has no frames has none;
+    their number goes to standard error."""
+    folder = Path(arguments.plot or ".")
+    model = listening_model(system, [system.hotwords])
     without = 0
     for index, name in named:
         item = drawable(dataset, index)
         if item is None:
             without += 1
             continue
-        for kind, svg in draw(system, item, layer).items():
+        svgs = draw(system, item, arguments.plot_layer) if arguments.plot else {}
+        if arguments.explain:
+            svgs["explain"] = explain(model, system.config, system.tokenizer.symbols, item, system.stats.device)
+        for kind, svg in svgs.items():
             write_file(folder / f"{name}.{kind}.svg", svg)
     if without:
-        print(f"decode.py: --plot: no picture of {without} that --max-segment-sec cut or that have no frames",
+        option = "--plot" if arguments.plot else "--explain"
+        print(f"decode.py: {option}: no picture of {without} that --max-segment-sec cut or that have no frames",
               file=sys.stderr)
 
 
 # ---- main ----
-
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
-                                     "data, or the test (else dev) manifest of its config.")
-    add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in them), "
-        "manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a line of a manifest")
-    add("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
-        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
-    add("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
-        "checkpoint, any other path as a directory, FunASR's if it knows the model; with --dtype int8 in a quarter "
-        "of the size, to run with --dtype int8 only")
-    add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
-        "(UTF-8) with one a line, # before a remark, or words with spaces between them")
-    add("--vad", metavar="DIR", help="cut every recording where a VAD model finds speech: a directory as FunASR "
-        "publishes fsmn-vad")
-    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
-        "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
-    add("--punctuate", metavar="DIR", help="write sentences: a directory as FunASR publishes ct-punc")
-    add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
-        "paths (`sox ... |`), in that folder")
-    add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
-        "results.ctm for all), where PATH ends in .jsonl, a line of JSON for each, or, of one input, a file that ends "
-        "in its form, as talk.srt")
-    add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
-    add("--resume", action="store_true", help="go on with an --output that a run has begun: inputs whose results it "
-        "has are not decoded again")
-    add("--report", metavar="DIR", help="write the error report of the inputs that have a reference: summary.txt, "
-        "alignments.txt and report.html")
-    add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
-    add("--explain", action="store_true", help="draw each utterance's way through the model, NAME.explain.svg, in the "
-        "folder of --plot or here")
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
-        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
-
-    add("--stream", action="store_true", help="with a streaming model: print the text of recordings, or of - (a WAV "
-        "from a pipe), as it grows")
-    add("--pcm", type=int, metavar="RATE", help="- of --stream is bare 16-bit little-endian mono samples at RATE Hz")
-    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames that are decided at a "
-        "time, and frames that it hears beyond them (default: as it was trained; FunASR's: 10,5, of 60 ms)")
-    add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="of a streaming model: how many chunks before "
-        "it a chunk sees; -1: all (default: likewise; FunASR's: 4,1)")
-
-    def number(name: str, default: float, meaning: str) -> None:
-        add(name, type=type(default), default=default, help=f"{meaning} (default {default:g})")
-
-    number("--limit", 0, "only the first so many utterances; 0: all")
-    number("--threads", 0, "of torch; 0: its own choice")
-    number("--plot-layer", 0, "attention layer of the pictures, 1: first; 0, and where there are fewer: last")
-    number("--batch-size", 16, "utterances, or segments of a long recording, in a batch")
-    number("--batch-seconds", 300.0, "audio in a batch, padding included; one that is longer goes alone")
-    number("--min-segment-sec", SEGMENT_SEC[0], "shortest segment of a long recording")
-    number("--max-segment-sec", SEGMENT_SEC[1], "longest one; a longer recording is cut at its pauses")
-    number("--beam", Search().beam, "hypotheses that a transformer or a CTC model keeps at a time; 1: greedy")
-    number("--nbest", Search().nbest, "alternatives of each utterance that they give")
-    number("--length-penalty", Search().length_penalty, "of a transformer's beam: 0 favours short texts")
-    number("--coverage-penalty", Search().coverage_penalty, "of a transformer's beam: for frames little attended")
-    arguments = parser.parse_args(argv)
-    arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))
-    for name, least in (("limit", 0), ("batch_size", 1), ("threads", 0), ("plot_layer", 0), ("batch_seconds", 1e-3)):
-        if not least <= getattr(arguments, name) < 1e9:
-            parser.error(f"--{name.replace('_', '-')} must be {least} or more, below 1e9, got "
-                         f"{getattr(arguments, name)}")
-    check_together(parser, arguments)
-    return arguments
-
-
-def two_numbers(text: str) -> tuple[int, int]:
-    """Of --chunk and --look-back."""
-    try:
-        first, second = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted two whole numbers and a comma, as 10,5, got {text!r}") from None
-    return first, second
-
-
-def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """What options ask of each other; ends the program where they do not go together."""
-    if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
-        parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
-                     f"{arguments.min_segment_sec:g} and {arguments.max_segment_sec:g}")
-    if arguments.format and not arguments.output:
-        parser.error("--format needs --output")
-    if arguments.format not in (None, "json") and Path(arguments.output).suffix == ".jsonl":
-        parser.error("--output FILE.jsonl is for --format json")
-    if arguments.vad_schedule and not arguments.vad:
-        parser.error("--vad-schedule needs --vad")
-    if arguments.vad and (arguments.min_segment_sec, arguments.max_segment_sec) != SEGMENT_SEC:
-        parser.error("--min-segment-sec and --max-segment-sec are for cutting without --vad")
-    if arguments.resume and not arguments.output:
-        parser.error("--resume needs --output")
-    if arguments.plot_layer and not arguments.plot:
-        parser.error("--plot-layer needs --plot")
-    if arguments.pcm is not None and not (arguments.stream and arguments.inputs == ["-"] and arguments.pcm >= 1000):
-        parser.error("--pcm needs --stream - and a rate of 1000 Hz or more")
-    if arguments.stream:
-        if not arguments.inputs:
-            parser.error("--stream needs a recording or -")
-        for name in ("export", "hotwords", "output", "format", "report", "plot", "limit", "allow_pipes",
-                     "resume", "explain", "vad"):
-            if getattr(arguments, name) != parser.get_default(name):
-                parser.error(f"--stream prints texts alone; leave out --{name.replace('_', '-')}")
-    if arguments.export and not arguments.inputs:
-        for name in ("hotwords", "vad", "punctuate", "output", "report", "plot", "explain", "allow_pipes",
-                     "chunk", "look_back", "batch_size", "batch_seconds", "limit", "min_segment_sec", "max_segment_sec",
-                     *Search._fields):
-            if getattr(arguments, name) != parser.get_default(name):
-                parser.error(f"--export recognises nothing without INPUT; leave out --{name.replace('_', '-')}")
-
 
 def with_search(system: System, search: Search) -> System:
     """The system with this search. Raises as `check_search`."""
@@ -549,27 +446,29 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
     of the system's, from where its own manifests are found.
     """
     options, stats = system.config.data, system.stats.cpu()
-    if options.kind == "toy" and not inputs and system.vad:
-        raise ValueError("--vad: wanted recordings, got the toy task, which is made of features")
     if options.kind == "toy" and not inputs:
+        if system.vad:
+            raise ValueError("--vad: wanted recordings, got the toy task, which is made of features")
         return data.open_dataset(options, "test", system.tokenizer.encode, system.config.training.seed, stats)
-    if not (inputs or options.test or options.dev):
-        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
+
     def dataset(source: str | list[Row]) -> Dataset:
         return data.ManifestDataset(source, options, system.tokenizer.encode, stats=stats, for_training=False,
                                     whole_sec=whole_sec(system))
 
-    if not inputs:
-        field = "test" if options.test else "dev"
-        try:
-            return dataset(find_again(getattr(options, field), checkpoint))
-        except ValueError as error:
-            raise ValueError(f"the checkpoint's data.{field}: {error}") from None
-    rows, left_out = read_inputs(inputs, scratch, allow_pipes)
-    if own_rank() == 0:
-        for line in left_out_lines(left_out):
-            print(f"decode.py: {line}", file=sys.stderr)
-    return dataset(rows)
+    if inputs:
+        rows, left_out = read_inputs(inputs, scratch, allow_pipes)
+        if own_rank() == 0:
+            for line in left_out_lines(left_out):
+                print(f"decode.py: {line}", file=sys.stderr)
+        return dataset(rows)
+    field = "test" if options.test else "dev"
+    source = getattr(options, field)
+    if not source:
+        raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
+    try:
+        return dataset(find_again(source, checkpoint))
+    except ValueError as error:
+        raise ValueError(f"the checkpoint's data.{field}: {error}") from None
 
 
 def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
@@ -582,37 +481,33 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     done, scores = what_is_done(output, encode) if arguments.resume else (set(), [])
     todo = [i for i in range(len(lengths)) if i not in done]
     bar = ProgressBar(len(todo), shard)
-    part = open_part(output) if output.merged else None
 
     def finish(outcomes: list[Outcome]) -> None:
-        write_outcomes(output, part, outcomes)
+        write_outcomes(output, outcomes)
         bar.add(outcomes)
 
-    outcomes = recognise_all(system, dataset, windows_of(todo, lengths, system), shard, finish)
+    outcomes = recognise_all(system, dataset, plan_batches(todo, lengths, system), shard, finish)
     alone = not (arguments.output or arguments.report or arguments.plot or arguments.explain)
     tally = print_results(outcomes, not arguments.inputs, alone, bar, encode)
     tally.scores.extend(scores)
-    end_output(output, part, tally.interrupt is not None, processes)
+    end_output(output, tally.interrupt is not None, processes)
     if rank == 0:
         spent = time.perf_counter() - started
-        names = file_names(dataset.keys[:len(lengths)]) if arguments.plot or arguments.explain else []
-        if arguments.plot:
-            named = [(i, names[i]) for i, _ in tally.heard]
-            write_pictures(Path(arguments.plot), system, dataset, named, arguments.plot_layer)
-        if arguments.explain:
-            model = listening_model(system, [system.hotwords])
-            items = ((names[i], drawable(dataset, i)) for i, _ in tally.heard)
-            write_explained(Path(arguments.plot or "."), model, system, (named for named in items if named[1]))
+        if arguments.plot or arguments.explain:
+            names = file_names(dataset.keys[:len(lengths)])
+            draw_all(arguments, system, dataset, [(i, names[i]) for i, _ in tally.heard])
         report_figures(arguments.report, tally, spent, lambda index: alignment_picture(system, dataset, index))
     if tally.interrupt:
         return exit_code(tally.interrupt)
     return 1 if tally.failed else 0
 
 
-def windows_of(todo: Sequence[int], lengths: np.ndarray, system: System) -> Iterator[list[list[int]]]:
-    """`plan_batches` of the inputs in todo."""
-    for batches in plan_batches(lengths[todo], *batch_limits(system)):
-        yield [[todo[i] for i in batch] for batch in batches]
+def load(arguments: argparse.Namespace) -> System:
+    system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
+    system = with_chunk(arguments, system)
+    if arguments.hotwords is not None:
+        system = with_hotwords(system, arguments.hotwords)
+    return with_parts(arguments, system)
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:
@@ -622,20 +517,15 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    if arguments.export and arguments.dtype == "int8":
-        if rank == 0:
-            print(f"decode.py: wrote {export_int8(arguments.ckpt, arguments.export)}", file=sys.stderr)
-        if not arguments.inputs:
-            return 0
-    system = with_chunk(arguments, with_search(greedy_system(arguments, arguments.ckpt), arguments.search))
-    if arguments.export and arguments.dtype != "int8":
-        if rank == 0:
-            print(f"decode.py: wrote {export(system, arguments.export)}", file=sys.stderr)
-        if not arguments.inputs:
-            return 0
-    if arguments.hotwords is not None:
-        system = with_hotwords(system, arguments.hotwords)
-    system = with_parts(arguments, system)
+    if arguments.export and rank == 0:
+        if arguments.dtype == "int8":
+            made = export_int8(arguments.ckpt, arguments.export)
+        else:
+            made = export(load(arguments), arguments.export)
+        print(f"decode.py: wrote {made}", file=sys.stderr)
+    if arguments.export and not arguments.inputs:
+        return 0
+    system = load(arguments)
     if arguments.stream:
         show_streams(system, arguments.inputs, arguments.pcm)
         return 0

@@ -4,7 +4,8 @@ One file for all, x.jsonl, grows beside it, in x.jsonl.part: a line of JSON for 
 whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go
 into x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1). Meanwhile
 x.jsonl.lock keeps others away, and each line of a part has what decides a result, so that no other model goes on.
-Reading order: names, the plan, what is done already, writing, the console. Needs what its imports name.
+Reading order: names, the plan, what made the results, a growing file, a run from beginning to end, the console. Needs
+what its imports name.
 """
 import glob
 import hashlib
@@ -21,7 +22,8 @@ from typing import BinaryIO, NamedTuple
 from files import replacing, write_atomic
 from manifests import RECORDINGS
 from ranks import sum_over_ranks
-from report import FORMS, Outcome, Result, Score, Token, Word, json_row, report_lines, score, write_report, written_text
+from report import (FORMS, Outcome, Result, Score, Token, Word, ctm, json_row, report_lines, score, to_line,
+                    write_report, written_text)
 from survival import ERASE, interrupted_later, lock, release, stream_error
 
 
@@ -76,23 +78,28 @@ class Output(NamedTuple):
     """At most one of `files` and `merged` is there."""
 
     form: str  # a key of FORMS
-    keys: Sequence[str]  # of the inputs
-    numbers: Sequence[int] = ()  # of each, how many before it have its key
+    inputs: Sequence[tuple[str, int]] = ()  # the key of each, and how many before it have that key
     files: Sequence[Path] = ()  # of each input
     merged: Path | None = None  # one file for all
     rank: int = 0
     made: dict[str, str] = {}  # what decides the results of `merged`, by option
-    lock: BinaryIO | None = None  # of rank 0: while it is open, no other process writes `merged`
-
-    @property
-    def part(self) -> Path:
-        """Where this process writes what it has of `merged`."""
-        return self.merged.with_name(f"{self.merged.name}.part{self.rank or ''}")
+    lock: BinaryIO | None = None  # of rank 0: while it is open, no other process writes here
+    part: BinaryIO | None = None  # where this process writes what it has of `merged`
 
 
-def pick_form(path: str | None, form: str | None) -> str:
+def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
+    """Each key with how many times it stood before, as several inputs may have the same."""
+    counts: Counter[str] = Counter()
+    pairs = []
+    for key in keys:
+        pairs.append((key, counts[key]))
+        counts[key] += 1
+    return pairs
+
+
+def pick_form(path: str, form: str | None) -> str:
     """--format, by default what --output ends in. Raises ValueError if one says something else than the other."""
-    suffix = Path(path).suffix[1:] if path else ""
+    suffix = Path(path).suffix[1:]
     if not form:
         return suffix if suffix in FORMS else "json"
     if suffix in FORMS and suffix != form and not os.path.isdir(path):
@@ -100,24 +107,51 @@ def pick_form(path: str | None, form: str | None) -> str:
     return form
 
 
-def plan_output(path: str | None, form: str | None, keys: Sequence[str], rank: int = 0) -> Output:
+def plan_output(path: str, form: str | None, keys: Sequence[str], rank: int) -> Output:
     """Where the results of the inputs with these keys go: where path ends in .jsonl or in the form, and is no folder,
     one file; else a folder. Raises ValueError where several results would go into a file for one."""
     form = pick_form(path, form)
-    if not path:
-        return Output(form, keys, rank=rank)
     place = Path(path)
+    output = Output(form, numbered(keys), rank=rank)
     is_file = place.suffix == f".{form}" and not place.is_dir()
-    if place.suffix == ".jsonl" or form == "ctm":
-        is_whole = is_file or place.suffix == ".jsonl"
-        numbers = [number for _, number in numbered(keys)]
-        return Output(form, keys, numbers, merged=place if is_whole else place / "results.ctm", rank=rank)
+    if place.suffix == ".jsonl" or form == "ctm" and is_file:
+        return output._replace(merged=place)
+    if form == "ctm":
+        return output._replace(merged=place / "results.ctm")
     if not is_file:
-        return Output(form, keys, files=[place / f"{name}.{form}" for name in file_names(keys)], rank=rank)
+        return output._replace(files=[place / f"{name}.{form}" for name in file_names(keys)])
     if len(keys) != 1:
         raise ValueError(f"--output: wanted a folder for the {form} files of {len(keys)} inputs, got the file {path}")
-    return Output(form, keys, files=[place], rank=rank)
+    return output._replace(files=[place])
 
+
+def check_replaced(output: Output, inputs: Sequence[str], recordings: Iterable[str]) -> None:
+    """Raises ValueError for an output that would replace an input, or what lies beside a recording under its name: the
+    text that a person has written, for all that is known. recordings: the path of each input, where there are."""
+    if output.merged and output.merged.is_dir():
+        raise ValueError(f"--output: wanted a file to write or replace, got the folder {output.merged}")
+    if output.merged and output.merged.exists():
+        for path in inputs:
+            if os.path.exists(path) and output.merged.samefile(path):
+                raise ValueError(f"--output: wanted another file than the inputs, got {output.merged}")
+    for file, recording in zip(output.files, recordings):
+        beside = Path(recording).with_suffix(file.suffix) if recording else None
+        if beside and file.exists() and beside.exists() and file.samefile(beside):
+            raise ValueError(f"--output: {file} lies beside the recording of its name and may be its text; wanted "
+                             "another folder, or --resume, which keeps the files that are there")
+
+
+def lock_output(path: str, output: Output) -> BinaryIO | None:
+    """Keep other processes away from a file, or from a folder of results. Raises ValueError if one is there."""
+    place = output.merged or Path(path)
+    if output.merged or output.files == [place]:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return lock(place.with_name(f"{place.name}.lock"), f"{place}: wanted a file")
+    place.mkdir(parents=True, exist_ok=True)
+    return lock(place / ".lock", f"{place}: wanted a folder")
+
+
+# ---- what results were made with ----
 
 MODELS = ("ckpt", "vad", "punctuate", "hotwords")  # options that name files
 DECIDING = ("dtype", "vad_schedule", "min_segment_sec", "max_segment_sec", "chunk", "look_back")
@@ -153,26 +187,14 @@ def check_made(found: dict[str, str], made: dict[str, str], part: Path) -> None:
                              f"{made.get(name)}; to start over, remove that file")
 
 
-def check_replaced(output: Output, inputs: Sequence[str], recordings: Iterable[str]) -> None:
-    """Raises ValueError for an output that would replace an input, or what lies beside a recording under its name: the
-    text that a person has written, for all that is known. recordings: the path of each input, where there are."""
-    if output.merged and output.merged.is_dir():
-        raise ValueError(f"--output: wanted a file to write or replace, got the folder {output.merged}")
-    if output.merged and output.merged.exists():
-        for path in inputs:
-            if os.path.exists(path) and output.merged.samefile(path):
-                raise ValueError(f"--output: wanted another file than the inputs, got {output.merged}")
-    for file, recording in zip(output.files, recordings):
-        beside = Path(recording).with_suffix(file.suffix) if recording else None
-        if beside and file.exists() and beside.exists() and file.samefile(beside):
-            raise ValueError(f"--output: {file} lies beside the recording of its name and may be its text; wanted "
-                             "another folder, or --resume, which keeps the files that are there")
-
-
-# ---- what is done already ----
+# ---- a file for all, while it grows ----
 
 def parts_of(merged: Path) -> list[Path]:
     return sorted(merged.parent.glob(f"{glob.escape(merged.name)}.part*"))
+
+
+def own_part(output: Output) -> Path:
+    return output.merged.with_name(f"{output.merged.name}.part{output.rank or ''}")
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -185,38 +207,40 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             start += len(line)
 
 
-def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
-    """Each key with how many times it stood before, as several inputs may have the same."""
-    counts: Counter[str] = Counter()
-    pairs = []
-    for key in keys:
-        pairs.append((key, counts[key]))
-        counts[key] += 1
-    return pairs
+def open_part(path: Path) -> BinaryIO:
+    """A part, to go on with behind its last whole line."""
+    end = 0
+    if path.exists():
+        for start, line in whole_lines(path):
+            end = start + len(line)
+    file = open(path, "ab")
+    file.truncate(end)
+    return file
 
 
 def part_line(output: Output, outcome: Outcome) -> bytes:
     """The line of JSON of a result; in a part it has what it was made with, the number of its key, where that is not 0,
     and the text without punctuation, where some was asked for."""
-    more = {"made": output.made}
-    if output.numbers[outcome.index]:
-        more["number"] = output.numbers[outcome.index]
+    row = json_row(outcome) | {"made": output.made}
+    number = output.inputs[outcome.index][1]
+    if number:
+        row["number"] = number
     if outcome.result.sentences is not None:
-        more["spoken"] = outcome.result.text
-    row = json.loads(json_row(outcome)) | more
-    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+        row["spoken"] = outcome.result.text
+    return to_line(row).encode()
 
 
 def final_line(line: bytes) -> bytes:
-    """A line of a part as `json_row` wrote it."""
+    """A line of a part without what only a part has."""
     row = json.loads(line)
     for name in ("made", "number", "spoken"):
         row.pop(name, None)
-    return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    return to_line(row).encode()
 
 
-def read_outcome(line: bytes, index: int, place: str) -> Outcome:
-    """What `json_row` wrote, but for n-best and the spacing of words. Raises ValueError if it is none of its rows."""
+def read_outcome(line: bytes, place: str) -> tuple[Outcome, dict]:
+    """What `json_row` made of an outcome, but for its index, n-best and the spacing of words; and the row itself.
+    Raises ValueError if the line is none of its rows."""
     try:
         row = json.loads(line)
         tokens = [Token(**token) for token in row["tokens"]]
@@ -224,68 +248,95 @@ def read_outcome(line: bytes, index: int, place: str) -> Outcome:
         result = Result(row.get("spoken", row["text"]), row["confidence"], tokens, words)
         is_scored = "sentences" not in row or "spoken" in row  # else nobody knows the text without its marks
         reference = row.get("reference", "") if is_scored else ""
-        return Outcome(index, row["key"], row["duration"], reference, result)
+        return Outcome(-1, row["key"], row["duration"], reference, result), row
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{place}: wanted a result that decode.py wrote, to go on from, got {line[:60]!r} ({error})"
                          ) from None
 
 
-def earlier_outcomes(output: Output) -> Iterator[Outcome]:
-    """What an earlier run left, with the place of its input, -1 where that is not among the inputs; forms but json and
-    ctm give an Outcome without result."""
-    if output.merged:
-        places = {pair: index for index, pair in enumerate(numbered(output.keys))}
-        for part in parts_of(output.merged):
-            for start, line in whole_lines(part):
-                outcome = read_outcome(line, -1, f"{part}, byte {start}")
-                row = json.loads(line)
-                check_made(row.get("made", output.made), output.made, part)  # lines of a finished file have none
-                pair = outcome.key, row.get("number", 0)
-                yield outcome._replace(index=places.get(pair, -1))
-    for index, file in enumerate(output.files):
-        if file.exists():
-            done = Outcome(index, output.keys[index])
-            yield read_outcome(file.read_bytes(), index, str(file)) if output.form == "json" else done
+def merge_parts(output: Output, keep: bool) -> None:
+    """Write `merged` from all parts, in the order of the inputs. keep: the run has not come to its end, so the parts
+    stay, to go on from."""
+    places = {pair: index for index, pair in enumerate(output.inputs)}
+    lines = []  # (place of the input, part, byte)
+    parts = parts_of(output.merged)
+    for part in parts:
+        for start, line in whole_lines(part):
+            row = json.loads(line)
+            lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
+    files = {part: open(part, "rb") for part in parts}
+    with replacing(output.merged) as path, open(path, "wb") as target:
+        for _, part, start in sorted(lines):
+            files[part].seek(start)
+            line = files[part].readline()
+            if output.form == "ctm":
+                outcome, _ = read_outcome(line, str(part))
+                target.write(ctm(outcome).encode())
+            else:
+                target.write(final_line(line))
+    for part, file in files.items():
+        file.close()
+        if not keep:
+            part.unlink()
 
+
+# ---- from the beginning to the end ----
 
 def begin_merged(output: Output, going_on: bool) -> None:
     """Rank 0 looks at what an earlier run left. Raises ValueError for results that would be lost."""
     parts = parts_of(output.merged)
     if parts and not going_on:
-        raise ValueError(f"{parts[0]}: results of a run that has not come to its end; to go on with it, add --resume, to "
-                         "start over, remove the file")
+        raise ValueError(f"{parts[0]}: results of a run that has not come to its end; to go on with it, add --resume, "
+                         "to start over, remove the file")
     if going_on and not parts and output.merged.exists() and output.form == "json":
-        twice = [key for key, number in numbered(output.keys) if number]
+        twice = [key for key, number in output.inputs if number]
         if twice:
-            raise ValueError(f"--resume: wanted a key of its own for each input, to find what {output.merged} lacks, got "
-                             f"{twice[0]!r} twice")
-        with replacing(output.part) as path:  # it is whole or not there
+            raise ValueError(f"--resume: wanted a key of its own for each input, to find what {output.merged} lacks, "
+                             f"got {twice[0]!r} twice")
+        with replacing(own_part(output)) as path:  # it is whole or not there
             shutil.copyfile(output.merged, path)
 
 
 def prepare_output(options, dataset, count: int, rank: int) -> Output:
     """Where the results of a dataset's first `count` inputs go; options are those of decode.py. Raises ValueError, in
-    every process, for a file that must not be replaced."""
-    keys = dataset.keys[:count] if options.output else []
-    output = plan_output(options.output, options.format, keys, rank)
+    every process, for a file that must not be replaced, or where another process writes."""
+    if not options.output:
+        return Output("json")
+    output = plan_output(options.output, options.format, dataset.keys[:count], rank)
     recordings = (row.audio for row in getattr(dataset, "rows", ()))  # toy data have none
     check_replaced(output, options.inputs, () if options.resume else recordings)
-    refused = {}
     if output.merged:
-        output.merged.parent.mkdir(parents=True, exist_ok=True)
         output = output._replace(made=made_with(options))
-    if output.merged and rank == 0:
+    refused = {}
+    if rank == 0:
         try:
-            held = lock(output.merged.with_name(f"{output.merged.name}.lock"), f"{output.merged}: wanted a file")
-            output = output._replace(lock=held)
-            begin_merged(output, options.resume)
+            output = output._replace(lock=lock_output(options.output, output))
+            if output.merged:
+                begin_merged(output, options.resume)
         except ValueError as error:
             release(output.lock)
             refused = {"why": str(error)}
     refused = sum_over_ranks(refused)  # the others wait for rank 0
     if refused:
         raise ValueError(refused["why"])
-    return output
+    return output._replace(part=open_part(own_part(output))) if output.merged else output
+
+
+def earlier_outcomes(output: Output) -> Iterator[Outcome]:
+    """What an earlier run left, with the place of its input, -1 where that is not among the inputs; forms but json and
+    ctm give an Outcome without result."""
+    places = {pair: index for index, pair in enumerate(output.inputs)}
+    for part in parts_of(output.merged) if output.merged else ():
+        for start, line in whole_lines(part):
+            outcome, row = read_outcome(line, f"{part}, byte {start}")
+            check_made(row.get("made", output.made), output.made, part)  # lines of a finished file have none
+            yield outcome._replace(index=places.get((outcome.key, row.get("number", 0)), -1))
+    for index, file in enumerate(output.files):
+        if file.exists():
+            outcome = Outcome(index, output.inputs[index][0])
+            if output.form == "json":
+                outcome, _ = read_outcome(file.read_bytes(), str(file))
+            yield outcome._replace(index=index)
 
 
 def what_is_done(output: Output, encode: Callable[[str], list[int]]) -> tuple[set[int], list[Score]]:
@@ -293,67 +344,30 @@ def what_is_done(output: Output, encode: Callable[[str], list[int]]) -> tuple[se
     done: set[int] = set()
     scores: list[Score] = []
     for outcome in earlier_outcomes(output):
-        done.add(outcome.index)
-        if outcome.reference and outcome.index >= 0:
-            scores.append(score(outcome, encode))
-    done.discard(-1)
+        if outcome.index >= 0:
+            done.add(outcome.index)
+            if outcome.reference:
+                scores.append(score(outcome, encode))
     sum_over_ranks({})  # all have read it: now it may grow
-    print(f"going on: {len(done)} of {len(output.keys)} are done", file=sys.stderr)
+    print(f"going on: {len(done)} of {len(output.inputs)} are done", file=sys.stderr)
     return done, scores
 
 
-# ---- writing ----
-
-def open_part(output: Output) -> BinaryIO:
-    """This process's part, to go on with behind its last whole line."""
-    end = 0
-    if output.part.exists():
-        for start, line in whole_lines(output.part):
-            end = start + len(line)
-    file = open(output.part, "ab")
-    file.truncate(end)
-    return file
-
-
-def write_outcomes(output: Output, part: BinaryIO | None, outcomes: Sequence[Outcome]) -> None:
+def write_outcomes(output: Output, outcomes: Sequence[Outcome]) -> None:
     """What one batch has come to, at once."""
     done = [outcome for outcome in outcomes if outcome.result]
-    if part:
-        part.write(b"".join(part_line(output, outcome) for outcome in done))
-        part.flush()
-    for outcome in done if output.files else ():
-        write_file(output.files[outcome.index], FORMS[output.form](outcome))
+    if output.part:
+        output.part.write(b"".join(part_line(output, outcome) for outcome in done))
+        output.part.flush()
+    if output.files:
+        for outcome in done:
+            write_file(output.files[outcome.index], FORMS[output.form](outcome))
 
 
-def merge_parts(output: Output, keep: bool) -> None:
-    """Write `merged` from all parts, in the order of the inputs. keep: the run has not come to its end, so the parts
-    stay, to go on from."""
-    places = {pair: index for index, pair in enumerate(numbered(output.keys))}
-    parts = parts_of(output.merged)
-    lines = []  # (place of the input, number of the part, byte)
-    for number, part in enumerate(parts):
-        for start, line in whole_lines(part):
-            row = json.loads(line)
-            lines.append((places.get((row["key"], row.get("number", 0)), -1), number, start))
-    files = [open(part, "rb") for part in parts]
-    with replacing(output.merged) as path, open(path, "wb") as target:
-        for index, number, start in sorted(lines):
-            files[number].seek(start)
-            line = files[number].readline()
-            if output.form == "json":
-                target.write(final_line(line))
-            else:
-                target.write(FORMS[output.form](read_outcome(line, index, str(parts[number]))).encode())
-    for file in files:
-        file.close()
-    for part in () if keep else parts:
-        part.unlink()
-
-
-def end_output(output: Output, part: BinaryIO | None, interrupted: bool, processes: int) -> None:
+def end_output(output: Output, interrupted: bool, processes: int) -> None:
     """Rank 0 writes `merged`; not where one of several processes was interrupted, as parts of others may still grow."""
-    if part:
-        part.close()
+    if output.part:
+        output.part.close()
     if output.merged and output.rank == 0 and (processes == 1 or not interrupted):
         with interrupted_later():
             merge_parts(output, keep=interrupted)

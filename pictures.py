@@ -3,7 +3,6 @@
 Reading order: the pictures of an epoch and the page that steps through them, the way through a model. Needs torch and
 what its imports name; plot.py draws.
 """
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -77,12 +76,3 @@ def explain(model: nn.Module, config, symbols: tuple[str, ...], item: data.Utter
     title = f"{Path(item.key).name}: {' '.join(text for text, _, _ in tokens)}"
     return explain_svg(title, item.feats, found.alpha[0].cpu(), embeds[0, places].float().cpu(), tokens,
                        shares[places, 0].tolist(), seconds, len(item.feats) * hop_sec, span)
-
-
-def write_explained(folder: Path, model: nn.Module, system, items: Iterable[tuple[str, data.Utterance]]) -> None:
-    """name.explain.svg of each (name, utterance)."""
-    for name, item in items:
-        svg = explain(model, system.config, system.tokenizer.symbols, item, system.stats.device)
-        path = folder / f"{name}.explain.svg"  # a name may have folders of its own
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, svg)

@@ -278,7 +278,7 @@ def sentence_entries(result: Result) -> list[dict]:
              "words": [word_entry(word) for word in sentence.words]} for sentence in result.sentences or ()]
 
 
-def json_row(outcome: Outcome) -> str:
+def json_row(outcome: Outcome) -> dict:
     result = outcome.result
     row = {"key": outcome.key, "text": written_text(result), "confidence": result.confidence,
            "duration": round(outcome.seconds, 3), "tokens": [token_entry(token) for token in result.tokens],
@@ -289,7 +289,15 @@ def json_row(outcome: Outcome) -> str:
         row["nbest"] = [alternative._asdict() for alternative in result.nbest]
     if outcome.reference:
         row["reference"] = outcome.reference
+    return row
+
+
+def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def json_line(outcome: Outcome) -> str:
+    return to_line(json_row(outcome))
 
 
 def tsv(outcome: Outcome) -> str:
@@ -307,7 +315,7 @@ def ctm(outcome: Outcome) -> str:
 
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
-    "txt": txt, "json": json_row, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
+    "txt": txt, "json": json_line, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
 
 
 # ---- pictures ----
@@ -435,14 +443,11 @@ span del,span ins{background:var(--sub)} h3,pre,del,ins,bdi{unicode-bidi:isolate
 
 def edit_html(op: str, ref: str | None, hyp: str | None) -> str:
     """One step of an alignment: a deletion is struck out, an insertion green, a substitution both, on yellow."""
-    old = f"<del>{visible(ref)}</del>"
-    new = f"<ins>{visible(hyp)}</ins>"
-    return {"hit": visible(ref), "del": old, "ins": new, "sub": f"<span>{old}{new}</span>"}[op]
-
-
-def visible(unit: str | None) -> str:
-    """A unit of a text in HTML."""
-    return escape("␣" if unit == " " else unit or "")
+    if op == "hit":
+        return escape(ref)
+    old = f"<del>{escape(ref)}</del>" if ref else ""
+    new = f"<ins>{escape(hyp)}</ins>" if hyp else ""
+    return f"<span>{old}{new}</span>" if op == "sub" else old + new
 
 
 def case_html(s: Score, svg: str) -> str:

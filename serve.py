@@ -44,6 +44,7 @@ import torch
 import decode
 from batcher import Batcher, num_utterances
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
+from decode_options import DEFAULT_CHECKPOINT, two_numbers
 from listen import asked_chunk
 from monitor import Log, Metrics, resident_bytes
 from sessions import hold
@@ -301,12 +302,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve recognition over HTTP. The environment variable ASR_API_KEY, "
                                      "if set, is a key that clients must send.")
     add = parser.add_argument
-    add("--checkpoint", "--ckpt", default=decode.DEFAULT_CHECKPOINT, help=f"default: {decode.DEFAULT_CHECKPOINT}")
+    add("--checkpoint", "--ckpt", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
     add("--offline-checkpoint", metavar="DIR", help="of whole utterances, beside a streaming one: for a second pass of "
         "web sockets, and for requests")
-    add("--chunk", type=decode.two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames decided at a "
+    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames decided at a "
         "time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
-    add("--look-back", type=decode.two_numbers, metavar="ENCODER,DECODER", help="chunks before them that are seen (4,1 "
+    add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="chunks before them that are seen (4,1 "
         "for FunASR's); clients may ask for others")
     add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
