@@ -11,7 +11,7 @@ Source: FunASR 1.4, whose published checkpoints these functions read and write.
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -156,13 +156,25 @@ def published_files(folder: str) -> dict[str, Path]:
     return files
 
 
+def read_values(path: str | Path) -> dict:
+    """What stands in a config.yaml of FunASR's, by its names."""
+    try:
+        return parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
+
+
+def read_section(values: dict, part: str, ignored: Sequence[str], base: Any, place: str) -> Any:
+    """The options of a part, but for those that are ignored, as a dataclass like base, which has FunASR's names."""
+    given = values.get(f"{part}_conf") or {}
+    used = {key: value for key, value in given.items() if key not in ignored}
+    return from_dict(used, f"{place}: {part}_conf", base)
+
+
 def read_published_config(path: str | Path) -> Config:
     """Config with model and front end from FunASR's config.yaml, and defaults for everything else. Raises ValueError
     that names a class or an option that is not implemented here."""
-    try:
-        values = parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
+    values = read_values(path)
     parts = {part: translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
     check_streaming(values, str(path))
     width = parts["encoder"]["hidden_dim"]

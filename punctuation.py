@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from attention import causal_mask
-from config import EncoderConfig, from_dict, parse_yaml
+from config import EncoderConfig, from_dict
 from downloads import check_part
-from funasr import RENAMES, load_model, published_files, rename, translate
+from funasr import RENAMES, load_model, published_files, read_section, read_values, rename, translate
 from funasr_layers import SanmEncoder, halved_sinusoids
 
 
@@ -289,18 +289,14 @@ def load_punctuation(folder: str) -> Punctuation:
     check_part(folder, "--punctuate")
     files = published_files(folder)
     place = str(files["config"])
-    try:
-        values = parse_yaml(files["config"].read_text("utf-8-sig"), place)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{place}: wanted the config.yaml of a punctuation model, got {error}") from None
+    values = read_values(place)
     classes = {"CTTransformer": ("SANMEncoder", PunctuationModel),
                "CTTransformerStreaming": ("SANMVadEncoder", RealtimeModel)}
     encoder, kind = classes.get(values.get("model"), ("", None))
     if kind is None or values.get("encoder") != encoder:
         raise ValueError(f"{place}: wanted model {' or '.join(classes)} with encoder SANMEncoder or SANMVadEncoder, got "
                          f"{values.get('model')} with {values.get('encoder')}")
-    given = {key: value for key, value in (values.get("model_conf") or {}).items() if key not in IGNORED}
-    options = from_dict(given, f"{place}: model_conf", Options())
+    options = read_section(values, "model", IGNORED, Options(), place)
     shape = from_dict(translate({**values, "encoder": "SANMEncoder"}, "encoder", place) | {"subsampling": 1},
                       place, EncoderConfig())
     check_options(options, shape, place)

@@ -5,7 +5,7 @@
 
 Reading order: the options of its directory, the network, one frame's decision, the state machine from decisions to
 segments, a stream of samples, whole recordings, loading. Segments and events are in ms from the start of the stream.
-Needs torch, numpy, audio.py, config.py, downloads.py, funasr.py with what these need.
+Needs torch, numpy, attention.py, audio.py, downloads.py, funasr.py with what these need.
 
 Dims: B streams (1), T frames of 10 ms, F 400 features (5 filterbank frames), D width, P width of the memories.
 Source: Zhang et al. 2018 "Deep-FSMN"; FunASR 1.4, whose segments these are.
@@ -31,9 +31,8 @@ from torch import Tensor, nn
 
 from attention import convolve
 from audio import Segment, Source, frontend, normalise, stream
-from config import from_dict, parse_yaml
 from downloads import check_part
-from funasr import load_model, published_files, read_cmvn, rename
+from funasr import load_model, published_files, read_cmvn, read_section, read_values, rename
 
 
 # ---- options, by FunASR's names ----
@@ -92,25 +91,20 @@ IGNORED = """dither upsacle_samples snip_edges cmvn_file snr_mode do_start_point
     nn_eval_block_size dcd_block_size fe_prior_thres speech_noise_thresh_low speech_noise_thresh_high
     output_frame_probs""".split()           # options that change nothing in FunASR either
 SCHEDULE = ((10000, 2000), (20000, 1000), (30000, 800), (40000, 600), (50000, 400), (60000, 200), (math.inf, 100))
+SCHEDULES = {"config": (), "funasr": SCHEDULE}
 SCHEDULED_THRES = 0.5                       # speech_noise_thres of a schedule
 
 
 def read_options(path: Path) -> tuple[FrontEnd, Network, Options]:
     """The sections of a config.yaml. Raises ValueError that names what is not implemented here."""
-    try:
-        values = parse_yaml(path.read_text("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted the config.yaml of a VAD model, got {error}") from None
+    values = read_values(path)
     wanted = {"model": ("FsmnVADStreaming",), "encoder": ("FSMN",), "frontend": ("WavFrontendOnline", "WavFrontend")}
     for part, names in wanted.items():
         if values.get(part) not in names:
             raise ValueError(f"{path}: wanted {part} {' or '.join(names)}, got {values.get(part)}")
-    sections = []
-    for part, base in (("frontend", FrontEnd()), ("encoder", Network()), ("model", Options())):
-        given = values.get(f"{part}_conf") or {}
-        used = {key: value for key, value in given.items() if key not in IGNORED}
-        sections.append(from_dict(used, f"{path}: {part}_conf", base))
-    front_end, network, options = sections
+    front_end = read_section(values, "frontend", IGNORED, FrontEnd(), str(path))
+    network = read_section(values, "encoder", IGNORED, Network(), str(path))
+    options = read_section(values, "model", IGNORED, Options(), str(path))
     if options.sample_rate != front_end.fs:
         raise ValueError(f"{path}: wanted one sample rate, got {options.sample_rate} and {front_end.fs}")
     if options.silence_pdf_num != len(options.sil_pdf_ids):
@@ -412,14 +406,12 @@ def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
 
     Keeps at most the open segment and what can belong to the next one. Raises as load_wav and `feed`.
     """
-    heard = stream(source, vad.front_end.fs)
-    wanted = heard if rate_hz == vad.front_end.fs else stream(source, rate_hz)
     state = start(vad)
     held = torch.zeros(0)
     first = 0  # the place of held[0] in the recording
-    for pair in pairs(heard, wanted):
-        state, events = feed(vad, state, pair[0]) if pair else feed(vad, state, torch.zeros(0), last=True)
-        held = torch.cat([held, pair[1]]) if pair else held
+    for heard, wanted, last in at_both_rates(source, vad.front_end.fs, rate_hz):
+        state, events = feed(vad, state, heard, last)
+        held = torch.cat([held, wanted])
         for begin, end in events:
             piece = held[begin * rate_hz // 1000 - first:end * rate_hz // 1000 - first]
             yield Segment(begin / 1000, piece.clone())
@@ -428,11 +420,12 @@ def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
         first += drop
 
 
-def pairs(heard: Iterator[Tensor], wanted: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor] | None]:
-    """Chunks of the same stretch at both rates, then None."""
-    for samples in heard:
-        yield samples, samples if wanted is heard else next(wanted)
-    yield None
+def at_both_rates(source: Source, rate_hz: int, other_hz: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """The same stretch of a recording at both rates, and whether it is the end, which has no samples."""
+    others = stream(source, other_hz)
+    for samples in stream(source, rate_hz):
+        yield samples, samples if other_hz == rate_hz else next(others), False
+    yield torch.zeros(0), torch.zeros(0), True
 
 
 # ---- loading, and the command ----
@@ -448,9 +441,6 @@ def load_vad(folder: str, schedule: str = "config") -> Vad:
                          f"{network.input_dim}")
     model = load_model(lambda: Fsmn(network), files["model"], lambda name: [rename(name, NAMES)])
     return Vad(front_end, options, model.eval(), stats, SCHEDULES[schedule])
-
-
-SCHEDULES = {"config": (), "funasr": SCHEDULE}
 
 
 def main(argv: Sequence[str]) -> int:
