@@ -224,6 +224,10 @@ class Batcher:
             self.last_answer = now + seconds
 
 
+def seconds_left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
 def deadline_passed() -> Refusal:
     return Refusal(504, "deadline_exceeded", "the answer was not ready within the deadline of the request",
                    headers=[("x-should-retry", "false")])

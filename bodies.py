@@ -8,8 +8,6 @@ import contextlib
 import io
 import json
 import math
-import threading
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +16,7 @@ import torch
 from torch import Tensor
 
 import decode
-from audio import ffmpeg_to_wav, format_name, frame_sec, frontend, normalise, read_header
-from batcher import deadline_passed
+from audio import format_name, frame_sec, frontend, normalise, read_header
 from checkpoint import System
 from hotwords import split_phrases, why_no_hotwords
 from openai_forms import OpenAIForm, parse_openai_form
@@ -90,28 +87,28 @@ def json_type(value: Any) -> str:
 def parse_features(value: Any, dim: int, max_frames: int, place: str) -> np.ndarray:
     """A JSON array of T rows of `dim` numbers -> (T,dim) float32, finite. Raises Refusal, which names `place`."""
     if not isinstance(value, list):
-        raise Refusal(400, "invalid_type", f"{place}: wanted an array of rows, got {json_type(value)}", place)
+        raise Refusal(400, "invalid_type", f"wanted an array of rows, got {json_type(value)}", place)
     if not value:
-        raise Refusal(422, "empty_features", f"{place}: wanted at least one row", place)
+        raise Refusal(422, "empty_features", "wanted at least one row", place)
     if len(value) > max_frames:
-        raise Refusal(413, "too_many_frames", f"{place}: {len(value)} rows, at most {max_frames} are allowed", place)
+        raise Refusal(413, "too_many_frames", f"{len(value)} rows, at most {max_frames} are allowed", place)
     feats = np.empty((len(value), dim), np.float32)
     with np.errstate(over="ignore"):        # gives inf, found below
         for i, row in enumerate(value):
             if not isinstance(row, list):
-                raise Refusal(422, "invalid_type", f"{place}: row {i} must be an array, got {json_type(row)}", place)
+                raise Refusal(422, "invalid_type", f"row {i}: wanted an array, got {json_type(row)}", place)
             if len(row) != dim:
-                raise Refusal(422, "wrong_dim", f"{place}: row {i} has {len(row)} values, the model needs {dim}", place)
+                raise Refusal(422, "wrong_dim", f"row {i} has {len(row)} values, the model needs {dim}", place)
             types = list(map(type, row))
             if types.count(float) < dim:
                 j = next(j for j, found in enumerate(types) if found is not float)
-                message = f"{place}: row {i}, column {j} must be a number, got {json_type(row[j])}"
-                raise Refusal(422, "invalid_type", message, place)
+                got = json_type(row[j])
+                raise Refusal(422, "invalid_type", f"row {i}, column {j}: wanted a number, got {got}", place)
             feats[i] = row
     finite = np.isfinite(feats)
     if not finite.all():
         i, j = np.argwhere(~finite)[0]
-        raise Refusal(422, "not_finite", f"{place}: row {i}, column {j} is not finite as float32", place)
+        raise Refusal(422, "not_finite", f"row {i}, column {j} is not finite as float32", place)
     return feats
 
 
@@ -125,7 +122,7 @@ def prepare(system: System, feats: Tensor, place: str) -> Tensor:
     """Raw features (T,F) -> the model's input (T,F), normalised and clamped. Raises Refusal 422 for NaN."""
     feats = normalise(feats, system.stats.cpu())
     if feats.isnan().any():
-        raise Refusal(422, "not_finite", f"{place}: not finite after normalisation", place)
+        raise Refusal(422, "not_finite", "not finite after normalisation", place)
     return feats.clamp(-1e3, 1e3)       # real ones reach about 10; 1e30 would overflow inside the model
 
 
@@ -137,65 +134,62 @@ def parse_hotwords(value: Any, system: System, place: str) -> tuple[str, ...] | 
     if value is None:
         return None
     if system.encode_list is None:
-        raise Refusal(422, "no_hotwords", f"{place}: {why_no_hotwords(system.model)}", place)
+        raise Refusal(422, "no_hotwords", why_no_hotwords(system.model), place)
     phrases = split_phrases(value) if isinstance(value, str) else value
     if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
-        raise Refusal(422, "invalid_type", f"{place}: wanted an array of strings, or a string with one phrase a line "
+        raise Refusal(422, "invalid_type", "wanted an array of strings, or a string with one phrase a line "
                       "or commas between them", place)
     longest = max(map(len, phrases), default=0)
     if len(phrases) > MAX_HOTWORDS or longest > MAX_HOTWORD_LENGTH:
-        raise Refusal(422, "too_many_hotwords", f"{place}: wanted at most {MAX_HOTWORDS} phrases of at most "
+        raise Refusal(422, "too_many_hotwords", f"wanted at most {MAX_HOTWORDS} phrases of at most "
                       f"{MAX_HOTWORD_LENGTH} characters, got {len(phrases)}, the longest of {longest}", place)
     return tuple(phrases)
 
 
-def features_upload(item: dict, system: System, max_frames: int, place: str) -> Upload:
-    """{"features": ...} -> Upload. Raises Refusal."""
+def features_upload(item: dict, system: System, max_frames: int, prefix: str = "") -> Upload:
+    """{"features": ..., "hotwords": ...} -> Upload; prefix: of its fields, in messages. Raises Refusal."""
     dim = system.stats.shape[1]
+    place = f"{prefix}features"
     if "features" not in item:
-        raise Refusal(400, "missing_field", f"{place} is missing: wanted an array of rows of {dim} numbers", place)
-    feats = parse_features(item["features"], dim, max_frames, place)
-    seconds = len(feats) * frame_sec(system.config.data)
-    return Upload([(0.0, prepare(system, torch.from_numpy(feats), place))], seconds)
+        raise Refusal(400, "missing_field", f"wanted an array of rows of {dim} numbers, got none", place)
+    feats = torch.from_numpy(parse_features(item["features"], dim, max_frames, place))
+    hotwords = parse_hotwords(item.get("hotwords"), system, f"{prefix}hotwords")
+    return Upload([(0.0, prepare(system, feats, place))], len(feats) * frame_sec(system.config.data), hotwords)
 
 
 def json_uploads(value: dict, system: System, options: argparse.Namespace) -> list[Upload]:
     """{"features": ...} or {"batch": [{"features": ...}, ...]} -> its utterances. Raises Refusal."""
     if "batch" not in value:
-        return [features_upload(value, system, options.max_frames, "features")]
+        return [features_upload(value, system, options.max_frames)]
     batch = value["batch"]
     most = min(MAX_ITEMS, options.max_queue)
     if "features" in value or not isinstance(batch, list) or not 1 <= len(batch) <= most:
-        message = f"batch: wanted an array of 1 to {most} objects, and no features beside it"
-        raise Refusal(422, "invalid_value", message, "batch")
-    for i, item in enumerate(batch):
-        if not isinstance(item, dict):
-            raise Refusal(422, "invalid_type", f"batch[{i}] must be an object, got {json_type(item)}", f"batch[{i}]")
+        raise Refusal(422, "invalid_value", f"wanted 1 to {most} objects in an array, without features beside", "batch")
     uploads = []
     for i, item in enumerate(batch):
-        upload = features_upload(item, system, options.max_frames, f"batch[{i}].features")
-        hotwords = parse_hotwords(item.get("hotwords"), system, f"batch[{i}].hotwords")
-        uploads.append(upload._replace(hotwords=hotwords))
+        if not isinstance(item, dict):
+            raise Refusal(422, "invalid_type", f"wanted an object, got {json_type(item)}", f"batch[{i}]")
+        uploads.append(features_upload(item, system, options.max_frames, f"batch[{i}]."))
     return uploads
 
 
 def wav_seconds(body: bytes, longest: float) -> float:
     """The length of a WAV file, once its header has been checked. Raises Refusal."""
     if not body:
-        raise Refusal(400, "empty_audio", "file: got 0 bytes", "file")
+        raise Refusal(400, "empty_audio", "got 0 bytes", "file")
     try:
         header = read_header(io.BytesIO(body))
     except ValueError as error:
-        raise Refusal(400, "unsupported_format", f"file: broken WAV: {error}", "file") from None
+        raise Refusal(400, "unsupported_format", f"broken WAV: {error}", "file") from None
     if header is None or not (header.channels <= 8 and 4000 <= header.rate_hz <= 384000):
         found = f"{header.channels} channels at {header.rate_hz} Hz" if header else format_name(body[:1000])
-        raise Refusal(400, "unsupported_format", "file: wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law or "
+        raise Refusal(400, "unsupported_format", "wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law or "
                       f"mu-law, 1 to 8 channels, 4 to 384 kHz), got {found}", "file")
     seconds = header.num_samples / header.rate_hz
     if not seconds:
-        raise Refusal(400, "empty_audio", "file: a WAV without samples", "file")
+        raise Refusal(400, "empty_audio", "a WAV without samples", "file")
     if seconds > longest:
-        raise Refusal(413, "audio_too_long", f"file: {seconds:.1f} s, at most {longest:g} s are allowed", "file")
+        raise Refusal(413, "audio_too_long", f"{seconds:.1f} s, at most {longest:g} s are allowed", "file")
     return seconds
 
 
@@ -210,8 +204,7 @@ def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Uplo
         for piece in decode.cut_recording(system, body):
             pieces.append((piece.start_sec, features(system, piece.samples, "file")))
     except ValueError as error:
-        message = str(error).removeprefix("<bytes>: ")
-        raise Refusal(422, "not_finite", f"file: {message}", "file") from None
+        raise Refusal(422, "not_finite", str(error).removeprefix("<bytes>: "), "file") from None
     return Upload(pieces or [(0.0, torch.zeros(0, system.stats.shape[1]))], seconds)        # there may be no speech
 
 
@@ -222,12 +215,8 @@ def parse_timeout(value: Any, longest: float) -> float:
         with contextlib.suppress(ValueError):
             seconds = float(value)
     if not 0 < seconds < math.inf:
-        raise bad_timeout()
+        raise Refusal(422, "invalid_value", "wanted a number of seconds above 0", "timeout")
     return min(seconds, longest)
-
-
-def bad_timeout() -> Refusal:
-    return Refusal(422, "invalid_value", "timeout: wanted a number of seconds above 0", "timeout")
 
 
 def told_hotwords(uploads: Sequence[Upload], fields: dict[str, Any], system: System, path: str) -> list[Upload]:
@@ -268,26 +257,6 @@ def is_wav(body: bytes) -> bool:
     return not body or body[:4] in (b"RIFF", b"RF64") and body[8:12] == b"WAVE"
 
 
-def convert(body: bytes, most_sec: float, deadline: float, running: threading.Semaphore) -> bytes:
-    """A recording of any format -> WAV by ffmpeg, once one of those that are `running` has ended. Raises Refusal.
-
-    What is too long becomes a little longer than most_sec, and is refused by who reads it.
-    """
-    if not running.acquire(timeout=max(0.0, deadline - time.monotonic())):
-        raise deadline_passed()
-    try:
-        with ffmpeg_to_wav(body, most_sec + 0.1, max(0.0, deadline - time.monotonic())) as file:
-            file.seek(0)
-            return file.read()
-    except TimeoutError:
-        raise deadline_passed() from None
-    except ValueError as error:
-        message = f"file: got {format_name(body[:1000])}; {error}"
-        raise Refusal(400, "unsupported_format", message, "file") from None
-    finally:
-        running.release()
-
-
 def parse_request(head: Head, sent: bytes | Recording, system: System, options: argparse.Namespace) -> Request:
     """JSON as it came, or a Recording, which is WAV -> Request. Raises Refusal."""
     if isinstance(sent, Recording):
@@ -296,7 +265,7 @@ def parse_request(head: Head, sent: bytes | Recording, system: System, options: 
     else:
         given = parse_json(sent)
         if isinstance(given.get("timeout"), str):
-            raise bad_timeout()
+            given["timeout"] = math.nan         # text is for queries and forms
         fields = {**head.query, **given}        # not kept: each number of features has 24 bytes
         uploads = json_uploads(given, system, options)
         terms = parse_terms(fields, options.request_timeout, "batch" in given)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from report import Result, cues, join_words, log_confidence, subtitles, word_entry, written_text
 from web import Refusal, Response, json_response, parse_flag
 
+
 class OpenAIForm(NamedTuple):
     response_format: str            # json, text, srt, vtt or verbose_json
     granularities: list[str]        # of verbose_json: segment, word
@@ -24,7 +25,7 @@ class OpenAIForm(NamedTuple):
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise Refusal(400, "invalid_value", f"{name}: wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
+        raise Refusal(400, "invalid_value", f"wanted {' or '.join(allowed)}, got {value[:40]!r}", name)
 
 
 def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
@@ -43,7 +44,7 @@ def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
     with contextlib.suppress(ValueError):
         temperature = float(last.get("temperature", "0"))
     if not 0 <= temperature <= 1:
-        raise Refusal(400, "invalid_value", "temperature: wanted a number from 0 to 1", "temperature")
+        raise Refusal(400, "invalid_value", "wanted a number from 0 to 1", "temperature")
     stream = parse_flag("stream", last.get("stream"))
     language = last.get("language", "").strip() or "unknown"
     return OpenAIForm(response_format, granularities, bool(include), temperature, stream, language)

@@ -47,7 +47,7 @@ def first_settings(models: Models) -> Settings:
 
 
 def bad_value(name: str, wanted: str, got: Any) -> Refusal:
-    return Refusal(422, "invalid_value", f"{name}: wanted {wanted}, got {json.dumps(got)[:80]}", name)
+    return Refusal(422, "invalid_value", f"wanted {wanted}, got {json.dumps(got)[:80]}", name)
 
 
 # ---- the values of keys: each raises Refusal 422 ----
@@ -78,7 +78,7 @@ def read_hotwords(name: str, value: Any, models: Models) -> tuple[str, ...] | No
         except ValueError:
             raise bad_value(name, "phrases, or a JSON object of them", value) from None
     if value and models.whole is None:
-        raise Refusal(422, "no_hotwords", "hotwords: a streaming model cannot be told any", name)
+        raise Refusal(422, "no_hotwords", "a streaming model cannot be told any", name)
     return parse_hotwords(value or None, models.whole, name)
 
 
@@ -95,7 +95,7 @@ def read_chunk(given: dict[str, Any], models: Models, usual: Chunk) -> Chunk:
     try:
         asked = Chunk(sizes[1], sizes[2], encoder, decoder, sizes[0])
     except ValueError as error:
-        raise Refusal(422, "invalid_value", f"chunk_size: {error}", "chunk_size") from None
+        raise Refusal(422, "invalid_value", str(error), "chunk_size") from None
     most = max(MOST_FRAMES, extent(models.streaming.chunk) if models.streaming else 0)
     if extent(asked) > most:
         raise bad_value("chunk_size", f"at most {most} frames in all, and as many in the chunks to look back", sizes)

@@ -9471,7 +9471,7 @@ def test_batch_request_answers_in_order(server):
     assert [item["frames"] for item in found["results"]] == sizes and found["id"]
     single = ask(server, post_json({"features": ROWS[:90]}))
     assert found["results"][1]["text"] == single["text"]
-    with pytest.raises(web.Refusal, match="array of 1 to 2 objects"):       # more would never fit into the queue
+    with pytest.raises(web.Refusal, match="batch: wanted 1 to 2 objects"):       # more would never fit into the queue
         bodies.json_uploads({"batch": [{"features": [Z]}] * 3}, server.system, serve_options(max_queue=2))
 
 def test_an_upload_whose_pieces_were_in_two_batches_has_the_times_of_both():

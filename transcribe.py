@@ -14,9 +14,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 import decode
-from audio import frame_sec
-from batcher import Job, deadline_passed
-from bodies import INTERRUPTIBLE, Recording, Terms, Upload, convert, is_wav, parse_request, read_recording
+from audio import ffmpeg_to_wav, format_name, frame_sec
+from batcher import Job, deadline_passed, seconds_left
+from bodies import INTERRUPTIBLE, Recording, Terms, Upload, is_wav, parse_request, read_recording
 from checkpoint import System
 from hotwords import unknown_warning
 from openai_forms import openai_response
@@ -90,14 +90,28 @@ def refuse_toy(system: System) -> None:
 
 
 def as_wav(server, recording: Recording, complete: float, has_left: Callable[[], bool]) -> Recording:
-    """The recording as WAV, by ffmpeg if it must. Raises Refusal, or ClientLeft if the client left before its turn."""
+    """The recording as WAV, by ffmpeg if it must, once one of the conversions has ended. What is too long becomes a
+    little longer than is allowed, and is refused by who reads it.
+
+    Raises Refusal, or ClientLeft if the client left before its turn.
+    """
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
     if has_left():
         raise ClientLeft
     deadline = complete + recording.terms.timeout
-    converted = convert(recording.wav, server.options.max_audio_seconds, deadline, server.conversions)
-    return recording._replace(wav=converted)
+    if not server.conversions.acquire(timeout=seconds_left(deadline)):
+        raise deadline_passed()
+    try:
+        with ffmpeg_to_wav(recording.wav, server.options.max_audio_seconds + 0.1, seconds_left(deadline)) as file:
+            file.seek(0)
+            return recording._replace(wav=file.read())
+    except TimeoutError:
+        raise deadline_passed() from None
+    except ValueError as error:
+        raise Refusal(400, "unsupported_format", f"got {format_name(recording.wav[:1000])}; {error}", "file") from None
+    finally:
+        server.conversions.release()
 
 
 class Heard(NamedTuple):
@@ -143,9 +157,9 @@ def recognise(server, head: Head, sent: bytes | Recording, complete: float,
     try:
         with server.batcher.preparing():
             parsing = parser.submit(enqueue, server, head, sent, complete, has_left)
-            terms, queued = parsing.result(max(0.0, complete + server.options.request_timeout - time.monotonic()))
+            terms, queued = parsing.result(seconds_left(complete + server.options.request_timeout))
         for upload, jobs in queued:
-            pieces = [job.outcome.result(max(0.0, job.deadline - time.monotonic())) for job in jobs]
+            pieces = [job.outcome.result(seconds_left(job.deadline)) for job in jobs]
             heard.append(Heard(upload, jobs, join_pieces(server.system, upload, pieces)))
     except TimeoutError:
         parsing.cancel()        # has no effect once it has begun

@@ -33,13 +33,14 @@ PROBE_MS = 2                                            # to wait for the reset 
 
 
 class Refusal(Exception):
-    """An answer other than 2xx: the error object of OpenAI's API. Messages name what was found and what is allowed."""
+    """An answer other than 2xx: the error object of OpenAI's API. Messages begin with `param`, the field that is wrong,
+    and name what was found and what is allowed."""
 
     KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
     def __init__(self, status: int, code: str, message: str, param: str | None = None,
                  headers: Sequence[tuple[str, str]] = ()):
-        super().__init__(message)
+        super().__init__(f"{param}: {message}" if param else message)
         self.status, self.code, self.param, self.headers = status, code, param, tuple(headers)
 
     def entry(self) -> dict[str, str | None]:
@@ -94,6 +95,9 @@ class Response(NamedTuple):
     batch: int = 0                  # utterances that the model worked through together, for the log
     warning: str = ""               # for the log
     then: "Callable[[Connection], None] | None" = None      # of status 101: who has the connection from now on
+
+
+CLIENT_LEFT = Response(499, "", b"", code="client_left")        # logged, never sent; nginx's code for it
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
@@ -158,7 +162,7 @@ class Connection(socketserver.BaseRequestHandler):
         except Refusal as refusal:
             response = refusal.response()
         except (ClientLeft, ConnectionError):
-            response = client_left()
+            response = CLIENT_LEFT
         except Exception:
             self.server.log("ERROR", "bug", id=head.id, traceback=traceback.format_exc())
             bug = Refusal(500, "internal", "the server failed on this request; its log says more under this request id")
@@ -175,7 +179,7 @@ class Connection(socketserver.BaseRequestHandler):
             with contextlib.suppress(OSError):
                 self.write_answer(to_bytes(head, response, close))
                 sent = True
-        self.server.count_and_log(head, response if sent else client_left())
+        self.server.count_and_log(head, response if sent else CLIENT_LEFT)
         if sent and response.then:
             response.then(self)
             close = True
@@ -492,11 +496,6 @@ def body_too_large(got: int | str, most: int) -> Refusal:
     return Refusal(413, "body_too_large", f"body: {got} bytes, at most {most} are allowed")
 
 
-def client_left() -> Response:
-    """Logged, never sent; 499 is nginx's code for a client that closed."""
-    return Response(499, "", b"", code="client_left")
-
-
 def shutting_down() -> Refusal:
     return Refusal(503, "draining", "the server is shutting down", headers=[("Retry-After", "5")])
 
@@ -599,14 +598,14 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, list[st
                 files.append(content)
             continue
         if name == "file":
-            raise Refusal(400, "missing_file", "file: came as text, wanted a file (with curl: -F file=@NAME)", "file")
+            raise Refusal(400, "missing_file", "came as text, wanted a file (with curl: -F file=@NAME)", "file")
         try:
             text = content.decode()
         except UnicodeDecodeError:
             raise bad_form("a field is not UTF-8") from None
         fields.setdefault(re.sub(r"\[[0-9]*\]$", "", name), []).append(text)
     if len(files) != 1:
-        raise Refusal(400, "missing_file", f"file: wanted one part with that name and a file, got {len(files)}", "file")
+        raise Refusal(400, "missing_file", f"wanted one part with that name and a file, got {len(files)}", "file")
     return files[0], fields
 
 
@@ -614,5 +613,5 @@ def parse_flag(name: str, value: Any) -> bool:
     """A JSON boolean, or true, false, 1 or 0 as text in any case; None and "" are false. Raises Refusal 400."""
     text = "" if value is None else str(value).lower()
     if text not in ("true", "1", "false", "0", ""):
-        raise Refusal(400, "invalid_value", f"{name}: wanted true or false", name)
+        raise Refusal(400, "invalid_value", "wanted true or false", name)
     return text in ("true", "1")
