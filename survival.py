@@ -4,6 +4,7 @@ something; a second process in the same place.
 Reading order: standard streams, signals, locks. Needs the standard library alone.
 """
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -12,11 +13,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where nothing is locked
-    fcntl = None
 
 
 # ---- standard streams ----
@@ -80,9 +76,6 @@ def stream_error(stream: object) -> str:
 
 # ---- signals ----
 
-HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; None on Windows
-
-
 class Ended(KeyboardInterrupt):
     """A signal other than Ctrl-C asked the program to end. args: its number."""
 
@@ -94,8 +87,8 @@ def raise_ended(number: int, frame: object) -> None:
 def end_as_ctrl_c() -> None:
     """SIGTERM, and SIGHUP unless nohup has it ignored, raise Ended, which is a KeyboardInterrupt."""
     signal.signal(signal.SIGTERM, raise_ended)
-    if HANG_UP is not None and signal.getsignal(HANG_UP) is not signal.SIG_IGN:
-        signal.signal(HANG_UP, raise_ended)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, raise_ended)
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
@@ -109,8 +102,8 @@ def interrupted_later() -> Iterator[None]:
     once."""
     usual = {}
     held = []
-    for number in (signal.SIGINT, signal.SIGTERM, HANG_UP):
-        if number is not None and signal.getsignal(number) in (signal.default_int_handler, raise_ended):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.default_int_handler, raise_ended):
             usual[number] = signal.getsignal(number)
 
     def remember(number: int, frame: object) -> None:
@@ -140,19 +133,16 @@ def catch_signals() -> threading.Event:
 
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
-    if HANG_UP is not None:
-        signal.signal(HANG_UP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return stop
 
 
 # ---- locks ----
 
-def lock(path: Path, wanted: str) -> BinaryIO | None:
+def lock(path: Path, wanted: str) -> BinaryIO:
     """Make the file at path this process's own for as long as what is returned is kept open; the system ends that with
     the process, however it dies. Raises ValueError, which begins with wanted (place: wanted a ...), with pid and host
     of the process that has it. On a file system without locks nothing is locked."""
-    if fcntl is None:
-        return None
     file = open(path, "a+b")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
