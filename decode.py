@@ -53,7 +53,7 @@ from hotwords import read_hotwords, unknown_warning, why_no_hotwords
 from listen import hear_stream, show_streams, stream_result, with_chunk
 from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
-from outputs import (ProgressBar, end_output, file_names, prepare_output, print_results, report_figures, what_is_done,
+from outputs import (end_output, file_names, prepare_output, print_results, report_figures, show_progress, what_is_done,
                      write_file, write_outcomes)
 from pictures import explain
 from punctuation import load_punctuation
@@ -480,15 +480,18 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     output = prepare_output(arguments, dataset, len(lengths), rank)
     done, scores = what_is_done(output, encode) if arguments.resume else (set(), [])
     todo = [i for i in range(len(lengths)) if i not in done]
-    bar = ProgressBar(len(todo), shard)
+    finished = 0
 
     def finish(outcomes: list[Outcome]) -> None:
+        nonlocal finished
         write_outcomes(output, outcomes)
-        bar.add(outcomes)
+        finished += processes * len(outcomes)  # as if the others had done as many
+        if rank == 0:
+            show_progress(min(finished, len(todo)), len(todo))
 
     outcomes = recognise_all(system, dataset, plan_batches(todo, lengths, system), shard, finish)
     alone = not (arguments.output or arguments.report or arguments.plot or arguments.explain)
-    tally = print_results(outcomes, not arguments.inputs, alone, bar, encode)
+    tally = print_results(outcomes, not arguments.inputs, alone, encode)
     tally.scores.extend(scores)
     end_output(output, tally.interrupt is not None, processes)
     if rank == 0:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -378,29 +377,15 @@ def end_output(output: Output, interrupted: bool, processes: int) -> None:
 
 # ---- on the console ----
 
-class ProgressBar:
-    """On a terminal, the inputs done and the time spent on a second of audio, as if the other processes had done as
-    many as rank 0."""
+def show_progress(done: int, total: int) -> None:
+    """How many inputs are done, on a terminal, in a line that the next one replaces."""
+    if sys.stderr.isatty():
+        print(f"{ERASE}{done}/{total}", end="", file=sys.stderr, flush=True)
 
-    def __init__(self, total: int, shard: tuple[int, int]):
-        self.total = total
-        self.shard = shard
-        self.started = time.perf_counter()
-        self.done = 0
-        self.seconds = 0.0  # of audio
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        rank, processes = self.shard
-        self.done = min(self.total, self.done + processes * len(outcomes))
-        self.seconds += processes * sum(outcome.seconds for outcome in outcomes)
-        if rank == 0 and sys.stderr.isatty():
-            factor = (time.perf_counter() - self.started) / max(self.seconds, 1e-9)
-            print(f"{ERASE}[{'#' * (30 * self.done // self.total):30}] {self.done}/{self.total}  "
-                  f"real-time factor {factor:.4f}", end="", file=sys.stderr, flush=True)
-
-    def erase(self) -> None:
-        if sys.stderr.isatty():
-            print(ERASE, end="", file=sys.stderr)
+def erase_progress() -> None:
+    if sys.stderr.isatty():
+        print(ERASE, end="", file=sys.stderr)
 
 
 SHOWN = 10  # results that a terminal gets where no INPUT is named
@@ -415,8 +400,7 @@ class Tally(NamedTuple):
     interrupt: KeyboardInterrupt | None  # Ctrl-C, or what ended the run like it
 
 
-def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, bar: ProgressBar,
-                  encode: Callable[[str], list[int]]) -> Tally:
+def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, encode: Callable[[str], list[int]]) -> Tally:
     """Print each outcome, compare it with its reference. own: of the checkpoint's own data a terminal gets SHOWN, with
     references; alone: nothing but standard output gets them, so OSError is raised when that is gone."""
     heard: list[tuple[int, float]] = []
@@ -426,7 +410,7 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, bar: Prog
     brief = own and sys.stdout is not None and sys.stdout.isatty()
     try:
         for outcome in outcomes:
-            bar.erase()
+            erase_progress()
             if outcome.result is None:
                 failed += 1
                 why = outcome.reason.replace(f": {outcome.key}", "")  # of a recording without another key

@@ -7771,6 +7771,11 @@ def decoded(capsys, *arguments) -> tuple[int, list[list[str]], str]:
     captured = capsys.readouterr()
     return code, [line.split("\t") for line in captured.out.splitlines()], captured.err
 
+def json_rows(out: Path, *arguments) -> list[dict]:
+    """What decode.py writes to the file `out`, a row each."""
+    assert decode.main(["--device=cpu", f"--output={out}", *map(str, arguments)]) == 0
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
 def refusal(capsys, *arguments) -> str:
     """The one line with which decode.py refuses the arguments, before anything is decoded."""
     code, lines, error = decoded(capsys, *arguments)
@@ -7865,6 +7870,22 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     assert (code, texts) == (1, wanted[:2] + wanted[3:])
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
+def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
+    """The process id of a decode.py in which `transcribe` takes the place of decode.transcribe; folder: of what it prints."""
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ran before
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.stdout = open(folder / "shown", "w", buffering=1)
+            sys.stderr = open(folder / "said", "w", buffering=1)
+            decode.transcribe = transcribe
+            status = decode.main(arguments)
+        finally:
+            os._exit(status)
+    return pid
+
 # C34 C74 C182
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.ctm", "out"])
@@ -7886,19 +7907,7 @@ def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(c
             os.kill(os.getpid(), number)
         return real(system, feats)
 
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ran before
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.stdout = open(tmp_path / "shown", "w", buffering=1)
-            sys.stderr = open(tmp_path / "said", "w", buffering=1)
-            decode.transcribe = ended
-            status = decode.main(arguments(name))
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    assert os.waitstatus_to_exitcode(os.waitpid(fork_decoding(ended, arguments(name), tmp_path), 0)[1]) == code
     if number != signal.SIGKILL:
         assert (tmp_path / "shown").read_text().count("same\t") == 2
         said = (tmp_path / "said").read_text()
@@ -7955,11 +7964,7 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
         os.write(tell, b"here")
         signal.pause()
 
-    pid = os.fork()
-    if pid == 0:
-        decode.transcribe = stuck
-        decode.main(["--device=cpu", "--ckpt", ckpt, "--output", str(out), file])
-        os._exit(70)
+    pid = fork_decoding(stuck, ["--device=cpu", "--ckpt", ckpt, "--output", str(out), file], tmp_path)
     try:
         assert select.select([told], [], [], 60)[0]
         for more in ([], ["--resume"]):
@@ -7970,7 +7975,7 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert decoded(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)[0] == 0
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a.wav", name, *left]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a.wav", name, *left, "said", "shown"]
 
 # C182
 @pytest.mark.parametrize("mark", [None, "", "."])
@@ -8213,23 +8218,13 @@ def test_a_run_of_two_processes_whose_first_is_ended_goes_on_as_if_nothing_was(z
     zygote.run(tmp_path / "out", "--resume", latest, world=2)
     assert_same_run(run_of(tmp_path / "runs"), run_of(tmp_path / "whole"))
 
-def test_a_terminal_gets_a_progress_bar_that_nothing_else_gets(ckpt, tmp_path, capsys, monkeypatch):
+def test_a_terminal_is_told_how_many_inputs_are_done_and_nothing_else_is(ckpt, tmp_path, capsys, monkeypatch):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(3)]
     plain = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
-    clock = itertools.count(0.0, 0.75)  # seconds at which the bar looks at it
-    with monkeypatch.context() as patch:
-        patch.setattr(outputs, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-        patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-        code, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
-    assert texts == plain[1] and plain[2].count("\n") == 1 and "\r" not in plain[2]
-    bars = [part.rstrip("\r") for part in error.split("\x1b[K") if part.startswith("[")]
-    assert [bar.split("real")[0] for bar in bars] == [f"[{'#' * 20:30}] 2/3  ", f"[{'#' * 30}] 3/3  "]
-    assert [bar.split()[-1] for bar in bars] == ["0.7500", "1.0000"]  # 0.75 s for 1 s of audio, 1.5 s for 1.5 s
-    shared = outputs.ProgressBar(5, (0, 2))  # rank 0 of two
-    for done, seconds in ((4, 6.0), (5, 12.0)):
-        shared.add([report.Outcome(0, "a", 1.5)] * 2)
-        assert (shared.done, shared.seconds) == (done, seconds)
-    assert re.fullmatch(r"3 utterances, 1.5 s of audio .*\n", error.split("\x1b[K")[-1])
+    assert plain[2].count("\n") == 1 and "\r" not in plain[2]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, texts, error = decoded(capsys, "--ckpt", ckpt, *files, "--batch-size=2")
+    assert texts == plain[1] and re.fullmatch(r"(\r\x1b\[K)+2/3\r\x1b\[K3/3(\r\x1b\[K)+3 utterances, .*\n", error)
 
 # ---- decode: long recordings ----
 
@@ -8339,13 +8334,12 @@ def kit_wav(folder: Path, name: str) -> Path:
 @needs_kit
 @pytest.mark.parametrize("variant", ["bicif", "seaco", "sanm", "conformer", "contextual"])
 def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant):
-    path = kit_wav(tmp_path, "talk_a")
-    options = ["--ckpt", KIT / variant, "--output", tmp_path / "out.jsonl"]
-    assert decoded(capsys, *options, "--vad", KIT / "vad", path)[0] == 0
-    plain = json.loads((tmp_path / "out.jsonl").read_text())
-    code, lines, _ = decoded(capsys, *options, "--vad", KIT / "vad", "--punctuate", KIT / "punc", path)
-    row = json.loads((tmp_path / "out.jsonl").read_text())
-    assert code == 0 and lines == [[str(path), row["text"]]]
+    path, out = kit_wav(tmp_path, "talk_a"), tmp_path / "out.jsonl"
+    options = ["--ckpt", KIT / variant, "--vad", KIT / "vad", path]
+    [plain] = json_rows(out, *options)
+    capsys.readouterr()
+    [row] = json_rows(out, *options, "--punctuate", KIT / "punc")
+    assert capsys.readouterr().out == f"{path}\t{row['text']}\n"
     assert plain["words"] == row["words"] and plain["tokens"] == row["tokens"] and "sentences" not in plain
     words = [word for sentence in row["sentences"] for word in sentence["words"]]
     assert [(w["start"], w["end"]) for w in words] == [(w["start"], w["end"]) for w in row["words"]] and len(words) > 20
@@ -8377,12 +8371,9 @@ def test_punctuation_alone_writes_every_form(tmp_path, capsys):
 # C177
 @needs_kit
 @pytest.mark.parametrize("name", ["paraformer", "transformer", "ctc"])
-def test_own_models_take_both(tmp_path, capsys, name):
-    checkpoint_path = saved(tiny_system(name=name), tmp_path / "tiny.pt")
-    path, quiet = kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence")
-    options = ["--ckpt", checkpoint_path, "--output", tmp_path / "out.jsonl"]
-    assert decoded(capsys, *options, "--vad", KIT / "vad", "--punctuate", KIT / "punc", path, quiet)[0] == 0
-    row, empty = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+def test_own_models_take_both(tmp_path, name):
+    options = ["--ckpt", saved(tiny_system(name=name), tmp_path / "tiny.pt"), "--vad", KIT / "vad", "--punctuate", KIT / "punc"]
+    row, empty = json_rows(tmp_path / "out.jsonl", *options, kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence"))
     assert empty["text"] == "" and empty["sentences"] == []
     segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
     assert row["words"] and all(any(begin / 1000 <= word["start"] and word["end"] <= end / 1000
@@ -8646,10 +8637,8 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
 def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):
     toy = config.ToyConfig(num_dev=12, num_symbols=8)
     arguments = ["--ckpt", saved(tiny_system("toy", toy=toy), tmp_path / "tiny.pt"), "--device=cpu"]
-    assert decode.main(arguments) == 0
+    references = [row["reference"] for row in json_rows(tmp_path / "out.jsonl", *arguments)]
     texts = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert decode.main([*arguments, f"--output={tmp_path / 'out.jsonl'}"]) == 0
-    references = [json.loads(line)["reference"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     leader, follower = os.openpty()
     with os.fdopen(leader) as screen, os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
@@ -8822,16 +8811,13 @@ def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
 # C44
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys):
+def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
     """results.json, for all recordings in one batch: FunASR's results of each alone."""
     wanted = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
-    out = tmp_path / "out.jsonl"
-    wavs = [str(KIT / f"wavs/{name}.wav") for name in WAVS]
-    arguments = ["--ckpt", str(KIT / variant), "--device", "cpu", "--output", str(out)]
-    assert decode.main([*arguments, *wavs]) == 0
+    rows = json_rows(tmp_path / "out.jsonl", "--ckpt", KIT / variant, *(KIT / f"wavs/{name}.wav" for name in WAVS))
     equal = 0
-    for name, line in zip(WAVS, out.read_text(encoding="utf-8").splitlines()):
-        got, case = json.loads(line), wanted[name]
+    for name, got in zip(WAVS, rows, strict=True):
+        case = wanted[name]
         assert [token["id"] for token in got["tokens"]] == case["ids"]
         times = [[round(word["start"] * 1000), round(word["end"] * 1000)] for word in got["words"]]
         flat = [t for pair in times for t in pair]
@@ -8848,18 +8834,17 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys
 # C44 C150 C155
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
-def test_decode_with_hotwords_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path, capsys):
+def test_decode_with_hotwords_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
     """results.json, for all recordings in one batch: FunASR's results of each alone, with each list but x2.5 and x0."""
-    results, out = hotword_results(variant), tmp_path / "out.jsonl"
-    wavs = [str(KIT / f"wavs/{name}.wav") for name in results]
+    results = hotword_results(variant)
+    arguments = ["--ckpt", KIT / variant, *(KIT / f"wavs/{name}.wav" for name in results)]
     equal = flagged = 0
     for case in ("none", "empty", "one", "several", "oov", "file", "many"):
         words = hotword_phrases(variant, case)
         given = str(KIT / variant / "hotwords.txt") if case == "file" else " ".join(words or [])
         options = [] if case == "none" else ["--hotwords", given]
-        assert decode.main(["--ckpt", str(KIT / variant), "--device", "cpu", "--output", str(out), *options, *wavs]) == 0
-        for line, result in zip(out.read_text(encoding="utf-8").splitlines(), results.values()):
-            got, expected = json.loads(line), result["hot"][case]
+        for got, result in zip(json_rows(tmp_path / "out.jsonl", *arguments, *options), results.values(), strict=True):
+            expected = result["hot"][case]
             assert [token["id"] for token in got["tokens"]] == expected["ids"]
             if "no_bias_rows" in expected and case != "none":
                 rows = zip(expected["ids_raw"], expected["no_bias_rows"])
