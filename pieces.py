@@ -56,55 +56,55 @@ class PieceTokenizer:
     def _ids(self) -> dict[str, int]:
         return {symbol: i for i, symbol in enumerate(self.symbols)}  # a repeated symbol: its last id
 
-    def units(self, text: str) -> list[str]:
-        """What is looked up of a text once it is `tidy`: characters; with `pieces`, its words in lower case, and of a
-        word not in pieces that begins with a Chinese character, ASCII letter or digit the characters."""
-        if self.pieces is None:
-            return [c for c in tidy(text) if c != " "]
-        units = []
-        for word in tidy(text).lower().split(" "):
-            is_spelled = word not in self.pieces and re.match("[\u4e00-\u9fa5a-z0-9]", word)
-            units += word if is_spelled else [word]
-        return units
-
-    def symbols_of(self, unit: str) -> list[str]:
-        return [unit] if self.pieces is None else self.pieces.get(unit, [SPECIALS[UNK]])
-
-    def encode_symbols(self, text: str) -> list[str]:
-        """The symbols of a text, <unk> for what has none in `pieces`."""
-        symbols = []
-        for unit in self.units(text):
-            symbols += self.symbols_of(unit)
-        return symbols
-
-    def unknown_units(self, text: str) -> list[str]:
-        """The units of a text that encode gives the unknown id."""
-        ids = {unit: [self._ids.get(symbol, self.unknown) for symbol in self.symbols_of(unit)]
-               for unit in set(self.units(text))}
-        return [unit for unit in self.units(text) if self.unknown in ids[unit]]
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR, where
-        a second space, a tab or U+3000 is unknown."""
-        return [self._ids.get(symbol, self.unknown) for symbol in self.encode_symbols(text)]
-
     @property
     def unknown(self) -> int:
         """The id of what has no symbol."""
         return self._ids.get(SPECIALS[UNK], len(self) - 1)
 
+    def _spelled(self, words: Sequence[str], pattern: str) -> list[str]:
+        """words; in the place of one that is not in pieces and is of this pattern, its characters."""
+        units = []
+        for word in words:
+            is_spelled = word not in self.pieces and re.fullmatch(pattern, word)
+            units += word if is_spelled else [word]
+        return units
+
+    def units(self, text: str) -> list[str]:
+        """What is looked up of a text once it is `tidy`: characters; with `pieces`, its words in lower case, and of a
+        word not in pieces that begins with a Chinese character, ASCII letter or digit the characters."""
+        if self.pieces is None:
+            return [c for c in tidy(text) if c != " "]
+        return self._spelled(tidy(text).lower().split(" "), "[\u4e00-\u9fa5a-z0-9].*")
+
+    def symbols_of(self, units: Sequence[str]) -> list[str]:
+        """The symbols of units, <unk> for one that has none in `pieces`."""
+        if self.pieces is None:
+            return list(units)
+        symbols = []
+        for unit in units:
+            symbols += self.pieces.get(unit, [SPECIALS[UNK]])
+        return symbols
+
+    def _ids_of(self, units: Sequence[str]) -> list[int]:
+        return [self._ids.get(symbol, self.unknown) for symbol in self.symbols_of(units)]
+
+    def unknown_units(self, text: str) -> list[str]:
+        """The units of a text that encode gives the unknown id."""
+        return [unit for unit in self.units(text) if self.unknown in self._ids_of([unit])]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR, where
+        a second space, a tab or U+3000 is unknown."""
+        return self._ids_of(self.units(text))
+
     def encode_hotword(self, phrase: str) -> list[int]:
         """The ids of a phrase that a model is to listen for, as FunASR reads it: words at any white space; one that is
         not in pieces is spelled if it is all Chinese and digits, and else unknown as a whole. Without pieces, the words
         themselves are looked up."""
-        if self.pieces is None:
-            return [self._ids.get(word, self.unknown) for word in tidy(phrase).split()]
-        symbols = []
-        for word in tidy(phrase).lower().split():
-            is_spelled = word not in self.pieces and re.fullmatch("[\u4e00-\u9fa50-9]+", word)
-            for unit in word if is_spelled else [word]:
-                symbols += self.pieces.get(unit, [SPECIALS[UNK]])
-        return [self._ids.get(symbol, self.unknown) for symbol in symbols]
+        words = tidy(phrase).split()
+        if self.pieces is not None:
+            words = self._spelled([word.lower() for word in words], "[\u4e00-\u9fa50-9]+")
+        return self._ids_of(words)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The sentence of ids. Raises ValueError if an id is outside the vocabulary."""
