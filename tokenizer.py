@@ -291,14 +291,14 @@ def format_alignment(ref: Sequence, hyp: Sequence) -> str:
     """
     lines = ["REF:", "HYP:", "OPS:"]
     for op, ref_item, hyp_item in align(ref, hyp):
-        shown_ref = "***" if op == "ins" else _show_item(ref_item)
-        shown_hyp = "***" if op == "del" else _show_item(hyp_item)
-        cells = [shown_ref, shown_hyp, MARKS[op]]
+        cells = [_show_item(ref_item), _show_item(hyp_item), MARKS[op]]
         width = max(map(_display_width, cells))
         for n, cell in enumerate(cells):
             lines[n] += " " + cell + " " * (width - _display_width(cell))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _show_item(item: Hashable) -> str:
+def _show_item(item: Hashable | None) -> str:
+    if item is None:
+        return "***"
     return "␣" if item == " " else str(item)
