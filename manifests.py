@@ -3,6 +3,7 @@
 Reading order: a row and its line, Kaldi folders, several manifests as one, folders of recordings, inputs. Needs numpy;
 imports nothing of ours, so it can be copied alone. Bad input is a ValueError that names the place.
 """
+import contextlib
 import glob
 import json
 import os
@@ -333,13 +334,11 @@ def read_inputs(names: Sequence[str | os.PathLike], scratch: Path, allow_pipes: 
     scratch: a folder for copies of pipes; allow_pipes: run those of a wav.scp. Raises ValueError for an empty folder or
     name, and for a device.
     """
-    rows: list[Row] = []
-    left_out: list[LeftOut] = []
+    found: list[Row | LeftOut] = []
     for name in names:
-        found = read_input(os.fspath(name), scratch, allow_pipes)
-        rows += found.rows
-        left_out += found.left_out
-    return Inputs(rows, left_out)
+        found += read_input(os.fspath(name), scratch, allow_pipes)
+    return Inputs([item for item in found if isinstance(item, Row)],
+                  [item for item in found if isinstance(item, LeftOut)])
 
 
 def is_stream(name: str) -> bool:
@@ -347,31 +346,36 @@ def is_stream(name: str) -> bool:
     return name == "-" or Path(name).is_fifo()
 
 
-def read_input(name: str, scratch: Path, allow_pipes: bool) -> Inputs:
+def recording_row(path: str | Path) -> Row:
+    return Row(printable(str(path)), str(path), "", None)
+
+
+def read_input(name: str, scratch: Path, allow_pipes: bool) -> Iterator[Row | LeftOut]:
     path = Path(name)
     if not name:        # Path("") is here
         raise ValueError("wanted recordings, folders or manifests, got an empty name")
-    if name == "-":
-        if sys.stdin is None:
-            raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
-        return read_stream(sys.stdin.buffer, scratch, allow_pipes, name)
+    if name == "-" and sys.stdin is None:
+        raise ValueError("-: wanted a recording or lines, got a standard input that is closed")
     if is_stream(name):
-        with open(path, "rb") as stream:
-            return read_stream(stream, scratch, allow_pipes, name)
-    if path.exists() and not (path.is_file() or path.is_dir()):
+        with contextlib.nullcontext(sys.stdin.buffer) if name == "-" else open(path, "rb") as stream:
+            yield from read_stream(stream, scratch, allow_pipes, name)
+    elif path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError(f"{path}: wanted a recording, a folder or a manifest, got a device (- is standard input)")
-    if path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
-        return Inputs([row for _, row in scan_rows(path, allow_pipes)], [])
-    if not path.is_dir():
-        return Inputs([Row(printable(str(path)), str(path), "", None)], [])
-    found, left_out = find_recordings(path)
-    if not found:
-        wanted = f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none"
-        raise ValueError("; ".join([wanted, *left_out_lines(left_out)]))
-    return Inputs([Row(printable(str(p)), str(p), "", None) for p in found], left_out)
+    elif path.suffix in (".jsonl", ".json") or (path / "wav.scp").exists():
+        for _, row in scan_rows(path, allow_pipes):
+            yield row
+    elif path.is_dir():
+        found, left_out = find_recordings(path)
+        if not found:
+            wanted = f"{path}: wanted wav.scp or recordings ({' '.join(RECORDINGS)}) in this folder, got none"
+            raise ValueError("; ".join([wanted, *left_out_lines(left_out)]))
+        yield from map(recording_row, found)
+        yield from left_out
+    else:
+        yield recording_row(path)
 
 
-def read_stream(stream: BinaryIO, scratch: Path, allow_pipes: bool, name: str) -> Inputs:
+def read_stream(stream: BinaryIO, scratch: Path, allow_pipes: bool, name: str) -> Iterator[Row | LeftOut]:
     """What comes out of standard input or a pipe: a recording, or lines that are each an input or a manifest's line.
     It is copied into the folder `scratch`, as a recording is read more than once."""
     copy = scratch / f"stream{len(os.listdir(scratch))}"
@@ -382,14 +386,10 @@ def read_stream(stream: BinaryIO, scratch: Path, allow_pipes: bool, name: str) -
     if not head:
         raise ValueError(f"{name}: wanted a recording or lines, got nothing")
     if b"\0" in head:       # every recording has zero bytes, no text has
-        return Inputs([Row("stdin" if name == "-" else name, str(copy), "", None)], [])
-    rows: list[Row] = []
-    left_out: list[LeftOut] = []
+        yield Row("stdin" if name == "-" else name, str(copy), "", None)
+        return
     for place, _, line in scan_lines(copy, name):
         if line.startswith("{"):
-            rows.append(parse_row(line, "", place))
+            yield parse_row(line, "", place)
         else:
-            found = read_input(line, scratch, allow_pipes)
-            rows += found.rows
-            left_out += found.left_out
-    return Inputs(rows, left_out)
+            yield from read_input(line, scratch, allow_pipes)

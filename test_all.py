@@ -3132,7 +3132,7 @@ def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
                           (tmp_path / "kaldi", "kaldi/text: wanted a text file, got a folder")):
         with pytest.raises(ValueError, match=words):
             manifests.Manifest(source)
-    read = lambda content: manifests.read_stream(io.BytesIO(content), tmp_path, False, "-").rows
+    read = lambda content: list(manifests.read_stream(io.BytesIO(content), tmp_path, False, "-"))
     for content, words in ((wav(b"ab", 1, 16, 0), "wanted one channel"), (b"ID3\0 an mp3", ".* ffmpeg")):
         dataset = data.ManifestDataset(read(content), data_options(), letters, for_training=False)
         assert re.match(f"unreadable: .*: {words}", dataset[0].reason) and dataset[0].key == "stdin"
