@@ -49,6 +49,15 @@ class Unusable(Exception):
     """Why a recording is skipped."""
 
 
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """A ValueError inside the block is raised again with the place before it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
 def address(item: int | tuple[int, int], size: int) -> tuple[int, int]:
     """The item of dataset[index] or dataset[epoch, index] -> (epoch, index). Raises IndexError, which ends a `for`."""
     epoch, index = item if isinstance(item, tuple) else (0, item)
@@ -215,12 +224,10 @@ def open_surroundings(augment) -> Surroundings:
     manifests = []
     for field in ("noise", "reverb"):
         path = getattr(augment, field)
-        try:
+        with naming(f"data.augment.{field}"):
             manifests.append(Manifest(path) if path else None)
-        except ValueError as error:
-            raise ValueError(f"data.augment.{field}: {error}") from None
-        if path and not len(manifests[-1]):
-            raise ValueError(f"data.augment.{field}: wanted recordings, got none in {path}")
+            if path and not len(manifests[-1]):
+                raise ValueError(f"wanted recordings, got none in {path}")
     return Surroundings(*manifests)
 
 
@@ -374,11 +381,9 @@ def training_texts(options) -> Iterator[str]:
     if options.kind == "toy":
         yield from map(toy_letter, range(options.toy.num_symbols))
         return
-    try:
+    with naming("data.train"):
         for path in find_manifests(options.train):
             yield from (row.text for _, row in scan_rows(path))
-    except ValueError as error:
-        raise ValueError(f"data.train: {error}") from None
 
 
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
@@ -394,11 +399,9 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
         return ToySeq2SeqDataset(size, options, encode, split_seed, augment, stats)
     field = split if getattr(options, split) else "train"
     surroundings = open_surroundings(options.augment) if augment else Surroundings()
-    try:
+    with naming(f"data.{field}"):
         return ManifestDataset(getattr(options, field), options, encode, seed, augment, surroundings, stats,
                                frames_per_token)
-    except ValueError as error:
-        raise ValueError(f"data.{field}: {error}") from None
 
 
 def check_usable(dataset: Dataset, place: str) -> None:
