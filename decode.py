@@ -44,7 +44,7 @@ from torch.utils.data import Dataset
 
 import audio
 import data
-from audio import Segment, frame_sec, frontend, segments
+from audio import frame_sec, frontend
 from baselines import Candidate, Search, check_search
 from checkpoint import PRECISIONS, System, check_not_streaming, export, export_int8, load_system
 from decode_options import DEFAULT_CHECKPOINT, parse_arguments
@@ -55,6 +55,7 @@ from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
 from outputs import (end_output, file_names, prepare_output, print_results, report_figures, show_progress, what_is_done,
                      write_file, write_outcomes)
+from pauses import Segment, cut_at_pauses
 from pictures import explain
 from punctuation import load_punctuation
 from ranks import gather_in_first, join_processes, own_rank
@@ -253,10 +254,11 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
 
 def cut_recording(system: System, source: audio.Source) -> Iterator[Segment]:
     """A recording of any length where system.vad hears speech; without one, what is longer than system.segment_sec[1]
-    is cut at pauses by `audio.segments`. Raises as these."""
+    is cut at pauses. Raises as audio.load_wav."""
+    rate_hz = system.config.data.sample_rate
     if system.vad:
-        return cut_speech(system.vad, source, system.config.data.sample_rate)
-    return segments(source, system.config.data, *system.segment_sec)
+        return cut_speech(system.vad, source, rate_hz)
+    return cut_at_pauses(audio.stream(source, rate_hz), rate_hz, *system.segment_sec)
 
 
 def transcribe_recording(system: System, source: audio.Source) -> Result:

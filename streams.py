@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import vad
-from audio import Pauses
 from batcher import Step
 from bodies import features
 from decode import shifted
 from live import Resampling, resample_more
+from pauses import Pauses
 from settings import Models, Settings
 from streaming import State, StreamToken, certain_text, feed_many, samples_missing, start
 

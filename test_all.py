@@ -113,6 +113,7 @@ from batcher import Batcher, Step
 from monitor import Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
 from step import dev_losses, sampler_order, split as split_batch
+from pauses import Segment, cut_at_pauses, find_cut, levels
 from pieces import (PIECE, PieceTokenizer, SpelledWord, UNSPOKEN, _is_han, _kind, are_spaced, merge_letters,
                     spell_words, write_sentence)
 from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align, char_errors, count_errors,
@@ -994,7 +995,7 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     flat = audio.resample(torch.ones(1000), 16001, 15999)
     assert (flat[60:-60] - 1).abs().max() < 1e-6
 
-# ---- audio: segments of long recordings ----
+# ---- pauses: segments of long recordings ----
 
 # C78
 @pytest.mark.parametrize("rate_in,rate_out", [(8000, 8000), (8000, 16000), (44100, 16000), (48000, 8000), (8191, 8000)])
@@ -1036,7 +1037,7 @@ def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_the_floor_
     x = talk(rng, [word for phrase in phrases for word in phrase], floor_db)
     x += offset + drift * np.sin(2 * np.pi * np.arange(len(x)) / (20 * rate))
     samples = torch.from_numpy(gain * x).float()
-    found = list(audio.cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
+    found = list(cut_at_pauses(samples.split(12345), rate, 1.0, 20.0))
     cuts = np.array([piece.start_sec for piece in found[1:]])
     wanted, last = [], 0.0
     for pause in pauses:
@@ -1049,13 +1050,13 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     level = np.full(3000, -20.0)
     level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
     level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
-    assert abs(audio.find_cut(level, 1000, 2000) - 1500) <= 2
+    assert abs(find_cut(level, 1000, 2000) - 1500) <= 2
     level[1200:1232] = level[1700:1738] = -70.0     # no pause has 0.4 s: the longest
-    assert abs(audio.find_cut(level, 1000, 2000) - 1719) <= 1
+    assert abs(find_cut(level, 1000, 2000) - 1719) <= 1
     level[1800:1850] = -70.0
-    assert abs(audio.find_cut(level, 1000, 2000) - 1825) <= 1
-    assert audio.find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
-    assert audio.find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
+    assert abs(find_cut(level, 1000, 2000) - 1825) <= 1
+    assert find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
+    assert find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
 
 # C79
 def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():
@@ -1063,8 +1064,8 @@ def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_s
         level = np.full(300, 100.0)
         level[:40] = 0.0
         level[95:145] = dip
-        assert audio.find_cut(level, 45, 200) == cut
-    level = audio.levels(torch.tensor([1.0, -1.0] * 50 + [0.0] * 100), 100)
+        assert find_cut(level, 45, 200) == cut
+    level = levels(torch.tensor([1.0, -1.0] * 50 + [0.0] * 100), 100)
     assert level.tolist() == [0.0, -70.0]
 
 def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
@@ -1087,7 +1088,7 @@ def test_times_turn_at_exactly_a_minute_and_an_hour():
 def test_silence_stays_with_the_speech_that_it_is_beside():
     rng = np.random.default_rng(2)
     samples = torch.from_numpy(talk(rng, [(0.0, 6.0), (2.0, 0.5), (2.0, 6.0)], -60.0)).float()
-    found = list(audio.cut_at_pauses([samples], 8000, 1.0, 15.0))
+    found = list(cut_at_pauses([samples], 8000, 1.0, 15.0))
     assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
 
 # C79
@@ -1099,25 +1100,25 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
                "speech": talk(rng, plan.tolist(), -50.0)}[kind]
     samples = torch.from_numpy(samples).float()
     for least, most in ((0.5, 3.0), (2.0, 20.0), (1.0, 2.0)):
-        found = list(audio.cut_at_pauses(samples.split(50000), 8000, least, most))
+        found = list(cut_at_pauses(samples.split(50000), 8000, least, most))
         assert torch.equal(torch.cat([piece.samples for piece in found]), samples)
         lengths = np.array([len(piece.samples) for piece in found]) / 8000
         np.testing.assert_allclose([piece.start_sec for piece in found], np.cumsum([0, *lengths[:-1]]), atol=1e-9)
         assert len(found) > 1 and least - 0.01 < lengths.min() and lengths.max() <= most + 1e-9
-        other = list(audio.cut_at_pauses(samples.split(777), 8000, least, most))
+        other = list(cut_at_pauses(samples.split(777), 8000, least, most))
         assert [piece.start_sec for piece in other] == [piece.start_sec for piece in found]
     for n in (1, 79, 81, 16000):                # up to max_sec: one piece as it is
-        (piece,) = audio.cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
+        (piece,) = cut_at_pauses([samples[:n]], 8000, 1.0, 2.0)
         assert piece.start_sec == 0 and torch.equal(piece.samples, samples[:n])
     for rate_hz, max_sec in ((8000, 2.3), (16000, 0.29), (11025, 2.0), (22050, 4.35)):     # to the last sample
         n = round(max_sec * rate_hz)
-        (piece,) = audio.cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
+        (piece,) = cut_at_pauses([samples[:n]], rate_hz, max_sec / 4, max_sec)
         assert len(piece.samples) == n
-        pieces = list(audio.cut_at_pauses([samples[:n + 1]], rate_hz, max_sec / 4, max_sec))
+        pieces = list(cut_at_pauses([samples[:n + 1]], rate_hz, max_sec / 4, max_sec))
         assert len(pieces) == 2 and max(len(piece.samples) for piece in pieces) <= n
-    assert list(audio.cut_at_pauses([], 8000, 1.0, 2.0)) == []
+    assert list(cut_at_pauses([], 8000, 1.0, 2.0)) == []
     with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
-        next(audio.cut_at_pauses([samples], 8000, 2.0, 3.0))
+        next(cut_at_pauses([samples], 8000, 2.0, 3.0))
 
 # ---- audio: features ----
 
@@ -8238,14 +8239,14 @@ def long_wav(path: Path, seconds: float = 12.0) -> str:
 @pytest.mark.parametrize("limits, sizes", [({}, {1, 2}), ({"batch_size": 1}, {1}), ({"batch_seconds": 0.1}, {1})])
 def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
     system, found = tiny_system(), batches_seen(monkeypatch)
-    pieces = list(audio.segments(long_wav(tmp_path / "a.wav"), system.config.data, 0.5, 3.0))
+    pieces = list(cut_at_pauses(audio.stream(long_wav(tmp_path / "a.wav"), 8000), 8000, 0.5, 3.0))
     assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(map(len, found))
     assert set(map(len, found)) == sizes
 
 # C80
 def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
     system, path = tiny_system(), long_wav(tmp_path / "a.wav")
-    pieces = list(audio.segments(path, system.config.data, 0.5, 3.0))
+    pieces = list(cut_at_pauses(audio.stream(path, 8000), 8000, 0.5, 3.0))
     monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
     parts = list(decode.transcribe_segments(system._replace(batch_size=2), pieces))
     assert [start for start, _ in parts] == [piece.start_sec for piece in pieces] and len(parts) > 5
@@ -8314,7 +8315,7 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
 def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
     monkeypatch.setattr(decode, "POOL_SEC", 3.0)
     read = []
-    pieces = (read.append(i) or audio.Segment(float(i), torch.randn(8000)) for i in range(20))
+    pieces = (read.append(i) or Segment(float(i), torch.randn(8000)) for i in range(20))
     for done, _ in enumerate(decode.transcribe_segments(tiny_system(), pieces)):
         assert len(read) == 3 * (done // 3 + 1) + 1 or len(read) == 20  # with the one that the next begins with
     assert done == 19
@@ -8479,7 +8480,7 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
         return {"text": "", "timestamp": []}
     if options.get("merge_vad"):
         times = funasr_merged(times, 1000 * build.get("merge_length_s", 15))
-    pieces = [audio.Segment(begin / 1000, samples[round(16 * begin):round(16 * end)]) for begin, end in times]
+    pieces = [Segment(begin / 1000, samples[round(16 * begin):round(16 * end)]) for begin, end in times]
     texts, stamps, entries = [], [], []
     for (begin, end), (start, result) in zip(times, decode.transcribe_segments(system, pieces)):
         words = funasr_words(result.tokens)
@@ -9445,7 +9446,7 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     assert [(word["word"], word["start"]) for word in verbose["words"]] == [(w.text, w.start) for w in wanted.words]
     weights, step = found["alignment"]["weights"], found["alignment"]["step"]
     assert 8.9 < len(weights) * step < 9.05
-    pieces = list(audio.segments(raw, system.config.data, *system.segment_sec))
+    pieces = list(decode.cut_recording(system, raw))
     alone = transcribe.recognise_batch(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)

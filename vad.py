@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import convolve
-from audio import Segment, Source, frontend, normalise, stream
+from audio import Source, frontend, normalise, stream
 from downloads import check_part
 from funasr import load_model, published_files, read_cmvn, read_section, read_values, rename
+from pauses import Segment
 
 
 # ---- options, by FunASR's names ----
@@ -402,7 +403,7 @@ def segments_of(vad: Vad, chunks: Iterable[Tensor]) -> Iterator[Event]:
 
 
 def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
-    """The stretches of speech of a recording, from a path or a file's bytes, at rate_hz; as audio.segments otherwise.
+    """The stretches of speech of a recording, from a path or a file's bytes, at rate_hz; as cut_at_pauses otherwise.
 
     Keeps at most the open segment and what can belong to the next one. Raises as load_wav and `feed`.
     """
