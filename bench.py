@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 import config as configs
 import data
+import rules
 import serve
 from amounts import measure_amounts
 from audio import frontend, normalise
@@ -257,7 +258,7 @@ def measure_loading(python: str) -> None:
     """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
     and to recognise, beside the matrix products that it cannot do without, and beside others (bench_peers)."""
     layouts = layouts_here(*LAYOUTS)
-    with large_folder(configs.load(str(HERE / "configs/paraformer_large.yaml"))) as folder:
+    with large_folder(rules.load(str(HERE / "configs/paraformer_large.yaml"))) as folder:
         measure_fresh(folder, layouts)
         systems = {layout: load_layout(folder, layout) for layout in layouts}
         print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
@@ -332,7 +333,7 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
     """Print what hotwords cost a SeacoParaformer of FunASR's size with random weights, for one recording of 10 s."""
     if arguments:
         raise ValueError(f"hotwords: wanted no arguments, got {' '.join(arguments)}")
-    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+    config = rules.load(str(HERE / "configs/paraformer_large.yaml"))
     second = replace(config.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
     section = replace(config.model, name="seaco", predictor=replace(config.model.predictor, upsampling=3),
                       hotwords=configs.HotwordConfig(decoder=second))
@@ -585,7 +586,7 @@ def measure_decode(argv: Sequence[str]) -> None:
 def measure_train(argv: Sequence[str]) -> None:
     if not argv:
         raise ValueError("wanted a config behind train, got nothing")
-    for line in training_figures(configs.load(argv[0], argv[1:])):
+    for line in training_figures(rules.load(argv[0], argv[1:])):
         print(line, flush=True)
 
 

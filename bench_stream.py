@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import config as configs
+import rules
 import serve
 from audio import frame_sec, stream
 from bench_long import large_system
@@ -274,7 +274,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
 
 
 def true_size() -> System:
-    config = configs.load(str(HERE / "configs/paraformer_large.yaml"))
+    config = rules.load(str(HERE / "configs/paraformer_large.yaml"))
     system = large_system(replace(config, model=replace(config.model, name="streaming")))
     return system._replace(model=system.model.eval(), chunk=Chunk())
 

@@ -4,7 +4,6 @@ Reading order: by name and from a file, the checkpoints of a run, FunASR's weigh
 that is ready to recognise, what training starts from, exports. Needs torch and what its imports name.
 """
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -33,6 +32,7 @@ from model import Paraformer, pick
 from packed import Int8Linear, Int8Weights, PackedLinear, lay_out, quantise
 from pieces import PieceTokenizer
 from punctuation import Punctuation
+from rules import check
 from streaming import Chunk
 from tokenizer import SPECIALS, Tokenizer
 from vad import Vad
@@ -128,21 +128,21 @@ def one_line(value: object) -> str:
 
 def check_state(state: dict, place: str) -> None:
     """Raises ValueError for a field of a checkpoint that is not of its kind."""
+    def require(is_right: bool, field: str, wanted: str, got: object) -> None:
+        if not is_right:
+            raise ValueError(f"{place}: {field}: wanted {wanted}, got {one_line(got)}")
+
     stats = state["stats"]
-    if type(state.get("format", 1)) is not int:
-        raise ValueError(f"{place}: format: wanted a whole number, got {one_line(state['format'])}")
-    if not (is_dense(stats) and stats.dim() == 2 and len(stats) == 2 and stats.is_floating_point()):
-        raise ValueError(f"{place}: stats: wanted a tensor (2,F) of floats, got {one_line(stats)}")
+    require(type(state.get("format", 1)) is int, "format", "a whole number", state.get("format"))
+    require(is_dense(stats) and stats.dim() == 2 and len(stats) == 2 and stats.is_floating_point(),
+          "stats", "a tensor (2,F) of floats", stats)
     for part in ("model", "trained") if "trained" in state else ("model",):
-        weights = state[part]
-        if not isinstance(weights, dict):
-            raise ValueError(f"{place}: {part}: wanted tensors by name, got {one_line(weights)}")
-        for name, x in weights.items():
-            if not is_dense(x):
-                raise ValueError(f"{place}: {part}: wanted dense tensors, got {one_line(x)} under {name!r:.60}")
-    resumable = isinstance(state.get("progress"), dict) and isinstance(state.get("history"), (list, tuple))
-    if "trained" in state and not resumable:
-        raise ValueError(f"{place}: wanted progress and history to resume from, got {one_line(state.get('progress'))}")
+        require(isinstance(state[part], dict), part, "tensors by name", state[part])
+        for name, x in state[part].items():
+            require(is_dense(x), part, f"a dense tensor under {name!r:.60}", x)
+    if "trained" in state:
+        require(isinstance(state.get("progress"), dict), "progress", "what to resume from", state.get("progress"))
+        require(isinstance(state.get("history"), (list, tuple)), "history", "a row an epoch", state.get("history"))
 
 
 SIZES = ("hidden_dim", "ffn_dim", "num_layers", "num_heads", "kernel_size")
@@ -151,7 +151,7 @@ SIZES = ("hidden_dim", "ffn_dim", "num_layers", "num_heads", "kernel_size")
 def check_sizes(config: configs.Config, weights: dict[str, Tensor], place: str) -> None:
     """Raises ValueError for a size of the model, above 10,000, that none of its weights has: before it is built."""
     largest = max([10_000, len(weights), *(max(x.shape, default=0) for x in weights.values())])
-    for path, value in configs.differing_values(configs.Config(), config):
+    for path, value in configs.differing(configs.Config(), config).items():
         if path.startswith("model.") and path.rpartition(".")[2] in SIZES and value > largest:
             raise ValueError(f"{place}: {path}: wanted a size that its weights have, at most {largest}, got {value}")
 
@@ -192,7 +192,7 @@ def changed_config(config: configs.Config, folder: Path, overrides: Sequence[str
     written = folder / "config.yaml"
     changed = config
     if written.exists():
-        changed = configs.from_dict(without_retired(configs.parse_yaml(written.read_text("utf-8"))), str(written))
+        changed = configs.from_dict(without_retired(configs.read_yaml(written, "the config of a run")), str(written))
     if any(path.startswith(FIXED) for path in configs.differing(config, changed)):
         raise ValueError(f"{place}: wanted a checkpoint of this run, got one with another config than config.yaml; put "
                          f"the file back, or start a new run with these weights: --training.init_from={place}")
@@ -203,7 +203,7 @@ def changed_config(config: configs.Config, folder: Path, overrides: Sequence[str
                              f"--training.init_from={place}")
         if within_epoch and path.startswith(FIXED_IN_EPOCH):
             raise ValueError(f"{path}: cannot change within an epoch; go on without it until one is done")
-    configs.check(changed, " ".join([str(folder), *overrides]))
+    check(changed, " ".join([str(folder), *overrides]))
     return changed
 
 
@@ -231,8 +231,7 @@ def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, 
 
 def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
     """The model of these options with the weights of FunASR's model.pt. Raises as `load_model`."""
-    return load_model(lambda: build(options, input_dim, vocab_size), path,
-                      lambda name: funasr_names(name, options))
+    return load_model(lambda: build(options, input_dim, vocab_size), path, lambda name: funasr_names(name, options))
 
 
 # ---- a checkpoint, ready to recognise ----
@@ -257,30 +256,23 @@ class System(NamedTuple):
     chunk: Chunk | None = None  # how a streaming model hears, which hears no utterance at once; None: another model
 
 
-Adapt = Callable[[configs.Config], configs.Config]
-
-
-def unchanged(config: configs.Config) -> configs.Config:
-    return config
-
-
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.float32}
 
 
-def load_directory(folder: str | os.PathLike, adapt: Adapt = unchanged) -> System:
+def load_directory(folder: str | os.PathLike, run: configs.Config | None = None) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = published_files(folder)
-    config = adapt(read_published_config(files["config"]))
+    config = with_model(run, read_published_config(files["config"]))
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
     return System(config, tokenizer, stats, model)
 
 
-def load_state(state: dict, where: str, adapt: Adapt = unchanged, adopt: bool = False) -> System:
+def load_state(state: dict, where: str, run: configs.Config | None = None, adopt: bool = False) -> System:
     """The system in the state of a checkpoint; in int8, its large linears are Int8Weights. adopt: the model takes the
     state's tensors themselves and draws no weights. Raises ValueError if the weights do not fit the config."""
-    config = adapt(configs.from_dict(state["config"], f"{where}: config"))
+    config = with_model(run, configs.from_dict(state["config"], f"{where}: config"))
     tokenizer = read_tokenizer(state["tokenizer"], f"{where}: tokenizer")
     check_sizes(config, state["model"], where)
     hollow = adopt and config.model.name in ARCHITECTURES  # a class of the user's may fill what no file holds
@@ -294,12 +286,22 @@ def load_state(state: dict, where: str, adapt: Adapt = unchanged, adopt: bool = 
     return System(config, tokenizer, state["stats"].clone(), model, precision)
 
 
-def load_parts(path: str | os.PathLike, adapt: Adapt = unchanged) -> System:
-    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped. adapt: what the
-    config found there becomes before the model is built."""
+def with_model(run: configs.Config | None, other: configs.Config) -> configs.Config:
+    """The config of a run with the model and the front end of another one; its data, augmentation, training and mwer
+    stay. Without a run the other itself."""
+    if run is None:
+        return other
+    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
+    mwer = {name: getattr(run.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
+    return replace(run, model=replace(other.model, **mwer), data=replace(run.data, **front))
+
+
+def load_parts(path: str | os.PathLike, run: configs.Config | None = None) -> System:
+    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped, for a run if given:
+    its config is then `with_model`."""
     if is_published(path):
-        return load_directory(path, adapt)
-    return load_state(read_checkpoint(path, mapped=True), str(path), adapt, adopt=True)
+        return load_directory(path, run)
+    return load_state(read_checkpoint(path, mapped=True), str(path), run, adopt=True)
 
 
 def runs_on(precision: str, device: torch.device) -> bool:
@@ -372,13 +374,6 @@ def check_not_streaming(config: configs.Config, place: str) -> None:
 STATS_UTTERANCES = 500  # the normalisation is measured on so many utterances at most, spread over the training set
 
 
-def with_model(config: configs.Config, other: configs.Config) -> configs.Config:
-    """config with the model and the front end of another one; its data, augmentation, training and mwer stay."""
-    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
-    mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
-    return replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
-
-
 def check_vocabulary(texts: Iterable[str], tokenizer: Tokenizer | PieceTokenizer, place: str) -> None:
     """Raises ValueError if most of the texts' symbols are unknown to the vocabulary of the model to start from."""
     unknown = Counter()
@@ -414,11 +409,11 @@ def start_from(config: configs.Config) -> System:
     place = config.training.init_from
     if not place:
         return fresh(config)
-    system = load_parts(place, functools.partial(with_model, config))
+    system = load_parts(place, config)
     if system.precision == "int8":
         raise ValueError(f"training.init_from={place}: wanted weights in float32, got int8, which cannot learn")
     check_trainable(system.config.model, f"training.init_from={place}")
-    configs.check(system.config, f"training.init_from={place}")
+    check(system.config, f"training.init_from={place}")
     texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
     check_vocabulary(texts, system.tokenizer, place)
     return system

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from config import parse_yaml, show_value
+from config import read_yaml, show_value
 from files import write_atomic
 from plot import COLOURS, Curve, column, three_panels
 
@@ -39,7 +39,7 @@ def read_run(folder: Path) -> Past | None:
         history = json.loads((folder / "metrics.json").read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / 'metrics.json'}: wanted JSON, got {error}") from None
-    options = parse_yaml((folder / "config.yaml").read_text("utf-8"), str(folder / "config.yaml"))
+    options = read_yaml(folder / "config.yaml", "the config of a run")
     return Past(folder, dict(flatten(options)), history) if history else None
 
 

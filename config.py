@@ -1,8 +1,6 @@
-"""Configuration: frozen dataclasses, the rules that a config must keep, and a reader for the YAML subset it needs.
+"""Configuration: frozen dataclasses, overrides of a command line, and a reader for the YAML subset that fills them.
 
-Reading order: the sections of a config; the range of every number (`RANGES`), the options that a kind has no use for
-(`UNUSED`) and the rules between fields; `load` and `dump`; YAML. To add a field, give it a line with its unit in its
-dataclass and, if it is a number, put its name in `RANGES` (the weight of a loss needs no more than its line).
+To add a field, give it a line with its unit in its dataclass. What values must keep is in rules.py.
 
 The YAML subset: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. Values are those of PyYAML's safe loader, except that `1e-4` is a float.
@@ -195,231 +193,22 @@ class Config:
     training: TrainingConfig = TrainingConfig()
 
 
-# ---- rules ----
+# ---- from and to plain dicts ----
 
-RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, in every section, that must lie in it)
-    "1 or more": (lambda x: 1 <= x < math.inf, """hidden_dim num_heads num_train num_dev num_symbols
-        min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
-        num_epochs max_bad_steps accumulate new ahead"""),
-    "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
-    "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim blend_frames noise gain_std
-        tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
-        weight_decay checkpoint_steps picture_epochs overfit patience
-        no_bias memory_shift old left right smooth upsampling timing_smooth timing_noise attention_layers"""),
-    "-1 or more": (lambda x: -1 <= x < math.inf, "encoder_look_back decoder_look_back"),
-    "above 0": (lambda x: 0 < x < math.inf, "max_sec learning_rate max_grad_norm norm_eps"),
-    "at least 0 and below 1": (lambda x: 0 <= x < 1, """dropout label_smoothing ctc_weight average_decay
-        attention_dropout tail"""),
-    "between 0 and 1": (lambda x: 0 <= x <= 1, """sampling_ratio time_share reverb_share final_lr_ratio
-        target_token_accuracy target_sequence_accuracy"""),
-    "from 0 to 0.2": (lambda x: 0 <= x <= 0.2, "warmup_share average_share"),
-    "from 0.1 to 10": (lambda x: 0.1 <= x <= 10, "speeds"),
-    "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
-    "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
-}
-
-UNUSED = {  # field -> value -> fields and sections beside it that then have no effect, so they must have their defaults
-    "model.name": {
-        "paraformer": "hotwords chunk", "streaming": "hotwords", "seaco": "hotwords.share_embedding chunk",
-        "contextual": "hotwords.decoder hotwords.both_ways hotwords.no_bias chunk",
-        "transformer": """hotwords chunk predictor decoder.kind sampling_ratio quantity_weight mwer_weight mwer_samples
-            end_token share_embedding place_embedding""",
-        "ctc": """hotwords chunk predictor decoder sampling_ratio label_smoothing quantity_weight ctc_weight mwer_weight
-            mwer_samples end_token share_embedding place_embedding"""},
-    "model.encoder.kind": {
-        "transformer": "kernel_size memory_shift attention_dropout", "conformer": "memory_shift attention_dropout",
-        "sanm": "position context", "relative_conformer": "memory_shift position context"},
-    "model.predictor.kind": {
-        "stacked": "left right smooth noise upsampling", "dense": "hidden_dim num_layers kernel_size",
-        "depthwise": "hidden_dim num_layers kernel_size upsampling"},
-    "model.predictor.upsampling": {0: "timing_smooth timing_noise"},
-    "model.decoder.kind": {
-        "transformer": "attention_layers kernel_size memory_shift attention_dropout",
-        "bare": "attention_layers kernel_size memory_shift position attention_dropout", "sanm": "position"},
-    "data.kind": {"toy": """train dev test unit lfr_m lfr_n augment.speeds augment.snr_db augment.noise
-        augment.reverb"""},
-    "data.augment.reverb": {"": "reverb_share"},
-}
-
-
-Error = tuple[str, str]      # dotted path of a field, the values wanted
-
-
-def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every field, depth first; a section comes before its fields."""
     for f in fields(section):
         value = getattr(section, f.name)
         yield prefix + f.name, value
         if is_dataclass(value):
-            yield from _walk(value, f"{prefix}{f.name}.")
+            yield from walk(value, f"{prefix}{f.name}.")
 
 
-def _range_of(name: str) -> str:
-    """The range of a field in RANGES; the weight of a loss that is not there is 0 or more. "" for what has none."""
-    for wanted, (_, names) in RANGES.items():
-        if name in names.split():
-            return wanted
-    return "0 or more" if name.endswith("_weight") else ""
+def differing(one: Config, other: Config) -> dict[str, Any]:
+    """{dotted path: value in other} of the fields, not sections, in which two configs differ."""
+    values = dict(walk(one))
+    return {path: value for path, value in walk(other) if value != values[path] and not is_dataclass(value)}
 
-
-def _value_errors(config: Config) -> list[Error]:
-    """Values wrong by themselves: outside RANGES, or integers of 2^31 and more."""
-    errors = []
-    for path, value in _walk(config):
-        name = path.split(".")[-1]
-        if type(value) is int and value >= 2**31 and name != "seed":
-            errors.append((path, "below 2^31"))
-        numbers = value if isinstance(value, tuple) else (value,)
-        wanted = _range_of(name)
-        if wanted and type(value) is not str and not (numbers and all(map(RANGES[wanted][0], numbers))):
-            errors.append((path, wanted))
-    return errors
-
-
-def _unused_values(config: Config) -> Iterator[tuple[str, str]]:
-    """(path of a choice, path of a value that has no effect with it and yet is not its default): see UNUSED."""
-    values, defaults = dict(_walk(config)), dict(_walk(Config()))
-    for path, choices in UNUSED.items():
-        section = path.rpartition(".")[0]
-        for name in choices.get(values[path], "").split():
-            unused = f"{section}.{name}"
-            for other, value in values.items():
-                is_inside = other == unused or other.startswith(f"{unused}.")
-                if is_inside and not is_dataclass(value) and value != defaults[other]:
-                    yield path, other
-
-
-def _unused_errors(config: Config) -> list[Error]:
-    values, defaults, errors = dict(_walk(config)), dict(_walk(Config())), []
-    for path, other in _unused_values(config):
-        default = show_value(defaults[other])
-        errors.append((other, f"its default {default}, as {path} {values[path]} has no use for it"))
-    return errors
-
-
-def _without_unused(config: Config, typed: Sequence[str]) -> Config:
-    """config in which what a file says for another choice than the one typed on the command line has its default
-    again: who switches a kind there need not undo what belongs to the file's."""
-    defaults = dict(_walk(Config()))
-    for path in UNUSED:
-        for choice, other in list(_unused_values(config)):
-            if choice == path and choice in typed and other not in typed:
-                values = defaults[other]
-                for key in reversed(other.split(".")):
-                    values = {key: values}
-                config = _merge(config, values, other)
-    return config
-
-
-def _model_errors(model: ModelConfig) -> list[Error]:
-    encoder, predictor, decoder, errors = model.encoder, model.predictor, model.decoder, []
-    if encoder.kind == "sanm" and encoder.subsampling != 1:
-        errors.append(("model.encoder.subsampling", "1 for kind sanm"))
-    if encoder.kind == "relative_conformer" and encoder.subsampling != 4:
-        errors.append(("model.encoder.subsampling", "4 for kind relative_conformer"))
-    if encoder.num_layers == 0:
-        errors.append(("model.encoder.num_layers", "1 or more"))
-    if model.name == "streaming":      # layers that have a `step`
-        if encoder.kind != "sanm":
-            errors.append(("model.encoder.kind", "sanm for a streaming model"))
-        if decoder.kind != "sanm":
-            errors.append(("model.decoder.kind", "sanm for a streaming model"))
-        if predictor.kind == "stacked" or predictor.upsampling:
-            errors.append(("model.predictor.kind", "dense or depthwise without a timing head for a streaming model"))
-    if predictor.num_layers == 0:
-        errors.append(("model.predictor.num_layers", "1 or more"))
-    if decoder.num_layers == 0 and (decoder.kind == "sanm" or model.name != "paraformer"):
-        errors.append(("model.decoder.num_layers", "1 or more"))
-    if predictor.kind != "stacked" and predictor.smooth - predictor.noise > 1:      # a weight above 1 fires twice
-        errors.append(("model.predictor.smooth", f"at most 1 + noise {predictor.noise}, as weights are at most 1"))
-    if decoder.attention_layers > decoder.num_layers:
-        errors.append(("model.decoder.attention_layers", f"at most num_layers {decoder.num_layers}"))
-    for name, part in (("encoder", encoder), ("decoder", decoder)):
-        if part.memory_shift > part.kernel_size // 2:
-            errors.append((f"model.{name}.memory_shift", f"at most half of kernel_size {part.kernel_size}"))
-        if part.num_heads > 0 and part.hidden_dim % part.num_heads != 0:      # RANGES reports 0 and below
-            errors.append((f"model.{name}.num_heads", f"a divisor of hidden_dim {part.hidden_dim}"))
-        has_sinusoids = part.kind == "relative_conformer" or (
-            part.kind in ("transformer", "conformer") and part.position == "sinusoidal")
-        is_placed = part is encoder and model.place_embedding      # the sampler adds sinusoids to embeddings
-        if part.hidden_dim % 2 != 0 and (has_sinusoids or is_placed):
-            errors.append((f"model.{name}.hidden_dim", "an even width for sinusoids"))
-    width = f"the encoder's {encoder.hidden_dim}"
-    if decoder.kind != "transformer" and decoder.hidden_dim != encoder.hidden_dim:      # no projection of its input
-        errors.append(("model.decoder.hidden_dim", f"{width} for kind {decoder.kind}"))
-    elif model.share_embedding and decoder.hidden_dim != encoder.hidden_dim:
-        errors.append(("model.decoder.hidden_dim", f"{width} for share_embedding"))
-    return errors
-
-
-def _hotword_errors(model: ModelConfig) -> list[Error]:
-    """Broken rules of the models seaco and contextual."""
-    second, width, errors = model.hotwords.decoder, model.encoder.hidden_dim, []
-    if model.name in ("seaco", "contextual") and model.decoder.kind != "sanm":
-        errors.append(("model.decoder.kind", f"sanm for a {model.name}"))
-    if model.name == "seaco" and second.kind != "sanm":
-        errors.append(("model.hotwords.decoder.kind", "sanm"))
-    if model.name == "seaco" and second.hidden_dim != width:
-        errors.append(("model.hotwords.decoder.hidden_dim", f"the encoder's {width}"))
-    if model.name == "seaco" and (second.attention_layers or second.num_layers) < 6:
-        errors.append(("model.hotwords.decoder.attention_layers",
-                       "6 or more: the sixth layer's attention chooses from a long list"))
-    return errors
-
-
-def _data_errors(data: DataConfig) -> list[Error]:
-    toy, snr_db, errors = data.toy, data.augment.snr_db, []
-    if toy.max_symbols < toy.min_symbols:
-        errors.append(("data.toy.max_symbols", f"at least min_symbols {toy.min_symbols}"))
-    if toy.max_frames < 3 * toy.min_frames:
-        errors.append(("data.toy.max_frames", f"at least 3 x min_frames {toy.min_frames}"))
-    if toy.blend_frames > toy.min_frames:
-        errors.append(("data.toy.blend_frames", f"at most min_frames {toy.min_frames}"))
-    if data.max_sec < data.min_sec:
-        errors.append(("data.max_sec", f"at least min_sec {data.min_sec}"))
-    if snr_db and not (len(snr_db) == 2 and -100 <= snr_db[0] <= snr_db[1] <= 100):
-        errors.append(("data.augment.snr_db", "[] or two numbers from -100 to 100, the lower first"))
-    if data.augment.noise and not snr_db:
-        errors.append(("data.augment.snr_db", "two numbers, how loud the recordings of data.augment.noise are"))
-    if data.augment.freq_width > data.num_mels:
-        errors.append(("data.augment.freq_width", f"at most num_mels {data.num_mels}"))
-    return errors
-
-
-def _cross_errors(config: Config) -> list[Error]:
-    """Broken rules between data, model and training."""
-    data, kind, errors = config.data, config.model.encoder.kind, []
-    width = data.num_mels * data.lfr_m
-    product = f"a product with lfr_m {data.lfr_m} that is"
-    if kind == "sanm" and (width < 4 or width % 2 != 0):      # for halved_sinusoids
-        errors.append(("data.num_mels", f"{product} even and 4 or more for kind sanm"))
-    if kind == "relative_conformer" and width < 7:      # for two 3 x 3 windows
-        errors.append(("data.num_mels", f"{product} 7 or more for kind relative_conformer"))
-    manifest = "a manifest or a Kaldi folder, as data.kind is manifest"
-    if data.kind == "manifest" and data.train == "":
-        errors.append(("data.train", manifest))
-    if data.kind == "manifest" and data.dev == "" and config.training.init_from == "":     # fine-tuning can do without
-        errors.append(("data.dev", manifest))
-    if config.model.name == "streaming" and config.training.picture_epochs:
-        errors.append(("training.picture_epochs", "0 for a streaming model, whose windows overlap"))
-    for share, number in (("warmup_share", "warmup_steps"), ("average_share", "average_decay")):
-        default = getattr(TrainingConfig(), number)
-        if getattr(config.training, share) and getattr(config.training, number) != default:
-            errors.append((f"training.{number}", f"its default {default} beside {share}, which replaces it"))
-    return errors
-
-
-def check(config: Config, place: str = "config") -> None:
-    """Raises one ValueError, beginning with place, that lists every value out of range and every broken rule."""
-    values = dict(_walk(config))
-    broken = [*_value_errors(config), *_unused_errors(config), *_model_errors(config.model),
-              *_hotword_errors(config.model), *_data_errors(config.data), *_cross_errors(config)]
-    errors = [f"{path}: wanted {wanted}, got {show_value(values[path])}" for path, wanted in broken]
-    if errors:
-        raise ValueError("\n  ".join([f"{place}: wanted values that fit together, got {len(errors)} wrong:", *errors]))
-
-
-# ---- from and to plain dicts ----
 
 def show_value(value: Any) -> str:
     """A scalar or list as an error names it: as YAML writes it, text in single quotes."""
@@ -454,15 +243,17 @@ def _nearest(section: str, key: str, names: Iterable[str]) -> str:
     """The path to suggest for an unknown key: a similar one in its section, which has these names, else the same key of
     another section, else the least different in its section. section: "" or "path."."""
     similar = get_close_matches(key, names, 1, 0.75)
-    elsewhere = [path for path, _ in _walk(Config()) if path.split(".")[-1] == key]
+    elsewhere = [path for path, _ in walk(Config()) if path.split(".")[-1] == key]
     if elsewhere and not similar:
         return elsewhere[0]
     return section + (similar or get_close_matches(key, names, 1, 0))[0]
 
 
-def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
-    """A copy of base, the dataclass of this section, with `values` in place of its own. Errors begin with the line of a
-    Key, or with place where a key is a plain str."""
+def from_dict(values: dict, place: str, base: Any = Config(), section: str = "") -> Any:
+    """base, a dataclass like Config, with nested plain dicts in place of its values. Checks keys and types only: raises
+    ValueError that begins with the line of a Key, or with `place`; section: "" or "path.", of base."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
     hints, new = get_type_hints(type(base)), {}
     for key, value in values.items():
         path = f"{section}{key}"
@@ -470,7 +261,7 @@ def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
         if key not in hints:
             raise ValueError(f"{where}: unknown key '{path}' (did you mean '{_nearest(section, str(key), hints)}'?)")
         if is_dataclass(hints[key]) and isinstance(value, dict):
-            new[key] = _merge(getattr(base, key), value, place, f"{path}.")
+            new[key] = from_dict(value, place, getattr(base, key), f"{path}.")
             continue
         try:
             new[key] = _convert(hints[key], value)
@@ -480,50 +271,23 @@ def _merge(base: Any, values: dict, place: str, section: str = "") -> Any:
     return replace(base, **new)
 
 
-def from_dict(values: dict, place: str, base: Any = Config()) -> Any:
-    """base, a dataclass like Config, with nested plain dicts in place of its values. Checks keys and types, not the
-    rules: raises ValueError that begins with `place` for an unknown key or a wrong type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{place}: wanted a map of sections, got {show_value(values)}")
-    return _merge(base, values, place)
-
-
-def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Config from a YAML file and then from `--section.key=value` overrides, checked. Raises ValueError that names the
-    file (and line) or the override at fault."""
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted a config in YAML (UTF-8), got {error}") from None
-    config = overridden(_merge(Config(), parse_yaml(text, path), path), overrides)
-    config = _without_unused(config, [override[2:].partition("=")[0] for override in overrides])
-    check(config, " ".join((str(path), *overrides)))
-    return config
-
-
 def overridden(config: Config, overrides: Sequence[str]) -> Config:
     """config with `--section.key=value` overrides, not checked. Raises ValueError that names the override at fault."""
     for override in overrides:
         match = re.fullmatch(r"--([^=]+)= *(.*)", override)
         if not match:
             raise ValueError(f"{override}: wanted --section.key=value")
-        values = ""      # of `--section.key=`; in YAML it would be null
-        if match[2]:
-            values = _value(match[2].rstrip(" "), override)
-        for key in reversed(match[1].split(".")):
-            values = {key: values}
-        config = _merge(config, values, override)
+        _refuse_outside(override, override)
+        value = _value(match[2].rstrip(" "), override) if match[2] else ""      # in YAML it would be null
+        config = from_dict(nested(match[1], value), override, config)
     return config
 
 
-def differing_values(one: Config, other: Config) -> list[tuple[str, Any]]:
-    """(dotted path, value in other) of the fields, not sections, in which two configs differ."""
-    values = dict(_walk(one))
-    return [(path, value) for path, value in _walk(other) if not is_dataclass(value) and value != values[path]]
-
-
-def differing(one: Config, other: Config) -> list[str]:
-    return [path for path, _ in differing_values(one, other)]
+def nested(path: str, value: Any) -> dict:
+    """a.b and a value -> {"a": {"b": value}}."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
 
 
 def dump(config: Config) -> str:
@@ -572,10 +336,7 @@ ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U((?:000[0-9a-fA-
 ESCAPES = dict(zip('0abtnvfre "\\/N_LP', '\0\a\b\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 
 
-class Line(NamedTuple):
-    where: str      # file:number
-    indent: int     # spaces before text
-    text: str       # not blank, and not only a comment
+BELOW = object()      # in the place of a value: none on this line
 
 
 class Key(str):
@@ -583,33 +344,62 @@ class Key(str):
     where: str
 
 
+class Line(NamedTuple):
+    where: str          # file:number
+    indent: int         # spaces before it
+    key: Key | None     # of a map; None: the dash of a list
+    value: Any          # or BELOW
+
+
+def read_yaml(path: str | Path, wanted: str) -> dict[Key, Any]:
+    """The map in a YAML file, as parse_yaml reads it. Raises ValueError that names the file and what was wanted."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
+    return parse_yaml(text, str(path))
+
+
 def parse_yaml(text: str, place: str = "<yaml>") -> dict[Key, Any]:
     """Nested dicts, lists and scalars of a YAML text whose top level is a map. Raises ValueError `place:line: ...` for
-    anything outside the YAML subset that this file's docstring describes."""
-    lines = _read_lines(text, place)
-    first = lines[0] if lines else Line(f"{place}:1", 0, "")
+    anything outside the subset that this file's docstring describes."""
+    lines: deque[Line] = deque()
+    for number, line in enumerate(text.split("\n"), 1):
+        lines += _read_line(line.removesuffix("\r"), f"{place}:{number}")
+    if not lines or lines[0].key is None:
+        raise ValueError(f"{lines[0].where if lines else f'{place}:1'}: wanted 'key: value' lines, got none")
     try:
-        values = _parse_block(lines, -1)
+        return _parse_block(lines, -1)
     except RecursionError:
         raise ValueError(f"{place}:1: wanted a few levels of nesting, got too many") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{first.where}: wanted 'key: value' lines, got '{first.text}'")
-    return values
 
 
-def _read_lines(text: str, place: str) -> deque[Line]:
-    """The lines without blank and comment lines."""
-    lines = deque()
-    for number, line in enumerate(text.split("\n"), 1):
-        where = f"{place}:{number}"
-        line = line.removesuffix("\r")
-        _refuse_outside(line, where)
-        if line.startswith(("---", "...")):
-            raise ValueError(f"{where}: wanted one document, got a document mark '{line}'")
-        rest = line.lstrip(" ")
-        if rest and rest[0] != "#":
-            lines.append(Line(where, len(line) - len(rest), rest))
-    return lines
+def _read_line(text: str, where: str) -> Iterator[Line]:
+    """The dashes and the key of a line, each as if it had a line of its own; none in a blank one and a comment."""
+    _refuse_outside(text, where)
+    if text.startswith(("---", "...")):
+        raise ValueError(f"{where}: wanted one document, got a document mark '{text}'")
+    rest = text.lstrip(" ")
+    while _is_dash(rest):
+        indent = len(text) - len(rest)
+        rest = rest[1:].lstrip(" ")
+        if rest and rest[0] != "#" and not _is_dash(rest) and not KEY.fullmatch(rest):
+            yield Line(where, indent, None, _value(rest, where))
+            return
+        yield Line(where, indent, None, BELOW)
+    if not rest or rest[0] == "#":
+        return
+    match = KEY.fullmatch(rest)
+    name = _value(match[1].rstrip(" "), where) if match else None
+    if type(name) is not str:
+        raise ValueError(f"{where}: wanted 'key: value' with text for a key, got '{rest}'")
+    key = Key(name)
+    key.where = where
+    yield Line(where, len(text) - len(rest), key, _value(match[2], where) if match[2] else BELOW)
+
+
+def _is_dash(text: str) -> bool:
+    return text == "-" or text.startswith("- ")
 
 
 def _refuse_outside(text: str, where: str) -> None:
@@ -619,66 +409,45 @@ def _refuse_outside(text: str, where: str) -> None:
         raise ValueError(f"{where}: wanted printable text and spaces, got {name} (in double quotes write an escape)")
 
 
-def _starts_with_dash(line: Line) -> bool:
-    return line.text == "-" or line.text.startswith("- ")
-
-
 def _parse_block(lines: deque[Line], outer: int) -> Any:
-    """The list, map or scalar in the lines that are indented deeper than outer; null if there are none."""
+    """The list or map in the lines that are indented deeper than outer; null if there are none."""
     if not lines or lines[0].indent <= outer:
         return None
-    where, indent, text = lines[0]
-    is_one_line = len(lines) == 1 or lines[1].indent <= outer
-    if _starts_with_dash(lines[0]):
-        value = _parse_list(lines, indent)
-    elif is_one_line and not KEY.fullmatch(text):
-        value = _value(text, where)
-        lines.popleft()
-    else:
-        value = _parse_map(lines, indent)
+    values = _parse_list(lines) if lines[0].key is None else _parse_map(lines)
     if lines and lines[0].indent > outer:
-        raise ValueError(f"{lines[0].where}: wanted an indentation used above, got '{lines[0].text}'")
-    return value
-
-
-def _parse_list(lines: deque[Line], indent: int) -> list:
-    """A list whose dashes stand at indent."""
-    values = []
-    while lines and lines[0].indent == indent and _starts_with_dash(lines[0]):
-        where, _, text = lines.popleft()
-        rest = text[1:].lstrip(" ")
-        if rest and rest[0] != "#":      # `- a: 1` spells the same as a dash and, on the next line, `  a: 1`
-            lines.appendleft(Line(where, indent + len(text) - len(rest), rest))
-        values.append(_parse_block(lines, indent))
+        raise ValueError(f"{lines[0].where}: wanted an indentation used above, got {lines[0].indent} spaces")
     return values
 
 
-def _parse_map(lines: deque[Line], indent: int) -> dict[Key, Any]:
-    """A map whose keys stand at indent."""
+def _parse_list(lines: deque[Line]) -> list:
+    """The list whose first dash comes first."""
+    values = []
+    indent = lines[0].indent
+    while lines and lines[0].indent == indent and lines[0].key is None:
+        value = lines.popleft().value
+        values.append(_parse_block(lines, indent) if value is BELOW else value)
+    return values
+
+
+def _parse_map(lines: deque[Line]) -> dict[Key, Any]:
+    """The map whose first key comes first."""
     values: dict[Key, Any] = {}
-    while lines and lines[0].indent == indent:
-        where, _, text = lines.popleft()
-        match = KEY.fullmatch(text)
-        name = _value(match[1].rstrip(" "), where) if match else None
-        if type(name) is not str:
-            raise ValueError(f"{where}: wanted 'key: value' with text for a key, got '{text}'")
-        if name in values:
-            raise ValueError(f"{where}: wanted every key once, got '{name}' again")
-        key = Key(name)
-        key.where = where
-        if match[2]:
-            values[key] = _value(match[2], where)
-        elif lines and lines[0].indent == indent and _starts_with_dash(lines[0]):
-            values[key] = _parse_list(lines, indent)      # the one thing below a key that need not be indented
-        else:
-            values[key] = _parse_block(lines, indent)
+    indent = lines[0].indent
+    while lines and lines[0].indent == indent and lines[0].key is not None:
+        where, _, key, value = lines.popleft()
+        if key in values:
+            raise ValueError(f"{where}: wanted every key once, got '{key}' again")
+        if value is BELOW and lines and lines[0].indent == indent and lines[0].key is None:
+            value = _parse_list(lines)      # the one thing below a key that need not be indented
+        elif value is BELOW:
+            value = _parse_block(lines, indent)
+        values[key] = value
     return values
 
 
 def _value(text: str, where: str) -> Any:
-    """A scalar or an inline list, with nothing but a comment after it; "" is null."""
-    _refuse_outside(text, where)
-    value, rest = _scan(text, where) if text else (None, "")
+    """A scalar or an inline list, with nothing but a comment after it."""
+    value, rest = _scan(text, where)
     if not re.fullmatch(r" *(?: #.*)?", rest):
         raise ValueError(f"{where}: wanted the end of the value, got '{rest}' (put text with ': ' in it into quotes)")
     return value

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import Config, check, dump_yaml, from_dict, parse_yaml, show_value
+from config import Config, dump_yaml, from_dict, read_yaml, show_value
 from downloads import check_files, check_kind
 from files import read_file, write_atomic
+from rules import check
 from weights import WithoutInit, load_weights
 
 
@@ -158,10 +159,7 @@ def published_files(folder: str) -> dict[str, Path]:
 
 def read_values(path: str | Path) -> dict:
     """What stands in a config.yaml of FunASR's, by its names."""
-    try:
-        return parse_yaml(Path(path).read_text("utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted the config.yaml of a FunASR model, got {error}") from None
+    return read_yaml(path, "the config.yaml of a FunASR model")
 
 
 def read_section(values: dict, part: str, ignored: Sequence[str], base: Any, place: str) -> Any:
@@ -236,7 +234,7 @@ def translate(values: dict, part: str, place: str) -> dict:
     ours = dict(classes[name].ours)
     for key, option in classes[name].options.items():
         value = options.get(key, option.default)
-        known = [value]      # any, here; from_dict checks its type, config.check its range
+        known = [value]      # any, here; from_dict checks its type, rules.check its range
         if not option.field:
             known = [option.only]
         elif option.field in CONVERTED:
@@ -258,14 +256,9 @@ def _translate_back(ours: Any, options: dict[str, Option]) -> dict:
     """{FunASR's option: value} from a section of our config."""
     values = {}
     for key, option in options.items():
-        value = option.only
-        if option.field:
-            value = attrgetter(option.field)(ours)
-        for funasrs, converted in CONVERTED.get(option.field, {}).items():
-            if converted == value:
-                value = funasrs
-                break
-        values[key] = value
+        value = attrgetter(option.field)(ours) if option.field else option.only
+        theirs = {own: funasrs for funasrs, own in CONVERTED.get(option.field, {}).items()}
+        values[key] = theirs.get(value, value)
     return values
 
 

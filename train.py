@@ -46,6 +46,7 @@ from torch import Tensor, distributed, nn
 
 import config as configs
 import data
+import rules
 from checkpoint import CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
@@ -585,7 +586,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.resume:
             run, progress = resume(Path(arguments.resume).resolve(), overrides, catch_signals())
         else:
-            config = configs.load(arguments.config, overrides)
+            config = rules.load(arguments.config, overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
             if arguments.dry_run:
                 run = make_run(config)
