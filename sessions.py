@@ -39,7 +39,7 @@ from settings import Models, Settings, bad_value, first_settings, read_settings
 from sockets import Closed, GOING_AWAY, GONE, Socket
 from streaming import StreamToken
 from streams import Piece, Stream, Words, samples_due, start_stream
-from transcribe import as_wav, recognise
+from transcribe import Post, as_wav, recognise
 from web import ClientLeft, Connection, Head, Refusal, body_too_large
 
 MOST_TEXT = 65536           # characters of a text message
@@ -181,11 +181,10 @@ class Session:
 
     def recognise_file(self, body: bytes, hotwords: tuple[str, ...] | None) -> Result:
         """A recording in any format, as /transcribe has it."""
-        now = time.monotonic()
+        post = Post(self.server, self.head._replace(path="/transcribe"), time.monotonic(), self.has_left)
         fields = {"hotwords": list(hotwords)} if hotwords else {}
         recording = Recording(body, fields, parse_terms({}, self.server.options.request_timeout))
-        wav = as_wav(self.server, recording, now, self.has_left)
-        _, heard = recognise(self.server, self.head._replace(path="/transcribe"), wav, now, self.has_left)
+        _, heard = recognise(post, as_wav(post, recording))
         return heard[0].found.result
 
     # ---- answers ----

@@ -2082,7 +2082,7 @@ def test_a_hundred_stops_are_seen_and_none_takes_long(tmp_path, capsys):
                 if "load" in way:
                     address = ("127.0.0.1", int(found[1]))
                     loads = [pool.submit(post_once, address, raw) for _ in range(200)]
-                    time.sleep(rng.uniform(0.0, 0.4))
+                    time.sleep(rng.uniform(0.0, 0.2))
             sent = time.monotonic()
             rescue = threading.Timer(10, os.kill, (pid, signal.SIGKILL))
             rescue.start()
@@ -2151,8 +2151,7 @@ sys.exit(serve.main(sys.argv[1:]))
 """
 
 # C59
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage", ["", "loading"])
+@pytest.mark.parametrize("stage, number", [("", signal.SIGTERM), ("", signal.SIGINT), ("loading", signal.SIGINT)])
 def test_a_signal_during_the_start_ends_at_once(tmp_path, stage, number):
     """While torch is imported, or while the model is loaded."""
     with started(tmp_path, [sys.executable, *(["-c", SLOW_START] if stage else [serve.__file__])]) as process:
@@ -2284,7 +2283,7 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
             held.set()
         assert waits.result()[0] == 200 and check_error(*late.result()) == (504, "deadline_exceeded")
         with pytest.raises(web.ClientLeft):  # and what nobody waits for is not even parsed
-            transcribe.enqueue(server, web.unread_head(), b"{", time.monotonic(), lambda: True)
+            transcribe.enqueue(transcribe.Post(server, web.unread_head(), time.monotonic(), lambda: True), b"{")
 
 def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were(server):
     def some(i: int) -> None:
@@ -9523,7 +9522,7 @@ def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
     (tmp_path / "pid").unlink()
     with pytest.raises(web.ClientLeft):         # who has left is not converted for
-        transcribe.as_wav(server, bodies.Recording(b"ID3", {}, bodies.parse_terms({}, 30.0)), time.monotonic(), lambda: True)
+        transcribe.as_wav(transcribe.Post(server, None, time.monotonic(), lambda: True), bodies.Recording(b"ID3", {}, None))
     assert not (tmp_path / "pid").exists()
     with serving(no_ffmpeg=True) as strict:
         assert check_error(*exchange(strict, post("/transcribe", "audio/mpeg", b"ID3"))) == (400, "unsupported_format")

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -82,6 +82,15 @@ def trained_on(system: System) -> str:
 
 # ---- requests ----
 
+class Post(NamedTuple):
+    """A request that has come whole. `server` is serve.Server."""
+
+    server: Any
+    head: Head
+    complete: float                     # monotonic seconds at which it had come: its deadline counts from there
+    has_left: Callable[[], bool]        # asks for its client
+
+
 def refuse_toy(system: System) -> None:
     """Raises Refusal 400 if the system has never heard a recording."""
     if system.config.data.kind == "toy":
@@ -89,17 +98,18 @@ def refuse_toy(system: System) -> None:
                       "speech: it takes features as JSON, and no recordings", "file")
 
 
-def as_wav(server, recording: Recording, complete: float, has_left: Callable[[], bool]) -> Recording:
+def as_wav(post: Post, recording: Recording) -> Recording:
     """The recording as WAV, by ffmpeg if it must, once one of the conversions has ended. What is too long becomes a
     little longer than is allowed, and is refused by who reads it.
 
     Raises Refusal, or ClientLeft if the client left before its turn.
     """
+    server = post.server
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
-    if has_left():
+    if post.has_left():
         raise ClientLeft
-    deadline = complete + recording.terms.timeout
+    deadline = post.complete + recording.terms.timeout
     if not server.conversions.acquire(timeout=seconds_left(deadline)):
         raise deadline_passed()
     try:
@@ -122,42 +132,42 @@ class Heard(NamedTuple):
     found: Recognition
 
 
-def enqueue(server, head: Head, sent: bytes | Recording, complete: float,
-            has_left: Callable[[], bool]) -> tuple[Terms, list[tuple[Upload, list[Job]]]]:
+def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Upload, list[Job]]]]:
     """Parse what was sent and queue its jobs, on a parser thread -> its terms, and each upload with a job per piece.
 
-    A piece without frames is not queued, as its outcome is known. complete: monotonic seconds at which the whole
-    request had arrived; its deadline counts from there.
+    A piece without frames is not queued, as its outcome is known.
     Raises Refusal, or ClientLeft if the client left before its turn.
     """
-    if has_left():
+    if post.has_left():
         raise ClientLeft
-    request = parse_request(head, sent, server.system, server.options)
+    request = parse_request(post.head, sent, post.server.system, post.server.options)
+    deadline = post.complete + request.terms.timeout
     now = time.monotonic()
     queue, queued = [], []
     for upload in request.uploads:
-        jobs = [Job(feats, upload, now, complete + request.terms.timeout, has_left, upload.hotwords, taken=now)
-                for _, feats in upload.pieces]
-        queued.append((upload, jobs))
-        for job in jobs:
-            if len(job.feats):
+        jobs = []
+        for _, feats in upload.pieces:
+            job = Job(feats, upload, now, deadline, post.has_left, upload.hotwords, taken=now)
+            jobs.append(job)
+            if len(feats):
                 queue.append(job)
             else:
                 job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
-    server.batcher.submit(queue)
+        queued.append((upload, jobs))
+    post.server.batcher.submit(queue)
     return request.terms, queued
 
 
-def recognise(server, head: Head, sent: bytes | Recording, complete: float,
-              has_left: Callable[[], bool]) -> tuple[Terms, list[Heard]]:
+def recognise(post: Post, sent: bytes | Recording) -> tuple[Terms, list[Heard]]:
     """What was sent -> its terms and utterances. Raises as `enqueue`, and Refusal 504."""
+    server = post.server
     is_large = isinstance(sent, bytes) and len(sent) >= INTERRUPTIBLE
     parser = server.large_json_parser if is_large else server.parser
     heard = []
     try:
         with server.batcher.preparing():
-            parsing = parser.submit(enqueue, server, head, sent, complete, has_left)
-            terms, queued = parsing.result(seconds_left(complete + server.options.request_timeout))
+            parsing = parser.submit(enqueue, post, sent)
+            terms, queued = parsing.result(seconds_left(post.complete + server.options.request_timeout))
         for upload, jobs in queued:
             pieces = [job.outcome.result(seconds_left(job.deadline)) for job in jobs]
             heard.append(Heard(upload, jobs, join_pieces(server.system, upload, pieces)))
@@ -171,15 +181,15 @@ def recognise(server, head: Head, sent: bytes | Recording, complete: float,
 
 def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
-    complete = time.monotonic()
+    post = Post(server, head, time.monotonic(), has_left)
     if server.system is None:
         raise Refusal(400, "streaming_checkpoint", "the model here hears streams: wanted a web socket (GET /ws), or a "
                       "server with --offline-checkpoint")
     sent = body
     if media_type(head) != "application/json":
         refuse_toy(server.system)
-        sent = as_wav(server, read_recording(head, body, server.options), complete, has_left)
-    terms, heard = recognise(server, head, sent, complete, has_left)
+        sent = as_wav(post, read_recording(head, body, server.options))
+    terms, heard = recognise(post, sent)
     upload, jobs, found = heard[0]
     if terms.openai:
         response = openai_response(found.result, upload.seconds, terms.openai)
