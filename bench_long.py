@@ -16,13 +16,13 @@ from torch import Tensor
 from audio import feature_dim, frontend, save_wav, stream
 from checkpoint import System, build
 from config import Config, EncoderConfig
-from decode import cut_recording, greedy_system, join_results, transcribe, transcribe_segments
+from decode import cut_recording, greedy_system, join_results, transcribe, transcribe_segments, with_parts
 from decode_options import parse_arguments
 from manifests import Row, read_inputs
 from pieces import PieceTokenizer
 from punctuation import Punctuation, PunctuationModel, punctuate
 from tokenizer import word_errors
-from vad import FrontEnd, Fsmn, Network, Options, Vad, load_vad, segments_of
+from vad import FrontEnd, Fsmn, Network, Options, Vad, segments_of
 
 
 # ---- models of the published sizes ----
@@ -84,9 +84,7 @@ def measure_cuts(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     if not arguments.inputs:
         raise ValueError("cuts: wanted a manifest behind the options, got nothing")
-    system = greedy_system(arguments, arguments.ckpt)
-    if arguments.vad:
-        system = system._replace(vad=load_vad(arguments.vad, arguments.vad_schedule or "config"))
+    system = with_parts(arguments, greedy_system(arguments, arguments.ckpt))
     with tempfile.TemporaryDirectory() as scratch:
         rows = [row for row in read_inputs(arguments.inputs, Path(scratch))[0] if row.text][:arguments.limit or 100]
         path = Path(scratch) / "joined.wav"

@@ -69,6 +69,12 @@ from vad import cut_speech, load_vad
 POOL_SEC = 300.0  # of a long recording are cut before decoding, so that batches can hold segments of similar length
 
 
+def say(line: str) -> None:
+    """On standard error, by one of all processes."""
+    if own_rank() == 0:
+        print(line, file=sys.stderr)
+
+
 # ---- recognition ----
 
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
@@ -398,8 +404,7 @@ def draw_all(arguments: argparse.Namespace, system: System, dataset: Dataset, na
             write_file(folder / f"{name}.{kind}.svg", svg)
     if without:
         option = "--plot" if arguments.plot else "--explain"
-        print(f"decode.py: {option}: no picture of {without} that --max-segment-sec cut or that have no frames",
-              file=sys.stderr)
+        say(f"decode.py: {option}: no picture of {without} that --max-segment-sec cut or that have no frames")
 
 
 # ---- main ----
@@ -433,10 +438,10 @@ def with_hotwords(system: System, given: str) -> System:
         raise ValueError(f"--hotwords: {why_no_hotwords(system.model)}")
     phrases, weighted = read_hotwords(given)
     warning = unknown_warning(phrases, system.tokenizer)
-    if weighted and own_rank() == 0:
-        print(f"{given}: the numbers at the ends of the lines are taken for weights and ignored", file=sys.stderr)
-    if warning and own_rank() == 0:
-        print(f"warning: --hotwords: {warning}", file=sys.stderr)
+    if weighted:
+        say(f"{given}: the numbers at the ends of the lines are taken for weights and ignored")
+    if warning:
+        say(f"warning: --hotwords: {warning}")
     return system._replace(hotwords=tuple(phrases))
 
 
@@ -459,9 +464,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
 
     if inputs:
         rows, left_out = read_inputs(inputs, scratch, allow_pipes)
-        if own_rank() == 0:
-            for line in left_out_lines(left_out):
-                print(f"decode.py: {line}", file=sys.stderr)
+        for line in left_out_lines(left_out):
+            say(f"decode.py: {line}")
         return dataset(rows)
     field = "test" if options.test else "dev"
     source = getattr(options, field)
@@ -527,7 +531,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
             made = export_int8(arguments.ckpt, arguments.export)
         else:
             made = export(load(arguments), arguments.export)
-        print(f"decode.py: wrote {made}", file=sys.stderr)
+        say(f"decode.py: wrote {made}")
     if arguments.export and not arguments.inputs:
         return 0
     system = load(arguments)
