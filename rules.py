@@ -99,9 +99,12 @@ def _without_unused(config: Config, typed: Sequence[str]) -> Config:
     """config in which what a file says for another choice than the one typed on the command line has its default
     again: who switches a kind there need not undo what belongs to the file's."""
     defaults = dict(walk(Config()))
-    for choice, path in list(_unused(config)):
-        if choice in typed and path not in typed:
-            config = from_dict(nested(path, defaults[path]), path, config)
+    switched = set(typed)
+    for choice in UNUSED:      # one by one, as a switch may switch another choice back
+        for other, path in list(_unused(config)):
+            if other == choice and choice in switched and path not in typed:
+                config = from_dict(nested(path, defaults[path]), path, config)
+                switched.add(path)
     return config
 
 
