@@ -284,7 +284,7 @@ def test_yaml_outside_the_subset_names_its_line(text, line):
 def test_yaml_exponents_make_floats(text, value):
     assert config.parse_yaml(f"a: {text}\nb: [{text}]") == {"a": value, "b": [value]}
 
-# ---- config: load, dump, check ----
+# ---- config: load, dump ----
 
 def written(tmp_path, text: str) -> str:
     (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
@@ -407,6 +407,8 @@ def test_unreadable_files_are_one_line_that_names_the_path(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model:\n  name: \xe9\n")
     for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
         assert re.fullmatch(rf"{re.escape(str(path))}: wanted a config in YAML .+", config_refusal(str(path)))
+
+# ---- rules: what a config must keep ----
 
 BROKEN = {  # override -> the line that it adds to the one error
     "--model.encoder.num_heads=7": "model.encoder.num_heads: wanted a divisor of hidden_dim 512, got 7",
