@@ -298,6 +298,17 @@ def metrics_text(server: Server) -> str:
 
 # ---- the command line ----
 
+NUMBERS = {  # by option: its default, what it is
+    "max-batch-size": (16, "utterances in a batch"), "max-batch-frames": (20000, "padded frames in a batch"),
+    "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
+    "max-queue": (128, "utterances that may wait"), "request-timeout": (30.0, "s from a complete request to its answer"),
+    "header-timeout": (10.0, "s for the header"), "body-timeout": (30.0, "s for the body"),
+    "write-timeout": (15.0, "s for the answer"), "idle-timeout": (15.0, "s between requests"),
+    "drain-timeout": (20.0, "s to finish after SIGTERM"), "max-body-mb": (25.0, "MiB of a request"),
+    "max-audio-seconds": (60.0, "s of a recording"), "max-frames": (6000, "rows of features"),
+    "max-connections": (256, "open connections")}
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve recognition over HTTP. The environment variable ASR_API_KEY, "
                                      "if set, is a key that clients must send.")
@@ -317,17 +328,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", default="float32", choices=list(PRECISIONS), help="of matrix products (default float32)")
     add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice")
-    numbers = {"max-batch-size": (16, "utterances in a batch"),
-               "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
-               "max-batch-frames": (20000, "padded frames in a batch"),
-               "max-queue": (128, "utterances that may wait"),
-               "request-timeout": (30.0, "s from a complete request to its answer"),
-               "header-timeout": (10.0, "s for the header"),
-               "body-timeout": (30.0, "s for the body"), "write-timeout": (15.0, "s for the answer"),
-               "idle-timeout": (15.0, "s between requests"), "drain-timeout": (20.0, "s to finish after SIGTERM"),
-               "max-body-mb": (25.0, "MiB of a request"), "max-audio-seconds": (60.0, "s of a recording"),
-               "max-frames": (6000, "rows of features"), "max-connections": (256, "open connections")}
-    for name, (default, meaning) in numbers.items():
+    for name, (default, meaning) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
     add("--no-ffmpeg", action="store_true", help="take WAV only, also where ffmpeg is installed")
     add("--cors-origin", action="append", default=[], metavar="URL",
@@ -336,6 +337,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="believe the X-Forwarded-For of this address or network, for the log; repeatable")
     add("--log-format", choices=["text", "json"], default="text", help="of the log on standard error (default text)")
     arguments = parser.parse_args(argv)
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program where an option could never work; origins and networks become what the server compares with."""
     if arguments.vad_schedule and not arguments.vad:
         parser.error("--vad-schedule needs --vad")
     try:
@@ -350,11 +357,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--host: wanted an address, got none; 0.0.0.0 is for all networks")
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port must be 0 to 65535, got {arguments.port}")
-    for name in ("threads", *numbers):
+    for name in ("threads", *NUMBERS):
         least = 0 if name in ("threads", "max-wait-ms") else 1e-3
         if not least <= getattr(arguments, name.replace("-", "_")) < math.inf:
-            parser.error(f"--{name} must be {'0 or more' if not least else 'above 0'}")
-    return arguments
+            parser.error(f"--{name} must be {'above 0' if least else '0 or more'}")
 
 
 def start(server: Server) -> Server:
