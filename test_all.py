@@ -20,6 +20,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -4513,6 +4514,34 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
         funasr.read_published_config(written(tmp_path, text.replace(old, new, 1)))
     assert str(caught.value).startswith(str(tmp_path / "a.yaml"))
 
+PLAIN = {"model": "Paraformer", "encoder": "SANMEncoder", "encoder_conf": {"input_layer": "pe"},
+         "predictor": "CifPredictorV2", "decoder": "ParaformerSANMDecoder", "frontend": "WavFrontend",
+         "tokenizer": "CharTokenizer"}
+CONFORMER = {"input_layer": "conv2d", "macaron_style": True, "activation_type": "swish", "pos_enc_layer_type": "rel_pos",
+             "selfattention_layer_type": "rel_selfattn"}
+SEACO = {"model": "SeacoParaformer", "model_conf": {}, "seaco_decoder": "ParaformerSANMDecoder",
+         "seaco_decoder_conf": {"use_output_layer": False, "wo_input_layer": True}}
+LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0.1, attention_dropout=0.0, memory_shift=0)
+
+# C36
+@pytest.mark.parametrize("changes, section, wanted", [
+    ({}, "model", dict(ctc_weight=0.5, label_smoothing=0.0, quantity_weight=0.0, sampling_ratio=0.2, end_token=False,
+                       loss_unit="utterance", share_embedding=False, norm_eps=1e-12)),
+    ({}, "model.encoder", LAYERS | dict(kernel_size=11)),
+    ({}, "model.decoder", LAYERS | dict(kernel_size=21, attention_layers=6)),
+    ({}, "model.predictor", dict(left=1, right=1, smooth=1.0, noise=0.0, dropout=0.1, tail=0.0)),
+    ({}, "data", dict(sample_rate=16000, num_mels=80, lfr_m=1, lfr_n=1)),
+    ({"encoder": "ConformerEncoder", "encoder_conf": CONFORMER}, "model.encoder", dict(kernel_size=31, subsampling=4)),
+    ({"predictor": "CifPredictor"}, "model.predictor", dict(tail=0.45)),
+    ({"predictor": "CifPredictorV3", "predictor_conf": {"use_cif1_cnn": False, "upsample_type": "cnn_blstm"}},
+     "model.predictor", dict(upsampling=5, timing_smooth=1.0, timing_noise=0.0, tail=0.0)),
+    (SEACO, "model.hotwords", dict(no_bias=8377, both_ways=False)),
+    ({"decoder_conf": {"sanm_shfit": None}}, "model.decoder", dict(memory_shift=10))])      # causal, not centred
+def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes, section, wanted):
+    found = funasr.read_published_config(written(tmp_path, config.dump_yaml({**PLAIN, **changes})))
+    part = operator.attrgetter(section)(found)
+    assert {name: getattr(part, name) for name in wanted} == wanted
+
 @needs_kit
 def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     """Indents of four, lists at their key's column, lists in lists, {}, and 8405 symbols inside, as PyYAML writes."""
@@ -8997,20 +9026,6 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 # ---- decode: limits and units ----
-
-@needs_kit
-def test_a_published_config_that_leaves_an_option_out_gets_funasrs_default(tmp_path):
-    """tail_threshold of CifPredictor is 0.45, of CifPredictorV2 0; a null shift of the decoder is causal, not centred."""
-    for variant, tail in (("conformer", 0.45), ("sanm", 0.0), ("bicif", 0.0)):
-        values = config.parse_yaml((KIT / variant / "config.yaml").read_text(), variant)
-        del values["predictor_conf"]["tail_threshold"]
-        if "sanm_shfit" in values["decoder_conf"]:
-            values["decoder_conf"]["sanm_shfit"] = None
-        (tmp_path / "config.yaml").write_text(config.dump_yaml(values))
-        found = funasr.read_published_config(tmp_path / "config.yaml").model
-        assert found.predictor.tail == tail, variant
-        if variant != "conformer":
-            assert found.decoder.memory_shift == (found.decoder.kernel_size - 1) // 2 != 0
 
 def test_an_export_has_no_dither_and_float16_weights_give_a_float32_model(tmp_path):
     folder, exported = tmp_path / "out", sanm_system("word")
