@@ -6,6 +6,7 @@ that is ready to recognise, what training starts from, exports. Needs torch and 
 import contextlib
 import itertools
 import json
+import math
 import os
 import runpy
 import sys
@@ -398,7 +399,7 @@ def fresh(config: configs.Config) -> System:
     plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
                               config.model.encoder.subsampling)
     data.check_usable(plain, "data.train")
-    items = (plain[i] for i in range(0, len(plain), max(1, len(plain) // STATS_UTTERANCES)))
+    items = (plain[i] for i in range(0, len(plain), math.ceil(len(plain) / STATS_UTTERANCES)))
     stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
     return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
 
