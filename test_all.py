@@ -2847,6 +2847,12 @@ def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, cap
 
 # ---- data: toy ----
 
+def test_the_toy_task_is_the_one_that_figures_are_of():
+    """A number of this code: another task would make the figures of README another's."""
+    feats = data.ToySeq2SeqDataset(3, data_options(num_mels=80), letters)[2].feats
+    assert feats.double().square().sum().item() == pytest.approx(11433.504, rel=1e-5)
+    assert [data.toy_letter(symbol) for symbol in (0, 25, 26, 27)] == ["a", "z", "一", "丁"]
+
 def test_toy_symbol_pairs_are_time_reversals_and_differ_from_all_others():
     table = data.toy_inventory(26, 80)
     np.testing.assert_array_equal(table[0::2], table[1::2, ::-1])
@@ -6316,6 +6322,15 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     with pytest.raises(ValueError, match="unknown key 'model.firing'"):
         checkpoint.load_parts(tmp_path / "odd.pt")
 
+def test_the_normalisation_is_measured_on_a_bounded_number_of_utterances(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint, "compute_stats", lambda feats: seen.append(len(list(feats))) or torch.ones(2, 80))
+    assert checkpoint.STATS_UTTERANCES == 500
+    monkeypatch.setattr(checkpoint, "STATS_UTTERANCES", 4)
+    for count in (1, 4, 5, 7, 8, 9):
+        checkpoint.fresh(config.Config(data=config.DataConfig(toy=config.ToyConfig(num_train=count))))
+    assert seen == [1, 4, 3, 4, 4, 3]
+
 # C40
 @needs_kit
 def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
@@ -7434,6 +7449,19 @@ def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(t
     assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
     assert "5 steps an epoch, 15 in all" in text
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
+
+def test_a_dry_run_tells_memory_in_megabytes_and_times_in_their_units(tmp_path, monkeypatch):
+    """2 M weights of 4 bytes, four times, or five with an average; three batches in 0.6 s."""
+    monkeypatch.setattr(dry_run, "num_parameters", lambda model: 2_000_000)
+    monkeypatch.setattr(dry_run, "traced_step", lambda run, batch: ([], 12.3))
+    monkeypatch.setattr(dry_run, "timeit", lambda work, number: 0.6)
+    for decay, memory in (("0", "32 MB for weights, gradients and two moments"), ("0.5", "40 MB for weights, gradients "
+                                                                                   "and two moments and the average")):
+        options = [f"--training.average_decay={decay}", "--training.num_epochs=9000"]
+        run = train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), options))
+        text = "\n".join(dry_run.describe(run, train.epoch_batches(run, 0)))
+        assert f"memory: {memory}, 12 MB of activations" in text
+        assert "time: 200 ms a step, 5 steps an epoch, 45000 in all: about 2:30:00 of steps" in text
 
 # C157
 @pytest.mark.parametrize("steps, changes, options", [
