@@ -192,10 +192,10 @@ class Session:
     def tell_words(self, words: Words) -> dict[str, Any]:
         mark = "\u2581" if self.models.streaming.tokenizer.unit == "word" else ""
         tokens = [{**token._asdict(), "token": mark + token.token} for token in words.tokens]
-        new = words.new if self.is_open else self.gap(words.new) + words.new
+        new = words.new if self.is_open else self.behind_written(words.new)
         self.is_open = self.is_open or bool(new)
         mode = "online" if self.stream.settings.mode == "online" else "2pass-online"
-        return self.message(mode, new, self.written + self.gap(words.text) + words.text, tokens, words.tokens)
+        return self.message(mode, new, self.written + self.behind_written(words.text), tokens, words.tokens)
 
     def tell_piece(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """A segment has ended: its text takes the place of the words so far, which are none in mode offline."""
@@ -211,7 +211,7 @@ class Session:
             text, _, self.carried = punctuate_more(system.punctuation, self.carried, joined.text)
         if text or self.is_open:
             self.is_open = False
-            text = self.gap(text) + text
+            text = self.behind_written(text)
             self.written += text
             yield self.message("2pass-offline", text, self.written, list(map(token_entry, joined.tokens)), joined.words)
 
@@ -220,12 +220,13 @@ class Session:
         system = self.models.whole
         return with_sentences(system.punctuation, decode.join_results(system, self.parts))
 
-    def gap(self, text: str) -> str:
-        """The space that text needs behind the segments before it, if any."""
+    def behind_written(self, text: str) -> str:
+        """The text with the space that it needs behind the segments before it, if any."""
         if not self.written or not text or self.written[-1] in NO_SPACE or text[0] in NO_SPACE:
-            return ""
-        before, after = (Word(x, 0.0, 0.0, 0.0, True) for x in (self.written, text))
-        return " " if decode.is_spaced(self.models.whole, before, after) else ""
+            return text
+        before = Word(self.written, 0.0, 0.0, 0.0)
+        after = Word(text, 0.0, 0.0, 0.0)
+        return f" {text}" if decode.is_spaced(self.models.whole, before, after) else text
 
     def message(self, mode: str, text: str, so_far: str, tokens: list[dict[str, Any]],
                 timed: Sequence[StreamToken | Word]) -> dict[str, Any]:
