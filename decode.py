@@ -512,11 +512,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
 
 
 def load(arguments: argparse.Namespace) -> System:
-    system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
-    system = with_chunk(arguments, system)
-    if arguments.hotwords is not None:
-        system = with_hotwords(system, arguments.hotwords)
-    return with_parts(arguments, system)
+    return with_chunk(arguments, with_search(greedy_system(arguments, arguments.ckpt), arguments.search))
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:
@@ -535,6 +531,9 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     if arguments.export and not arguments.inputs:
         return 0
     system = load(arguments)
+    if arguments.hotwords is not None:
+        system = with_hotwords(system, arguments.hotwords)
+    system = with_parts(arguments, system)
     if arguments.stream:
         show_streams(system, arguments.inputs, arguments.pcm)
         return 0

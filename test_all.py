@@ -7816,9 +7816,13 @@ def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
                       "--min-segment-sec=10", "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
         assert refused_arguments(capsys, *arguments.split()) == "", arguments
 
-def test_pieces_of_a_long_recording_have_1_to_20_s_unless_told_otherwise():
-    arguments = decode_options.parse_arguments([])
-    assert checkpoint.SEGMENT_SEC == (arguments.min_segment_sec, arguments.max_segment_sec) == (1.0, 20.0)
+def test_what_is_not_told_to_decoding_has_its_default():
+    given = vars(decode_options.parse_arguments([]))
+    assert {name: value for name, value in given.items() if type(value) in (int, float)} == {
+        "limit": 0, "threads": 0, "plot_layer": 0, "batch_size": 16, "batch_seconds": 300.0, "min_segment_sec": 1.0,
+        "max_segment_sec": 20.0, "beam": 1, "nbest": 1, "length_penalty": 0.6, "coverage_penalty": 0.0}
+    system = tiny_system()
+    assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (16, 300.0, (1.0, 20.0))
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
