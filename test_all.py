@@ -1957,7 +1957,8 @@ def test_a_key_that_no_client_can_send_is_trimmed_or_refused(monkeypatch, given,
 # C59
 def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck():
     with holding() as (ending, held, pool):
-        accepted = [ending.first, *(pool.submit(exchange, ending, post_json({"features": ROWS[:30]})) for _ in range(2))]
+        raw = post_json({"features": ROWS[:30]})
+        accepted = [ending.first, pool.submit(exchange, ending, raw), pool.submit(exchange, ending, raw)]
         stuck = pool.submit(exchange, ending, b"POST /transcribe HTTP/1.1\r\n")
         wait_until(lambda: sorted(ending.phases.values()) == ["busy"] * 3 + ["reading"])
         started = time.monotonic()
@@ -9196,7 +9197,8 @@ def serving(system: checkpoint.System | settings.Models | None = None, loaded: b
     server = serve.start(serve.Server(serve_options(**changes), log))
     server.lines = lines
     if loaded:
-        server.open(system if isinstance(system, settings.Models) else settings.Models(None, system or serving_system()))
+        models = system if isinstance(system, settings.Models) else settings.Models(None, system or serving_system())
+        server.open(models)
     threading.Thread(target=server.batcher.run, daemon=True).start()
     try:
         yield server
@@ -9279,14 +9281,15 @@ def chunked(sent: bytes) -> bytes:
     """A request whose head says that its body comes in chunks, and what then comes."""
     return get("POST /transcribe HTTP/1.1", "Content-Type: application/json", "Transfer-Encoding: chunked") + sent
 
-BAD_CHUNKS = [b"\r\n\r\n", b"-1\r\n", b"0x2\r\n{}\r\n0\r\n\r\n", b"000000002\r\n{}", b" 2\r\n{}\r\n0\r\n\r\n", b"+2\r\n{}\r\n",
-              b"g\r\n", b"1\r\n{}\r\n0\r\n\r\n", b"2\n{}\n0\n\n" + bytes(300), b"2;\0\r\n{}\r\n",
+BAD_CHUNKS = [b"\r\n\r\n", b"-1\r\n", b"0x2\r\n{}\r\n0\r\n\r\n", b"000000002\r\n{}", b" 2\r\n{}\r\n0\r\n\r\n",
+              b"+2\r\n{}\r\n", b"g\r\n", b"1\r\n{}\r\n0\r\n\r\n", b"2\n{}\n0\n\n" + bytes(300), b"2;\0\r\n{}\r\n",
               b"2;" + b"a" * 255 + b"\r\n{}\r\n0\r\n\r\n"]
-BAD_LINES = ["GET  /health HTTP/1.1", "GET /health HTTP/0.9", "GET /health HTTP/1.10", "GET /health http/1.1", "GET HTTP/1.1",
-             "GET\t/health\tHTTP/1.1", "GET /health%ff HTTP/1.1", f"GET /health?{'a=b&' * 100}a=b HTTP/1.1"]     # 101 fields
-BAD_HEADERS = ["Host: y", "Authorization: a\r\nAuthorization: a", "Content-Type: a\r\nContent-Type: a", "A : b", "nonsense",
-               ": b", "A: b\r\n c", "A: b\0c", "A: b\rc", "Content-Length: -1", "Content-Length: +5", "Content-Length: 0x5",
-               "Content-Length: 5, 5", "Content-Length: 5\r\nContent-Length: 6", "Content-Length:", "Content-Length: \xb2",
+BAD_LINES = ["GET  /health HTTP/1.1", "GET /health HTTP/0.9", "GET /health HTTP/1.10", "GET /health http/1.1",
+             "GET HTTP/1.1", "GET\t/health\tHTTP/1.1", "GET /health%ff HTTP/1.1",
+             f"GET /health?{'a=b&' * 100}a=b HTTP/1.1"]      # 101 fields
+BAD_HEADERS = ["Host: y", "Authorization: a\r\nAuthorization: a", "Content-Type: a\r\nContent-Type: a", "A : b",
+               "nonsense", ": b", "A: b\r\n c", "A: b\0c", "A: b\rc", "Content-Length: 5\r\nContent-Length: 6",
+               *(f"Content-Length:{size}" for size in ("", " -1", " +5", " 0x5", " 5, 5", " \xb2")),
                "Content-Length: 5\r\nTransfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked"]
 Z = [0.0] * 40
 CHUNKED_BODY = json.dumps({"features": ROWS[:30]}).encode()
@@ -9294,10 +9297,12 @@ AUDIO_POST = ("POST /transcribe HTTP/1.1", "Content-Type: audio/wav")
 ENDLESS_LINE = b"GET /" + b"a" * 9000
 BAD_FRAMING = {  # by status and code: what is sent
     (400, "bad_framing"): [
-        *map(get, BAD_LINES), *(get("POST /transcribe HTTP/1.1", line) for line in BAD_HEADERS), *map(chunked, BAD_CHUNKS),
+        *map(get, BAD_LINES), *map(chunked, BAD_CHUNKS),
+        *(get("POST /transcribe HTTP/1.1", line) for line in BAD_HEADERS),
         b"GET /health\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", bytes(range(128, 256)) + b"\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", b"GET /health HTTP/1.1\nHost: x\n\n",
-        b"GET /health HTTP/1.1\r\n\r\n", get("POST /transcribe HTTP/1.0", "Transfer-Encoding: chunked"), post_json(b"{}")[:-1]],
+        b"GET /health HTTP/1.1\r\n\r\n", get("POST /transcribe HTTP/1.0", "Transfer-Encoding: chunked"),
+        post_json(b"{}")[:-1]],
     (411, "length_required"): [get("POST /transcribe HTTP/1.1")],
     (413, "body_too_large"): [
         get(*AUDIO_POST, "Content-Length: " + "9" * 5000), get(*AUDIO_POST, "Content-Length: 1048577"),
@@ -9306,8 +9311,8 @@ BAD_FRAMING = {  # by status and code: what is sent
     (431, "headers_too_large"): [
         get("GET /health HTTP/1.1", *["A: b"] * 100), wide_get(65537), chunked(b"0\r\n" + b"A: b\r\n" * 101),
         chunked(b"0\r\n" + b"A:" + b"b" * 65533 + b"\r\n\r\n")],
-    (404, "not_found"): [get(f"GET {path} HTTP/1.1") for path in ("/nothing", "/../../etc/passwd", "/<script>alert(1)</script>",
-                                                                  "/v1/models/other")],
+    (404, "not_found"): [get(f"GET {path} HTTP/1.1") for path in (
+        "/nothing", "/../../etc/passwd", "/<script>alert(1)</script>", "/v1/models/other")],
     (405, "method_not_allowed"): [
         post("/health", "text/plain", b"x"), *(get(f"{line} HTTP/1.1") for line in (
             "GET /transcribe", "DELETE /v1/models", "BREW /transcribe", "get /health"))],
@@ -9335,7 +9340,8 @@ BAD_JSON = {
         rows(0, 1, "-1e39"), rows(0, 1, "9" * 5000)],
     (413, "too_many_frames"): [{"features": [[0] * 40] * 501}, {"features": [[]] * 100000}],
     (422, "invalid_value"): [
-        {"batch": []}, {"batch": None}, {"batch": [{"features": [Z]}] * 65}, {"batch": [{"features": [Z]}], "features": [Z]},
+        *({"batch": value} for value in ([], None, [{"features": [Z]}] * 65)),
+        {"batch": [{"features": [Z]}], "features": [Z]},
         *({"features": [Z], "timeout": value} for value in (0, -1, "soon", "5", True, [1])),
         b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}'],
     (400, "invalid_value"): [{"features": [Z], "alignment": 2}, {"features": [Z], "alignment": []}]}
@@ -9351,8 +9357,9 @@ BAD_FORMS = {
         oai(), oai(field("model", "x")), oai(field("file", "a.wav")), oai(FILE, FILE),
         oai(('name="audio"; filename="a.wav"', wav(NOISE)))],
     (400, "invalid_value"): [oai(FILE, field(name, value)) for name, value in (
-        ("response_format", "xml"), ("response_format", ""), ("timestamp_granularities[]", "char"), ("temperature", "1.01"),
-        ("temperature", "-0.01"), ("temperature", "hot"), ("temperature", "nan"), ("include[]", "all"), ("stream", "maybe"))]}
+        ("response_format", "xml"), ("response_format", ""), ("timestamp_granularities[]", "char"), ("include[]", "all"),
+        ("temperature", "1.01"), ("temperature", "-0.01"), ("temperature", "hot"), ("temperature", "nan"),
+        ("stream", "maybe"))]}
 BAD_WAVS = {
     (400, "empty_audio"): [b"", wav(b"")],
     (400, "unsupported_format"): [
@@ -9362,7 +9369,8 @@ BAD_WAVS = {
         wav(bytes(99), 3, 16), wav(bytes(99), 1, 0), wav(bytes(99), channels=0), wav(bytes(180), channels=9),
         *(wav(NOISE, rate_hz=rate_hz) for rate_hz in (0, 3999, 384001, 2**32 - 1)),
         wav(NOISE, before=b"LIST\0\0\0\0" * 100000), wav(NOISE, before=b"LIST\xff\xff\xff\x7f")],
-    (422, "not_finite"): [wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), wav(np.array([0, np.inf] * 900, "<f8"), 3, 64)],
+    (422, "not_finite"): [
+        wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), wav(np.array([0, np.inf] * 900, "<f8"), 3, 64)],
     (413, "audio_too_long"): [wav(bytes(20 * 8000 + 1), bits=8)]}        # 20 s and a sample
 TABLE = []
 for make, groups in ((bytes, BAD_FRAMING), (post_json, BAD_JSON), (bytes, BAD_FORMS),
@@ -9372,27 +9380,20 @@ for make, groups in ((bytes, BAD_FRAMING), (post_json, BAD_JSON), (bytes, BAD_FO
         TABLE += [(make(case), *answer) for case in cases]
 
 HALF = b"80000\r\n" + b" " * 2**19 + b"\r\n"
-LARGEST = {  # what a server with the limits of the fixture `server` still takes: status, code of the error
-    "line of 4,112": (get(f"GET /health?{'a' * 4091} HTTP/1.1"), 200, ""), "head of 65,536": (wide_get(65536), 200, ""),
-    "100 lines": (get("GET /health HTTP/1.1", *["A: b"] * 99), 200, ""), "http 1.0": (b"GET /health HTTP/1.0\r\n\r\n", 200, ""),
-    "100 fields": (get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"), 200, ""),
-    "absolute": (get("GET HTTP://x:8000/health HTTP/1.1"), 200, ""),
-    "100 trailers": (chunked(b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 100 + b"\r\n"), 400, "missing_field"),
-    "trailers of 65,536": (chunked(b"2\r\n{}\r\n0\r\n" + b"A:" + b"b" * 65532 + b"\r\n\r\n"), 400, "missing_field"),
-    "chunk's line of 256": (chunked(b"2;" + b"a" * 254 + b"\r\n{}\r\n0\r\n\r\n"), 400, "missing_field"),
-    "1 MiB in chunks": (chunked(HALF + HALF + b"0\r\n\r\n"), 400, "invalid_json"),
-    "1 MiB": (post_json(b" " * 2**20), 400, "invalid_json"),
-    "500 rows": (post_json({"features": [[0] * 40] * 500}), 200, ""),
-    "64 utterances": (post_json({"batch": [{"features": [Z]}] * 64}), 200, ""),
-    "128 parts": (oai(FILE, *(field(f"x{i}", "") for i in range(127))), 200, ""),
-    "part header of 8,192": (oai((wide_name(8192), wav(NOISE))), 200, ""),
-    "boundary of 70": (post("/transcribe", f'multipart/form-data; boundary="{"B" * 70}"',
-                            form(FILE).replace(b"--B", b"--" + b"B" * 70)), 200, ""),
-    "filename*": (oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), 200, ""),
-    "temperature 1": (oai(FILE, field("temperature", "1")), 200, ""),
-    "20 s": (post("/transcribe", "audio/wav", wav(bytes(20 * 8000), bits=8)), 200, ""),
-    "8 channels": (post("/transcribe", "audio/wav", wav(bytes(1600), channels=8)), 200, ""),
-    **{f"{rate} Hz": (post("/transcribe", "audio/wav", wav(NOISE, rate_hz=rate)), 200, "") for rate in (4000, 384000)}}
+LARGEST = [  # what a server with the limits of the fixture `server` still takes
+    get(f"GET /health?{'a' * 4091} HTTP/1.1"), wide_get(65536), get("GET /health HTTP/1.1", *["A: b"] * 99),
+    b"GET /health HTTP/1.0\r\n\r\n", get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"), get("GET HTTP://x:8000/health HTTP/1.1"),
+    post_json({"features": [[0] * 40] * 500}), post_json({"batch": [{"features": [Z]}] * 64}),
+    oai(FILE, *(field(f"x{i}", "") for i in range(127))), oai((wide_name(8192), wav(NOISE))),
+    post("/transcribe", f'multipart/form-data; boundary="{"B" * 70}"', form(FILE).replace(b"--B", b"--" + b"B" * 70)),
+    oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), oai(FILE, field("temperature", "1")),
+    *(post("/transcribe", "audio/wav", body) for body in (wav(bytes(20 * 8000), bits=8), wav(bytes(1600), channels=8),
+                                                          wav(NOISE, rate_hz=4000), wav(NOISE, rate_hz=384000)))]
+LARGEST_BODIES = [  # and bodies that are read whole: the code of what is wrong with them
+    ("missing_field", chunked(b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 100 + b"\r\n")),
+    ("missing_field", chunked(b"2\r\n{}\r\n0\r\n" + b"A:" + b"b" * 65532 + b"\r\n\r\n")),
+    ("missing_field", chunked(b"2;" + b"a" * 254 + b"\r\n{}\r\n0\r\n\r\n")),
+    ("invalid_json", chunked(HALF + HALF + b"0\r\n\r\n")), ("invalid_json", post_json(b" " * 2**20))]
 
 def healthy(server) -> bool:
     return exchange(server, get())[0] == 200
@@ -9419,11 +9420,11 @@ def test_malformed_request_gets_its_error_and_the_server_lives(server, raw, stat
     assert healthy(server)
 
 # C52
-@pytest.mark.parametrize("name", LARGEST)
-def test_what_just_keeps_a_limit_is_taken(server, name):
-    raw, status, code = LARGEST[name]
-    found = exchange(server, raw)
-    assert (found[0], "" if found[0] == 200 else check_error(*found)[1]) == (status, code)
+def test_what_just_keeps_a_limit_is_taken(server):
+    for raw in LARGEST:
+        assert exchange(server, raw)[0] == 200, raw[:80]
+    for code, raw in LARGEST_BODIES:
+        assert check_error(*exchange(server, raw)) == (400, code), raw[:80]
 
 # C52
 def test_mutations_of_good_requests_are_answered_or_refused(server):
@@ -9604,7 +9605,7 @@ def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
     (tmp_path / "pid").unlink()
     with pytest.raises(web.ClientLeft):         # who has left is not converted for
-        transcribe.as_wav(transcribe.Post(server, None, time.monotonic(), lambda: True), bodies.Recording(b"ID3", {}, None))
+        transcribe.as_wav(transcribe.Post(server, None, 0.0, lambda: True), bodies.Recording(b"ID3", {}, None))
     assert not (tmp_path / "pid").exists()
     with serving(no_ffmpeg=True) as strict:
         assert check_error(*exchange(strict, post("/transcribe", "audio/mpeg", b"ID3"))) == (400, "unsupported_format")
@@ -10002,7 +10003,8 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     assert browser.run("new Set([...document.querySelectorAll('[data-export]')].map(b => b.offsetTop)).size") == 1
     painted = "new Set(document.getElementById('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
     assert browser.run(painted.format(20)) > 3 and browser.run(painted.format(134)) > 3         # the wave; the weights
-    browser.run("audio.onplaying = () => { window.from = audio.currentTime; }; document.querySelectorAll('.token')[2].click()")
+    browser.run("audio.onplaying = () => { window.from = audio.currentTime; }")
+    browser.run("document.querySelectorAll('.token')[2].click()")
     browser.wait("Math.abs(window.from - %s) < 0.5" % tokens[2]["start"])
     browser.run("document.getElementById('record').click()")
     browser.wait("document.getElementById('record').textContent.startsWith('Stop')")
@@ -10219,7 +10221,7 @@ def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path,
     for i, text in enumerate(texts if "punc_realtime" in parts else []):
         texts[i], _, carried = punctuation.punctuate_more(models.whole.punctuation, carried, text)
     at_once, hear = set(), vad.feed
-    monkeypatch.setattr(vad, "feed", lambda detector, *rest, **more: at_once.add(detector.piece_ms) or hear(detector, *rest, **more))
+    monkeypatch.setattr(vad, "feed", lambda *given, **more: at_once.add(given[0].piece_ms) or hear(*given, **more))
     with serving(models) as server, Talker(server) as client:
         messages = client.say({"wav_name": "b", "chunk_size": [5, 10, 5]}, pcm_of(samples))
         assert at_once == ({100} if "vad" in parts else set())      # ms of a VAD's step
