@@ -496,8 +496,9 @@ STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decod
     (["--training.batch_frames=2147483647"], ""),
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""),
     ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.memory_shift=7"], ""),
-    (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.max_sec=0.1",
-      "--data.augment.freq_width=80"], ""),
+    (["--data.toy.min_symbols=5", "--data.toy.max_symbols=5", "--data.toy.blend_frames=6", "--data.toy.max_frames=18",
+      "--data.max_sec=0.1", "--data.augment.freq_width=80"], ""),
+    (["--model.encoder.num_heads=0"], "model.encoder.num_heads: wanted 1 or more, got 0"),
     (["--model.encoder.kind=sanm", "--model.encoder.memory_shift=8"],
      "model.encoder.memory_shift: wanted at most half of kernel_size 15, got 8"),
     (["--model.decoder.kind=sanm", "--model.decoder.attention_layers=6"], ""),
@@ -2945,10 +2946,10 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
     (tmp_path / "kaldi/text").write_text("u2 zwei  drei\n\nu1 eins\nu3 vier\n")
     mine = write_manifest(tmp_path / "a.jsonl", [
         "\ufeff" + json.dumps({"audio": "a.wav", "text": "eins", "key": "u1", "duration": 1, "speaker": "s"}), "",
-        {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 2.5},
+        {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 999_999_999},
         {"key": "u3", "source": "sub/c.wav", "target": "vier", "source_len": 9}])
     assert list(manifests.Manifest(mine)) == [
-        manifests.Row("u1", str(tmp_path / "a.wav"), "eins", 1), manifests.Row("b", "/abs/b.wav", "zwei  drei", 2.5),
+        manifests.Row("u1", str(tmp_path / "a.wav"), "eins", 1), manifests.Row("b", "/abs/b.wav", "zwei  drei", 999_999_999),
         manifests.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
     assert list(manifests.Manifest(tmp_path / "kaldi")) == [
         manifests.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
@@ -2984,7 +2985,8 @@ def test_a_bad_kaldi_folder_names_file_and_line(tmp_path, scp, text, words):
 @pytest.mark.parametrize("line,words", [
     ("p1 r1 0", "wanted KEY RECORDING START END"), ("p1 r1 0 1 2", "wanted KEY"), ("p1", "wanted KEY"),
     ("p1 r1 a 1", "wanted KEY"), ("p1 r1 -1 1", "wanted 0 <= START < END"), ("p1 r1 1 1", "wanted 0 <= START < END"),
-    ("p1 r1 0 nan", "wanted 0 <= START"), ("p1 r1 0 -2", "wanted 0 <= START")])
+    ("p1 r1 0 nan", "wanted 0 <= START"), ("p1 r1 0 -2", "wanted 0 <= START"), ("p1 r1 0 1e9", "wanted 0 <= START"),
+    ("p1 r1 1e9 -1", "wanted 0 <= START")])
 def test_a_bad_line_of_segments_is_named(tmp_path, line, words):
     (tmp_path / "wav.scp").write_text("r1 a.wav\n")
     (tmp_path / "segments").write_text(f"p0 r1 0 1\n{line}\n")
@@ -3241,6 +3243,7 @@ def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
         audio.save_wav(tmp_path / f"{i}.wav", tone(0.1, 8000), 8000)
         if i < count:
             (tmp_path / f"{i}.txt").write_text(str(i))
+    assert corpora.build_parser().parse_args(["fsdd", "in", "out"]).utterances == [3000, 200, 300, 300]
     shares = [] if dev is None else ["--dev-share", str(dev), "--test-share", str(test)]
     options = corpora.build_parser().parse_args(["folder", str(tmp_path), str(tmp_path), *shares])
     splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
@@ -4418,6 +4421,18 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
             assert row["duration"] == pytest.approx(len(samples) / rate_hz, abs=1e-4)
             assert row["speaker"] == ("bob" if split == "unseen_speaker" else "ann")
             assert (tmp_path / "b" / row["audio"]).read_bytes() == (tmp_path / "a" / row["audio"]).read_bytes()
+
+def test_composed_digits_are_as_loud_as_said_with_noise_and_fades_as_said():
+    """One recording of ones: its gain is of -9 to 3 dB and a deviation of 2, its edges rise within 5 ms; and silence."""
+    levels, floors, rng = [], [], np.random.default_rng(0)
+    for _ in range(3000):
+        x = corpora.join_digits([np.ones(400)], 8000, rng)
+        middle = np.flatnonzero(x > x.max() / 2)
+        levels.append(20 * np.log10(np.median(x[middle])))
+        assert 355 < len(middle) < 365                      # 400 samples but for half of each edge of 40
+        floors.append(20 * np.log10(np.std(corpora.join_digits([np.zeros(4000)], 8000, rng))))
+    assert abs(np.mean(levels) + 3) < 0.3 and abs(np.var(levels) - 4 - 12) < 1
+    assert -66 < min(floors) < -64.5 and -45.5 < max(floors) < -44
 
 def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     libri, shell, pairs = tmp_path / "LibriSpeech", tmp_path / "data_aishell", tmp_path / "pairs"
