@@ -818,7 +818,8 @@ def encode_samples(values: list[int], code: int, bits: int) -> bytes:
 # C12
 @pytest.mark.parametrize("code,bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
 @pytest.mark.parametrize("channels,extensible", [(1, False), (2, True), (3, False), (8, True)])
-def test_load_wav_gives_planted_samples_of_every_format(tmp_path, code, bits, channels, extensible):
+def test_load_wav_gives_planted_samples_of_every_format(tmp_path, monkeypatch, code, bits, channels, extensible):
+    monkeypatch.setenv("PATH", "")      # no ffmpeg
     values = [(7 * i * i + i) % 32 - 16 for i in range(channels * 9)]
     expected = np.reshape(values, (9, channels)).mean(1) / 16
     payload, odd = encode_samples(values, code, bits), b"JUNK\3\0\0\0abc\0"
@@ -855,7 +856,8 @@ def test_recordings_of_24_bits_in_4_bytes_equal_the_plain_one(name):
 @pytest.mark.parametrize("code,planted", [       # of 16 bits, from the tables of G.711
     (6, {0xD5: 8, 0x55: -8, 0xD4: 24, 0xC5: 264, 0xF5: 528, 0xAA: 32256, 0x2A: -32256, 0xA5: 16896, 0x25: -16896}),
     (7, {0xFF: 0, 0x7F: 0, 0xFE: 8, 0x7E: -8, 0xEF: 132, 0x80: 32124, 0x00: -32124, 0x8F: 16764, 0x9F: 8316})])
-def test_a_law_and_mu_law_have_the_numbers_of_their_tables(code, planted):
+def test_a_law_and_mu_law_have_the_numbers_of_their_tables(monkeypatch, code, planted):
+    monkeypatch.setenv("PATH", "")      # no ffmpeg
     numbers = (audio.load_wav(wav(bytes(range(256)), code, 8))[0] * 32768).numpy()
     assert {byte: numbers[byte] for byte in planted} == planted
     positive = np.sort(numbers[128:])
