@@ -8741,14 +8741,15 @@ def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(
     leader, follower = os.openpty()
     with os.fdopen(leader) as screen, os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        assert decode.main(arguments) == 0 and decode.main([*arguments, spoken(tmp_path / "a.wav", 0.5)]) == 0
+        for more in (["--limit=10"], [], [spoken(tmp_path / "a.wav", 0.5)]):
+            assert decode.main([*arguments, *more]) == 0
         terminal.flush()
-        shown = [screen.readline().rstrip("\n") for _ in range(32)]
+        shown = [screen.readline().rstrip("\n") for _ in range(62)]
     wanted = []
     for (key, text), reference in zip(texts[:10], references):
         wanted += [key, f"  reference   {reference}", f"  recognised  {text}"]
-    assert len(texts) == 12 and shown[:30] == wanted and shown[30].startswith("and 2 more")
-    assert shown[31].startswith(f"{tmp_path / 'a.wav'}\t")  # of named inputs all
+    assert len(texts) == 12 and shown[:30] == shown[30:60] == wanted and shown[60].startswith("and 2 more")
+    assert shown[61].startswith(f"{tmp_path / 'a.wav'}\t")  # of named inputs all
 
 # ---- decode: streams ----
 
