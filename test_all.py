@@ -2675,6 +2675,19 @@ def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=HERE, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
 
+# C182
+def test_a_lock_that_is_released_while_it_is_opened_is_taken_anew_and_one_that_cannot_be_is_none(tmp_path, monkeypatch):
+    path, real = tmp_path / "x.lock", survival.fcntl.lockf
+    meanwhile = [path.unlink]  # what another process does
+    monkeypatch.setattr(survival.fcntl, "lockf", lambda file, how: (meanwhile and meanwhile.pop()(), real(file, how)))
+    held = survival.lock(path, "x: wanted a file")
+    assert not meanwhile and path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    survival.release(held)
+    assert held.closed and not path.exists()
+    monkeypatch.setattr(survival.fcntl, "lockf", lambda file, how: os.open(path / "x", 0))  # fails, as without locks
+    survival.release(survival.lock(path, "x: wanted a file"))
+    assert not path.exists()
+
 # C120
 def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
     for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, survival.Ended)):
