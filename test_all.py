@@ -139,13 +139,14 @@ def wait_until(holds, seconds: float = 10.0) -> None:
 
 @pytest.fixture(autouse=True)
 def process_wide_settings():
-    """A command that a test runs may set signal handlers and the switch interval: both are put back."""
+    """What a command that a test runs may set is put back: signal handlers, the switch interval, torch's threads."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD
     handlers = {number: signal.getsignal(number) for number in numbers}
-    interval = sys.getswitchinterval()
+    interval, threads = sys.getswitchinterval(), torch.get_num_threads()
     yield
     signal.set_wakeup_fd(-1)
     sys.setswitchinterval(interval)
+    torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -2255,21 +2256,18 @@ def test_times_are_in_the_units_of_their_names_and_gauges_count_what_is_there():
 
 def test_recordings_on_many_connections_are_parsed_by_one_thread():
     """So that torch keeps its helper threads once, and not for each connection that has sent a recording."""
-    raw, threads = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 15))), torch.get_num_threads()
+    raw = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 15)))
     assert len(raw) < bodies.INTERRUPTIBLE
     helpers = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
     torch.set_num_threads(3)
-    try:
-        with serving() as server, contextlib.ExitStack() as kept:
-            before, counts = helpers(), []
-            for _ in range(5):
-                connection = kept.enter_context(socket.create_connection(server.server_address[:2], 20))
-                connection.sendall(raw)
-                assert read_answer(connection)[0].status == 200
-                counts.append(helpers() - before)
-            assert counts[-1] == counts[0] > 0, counts
-    finally:
-        torch.set_num_threads(threads)
+    with serving() as server, contextlib.ExitStack() as kept:
+        before, counts = helpers(), []
+        for _ in range(5):
+            connection = kept.enter_context(socket.create_connection(server.server_address[:2], 20))
+            connection.sendall(raw)
+            assert read_answer(connection)[0].status == 200
+            counts.append(helpers() - before)
+        assert counts[-1] == counts[0] > 0, counts
 
 def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     """A thread that is held plays a parser at work."""
@@ -5876,14 +5874,7 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
 @pytest.mark.parametrize("variant", STREAMING_KITS)
 def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):
     """Twelve streams that begin and end at different times, in all four settings."""
-    usual = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        check_batch_of_streams(variant, calls)
-    finally:
-        torch.set_num_threads(usual)
-
-def check_batch_of_streams(variant, calls):
     system, rng = streaming_system(variant), random.Random(1)
     sources = [samples for samples, _ in streaming_cases(variant).values()]
     chunks = [SETTINGS[rng.choice("aaabcd")] for _ in range(12)]
@@ -6682,12 +6673,9 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_onl
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=f"step {number}: {name}")
 
 def test_a_run_has_the_threads_that_are_asked_for(tmp_path):
-    threads = torch.get_num_threads()
-    try:
-        train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), [f"--training.threads={threads + 2}"]))
-        assert torch.get_num_threads() == threads + 2
-    finally:
-        torch.set_num_threads(threads)
+    threads = torch.get_num_threads() + 2
+    train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), [f"--training.threads={threads}"]))
+    assert torch.get_num_threads() == threads
 
 def test_the_moving_average_is_the_closed_form_once_grown():
     value = 5.0
@@ -8177,16 +8165,12 @@ def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
     clock = itertools.count(0.0, 0.75)  # seconds at which it is looked: the run's start and end
     monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    threads = torch.get_num_threads()
-    try:
-        for limit, count in ((2, 2), (5, 5), (6, 5), (0, 5)):
-            _, lines, error = decoded(capsys, "--ckpt", ckpt, *files, "--limit", limit, "--threads", 3 + limit)
-            assert [key for key, _ in lines] == files[:count] and torch.get_num_threads() == 3 + limit
-            factor = 0.75 / (0.5 * count)
-            assert error == (f"{count} utterances, {0.5 * count:.1f} s of audio in 0.75 s, real-time factor "
-                             f"{factor:.4f}; 0 could not be recognised\n")
-    finally:
-        torch.set_num_threads(threads)
+    for limit, count in ((2, 2), (5, 5), (6, 5), (0, 5)):
+        _, lines, error = decoded(capsys, "--ckpt", ckpt, *files, "--limit", limit, "--threads", 3 + limit)
+        assert [key for key, _ in lines] == files[:count] and torch.get_num_threads() == 3 + limit
+        factor = 0.75 / (0.5 * count)
+        assert error == (f"{count} utterances, {0.5 * count:.1f} s of audio in 0.75 s, real-time factor "
+                         f"{factor:.4f}; 0 could not be recognised\n")
     (tmp_path / "bad.wav").write_bytes(b"junk")
     assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
 
@@ -10623,7 +10607,7 @@ def shrink_benchmark(monkeypatch) -> None:
     small = {"num_layers": 2, "hidden_dim": 64, "ffn_dim": 64}
     sizes = replace(options.model, encoder=replace(options.model.encoder, **small),
                     decoder=replace(options.model.decoder, **small))
-    monkeypatch.setattr(config, "load", lambda path: replace(options, model=sizes))
+    monkeypatch.setattr(rules, "load", lambda path: replace(options, model=sizes))
 
 # C110
 def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):
