@@ -50,11 +50,6 @@ class Recording(NamedTuple):
     terms: Terms
 
 
-class Request(NamedTuple):
-    uploads: list[Upload]
-    terms: Terms
-
-
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
 
 
@@ -257,8 +252,9 @@ def is_wav(body: bytes) -> bool:
     return not body or body[:4] in (b"RIFF", b"RF64") and body[8:12] == b"WAVE"
 
 
-def parse_request(head: Head, sent: bytes | Recording, system: System, options: argparse.Namespace) -> Request:
-    """JSON as it came, or a Recording, which is WAV -> Request. Raises Refusal."""
+def parse_request(head: Head, sent: bytes | Recording, system: System,
+                  options: argparse.Namespace) -> tuple[list[Upload], Terms]:
+    """JSON as it came, or a Recording, which is WAV -> its utterances and terms. Raises Refusal."""
     if isinstance(sent, Recording):
         fields, terms = sent.fields, sent.terms
         uploads = [wav_upload(sent.wav, system, options)]
@@ -269,4 +265,4 @@ def parse_request(head: Head, sent: bytes | Recording, system: System, options: 
         fields = {**head.query, **given}        # not kept: each number of features has 24 bytes
         uploads = json_uploads(given, system, options)
         terms = parse_terms(fields, options.request_timeout, "batch" in given)
-    return Request(told_hotwords(uploads, fields, system, head.path), terms)
+    return told_hotwords(uploads, fields, system, head.path), terms

@@ -140,11 +140,11 @@ def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Uplo
     """
     if post.has_left():
         raise ClientLeft
-    request = parse_request(post.head, sent, post.server.system, post.server.options)
-    deadline = post.complete + request.terms.timeout
+    uploads, terms = parse_request(post.head, sent, post.server.system, post.server.options)
+    deadline = post.complete + terms.timeout
     now = time.monotonic()
     queue, queued = [], []
-    for upload in request.uploads:
+    for upload in uploads:
         jobs = []
         for _, feats in upload.pieces:
             job = Job(feats, upload, now, deadline, post.has_left, upload.hotwords, taken=now)
@@ -155,7 +155,7 @@ def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Uplo
                 job.outcome.set_result(Recognition(Result("", 0.0, [], []), []))
         queued.append((upload, jobs))
     post.server.batcher.submit(queue)
-    return request.terms, queued
+    return terms, queued
 
 
 def recognise(post: Post, sent: bytes | Recording) -> tuple[Terms, list[Heard]]:
