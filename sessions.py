@@ -272,8 +272,7 @@ def hold(server, head: Head, connection: Connection) -> None:
     server.phases[connection.request] = "socket"
     limits = server.limits
     session = Session(server, head, connection)
-    client = Socket(connection.read_some, connection.write, limits.max_body(), limits.idle_timeout, limits.body_timeout,
-                    connection.take(len(connection.buffer)))
+    client = Socket(connection, limits.max_body(), limits.idle_timeout, limits.body_timeout)
     try:
         end = converse(client, session)
         if end.code != GONE:

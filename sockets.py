@@ -1,7 +1,7 @@
 """Web sockets: the handshake, frames and messages of RFC 6455, for a server.
 
 The file goes from the request that asks for a socket, over bytes of a frame, to `Socket`, which reads and writes whole
-messages through functions that it is given. Every wait has a deadline; nothing that a client sends is kept without
+messages over a connection that it is given. Every wait has a deadline; nothing that a client sends is kept without
 bound. No extension and no compression.
 
 Needs the standard library only and imports nothing of ours, so it can be copied alone. Source: RFC 6455.
@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -149,24 +149,21 @@ def to_text(payload: bytes) -> str:
 class Socket:
     """The messages of one client, of `most` bytes at most.
 
-    receive(deadline): the next bytes, b"" if the client sends no more; raises TimeoutError at `deadline` (monotonic
-    seconds). send(data): all of data, or an OSError. idle_sec: without a frame for so long the client is pinged, for so
-    long again it is closed. frame_sec: for the rest of a frame or message that has begun.
+    connection: `buffer`, what has come; read_some(deadline), more, as web.Connection; take(size); write(data).
+    idle_sec: without a frame for so long the client is pinged, for so long again it is closed. frame_sec: for the rest
+    of a frame or message that has begun.
     """
 
-    def __init__(self, receive: Callable[[float], bytes], send: Callable[[bytes], None], most: int, idle_sec: float,
-                 frame_sec: float, received: bytes = b""):
-        self.receive = receive
-        self.send = send
+    def __init__(self, connection, most: int, idle_sec: float, frame_sec: float):
+        self.connection = connection
         self.most = most
         self.idle_sec = idle_sec
         self.frame_sec = frame_sec
-        self.buffer = bytearray(received)
         self.second = 0.0           # that `empty` counts in
         self.empty = 0              # frames without data in it
 
     def send_text(self, text: str) -> None:
-        self.send(to_frame(TEXT, text.encode()))
+        self.connection.write(to_frame(TEXT, text.encode()))
 
     def read(self) -> str | bytes:
         """The next message. Pings are answered. Raises Closed, or OSError where the connection breaks."""
@@ -194,7 +191,7 @@ class Socket:
             raise parse_close(payload)
         self.count_empty()
         if opcode == PING:
-            self.send(to_frame(PONG, payload))
+            self.connection.write(to_frame(PONG, payload))
 
     def count_empty(self) -> None:
         now = time.monotonic()
@@ -208,18 +205,17 @@ class Socket:
     def read_frame(self, most: int, until: float | None) -> tuple[Header, bytes]:
         """The next frame and its payload, of at most so many bytes; until: monotonic seconds, or None: it may be long
         in coming."""
-        if until is None and not self.buffer:
+        if until is None and not self.connection.buffer:
             self.wait()
         until = until or time.monotonic() + self.frame_sec
-        while (header := parse_header(self.buffer)) is None:
+        while (header := parse_header(self.connection.buffer)) is None:
             self.fill(until)
         if header.size > most and header.opcode < CLOSE:
             raise Closed(TOO_BIG, f"a message has more than {self.most} bytes")
-        while len(self.buffer) < header.length + header.size:
+        size = header.length + header.size
+        while len(self.connection.buffer) < size:
             self.fill(until)
-        payload = bytes(memoryview(self.buffer)[header.length:header.length + header.size])
-        del self.buffer[:header.length + header.size]
-        return header, unmask(payload, header.mask)
+        return header, unmask(self.connection.take(size)[header.length:], header.mask)
 
     def wait(self) -> None:
         """Until something comes. Who is silent is pinged once, and then closed."""
@@ -228,19 +224,19 @@ class Socket:
         except Closed as late:
             if late.code != GOING_AWAY:
                 raise
-            self.send(to_frame(PING, b""))
+            self.connection.write(to_frame(PING, b""))
             self.fill(time.monotonic() + self.idle_sec)
 
     def fill(self, until: float) -> None:
         try:
-            data = self.receive(until)
+            data = self.connection.read_some(until)
         except TimeoutError:
             raise Closed(GOING_AWAY, "nothing came in time") from None
         if not data:
             raise Closed(GONE, "the connection ended")
-        self.buffer += data
+        self.connection.buffer += data
 
     def close(self, why: Closed) -> None:
         """Send a close frame, also as the answer to the client's; the connection is ended by who has it."""
         payload = b"" if why.code == 1005 else why.code.to_bytes(2, "big") + why.reason.encode("ascii", "replace")[:120]
-        self.send(to_frame(CLOSE, payload))
+        self.connection.write(to_frame(CLOSE, payload))
