@@ -449,7 +449,8 @@ def test_an_option_that_the_model_or_a_kind_does_not_use_must_have_its_default(t
 @pytest.mark.parametrize("switch, unused", [
     ("model.name=transformer", "model.predictor.hidden_dim=12"), ("model.name=ctc", "model.decoder.num_heads=2"),
     ("model.encoder.kind=transformer", "model.encoder.kernel_size=9"),
-    ("model.predictor.kind=dense", "model.predictor.hidden_dim=12"), ("model.decoder.kind=bare", "model.decoder.kernel_size=9")])
+    ("model.predictor.kind=dense", "model.predictor.hidden_dim=12"),
+    ("model.decoder.kind=bare", "model.decoder.kernel_size=9")])
 def test_who_switches_a_kind_on_the_command_line_need_not_undo_what_the_file_says_for_its_own(tmp_path, switch, unused):
     """configs/toy.yaml has numbers that each of these has no use for; one that is typed is refused as before."""
     toy = str(HERE / "configs/toy.yaml")
@@ -487,8 +488,9 @@ STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decod
     (["--data.unit=word"], "data.unit: wanted its default 'char', as data.kind toy has no use for it, got 'word'"),
     (["--data.augment.snr_db=[5, 20]"],
      "data.augment.snr_db: wanted its default [], as data.kind toy has no use for it, got [5.0, 20.0]"),
-    *(([*MANIFESTS, f"--data.augment.snr_db={given}"], "data.augment.snr_db: wanted [] or two numbers from -100 to 100, "
-       f"the lower first, got {given}") for given in ("[5.0]", "[5.0, 4.9]", "[-100.1, 5.0]", "[5.0, 100.1]")),
+    *(([*MANIFESTS, f"--data.augment.snr_db={given}"],
+       f"data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got {given}")
+      for given in ("[5.0]", "[5.0, 4.9]", "[-100.1, 5.0]", "[5.0, 100.1]")),
     ([*MANIFESTS, "--data.augment.snr_db=[-100, 100]"], ""),
     ([*MANIFESTS, "--data.augment.snr_db=[5, 5]"], ""),
     (["--training.batch_frames=2147483647"], ""),
@@ -3197,6 +3199,9 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
         (".hidden.wav", "hidden"), ("._A.WAV", "hidden"), ("._A.txt", "hidden"), (".git", "hidden"),
         ("notes.pdf", "no recording by its name"), ("pipe.wav", "a pipe or device"), ("gone.wav", "a link to nothing"),
         ("deep/up", "a link to a folder that is read already")}
+    for count, more in ((3, ""), (4, " and 1 more")):
+        some = [manifests.LeftOut(name, "hidden") for name in "abcd"[:count]]
+        assert manifests.left_out_lines(some) == [f"left out {count}, hidden: a, b, c{more}"]
     dataset = decode.open_inputs(tiny_system(), [str(folder)], tmp_path)
     assert dataset.keys == [str(path) for path in wanted] and all(item.seconds == 0.2 for item in dataset)
     told = capsys.readouterr().err
@@ -4426,7 +4431,7 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
             assert (tmp_path / "b" / row["audio"]).read_bytes() == (tmp_path / "a" / row["audio"]).read_bytes()
 
 def test_composed_digits_are_as_loud_as_said_with_noise_and_fades_as_said():
-    """One recording of ones: its gain is of -9 to 3 dB and a deviation of 2, its edges rise within 5 ms; and silence."""
+    """A recording of ones: its gain is of -9 to 3 dB and a deviation of 2, its edges rise within 5 ms. And silence."""
     levels, floors, rng = [], [], np.random.default_rng(0)
     for _ in range(1500):
         x = corpora.join_digits([np.ones(400)], 8000, rng)
@@ -4551,11 +4556,12 @@ def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, word
 PLAIN = {"model": "Paraformer", "encoder": "SANMEncoder", "encoder_conf": {"input_layer": "pe"},
          "predictor": "CifPredictorV2", "decoder": "ParaformerSANMDecoder", "frontend": "WavFrontend",
          "tokenizer": "CharTokenizer"}
-CONFORMER = {"input_layer": "conv2d", "macaron_style": True, "activation_type": "swish", "pos_enc_layer_type": "rel_pos",
-             "selfattention_layer_type": "rel_selfattn"}
+CONFORMER = {"input_layer": "conv2d", "macaron_style": True, "activation_type": "swish",
+             "pos_enc_layer_type": "rel_pos", "selfattention_layer_type": "rel_selfattn"}
 SEACO = {"model": "SeacoParaformer", "model_conf": {}, "seaco_decoder": "ParaformerSANMDecoder",
          "seaco_decoder_conf": {"use_output_layer": False, "wo_input_layer": True}}
-LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0.1, attention_dropout=0.0, memory_shift=0)
+LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0.1, attention_dropout=0.0,
+              memory_shift=0)
 
 # C36
 @pytest.mark.parametrize("changes, section, wanted", [
@@ -6342,6 +6348,13 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     torch.save(state, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match="unknown key 'model.firing'"):
         checkpoint.load_parts(tmp_path / "odd.pt")
+
+def test_a_size_above_10_000_must_be_one_that_the_weights_have():
+    wide = {"a": torch.zeros(1, 10_001)}
+    for size, weights, is_refused in ((10_000, {}, False), (10_001, {}, True), (10_001, wide, False)):
+        options = config.from_dict(config.nested("model.encoder.ffn_dim", size), "test")
+        with pytest.raises(ValueError, match="at most 10000, got 10001") if is_refused else contextlib.nullcontext():
+            checkpoint.check_sizes(options, weights, "x.pt")
 
 def test_the_normalisation_is_measured_on_a_bounded_number_of_utterances(monkeypatch):
     seen = []
@@ -10804,8 +10817,8 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1,
           "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "weights": 1, "manifests": 1, "files": 1, "augment": 1,
-          "bench_peers": 1, "rules": 2, "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2, "batcher": 2,
-          "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
+          "bench_peers": 1, "rules": 2, "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2,
+          "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4,
           "punctuation": 4, "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5,
           "openai_forms": 5, "train": 6, "decode_options": 6, "listen": 6, "amounts": 7, "decode": 7,
