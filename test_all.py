@@ -5474,6 +5474,7 @@ def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):
 @pytest.mark.parametrize("variant", ["punc", "punc_realtime"])
 def test_punctuation_scores_are_funasrs(variant):
     model, expected = kit_punctuation(variant).model, np.load(KIT / variant / "expected/logits.npz")
+    assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-12}  # FunASR's
     keys = [key for key in expected if "_ids" in key]
     assert len(keys) >= 9
     for key in keys:

@@ -237,7 +237,7 @@ class Detector:
             if starts:
                 self.begin = max(self.free, self.t - self.reach())
                 self.free = self.t + 1
-            elif is_quiet and self.t >= self.reach():
+            elif is_quiet:
                 self.free = max(self.free, self.t - self.reach())
             single = self.options.detect_mode == 0
             self.done = single and self.begin < 0 and 10 * self.quiet > self.options.max_start_silence_time
