@@ -3573,6 +3573,20 @@ def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
 VARIANTS = ("sanm", "sanm_alt", "bicif", "conformer")
 WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order of batch.npz and train.npz
 
+@pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
+def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
+    fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
+    left = (kernel_size - 1) // 2 + shift
+    taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
+    expected = x[0].clone()
+    for t, k, s in taps:
+        expected[t] += fsmn.weight[:, 0, k] * x[0, s]
+    torch.testing.assert_close(fsmn(x, torch.ones(1, 1, 6, dtype=torch.bool))[0], expected)
+    padded = torch.cat([x, torch.full((1, 2, 3), 1e3)], 1)
+    seen = fsmn(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
+    torch.testing.assert_close(seen[0, :6], expected)
+    assert not seen[0, 6:].any()
+
 @needs_kit
 def test_positions_of_sanm_equal_funasr():
     expected = np.load(KIT / "units/units.npz")["pe_560"]
@@ -3591,20 +3605,6 @@ def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length
         own = scores[b, :, :L, :L]
         trick = torch.nn.functional.pad(own, (1, 0)).reshape(2, L + 1, L)[:, 1:]
         torch.testing.assert_close(moved[b, :, :L, :L], trick, atol=0, rtol=0)
-
-@pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
-def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
-    fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
-    left = (kernel_size - 1) // 2 + shift
-    taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
-    expected = x[0].clone()
-    for t, k, s in taps:
-        expected[t] += fsmn.weight[:, 0, k] * x[0, s]
-    torch.testing.assert_close(fsmn(x, torch.ones(1, 1, 6, dtype=torch.bool))[0], expected)
-    padded = torch.cat([x, torch.full((1, 2, 3), 1e3)], 1)
-    seen = fsmn(padded, attention.padding_mask(torch.tensor([6]), 8)[:, None])
-    torch.testing.assert_close(seen[0, :6], expected)
-    assert not seen[0, 6:].any()
 
 def test_batch_norm_learns_from_real_steps_only():
     """Mean and variance by hand, of what each utterance without padding gives it in evaluation; it takes a tenth."""
@@ -5244,6 +5244,17 @@ def told_vad(build: dict, generate: dict) -> vad.Vad:
         schedule = tuple(map(tuple, generate.get("silence_schedule", vad.SCHEDULE)))
     return system._replace(options=options, schedule=schedule, piece_ms=generate.get("chunk_size", 60000))
 
+# C172
+@needs_kit
+@pytest.mark.parametrize("run", vad_results("offline"))
+def test_vad_segments_are_funasrs_with_every_option(run):
+    given = vad_results("offline")[run]
+    system = told_vad(given["model"], given["generate"])
+    for name, wanted in given["value"].items():
+        if isinstance(wanted, dict):
+            wanted = []  # FunASR divides by zero where there is no whole frame
+        assert list(map(list, vad.segments_of(system, [long_samples(name)]))) == wanted, name
+
 @needs_kit
 def test_vad_features_levels_and_scores_are_funasrs():
     system = vad.load_vad(str(KIT / "vad"))
@@ -5259,17 +5270,6 @@ def test_vad_features_levels_and_scores_are_funasrs():
         for key, tolerance in (("sil", 5e-4), ("scores", 5e-4), ("feats", 3e-3), ("decibel", 1e-3)):
             if f"{name}_{key}" in expected:
                 np.testing.assert_allclose(found[key], expected[f"{name}_{key}"], rtol=0, atol=tolerance)
-
-# C172
-@needs_kit
-@pytest.mark.parametrize("run", vad_results("offline"))
-def test_vad_segments_are_funasrs_with_every_option(run):
-    given = vad_results("offline")[run]
-    system = told_vad(given["model"], given["generate"])
-    for name, wanted in given["value"].items():
-        if isinstance(wanted, dict):
-            wanted = []  # FunASR divides by zero where there is no whole frame
-        assert list(map(list, vad.segments_of(system, [long_samples(name)]))) == wanted, name
 
 def events_of(system: vad.Vad, samples: torch.Tensor, sizes: list[int], last: bool) -> list:
     """[[number of the call, its events], ...] of a stream in pieces of these sizes."""
@@ -5759,6 +5759,27 @@ def same_states(one, other):
     assert (one.rows is None) == (other.rows is None) and (one.rows is None or torch.equal(one.rows, other.rows))
     assert torch.equal(one.carry.weight, other.carry.weight) and torch.equal(one.carry.frame, other.carry.frame)
 
+# C161
+@needs_kit
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
+    """Single samples, random pieces and a whole recording, the states in between too"""
+    system = streaming_system("streaming")
+    samples = streaming_cases("streaming")["libri_dev"][0]
+    rng = random.Random(0)
+    for cut in ([9000, *[1] * 700], [rng.randint(0, 9000) for _ in range(8)]):
+        stop = sum(cut)
+        one, _ = streaming.feed(system, streaming.start(system, SETTINGS[setting]), samples[:stop])
+        state = streaming.start(system, SETTINGS[setting])
+        tokens = []
+        for piece in samples[:stop].split(cut):
+            state, result = streaming.feed(system, state, piece)
+            tokens += result.tokens
+        same_states(one, state)
+        ended, result = streaming.feed(system, state, samples[stop:], last=True)
+        assert tokens + result.tokens == stream_through(system, SETTINGS[setting], [samples])[0][0].tokens
+        same_states(ended, streaming.start(system, SETTINGS[setting]))
+
 # C43 C160
 @needs_kit
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -5846,27 +5867,6 @@ def test_a_stream_that_never_ends_keeps_its_last_words_back():
                 assert spelled(result.tokens) == text
         _, ended = streaming.feed(system, state, torch.zeros(0), last=True)
         assert ended.text == stream_through(system, streaming.Chunk(), [samples])[0][-1].text
-
-# C161
-@needs_kit
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
-    """Single samples, random pieces and a whole recording, the states in between too"""
-    system = streaming_system("streaming")
-    samples = streaming_cases("streaming")["libri_dev"][0]
-    rng = random.Random(0)
-    for cut in ([9000, *[1] * 700], [rng.randint(0, 9000) for _ in range(8)]):
-        stop = sum(cut)
-        one, _ = streaming.feed(system, streaming.start(system, SETTINGS[setting]), samples[:stop])
-        state = streaming.start(system, SETTINGS[setting])
-        tokens = []
-        for piece in samples[:stop].split(cut):
-            state, result = streaming.feed(system, state, piece)
-            tokens += result.tokens
-        same_states(one, state)
-        ended, result = streaming.feed(system, state, samples[stop:], last=True)
-        assert tokens + result.tokens == stream_through(system, SETTINGS[setting], [samples])[0][0].tokens
-        same_states(ended, streaming.start(system, SETTINGS[setting]))
 
 # C162
 @needs_kit
@@ -7429,21 +7429,6 @@ def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):
 # ---- train: memory ----
 
 # C90
-@pytest.mark.parametrize("parts", [1, 2])
-def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(tmp_path, parts):
-    options, found = rules.load(tiny_yaml(tmp_path / "tiny.yaml"), RELATIVE).model, []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        tiny = build(options, 8, 8)
-        if recompute:
-            train.recompute_blocks(tiny)
-        training = config.TrainingConfig(accumulate=parts)
-        train.train_step(tiny, train.make_optimizer(tiny, 0.0), tiny_batch(), 0.1, training)
-        found.append(ranks.batch_statistics(tiny))
-    assert found[0][2] == parts
-    torch.testing.assert_close(found[0], found[1])
-
-# C90
 def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_rounding():
     """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay."""
     models = [tiny_model() for _ in range(2)]
@@ -7462,6 +7447,21 @@ def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_
     for ours, theirs in zip(*(tiny.parameters() for tiny in models)):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
     assert saved[1] < 0.8 * saved[0]
+
+# C90
+@pytest.mark.parametrize("parts", [1, 2])
+def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(tmp_path, parts):
+    options, found = rules.load(tiny_yaml(tmp_path / "tiny.yaml"), RELATIVE).model, []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        tiny = build(options, 8, 8)
+        if recompute:
+            train.recompute_blocks(tiny)
+        training = config.TrainingConfig(accumulate=parts)
+        train.train_step(tiny, train.make_optimizer(tiny, 0.0), tiny_batch(), 0.1, training)
+        found.append(ranks.batch_statistics(tiny))
+    assert found[0][2] == parts
+    torch.testing.assert_close(found[0], found[1])
 
 # ---- train: dry run, overfitting ----
 
