@@ -9987,7 +9987,7 @@ def browser(tmp_path_factory, request):
     finally:
         started.close()
 
-DONE = "document.querySelectorAll('.token').length && !document.getElementById('detail').hidden"
+DONE = "document.querySelectorAll('.token').length && !$('detail').hidden"
 
 def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     url = browser.open(server, width=360, height=800, dark=True)
@@ -10000,20 +10000,20 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     assert abs(len(tokens) - len(found["tokens"])) <= 1        # the browser has resampled to 16 kHz
     assert all(0 <= float(t["confidence"]) <= 1 and float(t["start"]) <= float(t["end"]) for t in tokens)
     assert all(t["colour"] != "rgba(0, 0, 0, 0)" for t in tokens)
-    assert browser.run("document.getElementById('name').textContent") == hostile
+    assert browser.run("$('name').textContent") == hostile
     assert browser.run("document.images.length") == 0
     assert browser.run("document.documentElement.scrollWidth") <= 360
     assert browser.run("new Set([...document.querySelectorAll('[data-export]')].map(b => b.offsetTop)).size") == 1
-    painted = "new Set(document.getElementById('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
+    painted = "new Set($('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
     assert browser.run(painted.format(20)) > 3 and browser.run(painted.format(134)) > 3         # the wave; the weights
     browser.run("audio.onplaying = () => { window.from = audio.currentTime; }")
     browser.run("document.querySelectorAll('.token')[2].click()")
     browser.wait("Math.abs(window.from - %s) < 0.5" % tokens[2]["start"])
-    browser.run("document.getElementById('record').click()")
-    browser.wait("document.getElementById('record').textContent.startsWith('Stop')")
+    browser.run("$('record').click()")
+    browser.wait("$('record').textContent.startsWith('Stop')")
     time.sleep(1.2)
-    browser.run("document.getElementById('record').click()")
-    browser.wait(f"document.getElementById('name').textContent.startsWith('recording') && {DONE}")
+    browser.run("$('record').click()")
+    browser.wait(f"$('name').textContent.startsWith('recording') && {DONE}")
     for text, tokens in (("hello a 你好 b", ["hel@@", "lo", "a", "你", "<unk>", "好", "b"]), ("a b", ["a", " ", "b"]),
                          ("one two", ["one", "▁two"]), ("an 要 a@@", ["an@@", "要", "a@@@@"])):
         made = [{"token": token, "confidence": 1, "start": 0, "end": 1} for token in tokens]
@@ -10021,7 +10021,7 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
         shown = browser.run(f"transcript({answer}).map(e => e.textContent ?? e).join('')")
         assert shown.replace("<unk>", "") == text
     browser.drop(b"not audio", "b.wav")
-    browser.wait("!document.getElementById('error').hidden && !document.querySelector('.token')")
+    browser.wait("!$('error').hidden && !document.querySelector('.token')")
     assert not browser.complaints(), browser.complaints()
     assert all(request.startswith((url, "data:", "blob:")) for request in browser.requests())
 
@@ -10042,24 +10042,24 @@ def test_page_works_behind_a_prefix_asks_for_the_key_and_shows_what_is_not_json_
     monkeypatch.setenv("ASR_API_KEY", "secret")
     with serving() as proxied:
         url = browser.open(proxied, "/asr/")
-        browser.wait("document.getElementById('state').textContent.includes('trained on recordings at 8000 Hz')")
-        assert "up to 60 s" in browser.run("document.getElementById('hint').textContent")
+        browser.wait("$('state').textContent.includes('trained on recordings at 8000 Hz')")
+        assert "up to 60 s" in browser.run("$('hint').textContent")
         browser.drop(wav(NOISE), "a.wav")
-        browser.wait("!document.getElementById('ask').hidden")
-        browser.run("document.getElementById('key').value = 'secret'; document.querySelector('#ask button').click()")
+        browser.wait("!$('ask').hidden")
+        browser.run("$('key').value = 'secret'; document.querySelector('#ask button').click()")
         browser.wait(DONE)
         browser.run("document.querySelector('[data-export=srt]').click()")
-        browser.wait("document.getElementById('error').textContent.includes('answered 413')")
+        browser.wait("$('error').textContent.includes('answered 413')")
         assert all(request.startswith((url, "data:", "blob:")) for request in browser.requests())
 
 # C197
 def test_page_takes_what_it_says_and_lets_the_server_read_what_the_browser_cannot(server, browser):
     browser.open(server)
-    hint = browser.run("document.getElementById('hint').textContent")
+    hint = browser.run("$('hint').textContent")
     for name in ("wav", "mp3", "m4a", "ogg", "opus", "flac", "webm", "wma"):
         assert name == "wma" or name in hint
         browser.drop(wav(NOISE) if name == "wav" else encoded(name), f"a.{name}", f"audio/{name}")
-        browser.wait(f"document.getElementById('name').textContent === 'a.{name}' && {DONE}")
+        browser.wait(f"$('name').textContent === 'a.{name}' && {DONE}")
     assert not browser.complaints(), browser.complaints()
 
 # C197
@@ -10067,11 +10067,11 @@ def test_page_of_a_toy_checkpoint_says_that_it_takes_no_recordings(browser):
     """Also one that was opened before the checkpoint was loaded."""
     with serving(loaded=False) as toy:
         browser.open(toy)
-        assert browser.run("document.getElementById('state').textContent") == "loading"
+        assert browser.run("$('state').textContent") == "loading"
         toy.open(settings.Models(None, serving_system(kind="toy")))
-        browser.wait("modes.length && document.getElementById('hint').textContent.includes('takes no recordings')")
+        browser.wait("modes.length && $('hint').textContent.includes('takes no recordings')")
         browser.drop(wav(NOISE), "a.wav")
-        browser.wait("document.getElementById('error').textContent.includes('trained on toy features')")
+        browser.wait("$('error').textContent.includes('trained on toy features')")
 
 def saved_wav(browser) -> bytes:
     """What the page has of a recording."""
@@ -10090,20 +10090,20 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
     whole = offline and checkpoint.load_system(KIT / offline, "cpu")
 
     def check_result(name):
-        browser.wait(f"document.getElementById('name').textContent.startsWith('{name}') && !recorder && {DONE}", 60)
+        browser.wait(f"$('name').textContent.startsWith('{name}') && !recorder && {DONE}", 60)
         (tmp_path / "said.wav").write_bytes(saved_wav(browser))
         wanted = decode.transcribe_recording(whole or system, tmp_path / "said.wav").text
-        shown = browser.run("document.getElementById('transcript').textContent")
+        shown = browser.run("$('transcript').textContent")
         assert len(wanted) > 9 and browser.run("shown.found.text") == wanted and shown.replace("<unk>", "") == wanted
 
     with serving(settings.Models(system, whole)) as server:
         browser.open(server, width=360, dark=True)
-        browser.run("document.getElementById('record').click()")
-        browser.wait("!document.getElementById('ask').hidden && !recorder")
-        browser.run("document.getElementById('key').value = 'sec&ret'; document.querySelector('#ask button').click()")
+        browser.run("$('record').click()")
+        browser.wait("!$('ask').hidden && !recorder")
+        browser.run("$('key').value = 'sec&ret'; document.querySelector('#ask button').click()")
         browser.wait("recorder && document.querySelector('#transcript .open')?.parentElement.textContent.length > 9", 60)
         assert browser.run("document.documentElement.scrollWidth") <= 360
-        browser.run("document.getElementById('record').click()")
+        browser.run("$('record').click()")
         check_result("recording")
         assert browser.run("document.querySelector('[data-export=srt]').hidden") is (offline is None)
         browser.drop((tmp_path / "said.wav").read_bytes(), "said.wav")
@@ -10306,7 +10306,7 @@ def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():
     hotwords = settings.Models(models.streaming, checkpoint.load_system(KIT / "contextual", "cpu"))
     for given in ('{"我们": 20, "ab": 30}', "我们,ab", ["我们", "ab"]):
         assert settings.read_settings(defaults, {"hotwords": given}, hotwords)[0].hotwords == ("我们", "ab")
-    with serving(models) as server, Talker(server) as client:
+    with serving(models, max_queue=0) as server, Talker(server) as client:      # a stream's segments find room
         client.send(pcm_of(kit_speech(1.0)))            # before any text: the defaults hold
         client.send({"mode": "online", "audio_fs": 8000, "wav_name": "now"})
         messages = client.say({}, pcm_of(kit_speech(2.0))[32000:])
