@@ -116,8 +116,10 @@ def cut_joined(system: System, rows: Sequence[Row], path: Path, noise_db: float 
         count += len(row.text.split())
     save_wav(path, torch.cat(joined).clamp(-1, 1), rate_hz)
     starts = [piece.start_sec for piece in cut_recording(system, str(path))][1:]
-    inside = [start for start in starts if any(begin < start < end for begin, end in spans)]
+    inside = 0
+    for begin, end in spans:
+        inside += len([start for start in starts if begin < start < end])
     result = join_results(system, transcribe_segments(system, cut_recording(system, str(path))))
     together = word_errors(" ".join(row.text for row in rows), result.text).errors
-    return (f"{len(starts)} cuts, {len(inside)} inside one of {len(rows)} utterances; WER alone "
+    return (f"{len(starts)} cuts, {inside} inside one of {len(rows)} utterances; WER alone "
             f"{100 * alone / count:.2f}%, joined {100 * together / count:.2f}% of {count} words")

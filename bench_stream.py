@@ -297,9 +297,9 @@ def measure_streams(argv: Sequence[str]) -> None:
         system = load_system(place, "cpu", laid_out=True)
         if system.chunk is None:
             raise ValueError(f"{place}: wanted a streaming model, got a {system.config.model.name}")
-        encoder, decoder = system.config.model.encoder, system.config.model.decoder
-        print(f"{encoder.num_layers} + {decoder.num_layers} blocks, {encoder.hidden_dim} wide, {options.threads} "
-              f"threads, {system.chunk}", flush=True)
+        sizes = system.config.model
+        print(f"{sizes.encoder.num_layers} + {sizes.decoder.num_layers} blocks, {sizes.encoder.hidden_dim} wide, "
+              f"{options.threads} threads, {system.chunk}", flush=True)
         for line in chunk_figures(system):
             print(line, flush=True)
         count = options.sockets if options.checkpoint else 1

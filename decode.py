@@ -62,6 +62,7 @@ from ranks import gather_in_first, join_processes, own_rank
 from report import (Alternative, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of, utterance_svgs,
                     words_of)
 from sentences import with_sentences
+from streaming import StreamToken
 from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
 from vad import cut_speech, load_vad
@@ -208,7 +209,8 @@ def transcribe_segments(system: System, pieces: Iterable[Segment]) -> Iterator[t
 
     Memory does not grow with their number. Raises ValueError if features are not finite.
     """
-    options, stats = system.config.data, system.stats.cpu()
+    options = system.config.data
+    stats = system.stats.cpu()
     for _, group in itertools.groupby(pieces, lambda piece: piece.start_sec // POOL_SEC):
         pool = list(group)
         feats = [frontend(piece.samples, options.sample_rate, options, stats) for piece in pool]
@@ -274,8 +276,10 @@ def transcribe_recording(system: System, source: audio.Source) -> Result:
     ValueError (place, wanted, got) or OSError.
     """
     if system.chunk is not None:
-        heard = hear_stream(system, audio.stream(source, system.config.data.sample_rate))
-        return stream_result(system, [token for result in heard for token in result.tokens])
+        tokens: list[StreamToken] = []
+        for heard in hear_stream(system, audio.stream(source, system.config.data.sample_rate)):
+            tokens += heard.tokens
+        return stream_result(system, tokens)
     return join_results(system, transcribe_segments(system, cut_recording(system, source)))
 
 
@@ -375,10 +379,10 @@ def draw(system: System, item: data.Utterance, layer: int | None = None) -> dict
     tokens = [(token.token, token.start, token.end) for token in result.tokens]
     encoder_layers = cross_layers = ()
     if layer is not None:
-        model, device = system.model, system.stats.device
+        device = system.stats.device
         feats = item.feats[None].to(device)
         lens = torch.tensor([len(item.feats)], device=device)
-        encoder_layers = model.encoder(feats, lens, need_weights=True)[2]
+        encoder_layers = system.model.encoder(feats, lens, need_weights=True)[2]
         model = listening_model(system, [system.hotwords])
         cross_layers = model.cross_attention(*model.encode(feats, lens), found.tokens.to(device), found.lens.to(device))
     title = f"{item.key}: {result.text}"
@@ -452,7 +456,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
     scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp; checkpoint: the path
     of the system's, from where its own manifests are found.
     """
-    options, stats = system.config.data, system.stats.cpu()
+    options = system.config.data
+    stats = system.stats.cpu()
     if options.kind == "toy" and not inputs:
         if system.vad:
             raise ValueError("--vad: wanted recordings, got the toy task, which is made of features")

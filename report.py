@@ -109,8 +109,11 @@ def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
             groups.append((space, []))
         groups[-1][1].append(token)
         space = unit == "word"
-    return [Word("".join(token.token for token in group), group[0].start, group[-1].end, mean_confidence(group), spaced)
-            for spaced, group in groups]
+    words = []
+    for spaced, group in groups:
+        text = "".join(token.token for token in group)
+        words.append(Word(text, group[0].start, group[-1].end, mean_confidence(group), spaced))
+    return words
 
 
 def words_of_pieces(tokens: Sequence[Token], all_spaced: bool) -> list[Word]:
@@ -274,8 +277,11 @@ def word_entry(word: Word) -> dict:
 
 
 def sentence_entries(result: Result) -> list[dict]:
-    return [{"text": sentence.text, "start": sentence.start, "end": sentence.end,
-             "words": [word_entry(word) for word in sentence.words]} for sentence in result.sentences or ()]
+    entries = []
+    for sentence in result.sentences or ():
+        words = [word_entry(word) for word in sentence.words]
+        entries.append({"text": sentence.text, "start": sentence.start, "end": sentence.end, "words": words})
+    return entries
 
 
 def json_row(outcome: Outcome) -> dict:
@@ -332,7 +338,8 @@ def utterance_svgs(title: str, item: Utterance, found: Hypotheses, tokens: Seque
     """SVGs of an utterance decoded alone: its alignment (features, tokens, firing); as encoder and cross, the heads of
     attention layer `layer_of` of the encoder (1,H,L,L) and of the decoder (1,H,U,L), where such layers are given.
     tokens: (text, start, end) in seconds; config: with sections model and data."""
-    encoder, hop_sec = config.model.encoder, frame_sec(config.data)
+    encoder = config.model.encoder
+    hop_sec = frame_sec(config.data)
     seconds = len(item.feats) * hop_sec
     L = found.alpha.shape[1]
     span = in_feature_frames(0, encoder) * hop_sec, in_feature_frames(L, encoder) * hop_sec  # of the encoder's frames
@@ -377,7 +384,8 @@ def readable_units(text: str) -> list[str]:
 
 def score(outcome: Outcome, encode: Callable[[str], list[int]]) -> Score:
     """encode: the tokenizer's, so that tokens are compared as the model knows them."""
-    text, reference = outcome.result.text, outcome.reference
+    text = outcome.result.text
+    reference = outcome.reference
     tokens = count_errors(encode(reference), [token.id for token in outcome.result.tokens])
     units = count_errors(readable_units(reference), readable_units(text))
     return Score(outcome.index, outcome.key, reference, text, tokens, char_errors(reference, text),
