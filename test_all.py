@@ -7855,6 +7855,7 @@ def test_what_is_not_told_to_decoding_has_its_default():
         "max_segment_sec": 20.0, "beam": 1, "nbest": 1, "length_penalty": 0.6, "coverage_penalty": 0.0}
     system = tiny_system()
     assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (16, 300.0, (1.0, 20.0))
+    assert (decode.POOL_SEC, decode.WINDOW) == (300.0, 1024)
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
