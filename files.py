@@ -8,7 +8,7 @@ import mmap
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -55,21 +55,23 @@ def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> obj
         raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
 
 
-def release(x: Tensor) -> None:
-    """Let go of the memory of a tensor in a mapped file, which is read again where it is used again. Other tensors stay
-    as they are, and so do all where there is no /proc (macOS)."""
-    first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it only
-    last = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first >= last or x.untyped_storage().resizable() or not os.path.exists("/proc/self/maps"):
-        return  # resizable: torch's own
+def release(tensors: Sequence[Tensor]) -> None:
+    """Let go of the memory of tensors in mapped files, which is read again where they are used again, and of freed
+    memory. Other tensors stay as they are, and so do all where there is no /proc (macOS)."""
+    if not os.path.exists("/proc/self/maps"):
+        return
+    files = []  # first and last address of each that is mapped
     with open("/proc/self/maps") as lines:
         for line in lines:
             addresses, _, _, _, inode = line.split()[:5]
-            if inode == "0":
-                continue
-            start, stop = (int(address, 16) for address in addresses.split("-"))
-            if start <= first and last <= stop:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            if inode != "0":
+                files.append([int(address, 16) for address in addresses.split("-")])
+    for x in tensors:
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it only
+        last = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and any(start <= first and last <= stop for start, stop in files):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    trim()
 
 
 def trim() -> None:

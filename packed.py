@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from files import release, trim
+from files import release
 
 
 class PackedLinear(nn.Module):
@@ -48,7 +48,6 @@ def quantise(linear: nn.Linear) -> Int8Weights:
         found.sums[first:first + ROWS] = levels.sum(1) * scale
         found.weight[first:first + ROWS] = levels  # as int8
     found.bias = torch.zeros_like(found.scale) if linear.bias is None else linear.bias.detach()
-    trim()  # or the holes in the heap come to as much as all weights in float32
     return found
 
 
@@ -71,29 +70,35 @@ class Int8Linear(nn.Module):
         self.weight = torch.ops.onednn.qlinear_prepack(weights.weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = x.amin(-1, keepdim=True).clamp(max=0)
-        step = (x.amax(-1, keepdim=True).clamp(min=0) - low).clamp(min=1e-12) / 127
-        levels = (x / step).add_(0.5 - low / step).to(torch.int8).view(torch.uint8)  # x = low + step * levels
+        low = x.amin(-1, keepdim=True).clamp_(max=0)
+        step = x.amax(-1, keepdim=True).clamp_(min=0).sub_(low).clamp_(min=1e-12).div_(127)
+        shift = (low / step).sub_(0.5)  # to() cuts off what is behind the point
+        levels = (x / step).sub_(shift).to(torch.int8).view(torch.uint8)  # x = low + step * levels
         y = torch.ops.onednn.qlinear_pointwise(levels, 1.0, 0, self.weight, self.scale, self.zero, None, 1.0, 0,
                                                torch.float32, "none", [], "")
-        return torch.addcmul(self.bias, y, step).addcmul_(low, self.sums)
+        return torch.addcmul(self.bias, y, step, out=y).addcmul_(low, self.sums)
 
 
-KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts not repacked: they read features or place tokens
+KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts never in int8: they read features or place tokens
 LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them
+READ = 2**25  # bytes of matrices that have been repacked and are still held
 
 
 def lay_out(model: nn.Module, linear: Callable[[nn.Module], nn.Module]) -> int:
-    """Replace every nn.Linear, or its Int8Weights, of LARGE or more weights outside KEPT by linear(it), in place, for
-    evaluation only -> how many were replaced. One by one: no two layouts of the whole are held."""
-    count = 0
-    for name, child in model.named_children():
-        if name in KEPT:
-            continue
-        if not isinstance(child, (nn.Linear, Int8Weights)):
-            count += lay_out(child, linear)
-        elif child.weight.numel() >= LARGE:
-            setattr(model, name, linear(child))
-            release(child.weight)
-            count += 1
-    return count
+    """Replace every nn.Linear, or its Int8Weights, of LARGE or more weights by linear(it), in place, for evaluation
+    only; in int8, outside KEPT only -> how many were replaced. One by one: no two layouts of the whole are held."""
+    names = []
+    for name, child in model.named_modules():
+        kept = linear is not PackedLinear and set(KEPT) & set(name.split("."))
+        if isinstance(child, (nn.Linear, Int8Weights)) and child.weight.numel() >= LARGE and not kept:
+            names.append(name)
+    read = []
+    for name in names:
+        child = model.get_submodule(name)
+        model.set_submodule(name, linear(child))
+        read.append(child.weight.detach())
+        if sum(x.nbytes for x in read) > READ:
+            release(read)
+            read.clear()
+    release(read)
+    return len(names)

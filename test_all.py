@@ -6481,6 +6481,7 @@ def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_sa
     assert packed.lay_out(net, lambda linear: nn.Identity()) == 2
     assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
         "Identity", "Linear", "Linear", "Identity"]
+    assert packed.lay_out(net, packed.PackedLinear) == 1 and isinstance(net["ctc"], packed.PackedLinear)  # in float32
     warning = "warning: no matrix of this model is large enough for int8 to pay; going on in float32\n"
     for precision, said in (("int8", warning), ("float32", "")):
         if checkpoint.runs_on(precision, torch.device("cpu")):
