@@ -244,6 +244,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def plus(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in inference in the memory of y, which must be new: memory that is not in the cache costs more than sums.
+    """
+    return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
+
+
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x (B,T,D) with zeros where mask (B,1,T) is False; None: x as it is. Raises ValueError for other shapes."""
     if mask is None:
@@ -259,11 +265,16 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, i
     in all if T' is to be T at stride 1. F.conv1d would have x copied to (B,C,T): this is a matrix product with windows
     of x or, if depthwise, a convolution over an image of height 1 whose channels are last.
     """
-    x = F.pad(x, (0, 0, *reach))
-    if weight.shape[1] == x.shape[2]:
+    before, after = reach
+    is_dense = weight.shape[1] == x.shape[2]
+    if is_dense or before != after or torch.is_grad_enabled():
+        x = F.pad(x, (0, 0, before, after))
+        before = 0  # else conv2d pads, both ends alike, which saves a copy; its gradients would differ in the last bit
+    if is_dense:
         return F.linear(x.unfold(1, weight.shape[2], stride).flatten(2), weight.flatten(1), bias)  # (B,T',C*k)
     x = x.transpose(1, 2)[:, :, None]  # (B,C,1,T)
-    return F.conv2d(x, weight[:, :, None], bias, (1, stride), groups=len(weight))[:, :, 0].transpose(1, 2)
+    x = F.conv2d(x, weight[:, :, None], bias, (1, stride), (0, before), groups=len(weight))
+    return x[:, :, 0].transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -272,7 +283,9 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
         ffn_dim = ffn_dim or 4 * dim
-        self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
+        in_place = activation is nn.ReLU  # whose gradient needs its output alone
+        self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(in_place), nn.Dropout(dropout),
+                                    nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         check_shapes(x=(x, "B", "T", self.layers[0].in_features))
@@ -304,11 +317,11 @@ class TransformerBlock(nn.Module):
         if (source is None) != (self.cross_attention is None):
             raise ValueError(f"source must be given if and only if source_dim was, got {type(source).__name__}")
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
-        x = x + self.dropout(out)
+        x = plus(x, self.dropout(out))
         if source is not None:
             out, weights = self.cross_attention(self.norm_cross(x), source, source_mask, need_weights)
-            x = x + self.dropout(out)
-        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
+            x = plus(x, self.dropout(out))
+        return plus(x, self.dropout(self.feed_forward(self.norm_ffn(x)))), weights
 
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor],
              source_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
@@ -381,9 +394,9 @@ class ConformerBlock(nn.Module):
         check_shapes(x=(x, "B", "T", self.self_attention.dim))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
-        x = x + self.dropout(out)
+        x = plus(x, self.dropout(out))
         seen = None if mask is None else mask.any(1, keepdim=True)  # (B,T or 1,T) -> (B,1,T)
-        x = x + self.dropout(self.convolution(self.norm_conv(x), seen))
+        x = plus(x, self.dropout(self.convolution(self.norm_conv(x), seen)))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, at_least_float32, attend,
                        attend_step, check_feats, check_lens, check_shapes, convolve, full_precision, hide_padding,
-                       key_mask, padding_mask, run_blocks, sinusoids, zero_padding)
+                       key_mask, padding_mask, plus, run_blocks, sinusoids, zero_padding)
 
 
 # ---- positions ----
@@ -114,7 +114,7 @@ class Fsmn(nn.Module):
         x = zero_padding(x, mask)
         if x.shape[1] == 0:
             return x
-        return zero_padding(self.dropout(x + convolve(x, self.weight, None, self.reach)), mask)
+        return zero_padding(self.dropout(plus(x, convolve(x, self.weight, None, self.reach))), mask)
 
     def step(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """The next steps of a sequence, x (B,T,D), behind past (B,kernel_size-1,D): what this returned for the steps
@@ -152,7 +152,7 @@ class SanmAttention(nn.Module):
             keys = mask if seen is None else seen
             out, weights = attend(*heads, keys, need_weights, dropout=self.dropout if self.training else 0.0)
             out = self.out(out.transpose(1, 2).flatten(2)).view(v.shape)  # (B,H,T,K) -> (B,T,dim)
-            return out + self.memory(v, mask), weights
+            return plus(out, self.memory(v, mask)), weights
 
     def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """A window of a stream, x (B,T,in_dim), which sees itself and the past (2,B,H,S,K), keys and values
@@ -180,7 +180,7 @@ class NormedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_shapes(x=(x, "B", "T", self.up.in_features))
-        return self.down(self.norm(self.dropout(F.relu(self.up(x)))))
+        return self.down(self.norm(self.dropout(F.relu_(self.up(x)))))
 
 
 # ---- blocks ----
@@ -238,8 +238,8 @@ class RelativeConformerBlock(ConformerBlock):
         with full_precision(x, self.training):
             x = x if self.training else at_least_float32(x)
             out, weights = self.self_attention(self.norm_self(x), codes, lens, mask, need_weights)
-            x = x + self.dropout(out)
-            x = x + self.dropout(self.convolution(self.norm_conv(x), mask))
+            x = plus(x, self.dropout(out))
+            x = plus(x, self.dropout(self.convolution(self.norm_conv(x), mask)))
         x = x + 0.5 * self.dropout(self.ffn_second(self.norm_second(x)))
         return self.norm_out(x), weights
 
@@ -263,8 +263,8 @@ class SanmBlock(nn.Module):
         check_shapes(x=(x, "B", "T", self.self_attention.query_key_value.in_features))
         out, weights = self.self_attention(self.norm_self(x), mask, need_weights, seen)
         out = self.dropout(out)
-        x = x + out if self.residual else out
-        return x + self.dropout(self.feed_forward(self.norm_ffn(x))), weights
+        x = plus(x, out) if self.residual else out
+        return plus(x, self.dropout(self.feed_forward(self.norm_ffn(x)))), weights
 
     def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """A window of a stream, x (B,T,in_dim), and the past as SanmAttention.step -> (B,T,dim), its own keys, values.
@@ -296,13 +296,14 @@ class SanmDecoderBlock(nn.Module):
         if self.cross_attention is None:
             return x, None
         out, weights = self.cross_attention(self.norm_cross(x), hidden, hidden_mask, need_weights)
-        return x + self.dropout(out), weights
+        return plus(x, self.dropout(out)), weights
 
     def remember(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The block before its cross-attention: x (B,U,D), mask (B,1,U) -> (B,U,D)."""
         check_shapes(x=(x, "B", "U", self.memory.weight.shape[0]))
         y = self.feed_forward(self.norm_ffn(x))
-        return x + self.dropout(self.memory(self.norm_memory(y), mask))  # one residual around feed-forward and memory
+        y = self.memory(self.norm_memory(y), mask)
+        return plus(x, self.dropout(y))  # one residual around feed-forward and memory
 
     def step(self, x: Tensor, past: Tensor | None, source: Tensor | None) -> tuple[Tensor, Tensor]:
         """The next tokens of a stream, x (B,U,D), past as in Fsmn.step, source (2,B,H,S,K): keys and values of the
