@@ -167,10 +167,8 @@ class Server(Door):
         if route == "/metrics":
             return Response(200, "text/plain; version=0.0.4; charset=utf-8", metrics_text(self).encode())
         self.wait_loaded()
-        if route == "/v1/models":
-            return json_response({"object": "list", "data": model_cards(self)})
-        if route == "/v1/models/{id}":
-            return json_response(find_card(model_cards(self), head.path.removeprefix("/v1/models/")))
+        if route in ("/v1/models", "/v1/models/{id}"):
+            return models_response(self, head.path.removeprefix("/v1/models").removeprefix("/"))
         return transcribe(self, head, body, has_left)
 
     def count_and_log(self, head: Head, response: Response) -> None:
@@ -272,17 +270,17 @@ def socket_response(server: Server, head: Head) -> Response:
                     then=lambda connection: hold(server, head, connection))
 
 
-def model_cards(server: Server) -> list[dict]:
-    return [{"id": system.config.model.name, "object": "model", "created": server.created, "owned_by": "local"}
-            for system in server.models.loaded()]
-
-
-def find_card(cards: Sequence[dict], name: str) -> dict:
-    """Raises Refusal 404."""
-    for card in cards:
-        if card["id"] == name:
-            return card
-    raise Refusal(404, "not_found", f"the models here are {', '.join(card['id'] for card in cards)}", "model")
+def models_response(server: Server, name: str) -> Response:
+    """The model of this name; "": all of them. Raises Refusal 404."""
+    cards = {}
+    for system in server.models.loaded():
+        card = {"id": system.config.model.name, "object": "model", "created": server.created, "owned_by": "local"}
+        cards[card["id"]] = card
+    if not name:
+        return json_response({"object": "list", "data": list(cards.values())})
+    if name not in cards:
+        raise Refusal(404, "not_found", f"the models here are {', '.join(cards)}", "model")
+    return json_response(cards[name])
 
 
 def metrics_text(server: Server) -> str:

@@ -87,7 +87,8 @@ def parse_header(data: bytes) -> Header | None:
     """The header with which data begins; None if it is not all there. Raises Closed for what no client may send."""
     if len(data) < 2:
         return None
-    is_last, opcode = bool(data[0] & 0x80), data[0] & 0x0F
+    is_last = bool(data[0] & 0x80)
+    opcode = data[0] & 0x0F
     if data[0] & 0x70:
         raise broken("a reserved bit is set, and no extension was agreed on")
     if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):

@@ -78,7 +78,10 @@ def hear_steps(models: Models, steps: Sequence[Step]) -> list[tuple[Stream, list
     events: list[list[Words | Piece]] = []
     online = []                         # places of those that hear a chunk
     for i, step in enumerate(steps):
-        stream, samples = take_in(step.utterance, step.feats, step.is_last)
+        stream: Stream = step.utterance
+        resampling, samples = resample_more(stream.resampling, step.feats, step.is_last)
+        pending = stream.pending if stream.online is None else torch.cat([stream.pending, samples])
+        stream = stream._replace(resampling=resampling, heard=stream.heard + len(samples), pending=pending)
         pieces: list[Words | Piece] = []
         if stream.settings.mode != "online":
             stream, pieces = cut(models, stream, samples, step.is_last)
@@ -92,13 +95,6 @@ def hear_steps(models: Models, steps: Sequence[Step]) -> list[tuple[Stream, list
         if words.new or words.tokens or steps[i].is_last:
             events[i].append(words)
     return list(zip(streams, events))
-
-
-def take_in(stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, Tensor]:
-    """-> the stream with more samples, and these at the models' rate."""
-    resampling, samples = resample_more(stream.resampling, samples, is_last)
-    pending = stream.pending if stream.online is None else torch.cat([stream.pending, samples])
-    return stream._replace(resampling=resampling, heard=stream.heard + len(samples), pending=pending), samples
 
 
 def hear_chunks(models: Models, streams: Sequence[Stream], last: Sequence[bool]) -> list[tuple[Stream, Words]]:

@@ -143,7 +143,8 @@ def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Uplo
     uploads, terms = parse_request(post.head, sent, post.server.system, post.server.options)
     deadline = post.complete + terms.timeout
     now = time.monotonic()
-    queue, queued = [], []
+    queue = []
+    queued = []
     for upload in uploads:
         jobs = []
         for _, feats in upload.pieces:

@@ -41,7 +41,10 @@ class Refusal(Exception):
     def __init__(self, status: int, code: str, message: str, param: str | None = None,
                  headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{param}: {message}" if param else message)
-        self.status, self.code, self.param, self.headers = status, code, param, tuple(headers)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = tuple(headers)
 
     def entry(self) -> dict[str, str | None]:
         """The error object."""
@@ -176,8 +179,10 @@ class Connection(socketserver.BaseRequestHandler):
         if response.status != 499:
             cors = cors_headers(head, response, self.server.limits.cors_origin)
             response = response._replace(headers=response.headers + cors)
-            with contextlib.suppress(OSError):
-                self.write_answer(to_bytes(head, response, close))
+            answer = to_bytes(head, response, close)
+            with contextlib.suppress(OSError), self.writing:    # one write: a second could wait for a delayed ACK
+                self.write(answer.removeprefix(STATUS_START) if self.probed else answer)
+                self.probed = False
                 sent = True
         self.server.count_and_log(head, response if sent else CLIENT_LEFT)
         if sent and response.then:
@@ -187,12 +192,6 @@ class Connection(socketserver.BaseRequestHandler):
             self.read_away(DRAIN_SEC if response.status != 408 else 0.5)     # 408: a client that is slow already
         self.server.phases[self.request] = "idle"
         return sent and not close
-
-    def write_answer(self, answer: bytes) -> None:
-        """Send it all within write_timeout, in one write: a second one could wait for the client's delayed ACK."""
-        with self.writing:
-            self.write(answer.removeprefix(STATUS_START) if self.probed else answer)
-            self.probed = False
 
     def write(self, data: bytes) -> None:
         self.request.settimeout(self.server.limits.write_timeout)       # of the whole sendall
