@@ -1085,6 +1085,7 @@ def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_s
         assert find_cut(level, 45, 200) == cut
     level = levels(torch.tensor([1.0, -1.0] * 50 + [0.0] * 100), 100)
     assert level.tolist() == [0.0, -70.0]
+    assert levels(torch.tensor([0.1, -0.1] * 50), 100).item() == pytest.approx(-20.0, abs=1e-4)
 
 def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
     for rate, taken in ((999, False), (1000, True), (1_000_000, True), (1_000_001, False)):
