@@ -1073,8 +1073,15 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
     assert abs(find_cut(level, 1000, 2000) - 1719) <= 1
     level[1800:1850] = -70.0
     assert abs(find_cut(level, 1000, 2000) - 1825) <= 1
+    for width, cut in ((41, 1825), (42, 1321)):     # 0.4 s exactly, once levels are smoothed over 50 ms
+        level[1300:1300 + width] = -70.0
+        assert abs(find_cut(level, 1000, 2000) - cut) <= 1
     assert find_cut(level[:1750], 700, 2000) == 1750       # nothing to cut for: it ends within `most`
     assert find_cut(level[2300:2500], 100, 2000) == 200    # as short as can be
+    level = np.where(np.arange(2000) < 1800, -20.0, -70.0)
+    for most, cut in ((2000, 2000), (1999, 1850)):          # of exactly `most`, what is silent at its end stays
+        assert abs(find_cut(level, 100, most) - cut) <= 1
+    assert find_cut(np.linspace(-30, -20, 2000), 700, 2000) == 2000
 
 # C79
 def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():
