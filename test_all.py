@@ -2840,6 +2840,8 @@ def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, cap
     audio.save_wav(tmp_path / "empty.wav", np.zeros(0), 8000)
     audio.save_wav(tmp_path / "silence.wav", np.zeros(800), 8000)
     audio.save_wav(tmp_path / "long.wav", np.ones(80001), 8000)
+    audio.save_wav(tmp_path / "longest.wav", np.ones(80000), 8000)
+    assert len(data.read_response(manifests.Row("a", str(tmp_path / "longest.wav"), "", None), 8000)) == 80000
     for field, name, reason in (
             ("noise", "gone", f"missing: {tmp_path}/gone.wav"), ("noise", "empty", "wanted samples, got none"),
             ("reverb", "gone", f"missing: {tmp_path}/gone.wav"), ("reverb", "silence", "impulse response, got silence"),
