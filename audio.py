@@ -372,9 +372,10 @@ def check_samples(samples: Tensor) -> None:
         raise ValueError(f"samples must be (N,) float, got {tuple(samples.shape)} {samples.dtype}")
 
 
-def half_width(up: int, down: int) -> int:
-    """The most input samples that one output depends on, on either side."""
-    return math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+def reach(up: int, down: int) -> int:
+    """Inputs on either side that an output depends on, in whole periods of `down`."""
+    half_width = math.ceil(ZERO_CROSSINGS / ROLL_OFF * max(1.0, down / up)) + 1
+    return -(-half_width // down) * down
 
 
 def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
@@ -391,7 +392,7 @@ def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     up, down = Fraction(rate_out, rate_in).as_integer_ratio()
     num_out = -(-len(samples) * up // down)
     periods = -(-num_out // up)
-    margin = half_width(up, down)
+    margin = reach(up, down)
     padded = torch.nn.functional.pad(samples.float(), (margin, margin + periods * down - len(samples)))
     out = padded.new_empty(periods, up)
     for first in range(0, min(up, num_out), PHASES):
@@ -408,8 +409,8 @@ def stream(source: Source, rate_hz: int) -> Iterator[Tensor]:
     with open_recording(source) as (file, header):
         header = choose_channel(file, header, place_of(source))
         up, down = Fraction(rate_hz, header.rate_hz).as_integer_ratio()
-        around = -(-half_width(up, down) // down) * down    # whole periods of `down` inputs, as is `step`
-        step = CHUNK_SEC * header.rate_hz
+        around = reach(up, down)
+        step = CHUNK_SEC * header.rate_hz       # whole periods of `down` inputs too
         for start in range(0, header.num_samples, step):
             first = max(0, start - around)
             stop = min(header.num_samples, start + step + around)

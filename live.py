@@ -11,8 +11,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from audio import (FRAME_SEC, SHIFT_SEC, UNKNOWN_SIZE, WavHeader, fbank, half_width, normalise, read_header,
-                   read_samples, resample)
+from audio import (FRAME_SEC, SHIFT_SEC, UNKNOWN_SIZE, WavHeader, fbank, normalise, reach, read_header, read_samples,
+                   resample)
 
 
 # ---- pipes ----
@@ -70,11 +70,6 @@ class Resampling(NamedTuple):
         if up == down:
             return count
         return max(0, -(-count // up) * down + reach(up, down) + self.before - len(self.held))
-
-
-def reach(up: int, down: int) -> int:
-    """Inputs on either side that an output depends on, in whole periods of `down`."""
-    return -(-half_width(up, down) // down) * down
 
 
 def resample_more(state: Resampling, piece: Tensor, last: bool = False) -> tuple[Resampling, Tensor]:
