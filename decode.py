@@ -1,18 +1,13 @@
 """Recognise speech: python decode.py [--ckpt CHECKPOINT] [INPUT ...].
 
-    python decode.py                                the last run's checkpoint, on its toy data or its test manifest: ten
-                                                    results and the figures, in a file or a pipe all of them
-    python decode.py a.wav b.wav folder             recordings, and all recordings in a folder
-    python decode.py --output out.jsonl dev.jsonl   a manifest or a Kaldi folder; its texts are the references
-    python decode.py --format srt --output DIR -    standard input, a recording or a list; txt, json, vtt, tsv, ctm too
+    python decode.py                                the last run's checkpoint, on its toy data or its test manifest
+    python decode.py a.wav folder dev.jsonl         recordings, folders, manifests, whose texts are the references
+    python decode.py --output out.jsonl dev.jsonl   into a file; with --format srt --output DIR into a folder
     torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
     python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
-    python decode.py --ckpt DIR a.wav               with a model directory as FunASR publishes it
-    python decode.py --ckpt DIR --hotwords FILE a.wav    and phrases to listen for, one a line of the file
-    python decode.py --ckpt DIR --vad VAD_DIR --punctuate PUNC_DIR folder    cut by a VAD model, written in sentences
+    python decode.py --ckpt DIR --hotwords FILE --vad VAD_DIR --punctuate PUNC_DIR a.wav    as FunASR publishes them
     python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (baselines.Search)
-    python decode.py --ckpt STREAMING --stream a.wav    the text as it grows; - is a WAV (with --pcm RATE, bare 16-bit
-                                                    samples) from a pipe, until it ends or Ctrl-C
+    python decode.py --ckpt STREAMING --stream -    the text as it grows, of a WAV from a pipe
     python decode.py --export DIR                   the model alone, as a FunASR directory where FunASR knows it
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
@@ -81,13 +76,13 @@ def say(line: str) -> None:
 def token_times(system: System, found: Hypotheses, i: int, spoken: Sequence[int]) -> list[tuple[float, float]]:
     """Seconds at which the tokens at the places `spoken` of utterance i begin and end."""
     options = system.config.model
-    frame_sec = audio.frame_sec(system.config.data)
+    hop_sec = frame_sec(system.config.data)
     if not found.fine_alpha:
-        edges = (found.boundaries[i] * frame_sec).tolist()
+        edges = (found.boundaries[i] * hop_sec).tolist()
         return [(round(edges[u], 3), round(edges[u + 1], 3)) for u in spoken]
     weights = found.fine_alpha[i].float()
     weights = (weights * (found.lens[i] / weights.sum().clamp(min=1e-9))).numpy()
-    rate = frame_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
+    rate = hop_sec * options.encoder.subsampling / options.predictor.upsampling  # seconds of a weight
 
     def whole_ms(place: float) -> float:  # cut as in FunASR, but not below 0
         return max(0, int(place * rate * 1000)) / 1000
