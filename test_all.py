@@ -137,6 +137,11 @@ def wait_until(holds, seconds: float = 10.0) -> None:
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.01)
 
+def kit_results(variant: str) -> dict:
+    """What FunASR gave for a kit; {} without the kits."""
+    path = KIT / variant / "expected/results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
 @pytest.fixture(autouse=True)
 def process_wide_settings():
     """What a command that a test runs may set is put back: signal handlers, the switch interval, torch's threads."""
@@ -4686,7 +4691,7 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
     folder = KIT / variant
     dictionary = folder / "seg_dict"
     ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
-    for case in json.loads((folder / "expected/results.json").read_text(encoding="utf-8"))["_tokenizer"]:
+    for case in kit_results(folder.name)["_tokenizer"]:
         assert (ours.symbols_of(ours.units(case["text"])), ours.encode(case["text"])) == (case["tokens"], case["ids"])
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert checkpoint.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
@@ -4999,17 +5004,15 @@ def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_
 
 HOTWORD_KITS = ("seaco", "seaco_alt", "contextual", "contextual_alt")
 
-def hotword_results(variant: str) -> dict[str, dict]:
-    """{recording: its case of results.json, with that of each list in "hot"}"""
-    results = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
-    return {name: case for name, case in results.items() if not name.startswith("_")}
+def results_by_recording(variant: str) -> dict[str, dict]:
+    """{recording: its case, with that of each list in "hot"}"""
+    return {name: case for name, case in kit_results(variant).items() if not name.startswith("_")}
 
 def hotword_phrases(variant: str, case: str) -> list[str] | None:
-    """The phrases of a list of results.json; of "several_x2.5" those of "several"."""
-    given = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))["_hotwords"]
+    """The phrases of a list of the results; of "several_x2.5" those of "several"."""
     if case == "file":
         return (KIT / variant / "hotwords.txt").read_text(encoding="utf-8").splitlines()
-    words = given[case.partition("_x")[0]]
+    words = kit_results(variant)["_hotwords"][case.partition("_x")[0]]
     return None if words is None else words.split()
 
 def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
@@ -5041,7 +5044,7 @@ def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatc
         stages = {"x_src": outputs_of(block.cross_attention, monkeypatch),
                   "cx": outputs_of(block.hotword_attention, monkeypatch)}
         tolerance = {"x_src": 3e-3, "cx": 3e-3}
-    for name, result in hotword_results(variant).items():
+    for name, result in results_by_recording(variant).items():
         wanted = recorded(variant, name)
         samples, rate_hz = audio.load_wav(KIT / f"wavs/{name}.wav")
         feats = audio.frontend(samples, rate_hz, system.config.data, system.stats)
@@ -5085,7 +5088,7 @@ def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
     for case in ("empty", "one", "several", "many"):
         lists.append(net.encode_hotwords([system.tokenizer.encode_hotword(x) for x in hotword_phrases(variant, case)]))
     lists.append(torch.cat([lists[4][:-1], lists[3]]))
-    sources = [recorded(variant, name)["enc"] for name in hotword_results(variant)]
+    sources = [recorded(variant, name)["enc"] for name in results_by_recording(variant)]
     replaced = 0
     for _ in range(8):
         parts = [x[:rng.randint(1, len(x))] for x in rng.choices(sources, k=6)]
@@ -5174,7 +5177,7 @@ def test_training_moves_all_but_the_hotword_part(variant):
     frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     tables = {"embedding.weight"} if isinstance(net, hotwords.SeacoParaformer) or net.shared else set()
     assert tables <= frozen and all(re.search("hotword|merge", name) for name in frozen - tables)
-    feats = [recorded(variant, name)["enc"].repeat(1, 20)[:, :560] for name in hotword_results(variant)][:2]
+    feats = [recorded(variant, name)["enc"].repeat(1, 20)[:, :560] for name in results_by_recording(variant)][:2]
     lens = torch.tensor([len(x) for x in feats])
     batch = (torch.nn.utils.rnn.pad_sequence(feats, batch_first=True), lens, ints(4, 5, 6, 7, 8, 9).view(2, 3),
              ints(3, 2), torch.rand(2, 4))
@@ -5222,7 +5225,7 @@ def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(vari
     part = system.model.hotword_decoder if variant == "seaco" else system.model.hotword_block
     assert not any(type(layer) is nn.Linear for layer in part.modules())
     kept = total = 0
-    for name, result in hotword_results(variant).items():
+    for name, result in results_by_recording(variant).items():
         hidden = recorded(variant, name)["enc"][None]
         lens, case = torch.tensor([hidden.shape[1]]), result["hot"]["several"]
         found = [x.model.with_hotwords([x.model.encode_hotwords(case["hotword_ids"][:-1])]).decode(hidden, lens, lens)
@@ -5241,8 +5244,7 @@ def long_samples(name: str) -> torch.Tensor:
     return torch.from_numpy(build["render"](recipe).astype(np.float32) / 32768)
 
 def vad_results(kind: str) -> dict:
-    path = KIT / "vad/expected/results.json"
-    return json.loads(path.read_text())[kind] if path.exists() else {}
+    return kit_results("vad").get(kind, {})
 
 def told_vad(build: dict, generate: dict) -> vad.Vad:
     """The kit's VAD with options as FunASR's AutoModel and generate take them."""
@@ -5434,9 +5436,6 @@ def test_parts_say_how_to_download_them(capsys, command, folder):
 def kit_punctuation(variant: str) -> punctuation.Punctuation:
     return punctuation.load_punctuation(str(KIT / variant))
 
-def punctuation_results(variant: str) -> dict:
-    return json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
-
 def watched(monkeypatch) -> list[int]:
     """Tokens of every pass through the network, as they come."""
     lengths, choose = [], punctuation.choose_marks
@@ -5451,7 +5450,7 @@ def watched(monkeypatch) -> list[int]:
 # C175
 @needs_kit
 def test_punctuated_texts_are_funasrs(monkeypatch):
-    lengths, given, count = watched(monkeypatch), punctuation_results("punc"), 0
+    lengths, given, count = watched(monkeypatch), kit_results("punc"), 0
     for case in [*given["texts"], *given["empty"], *given["split_size"]]:
         lengths.clear()
         text, marks = punctuation.punctuate(kit_punctuation("punc"), case["input"], case.get("split_size", 20))
@@ -5470,7 +5469,7 @@ def test_punctuated_texts_are_funasrs(monkeypatch):
 @needs_kit
 def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):
     lengths, model = watched(monkeypatch), kit_punctuation("punc_realtime")
-    for session in punctuation_results("punc_realtime")["sessions"]:
+    for session in kit_results("punc_realtime")["sessions"]:
         carried = []
         for case in session:
             lengths.clear()
@@ -5491,7 +5490,7 @@ def test_punctuation_scores_are_funasrs(variant):
         carried = 0
         if variant == "punc_realtime":
             session, call = map(int, key[1:].split("_")[:2])
-            carried = punctuation_results(variant)["sessions"][session][call]["vad_index"]
+            carried = kit_results(variant)["sessions"][session][call]["vad_index"]
         ids = torch.from_numpy(expected[key])
         with torch.inference_mode():
             hidden, logits = model.encode(ids, carried), model(ids, carried)
@@ -5502,7 +5501,7 @@ def test_punctuation_scores_are_funasrs(variant):
 @needs_kit
 def test_words_are_written_as_the_text_is():
     model = kit_punctuation("punc")
-    for case in punctuation_results("punc")["texts"]:
+    for case in kit_results("punc")["texts"]:
         words = punctuation.split_tokens(case["input"])
         written = punctuation.punctuate_words(model, words)
         assert len(written) == len(words)
@@ -5521,7 +5520,7 @@ def test_a_vocabulary_for_jieba_is_read_by_characters_and_said_so(tmp_path, caps
     (folder / "jieba_usr_dict").write_text("你好\n", encoding="utf-8")
     model = punctuation.load_punctuation(str(folder))
     assert capsys.readouterr().err.count("as jieba cuts them") == 1
-    case = punctuation_results("punc")["texts"][2]
+    case = kit_results("punc")["texts"][2]
     assert punctuation.punctuate(model, case["input"])[0] == case["text"]
 
 @needs_kit
@@ -5531,8 +5530,8 @@ def test_the_commands_print_segments_and_punctuated_lines(tmp_path, capsys, monk
         assert vad.main([str(KIT / "vad"), "--schedule", schedule, str(tmp_path / "a.wav")]) == 0
         rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
         assert [[int(a), int(b)] for a, b, _ in rows] == vad_results("offline")[run]["value"]["pauses"]
-    for variant, cases in (("punc", punctuation_results("punc")["texts"][:9]),
-                           ("punc_realtime", punctuation_results("punc_realtime")["sessions"][1])):
+    for variant, cases in (("punc", kit_results("punc")["texts"][:9]),
+                           ("punc_realtime", kit_results("punc_realtime")["sessions"][1])):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(case["input"] + "\n" for case in cases)))
         assert punctuation.main([str(KIT / variant)]) == 0
         assert capsys.readouterr().out.splitlines() == [case["text"].strip() for case in cases]
@@ -5737,13 +5736,11 @@ def streaming_system(variant):
     return checkpoint.load_system(KIT / variant, "cpu")
 
 def streaming_cases(variant) -> dict[str, tuple[torch.Tensor, dict]]:
-    """{case: (its samples, its part of results.json)}"""
+    """{case: (its samples, its part of the results)}"""
     cases = {}
-    results = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
-    for name, case in results.items():
-        if not name.startswith("_"):
-            samples, _ = audio.load_wav(KIT / "wavs" / case["wav"])
-            cases[name] = samples[:case["samples"]], case
+    for name, case in results_by_recording(variant).items():
+        samples, _ = audio.load_wav(KIT / "wavs" / case["wav"])
+        cases[name] = samples[:case["samples"]], case
     return cases
 
 def stream_through(system, chunk, pieces, then_empty=False):
@@ -7225,7 +7222,8 @@ def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, ca
 def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, capsys):
     names = """frames padded_frames utterances tokens skipped_utterances loss wait loss_ce loss_quantity loss_ctc steps
         skipped_steps grad_norm""".split()
-    progress = {"epoch": 0, "batch": 3, "step": 3, "bad_steps": 0, "totals": dict.fromkeys(names, 0.0) | {"seconds": 1e3}}
+    totals = {**dict.fromkeys(names, 0.0), "seconds": 1000.0}
+    progress = {"epoch": 0, "batch": 3, "step": 3, "bad_steps": 0, "totals": totals}
     latest_with(lambda state: state.update(progress=progress, history=[]))(finished)
     assert train.main(["--resume", str(finished), "--training.batch_size=2"]) == 2
     assert "training.batch_size: cannot change within an epoch" in capsys.readouterr().err
@@ -8925,7 +8923,7 @@ def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
     """results.json, for all recordings in one batch: FunASR's results of each alone."""
-    wanted = json.loads((KIT / variant / "expected/results.json").read_text(encoding="utf-8"))
+    wanted = kit_results(variant)
     rows = json_rows(tmp_path / "out.jsonl", "--ckpt", KIT / variant, *(KIT / f"wavs/{name}.wav" for name in WAVS))
     equal = 0
     for name, got in zip(WAVS, rows, strict=True):
@@ -8948,7 +8946,7 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
 def test_decode_with_hotwords_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
     """results.json, for all recordings in one batch: FunASR's results of each alone, with each list but x2.5 and x0."""
-    results = hotword_results(variant)
+    results = results_by_recording(variant)
     arguments = ["--ckpt", KIT / variant, *(KIT / f"wavs/{name}.wav" for name in results)]
     equal = flagged = 0
     for case in ("none", "empty", "one", "several", "oov", "file", "many"):
@@ -9812,7 +9810,7 @@ def hotword_server():
 
 def hotword_case(case: str) -> tuple[list[str], list[int], bytes]:
     """A list's phrases, what FunASR hears in fsdd_dev_a with it, that recording."""
-    return (hotword_phrases("seaco", case), hotword_results("seaco")["fsdd_dev_a"]["hot"][case]["ids"],
+    return (hotword_phrases("seaco", case), results_by_recording("seaco")["fsdd_dev_a"]["hot"][case]["ids"],
             (KIT / "wavs/fsdd_dev_a.wav").read_bytes())
 
 # C156
@@ -9827,8 +9825,8 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
         answered = ask(hotword_server, request)
         assert [token["id"] for token in answered["tokens"]] == ids and "warning" not in answered
         assert [token.get("hotword") for token in answered["tokens"]] == [None, True, *[None] * 5]
-    text = hotword_results("seaco")["fsdd_dev_a"]["hot"]["several"]["text"]
-    plain = hotword_results("seaco")["fsdd_dev_a"]["hot"]["none"]["text"]
+    text = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["several"]["text"]
+    plain = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["none"]["text"]
     unknown = decode.transcribe_recording(hotword_server.system._replace(hotwords=("你",)), recording).text
     for fields, wanted in (([field("prompt", ", ".join(phrases))], text), ([field("hotwords", "，".join(phrases))], text),
                            ([field("prompt", "")], plain),
@@ -9850,7 +9848,7 @@ def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is
         answers = ask(hotword_server, post_json({"batch": items}))["results"]
         assert {answer["timing"]["batch_size"] for answer in answers} == {5}
         for case, answer in zip(cases, answers):
-            expected = hotword_results("seaco")["fsdd_dev_a"]["hot"][case]
+            expected = results_by_recording("seaco")["fsdd_dev_a"]["hot"][case]
             assert [token["id"] for token in answer["tokens"]] == expected["ids"]
     after = hotword_server.system.encode_list.cache_info()
     assert after.misses - before.misses <= 4 <= 8 <= after.hits - before.hits and after.maxsize == hotwords.KEPT
