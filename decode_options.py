@@ -14,6 +14,11 @@ from vad import SCHEDULES
 
 DEFAULT_CHECKPOINT = "runs/latest/checkpoints/best.pt"
 LEAST = {"limit": 0, "batch_size": 1, "threads": 0, "plot_layer": 0, "batch_seconds": 1e-3}
+IDLE_BESIDE_STREAM = ("export", "hotwords", "vad", "allow_pipes", "output", "format", "resume", "report", "plot",
+                      "explain", "limit")
+IDLE_BESIDE_EXPORT = ("hotwords", "vad", "punctuate", "allow_pipes", "output", "report", "plot", "explain", "chunk",
+                      "look_back", "limit", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec",
+                      *Search._fields)
 
 
 def two_numbers(text: str) -> tuple[int, int]:
@@ -102,15 +107,12 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
     if arguments.stream and not arguments.inputs:
         parser.error("--stream needs a recording or -")
     if arguments.stream:
-        refuse(parser, arguments, "--stream prints texts alone", ("export", "hotwords", "vad", "allow_pipes", "output",
-               "format", "resume", "report", "plot", "explain", "limit"))
+        refuse(parser, arguments, IDLE_BESIDE_STREAM, "--stream prints texts alone")
     if arguments.export and not arguments.inputs:
-        refuse(parser, arguments, "--export recognises nothing without INPUT", (
-            "hotwords", "vad", "punctuate", "allow_pipes", "output", "report", "plot", "explain", "chunk", "look_back",
-            "limit", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec", *Search._fields))
+        refuse(parser, arguments, IDLE_BESIDE_EXPORT, "--export recognises nothing without INPUT")
 
 
-def refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, why: str, names: Sequence[str]) -> None:
+def refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
     """End the program where one of the options is given."""
     for name in names:
         if getattr(arguments, name) != parser.get_default(name):
