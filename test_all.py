@@ -10810,6 +10810,18 @@ def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():
 
 # C212
 @needs_kit
+@pytest.mark.parametrize("options, threads, wanted", [([], 2, (["a.wav"], 50, 30.0)), (
+    ["--sockets=3", "--seconds=1.5", "--threads=1"], 1, (["a.wav"], 3, 1.5))])
+def test_stream_measures_as_many_sockets_for_as_long_as_it_is_told(monkeypatch, options, threads, wanted):
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    monkeypatch.setattr(bench_stream, "chunk_figures", lambda system: [])
+    monkeypatch.setattr(bench_stream, "running", lambda given: seen.append(given.threads) or contextlib.nullcontext((7, 0.0)))
+    monkeypatch.setattr(bench_stream, "socket_figure", lambda system, port, *given: seen.append(given))
+    assert bench.main(["stream", str(KIT / "streaming"), "a.wav", *options]) == 0 and seen == [threads, threads, wanted]
+
+# C212
+@needs_kit
 def test_sockets_speak_at_real_time_pace_and_are_timed():
     system, began = streaming_system("streaming"), time.monotonic()
     with serving(settings.Models(system, None)) as server:
