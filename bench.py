@@ -18,7 +18,6 @@ import http.client
 import io
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -32,9 +31,10 @@ from functools import partial
 from pathlib import Path
 from timeit import timeit
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep, as in decode.py.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from threads import spin_briefly
+
+if __name__ == "__main__":
+    spin_briefly()  # before torch is loaded
 
 import numpy as np
 import torch

@@ -20,17 +20,16 @@ import argparse
 import datetime
 import itertools
 import math
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
-# busy neighbour delays every operator.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from threads import spin_briefly
+
+if __name__ == "__main__":
+    spin_briefly()  # before torch is loaded
 
 import numpy as np
 import torch

@@ -11,7 +11,6 @@ Source: Chen et al. 2020 "Controllable time-delay transformer"; FunASR 1.4, whos
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep, as in decode.py.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from threads import spin_briefly
+
+if __name__ == "__main__":
+    spin_briefly()  # before torch is loaded
 
 import torch
 from torch import Tensor, nn

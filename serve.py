@@ -30,14 +30,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
+from threads import spin_briefly
+
 if __name__ == "__main__":      # before torch is loaded, which takes seconds
     # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: os._exit(0))
-    # Idle OpenMP threads spin for 10 us and sleep. By default they spin for so long that every operator is late when
-    # another process keeps a core busy.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    spin_briefly()
 
 import torch
 

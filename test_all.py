@@ -102,6 +102,7 @@ import sockets
 import survival
 import streaming
 import streams
+import threads
 import tokenizer
 import train
 import transcribe
@@ -2651,6 +2652,20 @@ def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_pa
     assert decode.main(["--device", "cpu", "--ckpt", name, "a.wav"]) == 2
     said = capsys.readouterr().err
     assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
+
+# ---- threads: how they wait ----
+
+@pytest.mark.parametrize("given, count", [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_idle_threads_spin_briefly_unless_the_user_says_how_they_wait(monkeypatch, given, count):
+    monkeypatch.setattr(os, "environ", dict(given))
+    threads.spin_briefly()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
+
+@pytest.mark.parametrize("name", ["bench", "decode", "punctuation", "serve", "train", "vad"])
+def test_scripts_say_how_threads_wait_before_torch_is_loaded(name):
+    before, _, after = (HERE / f"{name}.py").read_text().partition('if __name__ == "__main__":')
+    roots = {line.split()[1].split(".")[0] for line in before.split("\n") if line.startswith(("import ", "from "))}
+    assert roots <= {"threads", *sys.stdlib_module_names} and "    spin_briefly()" in after.split("\nimport ")[0]
 
 # ---- survival: consoles, signals ----
 
@@ -10834,7 +10849,7 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1,
-          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "weights": 1, "manifests": 1, "files": 1, "augment": 1,
+          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "weights": 1, "threads": 1, "manifests": 1, "files": 1, "augment": 1,
           "bench_peers": 1, "rules": 2, "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2,
           "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4,

@@ -35,10 +35,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep. By default they spin for so long that a
-# busy neighbour delays every operator.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from threads import spin_briefly
+
+if __name__ == "__main__":
+    spin_briefly()  # before torch is loaded
 
 import numpy as np
 import torch

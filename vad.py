@@ -12,7 +12,6 @@ Source: Zhang et al. 2018 "Deep-FSMN"; FunASR 1.4, whose segments these are.
 """
 import argparse
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-# Set before torch is loaded: idle threads then spin for 10 us and sleep, as in decode.py.
-if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+from threads import spin_briefly
+
+if __name__ == "__main__":
+    spin_briefly()  # before torch is loaded
 
 import numpy as np
 import torch
