@@ -1688,12 +1688,12 @@ def test_a_chunked_upload_of_the_standard_librarys_client(server):
 
 # C56
 def test_who_has_closed_only_its_sending_side_gets_its_answer():
-    with serving(slow_system(0.3), max_batch_size=1) as slow:
-        raw = post_json({"features": ROWS[:30]})
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:      # three wait while the first is with the model
-            found = list(pool.map(lambda _: exchange(slow, raw, end=True), range(4)))
-        assert [status for status, _, _ in found] == [200] * 4
-        assert check_error(*exchange(slow, post_json({"features": ROWS[:30], "timeout": 0.1}), end=True))[0] == 504
+    with holding() as (server, held, pool):
+        late = exchange(server, post_json({"features": ROWS[:30], "timeout": 0.1}), end=True)
+        waiting = [pool.submit(exchange, server, post_json({"features": ROWS[:30]}), 30, end=True) for _ in range(3)]
+        wait_until(lambda: len(server.batcher.waiting) == 4)
+        held.set()
+        assert check_error(*late)[0] == 504 and [one.result()[0] for one in waiting] == [200] * 3
     connection, asked = object.__new__(web.Connection), []
     connection.writing, connection.probed = threading.Lock(), False
     connection.request, client = socket.socketpair()
@@ -1784,33 +1784,16 @@ def test_refused_connections_are_closed_after_a_second_or_when_256_more_have_com
     web.Door.service_actions(door)
     assert (len(door.refused), len(closed)) == (256, 2)
 
-def slow_system(seconds: float, wait=time.sleep) -> checkpoint.System:
-    """A system whose model waits so long."""
-    system = serving_system()
-    fast = system.model.greedy
-    system.model.greedy = lambda *arguments: (wait(seconds), fast(*arguments))[1]
-    return system
-
-class Held(threading.Event):
-    """What a slow_system waits for; `begun` says that it does."""
-
-    def __init__(self):
-        super().__init__()
-        self.begun = threading.Event()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        self.begun.set()
-        return super().wait(seconds)
-
 @contextlib.contextmanager
 def holding(**changes):
-    """A server whose model, which takes one utterance at a time, has one and holds it; its answer is in `first`."""
-    held = Held()
-    with (serving(slow_system(60, held.wait), max_batch_size=1, **changes) as server,
-          concurrent.futures.ThreadPoolExecutor(16) as pool):
+    """A server whose model, which takes one utterance at a time, has one until `held` is set; its answer is in `first`."""
+    begun, held, system = threading.Event(), threading.Event(), serving_system()
+    greedy = system.model.greedy
+    system.model.greedy = lambda *given: (begun.set(), held.wait(60), greedy(*given))[2]
+    with serving(system, max_batch_size=1, **changes) as server, concurrent.futures.ThreadPoolExecutor(16) as pool:
         server.first = pool.submit(exchange, server, post_json({"features": ROWS[:30]}), 30)
         try:
-            assert held.begun.wait(10)
+            assert begun.wait(10)
             yield server, held, pool
         finally:
             held.set()
@@ -2232,19 +2215,17 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
 # C60
 def test_times_are_in_the_units_of_their_names_and_gauges_count_what_is_there():
     """Two requests for a model that takes one at a time, and needs as long as the first is held."""
-    held = Held()
-    with (serving(slow_system(10, held.wait), max_batch_size=1) as server, contextlib.ExitStack() as kept,
-          concurrent.futures.ThreadPoolExecutor(2) as pool):
+    with holding() as (server, held, pool), contextlib.ExitStack() as kept:
+        started = time.monotonic()
         for sent in (b"", b"GET /"):
             kept.enter_context(socket.create_connection(server.server_address)).sendall(sent)
-        asked = [pool.submit(ask, server, post_json({"features": ROWS[:30]})) for _ in range(2)]
+        second = pool.submit(exchange, server, post_json({"features": ROWS[:30]}), 30)
         wait_until(lambda: sorted(server.phases.values()) == ["busy", "busy", "idle", "reading"])
-        wait_until(lambda: held.begun.is_set() and server.batcher.waiting)
-        started = time.monotonic()
+        wait_until(lambda: server.batcher.waiting)
         now = metrics_of(server)
         time.sleep(0.3)
         held.set()
-        answers = [one.result() for one in asked]
+        answers = [json.loads(one.result()[2]) for one in (server.first, second)]
         first, second = sorted((answer["timing"] for answer in answers), key=lambda timing: timing["queue_ms"])
         most = 1e3 * (time.monotonic() - started) + 1e3
         wait_until(lambda: len(server.lines) == 3)
