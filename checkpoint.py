@@ -160,7 +160,9 @@ def check_sizes(config: configs.Config, weights: dict[str, Tensor], place: str) 
 def check_finite(model: nn.Module, place: str) -> None:
     """Raises ValueError with the name of a tensor that has NaN or infinite values."""
     for name, x in model.state_dict().items():
-        if x.is_floating_point() and not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+        if x.is_meta or not x.is_floating_point():
+            continue
+        if not x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
             raise ValueError(f"{place}: wanted finite weights, got NaN or infinity in {name}")
 
 
@@ -319,47 +321,56 @@ def runs_on(precision: str, device: torch.device) -> bool:
     return True
 
 
+def repack(model: nn.Module, linear: Callable[[nn.Module], nn.Module]) -> int:
+    """`lay_out`, after which no other weight is in the file either -> how many were laid out."""
+    count = lay_out(model, linear)
+    if count and type(model) is Paraformer:  # the others may read hotwords through it
+        model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
+    for x in itertools.chain(model.parameters(), model.buffers()):
+        x.data = x.data.clone()
+    trim()
+    return count
+
+
+def lay_out_products(system: System) -> None:
+    """On a CPU in float32, put large weights, in place, into the order that its products want: a second for 1 GB."""
+    if system.precision == "float32" and system.stats.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        repack(system.model, PackedLinear)
+
+
 def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
                 laid_out: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
 
     If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
-    int8 and, on a CPU in float32, laid_out put large weights into the order that its products want, which pays for
-    many short recordings; they are read one matrix at a time. Else weights are memory-mapped, which starts sooner.
+    laid_out: see `lay_out_products`; weights in int8 are. Else they are memory-mapped, which starts sooner.
     """
     target = pick_device(device)
-    linear = None
     if not runs_on(precision, target):
         print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
         precision = "float32"
-    if precision == "int8":
-        linear = Int8Linear
-    elif laid_out and precision == "float32" and target.type == "cpu" and torch.backends.mkldnn.is_available():
-        linear = PackedLinear
     system = load_parts(path)
     if system.precision == "int8" and precision != "int8":
         raise ValueError(f"{path}: wanted --dtype int8, as its weights are in int8, got {precision}")
-    if linear is not Int8Linear:
+    if precision != "int8":
         check_finite(system.model, str(path))
     model = system.model.to(target).eval()
-    if linear is not None:
-        count = lay_out(model, linear)
+    if precision == "int8":
+        count = repack(model, Int8Linear)
         check_finite(model, str(path))
-        if not count and precision == "int8":
+        if not count:
             print("warning: no matrix of this model is large enough for int8 to pay; going on in float32",
                   file=sys.stderr)
             precision = "float32"
-        if count and type(model) is Paraformer:  # the others may read hotwords through it
-            model.embedding.to("meta")  # only the sampler reads it, in training: 17 MB of a large model
-        for x in itertools.chain(model.parameters(), model.buffers()):
-            x.data = x.data.clone()  # no longer in the file
-        trim()
     encode_list = None
     if isinstance(model, HotwordParaformer):
         encode_list = list_encoder(model, system.tokenizer.encode_hotword)
     chunk = Chunk(**asdict(system.config.model.chunk)) if system.config.model.name == "streaming" else None
-    return system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list,
-                           chunk=chunk)
+    system = system._replace(stats=system.stats.to(target), model=model, precision=precision, encode_list=encode_list,
+                             chunk=chunk)
+    if laid_out:
+        lay_out_products(system)
+    return system
 
 
 def check_not_streaming(config: configs.Config, place: str) -> None:

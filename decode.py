@@ -40,7 +40,8 @@ import audio
 import data
 from audio import frame_sec, frontend
 from baselines import Candidate, Search, check_search
-from checkpoint import PRECISIONS, System, check_not_streaming, export, export_int8, load_system
+from checkpoint import (PRECISIONS, System, check_not_streaming, export, export_int8, lay_out_products,
+                        load_system)
 from decode_options import DEFAULT_CHECKPOINT, parse_arguments
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
@@ -476,6 +477,9 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
         raise ValueError(f"the checkpoint's data.{field}: {error}") from None
 
 
+LAID_OUT_SEC = 300.0  # of audio, from which weights laid out save more than the second that it takes
+
+
 def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: tuple[int, int]) -> int:
     """Recognise everything, print in the order of the inputs, report -> exit code."""
     started = time.perf_counter()
@@ -485,6 +489,8 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     output = prepare_output(arguments, dataset, len(lengths), rank)
     done, scores = what_is_done(output, encode) if arguments.resume else (set(), [])
     todo = [i for i in range(len(lengths)) if i not in done]
+    if lengths[todo].sum() * frame_sec(system.config.data) >= LAID_OUT_SEC:
+        lay_out_products(system)
     finished = 0
 
     def finish(outcomes: list[Outcome]) -> None:

@@ -8227,6 +8227,16 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_
     assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
     assert sizes == [[23, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
 
+# C140
+@pytest.mark.parametrize("seconds, count", [(116 * 0.01, 1), (117 * 0.01, 0)])
+def test_weights_are_laid_out_where_the_audio_is_long_enough_to_gain(ckpt, tmp_path, capsys, monkeypatch, seconds, count):
+    """Of 0.9 and 0.3 s, which have 88 and 28 frames."""
+    files, calls = [spoken(tmp_path / f"{sec}.wav", sec) for sec in (0.9, 0.3)], []
+    monkeypatch.setattr(decode, "LAID_OUT_SEC", seconds)
+    monkeypatch.setattr(decode, "lay_out_products", lambda system: calls.append(system.precision))
+    decoded(capsys, "--ckpt", ckpt, *files)
+    assert calls == ["float32"] * count
+
 # C76
 def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
     """gather_object is played by a list: the second process fills it, the first takes from it."""
