@@ -4672,6 +4672,8 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     files = tmp_path / "tokens.json", tmp_path / "seg_dict"
     whole = PieceTokenizer.load(*files)
     assert whole.encode("c") == [3, 5] and set(whole.pieces) == {"ab", "c"}
+    for pieces in (whole.pieces, whole.state()["pieces"]):  # of an older checkpoint, and as they are written
+        assert checkpoint.read_tokenizer({**whole.state(), "pieces": pieces}, "x.pt") == whole
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
         PieceTokenizer.load(*files)
