@@ -6597,6 +6597,8 @@ def test_best_is_the_highest_token_accuracy_then_sequence_accuracy_then_the_late
     ([], {}, ""), (scores((0.9, 0.9)), {}, ""), (scores(*[(0.9, 0.9)] * 5), {}, "epochs done"),
     (scores((0.95, 0.9)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, "target"),
     (scores((0.95, 0.8)), {"target_token_accuracy": 0.95, "target_sequence_accuracy": 0.85}, ""),
+    (scores((0.9, 0.85)), {"target_sequence_accuracy": 0.85}, "target"), (scores((1.0, 1.0)), {}, ""),
+    (scores((0.95, 0.0)), {"target_token_accuracy": 0.95}, "target"),
     (scores((0.5, 0.5), (0.4, 0.5), (0.4, 0.5)), {"patience": 2}, "no improvement"),
     (scores((0.5, 0.5), (0.5, 0.5), (0.5, 0.5)), {"patience": 2}, "no improvement"),
     (scores((0.5, 0.5), (0.6, 0.5), (0.4, 0.5)), {"patience": 2}, "")])
@@ -6755,6 +6757,14 @@ def test_the_figures_of_an_epoch_are_sums_divided_once():
               "frames_per_second": lens.sum().item() / 2, "padding": 1 - (lens.mean() / lens.max()).item()}
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
 
+@pytest.mark.parametrize("step, done, line", [
+    (train.Step({"loss": 6.0}, 3, 1.0, True), 9, "epoch 2/3  step 4/5  loss 2.000  50 frames/s  left 0:00:12"),
+    (train.Step({"loss": 6.0}, 1, 1.0, True), 16, "epoch 2/3  step 4/5  loss 6.000  50 frames/s  left 0:00:00"),
+    (train.Step({}, 0, 0.0, False), 15, "epoch 2/3  step 4/5  loss 0.000  50 frames/s  left 0:00:00")])
+def test_a_terminal_is_told_loss_speed_and_the_time_that_is_left(step, done, line):
+    progress = train.Progress(epoch=1, batch=4, step=done, totals={"seconds": 8.0, "frames": 400.0})
+    assert train.progress_line(progress, step, 5, 15, 3) == line
+
 # C11
 def test_evaluation_counts_a_planted_set_by_alignment():
     tokenizer = Tokenizer.build(["a b"])
@@ -6829,7 +6839,11 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
               "sequence_accuracy", "length_accuracy", "cer", "wer", "frames_per_second", "padding",
               "skipped_utterances", "skipped_steps", "data_wait", "peak_memory_mb", "dev_skipped"}
     assert wanted <= set(history[0])
-    assert (run / "train.log").read_text().count("epoch 1/2") == 1
+    options = rules.load(str(run / "config.yaml")).training
+    assert [row["learning_rate"] for row in history] == [train.learning_rate(n, 10, options) for n in (4, 9)]
+    log, count = (run / "train.log").read_text(), sum(p.numel() for p in tiny_model().parameters())
+    assert f"{run}: paraformer, {count / 1e6:.2f} M parameters, 20 utterances, 8 symbols, on cpu\n" in log
+    assert log.count("epoch 1/2") == 1
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert config.from_dict(state["config"], "checkpoint") == rules.load(str(run / "config.yaml"))
     assert state["history"] == history and state["progress"]["epoch"] == 2
