@@ -937,6 +937,13 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     path_call, bytes_call, piped = (tmp_path / "calls").read_text().splitlines()
     assert f"-protocol_whitelist file -i file:{tmp_path}/a.mp3" in path_call
     assert "-protocol_whitelist cache,pipe -read_ahead_limit -1 -i cache:pipe:0" in bytes_call and piped == "piped"
+    assert audio.WORST_RATE == 8 * 192_000      # two channels of floats
+    monkeypatch.setattr(audio, "WORST_RATE", 1)
+    size = (tmp_path / "answer").stat().st_size
+    audio.ffmpeg_to_wav(b"ID3", most_sec=size + 1).close()
+    assert f"-t {size + 1}.000 -fs {size + 1} " in (tmp_path / "calls").read_text()
+    with pytest.raises(ValueError, match=f"wanted a recording of at most {size} bytes once it is decoded, got more"):
+        audio.ffmpeg_to_wav(b"ID3", most_sec=size)
     script.write_text(f"#!/bin/sh\necho first >&2\necho {'said ' * 99} >&2\nexit 1\n")
     with pytest.raises(ValueError, match="ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$"):   # 300 characters
         audio.load_wav(b"ID3 not a WAV")
