@@ -7378,6 +7378,16 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
 
 # ---- train: several processes, accumulation ----
 
+def test_without_torchrun_there_is_one_process_and_every_sum_is_its_own(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    net, sums = tiny_model(), {"a": 1, "b": 2}
+    assert ranks.join_processes() == (0, 1) == (ranks.own_rank(), ranks.num_ranks()) and ranks.is_first_process()
+    assert ranks.sum_over_ranks(sums) is sums and ranks.share_model(net) is net
+    assert ranks.sum_by_name(sums, {"b": 3, "c": 4}) == {"a": 1, "b": 5, "c": 4} and sums == {"a": 1, "b": 2}
+    monkeypatch.setenv("RANK", "1")
+    assert not ranks.is_first_process()
+
 EXACT = ["--training.threads=1", "--training.precision=float64", "--training.batch_size=5", "--data.toy.num_train=21",
          "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0"]
 
