@@ -277,15 +277,20 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, i
     return x[:, :, 0].transpose(1, 2)
 
 
+class Relu(nn.Module):
+    """max(x, 0), in inference in the memory of x, as `plus`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x, inplace=not torch.is_grad_enabled())
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them: (B,T,D) -> (B,T,D). ffn_dim 0 means 4 * dim."""
 
-    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = nn.ReLU):
+    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0, activation: type[nn.Module] = Relu):
         super().__init__()
         ffn_dim = ffn_dim or 4 * dim
-        in_place = activation is nn.ReLU  # whose gradient needs its output alone
-        self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(in_place), nn.Dropout(dropout),
-                                    nn.Linear(ffn_dim, dim))
+        self.layers = nn.Sequential(nn.Linear(dim, ffn_dim), activation(), nn.Dropout(dropout), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         check_shapes(x=(x, "B", "T", self.layers[0].in_features))

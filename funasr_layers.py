@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, at_least_float32, attend,
-                       attend_step, check_feats, check_lens, check_shapes, convolve, full_precision, hide_padding,
-                       key_mask, padding_mask, plus, run_blocks, sinusoids, zero_padding)
+from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, Relu, at_least_float32,
+                       attend, attend_step, check_feats, check_lens, check_shapes, convolve, full_precision,
+                       hide_padding, key_mask, padding_mask, plus, run_blocks, sinusoids, zero_padding)
 
 
 # ---- positions ----
@@ -174,13 +174,14 @@ class NormedFeedForward(nn.Module):
         super().__init__()
         ffn_dim = ffn_dim or 4 * dim
         self.up = nn.Linear(dim, ffn_dim)
+        self.activation = Relu()
         self.norm = nn.LayerNorm(ffn_dim)
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         check_shapes(x=(x, "B", "T", self.up.in_features))
-        return self.down(self.norm(self.dropout(F.relu_(self.up(x)))))
+        return self.down(self.norm(self.dropout(self.activation(self.up(x)))))
 
 
 # ---- blocks ----

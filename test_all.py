@@ -1450,6 +1450,18 @@ def test_a_convolution_over_time_equals_conv1d_of_the_turned_input(inner, stride
     for ours, theirs in zip(*results):
         assert_same(ours, theirs)
 
+@pytest.mark.parametrize("inference", [True, False])
+def test_sums_and_what_is_cut_off_overwrite_new_memory_in_inference_only(inference):
+    x, y = normal(0, 2, 3), normal(1, 2, 3)
+    wanted, cut = x + y, (x + y).clamp(min=0)
+    with torch.inference_mode(inference):
+        found = attention.plus(x, y)
+        assert_same(found, wanted)
+        assert (found is y) == inference and found is not x
+        assert_same(attention.Relu()(found), cut)
+        assert torch.equal(found, cut) == inference
+        assert attention.plus(x.float(), y).dtype == torch.float64
+
 def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads():
     assert key_mask(ints(4, 4), 4) is None and key_mask(ints(0, 0), 0).shape == (2, 1, 0)
     assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
