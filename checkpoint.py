@@ -25,19 +25,18 @@ from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from chunked import StreamingParaformer, check_trainable
 from downloads import check_name, check_pointer
-from files import read_file, save_atomic, trim, write_atomic
+from files import WithoutInit, load_weights, read_file, save_atomic, write_atomic
 from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
                     read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
 from model import Paraformer, pick
-from packed import Int8Linear, Int8Weights, PackedLinear, lay_out, quantise
+from packed import Int8Linear, Int8Weights, PackedLinear, lay_out, quantise, trim
 from pieces import PieceTokenizer
 from punctuation import Punctuation
 from rules import check
 from streaming import Chunk
 from tokenizer import SPECIALS, Tokenizer
 from vad import Vad
-from weights import WithoutInit, load_weights
 
 
 # ---- by name, and from a file ----

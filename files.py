@@ -1,18 +1,19 @@
-"""Files that are written whole or not at all, and what torch.save wrote, read again.
+"""Files that are written whole or not at all; what torch.save wrote, read again, and put into a module.
 
 Needs torch; imports nothing of ours, so it can be copied alone.
 """
 import contextlib
-import ctypes
-import mmap
 import os
-import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+# ---- files ----
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
@@ -55,26 +56,49 @@ def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> obj
         raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
 
 
-def release(tensors: Sequence[Tensor]) -> None:
-    """Let go of the memory of tensors in mapped files, which is read again where they are used again, and of freed
-    memory. Other tensors stay as they are, and so do all where there is no /proc (macOS)."""
-    if not os.path.exists("/proc/self/maps"):
-        return
-    files = []  # first and last address of each that is mapped
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            addresses, _, _, _, inode = line.split()[:5]
-            if inode != "0":
-                files.append([int(address, 16) for address in addresses.split("-")])
-    for x in tensors:
-        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it only
-        last = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last and any(start <= first and last <= stop for start, stop in files):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
-    trim()
+# ---- weights ----
+
+def same_name(name: str) -> list[str]:
+    return [name]
 
 
-def trim() -> None:
-    """Let go of freed memory, of which glibc keeps what lies between blocks in use. Linux only."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
+def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
+                 names: Callable[[str], list[str]] = same_name, adopt: bool = False) -> None:
+    """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
+
+    names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
+    themselves replace the model's own and are not copied.
+    """
+    own = model.state_dict()
+    wanted = {}
+    for name, x in own.items():
+        parts = names(name)
+        part = x if len(parts) == 1 else x.chunk(len(parts))[0]
+        wanted.update(dict.fromkeys(parts, part))
+    wrong = [f"missing {name}" for name in wanted if name not in weights]
+    wrong += [f"unused {name}" for name in weights if name not in wanted]
+    for name, x in weights.items():
+        if name in wanted and x.shape != wanted[name].shape:
+            wrong.append(f"{name} {tuple(x.shape)}, wanted {tuple(wanted[name].shape)}")
+        elif name in wanted and x.is_floating_point() != wanted[name].is_floating_point():
+            wrong.append(f"{name} {x.dtype}, wanted {wanted[name].dtype}")
+    if wrong:
+        raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
+    found = {}
+    for name, x in own.items():
+        parts = [weights[part] for part in names(name)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        found[name] = whole.to(x.dtype)
+    model.load_state_dict(found, assign=adopt)
+
+
+class WithoutInit(TorchFunctionMode):
+    """Within it, new modules leave their weights uninitialised and draw no random numbers."""
+
+    INITIALISERS = ("uniform_", "normal_", "fill_", "zero_", "kaiming_uniform_", "xavier_uniform_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self.INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from config import Config, dump_yaml, from_dict, read_yaml, show_value
 from downloads import check_files, check_kind
-from files import read_file, write_atomic
+from files import WithoutInit, load_weights, read_file, write_atomic
 from rules import check
-from weights import WithoutInit, load_weights
 
 
 # ---- options and files ----

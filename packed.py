@@ -2,13 +2,17 @@
 
 Relies on torch.ops.mkldnn and torch.ops.onednn, as frozen and quantised models of torch.compile do. Needs torch.
 """
-from collections.abc import Callable
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from files import release
 
+# ---- layers ----
 
 class PackedLinear(nn.Module):
     """An nn.Linear with its weights in the order in which oneDNN's matrix products read them."""
@@ -78,6 +82,35 @@ class Int8Linear(nn.Module):
                                                torch.float32, "none", [], "")
         return torch.addcmul(self.bias, y, step, out=y).addcmul_(low, self.sums)
 
+
+# ---- memory ----
+
+def release(tensors: Sequence[Tensor]) -> None:
+    """Let go of the memory of tensors in mapped files, which is read again where they are used again, and of freed
+    memory. Other tensors stay as they are, and so do all where there is no /proc (macOS)."""
+    if not os.path.exists("/proc/self/maps"):
+        return
+    files = []  # first and last address of each that is mapped
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            addresses, _, _, _, inode = line.split()[:5]
+            if inode != "0":
+                files.append([int(address, 16) for address in addresses.split("-")])
+    for x in tensors:
+        first = -(-x.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of it only
+        last = (x.data_ptr() + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and any(start <= first and last <= stop for start, stop in files):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    trim()
+
+
+def trim() -> None:
+    """Let go of freed memory, of which glibc keeps what lies between blocks in use. Linux only."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---- a model ----
 
 KEPT = ("first", "subsampling", "predictor", "timing", "ctc")  # parts never in int8: they read features or place tokens
 LARGE = 2**18  # weights of a matrix from which repacking pays; int8 takes 5 to 15 times as long with 2**12 of them

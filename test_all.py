@@ -10886,8 +10886,8 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1,
-          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "weights": 1, "threads": 1, "manifests": 1, "files": 1, "augment": 1,
-          "bench_peers": 1, "rules": 2, "packed": 2, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2,
+          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "threads": 1, "manifests": 1, "files": 1, "augment": 1,
+          "bench_peers": 1, "rules": 2, "packed": 1, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2,
           "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4,
           "punctuation": 4, "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5,

@@ -50,7 +50,7 @@ import rules
 from checkpoint import CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
-from files import write_atomic
+from files import load_weights, write_atomic
 from manifests import find_again
 from pictures import write_pictures
 from pieces import PieceTokenizer
@@ -60,7 +60,6 @@ from step import (Step, dev_losses, in_steps, inputs, learning_rate, load_optimi
                   num_updates, recompute_blocks, train_step)
 from survival import ERASE, catch_signals, keep_streams, lock
 from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token_accuracy, word_errors
-from weights import load_weights
 
 
 # ---- decisions ----
