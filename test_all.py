@@ -6736,13 +6736,19 @@ def broken_batch() -> data.Batch:
     return batch
 
 # C19 C31
-@pytest.mark.parametrize("is_empty", [False, True])
-def test_a_step_that_is_not_finite_or_has_no_utterance_changes_nothing_and_says_so(is_empty):
-    model, batch = tiny_model(), data.collate([data.Skip("a", "broken")]) if is_empty else broken_batch()
+@pytest.mark.parametrize("fault", ["features", "loss", "gradient", "no utterance"])
+def test_a_step_that_is_not_finite_or_has_no_utterance_changes_nothing_and_says_so(fault):
+    model, batch = tiny_model(), broken_batch() if fault == "features" else tiny_batch()
+    if fault == "loss":
+        model.register_forward_hook(lambda module, given, out: ({**out[0], "loss": out[0]["loss"] + math.inf}, out[1]))
+    if fault == "gradient":
+        model.decoder.output.bias.register_hook(lambda gradient: gradient * math.nan)
+    if fault == "no utterance":
+        batch = data.collate([data.Skip("a", "broken")])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = train.make_optimizer(model, 0.01)
     step = train.train_step(model, optimizer, batch, 0.1, config.TrainingConfig())
-    assert step == train.Step({}, 0, 0.0, is_empty) and not train.num_updates(optimizer)
+    assert step == train.Step({}, 0, 0.0, fault == "no utterance") and not train.num_updates(optimizer)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not [name for name in train.step_totals(step, batch, 1.0, 0.5) if name.startswith("loss")]
 
