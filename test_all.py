@@ -7609,6 +7609,16 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     argv = [str(tmp_path / "tiny.yaml"), *told, f"--data.dev={tmp_path}/all.jsonl", *values, "--dry-run"]
     assert train.main(argv) == 0 and "warning" not in capsys.readouterr().out
 
+def test_a_recording_of_unknown_length_is_not_taken_for_one_with_too_few_frames(tmp_path):
+    """Half of them are not there: they will be skipped for that, and no option mends it."""
+    for i in range(5):
+        spoken(tmp_path / f"{i}.wav", 0.5)
+    path = str(write_manifest(tmp_path / "m.jsonl", [{"audio": f"{i}.wav", "text": "abc"} for i in range(10)]))
+    options = config.Config(data=config.DataConfig(kind="manifest", train=path, dev=path, sample_rate=8000))
+    dataset = data.open_dataset(options.data, "train", letters)
+    run = SimpleNamespace(config=options, train_set=dataset, dev_set=dataset, tokenizer=Tokenizer.build(["abc"]))
+    assert dataset.lengths().tolist().count(0) == 5 and list(dry_run.warnings(run, 1000)) == []
+
 def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(tmp_path):
     """15 steps: a fifth is 3 of warm-up, and an average over 3 has the decay 2/3."""
     default = "--training.warmup_steps=100"  # as TINY has another, which shares do not allow
