@@ -225,10 +225,6 @@ def layouts_here(*layouts: tuple[str, str]) -> list[tuple[str, str]]:
     return [layout for layout in layouts if runs_on(layout[0], torch.device("cpu"))]
 
 
-def load_layout(folder: str, layout: tuple[str, str]) -> System:
-    return load_system(folder, "cpu", layout[0], layout[1] == "laid out")
-
-
 def noise(seconds: int, seed: int = 0) -> Tensor:
     return torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(seed)) / 50
 
@@ -260,7 +256,9 @@ def measure_loading(python: str) -> None:
     layouts = layouts_here(*LAYOUTS)
     with large_folder(rules.load(str(HERE / "configs/paraformer_large.yaml"))) as folder:
         measure_fresh(folder, layouts)
-        systems = {layout: load_layout(folder, layout) for layout in layouts}
+        systems = {}
+        for dtype, weights in layouts:
+            systems[dtype, weights] = load_system(folder, "cpu", dtype, weights == "laid out")
         print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
               "batch  audio  precision  weights   front end  model                      text  real time    limit")
         for B, seconds in LOADS:
@@ -348,8 +346,8 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
         measure_fresh(folder, layouts, lists)
         print("\nMilliseconds of the model, median (least to most), with a list that is kept, and of encoding one\n"
               "hotwords precision    model                  encoding")
-        for layout in layouts:
-            time_lists(load_layout(folder, layout), lists)
+        for dtype, weights in layouts:
+            time_lists(load_system(folder, "cpu", dtype, weights == "laid out"), lists)
 
 
 @torch.inference_mode()
@@ -533,11 +531,10 @@ def serving_figures(options: argparse.Namespace) -> Iterator[str]:
         until = time.monotonic() + ROUNDS_SEC
         while not full_ms or time.monotonic() < until:  # kinds in turn, as the machine's speed drifts
             full_ms.append(1000 * timeit(lambda: recognise_batch(system, largest), number=1))
-            for key in itertools.product(bodies, (1, 16)):
-                kind, clients = key
+            for kind, clients in itertools.product(bodies, (1, 16)):
                 rate, found = time_clients(port, bodies[kind], clients)
-                rates.setdefault(key, []).append(rate)
-                replies.setdefault(key, []).extend(found)
+                rates.setdefault((kind, clients), []).append(rate)
+                replies.setdefault((kind, clients), []).extend(found)
         with ThreadPoolExecutor(1) as pool:
             health = pool.submit(ask_health, port)
             while not health.done():
@@ -608,8 +605,7 @@ MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_s
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench.py", description="How fast this machine trains, recognises, serves.")
     parser.add_argument("what", choices=list(MEASURES), help="what to measure")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="a config and its overrides, or those of decode.py "
-                        "(none: a large model; checkpoints: compare them) or serve.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of train.py, decode.py or serve.py")
     arguments = parser.parse_args(argv)
     try:
         MEASURES[arguments.what](arguments.arguments)
