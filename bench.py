@@ -259,7 +259,7 @@ def measure_loading(python: str) -> None:
         systems = {}
         for dtype, weights in layouts:
             systems[dtype, weights] = load_system(folder, "cpu", dtype, weights == "laid out")
-        print("\nMilliseconds, median (least to most), and as shares of real time and of the limit, the products alone\n"
+        print("\nMilliseconds, median (least to most), and shares of real time and of the limit, the products alone\n"
               "batch  audio  precision  weights   front end  model                      text  real time    limit")
         for B, seconds in LOADS:
             time_load(systems, B, seconds)
