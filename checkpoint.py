@@ -357,7 +357,6 @@ def load_system(path: str | os.PathLike, device: str = "auto", precision: str = 
     if precision == "int8":
         count = repack(model, Int8Linear)
         check_finite(model, str(path))
-        lay_out(model, PackedLinear)  # what int8 keeps
         if not count:
             print("warning: no matrix of this model is large enough for int8 to pay; going on in float32",
                   file=sys.stderr)
