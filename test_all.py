@@ -96,7 +96,6 @@ import report
 import rules
 import sentences
 import serve
-import sessions
 import settings
 import sockets
 import survival
@@ -2526,7 +2525,6 @@ def test_the_handshake_is_checked():
         return [line for line in ASKS if not line.startswith(name)] + list(more)
 
     with serving(cors_origin=["https://other.example"]) as server:
-        port = server.server_address[1]
         refused = {"version": (400, without("Sec-WebSocket-Version", "Sec-WebSocket-Version: 8")),
                    "no version": (400, without("Sec-WebSocket-Version")), "no key": (400, without("Sec-WebSocket-Key")),
                    "short key": (400, without("Sec-WebSocket-Key", "Sec-WebSocket-Key: YWJj")),
@@ -3377,7 +3375,7 @@ def test_a_recording_of_exactly_the_shortest_or_longest_length_is_read(tmp_path)
 def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by_field(tmp_path, capsys, ckpt):
     path = tiny_yaml(tmp_path / "tiny.yaml")
     good = write_manifest(tmp_path / "good.jsonl", [{"audio": spoken(tmp_path / "a.wav", 0.6), "text": "ab"}] * 2)
-    bad = write_manifest(tmp_path / "bad.jsonl", [{"audio": f"no/{i}.wav", "text": "ab"} for i in range(5)])
+    write_manifest(tmp_path / "bad.jsonl", [{"audio": f"no/{i}.wav", "text": "ab"} for i in range(5)])
     skipped = (f"wanted recordings to use, got none: skipped 5 of 5; 0: missing: {tmp_path}/no/0.wav; 1: missing: "
                f"{tmp_path}/no/1.wav; 2: missing: {tmp_path}/no/2.wav\n")
     gone = f"{tmp_path}/gone: wanted a text file, got none of that name\n"
