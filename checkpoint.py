@@ -402,8 +402,8 @@ def fresh(config: configs.Config) -> System:
     """A tokenizer and statistics of the training data, and a model with random weights. Raises ValueError for a model
     with a part that training leaves as it is."""
     if config.model.name in HOTWORD_MODELS:
-        raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach it "
-                         "to read hotwords: training.init_from=DIR")
+        raise ValueError(f"model.name: a {config.model.name} starts from a published one, as training does not teach "
+                         "it to read hotwords: training.init_from=DIR")
     check_trainable(config.model, "model")
     tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
     plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,

@@ -51,8 +51,8 @@ def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
 
 
 def segment_entries(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per sentence or, without punctuation, per subtitle. no_speech_prob is 0: no part
-    of the model predicts it."""
+    """The segments of verbose_json, one per sentence or, without punctuation, per subtitle. no_speech_prob is 0: no
+    part of the model predicts it."""
     found = cues(result)
     if result.sentences is not None:
         found = [sentence.words for sentence in result.sentences]

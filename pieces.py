@@ -117,8 +117,8 @@ class PieceTokenizer:
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
-        """The inverse of state(), or of an older one, whose pieces are lists by word. Raises ValueError that begins with
-        where if state is not one."""
+        """The inverse of state(), or of an older one, whose pieces are lists by word. Raises ValueError that begins
+        with where if state is not one."""
         symbols, pieces = state.get("symbols"), state.get("pieces")
         if isinstance(pieces, str):
             rows = [line.split() for line in pieces.split("\n")]

@@ -294,8 +294,8 @@ def load_punctuation(folder: str) -> Punctuation:
                "CTTransformerStreaming": ("SANMVadEncoder", RealtimeModel)}
     encoder, kind = classes.get(values.get("model"), ("", None))
     if kind is None or values.get("encoder") != encoder:
-        raise ValueError(f"{place}: wanted model {' or '.join(classes)} with encoder SANMEncoder or SANMVadEncoder, got "
-                         f"{values.get('model')} with {values.get('encoder')}")
+        raise ValueError(f"{place}: wanted model {' or '.join(classes)} with encoder SANMEncoder or SANMVadEncoder, "
+                         f"got {values.get('model')} with {values.get('encoder')}")
     options = read_section(values, "model", IGNORED, Options(), place)
     shape = from_dict(translate({**values, "encoder": "SANMEncoder"}, "encoder", place) | {"subsampling": 1},
                       place, EncoderConfig())

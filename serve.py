@@ -298,12 +298,12 @@ def metrics_text(server: Server) -> str:
 NUMBERS = {  # by option: its default, what it is
     "max-batch-size": (16, "utterances in a batch"), "max-batch-frames": (20000, "padded frames in a batch"),
     "max-wait-ms": (5.0, "ms to wait for the next of them, 8 times that in all"),
-    "max-queue": (128, "utterances that may wait"), "request-timeout": (30.0, "s from a complete request to its answer"),
-    "header-timeout": (10.0, "s for the header"), "body-timeout": (30.0, "s for the body"),
-    "write-timeout": (15.0, "s for the answer"), "idle-timeout": (15.0, "s between requests"),
-    "drain-timeout": (20.0, "s to finish after SIGTERM"), "max-body-mb": (25.0, "MiB of a request"),
-    "max-audio-seconds": (60.0, "s of a recording"), "max-frames": (6000, "rows of features"),
-    "max-connections": (256, "open connections")}
+    "max-queue": (128, "utterances that may wait"),
+    "request-timeout": (30.0, "s from a complete request to its answer"), "header-timeout": (10.0, "s for the header"),
+    "body-timeout": (30.0, "s for the body"), "write-timeout": (15.0, "s for the answer"),
+    "idle-timeout": (15.0, "s between requests"), "drain-timeout": (20.0, "s to finish after SIGTERM"),
+    "max-body-mb": (25.0, "MiB of a request"), "max-audio-seconds": (60.0, "s of a recording"),
+    "max-frames": (6000, "rows of features"), "max-connections": (256, "open connections")}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -577,7 +577,8 @@ def test_every_field_has_a_comment_and_every_number_a_range():
 
 # ---- tokenizer: texts and ids ----
 
-ODD = [*"\u0e33\u0eb3\u0edc\u0e4d\u0e32\u0e49\u00ad\u200b\ufeff\u200dİẞßΣςﬁＡｶﾞ①½´ÅK가각\u1100\u1161\u11a8\u0301\u0323\u0307\U0001d170\u00a0\u3000\u2028\x1c\t\n\ud800\udfff",
+ODD = [*"\u0e33\u0eb3\u0edc\u0e4d\u0e32\u0e49\u00ad\u200b\ufeff\u200dİẞßΣςﬁＡｶﾞ①½´ÅK가각"
+        "\u1100\u1161\u11a8\u0301\u0323\u0307\U0001d170\u00a0\u3000\u2028\x1c\t\n\ud800\udfff",
        "<unk>", "<blank>", " <eos> "]
 
 def random_texts(seed, n):
@@ -633,12 +634,14 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
 # C8
 @pytest.mark.parametrize("unit", ["char", "word"])
 def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
-    """Made when NFKC took U+0E33 apart and soft hyphens were symbols: as then, no unknown ids in what it was made of."""
+    """Made when NFKC took U+0E33 apart and soft hyphens were symbols:
+    as then, no unknown ids in what it was made of."""
     text = "น้ำ กำ"
     older = unicodedata.normalize("NFKC", text)
     symbols = sorted({"\u00ad", *older} if unit == "char" else {"a\u00adb", *older.split()})
     old = Tokenizer.from_state({"unit": unit, "symbols": [*SPECIALS, *symbols]})
-    assert old.decode(old.encode(text)) == old.decode(old.encode(older)) == older != text and UNK not in old.encode(text)
+    assert (old.decode(old.encode(text)) == old.decode(old.encode(older)) == older != text
+            and UNK not in old.encode(text))
     assert old.unknown_units("กำ ๆ") == ["ๆ"] and old.encode("ๆ") == [UNK]
     new = Tokenizer.build([text], unit)
     assert new.decode(new.encode(text)) == text and char_errors(text, text).errors == 0
@@ -944,7 +947,8 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     with pytest.raises(ValueError, match=f"wanted a recording of at most {size} bytes once it is decoded, got more"):
         audio.ffmpeg_to_wav(b"ID3", most_sec=size)
     script.write_text(f"#!/bin/sh\necho first >&2\necho {'said ' * 99} >&2\nexit 1\n")
-    with pytest.raises(ValueError, match="ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$"):   # 300 characters
+    # 300 characters
+    with pytest.raises(ValueError, match="ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$"):
         audio.load_wav(b"ID3 not a WAV")
 
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
@@ -967,7 +971,8 @@ def test_the_real_ffmpeg_reads_other_formats(tmp_path, suffix, lossy):
     """A tone at 16 kHz, from a path and from bytes: rate, length but for an encoder's padding, and samples."""
     wanted = tone(1.0, 16000)
     audio.save_wav(tmp_path / "a.wav", wanted, 16000)
-    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / f"b.{suffix}"], check=True, timeout=60)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", tmp_path / f"b.{suffix}"],
+                   check=True, timeout=60)
     samples, rate_hz = audio.load_wav(tmp_path / f"b.{suffix}")
     assert rate_hz == 16000 and abs(len(samples) - 16000) < 2400
     middle = samples[6000:10000].double()
@@ -1097,7 +1102,8 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
 
 # C79
 def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():
-    for dip, cut in ((24.9, 120), (25.1, 97)):      # the middle of a pause from 95 to 145; without one, the lowest level
+    # the middle of a pause from 95 to 145; without one, the lowest level
+    for dip, cut in ((24.9, 120), (25.1, 97)):
         level = np.full(300, 100.0)
         level[:40] = 0.0
         level[95:145] = dip
@@ -1758,7 +1764,8 @@ CHUNKED_HEAD = POST_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 # C58
 @pytest.mark.parametrize("limit, sent, status", [
-    ("idle_timeout", b"", None), ("header_timeout", b"GET /", 408), ("body_timeout", POST_HEAD + b"Content-Length: 2\r\n\r\n{", 408),
+    ("idle_timeout", b"", None), ("header_timeout", b"GET /", 408),
+    ("body_timeout", POST_HEAD + b"Content-Length: 2\r\n\r\n{", 408),
     ("body_timeout", CHUNKED_HEAD + b"5\r\n{", 408), ("write_timeout", b"GET / HTTP/1.0\r\n\r\n", 499),
     ("max_body_mb", CHUNKED_HEAD + b"4CCCD\r\n", 413)])
 def test_each_wait_for_a_client_has_a_limit_of_its_own(monkeypatch, limit, sent, status):
@@ -1804,7 +1811,8 @@ def test_refused_connections_are_closed_after_a_second_or_when_256_more_have_com
 
 @contextlib.contextmanager
 def holding(**changes):
-    """A server whose model, which takes one utterance at a time, has one until `held` is set; its answer is in `first`."""
+    """A server whose model, which takes one utterance at a time, has one until `held` is set;
+    its answer is in `first`."""
     begun, held, system = threading.Event(), threading.Event(), serving_system()
     greedy = system.model.greedy
     system.model.greedy = lambda *given: (begun.set(), held.wait(60), greedy(*given))[2]
@@ -1912,7 +1920,8 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):
     (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
     (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address"),
     *((["--port", port], f"--port must be 0 to 65535, got {port}") for port in ("-1", "65536")),
-    (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"), (["--threads", "-1"], "--threads must be 0 or more"), (["--max-queue", "0"], "--max-queue must be above 0"),
+    (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"),
+    (["--threads", "-1"], "--threads must be 0 or more"), (["--max-queue", "0"], "--max-queue must be above 0"),
     *((["--body-timeout", value], "--body-timeout must be above 0") for value in ("0", "inf", "nan"))])
 def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):
     with pytest.raises(SystemExit) as stopped:
@@ -1922,10 +1931,11 @@ def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, wor
 # C196
 def test_every_number_of_serve_has_its_default_and_its_least_value():
     """Seconds, ms, MiB, utterances, frames and rows as shared/HTTP.md has them."""
-    wanted = {"host": "127.0.0.1", "port": 8000, "device": "auto", "dtype": "float32", "threads": 0, "max_batch_size": 16,
-              "max_wait_ms": 5, "max_batch_frames": 20000, "max_queue": 128, "request_timeout": 30, "header_timeout": 10,
-              "body_timeout": 30, "write_timeout": 15, "idle_timeout": 15, "drain_timeout": 20, "max_body_mb": 25,
-              "max_audio_seconds": 60, "max_frames": 6000, "max_connections": 256, "log_format": "text"}
+    wanted = {"host": "127.0.0.1", "port": 8000, "device": "auto", "dtype": "float32", "threads": 0,
+              "max_batch_size": 16, "max_wait_ms": 5, "max_batch_frames": 20000, "max_queue": 128,
+              "request_timeout": 30, "header_timeout": 10, "body_timeout": 30, "write_timeout": 15, "idle_timeout": 15,
+              "drain_timeout": 20, "max_body_mb": 25, "max_audio_seconds": 60, "max_frames": 6000,
+              "max_connections": 256, "log_format": "text"}
     assert vars(serve.parse_arguments([])).items() >= wanted.items()
     least = {"port": 65535, "threads": 0, "max_wait_ms": 0, "max_queue": 1, "idle_timeout": 0.001}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in least.items()]
@@ -2116,7 +2126,8 @@ def test_a_hundred_stops_are_seen_and_none_takes_long(tmp_path, capsys):
                 assert {one.result() for one in loads} <= {0, 200, 429, 503}, way
     with capsys.disabled():
         for way, seconds in took.items():
-            print(f"\n{len(seconds):3} stops {way}: median {statistics.median(seconds):.2f} s, most {max(seconds):.2f} s")
+            print(f"\n{len(seconds):3} stops {way}: median {statistics.median(seconds):.2f} s, "
+                  f"most {max(seconds):.2f} s")
 
 ENDLESS = """
 import sys, torch, serve, transcribe
@@ -2228,7 +2239,8 @@ def test_metrics_are_prometheus_text_that_adds_up(server):
     samples = metrics_of(server)
     for label in ("", 'route="/transcribe",'):
         name = "asr_request_duration_seconds" if label else "asr_queue_seconds"
-        assert samples[f'{name}_bucket{{{label}le="+Inf"}}'] == samples[f"{name}_count" + "{route=\"/transcribe\"}" * bool(label)] > 0
+        assert (samples[f'{name}_bucket{{{label}le="+Inf"}}']
+                == samples[f"{name}_count" + "{route=\"/transcribe\"}" * bool(label)] > 0)
 
 # C60
 def test_times_are_in_the_units_of_their_names_and_gauges_count_what_is_there():
@@ -2282,7 +2294,8 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     recording = post("/transcribe", "audio/wav", wav(np.tile(NOISE, 1 + bodies.INTERRUPTIBLE // NOISE.nbytes)))
     large = post_json(json.dumps({"features": ROWS}).encode().ljust(bodies.INTERRUPTIBLE))
     with serving() as server, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        assert [server.conversions.acquire(False) for _ in range(os.cpu_count() + 1)] == [True] * os.cpu_count() + [False]
+        assert [server.conversions.acquire(False)
+                for _ in range(os.cpu_count() + 1)] == [True] * os.cpu_count() + [False]
         held = threading.Event()
         try:
             server.large_json_parser.submit(held.wait)
@@ -2355,7 +2368,8 @@ def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: 
     it should be."""
     n = len(payload)
     if size is None:
-        size = bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536 else b"\x7f" + struct.pack(">Q", n)
+        size = (bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536
+                else b"\x7f" + struct.pack(">Q", n))
     head = bytes([0x80 * is_last | opcode])
     if mask is None:
         return head + size + payload
@@ -2596,11 +2610,12 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
 @pytest.mark.parametrize("make, error", [
     (pointer_in_place_of_weights, "model.pt: a pointer, not the weights of 880,502,012 bytes: git lfs pull in "),
     (half_of_the_weights, "half a download? Its config asks for 1,119,340 bytes at least, it has "),
-    (export_to_onnx, "wanted model.pt, got an ONNX export (model.onnx, model_quant.onnx), which onnxruntime runs and PyTorch "
-                     f"does not; {TAKE}"),
-    (unfinished_download, "wanted model.pt, got a download that has not finished (.cache/huggingface/download/xyz.incomplete)"),
-    (sense_voice, "model SenseVoiceSmall: wanted a recogniser that runs here, got FunASR's SenseVoiceSmall, which recognises "
-                  f"five languages with an encoder alone; {TAKE}"),
+    (export_to_onnx, "wanted model.pt, got an ONNX export (model.onnx, model_quant.onnx), which onnxruntime runs and "
+                     f"PyTorch does not; {TAKE}"),
+    (unfinished_download,
+     "wanted model.pt, got a download that has not finished (.cache/huggingface/download/xyz.incomplete)"),
+    (sense_voice, "model SenseVoiceSmall: wanted a recogniser that runs here, got FunASR's SenseVoiceSmall, which "
+                  f"recognises five languages with an encoder alone; {TAKE}"),
     (lambda folder: KIT / "vad", "got FunASR's fsmn-vad, which finds where somebody speaks and goes with --vad; take"),
     (lambda folder: KIT / "punc", "got FunASR's ct-punc, which puts marks into text and goes with --punctuate; take"),
     (lambda folder: KIT / "sanm/model.pt", f"got its weights alone: pass the folder, {KIT / 'sanm'}")])
@@ -2614,7 +2629,8 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
     """Sizes and names are those of FunASR's model list."""
     monkeypatch.chdir(tmp_path)
     for model in downloads.DOWNLOADS:
-        names = {model.name, model.huggingface, model.modelscope, Path(model.modelscope).name, model.modelscope.upper() + "/"}
+        names = {model.name, model.huggingface, model.modelscope, Path(model.modelscope).name,
+                 model.modelscope.upper() + "/"}
         for name in names - {""}:
             with pytest.raises(ValueError) as refused:
                 downloads.check_name(name)
@@ -2623,7 +2639,8 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
     (tmp_path / "paraformer-zh").mkdir()
     for path in ("", "paraformer-zh"):
         downloads.check_name(path)
-    for kind in "SenseVoiceSmall FsmnVADStreaming CTTransformer CTTransformerStreaming MonotonicAligner CAMPPlus".split():
+    for kind in ("SenseVoiceSmall FsmnVADStreaming CTTransformer CTTransformerStreaming MonotonicAligner "
+                 "CAMPPlus").split():
         with pytest.raises(ValueError, match="wanted a recogniser that runs here"):
             downloads.check_kind(kind, "config.yaml")
     (tmp_path / "._____temp").mkdir()       # where modelscope's client writes what has not come whole
@@ -2631,7 +2648,8 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
         downloads.check_files(tmp_path, {"model": tmp_path / "model.pt"})
     assert [model.megabytes for model in downloads.DOWNLOADS] == [989, 881, 900, 912, 887, 880]
     found = [model.huggingface for model in (*downloads.DOWNLOADS, *downloads.PARTS.values()) if model.huggingface]
-    assert found == [f"funasr/{name}" for name in "paraformer-zh paraformer-en paraformer-zh-streaming fsmn-vad ct-punc".split()]
+    assert found == [f"funasr/{name}"
+                     for name in "paraformer-zh paraformer-en paraformer-zh-streaming fsmn-vad ct-punc".split()]
 
 # C154
 @pytest.mark.parametrize("name, error", [
@@ -2640,9 +2658,11 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
     ("funasr/paraformer-zh", "and pass paraformer-zh\n"),
     ("damo/speech_paraformer-large-contextual_asr_nat-zh-cn-16k-common-vocab8404",
      "(912 MB); download it with modelscope download --model iic/speech_paraformer-large-contextual_asr"),
-    ("iic/SenseVoiceSmall", f"FunASR's SenseVoiceSmall, which recognises five languages with an encoder alone; {TAKE}\n"),
-    ("paraformer-zh-streaming", "(880 MB); download it with modelscope download --model iic/speech_paraformer-large_asr_nat-"
-                                "zh-cn-16k-common-vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
+    ("iic/SenseVoiceSmall",
+     f"FunASR's SenseVoiceSmall, which recognises five languages with an encoder alone; {TAKE}\n"),
+    ("paraformer-zh-streaming",
+     "(880 MB); download it with modelscope download --model iic/speech_paraformer-large_asr_nat-zh-cn-16k-common-"
+     "vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
     ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
     ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, got no such file")])
 def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_path, monkeypatch, capsys, name, error):
@@ -2653,7 +2673,8 @@ def test_a_name_of_funasrs_in_the_place_of_a_path_says_how_to_download_it(tmp_pa
 
 # ---- threads: how they wait ----
 
-@pytest.mark.parametrize("given, count", [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+@pytest.mark.parametrize("given, count", [
+    ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
 def test_idle_threads_spin_briefly_unless_the_user_says_how_they_wait(monkeypatch, given, count):
     monkeypatch.setattr(os, "environ", dict(given))
     threads.spin_briefly()
@@ -2668,7 +2689,8 @@ def test_scripts_say_how_threads_wait_before_torch_is_loaded(name):
 # ---- survival: consoles, signals ----
 
 # C181
-@pytest.mark.parametrize("encoding, shown", [("cp1252", "\xe9?"), ("cp437", "\xe9?"), ("ascii", "??"), ("utf-8", "\xe9\u4f60")])
+@pytest.mark.parametrize("encoding, shown", [
+    ("cp1252", "\xe9?"), ("cp437", "\xe9?"), ("ascii", "??"), ("utf-8", "\xe9\u4f60")])
 def test_what_a_console_cannot_show_is_replaced(encoding, shown):
     raw = io.BytesIO()
     stream = survival.SafeStream(io.TextIOWrapper(raw, encoding=encoding))
@@ -2691,7 +2713,8 @@ def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
     lines = ["import os, survival, time", "stop = survival.catch_signals()"]
     for _ in range(2):
         lines += ["os.kill(os.getpid(), 2)", "print(stop.is_set(), flush=True)"]
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=HERE, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=HERE,
+                          capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
 
 # C182
@@ -2982,7 +3005,8 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         {"audio_filepath": "/abs/b.wav", "text": "zwei  drei", "duration": 999_999_999},
         {"key": "u3", "source": "sub/c.wav", "target": "vier", "source_len": 9}])
     assert list(manifests.Manifest(mine)) == [
-        manifests.Row("u1", str(tmp_path / "a.wav"), "eins", 1), manifests.Row("b", "/abs/b.wav", "zwei  drei", 999_999_999),
+        manifests.Row("u1", str(tmp_path / "a.wav"), "eins", 1),
+        manifests.Row("b", "/abs/b.wav", "zwei  drei", 999_999_999),
         manifests.Row("u3", str(tmp_path / "sub/c.wav"), "vier", None)]
     assert list(manifests.Manifest(tmp_path / "kaldi")) == [
         manifests.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
@@ -3381,7 +3405,8 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
     gone = f"{tmp_path}/gone: wanted a text file, got none of that name\n"
     for field, other, name, words in (("train", "dev", "gone", gone), ("dev", "train", "gone", gone),
                                       ("train", "dev", "bad.jsonl", skipped), ("dev", "train", "bad.jsonl", skipped)):
-        argv = [path, "--data.kind=manifest", f"--data.{field}={tmp_path / name}", f"--data.{other}={good}", "--dry-run"]
+        argv = [path, "--data.kind=manifest", f"--data.{field}={tmp_path / name}", f"--data.{other}={good}",
+                "--dry-run"]
         assert train.main(argv) == 2 and capsys.readouterr().err == f"train.py: data.{field}: {words}"
     system = checkpoint.load_system(ckpt, "cpu")
     options = replace(system.config.data, kind="manifest", test=f"{tmp_path}/gone")
@@ -3390,7 +3415,8 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
 
 # C95
 def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_folder(tmp_path, monkeypatch, capsys):
-    """Names are relative to the folder that holds runs/: resumed and decoded from a folder with manifests of its own."""
+    """Names are relative to the folder that holds runs/:
+    resumed and decoded from a folder with manifests of its own."""
     home, other = tmp_path / "home", tmp_path / "other"
     for folder, count in ((home, 4), (other, 2)):
         (folder / "corpus").mkdir(parents=True)
@@ -3564,7 +3590,8 @@ def test_a_pipe_that_is_no_wav_is_one_error():
             live.pipe_header(io.BufferedReader(Trickle(content, 0)))
 
 # C161
-@pytest.mark.parametrize("rate_in, rate_out", [(8000, 16000), (44100, 16000), (16000, 8000), (16000, 16000), (11025, 16000)])
+@pytest.mark.parametrize("rate_in, rate_out", [
+    (8000, 16000), (44100, 16000), (16000, 8000), (16000, 16000), (11025, 16000)])
 def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
     rng = random.Random(rate_in)
     samples = normal(rate_in, 3 * rate_in // 2)
@@ -3581,7 +3608,8 @@ def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
         close(torch.cat(list(live.resample_pieces(pieces, rate_in, rate_out))), whole, 1e-6)
 
 # C15
-@pytest.mark.parametrize("rate_hz, mels, m, n", [(16000, 80, 7, 6), (8000, 40, 1, 1), (8000, 20, 4, 3), (16000, 20, 5, 2)])
+@pytest.mark.parametrize("rate_hz, mels, m, n", [
+    (16000, 80, 7, 6), (8000, 40, 1, 1), (8000, 20, 4, 3), (16000, 20, 5, 2)])
 def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
     options = SimpleNamespace(sample_rate=rate_hz, num_mels=mels, lfr_m=m, lfr_n=n)
     stats = normal(1, 2, m * mels)
@@ -3820,13 +3848,14 @@ def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason(
         metrics.observe("asr_queue_seconds", value)
     metrics.observe("asr_batch_size", 1)
     text = metrics.text({"asr_queue_depth": 2})
-    found = {name: re.findall(rf'{name}_bucket{{le="(.*)"}} (.*)', text) for name in ("asr_queue_seconds", "asr_batch_size")}
+    found = {name: re.findall(rf'{name}_bucket{{le="(.*)"}} (.*)', text)
+             for name in ("asr_queue_seconds", "asr_batch_size")}
     bounds = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 +Inf".split()
     assert found["asr_queue_seconds"] == list(zip(bounds, "1 2 3 3 3 3 3 3 3 3 3 3 3 4 5".split(), strict=True))
     assert [bound for bound, _ in found["asr_batch_size"]] == "1 2 4 8 12 16 24 32 64 +Inf".split()
     assert "asr_queue_seconds_sum 61.0061\n" in text and "# TYPE asr_queue_depth gauge\nasr_queue_depth 2\n" in text
-    for status, code in ((429, "queue_full"), (504, "deadline_exceeded"), (408, "request_timeout"), (413, "body_too_large"),
-                         (503, "draining"), (503, "loading"), (200, ""), (404, "not_found")):
+    for status, code in ((429, "queue_full"), (504, "deadline_exceeded"), (408, "request_timeout"),
+                         (413, "body_too_large"), (503, "draining"), (503, "loading"), (200, ""), (404, "not_found")):
         for route in ("/transcribe", "/health", "/ready"):
             metrics.count_request(route, status, code, 0.0)
     reasons = re.findall(r'asr_rejected_total{reason="(.*)"} 1\n', metrics.text({}))
@@ -4506,9 +4535,10 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert all(row["text"][-1] == row["key"][-1] for rows in found.values() for row in rows)
     assert not [name for name in os.listdir(tmp_path / "out") if not name.endswith(".jsonl")]
     assert capsys.readouterr().err == ""
-    assert corpora.main(["folder", str(pairs), str(tmp_path / "out")]) == 0       # no test set: its recordings go to train
-    assert capsys.readouterr().err == (f"corpora.py: {tmp_path / 'out/test.jsonl'}: not of this run, whose manifests may "
-                                       "list the same recordings\n")
+    # no test set: its recordings go to train
+    assert corpora.main(["folder", str(pairs), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (f"corpora.py: {tmp_path / 'out/test.jsonl'}: not of this run, whose manifests "
+                                       "may list the same recordings\n")
 
 def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (tmp_path / "far/deep").mkdir(parents=True)
@@ -4566,12 +4596,15 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
 @pytest.mark.parametrize("old, new, words", [
     ("model: Paraformer", "model: Transducer", "model 'Transducer' is not implemented"),
     ("encoder: SANMEncoder", "encoder: SANMVadEncoder", "encoder 'SANMVadEncoder' is not implemented"),
-    ("frontend: WavFrontend", "frontend: WavFrontendOnline", "frontend WavFrontendOnline is not implemented for a Paraformer; "
+    ("frontend: WavFrontend", "frontend: WavFrontendOnline",
+     "frontend WavFrontendOnline is not implemented for a Paraformer; "
      "wanted ParaformerStreaming, SANMEncoderChunkOpt, WavFrontendOnline together"),
-    ("model: Paraformer", "model: ParaformerStreaming", "encoder SANMEncoder is not implemented for a ParaformerStreaming"),
+    ("model: Paraformer", "model: ParaformerStreaming",
+     "encoder SANMEncoder is not implemented for a ParaformerStreaming"),
     ("predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
     ("input_layer: pe", "input_layer: conv2d", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
-    ("  threshold: 1.0", "  threshold: 1.0\n  smooth_factor: 1.1", "predictor_conf.smooth_factor 1.1 is not implemented"),
+    ("  threshold: 1.0", "  threshold: 1.0\n  smooth_factor: 1.1",
+     "predictor_conf.smooth_factor 1.1 is not implemented"),
     ("window: hamming", "window: povey", "frontend_conf.window 'povey' is not implemented"),
     ("tokenizer: CharTokenizer", "tokenizer: SentencepiecesTokenizer", "tokenizer 'SentencepiecesTokenizer' is not")])
 def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, old, new, words):
@@ -4715,7 +4748,8 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):
-    """A second space, a tab, U+3000, a no-break space, a byte order mark; and what is unknown is named as it is written."""
+    """A second space, a tab, U+3000, a no-break space, a byte order mark;
+    and what is unknown is named as it is written."""
     folder = KIT / variant
     dictionary = folder / "seg_dict"
     ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
@@ -4730,16 +4764,19 @@ def test_unknown_symbols_are_told_by_share_and_name_and_refused_above_a_half(tmp
     """Of a model that gives the vocabulary: 9 of 23 symbols; a half is trained on, more is an error."""
     known = Tokenizer.build(["ab cd"])
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "ab cd abxxxxyy"},
-                                                 {"audio": "b.wav", "text": " a\u3000bxyz "}, {"audio": "c.wav", "text": "ab"}])
+                                                 {"audio": "b.wav", "text": " a\u3000bxyz "},
+                                                 {"audio": "c.wav", "text": "ab"}])
     options = SimpleNamespace(data=data_options(kind="manifest", train=str(path), dev=str(path)),
                               training=SimpleNamespace(init_from="x.pt"))
     lines = [list(dry_run.symbol_warnings(options, known, split)) for split in ("train", "dev")]
     assert [len(found) for found in lines] == [1, 1]
-    assert lines[0][0] == ("data.train: wanted symbols that the vocabulary has, got 9 unknown ones of 22 (40.9%), the most "
-                           "frequent 'x' (5) 'y' (3) 'z' (1), in 2 texts; the vocabulary is that of training.init_from=x.pt")
+    assert lines[0][0] == ("data.train: wanted symbols that the vocabulary has, got 9 unknown ones of 22 (40.9%), the "
+                           "most frequent 'x' (5) 'y' (3) 'z' (1), in 2 texts; the vocabulary is that of "
+                           "training.init_from=x.pt")
     checkpoint.check_vocabulary(["abxx"], known, "x.pt")
-    with pytest.raises(ValueError, match=re.escape("training.init_from=x.pt: wanted a vocabulary for the training texts, got "
-                                                   "one without 3 of their 5 symbols, the most frequent 'y' 'x'")):
+    with pytest.raises(ValueError, match=re.escape("training.init_from=x.pt: wanted a vocabulary for the training "
+                                                   "texts, got one without 3 of their 5 symbols, the most "
+                                                   "frequent 'y' 'x'")):
         checkpoint.check_vocabulary(["abxyy"], known, "x.pt")
     options.training.init_from = ""
     assert "try --data.train=" in list(dry_run.symbol_warnings(options, known, "dev"))[0]
@@ -5587,9 +5624,9 @@ def with_words(words: list[report.Word]) -> report.Result:
 # C71
 def test_cues_end_before_seven_seconds_or_84_characters():
     words = [report.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
-    assert [len(cue) for cue in report.cues(with_words(words))] == [7, 7, 6]         # the 8th would end 7.5 s after the first
+    assert [len(cue) for cue in report.cues(with_words(words))] == [7, 7, 6]  # the 8th would end 7.5 s after the first
     fast = [report.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
-    assert [len(cue) for cue in report.cues(with_words(fast))] == [8, 8, 4]          # 8 * 9 letters + 7 spaces = 79, 9 make 89
+    assert [len(cue) for cue in report.cues(with_words(fast))] == [8, 8, 4]  # 8 * 9 letters + 7 spaces = 79, 9 make 89
     long = report.cues(with_words([report.Word("x" * 99, 0.0, 9.0, 1.0), report.Word("y", 9.0, 30.0, 1.0)]))
     assert [(report.join_words(cue), round(cue[0].start), round(cue[-1].end)) for cue in long] == [
         ("x" * 77, 0, 7), ("x" * 22, 7, 9), ("y", 9, 16)]       # 77 of 99 letters take 7 s; y is a word and stays one
@@ -5598,7 +5635,8 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert tagged == "WEBVTT\n\n1\n01:00:54.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
 
 # C71
-@pytest.mark.parametrize("text", ["น้ำกินข้าวเช้าเมื่อวานนี้ครับ", "ນ້ຳກິນເຂົ້າເຊົ້າມື້ວານນີ້", "ខ្ញុំបានញ៉ាំបាយពេលព្រឹក", "မြန်မာစာကိုရေးသည်"])
+@pytest.mark.parametrize("text", [
+    "น้ำกินข้าวเช้าเมื่อวานนี้ครับ", "ນ້ຳກິນເຂົ້າເຊົ້າມື້ວານນີ້", "ខ្ញុំបានញ៉ាំបាយពេលព្រឹក", "မြန်မာစာကိုရေးသည်"])
 @pytest.mark.parametrize("seconds", [0.02, 0.2, 3.0, 9.0])
 def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_whole(text, seconds):
     """One word of 6 texts, a token a character of so many seconds: cut at tokens, never before a mark on a letter."""
@@ -6271,7 +6309,8 @@ def test_half_precision_keeps_the_ids(variant, precision):
 
 @functools.cache
 def training_batch(variant):
-    """-> what train_equal.npz records of a batch without padding; of it forward's arguments, FunASR's draws as order."""
+    """-> what train_equal.npz records of a batch without padding; of it forward's arguments,
+    FunASR's draws as order."""
     wanted = recorded(variant, "train_equal")
     draws = [wanted[f"perm{b}"].long() for b in range(4)]  # the positions of each utterance, in the order of their draw
     order = torch.full((4, max(map(len, draws))), torch.inf)
@@ -7774,11 +7813,13 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.01)
     (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
     output = tmp_path / "out.jsonl"
-    code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, str(tmp_path / "no.wav"), "--output", str(output)])
+    code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, str(tmp_path / "no.wav"),
+                        "--output", str(output)])
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     said = err.splitlines()
-    assert said[0] == f"decode.py: {tmp_path}/bad.wav: unreadable: wanted a 'data' chunk among the first 10000, got none"
+    assert said[0] == (f"decode.py: {tmp_path}/bad.wav: unreadable: wanted a 'data' chunk among the first 10000, "
+                       "got none")
     assert said[1] == f"decode.py: {tmp_path}/no.wav: missing"
     assert code == 1 and said[2].endswith("2 could not be recognised")
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
@@ -7811,7 +7852,8 @@ def test_the_report_adds_errors_and_divides_once():
 def batches_seen(monkeypatch) -> list[list[int]]:
     """The frames of each utterance of every batch that is decoded from now on."""
     real, seen = decode.transcribe, []
-    monkeypatch.setattr(decode, "transcribe", lambda system, feats: seen.append([len(x) for x in feats]) or real(system, feats))
+    monkeypatch.setattr(decode, "transcribe",
+                        lambda system, feats: seen.append([len(x) for x in feats]) or real(system, feats))
     return seen
 
 def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[report.Outcome]:
@@ -7873,10 +7915,14 @@ def misfit(path: Path) -> None:
     (spoilt(lambda state: state.update(stats=[1, 2])), "stats: wanted a tensor (2,F) of floats, got [1, 2]"),
     (spoilt(lambda state: state.update(stats=torch.zeros(3, 8))), "stats: wanted a tensor (2,F)"),
     (spoilt(lambda state: state.update(model=[])), "model: wanted tensors by name, got []"),
-    (spoilt(lambda state: state["model"].update({"decoder.norm.bias": torch.zeros(16).to_sparse()})), "wanted a dense tensor"),
-    (spoilt(lambda state: state["model"]["decoder.norm.bias"].fill_(math.nan)), "got NaN or infinity in decoder.norm.bias"),
-    (spoilt(lambda state: state["config"]["model"]["encoder"].update(hidden_dim=10 ** 9)), "model.encoder.hidden_dim: wanted a size"),
-    (spoilt(lambda state: state["config"]["model"]["decoder"].update(num_layers=10 ** 9)), "model.decoder.num_layers: wanted a size")])
+    (spoilt(lambda state: state["model"].update({"decoder.norm.bias": torch.zeros(16).to_sparse()})),
+     "wanted a dense tensor"),
+    (spoilt(lambda state: state["model"]["decoder.norm.bias"].fill_(math.nan)),
+     "got NaN or infinity in decoder.norm.bias"),
+    (spoilt(lambda state: state["config"]["model"]["encoder"].update(hidden_dim=10 ** 9)),
+     "model.encoder.hidden_dim: wanted a size"),
+    (spoilt(lambda state: state["config"]["model"]["decoder"].update(num_layers=10 ** 9)),
+     "model.decoder.num_layers: wanted a size")])
 def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):
     path = Path(saved(tiny_system(), tmp_path / "x.pt"))
     plant(path)
@@ -7893,18 +7939,20 @@ def refused_arguments(capsys, *arguments: str) -> str:
         return capsys.readouterr().err.splitlines()[-1]
 
 @pytest.mark.parametrize("arguments", [
-    "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0", "--batch-seconds=inf",
-    "--format=srt", "--format=srt --output=x.jsonl", "--output=x --format=doc", "--dtype=int4",
-    "--min-segment-sec=0.5 --max-segment-sec=0.99", "--min-segment-sec=0.09", "--max-segment-sec=nan", "--max-segment-sec=inf",
-    "--plot-layer=1", "--plot=x --plot-layer=-1", "--threads=99999999999999999999", "--batch-seconds=1e308", "--limit=1000000000",
-    "--resume", "--vad-schedule=funasr", "--vad=x --min-segment-sec=2", "--vad=x --max-segment-sec=30", "--stream",
-    "--stream - --pcm=999", "--stream a.wav --pcm=8000", "--pcm=8000", "--chunk=10", "--chunk=1.5,2", "--look-back=1,2,3"])
+    "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0",
+    "--batch-seconds=inf", "--format=srt", "--format=srt --output=x.jsonl", "--output=x --format=doc", "--dtype=int4",
+    "--min-segment-sec=0.5 --max-segment-sec=0.99", "--min-segment-sec=0.09", "--max-segment-sec=nan",
+    "--max-segment-sec=inf", "--plot-layer=1", "--plot=x --plot-layer=-1", "--threads=99999999999999999999",
+    "--batch-seconds=1e308", "--limit=1000000000", "--resume", "--vad-schedule=funasr", "--vad=x --min-segment-sec=2",
+    "--vad=x --max-segment-sec=30", "--stream", "--stream - --pcm=999", "--stream a.wav --pcm=8000", "--pcm=8000",
+    "--chunk=10", "--chunk=1.5,2", "--look-back=1,2,3"])
 def test_bad_decoding_arguments_exit_with_2_and_are_named(capsys, arguments):
     assert arguments.split()[-1].split("=")[0] in refused_arguments(capsys, *arguments.split())
 
 def test_decoding_arguments_at_their_exact_bounds_are_taken(capsys):
-    for arguments in ("--batch-size=1", "--batch-seconds=0.001", "--limit=999999999", "--min-segment-sec=0.1 --max-segment-sec=0.2",
-                      "--min-segment-sec=10", "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
+    for arguments in ("--batch-size=1", "--batch-seconds=0.001", "--limit=999999999",
+                      "--min-segment-sec=0.1 --max-segment-sec=0.2", "--min-segment-sec=10",
+                      "--plot=x --plot-layer=1", "--stream - --pcm=1000", "--vad=x --vad-schedule=funasr"):
         assert refused_arguments(capsys, *arguments.split()) == "", arguments
 
 def test_what_is_not_told_to_decoding_has_its_default():
@@ -7913,7 +7961,8 @@ def test_what_is_not_told_to_decoding_has_its_default():
         "limit": 0, "threads": 0, "plot_layer": 0, "batch_size": 16, "batch_seconds": 300.0, "min_segment_sec": 1.0,
         "max_segment_sec": 20.0, "beam": 1, "nbest": 1, "length_penalty": 0.6, "coverage_penalty": 0.0}
     system = tiny_system()
-    assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (16, 300.0, (1.0, 20.0))
+    assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (
+        16, 300.0, (1.0, 20.0))
     assert (decode.POOL_SEC, decode.WINDOW) == (300.0, 1024)
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
@@ -7921,8 +7970,8 @@ def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(cap
     given = {"format": "txt", "dtype": "bfloat16", "vad_schedule": "funasr", "chunk": "8,4", "look_back": "3,1",
              "pcm": "8000"}
     usual = vars(decode_options.parse_arguments([]))
-    with_stream = {"chunk", "look_back", "punctuate", "batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec",
-                   *baselines.Search._fields}
+    with_stream = {"chunk", "look_back", "punctuate", "batch_size", "batch_seconds", "min_segment_sec",
+                   "max_segment_sec", *baselines.Search._fields}
     for mode, own, taken in (("--export=x", "export", set()), ("--stream a.wav", "stream", with_stream)):
         for name in usual.keys() - taken - {"inputs", "search", "ckpt", "device", "dtype", "threads", own}:
             option, value = f"--{name.replace('_', '-')}", usual[name]
@@ -8038,7 +8087,8 @@ def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
 def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
-    """The process id of a decode.py in which `transcribe` takes the place of decode.transcribe; folder: of what it prints."""
+    """The process id of a decode.py in which `transcribe` takes the place of decode.transcribe;
+    folder: of what it prints."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -8054,7 +8104,8 @@ def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
     return pid
 
 # C34 C74 C182
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.ctm", "out"])
 def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(ckpt, tmp_path, capsys, monkeypatch,
                                                                                name, number, code):
@@ -8114,7 +8165,8 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
     assert (tmp_path / "o.jsonl").read_text() == (tmp_path / "w.jsonl").read_text()
     assert (tmp_path / "o/summary.txt").read_text() == (tmp_path / "w/summary.txt").read_text()
     assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.jsonl", "--resume", first)[0] == 0
-    assert sorted((tmp_path / "o.jsonl").read_text()) == sorted((tmp_path / "w.jsonl").read_text())  # those of others stay
+    # those of others stay
+    assert sorted((tmp_path / "o.jsonl").read_text()) == sorted((tmp_path / "w.jsonl").read_text())
     texts = []
     for more in ([], ["--resume"]):  # of a ctm, which is none of these lines, all is decoded again
         assert decoded(capsys, "--ckpt", ckpt, "--output", tmp_path / "o.ctm", *more, first)[0] == 0
@@ -8122,8 +8174,10 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
     assert texts[0] == texts[1] and sum(map(len, calls)) == 2 + 3 + 3
 
 # C182
-@pytest.mark.parametrize("name, kind, left", [("out.jsonl", "file", []), ("out.txt", "file", []), ("out", "folder", ["out/a.json"])])
-def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_dead(ckpt, tmp_path, capsys, name, kind, left):
+@pytest.mark.parametrize("name, kind, left", [
+    ("out.jsonl", "file", []), ("out.txt", "file", []), ("out", "folder", ["out/a.json"])])
+def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_dead(ckpt, tmp_path, capsys,
+                                                                                    name, kind, left):
     file, out = spoken(tmp_path / "a.wav", 0.5), tmp_path / name
     told, tell = os.pipe()
 
@@ -8142,7 +8196,8 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert decoded(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)[0] == 0
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a.wav", name, *left, "said", "shown"]
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "a.wav", name, *left, "said", "shown"]
 
 # C182
 @pytest.mark.parametrize("mark", [None, "", "."])
@@ -8157,7 +8212,8 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
     assert json.loads(line)["number"] == 1 and outputs.final_line(line) == report.json_line(outcome).encode()
     back, row = outputs.read_outcome(line, "part")
     assert row["made"] == {"ckpt": "x"}
-    assert (back.key, back.seconds, back.reference, back.result.text, back.result.tokens) == ("k", 0.5, "ab", "ab", result.tokens)
+    assert (back.key, back.seconds, back.reference, back.result.text, back.result.tokens) == (
+        "k", 0.5, "ab", "ab", result.tokens)
     assert outputs.read_outcome(outputs.final_line(line), "end")[0].reference == ("ab" if mark is None else "")
 
 # C182
@@ -8169,10 +8225,12 @@ def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_pa
         decoded(capsys, "--ckpt", ckpt, "--output", out, file)
     part = (tmp_path / "out.jsonl.part").read_bytes()
     (tmp_path / "out.jsonl.part1").write_text("no result\n")
-    assert "out.jsonl.part1, byte 0: wanted a result" in refusal(capsys, "--ckpt", ckpt, "--output", out, "--resume", file)
+    assert "out.jsonl.part1, byte 0: wanted a result" in refusal(
+        capsys, "--ckpt", ckpt, "--output", out, "--resume", file)
     (tmp_path / "out.jsonl.part1").unlink()
     other = saved(tiny_system(encoder={"ffn_dim": 8}), tmp_path / "other.pt")
-    for name, more in (("min-segment-sec", ["--min-segment-sec=2"]), ("max-segment-sec", ["--max-segment-sec=10"]), ("ckpt", ["--ckpt", other])):
+    for name, more in (("min-segment-sec", ["--min-segment-sec=2"]), ("max-segment-sec", ["--max-segment-sec=10"]),
+                       ("ckpt", ["--ckpt", other])):
         error = refusal(capsys, "--ckpt", ckpt, "--output", out, "--resume", file, *more)
         assert error.startswith(f"decode.py: --{name}: wanted ") and "to start over, remove that file" in error
         assert (tmp_path / "out.jsonl.part").read_bytes() == part
@@ -8182,8 +8240,8 @@ def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_pa
     assert "made" not in out.read_text()
     options = decode_options.parse_arguments(["--hotwords", str(words), "--vad", str(tmp_path)])
     assert outputs.made_with(options)["hotwords"] == outputs.digest(str(words)) != outputs.digest(file)
-    no_matter = {"inputs", "export", "allow_pipes", "output", "format", "resume", "report", "plot", "explain", "device", "stream",
-                 "pcm", "limit", "threads", "plot_layer", "batch_size", "batch_seconds", "search"}
+    no_matter = {"inputs", "export", "allow_pipes", "output", "format", "resume", "report", "plot", "explain", "device",
+                 "stream", "pcm", "limit", "threads", "plot_layer", "batch_size", "batch_seconds", "search"}
     assert vars(options).keys() - no_matter == {*outputs.made_with(options), "punctuate"}  # "punctuate" is not given
 
 # C181
@@ -8196,7 +8254,8 @@ def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, tmp_path, c
     subprocess.run(["bash", "-c", f"set -o pipefail; {kept}"], cwd=HERE, check=True, timeout=60)
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 9
     if "full" in console:  # nobody else has the results
-        done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], cwd=HERE, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], cwd=HERE,
+                              capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and "standard output: [Errno 28]" in done.stderr and "Traceback" not in done.stderr
 
 # C73
@@ -8239,15 +8298,17 @@ def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path
         assert error == (f"{count} utterances, {0.5 * count:.1f} s of audio in 0.75 s, real-time factor "
                          f"{factor:.4f}; 0 could not be recognised\n")
     (tmp_path / "bad.wav").write_bytes(b"junk")
-    assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
+    assert "0 utterances, 0.0 s of audio in 0.75 s; 1 could not" in decoded(
+        capsys, "--ckpt", ckpt, tmp_path / "bad.wav")[2]
 
 def test_options_of_the_system_reach_it(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "runs_on", lambda precision, device: True)
-    arguments = decode_options.parse_arguments(["--dtype=bfloat16", "--batch-size=3", "--batch-seconds=7", "--min-segment-sec=2",
-                                        "--max-segment-sec=9"])
+    arguments = decode_options.parse_arguments(["--dtype=bfloat16", "--batch-size=3", "--batch-seconds=7",
+                                                "--min-segment-sec=2", "--max-segment-sec=9"])
     assert arguments.ckpt == "runs/latest/checkpoints/best.pt"
     system = decode.greedy_system(arguments, ckpt)
-    assert (system.precision, system.batch_size, system.batch_seconds, system.segment_sec) == ("bfloat16", 3, 7.0, (2.0, 9.0))
+    assert (system.precision, system.batch_size, system.batch_seconds, system.segment_sec) == (
+        "bfloat16", 3, 7.0, (2.0, 9.0))
     assert "wanted auto, cpu or" in refusal(capsys, "--ckpt", ckpt, "a.wav", "--device=tpu")
 
 # C120
@@ -8288,7 +8349,8 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_
 
 # C140
 @pytest.mark.parametrize("seconds, count", [(116 * 0.01, 1), (117 * 0.01, 0)])
-def test_weights_are_laid_out_where_the_audio_is_long_enough_to_gain(ckpt, tmp_path, capsys, monkeypatch, seconds, count):
+def test_weights_are_laid_out_where_the_audio_is_long_enough_to_gain(ckpt, tmp_path, capsys, monkeypatch,
+                                                                     seconds, count):
     """Of 0.9 and 0.3 s, which have 88 and 28 frames."""
     files, calls = [spoken(tmp_path / f"{sec}.wav", sec) for sec in (0.9, 0.3)], []
     monkeypatch.setattr(decode, "LAID_OUT_SEC", seconds)
@@ -8359,7 +8421,8 @@ def end_first(number: int, lock: Path, is_under_way, script: str, *argv) -> int:
 @slow
 def test_two_processes_whose_first_is_ended_go_on_and_lose_nothing(ckpt, zygote, tmp_path):
     """Ended twice, by SIGTERM and by SIGKILL."""
-    rows = [{"audio": spoken(tmp_path / f"{i % 7}.wav", 0.3 + i % 7 / 10), "text": "ab", "key": f"{i}"} for i in range(600)]
+    rows = [{"audio": spoken(tmp_path / f"{i % 7}.wav", 0.3 + i % 7 / 10), "text": "ab", "key": f"{i}"}
+            for i in range(600)]
     manifest, out = write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out.jsonl"
     options = ["--device=cpu", "--threads=1", "--batch-size=1", "--ckpt", ckpt, manifest]
     parts = [tmp_path / "out.jsonl.part", tmp_path / "out.jsonl.part1"]
@@ -8384,8 +8447,10 @@ def test_a_run_of_two_processes_whose_first_is_ended_goes_on_as_if_nothing_was(z
     zygote.run(tmp_path / "out", *argv, "--runs", tmp_path / "whole", world=2)
     latest, before = tmp_path / "runs/latest", 0
     kept = latest / "checkpoints/previous.pt"
-    for number, more in ((signal.SIGTERM, [*argv, "--runs", tmp_path / "runs"]), (signal.SIGKILL, ["--resume", latest])):
-        end_first(number, latest / "lock", lambda: kept.exists() and kept.stat().st_mtime_ns > before, "train.py", *more)
+    for number, more in ((signal.SIGTERM, [*argv, "--runs", tmp_path / "runs"]),
+                         (signal.SIGKILL, ["--resume", latest])):
+        end_first(number, latest / "lock", lambda: kept.exists() and kept.stat().st_mtime_ns > before,
+                  "train.py", *more)
         before = kept.stat().st_mtime_ns
         assert 0 < read_checkpoint(kept)["progress"]["step"] < 18
     zygote.run(tmp_path / "out", "--resume", latest, world=2)
@@ -8412,7 +8477,8 @@ def long_wav(path: Path, seconds: float = 12.0) -> str:
 def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, monkeypatch, limits, sizes):
     system, found = tiny_system(), batches_seen(monkeypatch)
     pieces = list(cut_at_pauses(audio.stream(long_wav(tmp_path / "a.wav"), 8000), 8000, 0.5, 3.0))
-    assert len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces) == sum(map(len, found))
+    assert (len(list(decode.transcribe_segments(system._replace(**limits), pieces))) == len(pieces)
+            == sum(map(len, found)))
     assert set(map(len, found)) == sizes
 
 # C80
@@ -8532,8 +8598,8 @@ def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant
 def test_punctuation_alone_writes_every_form(tmp_path, capsys):
     path = kit_wav(tmp_path, "talk_b")
     for form in ("txt", "srt", "vtt", "tsv", "json"):
-        assert decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", "--output", tmp_path, "--format", form,
-                       path)[0] == 0
+        assert decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", "--output", tmp_path,
+                       "--format", form, path)[0] == 0
     row = json.loads((tmp_path / "talk_b.json").read_text())
     assert (tmp_path / "talk_b.txt").read_text() == row["text"] + "\n"
     cues = re.findall(r"-->.*\n(.+)\n", (tmp_path / "talk_b.srt").read_text())
@@ -8545,7 +8611,8 @@ def test_punctuation_alone_writes_every_form(tmp_path, capsys):
 @needs_kit
 @pytest.mark.parametrize("name", ["paraformer", "transformer", "ctc"])
 def test_own_models_take_both(tmp_path, name):
-    options = ["--ckpt", saved(tiny_system(name=name), tmp_path / "tiny.pt"), "--vad", KIT / "vad", "--punctuate", KIT / "punc"]
+    options = ["--ckpt", saved(tiny_system(name=name), tmp_path / "tiny.pt"),
+               "--vad", KIT / "vad", "--punctuate", KIT / "punc"]
     row, empty = json_rows(tmp_path / "out.jsonl", *options, kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence"))
     assert empty["text"] == "" and empty["sentences"] == []
     segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
@@ -8557,7 +8624,8 @@ def test_own_models_take_both(tmp_path, name):
 @needs_kit
 def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
     path = kit_wav(tmp_path, "talk_b")
-    row = {"audio": str(path), "text": decode.transcribe_recording(checkpoint.load_system(KIT / "sanm", "cpu"), path).text}
+    row = {"audio": str(path),
+           "text": decode.transcribe_recording(checkpoint.load_system(KIT / "sanm", "cpu"), path).text}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     code, lines, error = decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", tmp_path / "a.jsonl")
     assert code == 0 and "。" in lines[0][1] and "%CER 0.00 [" in error
@@ -8577,7 +8645,8 @@ def test_the_schedule_is_a_named_option(tmp_path, capsys, monkeypatch, schedule,
     assert heard == [begin for begin, _ in vad_results("offline")[run]["value"]["long"]]
 
 def test_decode_says_where_to_get_a_part_that_is_not_there(ckpt, capsys):
-    assert "--vad nowhere: wanted a directory as FunASR publishes it" in refusal(capsys, "--ckpt", ckpt, "--vad=nowhere", "a.wav")
+    assert "--vad nowhere: wanted a directory as FunASR publishes it" in refusal(
+        capsys, "--ckpt", ckpt, "--vad=nowhere", "a.wav")
     error = refusal(capsys, "--ckpt", ckpt, "--punctuate=nowhere", "a.wav")
     assert "modelscope download --model iic/punc_ct-transformer" in error
 
@@ -8784,7 +8853,8 @@ def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys,
 # C159
 def test_explain_refuses_a_model_without_firing_weights(tmp_path):
     with pytest.raises(ValueError, match="--explain: wanted a Paraformer, which has firing weights, got a ctc"):
-        pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")), (), None, None)
+        pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")),
+                         (), None, None)
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
     """And is decoded and reported as any other."""
@@ -8843,7 +8913,8 @@ def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, var
         code, out, _ = stream_command(capsys, wav, *options, "--output", tmp_path / "o.jsonl", variant=variant)
         row = json.loads((tmp_path / "o.jsonl").read_text(encoding="utf-8"))
         assert code == 0 and [token["token"] for token in row["tokens"]] == case["runs"][setting]["tokens"]
-        assert out == f"{wav}\t{row['text']}\n" and row["text"] == spelled([SimpleNamespace(**t) for t in row["tokens"]])
+        assert out == f"{wav}\t{row['text']}\n" and row["text"] == spelled(
+            [SimpleNamespace(**t) for t in row["tokens"]])
     for form in ("txt", "srt", "vtt", "tsv", "ctm"):
         assert stream_command(capsys, wav, "--output", tmp_path / form, "--format", form, variant=variant)[0] == 0
         assert len(list((tmp_path / form).iterdir())) == 1
@@ -8880,7 +8951,8 @@ def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, c
     whole = stream_command(capsys, KIT / "wavs/libri_dev.wav")[1].partition("\t")[2].rstrip("\n")
     assert max(map(len, listen.pieces_of(KIT / "wavs/libri_dev.wav", None, 16000))) == 1600      # 0.1 s
     outs = [stream_command(capsys, "--stream", KIT / "wavs/libri_dev.wav")]
-    for content, options in ((wav_bytes(samples, rate_hz, 0), []), (wav_bytes(samples, rate_hz)[44:], ["--pcm", rate_hz])):
+    for content, options in ((wav_bytes(samples, rate_hz, 0), []),
+                             (wav_bytes(samples, rate_hz)[44:], ["--pcm", rate_hz])):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Trickle(content, 0))))
         outs.append(stream_command(capsys, "--stream", "-", *options))
     for code, out, err in outs:
@@ -8907,7 +8979,8 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
     system, written = streaming_system(variant)._replace(punctuation=kit_punctuation("punc")), listen.Written()
     for row in rows:
         before = written
-        written, text = listen.write_sentences(system, before, [streaming.StreamToken(**token) for token in row["tokens"]])
+        written, text = listen.write_sentences(system, before,
+                                               [streaming.StreamToken(**token) for token in row["tokens"]])
         assert text == row["text"] and text.startswith(before.over) and len(written.over) <= len(text)
     assert len(written.over) > 9
 
@@ -8922,7 +8995,8 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
                 raise KeyboardInterrupt
             return super().readinto(buffer)
 
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BufferedReader(Pressed(wav_bytes(samples, rate_hz, 0), 0))))
+    monkeypatch.setattr(sys, "stdin",
+                        SimpleNamespace(buffer=io.BufferedReader(Pressed(wav_bytes(samples, rate_hz, 0), 0))))
     code, out, _ = stream_command(capsys, "--stream", "-")
     wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
     assert code == 130 and json.loads(out.splitlines()[-1])["text"] == wanted
@@ -8934,7 +9008,8 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     ("sanm", ["--chunk", "10,5", "a.wav"], "--chunk: wanted a streaming model"),
     ("streaming", ["--chunk", "10,0", "a.wav"], "wanted 1 look-ahead frame or more"),
     ("streaming", ["--batch-size", "3", "a.wav"], "--batch-size: of no use to a streaming model"),
-    ("streaming", ["--beam", "3", "a.wav"], "a streaming model decodes greedily: leave out --beam, --nbest and penalties"),
+    ("streaming", ["--beam", "3", "a.wav"],
+     "a streaming model decodes greedily: leave out --beam, --nbest and penalties"),
     ("streaming", ["--stream", "--nbest", "3", "a.wav"], "a streaming model decodes greedily"),
     ("streaming", ["--plot", "x", "a.wav"], "--plot: of no use to a streaming model"),
     ("streaming", ["--vad", "x", "a.wav"], "--vad: of no use to a streaming model"),
@@ -9118,7 +9193,8 @@ def sanm_system(unit: str) -> checkpoint.System:
                 "decoder": {**SMALL["decoder"], "kind": "sanm"}, "norm_eps": 1e-12}
     options = config.from_dict({"model": {**SMALL, **sections}, "data": {"num_mels": 20}}, "test")
     tokens = Tokenizer.build(["a b"], unit)
-    return checkpoint.System(options, tokens, torch.rand(2, 20), checkpoint.build(options.model, 20, len(tokens)).eval())
+    return checkpoint.System(options, tokens, torch.rand(2, 20),
+                             checkpoint.build(options.model, 20, len(tokens)).eval())
 
 # C50
 def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
@@ -9181,9 +9257,11 @@ CODES = torch.randn(1, 6, 8), torch.tensor([6])  # of relative positions, and th
 SOURCE = torch.randn(1, 5, 8), None
 
 @pytest.mark.parametrize("make, given, times", [
-    (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2), (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
+    (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2),
+    (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
     (lambda p: ConformerBlock(8, 2, 16, p), (None,), 4),
-    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), (None,), 0), (lambda p: funasr_layers.Fsmn(8, 3, 0, p), (None,), 1),
+    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), (None,), 0),
+    (lambda p: funasr_layers.Fsmn(8, 3, 0, p), (None,), 1),
     (lambda p: funasr_layers.SanmBlock(8, 8, 2, 16, 3, 0, p), (None,), 2),
     (lambda p: funasr_layers.SanmDecoderBlock(8, 2, 16, 3, 0, p), (None, *SOURCE), 2),
     (lambda p: funasr_layers.RelativeAttention(8, 2, p), CODES, 0),
@@ -9390,7 +9468,8 @@ BAD_FRAMING = {  # by status and code: what is sent
         post("/health", "text/plain", b"x"), *(get(f"{line} HTTP/1.1") for line in (
             "GET /transcribe", "DELETE /v1/models", "BREW /transcribe", "get /health"))],
     (415, "unsupported_media_type"): [
-        b"POST /transcribe HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}", post("/transcribe", "text/plain", b"{}"),
+        b"POST /transcribe HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}",
+        post("/transcribe", "text/plain", b"{}"),
         post("/transcribe", "application/x-www-form-urlencoded", b"a=b"), post("/transcribe", "text/audio", b"ID3"),
         post("/transcribe", "application/json", b"{}", "Content-Encoding: gzip\r\n"),
         post("/v1/audio/transcriptions", "application/json", b"{}")]}
@@ -9430,9 +9509,9 @@ BAD_FORMS = {
         oai(), oai(field("model", "x")), oai(field("file", "a.wav")), oai(FILE, FILE),
         oai(('name="audio"; filename="a.wav"', wav(NOISE)))],
     (400, "invalid_value"): [oai(FILE, field(name, value)) for name, value in (
-        ("response_format", "xml"), ("response_format", ""), ("timestamp_granularities[]", "char"), ("include[]", "all"),
-        ("temperature", "1.01"), ("temperature", "-0.01"), ("temperature", "hot"), ("temperature", "nan"),
-        ("stream", "maybe"))]}
+        ("response_format", "xml"), ("response_format", ""), ("timestamp_granularities[]", "char"),
+        ("include[]", "all"), ("temperature", "1.01"), ("temperature", "-0.01"), ("temperature", "hot"),
+        ("temperature", "nan"), ("stream", "maybe"))]}
 BAD_WAVS = {
     (400, "empty_audio"): [b"", wav(b"")],
     (400, "unsupported_format"): [
@@ -9455,7 +9534,8 @@ for make, groups in ((bytes, BAD_FRAMING), (post_json, BAD_JSON), (bytes, BAD_FO
 HALF = b"80000\r\n" + b" " * 2**19 + b"\r\n"
 LARGEST = [  # what a server with the limits of the fixture `server` still takes
     get(f"GET /health?{'a' * 4091} HTTP/1.1"), wide_get(65536), get("GET /health HTTP/1.1", *["A: b"] * 99),
-    b"GET /health HTTP/1.0\r\n\r\n", get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"), get("GET HTTP://x:8000/health HTTP/1.1"),
+    b"GET /health HTTP/1.0\r\n\r\n", get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"),
+    get("GET HTTP://x:8000/health HTTP/1.1"),
     post_json({"features": [[0] * 40] * 500}), post_json({"batch": [{"features": [Z]}] * 64}),
     oai(FILE, *(field(f"x{i}", "") for i in range(127))), oai((wide_name(8192), wav(NOISE))),
     post("/transcribe", f'multipart/form-data; boundary="{"B" * 70}"', form(FILE).replace(b"--B", b"--" + b"B" * 70)),
@@ -9600,7 +9680,8 @@ def test_a_long_upload_gets_the_answer_of_its_recording_on_both_routes(tmp_path,
     weights, step = found["alignment"]["weights"], found["alignment"]["step"]
     assert 8.9 < len(weights) * step < 9.05
     pieces = list(decode.cut_recording(system, raw))
-    alone = transcribe.recognise_batch(system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
+    alone = transcribe.recognise_batch(
+        system, [audio.frontend(pieces[3].samples, 8000, system.config.data, system.stats)])[0]
     at = round(pieces[3].start_sec / step)
     assert weights[at:at + len(alone.weights)] == pytest.approx(alone.weights, abs=2e-3)
 
@@ -9707,7 +9788,8 @@ def test_a_timeout_is_a_number_in_json_and_text_elsewhere(server):
     both = (post_json({"features": ROWS[:30], "timeout": 5}, "/transcribe?timeout=soon"),       # the body's counts
             oai(FILE, field("timeout", "5"), path="/transcribe?timeout=soon"))
     assert [exchange(server, raw)[0] for raw in both] == [200, 200]
-    for value, seconds in ((None, 30), (5.0, 5), ("5", 5), (30.0, 30), (31.0, 30), ("1e9", 30)):    # the server's is the most
+    # the server's is the most
+    for value, seconds in ((None, 30), (5.0, 5), ("5", 5), (30.0, 30), (31.0, 30), ("1e9", 30)):
         assert bodies.parse_timeout(value, 30.0) == seconds
 
 def test_features_are_clamped_at_a_thousand_and_large_json_lets_others_work(monkeypatch):
@@ -9742,7 +9824,8 @@ def test_every_request_has_a_line_that_says_who_asked_what_and_how_it_ended():
     time_ = r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
     for line, wanted in zip(server.lines, (
             "INFO request id=a client=7.7.7.7 method=POST path=/transcribe status=200 ms=X batch=1",
-            f'WARNING request id=X client=127.0.0.1 method=GET path="/no\\nway{"y" * 193}" status=404 ms=X error=not_found',
+            f'WARNING request id=X client=127.0.0.1 method=GET path="/no\\nway{"y" * 193}" status=404 ms=X '
+            'error=not_found',
             "WARNING request id=X client=127.0.0.1 method=- path=- status=400 ms=X error=bad_framing",
             "ERROR request id=X client=127.0.0.1 method=- path=- status=503 ms=X error=overloaded"), strict=True):
         assert re.fullmatch(f"{time_} {re.escape(wanted).replace('=X', '=[0-9a-z.]+')}", line), line
@@ -9806,8 +9889,10 @@ def test_the_model_is_loaded_as_the_options_say_warmed_and_named(ckpt, monkeypat
     card = {"id": "paraformer", "object": "model", "created": 10**9, "owned_by": "local"}
     assert ask(server, get("GET /v1/models/paraformer HTTP/1.1")) == card
     assert ask(server, get("GET /v1/models HTTP/1.1")) == {"object": "list", "data": [card]}
-    line = f"listening on http://127.0.0.1:{server.server_address[1]} (paraformer, {ckpt}, cpu, trained on recordings at 8000 Hz)"
-    for options.log_format, wanted in (("json", [("INFO", "ready", {"message": line})]), ("text", [line, ("INFO", "ready", {})])):
+    line = (f"listening on http://127.0.0.1:{server.server_address[1]} (paraformer, {ckpt}, cpu, "
+            "trained on recordings at 8000 Hz)")
+    for options.log_format, wanted in (("json", [("INFO", "ready", {"message": line})]),
+                                       ("text", [line, ("INFO", "ready", {})])):
         log.clear()
         serve.announce(server, log)
         assert log == wanted
@@ -9863,8 +9948,8 @@ def test_openai_formats_by_hand():
     deltas = [json.loads(line[6:]) for line in body(stream=True).split("\n\n") if line]
     assert [d["type"] for d in deltas] == ["transcript.text.delta", "transcript.text.done"]
     assert deltas[1]["text"] == "one two six"
-    assert kinds == {"json": "application/json", "verbose_json": "application/json", "text": "text/plain", "srt": "text/plain",
-                     "vtt": "text/vtt", "stream": "text/event-stream"}
+    assert kinds == {"json": "application/json", "verbose_json": "application/json", "text": "text/plain",
+                     "srt": "text/plain", "vtt": "text/vtt", "stream": "text/event-stream"}
 
 @pytest.fixture(scope="module")
 def hotword_server():
@@ -9893,7 +9978,8 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
     text = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["several"]["text"]
     plain = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["none"]["text"]
     unknown = decode.transcribe_recording(hotword_server.system._replace(hotwords=("你",)), recording).text
-    for fields, wanted in (([field("prompt", ", ".join(phrases))], text), ([field("hotwords", "，".join(phrases))], text),
+    for fields, wanted in (([field("prompt", ", ".join(phrases))], text),
+                           ([field("hotwords", "，".join(phrases))], text),
                            ([field("prompt", "")], plain),
                            ([field("hotwords", "你"), field("prompt", phrases[0])], unknown)):
         assert ask(hotword_server, oai(*fields, file))["text"] == wanted
@@ -9907,7 +9993,8 @@ def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is
     stats = hotword_server.system.stats
     raw = (feats / stats[1] + stats[0]).tolist()
     cases = ("none", "one", "several", "many", "empty")
-    items = [{"features": raw, "hotwords": None if case == "none" else hotword_phrases("seaco", case)} for case in cases]
+    items = [{"features": raw, "hotwords": None if case == "none" else hotword_phrases("seaco", case)}
+             for case in cases]
     before = hotword_server.system.encode_list.cache_info()
     for _ in range(3):
         answers = ask(hotword_server, post_json({"batch": items}))["results"]
@@ -9932,7 +10019,8 @@ def test_hotwords_of_a_wrong_kind_or_too_many_are_422(hotword_server, value, cod
 def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(server):
     for request in (post_json({"features": [Z], "hotwords": ["a"]}), oai(field("hotwords", "a"), FILE)):
         found = exchange(server, request)
-        assert check_error(*found) == (422, "no_hotwords") and b"hotwords: wanted" in found[2] and b"paraformer-zh" in found[2]
+        assert (check_error(*found) == (422, "no_hotwords")
+                and b"hotwords: wanted" in found[2] and b"paraformer-zh" in found[2])
     assert exchange(server, oai(field("prompt", "a, b"), FILE))[0] == 200
     takes = serving_system()._replace(encode_list=print)
     assert bodies.parse_hotwords(["字" * 64] * 1000, takes, "hotwords") == ("字" * 64,) * 1000
@@ -10171,7 +10259,8 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
         browser.run("$('record').click()")
         browser.wait("!$('ask').hidden && !recorder")
         browser.run("$('key').value = 'sec&ret'; document.querySelector('#ask button').click()")
-        browser.wait("recorder && document.querySelector('#transcript .open')?.parentElement.textContent.length > 9", 60)
+        browser.wait("recorder && "
+                     "document.querySelector('#transcript .open')?.parentElement.textContent.length > 9", 60)
         assert browser.run("document.documentElement.scrollWidth") <= 360
         browser.run("$('record').click()")
         check_result("recording")
@@ -10208,8 +10297,8 @@ def test_every_route_answers_with_sentences(tmp_path):
 
 @needs_kit
 def test_serve_loads_both_parts():
-    arguments = ["--checkpoint", str(KIT / "sanm"), "--vad", str(KIT / "vad"), "--vad-schedule", "funasr", "--punctuate",
-                 str(KIT / "punc"), "--device", "cpu"]
+    arguments = ["--checkpoint", str(KIT / "sanm"), "--vad", str(KIT / "vad"), "--vad-schedule", "funasr",
+                 "--punctuate", str(KIT / "punc"), "--device", "cpu"]
     system = serve.load_warm(serve.parse_arguments(arguments)).whole
     assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
 
@@ -10319,7 +10408,8 @@ def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path,
 @needs_kit
 def test_what_is_refused_is_said_and_the_socket_goes_on():
     invalid = {"mode": ["2pass", 1], "audio_fs": ["16000", True, 16000.0], "wav_name": [5], "wav_format": [None],
-               "is_speaking": [1], "is_end": ["yes"], "encoder_chunk_look_back": [-1], "decoder_chunk_look_back": ["1", -1],
+               "is_speaking": [1], "is_end": ["yes"], "encoder_chunk_look_back": [-1],
+               "decoder_chunk_look_back": ["1", -1],
                "chunk_size": [[5, 10], "5,10,x", [0, 10, 0], [0, 10.0, 5], {}, [-1, 10, 5]]}
     refused = [({name: value}, "invalid_value") for name, values in invalid.items() for value in values]
     refused += [(text, "invalid_json") for text in ("{", "[1]", "[" * 9000, "{}".ljust(65537))]
@@ -10330,7 +10420,8 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():
         for sent, code in refused:
             client.send(sent)
             answer = client.read()
-            assert set(answer["error"]) == {"message", "type", "param", "code"} and answer["error"]["code"] == code, sent
+            assert (set(answer["error"]) == {"message", "type", "param", "code"}
+                    and answer["error"]["code"] == code), sent
             if isinstance(sent, dict):
                 assert answer["error"]["param"] in (*sent, "chunk_size"), sent
         client.send('{"chunk_size": [0, 10, 5], "unknown": {}}'.ljust(65536))
@@ -10340,7 +10431,8 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():
         client.send(b"ID3" + bytes(50000))
         client.send({"is_speaking": False, "is_end": True})
         error, last, ending = client.read(), client.read(), client.read()
-        assert error["error"]["param"] == "wav_format" and last["is_final"] and not ending["is_final"] and ending["error"]
+        assert (error["error"]["param"] == "wav_format" and last["is_final"]
+                and not ending["is_final"] and ending["error"])
 
 # C204
 @needs_kit
@@ -10561,9 +10653,11 @@ def test_what_is_offered_is_said_and_requests_want_a_model_of_whole_utterances()
     (["streaming", "--punctuate", "punc"], "--punctuate: .* wants an --offline-checkpoint"),
     (["streaming", "--offline-checkpoint", "streaming"], "got a streaming one"),
     (["streaming", "--chunk", "10,0"], "wanted 1 look-ahead frame or more"),
-    (["sanm", "--offline-checkpoint", "sanm"], "--offline-checkpoint: wanted a streaming --checkpoint, got a paraformer"),
+    (["sanm", "--offline-checkpoint", "sanm"],
+     "--offline-checkpoint: wanted a streaming --checkpoint, got a paraformer"),
     (["sanm", "--chunk", "10,5"], "--chunk: wanted a streaming --checkpoint"),
-    (["sanm", "--look-back", "4,1"], "--look-back: wanted a streaming --checkpoint"), (["streaming", "--chunk", "8,4"], "")])
+    (["sanm", "--look-back", "4,1"], "--look-back: wanted a streaming --checkpoint"),
+    (["streaming", "--chunk", "8,4"], "")])
 def test_checkpoints_that_do_not_go_together_are_refused(options, words):
     argv = ["--device", "cpu", "--checkpoint", *[str(KIT / x) if (KIT / x).is_dir() else x for x in options]]
     if words:
@@ -10675,7 +10769,8 @@ def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, argume
 def test_the_benchmark_of_a_server_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "ROUNDS_SEC", 0)
     assert bench.main(["serve", saved(tiny_system("toy"), tmp_path / "tiny.pt"), "--threads=1"]) == 0
-    rows = [re.search(r"([\d.]+) (s|ms|x) +([<>]= [\d.]+ (?:s|ms|x))$", line).groups() for line in capsys.readouterr().out.splitlines()[1:]]
+    rows = [re.search(r"([\d.]+) (s|ms|x) +([<>]= [\d.]+ (?:s|ms|x))$", line).groups()
+            for line in capsys.readouterr().out.splitlines()[1:]]
     assert [asked for _, _, asked in rows] == ["<= 1 s", "<= 5 ms", ">= 1.3 x", ">= 2.0 x", "<= 3 x", "<= 50 ms"]
     assert all(float(measured) > 0 and asked.endswith(f" {unit}") for measured, unit, asked in rows)
 
@@ -10808,7 +10903,8 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     argv = ["amounts", str(tmp_path), "--sizes", "3", "9", "--config", path, "--runs", str(tmp_path / "runs"),
             "--data.kind=manifest", "--training.num_epochs=2"]
     assert bench.main(argv) == 0
-    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")]
+                       for line in capsys.readouterr().out.splitlines()]
     assert head == ["utterances", "epochs", "seconds", "WER on dev", "other", "test"]
     for size, line in zip((3, 9), lines, strict=True):
         assert line[:2] == [str(size), "2"]
@@ -10840,7 +10936,8 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     heard = report.Result("a", 1.0, [report.Token("a", 5, 1.0, 0.0, 1.0)], [report.Word("a", 0.0, 1.0, 1.0)])
     monkeypatch.setattr(bench_long, "transcribe", lambda system, feats: [heard])
-    monkeypatch.setattr(bench_long, "transcribe_segments", lambda system, pieces: [(x.start_sec, heard) for x in pieces])
+    monkeypatch.setattr(bench_long, "transcribe_segments",
+                        lambda system, pieces: [(x.start_sec, heard) for x in pieces])
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
     assert bench.main(["cuts", "--ckpt", ckpt, "--device", "cpu", str(tmp_path / "a.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -10881,7 +10978,8 @@ def test_stream_measures_as_many_sockets_for_as_long_as_it_is_told(monkeypatch, 
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
     monkeypatch.setattr(bench_stream, "chunk_figures", lambda system: [])
-    monkeypatch.setattr(bench_stream, "running", lambda given: seen.append(given.threads) or contextlib.nullcontext((7, 0.0)))
+    monkeypatch.setattr(bench_stream, "running",
+                        lambda given: seen.append(given.threads) or contextlib.nullcontext((7, 0.0)))
     monkeypatch.setattr(bench_stream, "socket_figure", lambda system, port, *given: seen.append(given))
     assert bench.main(["stream", str(KIT / "streaming"), "a.wav", *options]) == 0 and seen == [threads, threads, wanted]
 
@@ -10892,7 +10990,8 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
     with serving(settings.Models(system, None)) as server:
         port, wav = server.server_address[1], str(KIT / "wavs/libri_dev.wav")
         line = bench_stream.socket_figure(system, port, [wav], 2, 2.0)
-    found = re.match(r"2 sockets at real-time pace for 2 s: latency p50 (\d+) ms, p99 (\d+) ms .* of (\d+) messages", line)
+    found = re.match(r"2 sockets at real-time pace for 2 s: latency p50 (\d+) ms, p99 (\d+) ms .* "
+                     r"of (\d+) messages", line)
     assert time.monotonic() - began > 2 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
     assert bench.main(["stream", str(KIT / "sanm")]) == 2
 
