@@ -518,23 +518,32 @@ def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
 ROUNDS_SEC = 15  # no round of a benchmark starts later; a large model's first takes longer and is its only one
 
 
+Rounds = dict[tuple[str, int], list]  # by kind of bodies and number of clients
+
+
+def time_rounds(port: int, bodies: dict, full_batch: Callable[[], object]) -> tuple[list[float], Rounds, Rounds]:
+    """Of each round ms of full_batch, and requests a second; ms of all requests and of the model for each."""
+    full_ms: list[float] = []
+    rates: Rounds = {}
+    replies: Rounds = {}
+    until = time.monotonic() + ROUNDS_SEC
+    while not full_ms or time.monotonic() < until:  # kinds in turn, as the machine's speed drifts
+        full_ms.append(1000 * timeit(full_batch, number=1))
+        for kind, clients in itertools.product(bodies, (1, 16)):
+            rate, found = time_clients(port, bodies[kind], clients)
+            rates.setdefault((kind, clients), []).append(rate)
+            replies.setdefault((kind, clients), []).extend(found)
+    return full_ms, rates, replies
+
+
 def serving_figures(options: argparse.Namespace) -> Iterator[str]:
     """The figures that a server of this checkpoint reaches, client and server on this machine, as training_figures."""
     system = load_warm(options).whole
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
-    rates: dict[tuple[str, int], list[float]] = {}  # by kind and number of clients
-    replies: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    full_ms: list[float] = []
     with running(options) as (port, ready_sec):
         time_clients(port, bodies["mixed"][:32], 4)
-        until = time.monotonic() + ROUNDS_SEC
-        while not full_ms or time.monotonic() < until:  # kinds in turn, as the machine's speed drifts
-            full_ms.append(1000 * timeit(lambda: recognise_batch(system, largest), number=1))
-            for kind, clients in itertools.product(bodies, (1, 16)):
-                rate, found = time_clients(port, bodies[kind], clients)
-                rates.setdefault((kind, clients), []).append(rate)
-                replies.setdefault((kind, clients), []).extend(found)
+        full_ms, rates, replies = time_rounds(port, bodies, partial(recognise_batch, system, largest))
         with ThreadPoolExecutor(1) as pool:
             health = pool.submit(ask_health, port)
             while not health.done():
