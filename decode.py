@@ -527,15 +527,16 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    if arguments.export and rank == 0:
-        if arguments.dtype == "int8":
-            made = export_int8(arguments.ckpt, arguments.export)
-        else:
-            made = export(load(arguments), arguments.export)
-        say(f"decode.py: wrote {made}")
-    if arguments.export and not arguments.inputs:
+    writes_int8 = arguments.export and arguments.dtype == "int8"
+    if writes_int8 and rank == 0:
+        say(f"decode.py: wrote {export_int8(arguments.ckpt, arguments.export)}")
+    if writes_int8 and not arguments.inputs:
         return 0
     system = load(arguments)
+    if arguments.export and not writes_int8 and rank == 0:
+        say(f"decode.py: wrote {export(system, arguments.export)}")
+    if arguments.export and not arguments.inputs:
+        return 0
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
     system = with_parts(arguments, system)
