@@ -135,7 +135,7 @@ def check_state(state: dict, place: str) -> None:
     stats = state["stats"]
     require(type(state.get("format", 1)) is int, "format", "a whole number", state.get("format"))
     require(is_dense(stats) and stats.dim() == 2 and len(stats) == 2 and stats.is_floating_point(),
-          "stats", "a tensor (2,F) of floats", stats)
+            "stats", "a tensor (2,F) of floats", stats)
     for part in ("model", "trained") if "trained" in state else ("model",):
         require(isinstance(state[part], dict), part, "tensors by name", state[part])
         for name, x in state[part].items():
