@@ -264,7 +264,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def load_directory(folder: str | os.PathLike, run: configs.Config | None = None) -> System:
     """The system in a directory as FunASR publishes it. Raises ValueError for what is missing or not implemented."""
     files = published_files(folder)
-    config = with_model(run, read_published_config(files["config"]))
+    config = run or read_published_config(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
     model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
@@ -274,7 +274,7 @@ def load_directory(folder: str | os.PathLike, run: configs.Config | None = None)
 def load_state(state: dict, where: str, run: configs.Config | None = None, adopt: bool = False) -> System:
     """The system in the state of a checkpoint; in int8, its large linears are Int8Weights. adopt: the model takes the
     state's tensors themselves and draws no weights. Raises ValueError if the weights do not fit the config."""
-    config = with_model(run, configs.from_dict(state["config"], f"{where}: config"))
+    config = run or configs.from_dict(state["config"], f"{where}: config")
     tokenizer = read_tokenizer(state["tokenizer"], f"{where}: tokenizer")
     check_sizes(config, state["model"], where)
     hollow = adopt and config.model.name in ARCHITECTURES  # a class of the user's may fill what no file holds
@@ -288,19 +288,9 @@ def load_state(state: dict, where: str, run: configs.Config | None = None, adopt
     return System(config, tokenizer, state["stats"].clone(), model, precision)
 
 
-def with_model(run: configs.Config | None, other: configs.Config) -> configs.Config:
-    """The config of a run with the model and the front end of another one; its data, augmentation, training and mwer
-    stay. Without a run the other itself."""
-    if run is None:
-        return other
-    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
-    mwer = {name: getattr(run.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
-    return replace(run, model=replace(other.model, **mwer), data=replace(run.data, **front))
-
-
 def load_parts(path: str | os.PathLike, run: configs.Config | None = None) -> System:
-    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped, for a run if given:
-    its config is then `with_model`."""
+    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped; with the config of
+    a run, if given, in place of its own."""
     if is_published(path):
         return load_directory(path, run)
     return load_state(read_checkpoint(path, mapped=True), str(path), run, adopt=True)
@@ -414,17 +404,38 @@ def fresh(config: configs.Config) -> System:
     return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
 
 
+def adopted(config: configs.Config, overrides: Sequence[str] = ()) -> configs.Config:
+    """config with the model section and the front end of training.init_from, if it names one, and then with overrides
+    of the model, such as another dropout. Raises ValueError if they ask for another front end or do not fit."""
+    place = config.training.init_from
+    if not place:
+        return config
+    if is_published(place):
+        other = read_published_config(published_files(place)["config"])
+    else:
+        other = configs.from_dict(read_checkpoint(place, mapped=True)["config"], f"{place}: config")
+    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
+    mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
+    theirs = replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
+    changed = configs.overridden(theirs, overrides)
+    for path, got in configs.differing(theirs, changed).items():
+        if path.startswith("data."):
+            raise ValueError(f"{path}: wanted {dict(configs.walk(theirs))[path]}, as the model of training.init_from="
+                             f"{place} hears, got {got}")
+    check_trainable(changed.model, f"training.init_from={place}")
+    check(changed, f"training.init_from={place}")
+    return changed
+
+
 def start_from(config: configs.Config) -> System:
-    """What a new run starts from: fresh weights, or training.init_from, a FunASR directory or a checkpoint, whose model
-    section and front end then replace those of config. Raises ValueError if they do not fit the data."""
+    """What a new run starts from: fresh weights, or those of training.init_from, a FunASR directory or a checkpoint,
+    for a config that `adopted` its model. Raises ValueError if they do not fit the data."""
     place = config.training.init_from
     if not place:
         return fresh(config)
     system = load_parts(place, config)
     if system.precision == "int8":
         raise ValueError(f"training.init_from={place}: wanted weights in float32, got int8, which cannot learn")
-    check_trainable(system.config.model, f"training.init_from={place}")
-    check(system.config, f"training.init_from={place}")
     texts = itertools.islice(data.training_texts(system.config.data), STATS_UTTERANCES)
     check_vocabulary(texts, system.tokenizer, place)
     return system

@@ -62,9 +62,12 @@ def same_name(name: str) -> list[str]:
     return [name]
 
 
+MOST_NAMED = 10  # tensors in an error
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
                  names: Callable[[str], list[str]] = same_name, adopt: bool = False) -> None:
-    """Put all weights into the model. Raises one ValueError that names every missing, unused and misshapen tensor.
+    """Put all weights into the model. Raises one ValueError that names what is missing, unused or misshapen.
 
     names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
     themselves replace the model's own and are not copied.
@@ -83,7 +86,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
         elif name in wanted and x.is_floating_point() != wanted[name].is_floating_point():
             wrong.append(f"{name} {x.dtype}, wanted {wanted[name].dtype}")
     if wrong:
-        raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
+        raise ValueError(f"{place}: weights do not fit the model of its config: {'; '.join(wrong[:MOST_NAMED])}{more}")
     found = {}
     for name, x in own.items():
         parts = [weights[part] for part in names(name)]

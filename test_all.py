@@ -4308,10 +4308,6 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     monkeypatch.setattr(model, "mwer_sum", lambda *arguments: masks.append(arguments[3]) or torch.zeros(()))
     tiny(mwer_weight=2.0, mwer_samples=500)(*batch, order)
     assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.02)
-    ours = config.Config(model=config.ModelConfig(mwer_weight=2.0, mwer_samples=3))
-    theirs = config.Config(model=config.ModelConfig(sampling_ratio=0.25))
-    merged = checkpoint.with_model(ours, theirs).model
-    assert (merged.mwer_weight, merged.mwer_samples, merged.sampling_ratio) == (2.0, 3, 0.25)
 
 # ---- model: edges ----
 
@@ -6593,7 +6589,9 @@ def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match="wanted weights in float32 to make int8 of, got .*small.pt, which is in int8"):
         checkpoint.export_int8(str(place), "x")
     with pytest.raises(ValueError, match="small.pt: wanted weights in float32, got int8, which cannot learn"):
-        checkpoint.start_from(replace(config.Config(), training=config.TrainingConfig(init_from=str(place))))
+        run = replace(config.Config(), training=config.TrainingConfig(init_from=str(place)),
+                      data=config.DataConfig(kind="manifest", train="x"))
+        checkpoint.start_from(checkpoint.adopted(run))
     state = torch.load(place, weights_only=True)
     weights = state["model"]
     del weights["decoder.output.scale"]
@@ -7477,8 +7475,25 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": "a.wav", "text": "xyz xyz"}])
     trained(tmp_path, start, "--data.kind=manifest", f"--data.train={manifest}", code=2)
     assert "without 7 of their 7 symbols, the most frequent 'x' 'y' 'z' ' '" in capsys.readouterr().err
-    trained(tmp_path, start, "--data.num_mels=20", "--data.augment.freq_width=20", code=2)
-    assert "data.augment.freq_width: wanted at most num_mels 8, got 20" in capsys.readouterr().err
+    trained(tmp_path, start, "--data.num_mels=20", code=2)
+    assert "data.num_mels: wanted 8, as the model of training.init_from=" in capsys.readouterr().err
+    trained(tmp_path, start, "--model.encoder.hidden_dim=32", code=2)
+    error = capsys.readouterr().err
+    assert "weights do not fit the model of its config: " in error and re.search(r"; and \d+ more\n$", error)
+    assert error.count(";") == files.MOST_NAMED
+
+# C85
+def test_a_model_to_start_from_has_its_own_config_but_for_what_the_command_line_says_of_it(finished_run, tmp_path):
+    place = f"{finished_run}/checkpoints/latest.pt"
+    path = tmp_path / "other.yaml"
+    path.write_text(TINY.replace("model:\n", "model:\n  sampling_ratio: 0.25\n  mwer_weight: 2.0\n"))
+    typed = ["--model.encoder.dropout=0.25", f"--training.init_from={place}"]
+    adopted = checkpoint.adopted(rules.load(str(path), typed), typed)
+    theirs = checkpoint.load_parts(place).config.model
+    assert theirs.sampling_ratio != 0.25 and theirs.encoder.dropout != 0.25
+    encoder = replace(theirs.encoder, dropout=0.25)
+    assert adopted.model == replace(theirs, encoder=encoder, mwer_weight=2.0)      # a loss of the run's own
+    assert checkpoint.start_from(adopted).model.encoder.dropout.p == 0.25
 
 # ---- train: several processes, accumulation ----
 
@@ -9073,8 +9088,8 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
     with pytest.raises(ValueError, match="got a streaming one"):
         decode.decode_batch(system, [torch.zeros(30, 560)])
     with pytest.raises(ValueError, match="training.init_from=.*decoder.attention_layers: wanted 0, all layers"):
-        checkpoint.start_from(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
-                                      training=config.TrainingConfig(init_from=str(KIT / "streaming_alt"))))
+        checkpoint.adopted(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
+                                   training=config.TrainingConfig(init_from=str(KIT / "streaming_alt"))))
 
 # C164
 @needs_kit

@@ -47,7 +47,8 @@ from torch import Tensor, distributed, nn
 import config as configs
 import data
 import rules
-from checkpoint import CHECKPOINT_FORMAT, System, last_checkpoint, load_state, pick_device, save_run, start_from
+from checkpoint import (CHECKPOINT_FORMAT, System, adopted, last_checkpoint, load_state, pick_device, save_run,
+                        start_from)
 from compare import compare
 from dry_run import clock, describe, num_parameters, warnings
 from files import load_weights, write_atomic
@@ -447,7 +448,8 @@ def join(training) -> None:
 
 
 def headline(run: Run) -> str:
-    return (f"{run.folder}: {run.config.model.name}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
+    origin = f" of {run.config.training.init_from}" if run.config.training.init_from else ""
+    return (f"{run.folder}: {run.config.model.name}{origin}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
             f"{len(run.train_set)} utterances, {len(run.tokenizer)} symbols, on "
             f"{next(run.model.parameters()).device}")
 
@@ -585,7 +587,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.resume:
             run, progress = resume(Path(arguments.resume).resolve(), overrides, catch_signals())
         else:
-            config = rules.load(arguments.config, overrides)
+            config = adopted(rules.load(arguments.config, overrides), overrides)
             config = overfitting(config, arguments.overfit) if arguments.overfit else config
             if arguments.dry_run:
                 run = make_run(config)
