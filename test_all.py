@@ -5032,17 +5032,18 @@ def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name,
 
 @pytest.mark.parametrize("upsampling, texts", [(0, ["你好", "你"]), (3, ["你 好", "你"])])  # a timing head: apart
 def test_alternatives_are_spelled_as_results_are(upsampling, texts):
-    system = tiny_system()._replace(search=baselines.Search(nbest=2))
+    system = tiny_system()._replace(search=baselines.Search(nbest=3))
     predictor = replace(system.config.model.predictor, upsampling=upsampling)
     system = system._replace(tokenizer=PieceTokenizer((*SPECIALS, "你", "好"), None), config=replace(
         system.config, model=replace(system.config.model, predictor=predictor)))
     found = Hypotheses(ints(4, 5)[None], ints(2), torch.zeros(1, 2), [torch.arange(3.0)], torch.zeros(1, 4), [])
-    candidates = [baselines.Candidate([4, 5], -1.0, -0.5), baselines.Candidate([4, EOS], -1.4, -0.7)]
-    nbest = decode.read_alternatives(system, candidates)
+    candidates = [baselines.Candidate([4, 5], -1.0, -0.512345), baselines.Candidate([4, EOS], -1.4, -0.7),
+                  baselines.Candidate([], 0.0, -0.8), baselines.Candidate([5], -0.9, -0.9)]
     assert decode.read_result(system, found, 0).text == texts[0]
-    assert [(a.text, a.score, a.confidence) for a in nbest] == [
-        (text, pytest.approx(score), pytest.approx(math.exp(score), abs=1e-4))
-        for text, score in zip(texts, (-0.5, -0.7))]
+    for count, wanted in ((1, 0), (2, 2), (3, 3), (4, 4)):
+        nbest = decode.read_result(system._replace(search=baselines.Search(nbest=count)), found, 0, candidates).nbest
+        assert nbest == ((texts[0], -0.5123, 0.6065), (texts[1], -0.7, 0.4966), ("", -0.8, 0.0),
+                         ("好", -0.9, 0.4066))[:wanted]
 
 # C67
 def test_a_beam_of_one_is_greedy():
@@ -7860,13 +7861,15 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
 
 # C33
 def test_results_are_planted_tokens_in_seconds_with_probabilities():
-    log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.9, 1]]))
+    log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.912345, 1]]))
     found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
                        [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
     result = decode.read_result(tiny_system(), found, 0)
     assert [token[:5] for token in result.tokens] == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
     assert (result.text, result.confidence) == (" a", 0.25)
-    assert [token[:5] for token in decode.read_result(tiny_system(), found, 1).tokens] == [("b", 6, 0.9, 0.0, 0.08)]
+    assert [token[:5] for token in decode.read_result(tiny_system(), found, 1).tokens] == [("b", 6, 0.9123, 0.0, 0.08)]
+    silent = found._replace(lens=torch.tensor([0, 1]), boundaries=[torch.zeros(1, dtype=torch.float64)])
+    assert decode.read_result(tiny_system(), silent, 0) == report.Result("", 0.0, [], [])
 
 def spoken(path: Path, seconds: float) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -8028,6 +8031,7 @@ def test_what_is_not_told_to_decoding_has_its_default():
     system = tiny_system()
     assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (
         16, 300.0, (1.0, 20.0))
+    assert [decode.batch_limits(system._replace(batch_seconds=sec))[1] for sec in (1e-3, 0.0299, 300.0)] == [1, 2, 30000]
     assert (decode.POOL_SEC, decode.WINDOW) == (300.0, 1024)
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
@@ -8560,6 +8564,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
         tokens, log_probs = tokens + shift, log_probs + [math.log(t.confidence) for t in alone.tokens]
     whole = decode.transcribe_recording(system._replace(segment_sec=(0.5, 3.0)), path)
     assert whole.text == "".join(t.token for t in whole.tokens) and len(whole.tokens) > 40
+    assert all(sec == round(sec, 3) for item in whole.tokens + whole.words for sec in (item.start, item.end))
     for ours, wanted in zip(whole.tokens, tokens, strict=True):
         assert (ours.token, ours.id) == (wanted.token, wanted.id)
         assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:5], abs=2e-3)
@@ -8610,6 +8615,9 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
     assert rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens] and max(sizes) < 8200
+    pieces = Segment(0.0, torch.randn(8000)), Segment(1.0, torch.randn(8000).index_fill(0, torch.tensor([7900]), 3e38))
+    with pytest.raises(ValueError, match="features not finite"):
+        list(decode.transcribe_segments(tiny_system(), pieces))
 
 # C81
 def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
