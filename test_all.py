@@ -8032,7 +8032,7 @@ def test_what_is_not_told_to_decoding_has_its_default():
     assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (
         16, 300.0, (1.0, 20.0))
     assert [decode.batch_limits(system._replace(batch_seconds=sec))[1] for sec in (1e-3, 0.0299, 300.0)] == [1, 2, 30000]
-    assert (decode.POOL_SEC, decode.WINDOW) == (300.0, 1024)
+    assert (decode.POOL_SEC, decode.WINDOW, decode.LAID_OUT_SEC) == (300.0, 1024, 300.0)
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
     """All options but those named have none, or, beside --stream, are refused once the model is known."""
@@ -8116,7 +8116,7 @@ def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path
 # C73
 @pytest.mark.parametrize("form", list(report.FORMS))
 def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsys, form):
-    out = tmp_path / "out"
+    out = tmp_path / "new/out"
     (tmp_path / "sub").mkdir()
     files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
     code, texts, _ = decoded(capsys, "--ckpt", ckpt, *files, "--output", out, "--format", form)
@@ -8328,6 +8328,16 @@ def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, zygote, tmp
         error = (tmp_path / "said").read_text()
         assert "standard output: [Errno 28]" in error and "Traceback" not in error
 
+# C182
+def test_the_first_process_writes_the_file_unless_others_were_interrupted_with_it(tmp_path, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(outputs, "merge_parts", lambda output, keep: kept.append((output.rank, keep)))
+    for rank, processes in ((0, 1), (0, 2), (1, 2)):
+        for interrupted in (False, True):
+            outputs.end_output(outputs.Output("json", merged=tmp_path / "x", rank=rank), interrupted, processes)
+    outputs.end_output(outputs.Output("json"), True, 1)
+    assert kept == [(0, False), (0, True), (0, False)] and capsys.readouterr().err.count("interrupted; ") == 2
+
 # C73
 def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp_path, capsys):
     for form in ("txt", "srt"):
@@ -8341,12 +8351,13 @@ def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp
         assert (code, lines) == (2, []) and f"{human} lies beside the recording of its name" in error
         assert decoded(capsys, *arguments, "--resume")[0] == 0
         assert human.read_text() == "what a person heard" and (folder / f"a.{form}").exists()
+        assert decoded(capsys, "--ckpt", ckpt, "--format", form, "--output", tmp_path / "else", folder)[0] == 0
 
 # C73
 def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, capsys):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(2)]
     for form in ("txt", "json", "srt", "vtt", "tsv", "ctm"):
-        out = tmp_path / f"deep/talk.{form}"
+        out = tmp_path / f"very/deep/{form}/talk.{form}"
         assert decoded(capsys, "--ckpt", ckpt, files[0], "--output", out)[0] == 0
         (outcome,) = recognised(tiny_system(), files[0])
         assert out.read_text() == report.FORMS[form](outcome._replace(key=files[0]))
@@ -8354,12 +8365,14 @@ def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, c
         if form != "ctm":  # which is one file for all
             error = refusal(capsys, "--ckpt", ckpt, *files, "--output", other, "--format", form)
             assert error.startswith("decode.py: --output: wanted a folder") and not other.exists()
-    error = refusal(capsys, "--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt")
-    assert "wanted a folder or a file that ends in .txt" in error
+    arguments = ["--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt"]
+    assert "wanted a folder or a file that ends in .txt" in refusal(capsys, *arguments)
+    (tmp_path / "x.srt").mkdir()
+    assert decoded(capsys, *arguments)[0] == 0 and os.listdir(tmp_path / "x.srt") == ["0.txt"]
 
 def test_limit_threads_and_the_real_time_factor_are_what_they_say(ckpt, tmp_path, capsys, monkeypatch):
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
-    clock = itertools.count(0.0, 0.75)  # seconds at which it is looked: the run's start and end
+    clock = itertools.count(2.0, 0.75)  # seconds at which it is looked: the run's start and end
     monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     for limit, count in ((2, 2), (5, 5), (6, 5), (0, 5)):
         _, lines, error = decoded(capsys, "--ckpt", ckpt, *files, "--limit", limit, "--threads", 3 + limit)
@@ -8380,6 +8393,32 @@ def test_options_of_the_system_reach_it(ckpt, monkeypatch, capsys):
     assert (system.precision, system.batch_size, system.batch_seconds, system.segment_sec) == (
         "bfloat16", 3, 7.0, (2.0, 9.0))
     assert "wanted auto, cpu or" in refusal(capsys, "--ckpt", ckpt, "a.wav", "--device=tpu")
+
+def test_a_run_needs_its_standard_output_where_nothing_else_keeps_the_results(ckpt, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def spy(outcomes, own, alone, encode):
+        asked.append((own, alone))
+        return outputs.Tally([], 0, [], None)
+
+    monkeypatch.setattr(decode, "print_results", spy)
+    file = spoken(tmp_path / "a.wav", 0.5)
+    for more in ([], ["--output", tmp_path / "o"], ["--report", tmp_path], ["--plot", tmp_path], ["--explain"]):
+        assert decoded(capsys, "--ckpt", ckpt, file, *more)[0] == 0
+    assert decoded(capsys, "--ckpt", saved(tiny_system("toy"), tmp_path / "toy.pt"), "--limit=1")[0] == 0
+    assert asked == [(False, True)] + [(False, False)] * 4 + [(True, True)]
+
+def test_of_several_processes_none_reads_standard_input_and_the_first_exports(ckpt, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(decode, "export", lambda system, path: made.append(path))
+    monkeypatch.setattr(decode, "export_int8", lambda path, target: made.append(target))
+    for rank in (0, 1):
+        monkeypatch.setattr(decode, "join_processes", lambda timeout: (rank, 2 * timeout.days))
+        for arguments in (["-"], ["--stream", "a.wav"]):
+            assert "2 processes cannot share standard input" in refusal(capsys, "--ckpt", ckpt, *arguments)
+        for precision in ("float32", "int8"):
+            assert decoded(capsys, "--ckpt", ckpt, "--dtype", precision, "--export", f"{rank}.{precision}")[0] == 0
+    assert made == ["0.float32", "0.int8"]
 
 # C120
 def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
@@ -8569,6 +8608,7 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
         assert (ours.token, ours.id) == (wanted.token, wanted.id)
         assert (ours.confidence, ours.start, ours.end) == pytest.approx(wanted[2:5], abs=2e-3)
     assert whole.confidence == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-3)
+    assert whole.confidence == round(whole.confidence, 4) and decode.join_results(system, []).confidence == 0.0
     alone = decode.transcribe(system, [audio.frontend(*audio.load_wav(path), system.config.data, system.stats)])[0]
     assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
 
