@@ -2034,11 +2034,11 @@ def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
     assert struct.unpack_from("I", about, 28)[0] == 1024                            # what may wait to be accepted
 
 @contextlib.contextmanager
-def started(tmp_path, program: list[str], *more: str, seconds: float = 300, **streams):
-    """A server that is starting in a process of its own, which is killed after so many seconds, or behind its use."""
-    command = [*program, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0", *more]
-    with subprocess.Popen(command, cwd=HERE, text=True, **(streams or {"stderr": subprocess.PIPE})) as process:
-        limit = threading.Timer(seconds, process.kill)
+def started(tmp_path, *command: str):
+    """A server that is starting in a process of its own, which is killed behind its use."""
+    command = [*command, "--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
+    with subprocess.Popen(command, cwd=HERE, text=True, stderr=subprocess.PIPE) as process:
+        limit = threading.Timer(2 * PATIENCE, process.kill)
         limit.start()
         try:
             yield process
@@ -2047,15 +2047,24 @@ def started(tmp_path, program: list[str], *more: str, seconds: float = 300, **st
             process.kill()
 
 @contextlib.contextmanager
-def own_process(tmp_path, *program: str):
-    """A server in a process of its own, once it listens, and what `exchange` takes for a server."""
-    with started(tmp_path, [sys.executable, *program], f"--drain-timeout={PATIENCE}") as process:
-        port = int(re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())[1])
-        yield process, argparse.Namespace(server_address=("127.0.0.1", port))
+def own_process(zygote, tmp_path, first: str = ""):
+    """A server in a process of its own, once it listens: pid, what it says, and what `exchange` takes for a server.
+    first: as in Zygote.start."""
+    os.mkfifo(tmp_path / "said")
+    ckpt = saved(serving_system(), tmp_path / "best.pt")
+    argv = ["--ckpt", ckpt, "--port=0", f"--drain-timeout={PATIENCE}"]
+    pid = zygote.start(tmp_path / "said", *argv, script="serve", first=first)
+    with open(tmp_path / "said") as said:
+        try:
+            port = int(re.search(r"listening on http://127.0.0.1:(\d+)", said.readline())[1])
+            yield pid, said, argparse.Namespace(server_address=("127.0.0.1", port))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-def read_until(process: subprocess.Popen, words: str) -> None:
-    """Read what it says, up to a line with these words."""
-    for line in process.stderr:
+def read_until(said, words: str) -> None:
+    """Read what a process says, up to a line with these words."""
+    for line in said:
         if words in line:
             return
     pytest.fail(f"it ended without {words}")
@@ -2072,30 +2081,19 @@ def test_a_signal_that_another_thread_receives_is_seen_while_the_main_thread_wai
     os.close(received)
 
 # C59
-def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(tmp_path):
+def test_sigterm_under_load_answers_what_was_accepted_and_exits_0(zygote, tmp_path):
     """With stuck clients and nobody who reads its log."""
-    with (own_process(tmp_path, serve.__file__) as (process, server), contextlib.ExitStack() as kept,
-          concurrent.futures.ThreadPoolExecutor(24) as pool):
+    with own_process(zygote, tmp_path) as (pid, _, server), contextlib.ExitStack() as kept:
         for sent in (b"", post_json({"features": ROWS})[:-9], post_json({"features": ROWS})[:-9]):
             kept.enter_context(connected(server)).sendall(sent)
-        accepted = [pool.submit(exchange, server, post_json({"features": ROWS})) for _ in range(24)]
-        concurrent.futures.wait(accepted, 20, concurrent.futures.FIRST_COMPLETED)
-        process.terminate()
-        started = time.monotonic()
-        assert process.wait(PATIENCE) == 0 and time.monotonic() - started < 6
-        counts = collections.Counter(one.result()[0] for one in accepted)
-        assert set(counts) <= {200, 503} and counts[200] > 0
+        asked = [kept.enter_context(connected(server)) for _ in range(24)]
+        for connection in asked:
+            connection.sendall(post_json({"features": ROWS}))
+        wait_until(lambda: metrics_of(server)["asr_connections"] == 24 + 3 + 1)
+        os.kill(pid, signal.SIGTERM)
+        counts = collections.Counter(read_answer(connection)[0].status for connection in asked)
+        assert zygote.wait(pid) == 0 and set(counts) <= {200, 503} and counts[200] > 0
 
-FORKED = """
-import os, sys, serve
-for line in sys.stdin:                  # a server for each, with its log in this file: torch is imported once
-    pid = os.fork()
-    if not pid:
-        os.dup2(os.open(line.strip(), os.O_WRONLY | os.O_CREAT), 2)
-        os._exit(serve.main(sys.argv[1:]))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 STOPS = {  # way: trials, the signals
     "under load": (50, [signal.SIGTERM]), "Ctrl-C under load": (20, [signal.SIGINT]), "idle": (10, [signal.SIGTERM]),
     "during the start": (10, [signal.SIGTERM]), "twice under load": (10, [signal.SIGTERM, signal.SIGTERM])}
@@ -2107,38 +2105,31 @@ def post_once(address: tuple[str, int], raw: bytes) -> int:
     return 0
 
 # C59
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
-def test_a_hundred_stops_are_seen_and_none_takes_long(tmp_path, capsys):
+@slow
+def test_a_hundred_stops_are_seen_and_none_takes_long(zygote, tmp_path, capsys):
     """200 requests at once where there is load."""
     raw, rng = post_json({"features": ROWS[:10]}), random.Random(0)
+    argv = ["--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
     took = collections.defaultdict(list)
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 1}
-    with (started(tmp_path, [sys.executable, "-c", FORKED], seconds=900, **pipes) as forks,
-          concurrent.futures.ThreadPoolExecutor(200) as pool):
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
         for trial, way in enumerate(way for way, (trials, _) in STOPS.items() for _ in range(trials)):
-            log = tmp_path / f"log{trial}"
-            forks.stdin.write(f"{log}\n")
-            pid = int(forks.stdout.readline())
-            loads = []
+            log, loads = tmp_path / f"log{trial}", []
+            pid = zygote.start(log, *argv, script="serve")
             if way == "during the start":
                 time.sleep(rng.uniform(0.02, 0.3))
             else:
-                while not (found := re.search(r"http://127.0.0.1:(\d+)", log.read_text() if log.exists() else "")):
-                    time.sleep(0.01)
+                wait_until(lambda: log.exists() and "http://127.0.0.1:" in log.read_text())
                 if "load" in way:
-                    address = ("127.0.0.1", int(found[1]))
-                    loads = [pool.submit(post_once, address, raw) for _ in range(200)]
+                    port = int(re.search(r"http://127.0.0.1:(\d+)", log.read_text())[1])
+                    loads = [pool.submit(post_once, ("127.0.0.1", port), raw) for _ in range(200)]
                     time.sleep(rng.uniform(0.0, 0.2))
             sent = time.monotonic()
-            rescue = threading.Timer(PATIENCE, os.kill, (pid, signal.SIGKILL))
-            rescue.start()
             for number in STOPS[way][1]:
                 os.kill(pid, number)
                 time.sleep(0.02)
-            code = int(forks.stdout.readline())
-            rescue.cancel()
+            assert zygote.wait(pid) == 0, (way, trial)
             took[way].append(time.monotonic() - sent)
-            assert code == 0, (way, trial, code)
+            assert took[way][-1] < PATIENCE
             if "twice" not in way:
                 assert {one.result() for one in loads} <= {0, 200, 429, 503}, way
     with capsys.disabled():
@@ -2147,34 +2138,33 @@ def test_a_hundred_stops_are_seen_and_none_takes_long(tmp_path, capsys):
                   f"most {max(seconds):.2f} s")
 
 ENDLESS = """
-import sys, torch, serve, transcribe
+import torch, transcribe
 passes, x = transcribe.recognise_batch, torch.ones(300, 300)
 def recognise_batch(system, feats, hotwords=None):
     if len(feats[0]) == 120: print("endless", file=sys.stderr, flush=True)
     while len(feats[0]) == 120: x @ x
     return passes(system, feats, hotwords)
 transcribe.recognise_batch = recognise_batch
-sys.exit(serve.main(sys.argv[1:]))
 """
 
 # C59
-def test_sigterm_exits_0_while_the_model_runs_for_nobody(tmp_path):
-    with own_process(tmp_path, "-c", ENDLESS) as (process, server):
+def test_sigterm_exits_0_while_the_model_runs_for_nobody(zygote, tmp_path):
+    with own_process(zygote, tmp_path, ENDLESS) as (pid, _, server):
         assert exchange(server, post_json({"features": ROWS, "timeout": 0.3}))[0] == 504
-        process.terminate()
-        assert process.wait(PATIENCE) == 0          # and not -6: "terminate called without an active exception"
+        os.kill(pid, signal.SIGTERM)
+        assert zygote.wait(pid) == 0        # and not -6: "terminate called without an active exception"
 
 # C59
-def test_a_second_signal_ends_at_once(tmp_path):
-    with own_process(tmp_path, "-c", ENDLESS) as (process, server):
-        with connected(server) as asked:
-            asked.sendall(post_json({"features": ROWS}))
-            read_until(process, "endless")
-            process.send_signal(signal.SIGINT)
-            read_until(process, f" INFO drain seconds={PATIENCE:g}")        # it waits for the answer
-            process.terminate()
-            read_until(process, 'name=SIGTERM message="the second one: ending at once"')
-            assert process.wait(PATIENCE / 2) == 0
+def test_a_second_signal_ends_at_once(zygote, tmp_path):
+    with own_process(zygote, tmp_path, ENDLESS) as (pid, said, server), connected(server) as asked:
+        asked.sendall(post_json({"features": ROWS}))
+        read_until(said, "endless")
+        os.kill(pid, signal.SIGINT)
+        read_until(said, f" INFO drain seconds={PATIENCE:g}")           # it waits for the answer
+        started = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        read_until(said, 'name=SIGTERM message="the second one: ending at once"')
+        assert zygote.wait(pid) == 0 and time.monotonic() - started < PATIENCE / 2
 
 # C59
 @pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: set SLOW=1")
@@ -2184,53 +2174,59 @@ def test_the_first_process_of_a_container_stops_as_any_other(tmp_path, number):
     apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no namespace of processes")
-    with started(tmp_path, [*apart, sys.executable, serve.__file__]) as process:
+    with started(tmp_path, *apart, sys.executable, serve.__file__) as process:
         assert process.stderr.readline().startswith("listening on")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children), number)
         assert process.wait(PATIENCE) == 0
 
-SLOW_START = """
+SLOW_STARTS = {"import": """
+import runpy, sys, time
+class Slow:
+    def find_spec(self, name, path, target):
+        if name == "torch": print("loading", file=sys.stderr, flush=True), time.sleep(600)
+sys.meta_path.insert(0, Slow())
+sys.argv[0] = "serve.py"
+runpy.run_path("serve.py", run_name="__main__")
+""", "load": """
 import sys, time, serve
 serve.load_warm = lambda options: [print("loading", file=sys.stderr, flush=True), time.sleep(600)]
 sys.exit(serve.main(sys.argv[1:]))
-"""
+"""}
 
 # C59
-@pytest.mark.parametrize("stage, number", [("", signal.SIGTERM), ("", signal.SIGINT), ("loading", signal.SIGINT)])
+@pytest.mark.parametrize("stage, number", [("import", signal.SIGTERM), ("import", signal.SIGINT),
+                                           ("load", signal.SIGINT)])
 def test_a_signal_during_the_start_ends_at_once(tmp_path, stage, number):
     """While torch is imported, or while the model is loaded."""
-    with started(tmp_path, [sys.executable, *(["-c", SLOW_START] if stage else [serve.__file__])]) as process:
-        if stage:
-            assert process.stderr.readline() == "loading\n"
-        else:
-            while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
-                time.sleep(0.001)
+    with started(tmp_path, sys.executable, "-c", SLOW_STARTS[stage]) as process:
+        assert process.stderr.readline() == "loading\n"
         process.send_signal(number)
-        assert process.wait(PATIENCE) == 0 and "listening" not in process.stderr.read()
+        assert process.wait(PATIENCE) == 0
 
 # C193
-def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(tmp_path):
+def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(zygote, tmp_path):
     """Its file may not grow, from the start; then it may."""
-    script = ("import sys, resource, serve; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 2**20)); "
-              "sys.exit(serve.main(sys.argv[1:]))")
-    path = tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = free.getsockname()
-    server = argparse.Namespace(server_address=address)
-    with (open(path, "wb") as log,
-          started(tmp_path, [sys.executable, "-c", script], f"--port={address[1]}", stderr=log) as process):
-        wait_until(lambda: post_once(address, get("GET /ready HTTP/1.1")) == 200 or time.sleep(0.1))
-        assert healthy(server)
-        time.sleep(0.3)                 # a line is written behind its answer
-        assert path.read_bytes() == b""
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
-        assert healthy(server)
-        process.terminate()
-        assert process.wait(PATIENCE) == 0
-    events = [line.split()[2:4] for line in path.read_text().splitlines()]
+    first = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 2**20))
+told, announce = os.open({str(tmp_path / "told")!r}, os.O_WRONLY), serve.announce
+serve.announce = lambda server, log: (os.write(told, b"%d" % server.server_address[1]), os.close(told),
+                                      announce(server, log))"""
+    os.mkfifo(tmp_path / "told")
+    argv = ["--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
+    pid = zygote.start(tmp_path / "log", *argv, script="serve", first=first)
+    server = argparse.Namespace(server_address=("127.0.0.1", int((tmp_path / "told").read_text())))
+    assert healthy(server) and healthy(server)
+    assert (tmp_path / "log").read_bytes() == b""
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+    assert healthy(server)
+    os.kill(pid, signal.SIGTERM)
+    assert zygote.wait(pid) == 0
+    events = [line.split()[2:4] for line in (tmp_path / "log").read_text().splitlines()]
     assert events[0][0] == "log" and events[0][1].startswith("lost=")
-    assert [event[0] for event in events[1:]] == ["request", "signal", "drain", "stop"]
+    names = [name for name, *_ in events[1:]]
+    assert "request" in names and [x for x in names if x != "request"] == ["signal", "drain", "stop"]
 
 def metrics_of(server) -> dict[str, float]:
     samples = {}
@@ -2299,13 +2295,13 @@ def test_recordings_on_many_connections_are_parsed_by_one_thread():
     helpers = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
     torch.set_num_threads(3)
     with serving() as server, contextlib.ExitStack() as kept:
-        before, counts = helpers(), []
+        counts = [helpers()]
         for _ in range(5):
             connection = kept.enter_context(connected(server))
             connection.sendall(raw)
             assert read_answer(connection)[0].status == 200
-            counts.append(helpers() - before)
-        assert counts[-1] == counts[0] > 0, counts
+            counts.append(helpers())
+        wait_until(lambda: counts[0] < helpers() <= counts[1])      # a thread of before may still be ending
 
 def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
     """A thread that is held plays a parser at work."""
@@ -2319,11 +2315,11 @@ def test_recordings_do_not_wait_behind_large_json_and_waiting_counts():
             server.large_json_parser.submit(held.wait)
             assert len(recording) > bodies.INTERRUPTIBLE and exchange(server, recording)[0] == 200
             waits = pool.submit(exchange, server, large)
-            assert not concurrent.futures.wait([waits], 0.5).done
+            assert not concurrent.futures.wait([waits], 0.1).done
             server.parser.submit(held.wait)
             late = pool.submit(exchange, server, post_json({"features": ROWS, "timeout": 0.05}))
             wait_until(lambda: list(server.phases.values()).count("busy") == 2)
-            time.sleep(0.3)         # its deadline counts from the request, not from its parsing
+            time.sleep(0.1)         # its deadline counts from the request, not from its parsing
         finally:
             held.set()
         assert waits.result()[0] == 200 and check_error(*late.result()) == (504, "deadline_exceeded")
@@ -2509,7 +2505,9 @@ REFUSED_FRAMES = {  # by the code of the close frame: what is sent
 
 # C202
 @pytest.mark.parametrize("code, name", [(code, name) for code, sent in REFUSED_FRAMES.items() for name in sent])
-def test_what_no_client_may_send_closes_its_socket_with_a_code(server, code, name):
+def test_what_no_client_may_send_closes_its_socket_with_a_code(server, monkeypatch, code, name):
+    now = time.monotonic()
+    monkeypatch.setattr(sockets, "time", SimpleNamespace(monotonic=lambda: now))       # all of it in one second
     with Talker(server) as client:
         with contextlib.suppress(ConnectionError):
             client.connection.sendall(REFUSED_FRAMES[code][name])
@@ -3302,12 +3300,11 @@ def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refuse
     wanted = decoded(capsys, "--ckpt", ckpt, path)[1][0][1]
     for content, key in ((Path(path).read_bytes(), None), (f"{path}\n".encode(), path)):
         reader, writer = os.pipe()
-        os.write(writer, content)
-        os.close(writer)
-        name = f"/dev/fd/{reader}"
-        assert manifests.is_stream(name) and not manifests.is_stream(path)
-        assert decoded(capsys, "--ckpt", ckpt, name)[:2] == (0, [[key or name, wanted]])
-        os.close(reader)
+        with open(writer, "wb") as file, open(reader, "rb"), concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: file.write(content) + bool(file.close()))       # beside it: a pipe may hold less
+            name = f"/dev/fd/{reader}"
+            assert manifests.is_stream(name) and not manifests.is_stream(path)
+            assert decoded(capsys, "--ckpt", ckpt, name)[:2] == (0, [[key or name, wanted]])
     assert "/dev/null: wanted a recording, a folder or a manifest, got a device" in refusal(capsys, "--ckpt", ckpt,
                                                                                            "/dev/null")
 
@@ -6002,7 +5999,7 @@ def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):
     assert len(speech) == 60 * 16000 and len(set(sizes)) == 1 and sizes[0] < 20_000 * new and len(state.recent) < 20
     assert len(result.text) > 20 * minutes
     half = minutes // 2
-    assert sum(times[half:]) < 1.2 * sum(times[:half]) + 0.5
+    assert sum(times[half:]) < 2 * sum(times[:half]) + 1        # three times if each minute cost as the past does
 
 # C160
 @needs_kit
@@ -8993,12 +8990,14 @@ def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(
     references = [row["reference"] for row in json_rows(tmp_path / "out.jsonl", *arguments)]
     texts = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
     leader, follower = os.openpty()
-    with os.fdopen(leader) as screen, os.fdopen(follower, "w") as terminal:
+    with (os.fdopen(leader) as screen, os.fdopen(follower, "w") as terminal,
+          concurrent.futures.ThreadPoolExecutor(1) as pool):
+        lines = pool.submit(lambda: [screen.readline().rstrip("\n") for _ in range(62)])
         monkeypatch.setattr(sys, "stdout", terminal)
         for more in (["--limit=10"], [], [spoken(tmp_path / "a.wav", 0.5)]):
             assert decode.main([*arguments, *more]) == 0
         terminal.flush()
-        shown = [screen.readline().rstrip("\n") for _ in range(62)]
+        shown = lines.result(PATIENCE)
     wanted = []
     for (key, text), reference in zip(texts[:10], references):
         wanted += [key, f"  reference   {reference}", f"  recognised  {text}"]
@@ -9694,7 +9693,7 @@ def test_what_just_keeps_a_limit_is_taken(server):
 # C52
 def test_mutations_of_good_requests_are_answered_or_refused(server):
     rng = np.random.default_rng(11)
-    good = [post_json({"features": ROWS[:3], "timeout": 5}), post("/transcribe", "audio/wav", wav(NOISE[:900])),
+    good = [post_json({"features": ROWS[:3], "timeout": 99}), post("/transcribe", "audio/wav", wav(NOISE[:900])),
             oai(FILE, field("response_format", "srt")), get()]
     seen = collections.Counter()
     for trial in range(200):
@@ -9862,13 +9861,15 @@ def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch
         found = exchange(server, oai(('name="file"; filename="a.mp3"', junk)))
         assert check_error(*found) == (400, "unsupported_format") and f"got {name}" in found[2].decode()
     script = tmp_path / "ffmpeg"
-    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec /bin/sleep 60\n")
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec /bin/sleep 600\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}")
-    started = time.monotonic()
-    found = exchange(server, post("/transcribe?timeout=0.5", "audio/mpeg", b"ID3"))
-    assert check_error(*found) == (504, "deadline_exceeded") and time.monotonic() - started < 2
-    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    for seconds in (0.1, 1, 10, 100):       # until it was begun in time
+        found = exchange(server, post(f"/transcribe?timeout={seconds}", "audio/mpeg", b"ID3"))
+        assert check_error(*found) == (504, "deadline_exceeded")
+        if (tmp_path / "pid").exists() and (pid := (tmp_path / "pid").read_text().strip()):
+            break
+    assert not Path(f"/proc/{pid}").exists()
     (tmp_path / "pid").unlink()
     with pytest.raises(web.ClientLeft):         # who has left is not converted for
         transcribe.as_wav(transcribe.Post(server, None, 0.0, lambda: True), bodies.Recording(b"ID3", {}, None))
@@ -9894,11 +9895,11 @@ def test_a_list_in_a_form_may_be_written_as_any_client_does(server):
 # C192
 def test_a_timeout_is_a_number_in_json_and_text_elsewhere(server):
     body = json.dumps({"features": ROWS[:30]}).encode()
-    assert exchange(server, post_json(body, "/transcribe?timeout=5"))[0] == 200
-    assert exchange(server, oai(FILE, field("timeout", "5"), path="/transcribe"))[0] == 200
+    assert exchange(server, post_json(body, "/transcribe?timeout=99"))[0] == 200
+    assert exchange(server, oai(FILE, field("timeout", "99"), path="/transcribe"))[0] == 200
     assert check_error(*exchange(server, post_json(body, "/transcribe?timeout=soon"))) == (422, "invalid_value")
-    both = (post_json({"features": ROWS[:30], "timeout": 5}, "/transcribe?timeout=soon"),       # the body's counts
-            oai(FILE, field("timeout", "5"), path="/transcribe?timeout=soon"))
+    both = (post_json({"features": ROWS[:30], "timeout": 99}, "/transcribe?timeout=soon"),       # the body's counts
+            oai(FILE, field("timeout", "99"), path="/transcribe?timeout=soon"))
     assert [exchange(server, raw)[0] for raw in both] == [200, 200]
     # the server's is the most
     for value, seconds in ((None, 30), (5.0, 5), ("5", 5), (30.0, 30), (31.0, 30), ("1e9", 30)):
@@ -9925,7 +9926,7 @@ def test_every_request_has_a_line_that_says_who_asked_what_and_how_it_ended():
         text, ids = ask(server, raw)["text"], ["a"]
         for sent in (get(f"GET /no%0Away{'y' * 200}?key=secret HTTP/1.1", "X-Forwarded-For: <b>"),
                      b"GET\r\n\r\n" + get()):       # what follows a head that cannot be read is not taken up
-            wait_until(lambda: len(server.lines) == len(ids))       # a line is written behind its answer
+            wait_until(lambda: len(server.lines) == len(ids) and not server.phases)     # written behind its answer
             ids.append(exchange(server, sent)[1]["x-request-id"])
         with contextlib.ExitStack() as held:
             wait_until(lambda: not server.phases)
@@ -10276,12 +10277,13 @@ def test_page_shows_a_dropped_and_a_recorded_utterance(server, browser):
     assert browser.run("new Set([...document.querySelectorAll('[data-export]')].map(b => b.offsetTop)).size") == 1
     painted = "new Set($('picture').getContext('2d').getImageData(0, {}, 300, 60).data).size"
     assert browser.run(painted.format(20)) > 3 and browser.run(painted.format(134)) > 3         # the wave; the weights
-    browser.run("audio.onplaying = () => { window.from = audio.currentTime; }")
+    browser.run("const play = audio.play; audio.onplaying = () => { window.played = true; }; "
+                "audio.play = () => { window.from = audio.currentTime; return play.call(audio); }")
     browser.run("document.querySelectorAll('.token')[2].click()")
-    browser.wait("Math.abs(window.from - %s) < 0.5" % tokens[2]["start"])
+    browser.wait("window.played && Math.abs(window.from - %s) < 0.01" % tokens[2]["start"])
     browser.run("$('record').click()")
-    browser.wait("$('record').textContent.startsWith('Stop')")
-    time.sleep(1.2)
+    browser.wait("recorder?.state === 'recording' && $('record').textContent.startsWith('Stop')")
+    browser.run("new Promise(done => setTimeout(done, 1200))")
     browser.run("$('record').click()")
     browser.wait(f"$('name').textContent.startsWith('recording') && {DONE}")
     for text, tokens in (("hello a 你好 b", ["hel@@", "lo", "a", "你", "<unk>", "好", "b"]), ("a b", ["a", " ", "b"]),
@@ -10654,7 +10656,7 @@ def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_10
         client.send(pcm_of(samples))
         messages = [client.read() for _ in range(4)]
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            draining = pool.submit(serve.drain, server, 8.0)
+            draining = pool.submit(serve.drain, server, PATIENCE)
             messages += client.until_final()
             assert "".join(m["text"] for m in messages) == wanted
             assert client.closed() == 1001 == silent.closed()
@@ -10662,16 +10664,38 @@ def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_10
 
 # C206
 @needs_kit
-def test_who_is_silent_is_pinged_and_closed_and_who_answers_stays():
-    with serving(socket_models(), idle_timeout=0.8, body_timeout=1.0) as server:
-        with Talker(server) as gone, Talker(server) as there, Talker(server) as stuck:
+def test_who_is_silent_is_pinged_and_closed_and_who_answers_stays(monkeypatch):
+    """The limits of the server, of which 0.3 s are left for one half frame and for silence."""
+    given, init = set(), sockets.Socket.__init__
+
+    def hurried(self, connection, most, idle_sec, frame_sec):
+        given.add((idle_sec, frame_sec))
+        init(self, connection, most, 0.3, 0.3)
+
+    monkeypatch.setattr(sockets.Socket, "__init__", hurried)
+    with serving(socket_models(), idle_timeout=2 * PATIENCE, body_timeout=3 * PATIENCE) as server:
+        with Talker(server) as gone, Talker(server) as stuck:
             stuck.connection.sendall(client_frame(2, bytes(1000))[:500])        # half a frame
-            for _ in range(2):
-                assert there.frame() == (9, b"")
-                there.connection.sendall(client_frame(10))
             assert gone.frame() == (9, b"") and gone.closed() == 1001 == stuck.closed()
-            assert there.say({}, bytes(3200))[-1]["is_final"]
-    assert sum("code=1001" in line for line in server.lines) >= 2
+        wait_until(lambda: sum("code=1001" in line for line in server.lines) == 2)
+    assert given == {(2 * PATIENCE, 3 * PATIENCE)}
+
+def test_who_answers_pings_is_heard_whenever_he_speaks():
+    """A connection that is played: nothing in time, then a pong, twice, and then a text."""
+    sent, come = [], [None, client_frame(10), None, client_frame(10), client_frame(1, b"hello")]
+
+    def read_some(deadline: float) -> bytes:
+        if (piece := come.pop(0)) is None:
+            raise TimeoutError
+        return piece
+
+    def take(size: int) -> bytes:
+        piece = bytes(played.buffer[:size])
+        del played.buffer[:size]
+        return piece
+
+    played = SimpleNamespace(buffer=bytearray(), read_some=read_some, take=take, write=sent.append)
+    assert sockets.Socket(played, 99, 1.0, 1.0).read() == "hello" and sent == 2 * [sockets.to_frame(9, b"")]
 
 # C207
 @needs_kit
@@ -10686,19 +10710,22 @@ def test_audio_that_comes_too_fast_is_held_back_by_not_reading_and_hurts_nobody(
         return hear(models, steps)
 
     monkeypatch.setattr(serve, "hear_steps", wait_and_hear)
-    message = client_frame(2, bytes(64000))         # two seconds
-    with serving(socket_models()) as server, Talker(server) as client:
-        client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        client.connection.settimeout(1.0)
-        sent = 0
-        with pytest.raises(TimeoutError):
-            while sent < 2**26:
-                client.connection.sendall(message)
-                sent += 1
-        assert sent * 64000 < 2**25 and exchange(server, get())[0] == 200
-        gate.set()
-        wait_until(lambda: sum(heard) > 16000 * 4)
-        assert max(heard) <= 9600
+    rest = memoryview(client_frame(2, bytes(64000)) * 400)          # of two seconds each
+    size = len(rest) // 400
+    with serving(socket_models()) as server:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)       # a connection has it from here
+        with Talker(server) as client:
+            client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            full = 0            # times in a row that nothing more was taken for a while
+            while full < 4 and len(rest):
+                full += 1
+                if select.select([], [client.connection], [], 0.2)[1]:
+                    rest, full = rest[client.connection.send(rest[:65536], socket.MSG_DONTWAIT):], 0
+            assert len(rest) > 350 * size and exchange(server, get())[0] == 200
+            gate.set()
+            client.connection.sendall(rest[:len(rest) % size])          # the frame that has begun
+            wait_until(lambda: sum(heard) > 16000 * 4)
+            assert max(heard) <= 9600
     assert not [line for line in server.lines if "bug" in line]
 
 # C207
@@ -10720,8 +10747,9 @@ def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
 # C207
 @needs_kit
 @pytest.mark.parametrize("count", [12, pytest.param(300, marks=slow)])
-def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refused(count):
-    samples = kit_speech(1.5)
+def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refused(monkeypatch, count):
+    gate, hear, samples = threading.Event(), serve.hear_steps, kit_speech(1.5)
+    monkeypatch.setattr(serve, "hear_steps", lambda *given: (gate.wait(PATIENCE), hear(*given))[1])
     wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][0].text
     with serving(socket_models(), max_connections=count) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Talker(server)) for _ in range(count)]
@@ -10733,6 +10761,8 @@ def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refuse
             client.send({"mode": "online"})
             client.send(pcm_of(samples))
             client.send({"is_speaking": False})
+        wait_until(lambda: len(server.batcher.steps) >= count // 2)
+        gate.set()
         for client in clients:
             assert client.until_final()[-1]["text_so_far"] == wanted
     steps = re.search(r"asr_step_size_sum (\d+)\nasr_step_size_count (\d+)", serve.metrics_text(server))
@@ -10803,9 +10833,11 @@ def test_the_websockets_package_is_understood():
 
 # C112
 def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):
-    """With two planted times, as three processes that import torch would take longer than the rest."""
+    """With planted times, as three processes that import torch would take longer than the rest."""
+    commands = []
     monkeypatch.setattr(bench, "first_step_sec", lambda options, folder: 7.0)
-    monkeypatch.setattr(subprocess, "run", lambda command: time.sleep(0.1))
+    monkeypatch.setattr(bench, "timeit", lambda work, number: (work(), 0.125 * number)[1])
+    monkeypatch.setattr(subprocess, "run", commands.append)
     assert bench.main(["train", tiny_yaml(tmp_path / "tiny.yaml")]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     rows = [re.match(r"(.*?)\s+([\d.]+) ?(x|%|s)\s+[<>][= ]+([\d.]+)", line).groups() for line in lines]
@@ -10815,8 +10847,9 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
     ours, plain = map(float, re.findall(r"[\d.]+(?=,|$)", rows[0][0]))
     assert float(rows[0][1]) == pytest.approx(ours / plain, rel=0.02, abs=0.006)
     save_sec, epoch_sec = map(float, re.findall(r"([\d.]+) s\b", rows[2][0]))
-    assert 0 < float(rows[1][1]) < 100 and save_sec < epoch_sec + 0.1
+    assert 0 < float(rows[1][1]) < 100 and save_sec == 0.12 and epoch_sec < PATIENCE
     assert rows[3][:2] == ("first step after 7.0 s, of which import torch 0.1 s", "6.9")
+    assert commands == 2 * [[sys.executable, "-c", "import torch"]]
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 # C110
