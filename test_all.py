@@ -2724,6 +2724,15 @@ def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
                 print("x" * 10000, file=stream, flush=True)
             assert words in survival.stream_error(stream)
 
+# C181
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_opened_on_nothing_so_that_no_file_takes_its_place(tmp_path, closed):
+    program = ("import os, sys, survival; survival.keep_streams(); file = os.open('said', os.O_CREAT | os.O_WRONLY); "
+               "os.write(file, f'{file > 2} {sys.stdout.error}'.encode())")
+    subprocess.run(["bash", "-c", f"{sys.executable} -c \"{program}\" {closed}"], cwd=tmp_path, check=True,
+                   timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert (tmp_path / "said").read_text() == f"True {'it is closed' if closed == '>&-' else ''}"
+
 # C84
 def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
     lines = ["import os, survival, time", "stop = survival.catch_signals()"]
@@ -2761,6 +2770,10 @@ def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
                         os.kill(os.getpid(), number)
                     seen.append("end")
             assert seen == reached and survival.exit_code(caught.value) == 128 + number
+    for before, after in ((signal.SIG_IGN, signal.SIG_IGN), (signal.SIG_DFL, survival.raise_ended)):  # under nohup, not
+        signal.signal(signal.SIGHUP, before)
+        survival.end_as_ctrl_c()
+        assert signal.getsignal(signal.SIGHUP) is after
 
 # ---- augment: noise, masks, channels ----
 
