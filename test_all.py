@@ -645,6 +645,7 @@ def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
     assert (old.decode(old.encode(text)) == old.decode(old.encode(older)) == older != text
             and UNK not in old.encode(text))
     assert old.unknown_units("กำ ๆ") == ["ๆ"] and old.encode("ๆ") == [UNK]
+    assert Tokenizer("char", (*SPECIALS, older[-1])).encode("ำ") == [UNK]  # half of it is known
     new = Tokenizer.build([text], unit)
     assert new.decode(new.encode(text)) == text and char_errors(text, text).errors == 0
 
@@ -9781,7 +9782,16 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
         chosen = rng.permutation(24)[:rng.integers(2, 17)]
         for i, found in zip(chosen, transcribe.recognise_batch(system, [feats[i] for i in chosen])):
             assert found.result.text == alone[i].text
+            assert len(found.weights) == math.ceil(len(feats[i]) / system.config.model.encoder.subsampling)
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
+
+def test_the_weights_of_pieces_stand_where_they_begin_with_zeros_between():
+    system, empty = serving_system(), report.Result("", 0.0, [], [])
+    found = [transcribe.Recognition(empty, weights) for weights in ([0.5], [0.25, 0.125])]
+    for place, zeros in ((1.4, 0), (2.4, 1), (2.6, 2)):
+        pieces = [(0.0, None), (place * transcribe.frame_step(system), None)]
+        joined = transcribe.join_pieces(system, SimpleNamespace(pieces=pieces, seconds=9.0), found)
+        assert joined.weights == [0.5, *[0.0] * zeros, 0.25, 0.125]
 
 # C80
 @pytest.mark.parametrize("unit", ["char", "word"])
