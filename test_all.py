@@ -6839,11 +6839,40 @@ def test_a_step_that_is_skipped_leaves_the_moving_average_as_it_is(tmp_path):
         step = train.take_step(run, batch, 0, 10)
         is_kept = all(torch.equal(value, before[name]) for name, value in run.average.state_dict().items())
         assert is_kept is not step.finite
+    named = f"batch: {' '.join(tiny_batch().keys)}\n"
+    assert (tmp_path / "train.log").read_text() == f"step 1: loss or gradient not finite, skipped; {named}"
+    averages, weights = list(run.average.parameters()), list(run.model.parameters())
+    torch.testing.assert_close(averages, weights)  # whole after the first update, and after the second 9/11 of it
+    before = [x.detach().clone() for x in averages]
+    train.take_step(run, tiny_batch(), 1, 10)
+    torch.testing.assert_close(averages, [x.lerp(new, 9 / 11) for x, new in zip(before, weights)])
+    assert not torch.equal(averages[0], weights[0])
+
+@pytest.mark.parametrize("is_terminal, tick, shown", [
+    (False, 3.0, "35"), (False, 3.1, "24"), (True, 0.039, "35"), (True, 0.0425, "24")])
+def test_steps_are_timed_and_shown_every_15_seconds_or_5_times_in_one_on_a_terminal(is_terminal, tick, shown, tmp_path,
+                                                                                   monkeypatch, capsys):
+    """The clock is read once before the steps and three times in each: wait, step, checkpoint."""
+    ticks, saved = itertools.count(), []
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: tick * next(ticks)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(train, "save", lambda run, progress: saved.append(progress.step))
+    run = train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), ["--training.checkpoint_steps=2"]))
+    progress = train.train_epoch(run._replace(folder=tmp_path, stop=threading.Event()), train.Progress(step=5), 15)
+    assert re.findall("step (.)/5", capsys.readouterr().out) == list(shown)
+    assert progress.totals["seconds"] == pytest.approx(10 * tick) and progress.totals["wait"] == pytest.approx(5 * tick)
+    assert (progress.batch, progress.step, saved) == (5, 10, [6, 8, 10])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read as Linux gives it")
-def test_peak_memory_is_in_mib():
+def test_peak_memory_is_in_mib(monkeypatch):
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     assert train.peak_memory_mb(torch.device("cpu")) == pytest.approx(peak, rel=0.05)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 1024 * 1024)
+    assert train.peak_memory_mb(torch.device("cuda")) == 3
+    monkeypatch.setattr(train.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=5 * 1024 * 1024))
+    for platform, wanted in (("darwin", 5), ("linux", 5 * 1024)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert train.peak_memory_mb(torch.device("cpu")) == wanted
 
 # C24
 def test_the_figures_of_an_epoch_are_sums_divided_once():
@@ -6858,6 +6887,18 @@ def test_the_figures_of_an_epoch_are_sums_divided_once():
     wanted = {"loss": 2.0, "loss_ce": 2.0, "grad_norm": 2.0, "skipped_steps": 1, "data_wait": 0.25, "utterances": 9,
               "frames_per_second": lens.sum().item() / 2, "padding": 1 - (lens.mean() / lens.max()).item()}
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+    row = train.epoch_row(train.Progress(1), train.step_totals(steps[1], batch, 2.0, 0.5), 1e-3, {}, 9.0, 1.0)
+    assert (row["epoch"], row["loss"], row["grad_norm"]) == (2, 2.0, 3.0)   # of one token
+    assert train.Progress() == (0, 0, 0, 0, {}, ())
+
+def test_every_rank_tells_of_its_own_data_and_the_first_of_everything(tmp_path, monkeypatch, capsys):
+    run, batches = SimpleNamespace(folder=tmp_path), [data.collate([data.Skip("a", "broken")])]
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "own_rank", lambda: rank)
+        assert list(train.log_skips(run, batches)) == batches
+        train.say(run, "an epoch")
+    assert capsys.readouterr().out == "skipped a: broken\nan epoch\nrank 1: skipped a: broken\n"
+    assert (tmp_path / "train.log").read_text() == "skipped a: broken\nan epoch\n"
 
 @pytest.mark.parametrize("step, done, line", [
     (train.Step({"loss": 6.0}, 3, 1.0, True), 9, "epoch 2/3  step 4/5  loss 2.000  50 frames/s  left 0:00:12"),
@@ -6888,8 +6929,9 @@ def test_evaluation_counts_a_planted_set_by_alignment():
 
     items = [data.Utterance(r, torch.zeros(4, 8), torch.tensor(tokenizer.encode(r)), r, None, 1.0) for r in refs]
     batch = data.collate([*items, data.Skip("d", "empty")])
-    row = train.dev_figures(train.evaluate(Planted(), [batch], tokenizer.decode))
-    assert row == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
+    sums = train.evaluate(Planted(), [batch], tokenizer.decode)
+    assert train.dev_figures({**sums, "dev_counted": 1})["dev_loss"] == 7 * 3.0     # of a set with one token
+    assert train.dev_figures(sums) == {"token_accuracy": pytest.approx(1 - 2 / 7), "sequence_accuracy": pytest.approx(1 / 3),
                    "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
                    "dev_utterances": 3, "dev_skipped": 1, "dev_loss": 3.0, "dev_loss_ce": 1.0}  # not the infinite one
 
@@ -7044,7 +7086,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
 def test_bad_arguments_exit_with_2(arguments):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments.split())
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and train.parse_arguments(["a.yaml", "--overfit", "1"])[0].overfit == 1
 
 def test_curves_stand_where_their_values_say():
     """Three panels, 200 px high from 66, 322 and 578: losses from 0.01 to 1, errors and rates from 0 to 1."""
@@ -7379,7 +7421,7 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     assert "training.batch_size: cannot change within an epoch" in capsys.readouterr().err
     assert train.main(["--resume", str(finished), "--training.num_epochs=3"]) == 0
     assert [1000 < row["seconds"] < 1060 for row in history_of(finished)] == [True] * 3
-    assert "3 epochs will take about 0:50:" in (finished / "train.log").read_text()
+    assert (finished / "train.log").read_text().count("3 epochs will take about 0:50:") == 1
 
 # C85
 @pytest.mark.parametrize("spoil, words", [
@@ -7764,7 +7806,16 @@ def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(t
                         ("average_decay=0.9", "average_decay: wanted its default 0.0 beside average_share")):
         with pytest.raises(ValueError, match=f"training.{words}"):
             rules.load(path, [*shares, f"--training.{more}"])
-    assert train.overfitting(rules.load(path, shares), 2).training.average_share == 0.0
+    for share, field, value in (("warmup", "warmup_steps", 3), ("average", "average_decay", 1 - 1 / 3)):
+        one = train.make_run(rules.load(path, [default, f"--training.{share}_share=0.2"])).config.training
+        assert getattr(one, field) == value and getattr(one, f"{share}_share") == 0.0
+    given = rules.load(path, ["--training.patience=3", "--training.average_decay=0.9", "--training.warmup_steps=20"])
+    heart = replace(given.training, overfit=2, num_epochs=100, schedule="constant", patience=0, average_decay=0.0,
+                    target_token_accuracy=1.0, target_sequence_accuracy=1.0)
+    for changed, wanted in ((given.training, heart), (replace(given.training, warmup_steps=21), heart),
+                            (rules.load(path, shares).training, heart),
+                            (replace(given.training, warmup_steps=3), replace(heart, warmup_steps=3))):
+        assert train.overfitting(replace(given, training=changed), 2).training == wanted
 
 # C91
 def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
