@@ -1272,7 +1272,9 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: audio.save_wav("never", torch.zeros(2, 9), 8000), r"samples must be \(N,\), got \(2, 9\)"),
     (lambda: data.toy_features(np.zeros(2, int), np.ones(3, int), None, None), r"U >= 1, got \(2,\) and \(3,\)"),
     (lambda: data.make_batches(np.zeros((2, 2)), 4, 9), r"lengths must be .* got \(2, 2\)"),
-    (lambda: data.make_batches(np.zeros(2), 0, 9), "batch_size and batch_frames must be 1 or more, got 0")])
+    (lambda: data.make_batches(np.zeros(2), 0, 1), "batch_size and batch_frames must be 1 or more, got 0 and 1"),
+    (lambda: data.make_batches(np.zeros(2), 1, 0), "batch_size and batch_frames must be 1 or more, got 1 and 0"),
+    (lambda: data.toy_features(np.zeros(0), np.zeros(0), None, None), r"must be \(U,\), U >= 1, got \(0,\)")])
 def test_wrong_shapes_are_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
@@ -2988,6 +2990,10 @@ def test_toy_utterances_keep_their_promises():
     assert torch.equal(again[299].feats, u.feats) and not torch.equal(again[298].feats[:5], u.feats[:5])
     levels = torch.stack([item.feats.mean() for item in (dataset[i] for i in range(200))])
     assert 0.3 < levels.std() < 0.8                                 # gain_std 0.5 and what the symbols add
+    options.toy.min_symbols, options.toy.max_symbols = 1, 2
+    few = [u.boundaries.diff() for u in data.ToySeq2SeqDataset(30, options, letters)]
+    assert {len(durations) for durations in few} == {1, 2}
+    assert all(len(durations) == 1 or durations.max() >= 3 * durations.min() for durations in few)
 
 # C17
 def test_toy_splits_and_seeds_share_no_utterance():
@@ -3490,13 +3496,17 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
     options = data_options()
     plain = data.ManifestDataset(path, options, letters, stats=stats)
     samples, rate_hz = audio.load_wav(tmp_path / "r5.wav")
-    assert torch.equal(plain[3, 5].feats, audio.frontend(samples, rate_hz, options, stats))
+    for snr_db in ((0.0, 0.0), ()):
+        options.augment.snr_db = snr_db     # for training: dev data stay as they are
+        assert torch.equal(plain[3, 5].feats, audio.frontend(samples, rate_hz, options, stats))
     options.augment.freq_masks = options.augment.time_masks = 0
     fast = data.ManifestDataset(path, options, letters, augment=True, stats=stats)
     ratios = np.array([[len(fast[e, i].feats) / len(plain[i].feats) for i in range(12)] for e in range(6)])
     near = np.abs(ratios[..., None] - 1 / np.array([0.9, 1.0, 1.1]))
     assert near.min(-1).max() < 0.06 and set(near.argmin(-1).ravel()) == {0, 1, 2}
     assert np.abs(fast.lengths(4) - [len(fast[4, i].feats) for i in range(12)]).max() <= 1
+    assert fast.lengths().tolist() == fast.lengths(0).tolist() != fast.lengths(1).tolist()
+    assert all(torch.equal(fast[i].feats, fast[0, i].feats) for i in range(12))     # an index alone is of epoch 0
     played = audio.load_wav(tmp_path / "r5.wav")[0]                  # 500 Hz at 1.1 is 550 Hz
     for speed in (0.9, 1.1):
         y = audio.resample(played, round(rate_hz * speed), 8000)
@@ -3542,6 +3552,11 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
             assert shuffle or lengths[batch].sum() >= 0.9 * len(batch) * lengths[batch].max()
         assert batches == data.make_batches(lengths, size, frames, 3, 1, shuffle)
     assert len(data.make_batches(np.array([10, 10]), 2, 20, 3, 1, shuffle)) == 1  # both bounds to the last frame
+    assert data.make_batches(np.array([1]), 1, 1, 3, 1, shuffle) == [[0]]
+    for lengths, count in (([8, 10], 1), ([7, 9], 2), ([1, 7, 9], 3)):            # a tenth of it is padding, or more
+        assert len(data.make_batches(np.array(lengths), 2, 99, shuffle=False)) == count
+    lengths = np.arange(100, 600)
+    assert data.make_batches(lengths, 8, 10**9) == data.make_batches(lengths, 8, 10**9, 0, 0, True)
     mates = [{frozenset(batch) for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, epoch, shuffle)}
              for epoch in (1, 2)]
     assert len(mates[0] & mates[1]) < 6 if shuffle else mates[0] == mates[1]
