@@ -139,6 +139,15 @@ def wait_until(holds) -> None:
         assert time.monotonic() < deadline, f"not within {PATIENCE} s"
         time.sleep(0.01)
 
+@functools.cache
+def kit_system(variant: str) -> checkpoint.System:
+    """Of a test that changes nothing in it."""
+    return checkpoint.load_system(KIT / variant, "cpu")
+
+@functools.cache
+def kit_vad() -> vad.Vad:
+    return vad.load_vad(str(KIT / "vad"))
+
 def kit_results(variant: str) -> dict:
     """What FunASR gave for a kit; {} without the kits."""
     path = KIT / variant / "expected/results.json"
@@ -5127,7 +5136,7 @@ def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatch):
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
-    system = checkpoint.load_system(KIT / variant, "cpu")
+    system = kit_system(variant)
     net, changed = system.model, 0
     if isinstance(net, hotwords.SeacoParaformer):
         stages = {"dec_hidden": outputs_of(net.decoder.norm, monkeypatch),
@@ -5178,7 +5187,7 @@ def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatc
 @torch.no_grad()
 def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
     """Random cuts, each with a list of its own or none; lists above 50 are filtered for each utterance by itself."""
-    system, rng = checkpoint.load_system(KIT / variant, "cpu"), random.Random(0)
+    system, rng = kit_system(variant), random.Random(0)
     net, lists = system.model, [None]
     for case in ("empty", "one", "several", "many"):
         lists.append(net.encode_hotwords([system.tokenizer.encode_hotword(x) for x in hotword_phrases(variant, case)]))
@@ -5249,7 +5258,7 @@ def test_every_missing_and_unused_tensor_of_the_hotword_part_is_named(tmp_path):
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
 def test_a_model_with_hotwords_is_exported_tensor_for_tensor(variant, tmp_path):
-    system = checkpoint.load_system(KIT / variant, "cpu")
+    system = kit_system(variant)
     for path in ("dir", "model.pt"):
         checkpoint.export(system, str(tmp_path / path))
         again = checkpoint.load_system(tmp_path / path, "cpu")
@@ -5343,7 +5352,7 @@ def vad_results(kind: str) -> dict:
 
 def told_vad(build: dict, generate: dict) -> vad.Vad:
     """The kit's VAD with options as FunASR's AutoModel and generate take them."""
-    system = vad.load_vad(str(KIT / "vad"))
+    system = kit_vad()
     values = {key: value for key, value in {**build, **generate}.items() if hasattr(system.options, key)}
     options = config.from_dict(values, "test", system.options)
     schedule = ()
@@ -5364,7 +5373,7 @@ def test_vad_segments_are_funasrs_with_every_option(run):
 
 @needs_kit
 def test_vad_features_levels_and_scores_are_funasrs():
-    system = vad.load_vad(str(KIT / "vad"))
+    system = kit_vad()
     system = system._replace(options=replace(system.options, snr_thres=0.0))  # else levels are not computed
     expected = np.load(KIT / "vad/expected/scores.npz")
     names = [key.removesuffix("_sil") for key in expected if key.endswith("_sil")]
@@ -5438,7 +5447,7 @@ def test_vad_does_not_depend_on_the_cuts_into_calls():
 @needs_kit
 @pytest.mark.parametrize("rate_hz", [16000, 8000])
 def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
-    system = vad.load_vad(str(KIT / "vad"))
+    system = kit_vad()
     samples = long_samples("pauses").repeat(4)
     audio.save_wav(tmp_path / "a.wav", samples, 16000)
     whole = torch.cat(list(audio.stream(tmp_path / "a.wav", rate_hz)))
@@ -5451,7 +5460,7 @@ def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
 # C174
 @needs_kit
 def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():
-    system = vad.load_vad(str(KIT / "vad"))
+    system = kit_vad()
     sizes = {}
     for name in ("silence", "talk_b", "loud"):
         state, kept = vad.start(system), []
@@ -5836,10 +5845,6 @@ STREAMING_KITS = ("streaming", "streaming_alt")
 SETTINGS = {"a": streaming.Chunk(), "b": streaming.Chunk(10, 5, 1, 2, 5), "c": streaming.Chunk(8, 4, -1, 0),
             "d": streaming.Chunk(10, 5, 0, 0)}
 
-@functools.cache
-def streaming_system(variant):
-    return checkpoint.load_system(KIT / variant, "cpu")
-
 def streaming_cases(variant) -> dict[str, tuple[torch.Tensor, dict]]:
     """{case: (its samples, its part of the results)}"""
     cases = {}
@@ -5876,7 +5881,7 @@ def same_states(one, other):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
     """Single samples, random pieces and a whole recording, the states in between too"""
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     samples = streaming_cases("streaming")["libri_dev"][0]
     rng = random.Random(0)
     for cut in ([9000, *[1] * 700], [rng.randint(0, 9000) for _ in range(8)]):
@@ -5898,7 +5903,7 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
 @pytest.mark.parametrize("variant", STREAMING_KITS)
 def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
-    system, chunk = streaming_system(variant), SETTINGS[setting]
+    system, chunk = kit_system(variant), SETTINGS[setting]
     seen = []  # of each chunk: state before, features, window's encoder output, its counted weights, what cif_step gave
     usual_cut, usual_cif = streaming.cut_chunk, streaming.cif_step
 
@@ -5948,7 +5953,7 @@ def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):
 @pytest.mark.parametrize("variant", STREAMING_KITS)
 def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
     """Recorded: results.json. FunASR spells each call alone and loses what a call breaks off in (a piece, @@)."""
-    system, compared = streaming_system(variant), 0
+    system, compared = kit_system(variant), 0
     for samples, case in streaming_cases(variant).values():
         for setting, run in case["runs"].items():
             calls = [(samples.split(run["pieces"]), run["texts"], False),
@@ -5970,7 +5975,7 @@ def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
 @needs_kit
 def test_a_stream_that_never_ends_keeps_its_last_words_back():
     """Recorded: texts_a_never_final; and a copy of the state that is told the end says them."""
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     for samples, case in streaming_cases("streaming").values():
         state = streaming.start(system)
         for piece, text in zip(samples.split(9600), case["texts_a_never_final"], strict=True):
@@ -5987,7 +5992,7 @@ def test_a_stream_that_never_ends_keeps_its_last_words_back():
 def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):
     """Twelve streams that begin and end at different times, in all four settings."""
     torch.set_num_threads(threads)
-    system, rng = streaming_system(variant), random.Random(1)
+    system, rng = kit_system(variant), random.Random(1)
     sources = [samples for samples, _ in streaming_cases(variant).values()]
     chunks = [SETTINGS[rng.choice("aaabcd")] for _ in range(12)]
     alone = [streaming.start(system, chunk) for chunk in chunks]
@@ -6008,7 +6013,7 @@ def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, th
 # C161
 @needs_kit
 def test_feeding_changes_no_state_and_one_can_go_back():
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     samples = streaming_cases("streaming")["libri_dev"][0]
     state, _ = streaming.feed(system, streaming.start(system), samples[:30000])
     kept = pickle.loads(pickle.dumps(state))
@@ -6028,7 +6033,7 @@ def state_bytes(state):
 @pytest.mark.parametrize("minutes, new", [(2, 10), pytest.param(60, 40, marks=slow)])
 def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):
     """An hour in larger chunks, which are heard sooner."""
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     speech = torch.cat([samples for samples, _ in streaming_cases("streaming").values()] * 5)[:60 * 16000]
     state, sizes, times = streaming.start(system, streaming.Chunk(new, 5)), [], []
     for _ in range(minutes):
@@ -6046,11 +6051,11 @@ def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):
 def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
     """Random symbols of the kit's vocabulary and of units of our own, in random portions"""
     rng = random.Random(0)
-    pieces = streaming_system("streaming").tokenizer
+    pieces = kit_system("streaming").tokenizer
     ours = [Tokenizer.build(["one two three", "four"], unit) for unit in ("word", "char")]
     for vocabulary in [pieces] * 300 + ours * 20:
         symbols = rng.choices(vocabulary.symbols[4:], k=rng.randint(1, 30))
-        state = streaming.start(streaming_system("streaming"))
+        state = streaming.start(kit_system("streaming"))
         said = []
         while len(said) < len(symbols):
             portion = symbols[len(said):len(said) + rng.randint(1, 4)]
@@ -6064,7 +6069,7 @@ def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
 # C160
 @needs_kit
 def test_tokens_of_a_stream_have_times_that_never_go_back():
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     for samples, _ in streaming_cases("streaming").values():
         results, _ = stream_through(system, streaming.Chunk(), samples.split(5000))
         times = [time for result in results for token in result.tokens for time in (token.start, token.end)]
@@ -6099,7 +6104,7 @@ def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):
     (torch.full((9,), torch.nan), "finite"), (torch.zeros(3, 3), r"\(n,\) float32"),
     (torch.zeros(9, dtype=torch.int16), "int16"), (torch.full((9600,), 3e38), "features not finite")])
 def test_samples_that_cannot_be_are_refused(samples, words):
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     with pytest.raises(ValueError, match=words):
         streaming.feed(system, streaming.start(system), samples)
 
@@ -6197,8 +6202,8 @@ def test_a_streaming_model_learns_utterances_by_heart():
     network = build(section, 8, 8)
     optimizer = train.make_optimizer(network, 0.0)
     losses = []
-    for number in range(150):
-        step = train.train_step(network.train(), optimizer, batch, 5e-3, config.TrainingConfig(), number)
+    for number in range(80):
+        step = train.train_step(network.train(), optimizer, batch, 1e-2, config.TrainingConfig(), number)
         losses.append(step.sums["loss"] / step.tokens)
     assert losses[-1] < 0.2 * losses[0]
     assert torch.equal(network.eval().greedy(batch.feats, batch.feat_lens).tokens, batch.tokens)
@@ -6351,7 +6356,7 @@ def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision_keeps_the_ids(variant, precision):
-    system = checkpoint.load_system(KIT / variant, "cpu")._replace(precision=precision)
+    system = kit_system(variant)._replace(precision=precision)
     for name in WAVS:
         wanted = recorded(variant, name)
         found = decode.decode_batch(system, [wanted["feats"]])
@@ -6431,10 +6436,10 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
               "predictor": {"kind": predictor, "upsampling": upsampling, "tail": 0.45, "dropout": 0.0},
               "decoder": {**SMALL["decoder"], "kind": decoder}, "end_token": True}
     net = checkpoint.build(config.from_dict({"model": values}, "test").model, 20, 12)
-    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     feats, lens = torch.randn(4, 20 * subsampling, 20), torch.tensor([20, 18, 16, 12]) * subsampling
     tokens, token_lens = torch.randint(4, 12, (4, 6)), torch.tensor([6, 5, 4, 3])
-    for _ in range(150):
+    for _ in range(60):
         sums, count = net(feats, lens, tokens, token_lens)
         optimizer.zero_grad()
         (sums["loss"] / count).backward()
@@ -7912,7 +7917,7 @@ def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path):
     rows = history_of(run)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     tuned = checkpoint.load_system(run / "checkpoints/latest.pt", "cpu")
-    published = checkpoint.load_system(KIT / "sanm", "cpu")
+    published = kit_system("sanm")
     assert tuned.config.model == published.config.model and tuned.tokenizer == published.tokenizer
 
 # ---- decode: recognition ----
@@ -8768,8 +8773,8 @@ def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
 
 @functools.lru_cache
 def pipeline_system(variant: str) -> checkpoint.System:
-    return checkpoint.load_system(KIT / variant, "cpu")._replace(
-        vad=vad.load_vad(str(KIT / "vad")), punctuation=kit_punctuation("punc"))
+    return kit_system(variant)._replace(
+        vad=kit_vad(), punctuation=kit_punctuation("punc"))
 
 def kit_wav(folder: Path, name: str) -> Path:
     audio.save_wav(folder / f"{name}.wav", long_samples(name), 16000)
@@ -8794,7 +8799,7 @@ def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant
     for sentence in row["sentences"]:
         assert sentence["text"][-1] in "。？.?" and not re.search("[。？][^>]", sentence["text"])
         assert (sentence["start"], sentence["end"]) == (sentence["words"][0]["start"], sentence["words"][-1]["end"])
-    segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
+    segments = list(vad.segments_of(kit_vad(), [long_samples("talk_a")]))
     margin = 0.07  # the stacked frames at the edges
     for token in row["tokens"]:
         assert any(begin / 1000 - margin <= token["start"] <= end / 1000 + margin for begin, end in segments)
@@ -8821,7 +8826,7 @@ def test_own_models_take_both(tmp_path, name):
                "--vad", KIT / "vad", "--punctuate", KIT / "punc"]
     row, empty = json_rows(tmp_path / "out.jsonl", *options, kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence"))
     assert empty["text"] == "" and empty["sentences"] == []
-    segments = list(vad.segments_of(vad.load_vad(str(KIT / "vad")), [long_samples("talk_a")]))
+    segments = list(vad.segments_of(kit_vad(), [long_samples("talk_a")]))
     assert row["words"] and all(any(begin / 1000 <= word["start"] and word["end"] <= end / 1000
                                     for begin, end in segments) for word in row["words"])
     assert len(row["sentences"]) > 1 and [w["start"] for s in row["sentences"] for w in s["words"]] == [
@@ -8831,7 +8836,7 @@ def test_own_models_take_both(tmp_path, name):
 def test_error_rates_are_those_without_punctuation(tmp_path, capsys):
     path = kit_wav(tmp_path, "talk_b")
     row = {"audio": str(path),
-           "text": decode.transcribe_recording(checkpoint.load_system(KIT / "sanm", "cpu"), path).text}
+           "text": decode.transcribe_recording(kit_system("sanm"), path).text}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     code, lines, error = decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", tmp_path / "a.jsonl")
     assert code == 0 and "。" in lines[0][1] and "%CER 0.00 [" in error
@@ -8917,14 +8922,14 @@ def funasr_sentences(words: list[str], marks: list[int], stamps: list, options: 
             text, raw, times = "", [], []
     return found
 
-def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict, options: dict, glued: bool) -> dict:
-    """What AutoModel(...).generate(...) returns of a recording, without its key, from our parts alone. glued: with the
-    words of two segments in one where they meet."""
+def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict, options: dict) -> tuple[dict, list]:
+    """What AutoModel(...).generate(...) returns of a recording, without its key, from our parts alone; and its
+    sentences without the words of two segments in one where they meet."""
     whole = [(0, len(samples) / 16)]
     times = list(vad.segments_of(system.vad, [samples])) if system.vad else whole
     timed = system.config.model.predictor.upsampling > 0
     if not times:
-        return {"text": "", "timestamp": []}
+        return {"text": "", "timestamp": []}, []
     if options.get("merge_vad"):
         times = funasr_merged(times, 1000 * build.get("merge_length_s", 15))
     pieces = [Segment(begin / 1000, samples[round(16 * begin):round(16 * end)]) for begin, end in times]
@@ -8932,7 +8937,7 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
     for (begin, end), (start, result) in zip(times, decode.transcribe_segments(system, pieces)):
         words = funasr_words(result.tokens)
         if not result.tokens and system.config.model.name == "seaco":
-            return {"text": "", "timestamp": []}
+            return {"text": "", "timestamp": []}, []
         text = words[0].text if words else ""
         for before, word in itertools.pairwise(words):
             text += " " * (timed or are_spaced(before, word)) + word.text
@@ -8952,13 +8957,15 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
     found = {"text": joined} | ({"timestamp": stamps} if timed else {})
     if options.get("return_raw_text"):
         found["raw_text"] = spaced
+    right = []
     if options.get("sentence_timestamp") and system.vad:
         if not system.punctuation:
             entries = [] if timed else entries
-        elif len(marks or ()) == len(stamps):
-            entries = funasr_sentences((asked if glued else spaced).split(), marks or [], stamps, options)
+        right = entries
+        if system.punctuation and len(marks or ()) == len(stamps):
+            entries, right = (funasr_sentences(text.split(), marks or [], stamps, options) for text in (asked, spaced))
         found["sentence_info"] = entries
-    return found
+    return found, right
 
 def pipeline_results() -> dict:
     path = KIT / "pipeline/results.json"
@@ -8972,7 +8979,7 @@ def test_the_three_models_together_give_funasrs_results(run):
     text = json.dumps(pipeline_results()[run])
     given = json.loads(re.sub("(?<![0-9])61720,", "61730,", text))  # a word before its segment: FunASR's only one
     build, options = given["build"], given["generate"]
-    system = checkpoint.load_system(KIT / given["model"], "cpu")
+    system = kit_system(given["model"])
     if given["vad"]:
         told = {key: options[key] for key in ("max_end_silence_time",) if key in options}
         system = system._replace(vad=told_vad(build.get("vad_kwargs", {}), told))
@@ -8985,10 +8992,9 @@ def test_the_three_models_together_give_funasrs_results(run):
         for output, right in zip(outputs, rights, strict=True):
             samples = long_samples(output["key"])
             wanted = {key: value for key, value in output.items() if key != "key"}
-            found = funasr_result(system, samples, build, options, glued=True)
+            found, sentences = funasr_result(system, samples, build, options)
             assert found == wanted, (names, output["key"])
-            if right is not None:
-                assert funasr_result(system, samples, build, options, glued=False)["sentence_info"] == right
+            assert right is None or sentences == right
 
 # ---- decode: pictures ----
 
@@ -9131,7 +9137,7 @@ def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, var
 @needs_kit
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_keeps_the_tokens_of_a_stream(precision):
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     samples, case = streaming_cases("streaming")["fsdd_dev_a"]
     results = listen.hear_stream(system._replace(precision=precision), samples.split(4000))
     assert [token.token for result in results for token in result.tokens] == case["runs"]["a"]["tokens"]
@@ -9143,7 +9149,7 @@ def test_half_precision_keeps_the_tokens_of_a_stream(precision):
 def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
     """The encoder's output within 3% (1.2 to 1.7% measured), as many tokens, most of them the same: random weights."""
     monkeypatch.setattr("packed.LARGE", 0)
-    systems = streaming_system(variant), checkpoint.load_system(KIT / variant, "cpu", "int8")
+    systems = kit_system(variant), checkpoint.load_system(KIT / variant, "cpu", "int8")
     hidden = [outputs_of(system.model.encoder.norm, monkeypatch) for system in systems]
     for samples, _ in streaming_cases(variant).values():
         exact, found = ([token.token for result in stream_through(system, streaming.Chunk(), [samples])[0]
@@ -9184,7 +9190,7 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
     assert (code, err) == (0, "") and rows[-1]["text"] != plain.strip() != whole.strip()
     assert bare(rows[-1]["text"]) == bare(plain) == bare(whole)
     assert variant != "streaming" or rows[-1]["text"] == whole.strip()
-    system, written = streaming_system(variant)._replace(punctuation=kit_punctuation("punc")), listen.Written()
+    system, written = kit_system(variant)._replace(punctuation=kit_punctuation("punc")), listen.Written()
     for row in rows:
         before = written
         written, text = listen.write_sentences(system, before,
@@ -9206,7 +9212,7 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin",
                         SimpleNamespace(buffer=io.BufferedReader(Pressed(wav_bytes(samples, rate_hz, 0), 0))))
     code, out, _ = stream_command(capsys, "--stream", "-")
-    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
+    wanted = stream_through(kit_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
     assert code == 130 and json.loads(out.splitlines()[-1])["text"] == wanted
 
 # C167
@@ -9230,7 +9236,7 @@ def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options,
 # C167
 @needs_kit
 def test_whole_utterances_are_no_business_of_a_streaming_model():
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     with pytest.raises(ValueError, match="got a streaming one"):
         decode.decode_batch(system, [torch.zeros(30, 560)])
     with pytest.raises(ValueError, match="training.init_from=.*decoder.attention_layers: wanted 0, all layers"):
@@ -9245,7 +9251,7 @@ def test_an_exported_streaming_model_is_the_same(tmp_path, capsys):
     samples = streaming_cases("streaming")["edge"][0]
     for path in (tmp_path / "out",):
         results, _ = stream_through(checkpoint.load_system(path, "cpu"), streaming.Chunk(), [samples])
-        assert results == stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0]
+        assert results == stream_through(kit_system("streaming"), streaming.Chunk(), [samples])[0]
 
 # ---- decode: published models, texts, times and exports ----
 
@@ -9327,14 +9333,14 @@ def test_a_file_of_hotwords_has_a_phrase_a_line_remarks_and_weights_that_are_ign
     path = tmp_path / "words.txt"
     path.write_text(content, encoding="utf-8")
     assert hotwords.read_hotwords(str(path)) == (phrases, weighted)
-    system = decode.with_hotwords(checkpoint.load_system(KIT / "seaco", "cpu"), str(path))
+    system = decode.with_hotwords(kit_system("seaco"), str(path))
     assert system.hotwords == tuple(phrases)
     assert ("taken for weights and ignored" in capsys.readouterr().err) == weighted
 
 # C155
 @needs_kit
 def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
-    system = checkpoint.load_system(KIT / "seaco", "cpu")
+    system = kit_system("seaco")
     decode.with_hotwords(system, "hello AI大 龘 我-在 我在")
     assert "cannot spell, so these hotwords help little: AI大, 龘, 我-在 (write" in capsys.readouterr().err
     decode.with_hotwords(system, "hello 我在")
@@ -9351,14 +9357,14 @@ def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
         assert error in said and said.startswith("decode.py: ") and said.count("\n") == 1
     feats = [torch.zeros(9, 560)]
     with pytest.raises(ValueError, match="hotwords: wanted a model that can be told hotwords"):
-        decode.transcribe(checkpoint.load_system(KIT / "sanm", "cpu")._replace(hotwords=("a",)), feats)
+        decode.transcribe(kit_system("sanm")._replace(hotwords=("a",)), feats)
 
 # C45
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_texts_and_times_do_not_depend_on_the_batch(variant):
     """Random batches of random parts of the kit's features, against each part alone."""
-    system, rng = checkpoint.load_system(KIT / variant, "cpu"), random.Random(1)
+    system, rng = kit_system(variant), random.Random(1)
     sources = [recorded(variant, name)["feats"] for name in WAVS]
     for _ in range(4):
         spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
@@ -9382,7 +9388,7 @@ def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, caps
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(variant, tmp_path):
-    system = checkpoint.load_system(KIT / variant, "cpu")
+    system = kit_system(variant)
     checkpoint.export(system, str(tmp_path / "dir"))
     state = torch.load(tmp_path / "dir/model.pt", weights_only=True)
     assert {name: list(x.shape) for name, x in state.items()} == json.loads(
@@ -9493,7 +9499,7 @@ def test_dropout_has_an_effect_behind_every_part_in_training_and_none_outside(ma
 
 @needs_kit
 def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_head():
-    system = checkpoint.load_system(KIT / "bicif", "cpu")
+    system = kit_system("bicif")
     assert system.config.model.predictor.upsampling
     feats = audio.frontend(*audio.load_wav(KIT / f"wavs/{WAVS[0]}.wav"), system.config.data, system.stats)
     alone, = decode.transcribe(system, [feats])
@@ -10178,7 +10184,7 @@ def test_openai_formats_by_hand():
 def hotword_server():
     if not KIT.is_dir():
         pytest.skip("../shared/funasr_kit is not here")
-    with serving(checkpoint.load_system(KIT / "seaco", "cpu"), max_wait_ms=500.0) as started:
+    with serving(kit_system("seaco"), max_wait_ms=500.0) as started:
         yield started
 
 def hotword_case(case: str) -> tuple[list[str], list[int], bytes]:
@@ -10250,7 +10256,7 @@ def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(se
 
 @needs_kit
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
-    system = checkpoint.load_system(KIT / "sanm", "cpu")
+    system = kit_system("sanm")
     feats = recorded("sanm", WAVS[0])["feats"]
     found, wanted = transcribe.recognise_batch(system, [feats])[0].result, decode.transcribe(system, [feats])[0]
     assert found == wanted and " ".join(word.text for word in found.words) != "" and "@@" not in found.text
@@ -10468,8 +10474,8 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
     """The last text is decode.py's of what the page has recorded: by the streaming model, or, in a second pass, by the
     other one. So is that of a file. A wrong key is asked for before."""
     monkeypatch.setenv("ASR_API_KEY", "sec&ret")
-    system = streaming_system("streaming")
-    whole = offline and checkpoint.load_system(KIT / offline, "cpu")
+    system = kit_system("streaming")
+    whole = offline and kit_system(offline)
 
     def check_result(name):
         browser.wait(f"$('name').textContent.startsWith('{name}') && !recorder && {DONE}")
@@ -10532,13 +10538,13 @@ def test_serve_loads_both_parts():
 def socket_models(*parts: str) -> settings.Models:
     """The kit's streaming model, and beside it, with "whole", sanm, with "vad", "punc" or "punc_realtime"."""
     if not parts:
-        return settings.Models(streaming_system("streaming"), None)
-    whole = checkpoint.load_system(KIT / "sanm", "cpu")._replace(segment_sec=(0.5, 2.5))
+        return settings.Models(kit_system("streaming"), None)
+    whole = kit_system("sanm")._replace(segment_sec=(0.5, 2.5))
     if "vad" in parts:
-        whole = whole._replace(vad=vad.load_vad(str(KIT / "vad")))
+        whole = whole._replace(vad=kit_vad())
     if parts[-1].startswith("punc"):
         whole = whole._replace(punctuation=kit_punctuation(parts[-1]))
-    return settings.Models(streaming_system("streaming"), whole)
+    return settings.Models(kit_system("streaming"), whole)
 
 def pcm_of(samples: torch.Tensor) -> bytes:
     return (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
@@ -10550,7 +10556,7 @@ def kit_speech(seconds: float = 4.0) -> torch.Tensor:
 @needs_kit
 def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_open():
     """Oracle: the samples through `streaming.feed`, whole; over one socket, cut into odd numbers of bytes."""
-    system, samples = streaming_system("streaming"), kit_speech()
+    system, samples = kit_system("streaming"), kit_speech()
     with serving(socket_models()) as server, Talker(server, "/ws") as client:
         assert client.status == 101
         for size, sizes, chunk in ((1921, [0, 10, 5], streaming.Chunk()),
@@ -10581,7 +10587,7 @@ def test_any_rate_is_resampled_as_a_stream(rate_hz):
     data = pcm_of(audio.resample(kit_speech(3.0), 16000, rate_hz))
     samples = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
     resampled = audio.resample(samples, rate_hz, 16000)
-    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [resampled])[0][0]
+    wanted = stream_through(kit_system("streaming"), streaming.Chunk(), [resampled])[0][0]
     with serving(socket_models()) as server, Talker(server) as client:
         messages = client.say({"audio_fs": rate_hz}, data, 3333)
         assert "".join(m["text"] for m in messages) == wanted.text and len(messages) > 1
@@ -10638,7 +10644,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():
     refused = [({name: value}, "invalid_value") for name, values in invalid.items() for value in values]
     refused += [(text, "invalid_json") for text in ("{", "[1]", "[" * 9000, "{}".ljust(65537))]
     refused += [({"hotwords": "我们"}, "no_hotwords")]
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     samples = kit_speech(2.0)
     with serving(socket_models()) as server, Talker(server) as client:
         for sent, code in refused:
@@ -10689,7 +10695,7 @@ def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():
     models = socket_models("whole")
     defaults = settings.first_settings(models)
     assert (defaults.mode, defaults.audio_fs, defaults.chunk) == ("2pass", 16000, streaming.Chunk())
-    hotwords = settings.Models(models.streaming, checkpoint.load_system(KIT / "contextual", "cpu"))
+    hotwords = settings.Models(models.streaming, kit_system("contextual"))
     for given in ('{"我们": 20, "ab": 30}', "我们,ab", ["我们", "ab"]):
         assert settings.read_settings(defaults, {"hotwords": given}, hotwords)[0].hotwords == ("我们", "ab")
     with serving(models, max_queue=0) as server, Talker(server) as client:      # a stream's segments find room
@@ -10761,7 +10767,7 @@ def test_what_is_shown_of_a_text_is_never_taken_back():
 @needs_kit
 def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_1001():
     samples = kit_speech(3.0)
-    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][0].text
+    wanted = stream_through(kit_system("streaming"), streaming.Chunk(), [samples])[0][0].text
     with serving(socket_models()) as server, Talker(server) as client, Talker(server) as silent:
         client.send(pcm_of(samples))
         messages = [client.read() for _ in range(4)]
@@ -10860,7 +10866,7 @@ def test_a_client_that_never_reads_is_ended_and_one_that_leaves_is_dropped():
 def test_many_sockets_at_once_are_all_heard_and_those_above_the_limit_are_refused(monkeypatch, count):
     gate, hear, samples = threading.Event(), serve.hear_steps, kit_speech(1.5)
     monkeypatch.setattr(serve, "hear_steps", lambda *given: (gate.wait(PATIENCE), hear(*given))[1])
-    wanted = stream_through(streaming_system("streaming"), streaming.Chunk(), [samples])[0][0].text
+    wanted = stream_through(kit_system("streaming"), streaming.Chunk(), [samples])[0][0].text
     with serving(socket_models(), max_connections=count) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Talker(server)) for _ in range(count)]
         with Talker(server) as above:
@@ -10936,7 +10942,7 @@ def test_the_websockets_package_is_understood():
             text = ""
             while not (message := json.loads(connection.recv(timeout=PATIENCE))).get("is_end"):
                 text += message["text"]
-        assert text == stream_through(streaming_system("streaming"), streaming.Chunk(old=5), [samples])[0][0].text
+        assert text == stream_through(kit_system("streaming"), streaming.Chunk(old=5), [samples])[0][0].text
         wait_until(lambda: any("code=1000" in line for line in server.lines))
 
 # ---- bench: figures ----
@@ -11206,7 +11212,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
 def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):
     """Planted: a batch takes 50 ms and 45 ms a stream. 600 ms hold six single streams, and twelve in a batch."""
     monkeypatch.setattr(bench_stream, "step_ms", lambda system, states: 50 + 45 * len(states))
-    lines = list(bench_stream.chunk_figures(streaming_system("streaming")))
+    lines = list(bench_stream.chunk_figures(kit_system("streaming")))
     assert "real-time factor 0.158" in lines[0] and "alone, one after another, 6 streams" in lines[0]
     assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "8", "16"]
     assert lines[-2] == "in one batch, 12 streams stay in real time"
@@ -11220,7 +11226,7 @@ def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():
     said = [(0.7, 0.25), (1.5, 0.35), (1.6, 0.3), (1.7, 1.9), (2.0, None)]
     messages = [(now, {"is_final": end is None, "tokens": [{"end": end}]}) for now, end in said]
     heard = bench_stream.Talk(0.0, [(160 * i, 0.01 * i) for i in range(1, 200)], messages)
-    system = streaming_system("streaming")
+    system = kit_system("streaming")
     assert bench_stream.latencies_ms(heard, system) == pytest.approx([100, 300])
     messages.append((3.0, {"error": {"message": "no"}}))
     with pytest.raises(ValueError, match="the server: no"):
@@ -11242,7 +11248,7 @@ def test_stream_measures_as_many_sockets_for_as_long_as_it_is_told(monkeypatch, 
 # C212
 @needs_kit
 def test_sockets_speak_at_real_time_pace_and_are_timed():
-    system, began = streaming_system("streaming"), time.monotonic()
+    system, began = kit_system("streaming"), time.monotonic()
     with serving(settings.Models(system, None)) as server:
         port, wav = server.server_address[1], str(KIT / "wavs/libri_dev.wav")
         line = bench_stream.socket_figure(system, port, [wav], 2, 2.0)
