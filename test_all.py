@@ -4841,6 +4841,9 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
         funasr.read_cmvn(tmp_path / "am.mvn", 80)
+    for shape in ((560,), (2,), (3, 560)):
+        with pytest.raises(ValueError, match=r"stats must be \(2,F\), got " + re.escape(str(shape))):
+            funasr.write_cmvn(tmp_path / "b.mvn", torch.zeros(shape))
 
 # ---- baselines: models ----
 
@@ -5512,7 +5515,8 @@ def test_vad_limits_are_exact():
 
 @needs_kit
 def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
-    """The kit's has every one of them, with FunASR's own value."""
+    """The kit's has every one of them, with FunASR's own value; but for sizes, which are here those of fsmn-vad."""
+    assert vad.Network() == vad.Network(400, 140, 4, 250, 128, 20, 0, 1, 0, 140, 248)
     path = KIT / "vad/config.yaml"
     (tmp_path / "config.yaml").write_text(re.sub("(?m)^(model|frontend)_conf:\n( .*\n)+", "", path.read_text()))
     assert vad.read_options(tmp_path / "config.yaml") == vad.read_options(path)
@@ -9263,6 +9267,14 @@ def test_firing_spans_equal_funasrs_timestamps():
         n = len([c for c in case["chars"] if c != "</s>"])
         spans, offset = funasr.firing_spans(np.array(case["alphas"], np.float32), n), case["vad_offset"] / 1000
         assert [[int((t * 0.02 + offset) * 1000) for t in span] for span in spans] == case["timestamp"]
+
+def test_a_token_of_the_timing_head_ends_at_its_limits():
+    """What just fires; silence of 4.5 frames behind the last token and of 5.5; more tokens than can fire."""
+    just = funasr.FIRED
+    assert funasr.firings(np.array([just, np.nextafter(just, np.float32(0))], np.float32)).tolist() == [-1.5]
+    assert funasr.firing_spans(np.array([1, 1, 0, 0], np.float32), 1) == [(-1.5, 4.0)]
+    assert funasr.firing_spans(np.array([1, 1, 0, 0, 0], np.float32), 1) == [(-1.5, 2.25)]
+    assert funasr.firing_spans(np.zeros(2, np.float32), 3) == [(-1.5, -0.5), (-0.5, 2.0), (2.0, 2.0)]
 
 def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
     system = tiny_system()
