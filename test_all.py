@@ -972,10 +972,10 @@ def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypat
     assert audio.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
 
 def test_save_wav_writes_16_bit_and_clips(tmp_path):
-    audio.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, 1.6 / 32768]), 8000)
+    audio.save_wav(tmp_path / "a.wav", torch.tensor([0.5, -1.0, 1.0, 7.0, -1.1, 1.6 / 32768]), 8000)
     with wave.open(str(tmp_path / "a.wav")) as file:                # the standard library as reader
-        assert file.getparams()[:4] == (1, 2, 8000, 5)
-        assert np.frombuffer(file.readframes(5), "<i2").tolist() == [16384, -32768, 32767, 32767, 2]
+        assert file.getparams()[:4] == (1, 2, 8000, 6)
+        assert np.frombuffer(file.readframes(6), "<i2").tolist() == [16384, -32768, 32767, 32767, -32768, 2]
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not here")
 @pytest.mark.parametrize("suffix,lossy", [("flac", 1e-4), ("mp3", 0.05), ("ogg", 0.1), ("m4a", 0.05), ("aiff", 1e-4)])
@@ -1029,6 +1029,13 @@ def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, 
         out = audio.resample(torch.from_numpy(sine(high, N, rate_in)).float(), rate_in, rate_out).numpy()
         assert np.abs(out[edge:-edge]).max() < 1e-4
 
+def test_resample_to_a_higher_rate_adds_no_mirror_image():
+    """Of 3760 Hz, at 4240 Hz."""
+    t = np.arange(4000) / 8000
+    out = audio.resample(torch.from_numpy(np.sin(2 * np.pi * 3760 * t)).float(), 8000, 16000).numpy()[2000:6000]
+    image = np.exp(-2j * np.pi * 4240 * np.arange(4000) / 16000) * np.hanning(4000)
+    assert 4 / 4000 * abs(out @ image) < 1e-4
+
 def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
     """16001 -> 15999 Hz: 15999 phases, each output with weights of its own."""
     x = np.random.default_rng(0).standard_normal(1000)
@@ -1041,6 +1048,8 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
         assert abs((weights[200:1200] * x).sum() / weights.sum() - out[j]) < 1e-5
     flat = audio.resample(torch.ones(1000), 16001, 15999)
     assert (flat[60:-60] - 1).abs().max() < 1e-6
+    assert [len(audio.resample(torch.ones(n), 1, 2)) for n in (0, 1, 3)] == [0, 2, 6]
+    assert audio.fbank(torch.ones(3), 100, 1).shape == (2, 1)
 
 # ---- pauses: segments of long recordings ----
 
@@ -1271,6 +1280,8 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: audio.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
     (lambda: audio.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
     (lambda: audio.resample(torch.zeros(9), 0, 16000), "rates must be positive Hz, got 0"),
+    (lambda: audio.fbank(torch.zeros(9), 99, 1), "wanted rate_hz >= 100 and num_mels >= 1, got 99 and 1"),
+    (lambda: audio.fbank(torch.zeros(9), 100, 0), "wanted rate_hz >= 100 and num_mels >= 1, got 100 and 0"),
     (lambda: audio.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
     (lambda: audio.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
     (lambda: augment.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
