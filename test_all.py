@@ -1283,6 +1283,8 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: audio.fbank(torch.zeros(9), 99, 1), "wanted rate_hz >= 100 and num_mels >= 1, got 99 and 1"),
     (lambda: audio.fbank(torch.zeros(9), 100, 0), "wanted rate_hz >= 100 and num_mels >= 1, got 100 and 0"),
     (lambda: audio.lfr(torch.zeros(80), 7, 6), r"feats must be \(T,F\) .* got \(80,\)"),
+    (lambda: audio.lfr(torch.zeros(3, 2), 0, 1), "m, n >= 1, .* m=0, n=1"),
+    (lambda: audio.lfr(torch.zeros(3, 2), 1, 0), "m, n >= 1, .* m=1, n=0"),
     (lambda: audio.normalise(torch.zeros(4, 80), torch.zeros(2, 40)), r"stats \(2,F\), got \(4, 80\) and \(2, 40\)"),
     (lambda: augment.spec_augment(torch.zeros(4, 30), data_options(), None), r"multiple of 20\), got \(4, 30\)"),
     (lambda: augment.spec_augment(torch.zeros(20), data_options(), None), r"multiple of 20\), got \(20,\)"),
@@ -4771,11 +4773,18 @@ def test_a_list_of_symbols_ends_its_lines_with_newlines_only(tmp_path):
     symbols = ["<blank>", "<s>", "</s>", "a\x85", "\u2028", "\x0c", "<unk>"]
     (tmp_path / "tokens.txt").write_text("\n".join(symbols) + "\n", "utf-8")
     assert PieceTokenizer.load(tmp_path / "tokens.txt").symbols == tuple(symbols)
+    assert PieceTokenizer.from_state({"symbols": [*"abcd"]}).encode("bx") == [1, 3]  # without <unk>, the last one is it
+
+def test_symbols_are_of_the_kinds_that_funasr_tells_apart():
+    assert [c for c in "\u4dff\u4e00\u9fff\ua000/09:@A" if _is_han(c)] == ["\u4e00", "\u9fff", "0", "9", "@"]
+    assert [_kind(symbol) for symbol in ("你3", "th@@", "it's", "a%", "你a", "%")] == [
+        "han", "piece", "word", "other", "word", "other"]
 
 @pytest.mark.parametrize("name, content, error", [
     ("tokens.json", b"[1, 2", r"tokens.json: wanted a list of symbols, got no JSON \(.*"),
     ("tokens.json", b"\xff", "tokens.json: wanted a list of symbols, got 'utf-8' codec.*"),
     ("tokens.json", b'["<blank>", "<s>", "</s>"]', "tokens.json: wanted a list of four symbols or more, got .*"),
+    ("tokens.json", b'["<blank>", "<s>", "</s>", 4]', "tokens.json: wanted a list of four symbols or more, got .*"),
     ("seg_dict", b"\xff", "seg_dict: wanted a dictionary, got 'utf-8' codec.*"),
     ("seg_dict", None, "seg_dict: wanted a dictionary, got .*No such file.*")])
 def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, content, error):
@@ -4791,8 +4800,8 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
         PieceTokenizer.load(*files)
     with pytest.raises(ValueError, match=r"x.pt: wanted a list of pieces by word, got \[\['ab'\]\]"):
         checkpoint.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
-    with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3}"):
-        checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3}}, "x.pt")
+    with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3, 'c': "):
+        checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3, "c": ["c"]}}, "x.pt")
 
 # C42
 @needs_kit
@@ -4892,6 +4901,7 @@ def test_step_by_step_decoding_equals_the_full_pass():
 def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
     transformer, (feats, feat_lens, _, _) = rival("transformer", seed=31), ragged(2)
     found = transformer.greedy(feats, feat_lens)
+    looks = transformer.cross_attention(*transformer.encode(feats, feat_lens), found.tokens, found.lens)[-1].mean(1)
     ends = set()
     for i, T in enumerate(feat_lens.tolist()):
         hidden, lens = transformer.encode(feats[i:i + 1, :T], feat_lens[i:i + 1])
@@ -4907,6 +4917,10 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
         assert found.log_probs[i, :found.lens[i]].tolist() == pytest.approx(log_probs, abs=1e-5)
         edges = found.boundaries[i]
         assert len(edges) == len(tokens) and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+        look = looks[i, :found.lens[i], :int(lens)]
+        middles = 2 * (look.argmax(1) + 0.5).cummax(0).values - 0.5  # encoder frame t ends with feature frame 2 t + 1.5
+        assert_same(edges[1:-1], (middles[1:] + middles[:-1]).double() / 2, 1e-9)
+        assert_same(found.alpha[i, :int(lens)].double(), look.sum(0), 1e-5)
     assert ends == {True, False}
     assert_same(found.alpha.sum(1).double(), found.lens.double(), 1e-5)
 
@@ -4928,13 +4942,20 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         middles = [2 * t + 0.5 for t, _ in peaks]  # encoder frame t stands on feature frames 2 t and 2 t + 1, less 1/2
         inner = [(a + b) / 2 for a, b in zip(middles, middles[1:])]
         assert found.boundaries[i].tolist()[1:-1] == pytest.approx(inner)
+        if len(middles) > 1:  # the first and the last are as long behind their middle as before it, in the utterance
+            first, last = max(2 * middles[0] - inner[0], 0.0), 2 * middles[-1] - inner[-1]
+            last = min(last, 2 * L - 0.5, int(feat_lens[i]))
+            assert found.boundaries[i][[0, -1]].tolist() == pytest.approx([first, last])
         assert_same(looks[i, 0, :len(peaks), :L], log_p[i, :L].exp()[:, [s for _, s in peaks]].T, 1e-6)
     assert int(found.lens.max()) > 2
-    log_p = normal(4, 4, 5, 4).log_softmax(-1)
-    for rows, text in ((log_p[0], [1, 1]), (log_p[1, :3], [2, 3]), (log_p[2, :1], [3]), (log_p[3], [])):
+    twice = torch.tensor([[0.0, 4, 0, 0], [3, 0, 0, 0], [3, 0, 0, 0], [0, 3, 0, 0]])  # the best path says 1 two times
+    log_p = normal(4, 12, 5, 4).log_softmax(-1)
+    for rows, text in ((log_p[0], [1, 1]), (log_p[1, :3], [2, 3]), (log_p[2, :1], [3]), (log_p[3], []), (twice, [1]),
+                       *zip(log_p[4:, :4], [[1], [2], [3], [1, 2], [2, 2], [3, 1], [1, 2, 1], [2, 3]])):
+        table = rows.tolist()
         spells = [p for p in itertools.product(range(4), repeat=len(rows))
                   if [s for s, _ in itertools.groupby(p) if s] == text]
-        best = max(spells, key=lambda p: sum(float(rows[t, s]) for t, s in enumerate(p)))
+        best = max(spells, key=lambda p: sum(table[t][s] for t, s in enumerate(p)))
         assert baselines.ctc_path(rows, text) == list(best)
 
 # C63
@@ -5011,6 +5032,15 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
             assert [tuple(one.tokens) for one in found[b][:3]] == best
             assert [one.score for one in found[b][:3]] == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
             assert [one.log_prob for one in found[b][:3]] == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
+
+# C64
+def test_a_beam_is_settled_once_no_open_text_could_pass_the_best_that_ended():
+    """The open one has log probability -2 and may become 3 tokens and the end: then it scores -2 / ((5 + 4) / 6)."""
+    assert baselines.UNSEEN == 0.01
+    for score, settled in ((-1.4, False), (-2 / (9 / 6), True), (-1.3, True)):
+        scores, lens = torch.tensor([[score, -9.0]]), ints(2, 2)[None]
+        beam = baselines.Beam(lens, lens, torch.tensor([[True, False]]), torch.full((1, 2), -2.0), scores, scores)
+        assert baselines.is_settled(beam, ints(3), baselines.Search(2, 1, 1.0)) == settled, score
 
 # C64
 def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
@@ -5107,10 +5137,12 @@ def test_a_beam_of_one_is_greedy():
 @pytest.mark.parametrize("name, flags, words", [
     ("ctc", ["--beam=0"], "--beam: wanted 1 or more, below 2^31, got 0"),
     ("ctc", ["--beam=99999999999999999999"], "--beam: wanted 1 or more, below 2^31, got 99999999999999999999"),
+    ("ctc", ["--nbest=2147483648"], "--nbest: wanted 1 or more, below 2^31, got 2147483648"),
     ("transformer", ["--nbest=-1"], "--nbest: wanted 1 or more, below 2^31, got -1"),
     ("ctc", ["--length-penalty=1"], "--length-penalty: wanted 0.6, as it has no effect on a ctc, got 1.0"),
     ("paraformer", ["--beam=2"], "a paraformer model decodes greedily: leave out --beam, --nbest and penalties\n"),
     ("paraformer", ["--nbest=3"], "decodes greedily"), ("paraformer", ["--coverage-penalty=1"], "decodes greedily"),
+    ("transformer", ["--length-penalty=inf"], "--length-penalty: wanted 0 or more, got inf"),
     ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
 def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
     ckpt = saved(searching_system(name), tmp_path / "x.pt")
@@ -6096,9 +6128,9 @@ def test_planted_weights_fire_where_and_when_they_say():
     hidden = normal(0, 10, 3)
     carry = model.no_carry(3)
     fired, spans = [], []
-    for first, stop in ((0, 3), (3, 4), (4, 9), (9, 10)):
+    for first, stop, *tail in ((0, 2), (2, 3), (3, 4), (4, 9), (9, 10, 0.5)):
         embeds, places, carry = model.cif_step(hidden[first:stop], torch.full((stop - first,), 0.25), carry, first,
-                                               tail=0.5 if stop == 10 else 0.0)
+                                               *tail)
         fired += list(embeds)
         spans += places
     for u, embed in enumerate(fired):
@@ -6376,6 +6408,8 @@ def test_half_precision_keeps_the_ids(variant, precision):
         wanted = recorded(variant, name)
         found = decode.decode_batch(system, [wanted["feats"]])
         assert torch.equal(found.tokens[0], wanted["ids_raw"]) and found.log_probs.isfinite().all()
+    exact = decode.decode_batch(system._replace(precision="float32"), [wanted["feats"]])
+    assert not torch.equal(found.log_probs, exact.log_probs)
 
 # ---- checkpoint: published models, training ----
 
@@ -8147,7 +8181,8 @@ def test_what_is_not_told_to_decoding_has_its_default():
     system = tiny_system()
     assert (system.batch_size, system.batch_seconds, system.segment_sec) == (16, 300.0, checkpoint.SEGMENT_SEC) == (
         16, 300.0, (1.0, 20.0))
-    assert [decode.batch_limits(system._replace(batch_seconds=sec))[1] for sec in (1e-3, 0.0299, 300.0)] == [1, 2, 30000]
+    limits = [decode.batch_limits(system._replace(batch_seconds=sec)) for sec in (1e-3, 0.0299, 300.0)]
+    assert limits == [(16, 1), (16, 2), (16, 30000)]
     assert (decode.POOL_SEC, decode.WINDOW, decode.LAID_OUT_SEC) == (300.0, 1024, 300.0)
 
 def test_an_option_without_effect_beside_export_or_stream_is_refused_by_name(capsys):
@@ -8535,6 +8570,9 @@ def test_of_several_processes_none_reads_standard_input_and_the_first_exports(ck
         for precision in ("float32", "int8"):
             assert decoded(capsys, "--ckpt", ckpt, "--dtype", precision, "--export", f"{rank}.{precision}")[0] == 0
     assert made == ["0.float32", "0.int8"]
+    monkeypatch.setattr(decode, "join_processes", lambda timeout: (0, 1))
+    more = ["--dtype=int8", "--export=2.int8", spoken(tmp_path / "a.wav", 0.5)]
+    assert len(decoded(capsys, "--ckpt", ckpt, *more)[1]) == 1 and made[2:] == ["2.int8"]
 
 # C120
 def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
@@ -9381,6 +9419,9 @@ def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
     feats = [torch.zeros(9, 560)]
     with pytest.raises(ValueError, match="hotwords: wanted a model that can be told hotwords"):
         decode.transcribe(kit_system("sanm")._replace(hotwords=("a",)), feats)
+    told = [decode.listening_model(system, given) is not system.model for given in (
+        [None, None], [None, ("hello",)], [("hello",), None], [("hello",)])]
+    assert told == [False, True, True, True]
 
 # C45
 @needs_kit
@@ -9536,10 +9577,13 @@ def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_h
     assert both.lens.tolist() == [len(alone.tokens), 0]
 
 def test_a_predictor_may_have_one_layer_of_the_encoders_width_or_of_its_own():
-    for width in (16, 24):
+    for width, layers, kernel_size in ((16, 1, 3), (24, 1, 5), (24, 2, 7)):
         section = tiny_system().config.model
-        section = replace(section, predictor=replace(section.predictor, num_layers=1, hidden_dim=width))
+        section = replace(section, predictor=replace(section.predictor, num_layers=layers, hidden_dim=width,
+                                                     kernel_size=kernel_size))
         network = build(section, 8, 12).eval()
+        assert [(x.out_channels, *x.kernel_size) for x in network.predictor.convolutions] == (
+            [(width, kernel_size)] * layers)
         assert network.greedy(torch.randn(2, 9, 8), torch.tensor([9, 4])).tokens.shape[0] == 2
 
 def test_the_statistics_of_two_ranks_are_their_mean(monkeypatch):
@@ -9897,16 +9941,17 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
         chosen = rng.permutation(24)[:rng.integers(2, 17)]
         for i, found in zip(chosen, transcribe.recognise_batch(system, [feats[i] for i in chosen])):
             assert found.result.text == alone[i].text
-            assert len(found.weights) == math.ceil(len(feats[i]) / system.config.model.encoder.subsampling)
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
 
 def test_the_weights_of_pieces_stand_where_they_begin_with_zeros_between():
-    system, empty = serving_system(), report.Result("", 0.0, [], [])
-    found = [transcribe.Recognition(empty, weights) for weights in ([0.5], [0.25, 0.125])]
+    system, said = serving_system(), report.Result("a", 1.0, [report.Token("a", 4, 1.0, 0.0, 0.5)], [])
+    found = [transcribe.Recognition(said, weights) for weights in ([0.5], [0.25, 0.125])]
     for place, zeros in ((1.4, 0), (2.4, 1), (2.6, 2)):
         pieces = [(0.0, None), (place * transcribe.frame_step(system), None)]
         joined = transcribe.join_pieces(system, SimpleNamespace(pieces=pieces, seconds=9.0), found)
-        assert joined.weights == [0.5, *[0.0] * zeros, 0.25, 0.125]
+        assert joined.weights == [0.5, *[0.0] * zeros, 0.25, 0.125] and len(joined.result.tokens) == 2
+    halves = transcribe.recognise_batch(tiny_system(), ragged_feats([31, 8, 7]))  # two frames are one
+    assert [len(one.weights) for one in halves] == [16, 4, 4]
 
 # C80
 @pytest.mark.parametrize("unit", ["char", "word"])
