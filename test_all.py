@@ -3363,6 +3363,8 @@ def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
         if i < count:
             (tmp_path / f"{i}.txt").write_text(str(i))
     assert corpora.build_parser().parse_args(["fsdd", "in", "out"]).utterances == [3000, 200, 300, 300]
+    given = corpora.build_parser().parse_args(["folder", "in", "out"])
+    assert (given.dev_share, given.test_share, given.seed) == (0.1, 0.0, 0)
     shares = [] if dev is None else ["--dev-share", str(dev), "--test-share", str(test)]
     options = corpora.build_parser().parse_args(["folder", str(tmp_path), str(tmp_path), *shares])
     splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
@@ -4536,6 +4538,10 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
     for out in ("a", "b"):
         assert corpora.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / out), "--hold-out-speaker", "bob",
                           "--utterances", "12", "6", "6", "6"]) == 0
+    rows = [row for split in pitch for row in rows_of(tmp_path / f"a/{split}.jsonl")]
+    assert {len(row["text"].split()) for row in rows} == set(range(3, 8))
+    assert corpora.main(["fsdd", str(tmp_path / "fsdd"), str(tmp_path / "c"), "--utterances", "1", "0", "1", "0"]) == 0
+    assert sorted(path.name for path in (tmp_path / "c").glob("*.jsonl")) == ["test.jsonl", "train.jsonl"]
     for split, size in zip(pitch, (6, 6, 12, 6)):
         rows = rows_of(tmp_path / f"a/{split}.jsonl")
         assert len(rows) == size and len({row["text"] for row in rows}) > 1
@@ -4562,6 +4568,8 @@ def test_composed_digits_are_as_loud_as_said_with_noise_and_fades_as_said():
         floors.append(20 * np.log10(np.std(corpora.join_digits([np.zeros(4000)], 8000, rng))))
     assert abs(np.mean(levels) + 3) < 0.2 and abs(np.var(levels) - 4 - 12) < 1
     assert -66 < min(floors) < -64.5 and -45.5 < max(floors) < -44
+    x = corpora.join_digits([np.ones(400), np.ones(60)], 8000, np.random.default_rng(0))
+    assert (len(x), np.square(x).sum()) == (3340, pytest.approx(611.238881, rel=1e-6))  # a number of this code
 
 def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     libri, shell, pairs = tmp_path / "LibriSpeech", tmp_path / "data_aishell", tmp_path / "pairs"
@@ -4592,6 +4600,7 @@ def test_public_corpora_layouts_become_manifests(tmp_path, capsys):
     assert rows_of(tmp_path / "out/train.jsonl") == [
         {"audio": "../data_aishell/wav/train/S01/K1.wav", "text": "而对楼市", "speaker": "S01", "key": "K1",
          "duration": 0.25}]
+    assert "而对楼市" in (tmp_path / "out/train.jsonl").read_text("utf-8")
     assert corpora.main(["folder", str(pairs), str(tmp_path / "out"), "--dev-share", "0.2", "--test-share", "0.3"]) == 0
     found = {split: rows_of(tmp_path / f"out/{split}.jsonl") for split in ("train", "dev", "test")}
     assert sorted(row["text"] for rows in found.values() for row in rows) == [f"text {i}" for i in range(10)]
@@ -4608,12 +4617,13 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (tmp_path / "far/deep").mkdir(parents=True)
     (tmp_path / "out").symlink_to("far/deep")
     (tmp_path / "pairs").mkdir()
-    audio.save_wav(tmp_path / "pairs/a.wav", tone(0.1, 8000), 8000)
+    audio.save_wav(tmp_path / "pairs/a.wav", tone(0.1, 8000)[:777], 8000)
     (tmp_path / "pairs/a.txt").write_text("one")
-    assert corpora.main(["folder", str(tmp_path / "pairs"), str(tmp_path / "out"), "--dev-share", "0"]) == 0
-    for folder in (tmp_path / "out", tmp_path / "far/deep"):
+    for out in ("out", "new/folder"):
+        assert corpora.main(["folder", str(tmp_path / "pairs"), str(tmp_path / out), "--dev-share", "0"]) == 0
+    for folder in (tmp_path / "out", tmp_path / "far/deep", tmp_path / "new/folder"):
         (row,) = rows_of(folder / "train.jsonl")
-        assert (folder / row["audio"]).exists()
+        assert (folder / row["audio"]).exists() and row["duration"] == 0.0971   # 777 / 8000
 
 # C34
 @pytest.mark.parametrize("arguments,words", [
@@ -4628,6 +4638,8 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert corpora.main(arguments) == 2
     error = capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        corpora.main([])
     assert error.startswith("corpora.py: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
 
@@ -5739,8 +5751,36 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     assert [(report.join_words(cue), round(cue[0].start), round(cue[-1].end)) for cue in long] == [
         ("x" * 77, 0, 7), ("x" * 22, 7, 9), ("y", 9, 16)]       # 77 of 99 letters take 7 s; y is a word and stays one
     assert report.cues(with_words([])) == []
-    tagged = report.subtitles(with_words([report.Word("<unk>", 3654.0, 3661.0, 1.0)]), "vtt")
-    assert tagged == "WEBVTT\n\n1\n01:00:54.000 --> 01:01:01.000\n&lt;unk&gt;\n\n"
+    tagged = report.subtitles(with_words([report.Word('"<unk>"', 3654.0, 3661.0, 1.0)]), "vtt")
+    assert tagged == 'WEBVTT\n\n1\n01:00:54.000 --> 01:01:01.000\n"&lt;unk&gt;"\n\n'
+    for size, count in ((43, 1), (44, 2)):                          # with 40 letters and a space: 84 and 85
+        pair = [report.Word("x" * 40, 0.0, 1.0, 1.0), report.Word("y" * size, 1.0, 7.0, 1.0)]
+        assert len(report.cues(with_words(pair))) == count
+    for word in ("yes", "y" * 84):                                  # long in seconds only: whole, its end comes earlier
+        assert report.split_word(report.Word(word, 9.0, 30.0, 1.0), []) == [report.Word(word, 9.0, 16.0, 1.0)]
+
+# C71
+@pytest.mark.parametrize("text, spelled, pieces", [
+    ("กขคง。", [("กข@@", 2, 7), ("คง", 7, 12)], ["กข 2 7", "คง。 7 12"]),     # with the mark that punctuation put there
+    ("กขคง", [("กขคง", 2, 12)], ["กข 2 7", "คง 7 12"]),                       # one token: a character every 2.5 s
+    ("กขคง", [("ab", 2, 4), ("cd", 4, 12)], ["กข 2 7", "คง 7 12"]),           # spelled otherwise
+    ("กขคง", [("กข", 2, 4), ("", 4, 5), ("คง", 5, 12)], ["กข 2 7", "คง 7 12"]),
+    ("x" * 86, [("x" * 84, 2, 4), ("xx", 4, 8.5)], ["x" * 84 + " 2 4", "xx 4 8.5"]),
+    ("x" * 86, [("x" * 85, 2, 4), ("x", 4, 10.6)], ["x" * 70 + " 2 9", "x" * 16 + " 9 10.6"])])
+def test_a_word_too_long_for_a_subtitle_is_cut_where_its_tokens_end_or_evenly(text, spelled, pieces):
+    tokens = [report.Token(text, 4, 1.0, start, end) for text, start, end in [("a", 0, 2), *spelled, ("z", 13, 14)]]
+    cut = report.pack_words([report.Word(text, 2.0, spelled[-1][2], 1.0)], tokens)
+    found = [f"{report.join_words(cue)} {cue[0].start:g} {cue[-1].end:g}" for cue in cut]
+    assert found == pieces
+
+def test_confidences_have_four_digits_and_no_token_spoils_a_word_wholly():
+    sure, unsure = (report.Token("a", 4, p, 0.0, 1.0) for p in (1.0, 0.0))
+    assert report.mean_confidence([sure, unsure]) == 0.0071 and report.mean_confidence([]) == 0.0  # sqrt(5e-5)
+
+def test_ideographs_are_those_of_unicodes_blocks():
+    edges = {"\u303f": False, "\u3040": True, "\u30ff": True, "\u3100": False, "\u33ff": False, "\u3400": True,
+             "\u9fff": True, "\ua000": False, "\U0001ffff": False, "\U00020000": True, "一一": False}
+    assert {text: report.is_ideograph(text) for text in edges} == edges
 
 # C71
 @pytest.mark.parametrize("text", [
@@ -5765,10 +5805,13 @@ def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_w
 def test_every_form_is_written_as_its_readers_want_it():
     words = [report.Word("one", 0.1, 0.4, 0.5), report.Word("<two>", 3661.0, 3661.5, 0.8)]
     nbest = (report.Alternative("one <two>", -0.1, 0.6), report.Alternative("one", -0.2, 0.5))
-    outcome = report.Outcome(0, "a b", 3662.0, "", report.Result("one <two>", 0.6, [], words, nbest))
+    tokens = [report.Token("one", 5, 0.5, 0.1, 0.4), report.Token("<two>", 6, 0.8, 3661.0, 3661.5, True)]
+    outcome = report.Outcome(0, "a b", 3662.0004, "", report.Result("one <two>", 0.6, tokens, words, nbest))
     written = {name: form(outcome) for name, form in report.FORMS.items()}
     assert json.loads(written.pop("json")) == {
-        "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0, "tokens": [],
+        "key": "a b", "text": "one <two>", "confidence": 0.6, "duration": 3662.0,
+        "tokens": [{"token": "one", "id": 5, "confidence": 0.5, "start": 0.1, "end": 0.4},
+                   {"token": "<two>", "id": 6, "confidence": 0.8, "start": 3661.0, "end": 3661.5, "hotword": True}],
         "words": [{"word": w.text, "start": w.start, "end": w.end, "confidence": w.confidence} for w in words],
         "nbest": [{"text": "one <two>", "score": -0.1, "confidence": 0.6},
                   {"text": "one", "score": -0.2, "confidence": 0.5}]}
@@ -5780,6 +5823,7 @@ def test_every_form_is_written_as_its_readers_want_it():
                "2\n01:01:01.000 --> 01:01:01.500\n&lt;two&gt;\n\n",
         "ctm": "a_b 1 0.100 0.300 one 0.5000\na_b 1 3661.000 0.500 <two> 0.8000\n"}
     assert report.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
+    assert '"key": "你"' in report.FORMS["json"](outcome._replace(key="你"))
 
 # C73
 def test_file_names_are_safe_and_never_the_same():
@@ -5814,6 +5858,8 @@ def test_subtitles_break_at_sentences_then_commas_then_where_they_must():
     assert cut("a " * 19 + "a.", "B.") == [" ".join("a" * 14), "a a a a a a.".removeprefix(""), "B."]
     assert cut(f"{seven} " + "c " * 19 + "c.") == [seven, " ".join("c" * 14), "c c c c c c."]
     assert report.cues(said()) == [] and report.written_text(said("A b.", "C?")) == "A b. C?"
+    assert report.sentence_entries(said("A?")) == [{"text": "A?", "start": 0.0, "end": 0.5, "words": [
+        {"word": "A?", "start": 0.0, "end": 0.5, "confidence": 1.0}]}]
 
 # ---- report: report.html ----
 
@@ -7814,17 +7860,69 @@ def test_what_cannot_work_begins_at_exact_bounds():
     manifest = config.Config(data=config.DataConfig(kind="manifest"))
     assert not list(dry_run.dev_warnings(manifest, 90, 10))
     hints = ["corpora.py folder --dev-share 0.1", "corpora.py folder --dev-share 0.5", "record 20 or more"]
-    for num_train, hint in zip((91, 11, 10), hints):
+    for num_train, hint in zip((94, 11, 10), hints):
         assert next(dry_run.dev_warnings(manifest, num_train, 9)).endswith(hint)
-    lengths = np.full(10, 10 * manifest.model.encoder.subsampling)
-    for crowded, lines in ((1, 0), (2, 1)):
-        counts = np.where(np.arange(10) < crowded, 11, 10)     # tokens, for 10 frames behind the subsampling
-        assert len(list(dry_run.length_warnings(manifest, lengths, counts))) == lines
+
+def test_the_values_that_are_proposed_for_a_short_run_are_exact():
+    training = config.TrainingConfig(num_epochs=10, warmup_steps=100, average_decay=0.999)
+    assert list(dry_run.schedule_warnings(training, 123)) == [
+        "training.num_epochs: wanted a run of 300 steps or more, got 123; try --training.num_epochs=25",
+        "training.warmup_steps: wanted at most a fifth of the run's 123 steps, got 100; try --training.warmup_steps=12",
+        "training.average_decay: wanted an average over at most a fifth of the run's 123 steps, got 0.999, over 1000; "
+        "try --training.average_decay=0.918"]
+    assert list(dry_run.schedule_warnings(training, 10))[2].endswith("try --training.average_decay=0.0")
+    for steps in (0, 1):
+        line, = dry_run.schedule_warnings(config.TrainingConfig(num_epochs=10, warmup_steps=0), steps)
+        assert line.endswith("try --training.num_epochs=3000")
+
+@pytest.mark.parametrize("many, few, kind, init_from, hint", [
+    (10, 10, "conformer", "", None), (11, 10, "conformer", "", "try --model.encoder.subsampling=2"),
+    (11, 11, "conformer", "", "try --model.encoder.subsampling=1"), (11, 10, "sanm", "", "belong to these recordings?"),
+    (11, 10, "transformer", "a.pt", "belong to these recordings?")])
+def test_texts_too_long_for_their_frames_are_told_when_more_than_a_tenth_are(many, few, kind, init_from, hint):
+    """100 recordings of 40 frames, 10 behind a subsampling of 4; so many have 11 tokens or more, so many of these 21."""
+    options = config.Config()
+    encoder = replace(options.model.encoder, kind=kind, subsampling=4)
+    options = replace(options, model=replace(options.model, encoder=encoder),
+                      training=replace(options.training, init_from=init_from))
+    place = np.arange(100)
+    counts = np.where(place < few, 21, np.where(place < many, 11, 10))
+    lines = list(dry_run.length_warnings(options, np.full(100, 40), counts))
+    assert len(lines) == (hint is not None) and all("in 11% of recordings" in x and x.endswith(hint) for x in lines)
+
+def test_a_sample_of_a_large_training_set_is_looked_at(monkeypatch):
+    """Every third of 1,001 texts, so that they are 500 at most; of these 20 files."""
+    options = config.Config(data=config.DataConfig(kind="manifest"))
+    dataset = data.ManifestDataset([manifests.Row("k", "a.wav", "a", 1.0)] * 1001, options.data, letters)
+    encoded, opened = [], []
+    monkeypatch.setattr(dry_run, "rates_of", lambda dataset, indices: opened.extend(indices) or [])
+    tokenizer = SimpleNamespace(encode=lambda text: encoded.append(text) or [4])
+    run = SimpleNamespace(config=options, train_set=dataset, dev_set=dataset, tokenizer=tokenizer)
+    assert list(dry_run.warnings(run, 1000)) == []
+    assert len(encoded) == 334 and opened == list(range(0, 1001, 51))
+
+@pytest.mark.parametrize("texts, init_from, told", [
+    (["dc ab", "ab"], "", "1 unknown ones of 3 (33.3%), the most frequent 'dc' (1), in 1 texts; try --data.unit=char"),
+    (["x dc"], "", "2 unknown ones of 2 (100.0%), the most frequent 'x' (1) 'dc' (1), in 1 texts; "
+                   "try --data.train=TRAIN with k0 in it, and others that have them"),
+    (["x", "dc"], "a.pt", "2 unknown ones of 2 (100.0%), the most frequent 'x' (1) 'dc' (1), in 2 texts; the vocabulary "
+                          "is that of training.init_from=a.pt"),
+    (["ab"], "", None)])
+def test_words_that_the_vocabulary_has_not_are_told_with_what_would_help(tmp_path, texts, init_from, told):
+    paths = [str(write_manifest(tmp_path / f"{name}.jsonl", [
+        {"audio": "a.wav", "text": text, "key": f"k{i}"} for i, text in enumerate(rows)]))
+        for name, rows in (("train", ["ab cd"]), ("dev", texts))]
+    options = config.Config(data=config.DataConfig(kind="manifest", train=paths[0], dev=paths[1], unit="word"),
+                            training=config.TrainingConfig(init_from=init_from))
+    lines = list(dry_run.symbol_warnings(options, Tokenizer.build(["ab cd"], "word"), "dev"))
+    wanted = "data.dev: wanted symbols that the vocabulary has, got "
+    assert lines == ([] if told is None else [wanted + told.replace("TRAIN", paths[0])])
 
 # C157
 @pytest.mark.parametrize("wanted, rates, value", [
     (16000, [8000, 8000, 16000], "8000"), (16000, [44100, 8000], ""), (8000, [8000, 16000], ""), (16000, [], ""),
-    (16000, [8000, 16000], ""), (8000, [16000, 16000, 8000], "16000"), (16000, [16000], "")])
+    (16000, [8000, 16000], ""), (8000, [16000, 16000, 8000], "16000"), (16000, [16000], ""),
+    (8000, [15999], ""), (15999, [16000], "16000")])
 def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, value):
     lines = list(dry_run.rate_warnings(wanted, rates))
     assert [re.search(r"try --data\.sample_rate=(\d+)", line)[1] for line in lines] == ([value] if value else [])
@@ -8066,6 +8164,9 @@ def test_the_report_adds_errors_and_divides_once():
     assert report.report_lines(scores + scored(("b b", "d")))[4:] == [
         heading, "     2  b -> d", "     1  *** -> c", "     1  b -> ***", "     1  cd -> ***"]
     assert len(report.report_lines(scores[1:2])) == 4
+    assert len(report.report_lines(scored(("一二三四五六七八九十百", "")))) == 5 + 10     # of 11 errors the ten first
+    assert report.error_figure([Counts(1, 2, 3, 4)] * 9) == (
+        "150.00 [ 54 / 36, 18 ins, 27 del, 9 sub ]  95% interval 150.00 to 150.00")
 
 def batches_seen(monkeypatch) -> list[list[int]]:
     """The frames of each utterance of every batch that is decoded from now on."""
@@ -8098,14 +8199,15 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
 
 # C75
-@pytest.mark.parametrize("n, rate", [(400, 0.1), (100, 0.5)])
-def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate):
-    """Utterances of 10 words, all wrong or all right: mean rate +- 1.96 sqrt(p (1 - p) / n)."""
+@pytest.mark.parametrize("n, rate, drawn", [(400, 0.1, (0.0725, 0.1325)), (100, 0.5, (0.4, 0.6))])
+def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate, drawn):
+    """Utterances of 10 words, all wrong or all right: mean rate +- 1.96 sqrt(p (1 - p) / n). drawn: numbers of this
+    code, by which published intervals can be repeated."""
     wrong = round(n * rate)
     counts = [Counts(10, 0, 0, 10)] * wrong + [Counts(0, 0, 0, 10)] * (n - wrong)
     half = 1.96 * math.sqrt(rate * (1 - rate) / n)
     assert report.bootstrap_interval(counts) == pytest.approx((rate - half, rate + half), abs=0.15 * half)
-    assert report.bootstrap_interval(counts) == report.bootstrap_interval(counts)
+    assert report.bootstrap_interval(counts) == pytest.approx(drawn)
     assert report.bootstrap_interval([Counts(1, 0, 0, 4)] * 9) == (0.25, 0.25)
     assert report.bootstrap_interval([Counts(0, 2, 0, 0)]) == (2.0, 2.0)
 
