@@ -4713,11 +4713,36 @@ LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0
     ({"predictor": "CifPredictorV3", "predictor_conf": {"use_cif1_cnn": False, "upsample_type": "cnn_blstm"}},
      "model.predictor", dict(upsampling=5, timing_smooth=1.0, timing_noise=0.0, tail=0.0)),
     (SEACO, "model.hotwords", dict(no_bias=8377, both_ways=False)),
+    ({"predictor": "CifPredictorV3", "predictor_conf": {"use_cif1_cnn": False, "upsample_type": "cnn_blstm",
+                                                        "upsample_times": 1}, **SEACO},
+     "model.predictor", dict(upsampling=1)),
+    ({"predictor_conf": {"smooth_factor": 1.25, "noise_threshold": 0.25}}, "model.predictor", dict(smooth=1.25)),
+    ({"encoder_conf": {"input_layer": "pe", "sanm_shift": 3}, "decoder_conf": {"sanm_shift": 4}}, "model",
+     {"encoder.memory_shift": 3, "decoder.memory_shift": 4}),
     ({"decoder_conf": {"sanm_shfit": None}}, "model.decoder", dict(memory_shift=10))])      # causal, not centred
 def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes, section, wanted):
+    """And FunASR is told it again, with the sizes that ours leaves to a rule."""
     found = funasr.read_published_config(written(tmp_path, config.dump_yaml({**PLAIN, **changes})))
     part = operator.attrgetter(section)(found)
-    assert {name: getattr(part, name) for name in wanted} == wanted
+    assert {name: operator.attrgetter(name)(part) for name in wanted} == wanted
+    sections = {name: replace(getattr(found.model, name), ffn_dim=0) for name in ("encoder", "decoder")}
+    sections["decoder"] = replace(sections["decoder"], attention_layers=0)
+    text = funasr.dump_published_config(replace(found, model=replace(found.model, **sections)))
+    again = funasr.read_published_config(written(tmp_path, text)).model
+    assert (again.encoder.ffn_dim, again.decoder.ffn_dim, again.decoder.attention_layers) == (1024, 1024, 6)
+    assert again.predictor == found.model.predictor and "split_with_space: true" in text
+
+@pytest.mark.parametrize("options", [3, "x", [1]])
+def test_options_of_a_published_config_are_a_section(tmp_path, options):
+    path = written(tmp_path, config.dump_yaml({**PLAIN, "encoder_conf": options}))
+    with pytest.raises(ValueError, match="wanted FunASR's 'encoder: CLASS' and 'encoder_conf: options'"):
+        funasr.read_published_config(path)
+
+@pytest.mark.parametrize("state", [{}, {"model": {}}, {"a": torch.zeros(1), "b": 1}, [torch.zeros(1)]])
+def test_weights_of_funasr_are_tensors_by_name(tmp_path, state):
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=f"model.pt: wanted tensors by name, got {type(state).__name__}"):
+        funasr.read_weights(tmp_path / "model.pt")
 
 @needs_kit
 def test_a_published_yaml_of_any_shape_is_read(tmp_path):
@@ -5188,6 +5213,21 @@ def outputs_of(module: nn.Module, monkeypatch) -> list[torch.Tensor]:
     monkeypatch.setattr(module, "forward", recording)
     return seen
 
+def test_a_list_is_shortened_from_51_entries_on_and_64_lists_are_remembered():
+    """Of 50 and 52 entries the longer one leaves 50 and "none of them"; a phrase with what is unknown is told."""
+    choose = hotwords.SeacoParaformer.choose
+    entries = torch.arange(104.0).view(2, 52, 1)
+    assert choose(None, None, None, entries[:, :50], torch.tensor([50, 50]))[0].shape == (2, 50, 1)
+    model = SimpleNamespace(scores=lambda *given: entries[:, :, 0])       # the last ones are the best
+    chosen, lens = choose(model, None, None, entries, torch.tensor([50, 52]))
+    assert lens.tolist() == [50, 51] and chosen.shape == (2, 51, 1)
+    assert chosen[0, :50, 0].tolist() == list(range(50))
+    assert chosen[1, :, 0].tolist() == [*range(103, 53, -1), 103]
+    assert hotwords.list_encoder(None, len).cache_info().maxsize == 64
+    tokenizer = SimpleNamespace(unknown=0, encode_hotword=lambda phrase: [1, 0] if "?" in phrase else [1])
+    assert hotwords.unknown_warning(["a", "b"], tokenizer) == ""
+    assert "so these hotwords help little: b?, ? (" in hotwords.unknown_warning(["a", "b?", "?"], tokenizer)
+
 # C43 C150
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
@@ -5510,6 +5550,8 @@ def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
     audio.save_wav(tmp_path / "a.wav", samples, 16000)
     whole = torch.cat(list(audio.stream(tmp_path / "a.wav", rate_hz)))
     found = list(vad.cut_speech(system, tmp_path / "a.wav", rate_hz))
+    *_, (heard, wanted, is_last) = vad.at_both_rates(tmp_path / "a.wav", 16000, rate_hz)
+    assert (len(heard), len(wanted), is_last) == (0, 0, True)
     wanted = list(vad.segments_of(system, [samples]))
     assert [round(piece.start_sec * 1000) for piece in found] == [begin for begin, _ in wanted] and len(wanted) > 12
     for piece, (begin, end) in zip(found, wanted):
@@ -5541,6 +5583,7 @@ def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():
     (("  input_dim: 400", "  input_dim: 320"), "encoder_conf.input_dim: wanted n_mels x lfr_m 400, got 320"),
     (("  proj_dim: 16", "  proj_dim: 17"), "not fit the model of its config: encoder.fsmn.0.linear.linear.weight"),
     (("model: CTTransformer", "model: Paraformer"), "wanted model CTTransformer or CTTransformerStreaming"),
+    (("encoder: SANMEncoder", "encoder: SANMVadEncoder"), "got CTTransformer with SANMVadEncoder"),
     (("  att_unit: 32", "  att_unit: 64"), "wanted embed_unit, att_unit and output_size alike, got 32, 64 and 32"),
     (("  sentence_end_id: 3", "  sentence_end_id: 6"), "wanted a punc_list with _ and sentence_end_id in it"),
     (("  - _\n", "  - ！\n"), "wanted a punc_list with _ and sentence_end_id in it"),
@@ -5567,6 +5610,30 @@ def test_vad_limits_are_exact():
     while not detector.done:
         found.append(detector.step(False, 800, False))
     assert found == [None] * 11
+    assert vad.Detector(vad.Options(), t=100, begin=0, free=101).earliest() == 0        # an open segment is kept
+    assert [vad.Detector(vad.Options(), t=100, free=free).earliest() for free in (0, 90)] == [61, 90]
+    options = vad.Options(decibel_thres=40.0, snr_thres=10.0)
+    levels = np.array([40.0, 39.9, 130.0, 40.0, 41.0])      # the third is noise: (130 + 99 * 30) / 100
+    silence = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
+    assert vad.find_speech(options, 0.6, silence, levels, 30.0) == ([True, False, False, False, True], 31.0)
+
+@needs_kit
+def test_vad_levels_are_there_where_they_matter_and_an_open_segment_is_timed():
+    """Thresholds just inside and outside; 400 samples of 0.5 have 20 dB. A schedule's clock runs in open segments."""
+    system = vad.load_vad(str(KIT / "vad"))
+    samples = torch.full((800,), 0.5)
+    for change, matters in ((dict(decibel_thres=-60.0), False), (dict(decibel_thres=-59.9), True),
+                            (dict(snr_thres=-87.0), False), (dict(snr_thres=-86.9), True)):
+        told = system._replace(options=replace(system.options, **change))
+        _, feats, level = vad.next_features(told, vad.start(told), samples, True)
+        assert (level is not None) == matters and (not matters or level == pytest.approx([20.0] * len(feats), abs=1e-4))
+    state = vad.start(system)
+    assert state.open_ms == 0
+    for begin, open_ms in ((-1, 0), (0, 60000), (7, 60000)):
+        held = state._replace(detector=replace(state.detector, begin=begin))
+        assert vad.feed_piece(system, held, torch.zeros(0), False)[0].open_ms == open_ms
+    after, events = vad.feed_piece(system, state._replace(open_ms=5), long_samples("pauses"), False)
+    assert events and after.open_ms == 0
 
 @needs_kit
 def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
@@ -5636,6 +5703,42 @@ def test_punctuated_texts_are_funasrs(monkeypatch):
     assert punctuation.punctuate(silent, "我" * 1500)[0] == "我" * 1500 + "。" and 1000 < max(lengths) <= 1020
     inputs, texts = (ast.literal_eval(str(given["list"][key])) for key in ("input", "texts"))
     assert [punctuation.punctuate(kit_punctuation("punc"), text)[0] for text in inputs] == texts
+
+@pytest.mark.parametrize("text, split_size, lengths, groups", [
+    ("c10 x289", 50, [50, 100, 150, 200, 250, 289], [11, 289]),     # 200 tokens are not too long, 250 end at the comma
+    ("c10 x324", 67, [67, 134, 201, 257, 324], [11, 324]),          # nor more than that without one
+    ("c10 x190", 67, [67, 134, 201], [201]),                        # at the end of the text a comma stays
+    ("s5 c100 x120", 201, [201, 221], [6, 221]),                    # a stop goes before a comma,
+    ("s5 x1100", 1001, [1001, 1100], [6, 1100]),                    # also in what is far too long
+    ("x2000", 500, [500, 1000, 1500, 500], [1500, 500]),            # where reading begins anew
+    ("x2002", 1001, [1001, 1001], [1001, 1001])])
+def test_long_texts_without_stops_are_cut_at_exact_lengths(monkeypatch, text, split_size, lengths, groups):
+    """Tokens x, and c with a comma and s with a stop behind so many of them; 20 are read at a time otherwise."""
+    tokens = []
+    for part in text.split():
+        tokens += ["x"] * int(part[1:]) + [part[0]] * (part[0] != "x")
+    read = []
+
+    def marks_of(model, piece, num_carried):
+        read.append(len(piece))
+        return ["_sc".index(token.replace("x", "_")) for token in piece]
+
+    monkeypatch.setattr(punctuation, "choose_marks", marks_of)
+    model = punctuation.Punctuation(None, {}, ("_", "。", "，", "！"), 3)
+    found = [group for group in punctuation.mark_tokens(model, tokens, split_size) if group[0]]
+    assert read == lengths and [len(group[0]) for group in found] == groups
+    cut = {"c10 x289": 3, "c10 x324": 3, "c10 x190": 2}.get(text)   # the comma becomes sentence_end_id, or stays
+    assert cut is None or found[0][1][10] == cut
+    assert (punctuation.SPLIT_SIZE, punctuation.LONGEST, punctuation.MOST) == (20, 200, 1000)
+    assert punctuation.Options() == punctuation.Options(128, 256, (), 3)      # FunASR's
+    assert punctuation.is_ascii("\x7f") and not punctuation.is_ascii("\x80")
+
+@pytest.mark.parametrize("content, got", [("{}", "a list of tokens with <unk>"), ('["a"]', "a list of tokens with <unk>"),
+                                          ('{"<unk>": 0}', "a list of tokens with <unk>"), ("[", "a list of tokens in JSON, got")])
+def test_a_vocabulary_of_punctuation_is_a_list_with_unk(tmp_path, content, got):
+    (tmp_path / "tokens.json").write_text(content)
+    with pytest.raises(ValueError, match=f"tokens.json: wanted {got}"):
+        punctuation.read_vocabulary(tmp_path / "tokens.json")
 
 # C175
 @needs_kit
@@ -6187,8 +6290,10 @@ def test_planted_weights_fire_where_and_when_they_say():
 # C167
 @pytest.mark.parametrize("chunk, words", [
     ((10, 0), "wanted 1 look-ahead frame or more, got 0: the next"), ((0, 5), "wanted 1 new frame or more"),
-    ((10, 5, -2), "look-backs of -1 or more"), ((10, 5, 4, 1, -1), "0 old ones or more")])
+    ((10, 5, -2), "look-backs of -1 or more"), ((10, 5, 4, -2), "look-backs of -1 or more"),
+    ((10, 5, 4, 1, -1), "0 old ones or more")])
 def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):
+    assert streaming.Chunk(1, 1, -1, -1, 0).new == 1 and streaming.Chunk() == streaming.Chunk(10, 5, 4, 1, 0)
     with pytest.raises(ValueError, match=words):
         streaming.Chunk(*chunk)
 
