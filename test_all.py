@@ -2834,6 +2834,9 @@ def test_spec_augment_zeroes_spans_within_their_bounds_and_nothing_else():
     options.augment.time_share = 0.04                               # of 30 frames: one
     assert max(int((augment.spec_augment(torch.ones(30, 40), options, data.generator(0, 0, i)) == 0).all(1).sum())
                for i in range(100)) == 2
+    lowest, highest = SimpleNamespace(integers=lambda n: 0), SimpleNamespace(integers=lambda n: n - 1)
+    assert augment.mask_span(5, 3, highest).tolist() == [True, True, False, False, False]
+    assert augment.mask_span(2, 3, highest).tolist() == [False, False] and augment.mask_span(2, 3, lowest).all()
 
 def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     options = data_options()
@@ -2848,6 +2851,7 @@ def test_a_random_channel_is_one_smooth_curve_for_all_frames_and_blocks():
     strengths = curves @ cosines.T.double() / cosines.square().sum(1)
     assert strengths[:, 4:].abs().max() < 1e-5
     np.testing.assert_allclose(strengths[:, :4].std(0), 0.3, rtol=0.15)
+    assert strengths[:, :4].mean(0).abs().max() < 0.1
 
 @pytest.mark.parametrize("N, M, direct", [(300, 77, 5), (40, 90, 60), (50, 1, 0)])
 def test_a_room_is_the_direct_sum_with_the_energy_and_the_times_of_the_speech(N, M, direct):
@@ -6899,6 +6903,15 @@ def test_learning_rate_follows_its_closed_form(schedule, steps):
     options = config.TrainingConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule, final_lr_ratio=0.2)
     for step, wanted in steps.items():
         assert train.learning_rate(step, 110, options) == pytest.approx(wanted)
+    if schedule == "cosine":
+        assert train.learning_rate(11, 11, options) == pytest.approx(0.2)
+    if schedule == "inverse_sqrt":
+        assert train.learning_rate(3, 110, replace(options, warmup_steps=0)) == pytest.approx(0.5)
+
+@pytest.mark.parametrize("steps, warmup, averaged", [(14, 1, 1.0), (16, 2, 1.0), (20, 2, 1.0), (30, 3, 1.5)])
+def test_shares_of_a_run_are_rounded_and_an_average_is_over_one_step_or_more(steps, warmup, averaged):
+    found = train.in_steps(config.TrainingConfig(warmup_share=0.1, average_share=0.05), steps)
+    assert (found.warmup_steps, found.average_decay) == (warmup, pytest.approx(1 - 1 / averaged))
 
 def scores(*pairs):
     return [{"token_accuracy": token, "sequence_accuracy": sequence} for token, sequence in pairs]
@@ -7922,22 +7935,41 @@ def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(t
     assert counts["model"] == sum(p.numel() for p in tiny.parameters())
     assert counts["encoder.blocks"] == sum(p.numel() for p in tiny.encoder.blocks.parameters())
     assert counts["model"] == sum(count for name, count in counts.items() if "." not in name and name != "model")
+    assert all(count and name.count(".") < 2 for name, count in counts.items())
     shapes = dict(re.findall(r"^ *(\S+) .*-> (\(.*\))$", text, re.MULTILINE))
     B, T, U = map(int, re.search(r"feats \((\d+),(\d+),8\), tokens \(\d+,(\d+)\)", text).groups())
     assert shapes["encoder.norm"] == f"({B},{(T + 1) // 2},16)" and shapes["decoder"] == f"({B},{U},8)"
     assert "5 steps an epoch, 15 in all" in text
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
 
+def test_activations_are_what_is_kept_for_the_backward_pass_in_mb_without_the_weights(tmp_path, monkeypatch):
+    run, kept = train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"))), torch.zeros(1_000_000)
+
+    @contextlib.contextmanager
+    def saved(pack, unpack):
+        for x in (kept, kept[5:], next(run.model.parameters())):
+            pack(x)
+        yield
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", saved)
+    monkeypatch.setattr(dry_run, "rehearse", lambda *arguments: None)
+    assert dry_run.traced_step(run, None)[1] == 4.0
+
 def test_a_dry_run_tells_memory_in_megabytes_and_times_in_their_units(tmp_path, monkeypatch):
     """2 M weights of 4 bytes, four times, or five with an average; three batches in 0.6 s."""
     monkeypatch.setattr(dry_run, "num_parameters", lambda model: 2_000_000)
     monkeypatch.setattr(dry_run, "traced_step", lambda run, batch: ([], 12.3))
-    monkeypatch.setattr(dry_run, "timeit", lambda work, number: 0.6)
+    monkeypatch.setattr(dry_run, "timeit", lambda work, number: 0.6 * number)
+    real, drawn = data.loader, []
+    monkeypatch.setattr(data, "loader", lambda dataset, batches: drawn.append(batches) or real(dataset, batches))
     for decay, memory in (("0", "32 MB for weights, gradients and two moments"), ("0.5", "40 MB for weights, gradients "
                                                                                    "and two moments and the average")):
         options = [f"--training.average_decay={decay}", "--training.num_epochs=9000"]
         run = train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), options))
-        text = "\n".join(dry_run.describe(run, train.epoch_batches(run, 0)))
+        batches = train.epoch_batches(run, 0)
+        text = "\n".join(dry_run.describe(run, batches))
+        by_size = sorted(batches, key=lambda batch: len(batch) * run.train_set.lengths()[batch].max())
+        assert drawn.pop() == [by_size[i] for i in (0, 2, 4, 4)]    # the middles of thirds, and the largest
         assert f"memory: {memory}, 12 MB of activations" in text
         assert "time: 200 ms a step, 5 steps an epoch, 45000 in all: about 2:30:00 of steps" in text
 
