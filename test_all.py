@@ -6672,6 +6672,13 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     with pytest.raises(ValueError, match="unknown key 'model.firing'"):
         checkpoint.load_parts(tmp_path / "odd.pt")
 
+def test_the_device_is_a_gpu_where_there_is_one_unless_another_is_asked_for(monkeypatch):
+    for has_gpu, found in ((True, ("cuda", "cuda", "cpu")), (False, ("cpu", "", "cpu"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        for name, device in zip(("auto", "cuda", "cpu"), found):
+            with contextlib.nullcontext() if device else pytest.raises(ValueError, match="torch finds no GPU"):
+                assert checkpoint.pick_device(name).type == device
+
 def test_a_size_above_10_000_must_be_one_that_the_weights_have():
     wide = {"a": torch.zeros(1, 10_001)}
     for size, weights, is_refused in ((10_000, {}, False), (10_001, {}, True), (10_001, wide, False)):
@@ -7038,6 +7045,16 @@ def test_dropout_is_drawn_by_the_number_of_the_step():
     steps = [train.train_step(model, optimizer, tiny_batch(), 0.0, config.TrainingConfig(), n) for n in (3, 3, 4)]
     once, again, later = (step.sums["quantity"] for step in steps)
     assert once == again != later
+
+@pytest.mark.parametrize("precision, wanted", [("bfloat16", True), ("auto", False), ("float32", False)])
+def test_a_step_on_a_cpu_is_in_bfloat16_where_that_is_asked_for_only(monkeypatch, precision, wanted):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)    # of a GPU beside it
+    monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: found.append((kind, dtype, enabled))
+                        or contextlib.nullcontext())
+    net, options = tiny_model(), config.TrainingConfig(precision=precision, accumulate=2)
+    train.train_step(net, train.make_optimizer(net, 0.0), tiny_batch(), 0.1, options)
+    assert found == [("cpu", torch.bfloat16, wanted)] * 2
 
 def broken_batch() -> data.Batch:
     batch = tiny_batch()
@@ -7652,6 +7669,11 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     latest_with(lambda state: state.update(progress=progress, history=[]))(finished)
     assert train.main(["--resume", str(finished), "--training.batch_size=2"]) == 2
     assert "training.batch_size: cannot change within an epoch" in capsys.readouterr().err
+    for batch in (1, 0):
+        latest_with(lambda state: state.update(progress={**progress, "batch": batch}))(finished)
+        with pytest.raises(ValueError, match="within an epoch") if batch else contextlib.nullcontext():
+            checkpoint.last_checkpoint(finished, ["--training.batch_size=2"])
+    latest_with(lambda state: state.update(progress=progress))(finished)
     assert train.main(["--resume", str(finished), "--training.num_epochs=3"]) == 0
     assert [1000 < row["seconds"] < 1060 for row in history_of(finished)] == [True] * 3
     assert (finished / "train.log").read_text().count("3 epochs will take about 0:50:") == 1
