@@ -3657,11 +3657,17 @@ def test_a_pipe_gives_what_the_file_holds(size, extra):
     assert max(map(len, pieces)) == 1600        # 0.1 s at 16 kHz
     bare = io.BufferedReader(Trickle(content[-10000:] + b"x", 1))  # an odd byte at the end
     assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
+    more = io.BufferedReader(Trickle(wav_bytes(samples, 8000) + b"LIST" + bytes(500), 0))      # ends with its data
+    assert torch.equal(torch.cat(list(live.pipe_samples(more, live.pipe_header(more)))), heard)
 
 def test_a_pipe_that_is_no_wav_is_one_error():
     for content in (b"", b"RIFF", b"hello, world, this is no WAV", wav_bytes(torch.zeros(9), 8000)[:30]):
         with pytest.raises(ValueError, match="standard input: wanted a WAV .* or, with --pcm RATE"):
             live.pipe_header(io.BufferedReader(Trickle(content, 0)))
+    long, too_long = (b"LIST" + struct.pack("<I", size) + bytes(size) for size in (2**20 - 100, 2**20))
+    assert live.pipe_header(io.BytesIO(wav_bytes(torch.zeros(9), 8000, extra=long))).num_samples == 9
+    with pytest.raises(ValueError, match="standard input: wanted a WAV "):      # a MiB before the samples is the most
+        live.pipe_header(io.BytesIO(wav_bytes(torch.zeros(9), 8000, extra=too_long)))
 
 # C161
 @pytest.mark.parametrize("rate_in, rate_out", [
@@ -3676,6 +3682,8 @@ def test_pieces_are_resampled_to_what_the_whole_gives(rate_in, rate_out):
         assert len(live.resample_more(state, samples[:needed])[1]) >= count
         assert len(live.resample_more(state, samples[:needed - 1])[1]) < count
         state, _ = live.resample_more(state, samples[:777])
+    up, down = rate_out // math.gcd(rate_in, rate_out), rate_in // math.gcd(rate_in, rate_out)
+    assert len(state.held) <= 2 * live.reach(up, down) + down       # of fixed size
     for longest in (300, 40000):
         sizes = [rng.randint(0, longest) for _ in range(2 * len(samples) // longest + 1)]
         pieces = list(samples.split([*sizes, len(samples) - sum(sizes)])) if sum(sizes) < len(samples) else [samples]
@@ -3692,6 +3700,7 @@ def test_features_of_parts_are_rows_of_the_whole(rate_hz, mels, m, n):
     first = 0
     for stop in (1, 2, 5, 8):  # frames that are certain as soon as their samples are there
         needed = live.samples_until(stop, options)
+        assert needed == max(stop * n * rate_hz // 100, ((stop - 1) * n + m // 2) * rate_hz // 100 + rate_hz // 40)
         part = live.frontend_part(samples[live.first_sample(first, options):needed], first, stop, options, stats)
         close(part, whole[first:stop], 1e-4)
         first = stop
@@ -3781,6 +3790,8 @@ def test_choose_batch_is_the_largest_set_of_like_lengths_around_the_oldest():
         best = max(len(group) for group in groups if allowed(group))
         assert allowed(chosen) and len(chosen) == best == len(set(chosen))
     assert [len(batcher.choose_batch([45, 45], 4, most)) for most in (90, 89)] == [2, 1]
+    assert batcher.choose_batch([100, 70, 140], 4, 1000) == [1, 0]      # of two that are as large, the shorter one
+    assert batcher.seconds_left(0.0) == 0.0
 
 # C131
 def test_nobody_of_sixteen_clients_waits_longer_than_three_full_batches():
@@ -3900,6 +3911,8 @@ def test_queue_takes_all_of_a_request_or_none():
     with pytest.raises(web.Refusal) as refused:
         batcher.submit([job(1, 0.0), job(1, 0.0)])
     assert (refused.value.status, refused.value.headers, len(batcher.waiting)) == (429, (("Retry-After", "1"),), 2)
+    batcher.submit([job(1, 0.0)])
+    assert len(batcher.waiting) == 3
 
 # C60
 def test_the_queues_depth_counts_utterances_and_not_the_pieces_of_long_ones():
@@ -5737,8 +5750,9 @@ def test_long_texts_without_stops_are_cut_at_exact_lengths(monkeypatch, text, sp
     assert punctuation.Options() == punctuation.Options(128, 256, (), 3)      # FunASR's
     assert punctuation.is_ascii("\x7f") and not punctuation.is_ascii("\x80")
 
-@pytest.mark.parametrize("content, got", [("{}", "a list of tokens with <unk>"), ('["a"]', "a list of tokens with <unk>"),
-                                          ('{"<unk>": 0}', "a list of tokens with <unk>"), ("[", "a list of tokens in JSON, got")])
+@pytest.mark.parametrize("content, got", [
+    ("{}", "a list of tokens with <unk>"), ('["a"]', "a list of tokens with <unk>"),
+    ('{"<unk>": 0}', "a list of tokens with <unk>"), ("[", "a list of tokens in JSON, got")])
 def test_a_vocabulary_of_punctuation_is_a_list_with_unk(tmp_path, content, got):
     (tmp_path / "tokens.json").write_text(content)
     with pytest.raises(ValueError, match=f"tokens.json: wanted {got}"):
@@ -10999,6 +11013,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():
     ({"audio_fs": 8000}, {"audio_fs": 7999}), ({"audio_fs": 48000}, {"audio_fs": 48001}),
     ({"wav_name": "a" * 1000}, {"wav_name": "a" * 1001}), ({"wav_format": "a" * 1000}, {"wav_format": "a" * 1001}),
     ({"chunk_size": [4, 91, 5]}, {"chunk_size": [4, 92, 5]}), ({"chunk_size": "0,99,1"}, {"chunk_size": "0,99,2"}),
+    ({"chunk_size": [0, 1, 1]}, {"chunk_size": [0, 1, 0]}), ({"chunk_size": [1, 1, 1]}, {"chunk_size": [-1, 1, 1]}),
     ({"encoder_chunk_look_back": 10}, {"encoder_chunk_look_back": 11}),
     ({"decoder_chunk_look_back": 10}, {"decoder_chunk_look_back": 11}), ({"hotwords": ""}, {"hotwords": "a"})])
 def test_each_setting_has_its_limit(taken, refused):
