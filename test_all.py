@@ -114,7 +114,7 @@ from checkpoint import build, read_checkpoint
 from batcher import Batcher, Step
 from monitor import Metrics
 from model import Hypotheses, boundaries, cif, cross_entropy_sum, ctc_sum, glance, scale_weights
-from pauses import Segment, cut_at_pauses, find_cut, levels
+from pauses import Pauses, Segment, cut_at_pauses, find_cut, levels
 from step import dev_losses, sampler_order, split as split_batch
 from pieces import (PIECE, PieceTokenizer, SpelledWord, UNSPOKEN, _is_han, _kind, are_spaced, merge_letters,
                     spell_words, write_sentence)
@@ -1129,6 +1129,11 @@ def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_s
         level[:40] = 0.0
         level[95:145] = dip
         assert find_cut(level, 45, 200) == cut
+    assert find_cut(np.full(300, -70.0), 45, 200) == 45 + 156 // 2  # of one level: it is all a pause
+    assert find_cut(-np.arange(300.0), 45, 150) == 150  # it falls: as long as may be
+    level = np.full(300, 100.0)
+    level[60:90] = level[120:130] = 0.0  # of short pauses the longer one
+    assert find_cut(level, 45, 200) == 75
     level = levels(torch.tensor([1.0, -1.0] * 50 + [0.0] * 100), 100)
     assert level.tolist() == [0.0, -70.0]
     assert levels(torch.tensor([0.1, -0.1] * 50), 100).item() == pytest.approx(-20.0, abs=1e-4)
@@ -1149,6 +1154,14 @@ def test_times_turn_at_exactly_a_minute_and_an_hour():
     assert [dry_run.clock(s) for s in (59.9, 60, 3599, 3600)] == ["0:00:59", "0:01:00", "0:59:59", "1:00:00"]
     assert [report.timestamp(s, ",") for s in (59.9994, 59.9996, 3600)] == ["00:00:59,999", "00:01:00,000",
                                                                             "01:00:00,000"]
+
+def test_the_limits_of_a_segment_are_exact_in_samples_and_levels():
+    for least, most, samples, count in ((0.5, 2.01, 16080, 50), (0.07, 1.0, 8000, 7), (0.505, 2.0, 16000, 51)):
+        pauses = Pauses(8000, least, most)
+        assert (pauses.whole(), pauses.least()) == (samples, count)
+    for least, most, taken in ((0.0, 1.0, False), (0.5, 1.0, True), (0.51, 1.0, False)):
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="wanted segments of 0 < min_sec"):
+            assert len(list(cut_at_pauses([torch.zeros(8000)], 8000, least, most))) == 1
 
 def test_silence_stays_with_the_speech_that_it_is_beside():
     rng = np.random.default_rng(2)
@@ -1342,8 +1355,11 @@ def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
     encode, x = PositionalEncoding(4, kind, max_len=5), normal(0, 2, 5, 4, dtype=torch.float32)
     table = sinusoids(torch.arange(5), 4) if kind == "sinusoidal" else encode.table
     assert_same(encode(x[:, :3]) - x[:, :3], table[:3].expand(2, 3, 4), 1e-6)
+    assert_same(encode(x) - x, table.expand(2, 5, 4), 1e-6)  # to the end of the table
+    assert PositionalEncoding(8, kind).table.shape == (2000, 8)
     longer = x.repeat(1, 2, 1)
     if kind == "sinusoidal":
+        assert not encode.state_dict()
         assert_same(encode(longer) - longer, sinusoids(torch.arange(10), 4).expand(2, 10, 4), 1e-6)
     else:
         with pytest.raises(ValueError, match="learnable table ends at 5 steps, got 10"):
@@ -1376,6 +1392,7 @@ def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):
         q, k, v = (normal(i, 3, 2, n, 4).requires_grad_() for i, n in enumerate((5, S, S)))
         out, weights = attend(q, k, v, mask, need_weights)
         results.append((out, *torch.autograd.grad((out * normal(9, *out.shape)).sum(), (q, k, v))))
+        assert not torch.equal(attend(q, k, v, mask, need_weights, dropout=0.9)[0], out)
     for fused, explicit in zip(*results):
         assert_same(fused, explicit)
     assert_same(results[0][0], slow_attention(q.detach(), k.detach(), v.detach(), mask))
@@ -1386,6 +1403,7 @@ def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):
 
 @pytest.mark.parametrize("cross", [False, True])
 def test_multi_head_attention_equals_torchs(cross):
+    assert FeedForward(8, 0).layers[0].out_features == 4 * 8
     ours = fresh(1, lambda: MultiHeadAttention(8, 2, 6 if cross else None))
     theirs = nn.MultiheadAttention(8, 2, kdim=6 if cross else 8, vdim=6 if cross else 8, batch_first=True).double()
     (k, v), bias = ours.key_value.weight.chunk(2), torch.cat((ours.query.bias, ours.key_value.bias))
@@ -4376,7 +4394,7 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     masks = []
     monkeypatch.setattr(model, "mwer_sum", lambda *arguments: masks.append(arguments[3]) or torch.zeros(()))
     tiny(mwer_weight=2.0, mwer_samples=500)(*batch, order)
-    assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.015)
 
 # ---- model: edges ----
 
@@ -4411,6 +4429,7 @@ def test_greedy_without_a_token_is_empty(subsampling):
     empty = paraformer.greedy(feats, feat_lens)
     assert empty.lens.tolist() == [0] * 4 and empty.tokens.tolist() == empty.log_probs.tolist() == [[]] * 4
     assert [edges.tolist() for edges in empty.boundaries] == [[0]] * 4 and empty.alpha.isfinite().all()
+    assert paraformer.count(torch.tensor([[2.0, 0.49], [2.0, 0.5]])).tolist() == [2, 3]
     nobody = paraformer.greedy(feats[:0], feat_lens[:0])
     assert nobody.tokens.tolist() == nobody.lens.tolist() == []
 
@@ -6289,6 +6308,15 @@ def test_tokens_of_a_stream_have_times_that_never_go_back():
         times = [time for result in results for token in result.tokens for time in (token.start, token.end)]
         assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
 
+def test_on_a_terminal_the_text_that_grows_takes_one_line_and_then_stays(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(listen, "pieces_of", lambda name, pcm_hz, rate_hz: [])
+    monkeypatch.setattr(listen, "hear_stream", lambda system, pieces: [streaming.StreamResult([], "abcdefgh")])
+    for columns, shown in ((11, "defgh"), (12, "defgh"), (13, "cdefgh"), (40, "abcdefgh")):
+        monkeypatch.setattr(listen.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 9)))
+        listen.show_streams(tiny_system(), ["a"], None)
+        assert capsys.readouterr().out == f"{survival.ERASE}{shown}{survival.ERASE}abcdefgh\n"
+
 # C166
 def test_planted_weights_fire_where_and_when_they_say():
     """Weights of 0.25: a token every four frames, across pieces; a carried half is completed by a tail of half a one"""
@@ -6825,6 +6853,9 @@ def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_sa
     assert [type(layer).__name__ for layer in (net["a"], net["b"], net["ctc"], net["c"][0])] == [
         "Identity", "Linear", "Linear", "Identity"]
     assert packed.lay_out(net, packed.PackedLinear) == 1 and isinstance(net["ctc"], packed.PackedLinear)  # in float32
+    in_no_file = torch.ones(2**20)
+    packed.release([in_no_file, torch.ones(3)])
+    assert in_no_file.all()
     warning = "warning: no matrix of this model is large enough for int8 to pay; going on in float32\n"
     for precision, said in (("int8", warning), ("float32", "")):
         if checkpoint.runs_on(precision, torch.device("cpu")):
@@ -8203,8 +8234,10 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
         title = next(e.text for e in root.iter() if e.get("class") == "title")
         assert title == f"{dev[i].key}: {dev[i].text}, recognised as {system.tokenizer.decode(ids)}"
         lines = [e for e in root.iter() if e.get("class") == "fire" and "V" in e.get("d")]
-        spelled = sum(id not in (BLANK, SOS, EOS) for id in ids)
-        assert len(lines) == (spelled + 1 if spelled else 0)
+        spelled = [u for u, id in enumerate(ids) if id not in (BLANK, SOS, EOS)]
+        edges = found.boundaries[0][spelled + [u + 1 for u in spelled[-1:]]] / len(dev[i].feats)
+        assert [float(e.get("d")[1:].split()[0]) for e in lines] == pytest.approx(
+            (plot.LEFT + plot.WIDTH * edges).tolist(), abs=0.06)
 
 # C92
 def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):
@@ -9381,7 +9414,8 @@ def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys,
     found = system.model.greedy(item.feats[None], lens)
     count = int(found.lens[0])
     said = [u for u, id in enumerate(found.tokens[0, :count].tolist()) if id not in (BLANK, SOS, EOS)]
-    assert len(said) > 0
+    title = [e.text for e in root.iter() if e.get("class") == "title"][0]
+    assert len(said) > 0 and title == f"a.wav: {' '.join(system.tokenizer.symbols[found.tokens[0, u]] for u in said)}"
     for u in said:
         assert f"{math.exp(found.log_probs[0, u]):.0%}" in texts
         assert system.tokenizer.symbols[found.tokens[0, u]] in texts
@@ -10170,7 +10204,10 @@ def test_extreme_finite_features_are_answered_in_strict_json(server, body):
 
 # C53
 def test_answer_spells_its_text_with_times_inside_and_weights_on_demand(server):
+    began = time.monotonic()
     found = ask(server, post_json({"features": ROWS, "alignment": True, "unknown": 1}))
+    timing, whole_ms = found["timing"], 1000 * (time.monotonic() - began)
+    assert timing["queue_ms"] + timing["infer_ms"] - 0.02 <= timing["total_ms"] <= whole_ms + 0.01
     assert "".join(token["token"] for token in found["tokens"]) == found["text"] and len(found["tokens"]) > 2
     starts = [token["start"] for token in found["tokens"]]
     assert starts == sorted(starts) and found["tokens"][-1]["end"] <= found["duration"] == 1.2
@@ -10217,6 +10254,18 @@ def test_same_utterance_gets_the_same_text_in_any_batch(server):
         for i, found in zip(chosen, transcribe.recognise_batch(system, [feats[i] for i in chosen])):
             assert found.result.text == alone[i].text
             assert abs(found.result.confidence - alone[i].confidence) < 2e-3
+
+def test_an_answer_has_its_times_in_ms_and_rounded_figures():
+    said = report.Result("a", 1.0, [report.Token("a", 4, 1.0, 0.0, 0.5)], [])
+    pieces = [(0.0, torch.zeros(7, 40)), (0.1, torch.zeros(5, 40))]
+    upload = SimpleNamespace(pieces=pieces, seconds=1.23456, hotwords=None)
+    jobs = [SimpleNamespace(queued=10.0, taken=taken, infer_sec=sec, batch_size=size) for taken, sec, size in (
+        (10.0123456, 0.0501234, 2), (10.0123456, 0.0501234, 2), (11.0, 0.025, 3))]  # two were in one batch
+    heard = transcribe.Heard(upload, jobs, transcribe.Recognition(said, [0.123456]))
+    value = transcribe.entry(serving_system(), heard, 99.98765, True)
+    assert value["timing"] == {"queue_ms": 12.35, "infer_ms": 75.12, "total_ms": 99.99, "batch_size": 3}
+    assert (value["frames"], value["duration"], value["alignment"]["weights"]) == (12, 1.235, [0.1235])
+    assert "sentences" not in value and "warning" not in value
 
 def test_the_weights_of_pieces_stand_where_they_begin_with_zeros_between():
     system, said = serving_system(), report.Result("a", 1.0, [report.Token("a", 4, 1.0, 0.0, 0.5)], [])
