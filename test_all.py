@@ -6316,6 +6316,10 @@ def test_on_a_terminal_the_text_that_grows_takes_one_line_and_then_stays(capsys,
         monkeypatch.setattr(listen.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 9)))
         listen.show_streams(tiny_system(), ["a"], None)
         assert capsys.readouterr().out == f"{survival.ERASE}{shown}{survival.ERASE}abcdefgh\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    for tokens, count in (([], 0), ([streaming.StreamToken("你", 4, 1.0, 0.0, 0.1)], 1)):  # into a pipe
+        listen.show_growing("a", streaming.StreamResult(tokens, "你"))
+        assert capsys.readouterr().out.count('"text": "你", ') == count
 
 # C166
 def test_planted_weights_fire_where_and_when_they_say():
