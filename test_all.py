@@ -1605,6 +1605,23 @@ def test_an_alignment_stands_where_the_times_say_and_escapes_its_texts():
     assert list(texts)[0] == "a <b> & c\ufffd" and texts["sum 1.00"] < plot.LEFT
     assert (texts["<我"], texts["␣"]) == (place(0.75), place(1.25))
 
+def test_axes_have_as_many_round_numbers_as_there_is_room_for():
+    panel = plot.Panel(plot.LEFT, 0, 750, 100, 1.0)
+    steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600)
+    for step, longer in zip(steps, (*steps[1:], 3600)):
+        for seconds, wanted in ((10 * step, step), (10.01 * step, longer)):
+            labels = re.findall(">([^<>]+)</text>", plot.time_axis(panel._replace(seconds=seconds)))
+            count = int(seconds / wanted) + 1
+            assert labels == [*(f"{k * wanted:.4g}" for k in range(count)), "seconds"]
+    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+    for step, longer in zip(steps, (*steps[1:], 1000)):
+        for total, wanted in ((7.99 * step / 1.03, step), (8.01 * step / 1.03, longer)):
+            svg = plot.firing_svg(panel, torch.full((10,), total / 10), (0.0, 1.0))
+            numbers = re.findall(r">(\d+)</text>", "".join(svg))
+            assert numbers == [str(n) for n in range(0, math.floor(1.03 * total) + 1, wanted)]
+            last = 100 - 100 / 1.03
+            assert f"L{plot.LEFT + 750:.1f} {last:.1f}" in "".join(svg)  # the sum ends a little below the top
+
 # C97
 @pytest.mark.parametrize("size", [1, 2, 4, 40])
 def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
@@ -4356,6 +4373,7 @@ def test_the_loss_is_the_weighted_total_of_its_parts(weight):
     assert ("ctc" in sums) == (paraformer.ctc is not None) == (weight > 0)
     ctc = ctc_sum(paraformer.ctc(hidden), lens, *batch[2:]) if weight else 0.0
     assert_same(sums["loss"], (1 - weight) * sums["ce"] + 2 * sums["quantity"] + weight * ctc, 1e-6)
+    assert paraformer.total({"timing": torch.tensor(3.0)})["loss"] == 2 / 2 * 3
 
 # C69
 def test_edit_distances_equal_the_alignments_of_the_tokenizer():
