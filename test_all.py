@@ -7093,10 +7093,11 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_onl
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=f"step {number}: {name}")
 
-def test_a_run_has_the_threads_that_are_asked_for(tmp_path):
+def test_a_run_has_the_threads_that_are_asked_for_and_augments_what_it_learns_from_alone(tmp_path):
     threads = torch.get_num_threads() + 2
-    train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), [f"--training.threads={threads}"]))
+    run = train.make_run(rules.load(tiny_yaml(tmp_path / "tiny.yaml"), [f"--training.threads={threads}"]))
     assert torch.get_num_threads() == threads
+    assert run.train_set.augment and not run.dev_set.augment
 
 def test_the_moving_average_is_the_closed_form_once_grown():
     value = 5.0
@@ -7308,6 +7309,8 @@ def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert config.from_dict(state["config"], "checkpoint") == rules.load(str(run / "config.yaml"))
     assert state["history"] == history and state["progress"]["epoch"] == 2
+    best = read_checkpoint(run / "checkpoints/best.pt")
+    assert best["progress"]["epoch"] == len(best["history"]) == train.best_row(history)["epoch"]
     assert set(state) == {"format", "config", "tokenizer", "stats", "model", "trained", "optimizer",
                           "progress", "history", "log_bytes", "utterances"}
     assert {path.name for path in run.iterdir()} == {
@@ -7437,23 +7440,30 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     runs = tmp_path / "runs"
     first, second = [trained(tmp_path, f"--training.learning_rate={rate}") for rate in ("1e-3", "5e-3")]
     (runs / "README.md").write_text("no run")
+    (runs / "half").mkdir()
+    (runs / "half/metrics.json").write_text("[]")
+    timed = [{**row, "seconds": 100.4 * (i + 1)} for i, row in enumerate(history_of(first))]
+    (first / "metrics.json").write_text(json.dumps(timed))
     written = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(written.replace("  patience: 0\n", ""))  # as an older one
     capsys.readouterr()
     assert train.main(["--compare", *map(str, sorted(runs.iterdir()))]) == 0  # the link latest is the second again
     head, *rows, left_out, curves = capsys.readouterr().out.splitlines()
-    assert left_out == f"left out, no run with an epoch done: {runs / 'README.md'}"
+    assert left_out == f"left out, no run with an epoch done: {runs / 'README.md'} {runs / 'half'}"
     assert head.split() == ["run", "best", "epoch", *compare.FIGURES, "seconds", "what", "differs"]
     for row, run, rate in zip(rows, (first, second), ("0.001", "0.005"), strict=True):
         best = train.best_row(history_of(run))
         assert row.split()[:4] == [run.name, str(best["epoch"]), "of", "3"]
         assert row.split()[4:8] == [f"{best[name]:.4f}" for name in compare.FIGURES]
-        assert row.split()[9:] == [f"training.learning_rate={rate}"]
+        assert row.split()[8:] == [f"{history_of(run)[-1]['seconds']:.0f}", f"training.learning_rate={rate}"]
     root = ElementTree.parse(curves.removeprefix("curves: ")).getroot()
     lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
     assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
     assert train.main(["--compare", str(runs / "README.md")]) == 2
     assert capsys.readouterr().err == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
+    (first / "metrics.json").write_text("[")
+    assert train.main(["--compare", str(first)]) == 2
+    assert capsys.readouterr().err.startswith(f"train.py: {first / 'metrics.json'}: wanted JSON, got ")
 
 @slow
 def test_the_toy_config_learns_its_task(tmp_path):
