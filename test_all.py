@@ -7424,6 +7424,10 @@ def test_curves_stand_where_their_values_say():
     ticks = [e.text for e in root.iter() if e.get("text-anchor") == "end"]
     assert ticks == ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1"] + 2 * ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert [e.text for e in root.iter() if e.get("text-anchor") == "middle"] == 3 * ["1", "2", "3"]
+    assert [plot.curves_svg(rows[:n]).count('h0.1"') for n in (1, 2)] == [4, 0]  # lines of one point
+    assert plot.curves_svg(rows).count(" stroke-dasharray=") == 2  # the loss on dev and its name
+    assert "M90.0 66.0L550.0 266.0" in plot.curves_svg([rows[0], {"loss": 0.0}, rows[2]])  # 0 has no logarithm
+    assert plot.column([{"wer": 0.75, "token_accuracy": 0.75}], "token_accuracy") == [0.25]
     older = [{name: row[name] for name in ("loss", "learning_rate")} | {"wer": 8 * row["wer"]} for row in rows]
     assert plot.curves_svg(older).count("L320.0") == 3 and "M90.0 322.0L320.0 322.0L" in plot.curves_svg(older)
 
@@ -7431,7 +7435,8 @@ def test_curves_stand_where_their_values_say():
     (0, 1, False, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0, 0.24, False, [0, 0.05, 0.1, 0.15, 0.2, 0.25]),
     (0, 37, False, [0, 10, 20, 30, 40]), (0.3, 0.3, True, [0.2, 0.5]), (1, 1, True, [1, 2]),
     (0.4, 6, True, [0.2, 0.5, 1, 2, 5, 10]), (0.003, 2.2, True, [0.001, 0.01, 0.1, 1, 10]),
-    (0, 1e-9, False, [0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
+    (1, 100, True, [1, 2, 5, 10, 20, 50, 100]), (1, 100.5, True, [1, 10, 100, 1000]), (0, 1.1, False, [0, 0.5, 1, 1.5]),
+    (-1.2, 1, False, [-1.5, -1, -0.5, 0, 0.5, 1]), (0, 1e-9, False, [0, 2e-10, 4e-10, 6e-10, 8e-10, 1e-9])])
 def test_ticks_are_round_and_hold_their_values_between_them(low, high, log_scale, ticks):
     assert plot.round_ticks(low, high, log_scale) == ticks
 
