@@ -3969,12 +3969,14 @@ def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason(
     for value in (0.001, 0.0025, 0.0026, 30, 31):
         metrics.observe("asr_queue_seconds", value)
     metrics.observe("asr_batch_size", 1)
+    metrics.observe("asr_step_size", 1)
     text = metrics.text({"asr_queue_depth": 2})
     found = {name: re.findall(rf'{name}_bucket{{le="(.*)"}} (.*)', text)
-             for name in ("asr_queue_seconds", "asr_batch_size")}
+             for name in ("asr_queue_seconds", "asr_batch_size", "asr_step_size")}
     bounds = "0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 +Inf".split()
     assert found["asr_queue_seconds"] == list(zip(bounds, "1 2 3 3 3 3 3 3 3 3 3 3 3 4 5".split(), strict=True))
     assert [bound for bound, _ in found["asr_batch_size"]] == "1 2 4 8 12 16 24 32 64 +Inf".split()
+    assert [bound for bound, _ in found["asr_step_size"]] == "1 2 4 8 12 16 24 32 64 128 +Inf".split()
     assert "asr_queue_seconds_sum 61.0061\n" in text and "# TYPE asr_queue_depth gauge\nasr_queue_depth 2\n" in text
     for status, code in ((429, "queue_full"), (504, "deadline_exceeded"), (408, "request_timeout"),
                          (413, "body_too_large"), (503, "draining"), (503, "loading"), (200, ""), (404, "not_found")):
@@ -4022,6 +4024,7 @@ def test_a_line_of_the_log_is_a_line_whatever_stands_in_it():
     text = monitor.log_line("text", 1e9 + 0.0625, "WARNING", "request", fields)
     assert text == ('2001-09-09T01:46:40.062Z WARNING request id=a.1 path="/a b\\n2026 INFO \\"x\\"\\u2028" status=404 '
                     'ms=1.5')
+    assert monitor.log_line("text", 1.9995, "INFO", "stop", {}) == "1970-01-01T00:00:01.999Z INFO stop"
     line = monitor.log_line("json", 1e9 + 0.0625, "WARNING", "request", fields)
     assert "\n" not in line and json.loads(line) == {"time": "2001-09-09T01:46:40.062Z", "level": "WARNING",
                                                      "event": "request", **fields}
@@ -4036,19 +4039,20 @@ def test_a_thousand_lines_may_wait_and_a_closed_standard_error_gets_none(monkeyp
 
 # C193
 def test_a_log_that_cannot_be_written_is_said_once_it_can(monkeypatch):
-    """The disk is full for three lines, the second of which goes out in part."""
+    """The disk is full for three lines, the second of which goes out in part; others go out 40 bytes at a time."""
     written, room = [], [0]
 
     def write(descriptor: int, data: bytes) -> int:
         if not room[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
-        size = min(room[0], len(data))
+        size = min(room[0], len(data), 40)
         room[0] -= size
         written.append(data[:size])
         return size
 
     monkeypatch.setattr(monitor.os, "write", write)
     log = monitor.Log("json")
+    assert log.descriptor == 2
     log.thread.start()
     for space in (0, 9, 0, 10**6, 10**6):
         room[0] = space
