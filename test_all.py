@@ -2533,6 +2533,22 @@ def test_handshake_and_frames_are_those_of_the_rfc():
     assert sockets.to_frame(1, b"Hello").hex() == "810548656c6c6f"
     assert [sockets.to_frame(2, bytes(n))[:4].hex() for n in (125, 126, 256, 65535, 65536)] == [
         "827d0000", "827e007e", "827e0100", "827effff", "827f0000"]
+    assert sockets.to_frame(2, bytes(65536))[:11].hex() == "827f000000000001000000"
+    for opcode in (8, 9, 10):       # 125 bytes are the most of these
+        assert sockets.parse_header(client_frame(opcode, bytes(125))).size == 125
+        for refused in (client_frame(opcode, bytes(126)), client_frame(opcode, b"", is_last=False)):
+            with pytest.raises(sockets.Closed, match="control frames have at most 125 bytes"):
+                sockets.parse_header(refused)
+    with pytest.raises(sockets.Closed, match="must be masked"):
+        sockets.parse_header(client_frame(1, b"a", mask=None) + bytes(9))
+    assert not sockets.is_upgrade({"upgrade": "websocket"}) and not sockets.is_upgrade({"connection": "upgrade"})
+    spaced = headers | {"sec-websocket-key": "dGhlIHNhbXBsZSBub25j ZQ=="}
+    assert sockets.why_no_handshake(headers) == "" and "wanted 16 bytes" in sockets.why_no_handshake(spaced)
+    for text in ("hello", "hello!"):        # of 5 bytes at most
+        wire = io.BytesIO(client_frame(1, text.encode()))
+        client = sockets.Socket(SimpleNamespace(buffer=wire.getvalue(), take=wire.read), 5, 1.0, 1.0)
+        with contextlib.nullcontext() if len(text) == 5 else pytest.raises(sockets.Closed, match="more than 5 bytes"):
+            assert client.read() == text
     for n in (0, 1, 3, 4, 1001):
         data = random.Random(n).randbytes(n)
         assert sockets.unmask(data, b"abcd") == bytes(byte ^ b"abcd"[i % 4] for i, byte in enumerate(data))
