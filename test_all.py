@@ -8152,15 +8152,23 @@ def test_texts_too_long_for_their_frames_are_told_when_more_than_a_tenth_are(man
     assert len(lines) == (hint is not None) and all("in 11% of recordings" in x and x.endswith(hint) for x in lines)
 
 def test_a_sample_of_a_large_training_set_is_looked_at(monkeypatch):
-    """Every third of 1,001 texts, so that they are 500 at most; of these 20 files."""
+    """Every third of 1,001 texts, so that they are 500 at most; of these 20 files. A vocabulary that comes from a model
+    may lack symbols of the training texts too, and a front end of its own has its rate."""
     options = config.Config(data=config.DataConfig(kind="manifest"))
     dataset = data.ManifestDataset([manifests.Row("k", "a.wav", "a", 1.0)] * 1001, options.data, letters)
     encoded, opened = [], []
     monkeypatch.setattr(dry_run, "rates_of", lambda dataset, indices: opened.extend(indices) or [])
     tokenizer = SimpleNamespace(encode=lambda text: encoded.append(text) or [4])
-    run = SimpleNamespace(config=options, train_set=dataset, dev_set=dataset, tokenizer=tokenizer)
-    assert list(dry_run.warnings(run, 1000)) == []
-    assert len(encoded) == 334 and opened == list(range(0, 1001, 51))
+    splits = []
+    monkeypatch.setattr(dry_run, "symbol_warnings", lambda config, tokenizer, split: splits.append(split) or [])
+    for start, looked_at, files in (("", ["dev"], list(range(0, 1001, 51))), ("a.pt", ["train", "dev"], [])):
+        named = replace(options, data=replace(options.data, train="t.jsonl", dev="d.jsonl"),
+                        training=replace(options.training, init_from=start))
+        run = SimpleNamespace(config=named, train_set=dataset, dev_set=dataset, tokenizer=tokenizer)
+        assert list(dry_run.warnings(run, 1000)) == []
+        assert (len(encoded), opened, splits) == (334, files, looked_at)
+        for found in (encoded, opened, splits):
+            found.clear()
 
 @pytest.mark.parametrize("texts, init_from, told", [
     (["dc ab", "ab"], "", "1 unknown ones of 3 (33.3%), the most frequent 'dc' (1), in 1 texts; try --data.unit=char"),
@@ -8168,6 +8176,9 @@ def test_a_sample_of_a_large_training_set_is_looked_at(monkeypatch):
                    "try --data.train=TRAIN with k0 in it, and others that have them"),
     (["x", "dc"], "a.pt", "2 unknown ones of 2 (100.0%), the most frequent 'x' (1) 'dc' (1), in 2 texts; the vocabulary "
                           "is that of training.init_from=a.pt"),
+    (["x", "dc"], "", "2 unknown ones of 2 (100.0%), the most frequent 'x' (1) 'dc' (1), in 2 texts; "
+                      "try --data.train=TRAIN with k0 in it, and others that have them"),
+    (["dc"], "", "1 unknown ones of 1 (100.0%), the most frequent 'dc' (1), in 1 texts; try --data.unit=char"),
     (["ab"], "", None)])
 def test_words_that_the_vocabulary_has_not_are_told_with_what_would_help(tmp_path, texts, init_from, told):
     paths = [str(write_manifest(tmp_path / f"{name}.jsonl", [
