@@ -11617,7 +11617,7 @@ def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capf
         assert re.search(rf"^ +{count} float32 +mapped( +\d+\.\d\d){{2}}( +\d+){{2}}$", text, re.M)
         assert re.search(rf"^ +{count} float32 +\d+ \(\d+ to \d+\) +\d+\.\d$", text, re.M)
 
-def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(tmp_path, capsys):
+def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(tmp_path, capsys, monkeypatch):
     """Oracle: decode.py on the checkpoint that the run left, and the rows that it was trained on."""
     rows = [{"audio": spoken(tmp_path / f"a{i}.wav", 0.8), "text": "ab ba"[:i % 3 + 1]} for i in range(12)]
     for name in ("train", "dev", "test", "other"):
@@ -11639,6 +11639,13 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     assert "train.jsonl: wanted 20 utterances, got 12" in capsys.readouterr().err
     assert [amounts.epochs_for(size) for size in (64, 250, 1000, 3000)] == [200, 120, 30, 20]
     assert [amounts.epochs_for(size, 0.33) for size in (64, 250, 1000, 3000)] == [66, 40, 10, 7]
+    assert amounts.epochs_for(3000, 0.01) == 1
+    assert bench.main([*argv, "--training.batch_sise=3"]) == 2
+    assert "training on 3 utterances ended with exit code 2" in capsys.readouterr().err
+    given = []
+    monkeypatch.setattr(amounts, "measure", lambda size, options, *rest: given.append((size, options.epochs_share)))
+    assert bench.main(["amounts", str(tmp_path)]) == 0
+    assert given == [(64, 1.0), (250, 1.0), (1000, 1.0), (3000, 1.0)]
 
 def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
