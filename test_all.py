@@ -10942,7 +10942,7 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
         (tmp_path / "said.wav").write_bytes(saved_wav(browser))
         wanted = decode.transcribe_recording(whole or system, tmp_path / "said.wav").text
         shown = browser.run("$('transcript').textContent")
-        assert len(wanted) > 9 and browser.run("shown.found.text") == wanted and shown.replace("<unk>", "") == wanted
+        assert wanted and browser.run("shown.found.text") == wanted and shown.replace("<unk>", "") == wanted
 
     with serving(settings.Models(system, whole)) as server:
         browser.open(server, width=360, dark=True)
@@ -10950,7 +10950,7 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
         browser.wait("!$('ask').hidden && !recorder")
         browser.run("$('key').value = 'sec&ret'; document.querySelector('#ask button').click()")
         browser.wait("recorder && "
-                     "document.querySelector('#transcript .open')?.parentElement.textContent.length > 9")
+                     "document.querySelector('#transcript .open')?.parentElement.textContent.length > 2")
         assert browser.run("document.documentElement.scrollWidth") <= 360
         browser.run("$('record').click()")
         check_result("recording")
