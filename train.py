@@ -545,8 +545,6 @@ def finish(run: Run, progress: Progress) -> int:
     failed = bool(overfit) and accuracies(best) < (1.0, 1.0)
     if failed:
         say(run, f"failed to learn {overfit} utterances by heart: look at their texts and features, then at the rate")
-    if num_ranks() > 1:
-        distributed.destroy_process_group()
     return int(failed)
 
 
@@ -595,7 +593,11 @@ def main(argv: Sequence[str]) -> int:
                     print(line, flush=True)
                 return 0
             run, progress = begin(config, arguments, catch_signals())
-        return finish(run, fit(run, progress))
+        code = finish(run, fit(run, progress))
+        run = None  # else it holds the group last, and waits, with Python's lock, for a thread that waits for the lock
+        if num_ranks() > 1:
+            distributed.destroy_process_group()
+        return code
     except (ValueError, OSError, RuntimeError) as error:  # fit raises them too: too long a recording, a full disk
         if not explain(error):
             raise
