@@ -7421,6 +7421,7 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
 
 @pytest.mark.parametrize("arguments", [
     "", "a.yaml --resume b", "a.yaml --compare b", "--resume a --compare b", "--dry-run", "a.yaml batch_size=3",
+    "a.yaml --batch_size=3", "a.yaml --training.batch_size",
     "--resume a --dry-run", "a.yaml --average 2", "a.yaml --overfit 0", "a.yaml --dry-run --runs b",
     "--resume a --runs runs", "--resume="])
 def test_bad_arguments_exit_with_2(arguments):
@@ -7778,7 +7779,8 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     latest_with(lambda state: state.update(progress=progress))(finished)
     assert train.main(["--resume", str(finished), "--training.num_epochs=3"]) == 0
     assert [1000 < row["seconds"] < 1060 for row in history_of(finished)] == [True] * 3
-    assert (finished / "train.log").read_text().count("3 epochs will take about 0:50:") == 1
+    log = (finished / "train.log").read_text()
+    assert log.count("3 epochs will take about 0:50:") == 1 and log.index("will take") < log.index("\nepoch 2/3")
 
 # C85
 @pytest.mark.parametrize("spoil, words", [
@@ -7879,6 +7881,19 @@ def test_a_batch_that_does_not_fit_ends_the_run_with_a_line_and_leaves_the_last_
         "train.py: out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate; the last "
         f"checkpoint is good: go on with: python train.py --resume {run}\n")
     assert read_checkpoint(run / "checkpoints/latest.pt")["progress"]["step"] == 5
+
+MEMORY = "out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate"
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA"), MEMORY), (RuntimeError("not enough memory: you tried"), MEMORY),
+    (RuntimeError("DataLoader worker (pid 7) is killed\nmore"), "DataLoader worker (pid 7) is killed; too little memory? "
+                                                                "data.num_workers=0 loads without it"),
+    (RuntimeError("gloo: closed\nmore"), "another process of the run has ended: gloo: closed"),
+    (torch.distributed.DistError("lost\nmore"), "another process of the run has ended: lost"),
+    (ValueError("Traceback (most recent\n  File\nValueError: a: wanted b"), "ValueError: a: wanted b"),
+    (ValueError("a: wanted b\nc"), "a: wanted b\nc"), (RuntimeError("shapes differ"), "")])
+def test_an_error_is_a_line_on_what_can_be_done_and_a_fault_of_ours_is_none(error, line):
+    assert train.explain(error) == line
 
 # C86
 def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):
