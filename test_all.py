@@ -1143,6 +1143,12 @@ def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
         fmt = struct.pack("<HHIIHH", 1, 1, rate, rate * 2, 2, 16)
         with contextlib.nullcontext() if taken else pytest.raises(ValueError, match=f"at {rate} Hz"):
             assert audio.parse_fmt(fmt)[3] == rate
+    plain, more = struct.pack("<HHIIHH", 1, 1, 8000, 16000, 2, 16), bytes(8) + b"\3\0"  # of an extensible one
+    extensible = b"\xfe\xff" + plain[2:] + more
+    assert [audio.parse_fmt(fmt)[0] for fmt in (plain, plain + more, extensible, extensible[:25])] == [1, 1, 3, 0xFFFE]
+    with pytest.raises(ValueError, match="wanted a 'fmt ' chunk of 16 bytes or more before 'data', got 15"):
+        audio.parse_fmt(plain[:15])
+    assert [audio.read_header(io.BytesIO(head)) for head in (b"RIFF\0\0\0\0AVI ", b"OggS\0\0\0\0WAVE")] == [None] * 2
     header = audio.WavHeader(1, 16, 2, 1, 1000, 44, 10_000)
     for seconds, samples in ((9.901, 10_000), (9.899, 9899), (10.5, 10_000)):
         assert audio.cut_header(header, audio.Part("a.wav", seconds=seconds)).num_samples == samples
@@ -6744,6 +6750,13 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
 
 # ---- checkpoint: loading ----
 
+def test_weights_are_copied_unless_they_are_to_be_adopted():
+    for options, is_shared in (({}, False), ({"adopt": True}, True)):
+        linear, given = nn.Linear(2, 2), nn.Linear(2, 2).state_dict()
+        files.load_weights(linear, given, "x", **options)
+        assert torch.equal(linear.weight, given["weight"])
+        assert (linear.weight.data_ptr() == given["weight"].data_ptr()) == is_shared
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp_path, ckpt, version):
     state = torch.load(ckpt, weights_only=True)
@@ -8403,7 +8416,7 @@ def test_results_are_planted_tokens_in_seconds_with_probabilities():
                        [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
     result = decode.read_result(tiny_system(), found, 0)
     assert [token[:5] for token in result.tokens] == [(" ", 4, 0.5, 0.01, 0.03), ("a", 5, 0.125, 0.03, 0.07)]
-    assert (result.text, result.confidence) == (" a", 0.25)
+    assert (result.text, result.confidence) == (" a", 0.25) and not any(token.hotword for token in result.tokens)
     assert [token[:5] for token in decode.read_result(tiny_system(), found, 1).tokens] == [("b", 6, 0.9123, 0.0, 0.08)]
     silent = found._replace(lens=torch.tensor([0, 1]), boundaries=[torch.zeros(1, dtype=torch.float64)])
     assert decode.read_result(tiny_system(), silent, 0) == report.Result("", 0.0, [], [])
