@@ -6464,9 +6464,9 @@ def chunk_by_chunk(system, feats):
 @pytest.mark.parametrize("chunk", GEOMETRIES)
 @torch.no_grad()
 def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):
-    system, lens = chunked_system(chunk, bias), ints(60, 1, 7, 31, 46)
-    feats = normal(0, 5, 60, 70, dtype=torch.float32)
-    feats[~padding_mask(lens, 60)] = math.nan  # what pads may hold anything
+    system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46)
+    feats = normal(0, 6, 61, 70, dtype=torch.float32)
+    feats[~padding_mask(lens, 61)] = math.nan  # what pads may hold anything
     net = system.model
     hidden, hidden_lens = net.encode(feats, lens)
     alpha = net.weigh(hidden, hidden_lens)
