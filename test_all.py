@@ -966,7 +966,7 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     word = (44100 << 44) | (1 << 41) | (15 << 36) | 123456          # rate, channels - 1, bits - 1, samples
-    (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(10) + word.to_bytes(8, "big") + bytes(16))
+    (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + b"\xff" * 10 + word.to_bytes(8, "big") + bytes(16))
     assert audio.audio_seconds(tmp_path / "a.flac") == 123456 / 44100
     (tmp_path / "a.flac").write_bytes(b"fLaC\x80\0\0\x22" + bytes(17) + b"\1" + bytes(16))
     assert audio.audio_seconds(tmp_path / "a.flac") is None         # at 0 Hz
