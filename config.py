@@ -356,7 +356,8 @@ def read_yaml(path: str | Path, wanted: str) -> dict[Key, Any]:
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
+        got = getattr(error, "strerror", None) or error  # the path stands before it
+        raise ValueError(f"{path}: wanted {wanted}, got {got}") from None
     return parse_yaml(text, str(path))
 
 

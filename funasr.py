@@ -424,7 +424,8 @@ def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
         shift = _numbers_behind(text, "<AddShift>")
         scale = _numbers_behind(text, "<Rescale>")
     except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {error}") from None
+        got = getattr(error, "strerror", None) or error  # the path stands before it
+        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {got}") from None
     if not len(shift) == len(scale) == size:
         raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
     return torch.from_numpy(np.stack([-shift, scale])).float()

@@ -278,7 +278,8 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     try:
         symbols = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: wanted a list of tokens in JSON, got {error}") from None
+        got = getattr(error, "strerror", None) or error  # the path stands before it
+        raise ValueError(f"{path}: wanted a list of tokens in JSON, got {got}") from None
     if not isinstance(symbols, list) or "<unk>" not in symbols:
         raise ValueError(f"{path}: wanted a list of tokens with <unk> among them")
     return {symbol: i for i, symbol in enumerate(symbols)}

@@ -423,8 +423,9 @@ def test_wrong_overrides_name_themselves(tmp_path, override, message):
 
 def test_unreadable_files_are_one_line_that_names_the_path(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model:\n  name: \xe9\n")
-    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
-        assert re.fullmatch(rf"{re.escape(str(path))}: wanted a config in YAML .+", config_refusal(str(path)))
+    for name, got in (("none.yaml", "No such file or directory"), ("", "Is a directory"), ("latin.yaml", "'utf-8' .+")):
+        path = re.escape(str(tmp_path / name))
+        assert re.fullmatch(rf"{path}: wanted a config in YAML \(UTF-8\), got {got}", config_refusal(str(tmp_path / name)))
 
 # ---- rules: what a config must keep ----
 
@@ -4903,7 +4904,7 @@ def test_symbols_are_of_the_kinds_that_funasr_tells_apart():
     ("tokens.json", b'["<blank>", "<s>", "</s>"]', "tokens.json: wanted a list of four symbols or more, got .*"),
     ("tokens.json", b'["<blank>", "<s>", "</s>", 4]', "tokens.json: wanted a list of four symbols or more, got .*"),
     ("seg_dict", b"\xff", "seg_dict: wanted a dictionary, got 'utf-8' codec.*"),
-    ("seg_dict", None, "seg_dict: wanted a dictionary, got .*No such file.*")])
+    ("seg_dict", None, "seg_dict: wanted a dictionary, got No such file or directory$")])
 def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, content, error):
     (tmp_path / "tokens.json").write_text(json.dumps(["<blank>", "<s>", "</s>", "ab@@", "\u2028", "<unk>"]))
     (tmp_path / "seg_dict").write_text("ab\u2028 ab@@\nc ab@@ <unk>\n", "utf-8")

@@ -78,7 +78,8 @@ def parse_file(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: wanted {wanted}, got no JSON ({error})") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
-        raise ValueError(f"{path}: wanted {wanted}, got {error}") from None
+        got = getattr(error, "strerror", None) or error  # the path stands before it
+        raise ValueError(f"{path}: wanted {wanted}, got {got}") from None
 
 
 @dataclass(frozen=True)
