@@ -96,8 +96,10 @@ def share_model(model: nn.Module) -> nn.Module:
         return model
     # strides over a dimension of size 1, as in the weights of a depthwise convolution, mean nothing
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    # statistics of BatchNorm are not those of rank 0: see average_statistics
-    return DistributedDataParallel(Share(model), forward_sync_buffers=False, find_unused_parameters=True)
+    shared = DistributedDataParallel(Share(model), find_unused_parameters=True)
+    # statistics of BatchNorm are not those of rank 0: see average_statistics; torch 2.11 and 2.13 both know this name
+    shared.broadcast_buffers = False
+    return shared
 
 
 # ---- statistics of BatchNorm ----
