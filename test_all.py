@@ -7795,7 +7795,7 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     assert train.main(["--resume", str(finished), "--training.num_epochs=3"]) == 0
     assert [1000 < row["seconds"] < 1060 for row in history_of(finished)] == [True] * 3
     log = (finished / "train.log").read_text()
-    assert log.count("3 epochs will take about 0:50:") == 1 and log.index("will take") < log.index("\nepoch 2/3")
+    assert log.count("3 epochs will take about 0:50:") == 1 and log.index("3 epochs will") < log.index("\nepoch 1/3")
 
 # C85
 @pytest.mark.parametrize("spoil, words", [
@@ -7837,6 +7837,7 @@ def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished_r
     assert train.main(["--resume", str(finished)]) == 0
     error = capsys.readouterr().err
     assert "latest.pt: wanted a checkpoint" in error and "going on from" in error and "previous.pt" in error
+    assert read_checkpoint(finished / "checkpoints/previous.pt")["progress"]["epoch"] == 1  # not the damaged one
     assert_same_run(finished, finished_run)
 
 # C85
