@@ -8293,6 +8293,7 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     good = trained(tmp_path / "good", *options)
     best = train.best_row(history_of(good))
     assert (best["token_accuracy"], best["sequence_accuracy"], best["dev_utterances"]) == (1.0, 1.0, 2)
+    assert " 2 utterances, " in (good / "train.log").read_text().splitlines()[0]
     run = train.make_run(rules.load(str(good / "config.yaml")))
     whole = data.open_dataset(run.config.data, "train", run.tokenizer.encode, 0, run.stats)
     for item in (run.train_set[3, 1], run.dev_set[0, 1]):  # nothing but the first ones, as they are

@@ -449,8 +449,9 @@ def join(training) -> None:
 
 def headline(run: Run) -> str:
     origin = f" of {run.config.training.init_from}" if run.config.training.init_from else ""
+    count = min(len(run.train_set), run.config.training.overfit or len(run.train_set))
     return (f"{run.folder}: {run.config.model.name}{origin}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
-            f"{len(run.train_set)} utterances, {len(run.tokenizer)} symbols, on "
+            f"{count} utterances, {len(run.tokenizer)} symbols, on "
             f"{next(run.model.parameters()).device}")
 
 
