@@ -207,6 +207,9 @@ def prepare_folder(options: argparse.Namespace) -> Iterator[tuple[str, dict] | L
     yield from left_out
     num_dev = round(dev * len(pairs))
     num_test = round(test * len(pairs))
+    for split, share, count in (("dev", dev, num_dev), ("test", test, num_test)):
+        if share and not count:
+            print(f"no {split}.jsonl: --{split}-share {share} of {len(pairs)} recordings is less than one")
     splits = ["dev"] * num_dev + ["test"] * num_test + ["train"] * len(pairs)
     order = generator(options.seed, 0, 0).permutation(len(pairs))
     for split, index in zip(splits, order):

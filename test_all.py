@@ -3390,10 +3390,12 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     told = capsys.readouterr().out
     assert f"left out 1, not UTF-8: {folder}/far/d.txt\n" in told
     assert f"left out 1, an empty text beside it: {folder}/b.Mp3\n" in told
-    assert f"left out 1, of the name of another recording: {folder}/A.mp3\n" in told
+    assert f"left out 1, of the name of another recording: {folder}/A.mp3\n" in told and "no dev.jsonl" not in told
     (folder / "A.txt").unlink()
-    assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
-    assert f"left out 1, no text beside it: {folder}/A.WAV\n" in capsys.readouterr().out
+    assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--test-share", "0.2"]) == 0
+    told = capsys.readouterr().out
+    assert f"left out 1, no text beside it: {folder}/A.WAV\n" in told
+    assert "no dev.jsonl: --dev-share 0.1 of 2 recordings is less than one\nno test.jsonl: --test-share 0.2 of" in told
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.txt").write_text("a")
     with pytest.raises(ValueError, match="got none; left out 1, no recording by its name: .*/none/a.txt$"):
