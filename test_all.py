@@ -7906,6 +7906,9 @@ MEMORY = "out of memory: wanted a smaller training.batch_frames, or a larger tra
     (torch.OutOfMemoryError("CUDA"), MEMORY), (RuntimeError("not enough memory: you tried"), MEMORY),
     (RuntimeError("DataLoader worker (pid 7) is killed\nmore"),
      "DataLoader worker (pid 7) is killed; too little memory? data.num_workers=0 loads without it"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated."),
+     "DataLoader worker (pid 7) is killed by signal: Terminated.; sent to all processes of the run? send it to the "
+     "first alone; data.num_workers=0 loads without it"),
     (RuntimeError("gloo: closed\nmore"), "another process of the run has ended: gloo: closed"),
     (torch.distributed.DistError("lost\nmore"), "another process of the run has ended: lost"),
     (ValueError("Traceback (most recent\n  File\nValueError: a: wanted b"), "ValueError: a: wanted b"),

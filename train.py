@@ -512,7 +512,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError) or re.search("not enough memory|can't allocate", text):
         return "out of memory: wanted a smaller training.batch_frames, or a larger training.accumulate"
     if "DataLoader worker (pid" in text:
-        return f"{text.splitlines()[0]}; too little memory? data.num_workers=0 loads without it"
+        sent = "Terminated" in text  # as timeout and systemd do; what the system kills for memory is "Killed"
+        cause = "sent to all processes of the run? send it to the first alone;" if sent else "too little memory?"
+        return f"{text.splitlines()[0]}; {cause} data.num_workers=0 loads without it"
     if is_lost_rank(error):
         return f"another process of the run has ended: {text.splitlines()[0]}"
     if isinstance(error, (ValueError, OSError, Diverged)):
