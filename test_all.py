@@ -2279,9 +2279,19 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_comes_back(zygote, tmp_p
     first = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 2**20))
-told, announce = os.open({str(tmp_path / "told")!r}, os.O_WRONLY), serve.announce
-serve.announce = lambda server, log: (os.write(told, b"%d" % server.server_address[1]), os.close(told),
-                                      announce(server, log))"""
+told, failed, announce, write = open({str(tmp_path / "told")!r}, "w"), [], serve.announce, os.write
+def tell(server, log):
+    print(server.server_address[1], file=told, flush=True)
+    announce(server, log)
+def watched(*given):
+    try:
+        return write(*given)
+    except OSError:
+        failed.append(given)
+        if len(failed) == 3:            # "listening", "start" and "ready" are lost
+            told.close()
+        raise
+serve.announce, os.write = tell, watched"""
     os.mkfifo(tmp_path / "told")
     argv = ["--ckpt", saved(serving_system(), tmp_path / "best.pt"), "--port=0"]
     pid = zygote.start(tmp_path / "log", *argv, script="serve", first=first)
