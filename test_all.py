@@ -8187,7 +8187,7 @@ def test_the_values_that_are_proposed_for_a_short_run_are_exact():
     (11, 11, "conformer", "", "try --model.encoder.subsampling=1"), (11, 10, "sanm", "", "belong to these recordings?"),
     (11, 10, "transformer", "a.pt", "belong to these recordings?")])
 def test_texts_too_long_for_their_frames_are_told_when_more_than_a_tenth_are(many, few, kind, init_from, hint):
-    """100 recordings of 40 frames, 10 behind a subsampling of 4; so many have 11 tokens or more, of these so many 21."""
+    """100 recordings of 40 frames, 10 behind a subsampling of 4; so many have 11 tokens or more, so many 21."""
     options = config.Config()
     encoder = replace(options.model.encoder, kind=kind, subsampling=4)
     options = replace(options, model=replace(options.model, encoder=encoder),
