@@ -7,37 +7,31 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+
 class Download(NamedTuple):
     name: str  # FunASR's short name; "": it has none
     modelscope: str  # there by organisation and name
     huggingface: str  # likewise; "": not there
     megabytes: int  # of model.pt
-    what: str
 
 
 MODELSCOPE = "iic/speech_"
 DOWNLOADS = (
     Download("paraformer-zh", MODELSCOPE + "seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch",
-             "funasr/paraformer-zh", 989, "Chinese with English words, hotwords, times (SeacoParaformer)"),
-    Download("paraformer", MODELSCOPE + "paraformer-large_asr_nat-zh-cn-16k-common-vocab8404-pytorch", "", 881,
-             "Chinese with English words (Paraformer)"),
-    Download("", MODELSCOPE + "paraformer-large-vad-punc_asr_nat-zh-cn-16k-common-vocab8404-pytorch", "", 900,
-             "Chinese with English words, times (BiCifParaformer)"),
-    Download("", MODELSCOPE + "paraformer-large-contextual_asr_nat-zh-cn-16k-common-vocab8404", "", 912,
-             "Chinese with English words, hotwords (ContextualParaformer)"),
+             "funasr/paraformer-zh", 989),
+    Download("paraformer", MODELSCOPE + "paraformer-large_asr_nat-zh-cn-16k-common-vocab8404-pytorch", "", 881),
+    Download("", MODELSCOPE + "paraformer-large-vad-punc_asr_nat-zh-cn-16k-common-vocab8404-pytorch", "", 900),
+    Download("", MODELSCOPE + "paraformer-large-contextual_asr_nat-zh-cn-16k-common-vocab8404", "", 912),
     Download("paraformer-en", MODELSCOPE + "paraformer-large-vad-punc_asr_nat-en-16k-common-vocab10020",
-             "funasr/paraformer-en", 887, "English"),
+             "funasr/paraformer-en", 887),
     Download("paraformer-zh-streaming", MODELSCOPE + "paraformer-large_asr_nat-zh-cn-16k-common-vocab8404-online",
-             "funasr/paraformer-zh-streaming", 880, "Chinese with English words, while they are spoken"),
+             "funasr/paraformer-zh-streaming", 880),
 )
 TAKE = DOWNLOADS[0]  # where another cannot be used
-
-
 PARTS = {  # option of decode.py and serve.py -> the model that it takes
-    "--vad": Download("fsmn-vad", MODELSCOPE + "fsmn_vad_zh-cn-16k-common-pytorch", "funasr/fsmn-vad", 2,
-                      "where somebody speaks (FsmnVADStreaming)"),
-    "--punctuate": Download("ct-punc", "iic/punc_ct-transformer_cn-en-common-vocab471067-large", "funasr/ct-punc", 1050,
-                            "punctuation, Chinese and English (CTTransformer)"),
+    "--vad": Download("fsmn-vad", MODELSCOPE + "fsmn_vad_zh-cn-16k-common-pytorch", "funasr/fsmn-vad", 2),
+    "--punctuate": Download("ct-punc", "iic/punc_ct-transformer_cn-en-common-vocab471067-large", "funasr/ct-punc",
+                            1050),
 }
 
 
@@ -90,8 +84,8 @@ def check_part(path: str, option: str) -> None:
     """Raises ValueError that says how to download what this option of PARTS takes if path is no directory."""
     if not Path(path).is_dir():
         model = PARTS[option]
-        raise ValueError(f"{option} {path}: wanted a directory as FunASR publishes it, with {model.what}; download one "
-                         f"with {commands(model, model.name)}, and pass {model.name}")
+        raise ValueError(f"{option} {path}: wanted a directory as FunASR publishes {model.name} ({model.megabytes} "
+                         f"MB); download it with {commands(model, model.name)}, and pass {model.name}")
 
 
 def check_kind(kind: str, place: str) -> None:

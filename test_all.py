@@ -9333,7 +9333,7 @@ def test_the_schedule_is_a_named_option(tmp_path, capsys, monkeypatch, schedule,
     assert heard == [begin for begin, _ in vad_results("offline")[run]["value"]["long"]]
 
 def test_decode_says_where_to_get_a_part_that_is_not_there(ckpt, capsys):
-    assert "--vad nowhere: wanted a directory as FunASR publishes it" in refusal(
+    assert "--vad nowhere: wanted a directory as FunASR publishes fsmn-vad (2 MB); download it with" in refusal(
         capsys, "--ckpt", ckpt, "--vad=nowhere", "a.wav")
     error = refusal(capsys, "--ckpt", ckpt, "--punctuate=nowhere", "a.wav")
     assert "modelscope download --model iic/punc_ct-transformer" in error
