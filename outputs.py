@@ -208,12 +208,8 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def open_part(path: Path) -> BinaryIO:
     """A part, to go on with behind its last whole line."""
-    end = 0
-    if path.exists():
-        for start, line in whole_lines(path):
-            end = start + len(line)
     file = open(path, "ab")
-    file.truncate(end)
+    file.truncate(sum(len(line) for _, line in whole_lines(path)))
     return file
 
 
@@ -383,11 +379,6 @@ def show_progress(done: int, total: int) -> None:
         print(f"{ERASE}{done}/{total}", end="", file=sys.stderr, flush=True)
 
 
-def erase_progress() -> None:
-    if sys.stderr.isatty():
-        print(ERASE, end="", file=sys.stderr)
-
-
 SHOWN = 10  # results that a terminal gets where no INPUT is named
 
 
@@ -410,7 +401,8 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, encode: C
     brief = own and sys.stdout is not None and sys.stdout.isatty()
     try:
         for outcome in outcomes:
-            erase_progress()
+            if sys.stderr.isatty():  # the progress
+                print(ERASE, end="", file=sys.stderr)
             if outcome.result is None:
                 failed += 1
                 why = outcome.reason.replace(f": {outcome.key}", "")  # of a recording without another key
