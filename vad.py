@@ -168,11 +168,6 @@ NAMES = {"first": "encoder.in_linear1.linear", "second": "encoder.in_linear2.lin
 
 # ---- from probabilities to segments ----
 
-def level_db(frames: Tensor) -> np.ndarray:
-    """frames (T,n) samples -> (T,) float64 in dB, of the sum of squares, not of their mean."""
-    return 10 * np.log10(frames.square().sum(1).double().numpy() + 1e-6)
-
-
 def find_speech(options: Options, thres: float, silence: np.ndarray, level: np.ndarray | None,
                 noise: float) -> tuple[list[bool], float]:
     """silence (T,) probabilities, level (T,) dB or None where it does not matter, noise in dB before the first frame
@@ -198,7 +193,7 @@ class Detector:
     t: int = -1             # the last frame
     window: int = 0         # a bit for each of the last frames, 1 = speech
     voiced: bool = False    # whether the window holds speech
-    quiet: int = 0          # frames of silence since that changed
+    quiet: int = 0          # frames since that changed; while the window holds none, of silence
     begin: int = -1         # of the segment that is open; -1: none is
     free: int = 0           # the first frame that no segment may hold yet
     done: bool = False      # detect_mode 0: its one segment is closed
@@ -217,17 +212,15 @@ class Detector:
         size = self.options.window_size_ms // 10
         self.window = (self.window << 1 | is_speech) & ((1 << size) - 1)
         count = self.window.bit_count()
-        if not self.voiced and count >= self.options.sil_to_speech_time_thres // 10:
-            self.voiced = True
+        if self.voiced:
+            changes = count <= self.options.speech_to_sil_time_thres // 10
+        else:
+            changes = count >= self.options.sil_to_speech_time_thres // 10
+        self.quiet += 1
+        if changes:
+            self.voiced = not self.voiced
             self.quiet = 0
-            return True, False
-        if self.voiced and count <= self.options.speech_to_sil_time_thres // 10:
-            self.voiced = False
-            self.quiet = 0
-        elif not self.voiced:
-            self.quiet += 1
-            return False, True
-        return False, False
+        return changes and self.voiced, not changes and not self.voiced
 
     def step(self, is_speech: bool, limit_ms: int, is_last: bool) -> tuple[int, int] | None:
         """The next frame -> the segment (begin, end) in ms that it closes, if any. limit_ms of silence close one."""
@@ -237,10 +230,7 @@ class Detector:
             if starts:
                 self.begin = max(self.free, self.t - self.reach())
                 self.free = self.t + 1
-            elif is_quiet:
-                self.free = max(self.free, self.t - self.reach())
-            single = self.options.detect_mode == 0
-            self.done = single and self.begin < 0 and 10 * self.quiet > self.options.max_start_silence_time
+            self.done = self.options.detect_mode == 0 and 10 * self.quiet > self.options.max_start_silence_time
             return None
         ahead = self.options.lookahead_time_end_point // 10
         if is_quiet and 10 * self.quiet >= limit_ms:
@@ -376,7 +366,8 @@ def next_features(vad: Vad, state: State, samples: Tensor, last: bool) -> tuple[
     levels = state.levels
     if vad.options.decibel_thres > -60 or vad.options.snr_thres > -87:  # else no level of samples in [-1,1) matters
         frames = samples.unfold(0, window, shift) if len(new) else samples.new_zeros(0, window)
-        levels = np.concatenate([levels, level_db(frames)])
+        power = frames.square().sum(1).double().numpy()  # (T,): the sum of squares, not their mean
+        levels = np.concatenate([levels, 10 * np.log10(power + 1e-6)])
     rows = torch.cat([state.rows, new])
     if len(rows) and not len(state.rows):
         rows = torch.cat([rows[:1].expand(around, -1), rows])
