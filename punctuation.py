@@ -42,10 +42,7 @@ def is_ascii(token: str) -> bool:
 
 def split_tokens(text: str) -> list[str]:
     """Runs of ASCII characters without a space, and single other characters: "你,b é" -> 你 | ,b | é."""
-    tokens = []
-    for piece in text.split():
-        tokens += re.findall(r"[^\x00-\x7f]|[\x00-\x7f]+", piece)
-    return tokens
+    return re.findall(r"[^\x00-\x7f\s]|[^\x80-\U0010ffff\s]+", text)
 
 
 # ---- network ----
