@@ -2,17 +2,10 @@
 
     python decode.py                                the last run's checkpoint, on its toy data or its test manifest
     python decode.py a.wav folder dev.jsonl         recordings, folders, manifests, whose texts are the references
-    python decode.py --output out.jsonl dev.jsonl   into a file; with --format srt --output DIR into a folder
-    torchrun --nproc_per_node=4 decode.py dev.jsonl shared by four processes, with the results of one
-    python decode.py --plot pictures a.wav          also SVGs of each utterance: firing, encoder and cross-attention
-    python decode.py --ckpt DIR --hotwords FILE --vad VAD_DIR --punctuate PUNC_DIR a.wav    as FunASR publishes them
-    python decode.py --ckpt CTC.pt --nbest 5 a.wav  search, which a Paraformer does not need (baselines.Search)
-    python decode.py --ckpt STREAMING --stream -    the text as it grows, of a WAV from a pipe
-    python decode.py --export DIR                   the model alone, as a FunASR directory where FunASR knows it
+    python decode.py --output out.jsonl dev.jsonl   into a file; README has more commands, decode_options.py all options
 
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
-be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM. Whatever ends it, --output keeps what is done,
-and the same command with --resume goes on.
+be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM.
 Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
 Needs torch, numpy and what its imports name.
 """
@@ -40,8 +33,7 @@ import audio
 import data
 from audio import frame_sec, frontend
 from baselines import Candidate, Search, check_search
-from checkpoint import (PRECISIONS, System, check_not_streaming, export, export_int8, lay_out_products,
-                        load_system)
+from checkpoint import (PRECISIONS, System, check_not_streaming, export, export_int8, lay_out_products, load_system)
 from decode_options import DEFAULT_CHECKPOINT, parse_arguments
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
@@ -57,7 +49,6 @@ from ranks import gather_in_first, join_processes, own_rank
 from report import (Alternative, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of, utterance_svgs,
                     words_of)
 from sentences import with_sentences
-from streaming import StreamToken
 from survival import end_as_ctrl_c, exit_code, interrupted_later, keep_streams
 from tokenizer import spoken_places
 from vad import cut_speech, load_vad
@@ -271,7 +262,7 @@ def transcribe_recording(system: System, source: audio.Source) -> Result:
     ValueError (place, wanted, got) or OSError.
     """
     if system.chunk is not None:
-        tokens: list[StreamToken] = []
+        tokens: list[Token] = []
         for heard in hear_stream(system, audio.stream(source, system.config.data.sample_rate)):
             tokens += heard.tokens
         return stream_result(system, tokens)
@@ -516,30 +507,25 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     return 1 if tally.failed else 0
 
 
-def load(arguments: argparse.Namespace) -> System:
-    return with_chunk(arguments, with_search(greedy_system(arguments, arguments.ckpt), arguments.search))
-
-
 def load_and_run(arguments: argparse.Namespace) -> int:
-    """Load, export if that is asked for, recognise -> exit code."""
+    """Export if that is asked for, load, recognise -> exit code."""
     shard = join_processes(timeout=datetime.timedelta(days=1))  # one may have much more to do than another
     rank, processes = shard
     streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    writes_int8 = arguments.export and arguments.dtype == "int8"
-    if writes_int8 and rank == 0:
-        say(f"decode.py: wrote {export_int8(arguments.ckpt, arguments.export)}")
-    if writes_int8 and not arguments.inputs:
-        return 0
-    system = load(arguments)
-    if arguments.export and not writes_int8 and rank == 0:
-        say(f"decode.py: wrote {export(system, arguments.export)}")
+    if arguments.export and rank == 0:
+        if arguments.dtype == "int8":
+            written = export_int8(arguments.ckpt, arguments.export)
+        else:
+            written = export(load_system(arguments.ckpt, arguments.device, arguments.dtype), arguments.export)
+        say(f"decode.py: wrote {written}")
     if arguments.export and not arguments.inputs:
         return 0
+    system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
+    system = with_parts(arguments, with_chunk(arguments, system))
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
-    system = with_parts(arguments, system)
     if arguments.stream:
         show_streams(system, arguments.inputs, arguments.pcm)
         return 0
