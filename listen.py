@@ -17,10 +17,11 @@ from torch import Tensor
 from audio import stream
 from live import pipe_header, pipe_samples, resample_pieces
 from pieces import UNSPOKEN
-from report import Result, Token, join_words, mean_confidence, text_of, words_of
+from report import Result, join_words, mean_confidence, text_of, token_entry, words_of
 from sentences import with_sentences
-from streaming import Chunk, StreamResult, StreamToken, feed, start
+from streaming import Chunk, StreamResult, feed, start
 from survival import ERASE
+from tokenizer import Token
 
 
 def with_chunk(arguments: argparse.Namespace, system):
@@ -67,9 +68,8 @@ def hear_stream(system, pieces: Iterable[Tensor]) -> Iterator[StreamResult]:
         raise interrupted
 
 
-def stream_result(system, heard: Sequence[StreamToken]) -> Result:
+def stream_result(system, tokens: list[Token]) -> Result:
     """The Result of all tokens of a stream."""
-    tokens = [Token(*token) for token in heard]
     unit = system.tokenizer.unit
     words = words_of(tokens, system.tokenizer, unit == "word")
     return Result(text_of(tokens, words, unit), mean_confidence(tokens), tokens, words)
@@ -89,14 +89,14 @@ class Written(NamedTuple):
 
     over: str = ""  # sentences that no later word changes
     last: str = ""  # their last word, without marks
-    rest: tuple[StreamToken, ...] = ()  # the tokens behind them
+    rest: tuple[Token, ...] = ()  # the tokens behind them
 
 
-def write_sentences(system, written: Written, tokens: Sequence[StreamToken]) -> tuple[Written, str]:
+def write_sentences(system, written: Written, tokens: Sequence[Token]) -> tuple[Written, str]:
     """More tokens of a stream -> the text so far with marks. Only the last sentence is written again: it may go on."""
     over, last, rest = written
     rest = (*rest, *(token for token in tokens if token.token not in UNSPOKEN))
-    result = stream_result(system, rest)
+    result = stream_result(system, list(rest))
     found = with_sentences(system.punctuation, result, last).sentences
     count = 0
     for sentence in found[:-1]:
@@ -130,5 +130,5 @@ def show_growing(name: str, result: StreamResult) -> None:
         room = (shutil.get_terminal_size().columns - 1) // 2  # an ideograph takes two columns
         print(ERASE + result.text[-room:], end="", flush=True)
     elif result.tokens:
-        row = {"key": name, "text": result.text, "tokens": [token._asdict() for token in result.tokens]}
+        row = {"key": name, "text": result.text, "tokens": list(map(token_entry, result.tokens))}
         print(json.dumps(row, ensure_ascii=False), flush=True)

@@ -24,20 +24,11 @@ from files import write_atomic
 from model import Hypotheses, in_feature_frames
 from pieces import PIECE, PieceTokenizer, UNSPOKEN, are_spaced, spell_words
 from plot import alignment_svg, attention_svg, escape
-from tokenizer import (Counts, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
+from tokenizer import (Counts, Token, Tokenizer, align, char_errors, count_errors, format_alignment, normalise_text,
                        spoken_places, token_accuracy, word_errors)
 
 
 # ---- results ----
-
-class Token(NamedTuple):
-    token: str
-    id: int
-    confidence: float  # probability of this token, 0 to 1
-    start: float  # seconds from the start of the recording
-    end: float
-    hotword: bool = False  # whether the decoder of hotwords put it there
-
 
 class Word(NamedTuple):
     text: str

@@ -33,11 +33,10 @@ import decode
 from batcher import Job, Step
 from bodies import Recording, parse_terms
 from punctuation import RealtimeModel, punctuate_more
-from report import Result, Word, token_entry, written_text
+from report import Result, Token, Word, token_entry, written_text
 from sentences import with_sentences
 from settings import Models, Settings, bad_value, first_settings, read_settings
 from sockets import Closed, GOING_AWAY, GONE, Socket
-from streaming import StreamToken
 from streams import Piece, Stream, Words, samples_due, start_stream
 from transcribe import Post, as_wav, recognise
 from web import ClientLeft, Connection, Head, Refusal, body_too_large
@@ -191,7 +190,7 @@ class Session:
 
     def tell_words(self, words: Words) -> dict[str, Any]:
         mark = "\u2581" if self.models.streaming.tokenizer.unit == "word" else ""
-        tokens = [{**token._asdict(), "token": mark + token.token} for token in words.tokens]
+        tokens = [{**token_entry(token), "token": mark + token.token} for token in words.tokens]
         new = words.new if self.is_open else self.behind_written(words.new)
         self.is_open = self.is_open or bool(new)
         mode = "online" if self.stream.settings.mode == "online" else "2pass-online"
@@ -229,7 +228,7 @@ class Session:
         return f" {text}" if decode.is_spaced(self.models.whole, before, after) else text
 
     def message(self, mode: str, text: str, so_far: str, tokens: list[dict[str, Any]],
-                timed: Sequence[StreamToken | Word]) -> dict[str, Any]:
+                timed: Sequence[Token | Word]) -> dict[str, Any]:
         times = [[round(1000 * item.start), round(1000 * item.end)] for item in timed]
         return {"mode": mode, "wav_name": self.settings.wav_name, "text": text, "is_final": False,
                 "timestamp": json.dumps(times) if times else "", "tokens": tokens, "text_so_far": so_far,

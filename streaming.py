@@ -26,7 +26,7 @@ from audio import frame_sec
 from live import first_sample, frame_samples, frontend_part, samples_until
 from model import Carry, cif_step, no_carry
 from pieces import PieceTokenizer, UNSPOKEN, are_spaced, spell_words, write_sentence
-from tokenizer import spoken_places
+from tokenizer import Token, spoken_places
 
 @dataclass(frozen=True)
 class Chunk:
@@ -62,16 +62,8 @@ class State(NamedTuple):
     recent: tuple[str, ...]  # symbols of the last word, which may go on
 
 
-class StreamToken(NamedTuple):
-    token: str
-    id: int
-    confidence: float
-    start: float  # seconds from the start of the stream: a tenth of its weight is heard
-    end: float  # and all of it
-
-
 class StreamResult(NamedTuple):
-    tokens: list[StreamToken]  # that became certain in this call
+    tokens: list[Token]  # that became certain in this call; from when a tenth of its weight is heard until all of it is
     text: str  # all so far
 
 
@@ -101,7 +93,7 @@ def feed_many(system, states: Sequence[State], pieces: Sequence[Tensor],
     """`feed` of several streams, each with its samples and whether they are its last: chunks that are due together go
     through the model together where their shapes are alike, and give what they give alone, to the last bit."""
     states = [hear(state, samples) for state, samples in zip(states, pieces, strict=True)]
-    tokens: list[list[StreamToken]] = [[] for _ in states]
+    tokens: list[list[Token]] = [[] for _ in states]
     running = [i for i, state in enumerate(states) if state.frames or len(state.samples)]
     while running:
         due: dict[int, Due] = {}
@@ -198,7 +190,7 @@ def stack(tensors: Sequence[Tensor], dim: int, rows: int) -> Tensor:
     return torch.cat([*tensors] * copies, dim)
 
 
-def step_together(system, due: Sequence[Due]) -> list[tuple[State, list[StreamToken]]]:
+def step_together(system, due: Sequence[Due]) -> list[tuple[State, list[Token]]]:
     """One chunk of each stream -> its state, with the chunk heard, and the tokens that fired."""
     stepped: list = [None] * len(due)
     for same in groups([(part.state.chunk, part.feats.shape, part.state.past.shape) for part in due]):
@@ -284,7 +276,7 @@ def decode(system, fired: Sequence[Fired]) -> tuple[list[State], list[Tensor]]:
 
 # ---- tokens to text ----
 
-def read_tokens(system, logits: Tensor | None, spans: Sequence[tuple[float, float]]) -> list[StreamToken]:
+def read_tokens(system, logits: Tensor | None, spans: Sequence[tuple[float, float]]) -> list[Token]:
     """logits (U,V) of the tokens that fired and the frames of each -> those that are spoken."""
     if logits is None:
         return []
@@ -294,7 +286,7 @@ def read_tokens(system, logits: Tensor | None, spans: Sequence[tuple[float, floa
     for u in spoken_places(ids.tolist()):
         begin, end = (round(max(0.0, place * seconds), 3) for place in spans[u])
         token = int(ids[u])
-        tokens.append(StreamToken(system.tokenizer.symbols[token], token, round(log_p[u].exp().item(), 4), begin, end))
+        tokens.append(Token(system.tokenizer.symbols[token], token, round(log_p[u].exp().item(), 4), begin, end))
     return tokens
 
 

@@ -17,7 +17,8 @@ from decode import shifted
 from live import Resampling, resample_more
 from pauses import Pauses
 from settings import Models, Settings
-from streaming import State, StreamToken, certain_text, feed_many, samples_missing, start
+from streaming import State, certain_text, feed_many, samples_missing, start
+from tokenizer import Token
 
 VAD_MS = 100                # that a VAD hears at a time
 STEP_SEC = 0.6              # of audio that are heard at a time where no chunks set the pace
@@ -42,7 +43,7 @@ class Stream(NamedTuple):
 class Words(NamedTuple):
     new: str                            # what the client is to append
     text: str                           # all of the stream, or since the last segment
-    tokens: list[StreamToken]
+    tokens: list[Token]
 
 
 class Piece(NamedTuple):

@@ -6375,7 +6375,7 @@ def test_on_a_terminal_the_text_that_grows_takes_one_line_and_then_stays(capsys,
         listen.show_streams(tiny_system(), ["a"], None)
         assert capsys.readouterr().out == f"{survival.ERASE}{shown}{survival.ERASE}abcdefgh\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
-    for tokens, count in (([], 0), ([streaming.StreamToken("你", 4, 1.0, 0.0, 0.1)], 1)):  # into a pipe
+    for tokens, count in (([], 0), ([report.Token("你", 4, 1.0, 0.0, 0.1)], 1)):  # into a pipe
         listen.show_growing("a", streaming.StreamResult(tokens, "你"))
         assert capsys.readouterr().out.count('"text": "你", ') == count
 
@@ -9671,8 +9671,7 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
     system, written = kit_system(variant)._replace(punctuation=kit_punctuation("punc")), listen.Written()
     for row in rows:
         before = written
-        written, text = listen.write_sentences(system, before,
-                                               [streaming.StreamToken(**token) for token in row["tokens"]])
+        written, text = listen.write_sentences(system, before, [report.Token(**token) for token in row["tokens"]])
         assert text == row["text"] and text.startswith(before.over) and len(written.over) <= len(text)
     assert len(written.over) > 9
 
@@ -11078,7 +11077,7 @@ def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_o
             assert all(m["text"] or m["tokens"] for m in messages[:-1])
             assert "".join(m["text"] for m in messages) == messages[-1]["text_so_far"] == wanted.text
             tokens = [token for m in messages for token in m["tokens"]]
-            assert tokens == [token._asdict() for token in wanted.tokens]
+            assert tokens == list(map(report.token_entry, wanted.tokens))
             times = [span for m in messages if m["timestamp"] for span in json.loads(m["timestamp"])]
             assert times == [[round(1000 * t.start), round(1000 * t.end)] for t in wanted.tokens]
             assert all(m["latency_ms"] >= 0 for m in messages)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,17 @@ def spoken_symbols(ids: Sequence[int], symbols: Sequence[str]) -> list[str]:
     if outside:
         raise ValueError(f"token ids must be in 0..{len(symbols) - 1}, got {outside[0]}")
     return [symbols[ids[u]] for u in spoken_places(ids)]
+
+
+class Token(NamedTuple):
+    """One that was recognised."""
+
+    token: str
+    id: int
+    confidence: float  # probability of this token, 0 to 1
+    start: float  # seconds from the start of the recording
+    end: float
+    hotword: bool = False  # whether the decoder of hotwords put it there
 
 
 # ---- text ----
