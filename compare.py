@@ -5,7 +5,7 @@ Needs config.py, files.py and plot.py.
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,23 @@ def read_run(folder: Path) -> Past | None:
     return Past(folder, dict(flatten(options)), history) if history else None
 
 
+def accuracies(row: dict) -> tuple[float, float]:
+    """What `best` means: token accuracy on dev, ties broken by sequence accuracy."""
+    return row["token_accuracy"], row["sequence_accuracy"]
+
+
+def best_row(history: Sequence[dict]) -> dict:
+    """The epoch with the best accuracies; of equals the latest, which has learned for longer."""
+    return max(reversed(history), key=accuracies)
+
+
 def differing(runs: Sequence[Past]) -> list[str]:
     """The options that do not have one value in all runs; older runs lack some, which are not compared."""
-    return [name for name in runs[0].options
-            if len({run.options.get(name, runs[0].options[name]) for run in runs}) > 1]
+    first = runs[0].options
+    return [name for name in first if any(run.options.get(name, first[name]) != first[name] for run in runs)]
 
 
-def table(runs: Sequence[Past], best_row: Callable[[list[dict]], dict]) -> Iterator[str]:
+def table(runs: Sequence[Past]) -> Iterator[str]:
     """A head, and a line for each run: the best epoch's figures, seconds, and the options that differ."""
     wide = max(len(run.folder.name) for run in runs)
     yield f"{'run':<{wide}}  best epoch" + "".join(f"{name:>16}" for name in (*FIGURES, "seconds")) + "  what differs"
@@ -74,7 +84,7 @@ def picture(runs: Sequence[Past]) -> str:
     return three_panels(f"{len(runs)} runs by epoch", panels, max(len(run.history) for run in runs))
 
 
-def compare(folders: Iterable[str | os.PathLike], best_row: Callable[[list[dict]], dict]) -> Iterator[str]:
+def compare(folders: Iterable[str | os.PathLike]) -> Iterator[str]:
     """The lines of the table, and compare.svg beside the first run. Links to a run (runs/latest) are that run.
     Raises ValueError if no folder is a run with an epoch done."""
     runs, left_out = {}, []
@@ -86,7 +96,7 @@ def compare(folders: Iterable[str | os.PathLike], best_row: Callable[[list[dict]
             runs[run.folder] = run
     if not runs:
         raise ValueError(f"wanted folders of runs with an epoch done, got {' '.join(left_out)}")
-    yield from table(list(runs.values()), best_row)
+    yield from table(list(runs.values()))
     path = next(iter(runs)).parent / "compare.svg"
     write_atomic(path, picture(list(runs.values())))
     if left_out:

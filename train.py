@@ -1,6 +1,6 @@
 """Train a model: python train.py CONFIG [--section.key=value ...], or go on with python train.py --resume RUN.
 
-Reading order: decisions (pure functions: best, stop), one evaluation, a run and its files (metrics, curves), what is
+Reading order: decisions (a pure function: when to stop), one evaluation, a run and its files (metrics, curves), what is
 trained and its checkpoints, the loop, starting and going on, main. A step is in step.py, a dry run in dry_run.py.
 
     python train.py CONFIG --dry-run        sizes, shapes, and estimates of memory and time; leaves nothing behind
@@ -49,7 +49,7 @@ import data
 import rules
 from checkpoint import (CHECKPOINT_FORMAT, System, adopted, last_checkpoint, load_state, pick_device, save_run,
                         start_from)
-from compare import compare
+from compare import accuracies, best_row, compare
 from dry_run import clock, describe, num_parameters, warnings
 from files import load_weights, write_atomic
 from manifests import find_again
@@ -64,16 +64,6 @@ from tokenizer import Tokenizer, char_errors, count_errors, spoken_places, token
 
 
 # ---- decisions ----
-
-def accuracies(row: dict) -> tuple[float, float]:
-    """What `best` means: token accuracy on dev, ties broken by sequence accuracy."""
-    return row["token_accuracy"], row["sequence_accuracy"]
-
-
-def best_row(history: Sequence[dict]) -> dict:
-    """The epoch with the best accuracies; of equals the latest, which has learned for longer."""
-    return max(reversed(history), key=accuracies)
-
 
 def stop_reason(history: Sequence[dict], options) -> str:
     """Why the run should end after these epochs, "" if it should not."""
@@ -451,8 +441,7 @@ def headline(run: Run) -> str:
     origin = f" of {run.config.training.init_from}" if run.config.training.init_from else ""
     count = min(len(run.train_set), run.config.training.overfit or len(run.train_set))
     return (f"{run.folder}: {run.config.model.name}{origin}, {num_parameters(run.model) / 1e6:.2f} M parameters, "
-            f"{count} utterances, {len(run.tokenizer)} symbols, on "
-            f"{next(run.model.parameters()).device}")
+            f"{count} utterances, {len(run.tokenizer)} symbols, on {next(run.model.parameters()).device}")
 
 
 def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading.Event) -> tuple[Run, Progress]:
@@ -583,7 +572,7 @@ def main(argv: Sequence[str]) -> int:
     run = None
     try:
         if arguments.compare:
-            print("\n".join(compare(arguments.compare, best_row)))
+            print("\n".join(compare(arguments.compare)))
             return 0
         if arguments.resume:
             run, progress = resume(Path(arguments.resume).resolve(), overrides, catch_signals())
