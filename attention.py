@@ -91,8 +91,15 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
 def hide_padding(hidden: Tensor, lens: Tensor) -> Tensor:
     """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch."""
     check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
-    mask = key_mask(lens, hidden.shape[1])
-    return hidden if mask is None else hidden.masked_fill(~mask.transpose(1, 2), 0.0)
+    return zero_padding(hidden, key_mask(lens, hidden.shape[1]))
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x (B,T,D) with zeros where mask (B,1,T) is False; None: x as it is. Raises ValueError for other shapes."""
+    if mask is None:
+        return x
+    check_shapes(x=(x, "B", "T", "D"), mask=(mask, "B", 1, "T"))
+    return x.masked_fill(~mask.transpose(1, 2), 0.0)
 
 
 # ---- positions ----
@@ -108,10 +115,8 @@ def sinusoids(places: Tensor, dim: int) -> Tensor:
 
 class PositionalEncoding(nn.Module):
     """Add position codes to x (B,T,D): fixed `sinusoidal` for any T, `learnable` for T <= max_len, or `none`.
-
     With `none`, only the convolutions of a conformer tell the order: attention without positions can neither memorise
-    where words usually stand, a risk with a small corpus, nor fail past the longest training utterance.
-    """
+    where words usually stand, a risk with a small corpus, nor fail past the longest training utterance."""
 
     def __init__(self, dim: int, kind: str = "sinusoidal", max_len: int = 2000):
         super().__init__()
@@ -198,9 +203,7 @@ def open_empty_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention in H heads; the keys come from x itself or from a source of width source_dim.
-
-    No dropout on the attention weights, which the fused CPU kernels lack; the blocks apply it to the output.
-    """
+    No dropout on the attention weights, which the fused CPU kernels lack; the blocks apply it to the output."""
 
     def __init__(self, dim: int, num_heads: int, source_dim: int | None = None):
         super().__init__()
@@ -245,26 +248,15 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def plus(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in inference in the memory of y, which must be new: memory that is not in the cache costs more than sums.
-    """
+    """x + y, in inference in the memory of y, which must be new: memory outside the cache costs more than sums."""
     return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
-
-
-def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B,T,D) with zeros where mask (B,1,T) is False; None: x as it is. Raises ValueError for other shapes."""
-    if mask is None:
-        return x
-    check_shapes(x=(x, "B", "T", "D"), mask=(mask, "B", 1, "T"))
-    return x * mask.transpose(1, 2)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reach: tuple[int, int], stride: int = 1) -> Tensor:
     """F.conv1d over the steps of x (B,T,C) -> (B,T',D), 3 to 10 times faster on a CPU.
-
     weight (D,C,k), or (D,1,k) for a depthwise convolution; bias (D,) or None; reach: zeros padded before and after, k-1
     in all if T' is to be T at stride 1. F.conv1d would have x copied to (B,C,T): this is a matrix product with windows
-    of x or, if depthwise, a convolution over an image of height 1 whose channels are last.
-    """
+    of x or, if depthwise, a convolution over an image of height 1 whose channels are last."""
     before, after = reach
     is_dense = weight.shape[1] == x.shape[2]
     if is_dense or before != after or torch.is_grad_enabled():
@@ -331,10 +323,8 @@ class TransformerBlock(nn.Module):
     def step(self, x: Tensor, past: tuple[Tensor, Tensor], source: tuple[Tensor, Tensor],
              source_mask: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """One more token for each of W hypotheses: equal to forward's last step under a causal mask, without dropout.
-
         x (B,W,D), past: keys and values (B,W,H,t,K) of the t earlier tokens, source: keys and values (B,H,S,K) of the
-        cross-attention, source_mask (B,1,S) -> (B,W,D), past with this token, weights of the cross-attention (B,H,W,S).
-        """
+        cross-attention, source_mask (B,1,S) -> (B,W,D), past with this token, the latter's weights (B,H,W,S)."""
         B, W, D = x.shape
         y = self.norm_self(x).view(B * W, 1, D)  # (B,W,D) -> (B*W,1,D): each hypothesis attends to its own past
         key, value = self.self_attention.keys_values(y)  # (B*W,H,1,K) each
@@ -349,9 +339,7 @@ class TransformerBlock(nn.Module):
 
 class ConvolutionModule(nn.Module):
     """Pointwise, gated, depthwise over `kernel_size` steps, pointwise: the local half of a Conformer block.
-
-    LayerNorm stands where Gulati et al. have BatchNorm, so that no utterance depends on its batch.
-    """
+    LayerNorm stands where Gulati et al. have BatchNorm, so that no utterance depends on its batch."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -393,9 +381,7 @@ class ConformerBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """x (B,T,D), mask (B,1,T) or (B,T,T) -> (B,T,D) and, where asked for, the self-attention weights (B,H,T,T).
-
-        The convolution sees every step that any query may see.
-        """
+        The convolution sees every step that any query may see."""
         check_shapes(x=(x, "B", "T", self.self_attention.dim))
         x = x + 0.5 * self.dropout(self.ffn_first(self.norm_first(x)))
         out, weights = self.self_attention(self.norm_self(x), mask=mask, need_weights=need_weights)
