@@ -5,8 +5,7 @@ imports nothing of ours, so it can be copied alone: functions take `options`, an
 config's data section (sample_rate, num_mels, lfr_m, ...). Bad input is a ValueError that names the place.
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m). Samples are float32 in [-1,1), energies natural logs.
-Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling), ITU-T G.711 (A-law and
-mu-law).
+Sources: Kaldi's compute-fbank-feats (numbers), Smith's bandlimited interpolation (resampling), ITU-T G.711 (A-law).
 """
 import contextlib
 import functools
@@ -68,9 +67,7 @@ def law_table(code: int) -> np.ndarray:
 
 def sample_size(bits: int, channels: int, align: int) -> int:
     """Bytes of a sample of one channel, whose fmt chunk says that one of all channels takes `align`.
-
-    24 bits may lie in 4 bytes. 0 and 1 mean nothing: some writers put them. Raises ValueError for a contradiction.
-    """
+    24 bits may lie in 4 bytes. 0 and 1 mean nothing: some writers put them. Raises ValueError for a contradiction."""
     packed = bits // 8
     if bits == 24 and align == 4 * channels:
         return 4
@@ -93,11 +90,9 @@ def parse_fmt(fmt: bytes) -> tuple[int, int, int, int, int]:
 
 def read_header(file: BinaryIO) -> WavHeader | None:
     """Walk the RIFF chunks of a seekable file; None if it is no WAV of SAMPLE_TYPES, ValueError if it is a broken one.
-
     Our own walk, because `wave` (Python 3.11) refuses float and WAVE_FORMAT_EXTENSIBLE, which recorders write for 24
     and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end". RF64
-    has the size in a chunk of its own, ds64.
-    """
+    has the size in a chunk of its own, ds64."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
@@ -153,10 +148,8 @@ def read_channels(file: BinaryIO, header: WavHeader, start: int, stop: int) -> n
 
 def choose_channel(file: BinaryIO, header: WavHeader, place: str) -> WavHeader:
     """The header; for stereo whose channels cancel each other it asks for the louder one, with a warning.
-
     So it is where the power of the mean, offsets left out, is below CANCELLED of the louder channel's: 0.25 is what
-    silence in the other leaves of it. Reads the recording once, in pieces.
-    """
+    silence in the other leaves of it. Reads the recording once, in pieces."""
     if header.channels != 2 or header.num_samples == 0:
         return header
     total = squares = np.zeros(3)
@@ -208,10 +201,8 @@ def format_name(start: bytes) -> str:
 
 def ffmpeg_to_wav(source: str | bytes, most_sec: float | None = None, timeout: float | None = None) -> BinaryIO:
     """A recording, a path or a file's bytes, in any format that ffmpeg knows -> an unnamed temporary float WAV.
-
     A playlist cannot make ffmpeg open other files or URLs. What comes behind most_sec is left out. Raises ValueError if
-    ffmpeg is missing or fails, TimeoutError after `timeout` seconds.
-    """
+    ffmpeg is missing or fails, TimeoutError after `timeout` seconds."""
     if shutil.which("ffmpeg") is None:
         raise ValueError("wanted WAV (PCM 8/16/24/32 bit, float 32/64, A-law, mu-law), got another format: that needs "
                          "ffmpeg, which is not installed")
@@ -287,10 +278,8 @@ def open_bytes(recording: str | os.PathLike | bytes) -> BinaryIO:
 @contextlib.contextmanager
 def open_recording(source: Source) -> Iterator[tuple[BinaryIO, WavHeader]]:
     """The WAV of a recording and its header; of a Part, the header of that alone.
-
     WAV and RF64 of SAMPLE_TYPES are read here, every other format through ffmpeg where it is installed.
-    A ValueError, also one that the block of the `with` raises, is prefixed with the path.
-    """
+    A ValueError, also one that the block of the `with` raises, is prefixed with the path."""
     part = as_part(source)
     recording = part.recording
     try:
@@ -306,10 +295,8 @@ def open_recording(source: Source) -> Iterator[tuple[BinaryIO, WavHeader]]:
 
 def load_wav(source: Source) -> tuple[Tensor, int]:
     """A recording -> samples (N,) float32 in [-1,1), and their rate in Hz.
-
     Channels are averaged; of two that cancel each other the louder one is read, with a warning. Float samples are taken
-    as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError.
-    """
+    as they are, also beyond 1. Raises ValueError (place, wanted, got) or OSError."""
     with open_recording(source) as (file, header):
         header = choose_channel(file, header, place_of(source))
         return read_samples(file, header), header.rate_hz
@@ -353,9 +340,7 @@ PHASES = 64             # outputs of a period that are computed in one matrix pr
 @functools.lru_cache(maxsize=64)
 def sinc_block(up: int, down: int, first: int, count: int) -> tuple[int, Tensor]:
     """Weights of outputs first..first+count-1 of a period, in which `down` inputs become `up` outputs.
-
-    -> offset and weights (span, count) float32: out[p*up + first + c] = sum_i in[p*down + offset + i] * weights[i, c].
-    """
+    -> offset, weights (span, count) float32: out[p*up + first + c] = sum_i in[p*down + offset + i] * weights[i, c]."""
     band = ROLL_OFF * min(1.0, up / down)               # cut-off, as a fraction of the input's Nyquist frequency
     half = ZERO_CROSSINGS / band                        # half the kernel's width, in input samples
     centres = (first + np.arange(count)) * (down / up)
@@ -380,10 +365,8 @@ def reach(up: int, down: int) -> int:
 
 def resample(samples: Tensor, rate_in: int, rate_out: int) -> Tensor:
     """samples (N,) at rate_in Hz -> (ceil(N * rate_out / rate_in),) at rate_out Hz, by a Kaiser-windowed sinc.
-
     Zeros are assumed beyond the edges. Any two integer rates, in bounded memory: PHASES outputs of each period are one
-    matrix product of at most 2^18 gathered samples with their block of weights. Raises ValueError for rates below 1.
-    """
+    matrix product of at most 2^18 gathered samples with their block of weights. Raises ValueError for rates below 1."""
     check_samples(samples)
     if min(rate_in, rate_out) < 1:
         raise ValueError(f"rates must be positive Hz, got {rate_in} and {rate_out}")
@@ -443,11 +426,9 @@ def mel_matrix(rate_hz: int, num_mels: int, fft_size: int) -> Tensor:
 
 def fbank(samples: Tensor, rate_hz: int, num_mels: int) -> Tensor:
     """Log-mel filterbank with Kaldi's numbers: samples (N,) in [-1,1) -> (T, num_mels) float32, logs at 16-bit scale.
-
     Whole frames of 25 ms every 10 ms: T = 1 + (N - window) // shift, and 0 below one window. Per frame: mean removed,
     pre-emphasis 0.97, Hamming, zeros to a power of two, power spectrum, mel triangles, log. No dither, no energy.
-    Source: equal to kaldi-native-fbank within 2e-3. FunASR differs below one window, where it shrinks the window.
-    """
+    Source: equal to kaldi-native-fbank within 2e-3. FunASR differs below one window, where it shrinks the window."""
     check_samples(samples)
     window = int(rate_hz * FRAME_SEC)
     shift = int(rate_hz * SHIFT_SEC)
@@ -469,10 +450,8 @@ def fbank(samples: Tensor, rate_hz: int, num_mels: int) -> Tensor:
 
 def lfr(feats: Tensor, m: int, n: int) -> Tensor:
     """Stack m frames every n frames (low frame rate).
-
     feats (T,F) -> (ceil(T/n), m*F), also for T == 0. Indices are clamped, so edge frames repeat, (m-1)//2 of them on
-    the left. Source: Pundak & Sainath 2016; equal to FunASR's frontend.
-    """
+    the left. Source: Pundak & Sainath 2016; equal to FunASR's frontend."""
     if feats.dim() != 2 or m < 1 or n < 1:
         raise ValueError(f"feats must be (T,F) and m, n >= 1, got {tuple(feats.shape)}, m={m}, n={n}")
     T, F = feats.shape
@@ -528,9 +507,7 @@ def num_frames(seconds: np.ndarray, options) -> np.ndarray:
 
 def frontend(samples: Tensor, rate_hz: int, options, stats: Tensor | None = None) -> Tensor:
     """samples (N,) at any rate -> features (T, num_mels * lfr_m): resample, fbank, lfr and, with stats, normalise.
-
-    T == 0 below one window of 25 ms. Reads options.sample_rate, num_mels, lfr_m, lfr_n.
-    """
+    T == 0 below one window of 25 ms. Reads options.sample_rate, num_mels, lfr_m, lfr_n."""
     feats = fbank(resample(samples, rate_hz, options.sample_rate), options.sample_rate, options.num_mels)
     feats = lfr(feats, options.lfr_m, options.lfr_n)
     return feats if stats is None else normalise(feats, stats)

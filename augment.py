@@ -57,12 +57,10 @@ def random_channel(num_mels: int, std: float, rng: np.random.Generator) -> np.nd
 
 def spec_augment(feats: Tensor, options, rng: np.random.Generator) -> Tensor:
     """Normalised feats (T,F) -> a copy with a random channel, and random bands and spans of time set to 0, the mean.
-
     options.augment: channel_std as in random_channel; freq_masks bands of 0..freq_width mel bins; time_masks spans of
     0..time_width frames, each at most time_share of T. Each of the F / options.num_mels frames that lfr stacked has the
     same channel and the same bands masked.
-    Source: Park et al. 2019, without time warping; the channel is ours.
-    """
+    Source: Park et al. 2019, without time warping; the channel is ours."""
     mels = options.num_mels
     augment = options.augment
     if feats.dim() != 2 or feats.shape[1] % mels:

@@ -1,6 +1,6 @@
 """The models that a Paraformer is compared with, an autoregressive transformer and CTC, and their searches.
 
-Reading order: the models, then the searches. Needs torch, numpy, attention.py and model.py.
+Reading order: the models, then the searches. Needs torch, numpy, attention.py, model.py and tokenizer.py.
 
 Dims: B utterances, L encoder frames, U tokens, D model width, V vocabulary, W beam.
 Sources: Vaswani et al. 2017 (transformer); Graves et al. 2006 (CTC); Wu et al. 2016 "GNMT" (beam search); Graves &
@@ -20,7 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from attention import (PositionalEncoding, TransformerBlock, causal_mask, check_lens, check_shapes, key_mask,
                        padding_mask, run_blocks)
-from model import BLANK, EOS, Hypotheses, Recogniser, SOS, cross_entropy_sum, ctc_sum, edges_between, in_feature_frames
+from model import Hypotheses, Recogniser, cross_entropy_sum, ctc_sum, edges_between, in_feature_frames
+from tokenizer import BLANK, EOS, SOS
 
 
 # ---- models ----
@@ -66,8 +67,7 @@ class Transformer(Recogniser):
 
     def forward(self, feats: Tensor, feat_lens: Tensor, tokens: Tensor,
                 token_lens: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Training losses with teacher forcing; arguments and result as Paraformer.forward. The end token counts as a
-        token."""
+        """Training losses with teacher forcing, as Paraformer.forward. The end token counts as a token."""
         hidden, hidden_lens, _ = self.encoder(feats, feat_lens)
         check_shapes(feats=(feats, "B", "T", "F"), tokens=(tokens, "B", "U"))
         check_lens("token_lens", token_lens, *tokens.shape)
@@ -80,11 +80,9 @@ class Transformer(Recogniser):
 
     def begin(self, hidden: Tensor, hidden_lens: Tensor, W: int) -> tuple[Callable, list[Tensor]]:
         """hidden (B,L,D), hidden_lens (B,) -> step, past of W hypotheses of each utterance.
-
         step(tokens (B,W), the last of each, past) -> log probabilities (B,W,V) of the next token, past with these
         tokens, attention (B,W,L) of the last layer, mean of the heads. `past` is keys and values (B,W,H,t,K) layer by
-        layer; a search that reorders hypotheses must reorder them along W too.
-        """
+        layer; a search that reorders hypotheses must reorder them along W too."""
         decoder = self.decoder
         sources = [block.cross_attention.keys_values(hidden) for block in decoder.blocks]  # which no step changes
         B, H, _, K = sources[0][0].shape
@@ -125,10 +123,8 @@ class Transformer(Recogniser):
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
                texts: Sequence[list[int]] | None = None) -> Hypotheses:
         """As Paraformer.decode: one pass over all tokens, those of greedy decoding or of the texts of a search.
-
         A token is centred where the last layer's attention peaks, but not before the previous token. alpha is the
-        attention that a frame gets from all tokens, mean of the heads, so that it sums to their number.
-        """
+        attention that a frame gets from all tokens, mean of the heads, so that it sums to their number."""
         if texts is None:
             tokens, lens = self.greedy_tokens(hidden, hidden_lens)
         else:
@@ -151,10 +147,8 @@ class Transformer(Recogniser):
 
 def ctc_path(log_p: Tensor, tokens: Sequence[int]) -> list[int]:
     """The most probable CTC path that spells the tokens: log_p (L,V) -> L ids.
-
     There must be a frame for each token and one more between equal neighbours. Viterbi over the 2U + 1 states blank,
-    token 1, blank, ..., token U, blank.
-    """
+    token 1, blank, ..., token U, blank."""
     states = [BLANK]
     for token in tokens:
         states += [token, BLANK]
@@ -224,10 +218,7 @@ class CTC(Recogniser):
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor,
                texts: Sequence[list[int]] | None = None) -> Hypotheses:
         """As Paraformer.decode: the tokens of the best path, or of the best path of each text of a search.
-
-        A token has its centre and probability from its most probable frame on the path. alpha is the probability of
-        not being blank.
-        """
+        A token has its centre and probability from its most probable frame on the path. alpha: of not being blank."""
         B, L, _ = hidden.shape
         log_p = self.log_probs(hidden)
         tokens = hidden_lens.new_zeros(B, L)  # at most a token a frame
@@ -333,10 +324,8 @@ def begin_beam(frames: Tensor, W: int) -> Beam:
 
 def extend_beam(beam: Beam, log_p: Tensor, attention: Tensor, last: Tensor, search: Search) -> tuple[Beam, Tensor]:
     """The best of all texts with one token more, and of those that have ended.
-
     log_p (B,W,V) of the next token, attention (B,W,>=L), last (B,) bool: it must be the end token -> Beam, (B,W) which
-    hypothesis of the old one each comes from.
-    """
+    hypothesis of the old one each comes from."""
     B, W, V = log_p.shape
     end = log_p.new_full((V,), -math.inf)
     end[EOS] = 0.0
@@ -374,11 +363,9 @@ def finish_beam(beam: Beam) -> list[list[Candidate]]:
 
 def beam_search(step: Callable, past: list[Tensor], frames: Tensor, search: Search) -> list[list[Candidate]]:
     """The most probable texts of an autoregressive model.
-
     step(tokens (B,W), past) -> log probabilities (B,W,V), past, attention (B,W,L), as Transformer.begin makes it, with
     past of W = search.width hypotheses; frames (B,) bound the number of tokens. The score is log probability /
-    `length_norm` + coverage_penalty * sum of log coverage; W = 1 is greedy. Source: Wu et al. 2016 "GNMT", section 7.
-    """
+    `length_norm` + coverage_penalty * sum of log coverage; W = 1 is greedy. Source: Wu et al. 2016 "GNMT", 7."""
     beam = begin_beam(frames, search.width)
     for t in range(int(frames.max()) + 1):
         log_p, past, attention = step(beam.tokens[:, :, -1], past)
@@ -401,8 +388,7 @@ class Prefix(NamedTuple):
 
 
 def extend_prefixes(beam: dict[tuple, Prefix], frame: Sequence[float], likely: set[int]) -> dict[tuple, Prefix]:
-    """All texts of the beam, each as it is and with one of the tokens `likely` more, after one frame more of V log
-    probabilities."""
+    """All texts of the beam, as they are and with one of the tokens `likely` more, after a frame (V,) of log_p more."""
     grown: dict[tuple, Prefix] = collections.defaultdict(Prefix)
 
     def add(text: tuple, log_p: float) -> None:
@@ -421,9 +407,7 @@ def extend_prefixes(beam: dict[tuple, Prefix], frame: Sequence[float], likely: s
 
 def prefix_search(log_p: Tensor, W: int) -> list[Candidate]:
     """The most probable texts of a CTC model for one utterance, each with the sum over all paths that spell it.
-
-    log_p (L,V) -> at most W candidates, best first. Source: Graves & Jaitly 2014; Hannun et al. 2014.
-    """
+    log_p (L,V) -> at most W candidates, best first. Source: Graves & Jaitly 2014; Hannun et al. 2014."""
     beam = {(): Prefix(blank=0.0)}
     # Among the W best is no text with another token more, blank and its last one set aside, if it is not in the beam.
     best = log_p.topk(min(W + 2, log_p.shape[1])).indices.tolist()

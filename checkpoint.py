@@ -96,8 +96,7 @@ def without_retired(values: dict, section: str = "") -> dict:
 
 
 def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
-    """The state that train.py saved, as `read_file` reads it, its config without RETIRED fields; of a directory, its
-    checkpoint.pt."""
+    """The state that train.py saved, its config without RETIRED fields; of a directory, its checkpoint.pt."""
     check_name(str(path))
     check_pointer(Path(path))
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
@@ -169,10 +168,7 @@ def check_finite(model: nn.Module, place: str) -> None:
 
 def save_run(folder: Path, state: dict, is_best: bool) -> None:
     """Write checkpoints/latest.pt of a run; the one before becomes previous.pt.
-
-    If it is the best, best.pt is written first: a run killed in between repeats the epoch. If writing fails, latest.pt
-    and previous.pt stay.
-    """
+    The best is written as best.pt first: a run killed in between repeats the epoch. If writing fails, both stay."""
     folder = folder / "checkpoints"
     if is_best:
         save_atomic(folder / "best.pt", state)
@@ -330,10 +326,8 @@ def lay_out_products(system: System) -> None:
 def load_system(path: str | os.PathLike, device: str = "auto", precision: str = "float32",
                 laid_out: bool = False) -> System:
     """The system of a checkpoint of train.py or of a FunASR directory. Raises ValueError: file and what is wrong.
-
     If the processor lacks the precision, or no matrix is LARGE enough for int8, it is float32, with a warning.
-    laid_out: see `lay_out_products`; weights in int8 are. Else they are memory-mapped, which starts sooner.
-    """
+    laid_out: see `lay_out_products`; weights in int8 are. Else they are memory-mapped, which starts sooner."""
     target = pick_device(device)
     if not runs_on(precision, target):
         print(f"warning: this {target.type} has no {precision} products; going on in float32", file=sys.stderr)
@@ -496,10 +490,8 @@ def write_checkpoint(system: System, place: Path) -> str:
 
 def export(system: System, path: str) -> str:
     """Write the model without optimizer state -> what was written, in words.
-
     Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
-    with checkpoint.pt of ours where not.
-    """
+    with checkpoint.pt of ours where not."""
     place = Path(path)
     reason = ""
     if place.suffix != ".pt":

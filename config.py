@@ -4,8 +4,7 @@ To add a field, give it a line with its unit in its dataclass. What values must 
 
 The YAML subset: nested maps by indentation, scalars (int, float, true/false, null, quoted and bare text), inline and
 block lists, the empty map {}, comments. Values are those of PyYAML's safe loader, except that `1e-4` is a float.
-Scalars that YAML readers disagree on (yes, 010, 1:30, 1_000, -.5), and all YAML outside the subset, are errors that
-name file and line.
+Scalars that YAML readers disagree on (yes, 010, 1:30, 1_000, -.5), and all other YAML, are errors with file and line.
 
 Needs the standard library only and nothing of this project: copy it alone.
 Sources: yaml.org/spec/1.1 (indentation, escapes); PyYAML 6 resolver.py (what a bare scalar means).

@@ -47,11 +47,8 @@ def show_length(seconds: float) -> str:
 
 
 def write_manifests(rows: Iterable[tuple[str, dict] | LeftOut], out: Path) -> None:
-    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all. What is left out, rows without text
-    too, is counted and named.
-
-    A manifest of one of SPLITS that has no rows now, left by a run with other options, stays, with a warning.
-    """
+    """(split, row) pairs -> out/<split>.jsonl, each written whole or not at all. What is left out, as without text, is
+    counted and named. A manifest of one of SPLITS that has no rows now, left by another run, stays, with a warning."""
     splits: dict[str, list[dict]] = {}
     left_out: list[LeftOut] = []
     for item in rows:
@@ -130,9 +127,7 @@ def compose(speakers: dict[str, list[Path]], audio: Path, rng: np.random.Generat
 
 def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
     """Connected digits, composed of recordings <digit>_<speaker>_<index>.wav -> rows.
-
-    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker.
-    """
+    Indices 0-4 are the corpus's test recordings, 5-9 make dev, the rest train; a held-out speaker is unseen_speaker."""
     if min(options.utterances) < 0:
         raise ValueError(f"--utterances: wanted 0 or more each, got {options.utterances}")
     folder = options.source / "recordings"

@@ -87,10 +87,8 @@ def random_trajectory(num_mels: int, rng: np.random.Generator) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def toy_inventory(num_symbols: int, num_mels: int) -> np.ndarray:
     """Spectral trajectories (num_symbols, TOY_STEPS, num_mels) float32, the same for every seed.
-
     Symbols 2k and 2k+1 are time reversals of each other: the same frames in another order, so single frames cannot
-    tell them apart. Each pair is, of 32 random ones, the farthest from those before it and from its own reversal.
-    """
+    tell them apart. Each pair is, of 32 random ones, the farthest from those before it and from its own reversal."""
     rng = np.random.default_rng(2206)
     chosen: list[np.ndarray] = []
     while len(chosen) < num_symbols:
@@ -137,11 +135,9 @@ def toy_features(symbols: np.ndarray, durations: np.ndarray, options, rng: np.ra
 @dataclass(eq=False)
 class ToySeq2SeqDataset(Dataset):
     """Synthetic speech-like features: index -> Utterance, a pure function of (seed, index).
-
     A text of random symbols, each a trajectory of `toy_inventory` stretched to its duration (in every text of two or
     more, one lasts min_frames and one at least three times that), neighbours cross-faded over blend_frames around the
-    true boundaries; loudness and spectral tilt drawn per utterance, white noise on top.
-    """
+    true boundaries; loudness and spectral tilt drawn per utterance, white noise on top."""
 
     num_utterances: int
     options: Any                            # reads num_mels, toy and augment
@@ -260,12 +256,10 @@ def read_response(row: Row, rate_hz: int) -> Tensor:
 @dataclass(eq=False)
 class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
-
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token. With for_training=False only a recording that cannot be read is skipped; no
     text is needed, and one shorter than a window, or longer than whole_sec (which is not read), has T == 0.
-    Raises ValueError on a bad line of the manifest.
-    """
+    Raises ValueError on a bad line of the manifest."""
 
     source: InitVar[str | os.PathLike | list[Row]]      # manifests as in find_manifests, or rows
     options: Any
@@ -389,10 +383,7 @@ def training_texts(options) -> Iterator[str]:
 def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: int = 0, stats: Tensor | None = None,
                  frames_per_token: int = 1, augment: bool = False) -> Dataset:
     """The dataset of a split (train, dev, test), of options.kind. Toy data differ between all splits and seeds.
-
-    options.train, dev and test are as in find_manifests; where dev or test is "", it is the training manifest. Raises
-    ValueError that names the field.
-    """
+    options.train, dev, test: as in find_manifests; dev or test "" is the training manifest. Errors name the field."""
     if options.kind == "toy":
         size = options.toy.num_train if split == "train" else options.toy.num_dev
         split_seed = 3 * seed + ("train", "dev", "test").index(split)
@@ -405,8 +396,7 @@ def open_dataset(options, split: str, encode: Callable[[str], list[int]], seed: 
 
 
 def check_usable(dataset: Dataset, place: str) -> None:
-    """Raises ValueError, with the first three reasons, if every item is skipped; looks no further than the first that
-    is not."""
+    """Raises ValueError, with the first three reasons, if every item is skipped; looks up to the first that is not."""
     reasons = []
     for item in dataset:
         if isinstance(item, Utterance):
@@ -435,11 +425,9 @@ class Batch(NamedTuple):
 def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: int = 0, epoch: int = 0,
                  shuffle: bool = True) -> list[list[int]]:
     """lengths (n,) frames -> batches of indices, each index once, of similar lengths; decided by (seed, epoch).
-
     At most batch_size utterances and batch_frames padded frames in each; one longer than that is a batch of its own.
     With shuffle the lengths are jittered before sorting and the batches shuffled. Without, they are in order of length,
-    and at most a tenth of a batch is padding.
-    """
+    and at most a tenth of a batch is padding."""
     if batch_size < 1 or batch_frames < 1:
         raise ValueError(f"batch_size and batch_frames must be 1 or more, got {batch_size} and {batch_frames}")
     lengths = np.asarray(lengths, np.int64)
@@ -472,9 +460,7 @@ def make_batches(lengths: np.ndarray, batch_size: int, batch_frames: int, seed: 
 
 def collate(items: list[Utterance | Skip]) -> Batch:
     """Utterances -> one padded Batch; Skips go to `skipped`. Skips alone give a batch with B == 0.
-
-    Raises ValueError unless the features are (T,F) of one F, and the tokens (U,).
-    """
+    Raises ValueError unless the features are (T,F) of one F, and the tokens (U,)."""
     kept = [item for item in items if isinstance(item, Utterance)]
     skipped = [item for item in items if isinstance(item, Skip)]
     shapes = [(tuple(u.feats.shape), tuple(u.tokens.shape)) for u in kept]

@@ -1,8 +1,7 @@
 """What a run of train.py will be, before it begins: sizes by module, shapes, memory and time, from a few steps.
 
 Reading order: what cannot work, shapes, a traced step, the report. Needs torch, numpy, audio.py, data.py, manifests.py,
-step.py and tokenizer.py. A run is that of train.py: with config, tokenizer, model, average, optimizer, train_set and
-dev_set.
+step.py and tokenizer.py. A run is that of train.py: config, tokenizer, model, average, optimizer, train_set, dev_set.
 """
 import math
 from collections import Counter

@@ -43,9 +43,7 @@ def save_atomic(path: str | os.PathLike, state: dict) -> None:
 
 def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:
     """What torch.save wrote, on the CPU, loaded with weights_only; mapped: tensors stay in the file until used.
-
-    Raises ValueError with what was wanted if there is no such file or torch cannot load it, OSError if the disk fails.
-    """
+    Raises ValueError with what was wanted if it is missing or torch cannot load it, OSError if the disk fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
@@ -58,20 +56,14 @@ def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> obj
 
 # ---- weights ----
 
-def same_name(name: str) -> list[str]:
-    return [name]
-
-
 MOST_NAMED = 10  # tensors in an error
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], place: str,
-                 names: Callable[[str], list[str]] = same_name, adopt: bool = False) -> None:
+                 names: Callable[[str], list[str]] = lambda name: [name], adopt: bool = False) -> None:
     """Put all weights into the model. Raises one ValueError that names what is missing, unused or misshapen.
-
     names(our name): the file's names of the tensors that, concatenated along dim 0, make ours. adopt: the tensors
-    themselves replace the model's own and are not copied.
-    """
+    themselves replace the model's own and are not copied."""
     own = model.state_dict()
     wanted = {}
     for name, x in own.items():

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from attention import MultiHeadAttention, key_mask, padding_mask, run_blocks
 from funasr_layers import Pointwise, SanmDecoder, SanmDecoderBlock
-from model import Paraformer, Prediction, SOS
+from model import Paraformer, Prediction
+from tokenizer import SOS
 
 NONE_OF_THEM = (SOS,)  # the last entry of every list
 LONGEST = 50  # entries that SeACo's second decoder chooses from a longer list, before "none of them" is added

@@ -105,9 +105,7 @@ def read_table(path: str | os.PathLike) -> dict[str, tuple[str, str]]:
 
 def read_segments(path: str | os.PathLike) -> dict[str, tuple[str, float, float | None]]:
     """Kaldi's `segments`, lines `key recording start end` in seconds -> {key: (recording, offset, duration)}.
-
-    An end of -1 is the recording's (duration None). Raises ValueError for another line.
-    """
+    An end of -1 is the recording's (duration None). Raises ValueError for another line."""
     segments: dict[str, tuple[str, float, float | None]] = {}
     for key, (value, place) in read_table(path).items():
         try:
@@ -188,9 +186,7 @@ def scan_rows(path: str | os.PathLike, allow_pipes: bool = False) -> Iterator[tu
 
 def find_manifests(source: str | os.PathLike) -> list[str]:
     """The manifests and Kaldi folders that `source` names: a path, a shell pattern, or several separated by commas.
-
-    A pattern that matches nothing stays, for whoever opens it to report. Raises ValueError for an empty name.
-    """
+    A pattern that matches nothing stays, for whoever opens it to report. Raises ValueError for an empty name."""
     text = os.fspath(source)
     names = [text] if os.path.exists(text) else [name.strip() for name in text.split(",")]
     if "" in names:
@@ -204,10 +200,7 @@ def find_manifests(source: str | os.PathLike) -> list[str]:
 
 def find_again(source: str, checkpoint: str | os.PathLike) -> str:
     """The source of find_manifests, as a run named it whose checkpoint this is, from another working directory too.
-
-    Its relative names are looked for in the folder that holds `runs`, then above that, then here; it stays as it is if
-    they are nowhere.
-    """
+    Its relative names are looked for in the folder that holds `runs`, then above that, then here; else it stays."""
     if not source:
         return source
     for folder in Path(os.path.abspath(checkpoint)).parents[3:]:        # of runs/<run>/checkpoints/<name>.pt
@@ -219,12 +212,10 @@ def find_again(source: str, checkpoint: str | os.PathLike) -> str:
 
 class Manifest:
     """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
-
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
     Only `index` stays in memory, one array that worker processes share: where each row starts, and its seconds (NaN =
     not given). manifest[i] reads its row from the file again; ValueError if there is none any more. The rows of a
-    Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much.
-    """
+    Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much."""
 
     ENTRY = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
 
@@ -290,10 +281,7 @@ def why_no_recording(path: str) -> str:
 
 def find_recordings(folder: str | os.PathLike) -> tuple[list[Path], list[LeftOut]]:
     """The recordings in a folder, at any depth, by path; and what else is in it, but for texts beside recordings.
-
-    Links are followed; a folder that is met again, as in a loop of them, is read once. Hidden files and folders are
-    left out.
-    """
+    Links are followed; a folder that is met again, as in a loop of them, is read once. What is hidden is left out."""
     found: list[Path] = []
     left_out: list[LeftOut] = []
     met = set()
@@ -330,10 +318,8 @@ class Inputs(NamedTuple):
 def read_inputs(names: Sequence[str | os.PathLike], scratch: Path, allow_pipes: bool = False) -> Inputs:
     """What the names of a command line name, in order: - or a pipe, as `<(...)` gives it (`read_stream`), manifests
     (.jsonl, .json), Kaldi folders (with wav.scp), other folders (every recording in them), recordings (anything else).
-
-    scratch: a folder for copies of pipes; allow_pipes: run those of a wav.scp. Raises ValueError for an empty folder or
-    name, and for a device.
-    """
+    scratch: a folder for copies of pipes; allow_pipes: run those of a wav.scp. Raises ValueError for what is empty, and
+    for a device."""
     found: list[Row | LeftOut] = []
     for name in names:
         found += read_input(os.fspath(name), scratch, allow_pipes)

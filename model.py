@@ -5,7 +5,7 @@
 
 Read six functions first: Predictor.forward (weights), scale_weights (their running sum), cif (tokens), glance (the
 sampler), Decoder.forward (all tokens at once), Paraformer.forward (the loss). `options` is the model section of a
-config, or a part of it (config.py). Needs torch, numpy, attention.py and funasr_layers.py.
+config, or a part of it (config.py). Needs torch, numpy, attention.py, funasr_layers.py and tokenizer.py.
 
 Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames (up to two fewer in a
 relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
@@ -27,10 +27,7 @@ from attention import (ConformerBlock, PositionalEncoding, TransformerBlock, at_
                        check_shapes, convolve, full_precision, hide_padding, key_mask, near_mask, padding_mask,
                        run_blocks, sinusoids)
 from funasr_layers import FramePredictor, RelativeConformerEncoder, SanmDecoder, SanmEncoder, TimingHead
-
-BLANK = 0  # CTC blank and padding
-SOS = 1  # the start token, where a model has one
-EOS = 2  # the end token, likewise
+from tokenizer import BLANK, EOS
 
 
 def pick(choices: dict, field: str, name):
@@ -54,10 +51,10 @@ class Subsampling(nn.Module):
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
         check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
-        for convolution in self.convolutions:
+        for layer in self.convolutions:
             x = hide_padding(x, lens)  # padded frames may hold anything
-            x = F.gelu(convolve(x, convolution.weight, convolution.bias, (1, 1), convolution.stride[0]))
-            lens = (lens - 1).div(convolution.stride[0], rounding_mode="floor") + 1
+            x = F.gelu(convolve(x, layer.weight, layer.bias, layer.padding * 2, layer.stride[0]))
+            lens = (lens - 1).div(layer.stride[0], rounding_mode="floor") + 1
         return x, lens
 
 
@@ -239,9 +236,7 @@ def glance(embeds: Tensor, truth: Tensor, counts: Tensor, wrong: Tensor, ratio: 
 
 class Decoder(nn.Module):
     """Bidirectional transformer over the acoustic embeddings, with cross-attention to the encoder, in one pass.
-
-    Kind `bare` takes the embeddings as they are; kind `transformer` projects them and adds positions.
-    """
+    Kind `bare` takes the embeddings as they are; kind `transformer` projects them and adds positions."""
 
     def __init__(self, source_dim: int, vocab_size: int, options):
         super().__init__()
@@ -276,9 +271,7 @@ class Decoder(nn.Module):
 
 def cross_entropy_sum(logits: Tensor, tokens: Tensor, lens: Tensor, smoothing: float) -> Tensor:
     """KL divergence to the smoothed target, summed over real tokens: q = 1-e at the target, e/(V-1) elsewhere.
-
-    logits (B,U,V), tokens (B,U) int64, lens (B,) -> scalar. The entropy of q is subtracted, so the minimum is 0.
-    """
+    logits (B,U,V), tokens (B,U) int64, lens (B,) -> scalar. The entropy of q is subtracted, so the minimum is 0."""
     check_shapes(logits=(logits, "B", "U", "V"), tokens=(tokens, "B", "U"), lens=(lens, "B"))
     V = logits.shape[-1]
     q = torch.tensor([1 - smoothing, smoothing / (V - 1)], dtype=torch.float64)
@@ -291,9 +284,7 @@ def cross_entropy_sum(logits: Tensor, tokens: Tensor, lens: Tensor, smoothing: f
 
 def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) -> Tensor:
     """CTC loss summed over utterances; one whose tokens cannot fit its frames contributes 0.
-
-    logits (B,L,V), lens (B,), tokens (B,U), token_lens (B,) -> scalar.
-    """
+    logits (B,L,V), lens (B,), tokens (B,U), token_lens (B,) -> scalar."""
     check_shapes(logits=(logits, "B", "L", "V"), tokens=(tokens, "B", "U"))
     check_lens("lens", lens, *logits.shape[:2])
     check_lens("token_lens", token_lens, *tokens.shape)
@@ -318,11 +309,9 @@ def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tenso
 
 def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Tensor:
     """Expected number of token errors above the candidates' mean, summed over utterances.
-
     logits (B,U,V), tokens (B,U), lens (B,), masked (B,N,U) bool: where the best token is masked, so that candidate n
     takes the second best; candidate 0 ignores it -> scalar, sum_n P_n (errors_n - mean errors), with P normalised over
-    the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018.
-    """
+    the N candidates. Source: Gao et al. 2022, 3.4; Prabhavalkar et al. 2018."""
     (B, N, _), real = masked.shape, padding_mask(lens, tokens.shape[1])[:, None]
     check_shapes(tokens=(tokens, "B", "U"), logits=(logits, "B", "U", "V"))
     log_p, ids = logits.float().log_softmax(-1).topk(2, -1)  # (B,U,2): best and second best
@@ -338,11 +327,9 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
 
 def boundaries(alpha: Tensor, n: int) -> Tensor:
     """Boundaries of the n tokens that weights alpha (L,) of one utterance fire: -> (n+1,) float64 in encoder frames.
-
     The weights of a token peak within it, so the centre of token u is where their running sum, scaled to n, reaches
     u + 1/2. Boundaries lie half way between centres; the outermost mirror the next ones. (The sum passes whole numbers
-    in flat stretches between peaks, where the place says little.) A single token takes all frames.
-    """
+    in flat stretches between peaks, where the place says little.) A single token takes all frames."""
     check_shapes(alpha=(alpha, "L"))
     L = len(alpha)
     total = np.concatenate([[0.0], np.cumsum(alpha.double().numpy())])
@@ -525,17 +512,13 @@ class Paraformer(Recogniser):
 
     def count(self, alpha: Tensor) -> Tensor:
         """alpha (B,L) -> number of tokens (B,) int64: floor(sum + tail), or without a tail the rounded sum.
-
-        float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number.
-        """
+        float64: the sum does not depend on the padding; FunASR's in float32 may differ at a whole number."""
         check_shapes(alpha=(alpha, "B", "L"))
         return (alpha.double().sum(1) + (self.options.predictor.tail or 0.5)).floor().long()
 
     def integrate(self, hidden: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (B,L,D), alpha (B,L) -> counts (B,), embeds (B,U,D), from weights that are scaled to the counts.
-
-        With a tail they stay as they are: it completes a token with a frame of zeros, which adds nothing to a sum.
-        """
+        With a tail they stay as they are: it completes a token with a frame of zeros, which adds nothing to a sum."""
         check_shapes(alpha=(alpha, "B", "L"), hidden=(hidden, "B", "L", "D"))
         counts = self.count(alpha)
         alpha = alpha.double() if self.options.predictor.tail else scale_weights(alpha, counts)
@@ -550,9 +533,7 @@ class Paraformer(Recogniser):
 
     def decode(self, hidden: Tensor, hidden_lens: Tensor, feat_lens: Tensor) -> Hypotheses:
         """Greedy decoding after the encoder, in one pass: `count` gives the number of tokens, each the argmax.
-
-        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses.
-        """
+        hidden (B,L,D), hidden_lens (B,), feat_lens (B,) -> Hypotheses."""
         check_shapes(hidden=(hidden, "B", "L", self.embedding.embedding_dim), feat_lens=(feat_lens, "B"))
         alpha = self.weigh(hidden, hidden_lens)
         counts, embeds = self.integrate(hidden, alpha)

@@ -57,11 +57,8 @@ def quantise(linear: nn.Linear) -> Int8Weights:
 
 class Int8Linear(nn.Module):
     """An nn.Linear in int8 arithmetic, equal to about 1%: float32 in, float32 out.
-
     Each output channel of the weights has its own scale, and so has each row of the input, which therefore does not
-    depend on its batch. Inputs take 7 bits: two products of 8 by 8 bits overflow the 16 bits in which processors
-    without VNNI add them.
-    """
+    depend on its batch. Inputs take 7 bits: processors without VNNI add two products in 16 bits, which 8 overflow."""
 
     def __init__(self, given: nn.Linear | Int8Weights):
         super().__init__()

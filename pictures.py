@@ -25,8 +25,7 @@ PICTURED = 3  # dev utterances that training.picture_epochs draws
 
 @torch.no_grad()
 def draw(run, item: data.Utterance) -> dict[str, str]:
-    """The `utterance_svgs` of an utterance as the model decodes it now: alignment and last cross-attention. run: of
-    train.py."""
+    """The `utterance_svgs` of an utterance as the run's model decodes it now: alignment and last cross-attention."""
     model, hop_sec = run.average.eval(), frame_sec(run.config.data)
     feats, feat_lens = inputs(data.collate([item]), model)[:2]
     found = model.greedy(feats, feat_lens)

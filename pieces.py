@@ -28,8 +28,7 @@ def _split_lines(text: str) -> list[str]:
 @dataclass(frozen=True)
 class PieceTokenizer:
     """A vocabulary of characters and word pieces, as FunASR's CharTokenizer reads it: ids 0 to 2 are BLANK, SOS and EOS
-    whatever their symbols are. pieces[word] are the symbols of a word; without pieces, every character but the space is
-    a symbol."""
+    whatever their symbols are. pieces[word] are the symbols of a word; without pieces, they are its characters."""
 
     symbols: tuple[str, ...]
     pieces: dict[str, list[str]] | None
@@ -38,9 +37,7 @@ class PieceTokenizer:
     @classmethod
     def load(cls, tokens: str | os.PathLike, dictionary: str | os.PathLike | None = None) -> "PieceTokenizer":
         """Symbols from a JSON list or a file with one on each line, and a dictionary `word piece piece ...`, if given.
-
-        Raises ValueError that names the file.
-        """
+        Raises ValueError that names the file."""
         parse = json.loads if Path(tokens).suffix == ".json" else _split_lines
         symbols = parse_file(tokens, "a list of symbols", parse)
         pieces = parse_file(dictionary, "a dictionary", str) if dictionary else None
@@ -96,8 +93,7 @@ class PieceTokenizer:
 
     def encode_hotword(self, phrase: str) -> list[int]:
         """The ids of a phrase that a model is to listen for, as FunASR reads it: words at any white space; one that is
-        not in pieces is spelled if it is all Chinese and digits, and else unknown as a whole. Without pieces, the words
-        themselves are looked up."""
+        not in pieces is spelled if it is all Chinese and digits, else unknown. Without pieces, words are looked up."""
         words = tidy(phrase).split()
         if self.pieces is not None:
             words = self._spelled([word.lower() for word in words], "[\u4e00-\u9fa50-9]+")
@@ -108,8 +104,7 @@ class PieceTokenizer:
         return write_sentence(spell_words(spoken_symbols(ids, self.symbols)))
 
     def state(self) -> dict:
-        """Plain containers, as Tokenizer.state; the pieces as the lines of a dictionary, which torch.load reads 5 times
-        as fast as lists."""
+        """Plain containers, as Tokenizer.state; pieces as lines of a dictionary: torch.load reads lists 5 x slower."""
         pieces = None
         if self.pieces is not None:
             pieces = "\n".join(" ".join([word, *parts]) for word, parts in self.pieces.items())
@@ -117,8 +112,7 @@ class PieceTokenizer:
 
     @classmethod
     def from_state(cls, state: dict, where: str = "tokenizer state") -> "PieceTokenizer":
-        """The inverse of state(), or of an older one, whose pieces are lists by word. Raises ValueError that begins
-        with where if state is not one."""
+        """The inverse of state(), or of an older one, whose pieces are lists by word. Raises as Tokenizer's."""
         symbols, pieces = state.get("symbols"), state.get("pieces")
         if isinstance(pieces, str):
             rows = [line.split() for line in pieces.split("\n")]
@@ -153,11 +147,9 @@ def _kind(symbol: str) -> str:
 
 def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None) -> list[SpelledWord]:
     """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
-
     UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
     Source: FunASR's sentence_postprocess, which also loses characters: of a word that breaks off (his@@ 不) and of a
-    mark between a word and Chinese (ok % 不). Here all are kept; the rest is equal.
-    """
+    mark between a word and Chinese (ok % 不). Here all are kept; the rest is equal."""
     spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
     if times is None:
         times = [(None, None)] * len(spoken)

@@ -346,8 +346,7 @@ class Curve(NamedTuple):
 
 
 def round_ticks(low: float, high: float, log_scale: bool) -> list[float]:
-    """1, 2 or 5 times powers of ten, from one at most low to one at least high; on a logarithmic scale of more than two
-    decades the powers alone."""
+    """1, 2 or 5 times powers of ten, from at most low to at least high; beyond two decades in log the powers alone."""
     if log_scale:
         factors = (1,) if high > 100 * low else (1, 2, 5)
         ticks = []

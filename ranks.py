@@ -90,8 +90,7 @@ class Share(nn.Module):
 
 
 def share_model(model: nn.Module) -> nn.Module:
-    """What a step of several ranks calls in place of the model, whose weights it has: p.grad is then the mean
-    of all."""
+    """What a step of several ranks calls in place of the model, whose weights it has: p.grad is their mean."""
     if num_ranks() == 1:
         return model
     # strides over a dimension of size 1, as in the weights of a depthwise convolution, mean nothing

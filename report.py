@@ -243,18 +243,6 @@ def subtitles(result: Result, form: str) -> str:
     return "".join(lines)
 
 
-def srt(outcome: Outcome) -> str:
-    return subtitles(outcome.result, "srt")
-
-
-def vtt(outcome: Outcome) -> str:
-    return subtitles(outcome.result, "vtt")
-
-
-def txt(outcome: Outcome) -> str:
-    return written_text(outcome.result) + "\n"
-
-
 def token_entry(token: Token) -> dict:
     """As JSON has it: `hotword` only where it is true."""
     entry = token._asdict()
@@ -312,7 +300,9 @@ def ctm(outcome: Outcome) -> str:
 
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
-    "txt": txt, "json": json_line, "srt": srt, "vtt": vtt, "tsv": tsv, "ctm": ctm}
+    "txt": lambda outcome: written_text(outcome.result) + "\n", "json": json_line,
+    "srt": lambda outcome: subtitles(outcome.result, "srt"), "vtt": lambda outcome: subtitles(outcome.result, "vtt"),
+    "tsv": tsv, "ctm": ctm}
 
 
 # ---- pictures ----
@@ -474,8 +464,7 @@ def report_html(title: str, lines: Sequence[str], cases: Sequence[tuple[Score, s
 
 
 def write_report(folder: Path, scores: Sequence[Score], lines: Sequence[str], picture: Callable[[int], str]) -> None:
-    """summary.txt, alignments.txt, and report.html, which shows the WORST utterances, each with picture(its index), an
-    SVG or ""."""
+    """summary.txt, alignments.txt, report.html with the WORST utterances and picture(index) of each, an SVG or ""."""
     alignments = []
     for s in scores:
         n = s.units

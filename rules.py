@@ -1,8 +1,7 @@
 """What a config must keep: the range of every number, options without effect, rules between fields.
 
 `load` reads a file and checks it. A new number's name goes into `RANGES` (but for the weight of a loss), an option that
-a kind has no use for into `UNUSED`, a rule between fields is an `if` with the field and what is wanted.
-Needs config.py.
+a kind has no use for into `UNUSED`, a rule between fields is an `if` with field and what is wanted. Needs config.py.
 """
 import math
 from collections.abc import Iterator, Sequence

@@ -109,8 +109,7 @@ def sampler_order(model: nn.Module, batch: data.Batch, seed: int, number: int) -
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Encoder blocks keep no activations; the backward pass computes them again. A copy made later would call these
-    blocks."""
+    """Encoder blocks keep no activations; the backward pass computes them again. A later copy would call these."""
     for block in model.encoder.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -154,10 +153,8 @@ def add_gradients(model: nn.Module, batch: data.Batch, options, number: int) -> 
 def train_step(model: nn.Module, optimizer: torch.optim.AdamW, batch: data.Batch, rate: float, options,
                number: int = 0) -> Step:
     """One forward, backward and update at this learning rate, with the random draws of step `number`.
-
     batch is this rank's share and may be empty; the gradient is the sum over all ranks, divided by all their tokens.
-    Nothing is updated if, in any rank, loss or gradient is not finite.
-    """
+    Nothing is updated if, in any rank, loss or gradient is not finite."""
     undo = keep_statistics(model)  # of BatchNorm layers, which a step that is skipped must not have moved
     torch.manual_seed(int(data.generator(options.seed, number, own_rank()).integers(2 ** 63)))  # dropout
     model.zero_grad()

@@ -67,11 +67,9 @@ def fold(text: str) -> str:
 
 def normalise_text(text: str) -> str:
     """The one normalisation, before encoding and before scoring: tidy, NFKC but for WHOLE letters, lower case.
-
     Punctuation stays: whether a corpus speaks it is decided where its manifest is written.
     Lower case, not casefold, which misspells what is shown to a reader (ß -> ss, final ς -> σ).
-    A lone surrogate becomes U+FFFD, so that every result can be written as UTF-8. Idempotent.
-    """
+    A lone surrogate becomes U+FFFD, so that every result can be written as UTF-8. Idempotent."""
     text = UNSEEN.sub("", re.sub("[\ud800-\udfff]", "\ufffd", text))
     return tidy(re.sub(f"[^{WHOLE}]+", lambda between: fold(between[0]), text))
 
@@ -97,11 +95,9 @@ def parse_file(path: str | os.PathLike, wanted: str, parse: Callable) -> object:
 @dataclass(frozen=True)
 class Tokenizer:
     """A vocabulary: symbols[id] is what id stands for, the four SPECIALS first.
-
     decode(encode(text)) == normalise_text(text) for every text of known symbols. A word spelled like a special is
     never a symbol: typed in a text, "<eos>" is five characters, or the one word UNK.
-    Raises ValueError if the unit or a symbol is one that encode can never produce.
-    """
+    Raises ValueError if the unit or a symbol is one that encode can never produce."""
 
     unit: str  # "char" | "word"
     symbols: tuple[str, ...]
@@ -157,9 +153,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids: BLANK, SOS and EOS left out wherever they stand, UNK written <unk>, words joined by spaces.
-
-        Raises ValueError if an id is outside the vocabulary.
-        """
+        Raises ValueError if an id is outside the vocabulary."""
         return ("" if self.unit == "char" else " ").join(spoken_symbols(ids, self.symbols))
 
     def state(self) -> dict:
@@ -209,11 +203,9 @@ def _edit_costs(ref: Sequence[Hashable], hyp: Sequence[Hashable], gap: int) -> I
 
 def align(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> list[tuple[str, Hashable | None, Hashable | None]]:
     """The alignment with the fewest edits and, among those, the most hits: (op, ref item, hyp item) in order.
-
     op is "hit", "sub", "ins" (ref item None) or "del" (hyp item None). This fixes how many of each there are; where
     they go is decided from the end backwards, preferring a pair to an insertion and an insertion to a deletion.
-    Time and memory grow with len(ref) * len(hyp): 0.05 s and 32 MB for 2,000 by 2,000 items.
-    """
+    Time and memory grow with len(ref) * len(hyp): 0.05 s and 32 MB for 2,000 by 2,000 items."""
     gap = min(len(ref), len(hyp)) + 1  # more than there can be substitutions, so that their + 1 only breaks ties
     costs = list(_edit_costs(ref, hyp, gap))
     steps = []
@@ -299,9 +291,7 @@ MARKS = {"hit": "", "sub": "S", "ins": "I", "del": "D"}
 
 def format_alignment(ref: Sequence, hyp: Sequence) -> str:
     """align(ref, hyp) as three lines REF, HYP, OPS in columns of a monospace terminal.
-
-    OPS marks S, I, D; an empty slot is ***, and an item that is a space is drawn as ␣.
-    """
+    OPS marks S, I, D; an empty slot is ***, and an item that is a space is drawn as ␣."""
     lines = ["REF:", "HYP:", "OPS:"]
     for op, ref_item, hyp_item in align(ref, hyp):
         cells = [_show_item(ref_item), _show_item(hyp_item), MARKS[op]]
