@@ -124,16 +124,17 @@ class Fsmn(nn.Module):
 
 
 class SanmAttention(nn.Module):
-    """Self-attention from width in_dim to dim, plus an FSMN over its values. Source: Gao et al. 2020."""
+    """Self-attention from width in_dim to the model's, plus an FSMN over its values. Source: Gao et al. 2020."""
 
-    def __init__(self, in_dim: int, dim: int, num_heads: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
+    def __init__(self, in_dim: int, options):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got {num_heads} heads and dim {dim}")
-        self.num_heads = num_heads
-        self.dropout = dropout
+        dim = options.hidden_dim
+        self.num_heads = options.num_heads
+        if dim % self.num_heads:
+            raise ValueError(f"num_heads must divide dim, got {self.num_heads} heads and dim {dim}")
+        self.dropout = options.attention_dropout
         self.query_key_value = nn.Linear(in_dim, 3 * dim)
-        self.memory = Fsmn(dim, kernel_size, shift, dropout)
+        self.memory = Fsmn(dim, options.kernel_size, options.memory_shift, self.dropout)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False,
@@ -170,7 +171,7 @@ class NormedFeedForward(nn.Module):
     """Linear, ReLU, LayerNorm, linear without bias: (B,T,D) -> (B,T,D), the feed-forward of SAN-M decoders.
     ffn_dim 0 means 4 * dim."""
 
-    def __init__(self, dim: int, ffn_dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int, ffn_dim: int, dropout: float):
         super().__init__()
         ffn_dim = ffn_dim or 4 * dim
         self.up = nn.Linear(dim, ffn_dim)
@@ -224,11 +225,11 @@ class BatchNormConvolution(ConvolutionModule):
 class RelativeConformerBlock(ConformerBlock):
     """A conformer block with relative positions and BatchNorm, as in the paper and in published checkpoints."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15,
-                 attention_dropout: float = 0.0):
-        super().__init__(dim, num_heads, ffn_dim, dropout, kernel_size)
-        self.self_attention = RelativeAttention(dim, num_heads, attention_dropout)
-        self.convolution = BatchNormConvolution(dim, kernel_size)
+    def __init__(self, options):
+        dim = options.hidden_dim
+        super().__init__(dim, options.num_heads, options.ffn_dim, options.dropout, options.kernel_size)
+        self.self_attention = RelativeAttention(dim, options.num_heads, options.attention_dropout)
+        self.convolution = BatchNormConvolution(dim, options.kernel_size)
 
     def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -246,17 +247,16 @@ class RelativeConformerBlock(ConformerBlock):
 
 
 class SanmBlock(nn.Module):
-    """Pre-norm SanmAttention, then feed-forward; attention has no residual if in_dim differs from dim."""
+    """Pre-norm SanmAttention, then feed-forward; attention has no residual if in_dim differs from the model's width."""
 
-    def __init__(self, in_dim: int, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0,
-                 dropout: float = 0.0, attention_dropout: float = 0.0):
+    def __init__(self, in_dim: int, options):
         super().__init__()
         self.norm_self = nn.LayerNorm(in_dim)
-        self.self_attention = SanmAttention(in_dim, dim, num_heads, kernel_size, shift, attention_dropout)
-        self.norm_ffn = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, ffn_dim, dropout)
-        self.residual = in_dim == dim
-        self.dropout = nn.Dropout(dropout)
+        self.self_attention = SanmAttention(in_dim, options)
+        self.norm_ffn = nn.LayerNorm(options.hidden_dim)
+        self.feed_forward = FeedForward(options.hidden_dim, options.ffn_dim, options.dropout)
+        self.residual = in_dim == options.hidden_dim
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, need_weights: bool = False,
                 seen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -276,18 +276,18 @@ class SanmBlock(nn.Module):
 
 
 class SanmDecoderBlock(nn.Module):
-    """Feed-forward, an FSMN in place of self-attention, and cross-attention if num_heads is not 0."""
+    """Feed-forward, an FSMN in place of self-attention, and cross-attention; without that, the FSMN is centred."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0,
-                 attention_dropout: float = 0.0):
+    def __init__(self, options, attends: bool = True):
         super().__init__()
+        dim = options.hidden_dim
         self.norm_ffn = nn.LayerNorm(dim)
-        self.feed_forward = NormedFeedForward(dim, ffn_dim, dropout)
+        self.feed_forward = NormedFeedForward(dim, options.ffn_dim, options.dropout)
         self.norm_memory = nn.LayerNorm(dim)
-        self.memory = Fsmn(dim, kernel_size, shift, attention_dropout)
-        self.norm_cross = nn.LayerNorm(dim) if num_heads else None
-        self.cross_attention = MultiHeadAttention(dim, num_heads) if num_heads else None
-        self.dropout = nn.Dropout(dropout)
+        self.memory = Fsmn(dim, options.kernel_size, options.memory_shift if attends else 0, options.attention_dropout)
+        self.norm_cross = nn.LayerNorm(dim) if attends else None
+        self.cross_attention = MultiHeadAttention(dim, options.num_heads) if attends else None
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -327,10 +327,8 @@ class SanmEncoder(nn.Module):
         super().__init__()
         self.input_dim = input_dim
         self.dim = options.hidden_dim
-        sizes = (self.dim, options.num_heads, options.ffn_dim, options.kernel_size,
-                 options.memory_shift, options.dropout, options.attention_dropout)
-        self.first = SanmBlock(input_dim, *sizes)  # to the model's width
-        self.blocks = nn.ModuleList(SanmBlock(self.dim, *sizes) for _ in range(options.num_layers - 1))
+        self.first = SanmBlock(input_dim, options)  # to the model's width
+        self.blocks = nn.ModuleList(SanmBlock(self.dim, options) for _ in range(options.num_layers - 1))
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -388,9 +386,7 @@ class RelativeConformerEncoder(nn.Module):
         self.dim = options.hidden_dim
         self.subsampling = ImageSubsampling(input_dim, self.dim)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(
-            RelativeConformerBlock(self.dim, options.num_heads, options.ffn_dim, options.dropout,
-                                   options.kernel_size, options.attention_dropout) for _ in range(options.num_layers))
+        self.blocks = nn.ModuleList(RelativeConformerBlock(options) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(self.dim)
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -462,16 +458,12 @@ class SanmDecoder(nn.Module):
     def __init__(self, source_dim: int, vocab_size: int, options):
         super().__init__()
         D = options.hidden_dim
-        width = options.ffn_dim
-        heads = options.num_heads
-        attention_layers = options.attention_layers or options.num_layers
-        rest = options.dropout, options.attention_dropout
+        count = options.attention_layers or options.num_layers
+        others = options.num_layers - count  # centred as in FunASR
         self.source_dim = source_dim
-        self.blocks = nn.ModuleList(SanmDecoderBlock(D, heads, width, options.kernel_size, options.memory_shift, *rest)
-                                    for _ in range(attention_layers))
-        self.memory_blocks = nn.ModuleList(SanmDecoderBlock(D, 0, width, options.kernel_size, 0, *rest)
-                                           for _ in range(options.num_layers - attention_layers))  # as in FunASR
-        feed_forward = NormedFeedForward(D, width, options.dropout)
+        self.blocks = nn.ModuleList(SanmDecoderBlock(options) for _ in range(count))
+        self.memory_blocks = nn.ModuleList(SanmDecoderBlock(options, attends=False) for _ in range(others))
+        feed_forward = NormedFeedForward(D, options.ffn_dim, options.dropout)
         self.last = nn.Sequential(OrderedDict(norm_ffn=nn.LayerNorm(D), feed_forward=feed_forward))  # no residual
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)

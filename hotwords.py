@@ -196,10 +196,10 @@ class ContextualBlock(SanmDecoderBlock):
     """A SanmDecoderBlock that attends to hotwords beside the sound, and merges what it finds in the two."""
 
     def __init__(self, options):
-        D, heads = options.hidden_dim, options.num_heads
-        super().__init__(D, heads, options.ffn_dim, options.kernel_size, options.memory_shift, options.dropout,
-                         options.attention_dropout)
-        self.norm_hotwords, self.hotword_attention = nn.LayerNorm(D), MultiHeadAttention(D, heads)
+        super().__init__(options)
+        D = options.hidden_dim
+        self.norm_hotwords = nn.LayerNorm(D)
+        self.hotword_attention = MultiHeadAttention(D, options.num_heads)
         self.merge = Pointwise(2 * D, D, 1, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None, hidden: Tensor, hidden_mask: Tensor | None,

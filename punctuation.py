@@ -173,13 +173,10 @@ def write_group(punctuation: Punctuation, tokens: Sequence[str], marks: Sequence
 
 def write_end(text: str) -> str:
     """The last token as a text ends with it: with a stop."""
-    if text[-1] in "，、":
-        return text[:-1] + "。"
-    if text[-1] == ",":
-        return text[:-1] + "."
     if text[-1] in "。？.?":
         return text
-    return text + ("." if text[-1].isascii() else "。")
+    stop = "." if text[-1].isascii() else "。"
+    return text[:-1] + stop if text[-1] in "，、," else text + stop
 
 
 def write_tokens(punctuation: Punctuation, groups: Sequence[Group]) -> tuple[list[str], list[int]]:

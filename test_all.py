@@ -4505,6 +4505,7 @@ FEATS, HIDDEN, ALPHA = torch.zeros(2, 6, 5), torch.zeros(2, 4, 8), torch.zeros(2
 LENS, TOKENS, TOKEN_LENS, LOGITS = ints(4, 3), torch.zeros(2, 3).long(), ints(3, 2), torch.zeros(2, 3, 7)
 DENSE = config.PredictorConfig(kind="dense", upsampling=3)
 SANM = config.DecoderConfig(kind="sanm", hidden_dim=8, num_heads=2, num_layers=1)
+NARROW = config.EncoderConfig(hidden_dim=4, num_heads=2, ffn_dim=8, kernel_size=3)
 PAIR = X[:, None]  # (B,H,T,K)
 DECODED = dict(embeds=HIDDEN, counts=LENS, hidden=HIDDEN, hidden_lens=LENS)
 TAKEN = {  # what takes tensors (of a tiny model m) -> tensors that it takes, by their names in errors
@@ -4519,10 +4520,10 @@ TAKEN = {  # what takes tensors (of a tiny model m) -> tensors that it takes, by
     funasr_layers.relative_codes: dict(lens=TOKEN_LENS, T=3, dim=4),
     funasr_layers.relative_shift: dict(scores=torch.zeros(2, 1, 3, 3), lens=TOKEN_LENS),
     funasr_layers.RelativeAttention(4, 2): dict(x=X, codes=X, lens=TOKEN_LENS),
-    funasr_layers.RelativeConformerBlock(4, 2, 8): dict(x=X, mask=MASK, codes=X, lens=TOKEN_LENS),
+    funasr_layers.RelativeConformerBlock(NARROW): dict(x=X, mask=MASK, codes=X, lens=TOKEN_LENS),
     funasr_layers.Fsmn(4, 3): dict(x=X, mask=MASK),
-    funasr_layers.SanmBlock(4, 4, 2, 8, 3): dict(x=X, mask=MASK),
-    functools.partial(funasr_layers.SanmDecoderBlock(4, 2, 8, 3), hidden=X, hidden_mask=MASK): dict(x=X, mask=MASK),
+    funasr_layers.SanmBlock(4, NARROW): dict(x=X, mask=MASK),
+    functools.partial(funasr_layers.SanmDecoderBlock(NARROW), hidden=X, hidden_mask=MASK): dict(x=X, mask=MASK),
     funasr_layers.ImageSubsampling(8, 8): dict(x=HIDDEN, lens=LENS),
     funasr_layers.FramePredictor(8, DENSE): dict(hidden=HIDDEN, lens=LENS),
     funasr_layers.TimingHead(8, DENSE): dict(hidden=HIDDEN, lens=LENS),
@@ -9957,17 +9958,18 @@ def test_the_weights_of_a_directory_are_mapped_and_not_read(tmp_path):
 
 CODES = torch.randn(1, 6, 8), torch.tensor([6])  # of relative positions, and the length
 SOURCE = torch.randn(1, 5, 8), None
+WIDTHS = config.EncoderConfig(hidden_dim=8, num_heads=2, ffn_dim=16, kernel_size=3, dropout=0.0)
 
 @pytest.mark.parametrize("make, given, times", [
     (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2),
     (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
     (lambda p: ConformerBlock(8, 2, 16, p), (None,), 4),
-    (lambda p: funasr_layers.SanmAttention(8, 8, 2, 3, 0, p), (None,), 0),
+    (lambda p: funasr_layers.SanmAttention(8, replace(WIDTHS, attention_dropout=p)), (None,), 0),
     (lambda p: funasr_layers.Fsmn(8, 3, 0, p), (None,), 1),
-    (lambda p: funasr_layers.SanmBlock(8, 8, 2, 16, 3, 0, p), (None,), 2),
-    (lambda p: funasr_layers.SanmDecoderBlock(8, 2, 16, 3, 0, p), (None, *SOURCE), 2),
+    (lambda p: funasr_layers.SanmBlock(8, replace(WIDTHS, dropout=p)), (None,), 2),
+    (lambda p: funasr_layers.SanmDecoderBlock(replace(WIDTHS, dropout=p)), (None, *SOURCE), 2),
     (lambda p: funasr_layers.RelativeAttention(8, 2, p), CODES, 0),
-    (lambda p: funasr_layers.RelativeConformerBlock(8, 2, 16, p), (None, *CODES), 4)])
+    (lambda p: funasr_layers.RelativeConformerBlock(replace(WIDTHS, dropout=p)), (None, *CODES), 4)])
 def test_dropout_has_an_effect_behind_every_part_in_training_and_none_outside(make, given, times):
     """times: how often what is added to the input passes the module's own dropout; attention drops its weights."""
     torch.manual_seed(0)
