@@ -218,10 +218,10 @@ def ffmpeg_to_wav(source: str | bytes, most_sec: float | None = None, timeout: f
     converted = tempfile.TemporaryFile()
     try:
         done = subprocess.run(command, input=source if isinstance(source, bytes) else b"", stdout=converted,
-                              stderr=subprocess.PIPE, timeout=timeout)
+                              stderr=subprocess.PIPE, timeout=timeout, process_group=0)  # Ctrl-C is for us alone
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            said = textwrap.shorten(said.replace(f"file:{source}: ", ""), 300)
+            said = textwrap.shorten(said.replace(f"{given[-1]}: ", ""), 300) or f"nothing (exit code {done.returncode})"
             raise ValueError(f"wanted a recording, ffmpeg says: {said}")
         if most_sec is not None and converted.seek(0, os.SEEK_END) >= most_bytes:
             raise ValueError(f"wanted a recording of at most {most_bytes} bytes once it is decoded, got more")

@@ -4,7 +4,7 @@
     python corpora.py --help                                    the public corpora that it knows
 
 A manifest is JSON lines with audio, text, speaker, key and duration, one file for each split.
-Needs numpy, torch, files.py, audio.py, data.py and manifests.py.
+Needs numpy, torch, files.py, audio.py, data.py and manifests.py with what these need.
 """
 import argparse
 import json

@@ -1,9 +1,9 @@
 """From utterances (recordings or synthetic speech) to padded batches of features and token ids.
 
 Each section uses only what stands above it: utterances -> toy data -> recordings -> batches.
-Needs torch, numpy, audio.py, augment.py and manifests.py. Functions take `options`, any object with the attributes of
-the config's data section, and datasets take `encode`, any function from text to ids. Bad input is a ValueError that
-names the place; a bad recording in a manifest is a `Skip`.
+Needs torch, numpy, audio.py, augment.py, manifests.py and survival.py. Functions take `options`, any object with the
+attributes of the config's data section, and datasets take `encode`, any function from text to ids. Bad input is a
+ValueError that names the place; a bad recording in a manifest is a `Skip`.
 
 Dims: N samples, T frames, F feature bins (num_mels * lfr_m), U tokens, B utterances.
 """
@@ -27,6 +27,7 @@ from augment import add_noise, generator, mix, reverberate, spec_augment
 from audio import (FRAME_SEC, Part, SHIFT_SEC, audio_seconds, choose_channel, frontend, normalise, num_frames,
                    open_recording, read_samples, resample)
 from manifests import Manifest, Row, find_manifests, printable, run_pipe, scan_rows
+from survival import leave_signals_to_parent
 
 
 # ---- utterances ----
@@ -486,4 +487,4 @@ def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_worke
             yield [(epoch, index) for index in batch]
 
     return DataLoader(dataset, batch_sampler=addresses(), num_workers=num_workers, collate_fn=collate,
-                      generator=torch.Generator())
+                      generator=torch.Generator(), worker_init_fn=leave_signals_to_parent)

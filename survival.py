@@ -5,6 +5,7 @@ Reading order: standard streams, signals, locks. Needs the standard library alon
 """
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import signal
 import socket
@@ -135,6 +136,22 @@ def catch_signals() -> threading.Event:
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     return stop
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """In a loader process: what timeout, a terminal or systemd sends to all processes of a run is for the first alone.
+    SIGTERM from that one ends it: torch and multiprocessing send it to what is stuck."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, where nobody can tell who sent a signal
+        return
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # for the ffmpeg that it starts too
+
+    def watch() -> None:
+        while signal.sigwaitinfo(signals).si_pid != multiprocessing.parent_process().pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # ---- locks ----

@@ -20,6 +20,7 @@ import ipaddress
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import pickle
@@ -959,9 +960,16 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
     assert f"-t {size + 1}.000 -fs {size + 1} " in (tmp_path / "calls").read_text()
     with pytest.raises(ValueError, match=f"wanted a recording of at most {size} bytes once it is decoded, got more"):
         audio.ffmpeg_to_wav(b"ID3", most_sec=size)
-    script.write_text(f"#!/bin/sh\necho first >&2\necho {'said ' * 99} >&2\nexit 1\n")
+    script.write_text(f"#!/bin/sh\necho first >&2\necho cache:pipe:0: {'said ' * 99} >&2\nexit 1\n")
     # 300 characters
     with pytest.raises(ValueError, match="ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$"):
+        audio.load_wav(b"ID3 not a WAV")
+    script.write_text("#!/bin/sh\nread pid name state parent group rest < /proc/$$/stat\necho $((pid - group)) >&2\n"
+                      "exit 1\n")
+    with pytest.raises(ValueError, match="ffmpeg says: 0$"):        # Ctrl-C does not reach its process group
+        audio.load_wav(b"ID3 not a WAV")
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    with pytest.raises(ValueError, match=re.escape("ffmpeg says: nothing (exit code -9)")):
         audio.load_wav(b"ID3 not a WAV")
 
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
@@ -2844,6 +2852,26 @@ def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
         signal.signal(signal.SIGHUP, before)
         survival.end_as_ctrl_c()
         assert signal.getsignal(signal.SIGHUP) is after
+
+def loader_process(pipe) -> None:
+    survival.leave_signals_to_parent(0)
+    pipe.send(None)
+    while True:
+        pipe.send(pipe.recv())
+
+# C84
+def test_a_loader_process_leaves_signals_to_its_parent_and_ends_when_that_sends_one():
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=loader_process, args=(theirs,), daemon=True)
+    process.start()
+    ours.recv()
+    for name in ("INT", "TERM", "HUP"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)  # of another process than the parent
+        ours.send(name)
+        assert ours.recv() == name
+    process.terminate()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 # ---- augment: noise, masks, channels ----
 
@@ -7617,9 +7645,9 @@ def whole_run(zygote, tmp_path_factory):
     zygote.run(folder / "out", *argv, "--runs", str(folder / "runs"))
     return argv, run_of(folder / "runs"), time.monotonic() - began
 
-def begun(zygote: Zygote, folder: Path, *argv: str, held: Path | None = None) -> tuple[int, Path]:
+def begun(zygote: Zygote, folder: Path, *argv: str, held: Path | None = None, first: str = "") -> tuple[int, Path]:
     """The pid and the folder of a run that has its first checkpoint, or is held."""
-    pid = zygote.start(folder / "out", *argv, "--runs", folder / "runs", held=held)
+    pid = zygote.start(folder / "out", *argv, "--runs", folder / "runs", held=held, first=first)
     wait_until((held or folder / "runs/latest").exists)
     return pid, run_of(folder / "runs")
 
@@ -7647,10 +7675,11 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothing_was(number, zygote, whole_run,
                                                                                        tmp_path):
-    """SIGHUP, from a terminal that is closed, ends none."""
+    """Sent to all processes of the run, as by timeout and terminals. SIGHUP, from one that is closed, ends none."""
     argv, whole, _ = whole_run
-    pid, run = begun(zygote, tmp_path, *[a for a in argv if "checkpoint_steps" not in a], held=tmp_path / "held")
-    os.kill(pid, number)
+    argv = [*(a for a in argv if "checkpoint_steps" not in a), "--data.num_workers=1"]
+    pid, run = begun(zygote, tmp_path, *argv, held=tmp_path / "held", first="os.setpgrp();")
+    os.killpg(pid, number)
     (tmp_path / "held").rmdir()
     assert zygote.wait(pid) == 0
     out = (tmp_path / "out").read_text()
