@@ -16,6 +16,7 @@ from pathlib import Path
 import data
 import train
 from checkpoint import System, load_parts
+from commandline import Parser
 from files import write_atomic
 from manifests import scan_rows
 
@@ -78,7 +79,7 @@ def measure(size: int, arguments: argparse.Namespace, tests: Sequence[Path], run
 
 def measure_amounts(argv: Sequence[str]) -> None:
     """Print the table for `bench.py amounts`. Every manifest of the folder but train and dev is a test."""
-    parser = argparse.ArgumentParser(prog="bench.py amounts", description="How much data a model needs.")
+    parser = Parser(prog="bench.py amounts", description="How much data a model needs.")
     parser.add_argument("folder", type=Path, help="with train.jsonl, dev.jsonl, test.jsonl and other tests")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 250, 1000, 3000], help="utterances to train on")
     parser.add_argument("--config", default="configs/small.yaml", help="default configs/small.yaml; overrides may "

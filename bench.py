@@ -52,6 +52,7 @@ from bench_long import large_system, measure_cuts, measure_parts
 from bench_peers import measure_peers, peer_python
 from bench_stream import measure_streams, running
 from checkpoint import System, export_directory, load_system, runs_on
+from commandline import Parser
 from decode import decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result, with_search
 from decode_options import parse_arguments
 from dry_run import num_parameters, rehearse
@@ -612,7 +613,7 @@ MEASURES = {"train": measure_train, "decode": measure_decode, "serve": measure_s
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bench.py", description="How fast this machine trains, recognises, serves.")
+    parser = Parser(prog="bench.py", description="How fast this machine trains, recognises, serves.")
     parser.add_argument("what", choices=list(MEASURES), help="what to measure")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="those of train.py, decode.py or serve.py")
     arguments = parser.parse_args(argv)

@@ -35,6 +35,7 @@ import serve
 from audio import frame_sec, stream
 from bench_long import large_system
 from checkpoint import System, export_directory, load_system
+from commandline import Parser
 from live import samples_until
 from manifests import read_inputs
 from streaming import Chunk, State, feed, feed_many, start
@@ -281,7 +282,7 @@ def true_size() -> System:
 
 def measure_streams(argv: Sequence[str]) -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(prog="bench.py stream", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bench.py stream", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("checkpoint", nargs="?", help="a streaming one (default: random weights of the published size)")
     add("inputs", nargs="*", help="recordings and manifests that the sockets speak (default: noise)")

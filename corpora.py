@@ -4,7 +4,7 @@
     python corpora.py --help                                    the public corpora that it knows
 
 A manifest is JSON lines with audio, text, speaker, key and duration, one file for each split.
-Needs numpy, torch, files.py, audio.py, data.py and manifests.py with what these need.
+Needs numpy, torch, files.py, audio.py, commandline.py, data.py and manifests.py with what these need.
 """
 import argparse
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from audio import Part, audio_seconds, load_wav, resample, save_wav
+from commandline import Parser
 from data import generator
 from files import write_atomic
 from manifests import LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi, scan_lines
@@ -235,14 +236,14 @@ def prepare_kaldi(options: argparse.Namespace) -> Iterator[tuple[str, dict] | Le
         yield split, line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="corpora.py", usage="python corpora.py COMMAND SOURCE OUT [options]      (COMMAND --help lists them)",
         description="Turn public corpora and folders of recordings into manifests (JSON lines with audio, text, "
         "speaker, key, duration), one for each split.")
     commands = parser.add_subparsers(prog="python corpora.py", metavar="COMMAND", required=True)
 
-    def add(name: str, about: str, prepare: Callable) -> argparse.ArgumentParser:
+    def add(name: str, about: str, prepare: Callable) -> Parser:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(prepare=prepare)
         command.add_argument("source", type=Path, help="the corpus's folder")

@@ -1,6 +1,6 @@
 """What decode.py may be told: its options, their bounds, and which do not go together.
 
-Needs baselines.py, checkpoint.py, report.py and vad.py with what these need.
+Needs baselines.py, checkpoint.py, commandline.py, report.py and vad.py with what these need.
 """
 import argparse
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from baselines import Search
 from checkpoint import PRECISIONS, SEGMENT_SEC
+from commandline import Parser
 from report import FORMS
 from vad import SCHEDULES
 
@@ -85,7 +86,7 @@ def add_numbers(add: Callable) -> None:
     number("--coverage-penalty", Search().coverage_penalty, "of a transformer's beam: for frames little attended")
 
 
-def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_together(parser: Parser, arguments: argparse.Namespace) -> None:
     """What options ask of each other; ends the program where they do not go together."""
     if not 0.2 <= 2 * arguments.min_segment_sec <= arguments.max_segment_sec < math.inf:
         parser.error("--min-segment-sec must be at least 0.1 and at most half of --max-segment-sec, got "
@@ -112,7 +113,7 @@ def check_together(parser: argparse.ArgumentParser, arguments: argparse.Namespac
         refuse(parser, arguments, IDLE_BESIDE_EXPORT, "--export recognises nothing without INPUT")
 
 
-def refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+def refuse(parser: Parser, arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
     """End the program where one of the options is given."""
     for name in names:
         if getattr(arguments, name) != parser.get_default(name):
@@ -120,8 +121,8 @@ def refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy "
-                                     "data, or the test (else dev) manifest of its config.")
+    parser = Parser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy data, or the test "
+                    "(else dev) manifest of its config.")
     add_options(parser.add_argument)
     add_numbers(parser.add_argument)
     arguments = parser.parse_args(argv)

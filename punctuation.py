@@ -3,13 +3,12 @@
     python punctuation.py PUNC_DIR < texts      every line punctuated; of a realtime model, each goes on from the last
 
 Reading order: text to tokens, the network, marks, marks into text, words of a recogniser, realtime, loading.
-Needs torch, numpy, attention.py, config.py, downloads.py, funasr.py, funasr_layers.py, threads.py with what
-these need.
+Needs torch, numpy, attention.py, commandline.py, config.py, downloads.py, funasr.py, funasr_layers.py, threads.py with
+what these need.
 
 Dims: T tokens, D width, P kinds of marks, V vocabulary.
 Source: Chen et al. 2020 "Controllable time-delay transformer"; FunASR 1.4, whose texts these are.
 """
-import argparse
 import json
 import math
 import re
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import causal_mask
+from commandline import Parser
 from config import EncoderConfig, from_dict
 from downloads import check_part
 from funasr import RENAMES, load_model, published_files, read_section, read_values, rename, translate
@@ -317,7 +317,7 @@ def check_options(options: Options, shape: EncoderConfig, place: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="punctuation.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="punctuation.py", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="PUNC_DIR", help="a directory as FunASR publishes it")
     arguments = parser.parse_args(argv)
     try:

@@ -43,9 +43,10 @@ import torch
 import decode
 from batcher import Batcher, num_utterances
 from checkpoint import PRECISIONS, System, check_not_streaming, load_system
+from commandline import Parser
 from decode_options import DEFAULT_CHECKPOINT, two_numbers
 from listen import asked_chunk
-from monitor import Log, Metrics, resident_bytes
+from monitor import Log, Metrics, log_line, resident_bytes
 from sessions import hold
 from settings import Models
 from sockets import handshake, is_same_host, is_upgrade, why_no_handshake
@@ -307,8 +308,8 @@ NUMBERS = {  # by option: its default, what it is
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve recognition over HTTP. The environment variable ASR_API_KEY, "
-                                     "if set, is a key that clients must send.")
+    parser = Parser(description="Serve recognition over HTTP. The environment variable ASR_API_KEY, if set, is a key "
+                    "that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
     add("--offline-checkpoint", metavar="DIR", help="of whole utterances, beside a streaming one: for a second pass of "
@@ -338,7 +339,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """End the program where an option could never work; origins and networks become what the server compares with."""
     if arguments.vad_schedule and not arguments.vad:
         parser.error("--vad-schedule needs --vad")
@@ -502,12 +503,13 @@ def run(options: argparse.Namespace) -> NoReturn:
     log = Log(options.log_format)
     server = listen(options, log)
     host, port = server.server_address[:2]
-    log("INFO", "start", host=host, port=port, checkpoint=options.checkpoint)
+    begun = {"host": host, "port": port, "checkpoint": options.checkpoint}
+    log.write(log_line(options.log_format, time.time(), "INFO", "loading", begun))
     failures: list[Exception] = []
     threading.Thread(target=serve_model, args=(server, failures, wake), daemon=True, name="inference").start()
     number = os.read(signals, 1)[0]
     if failures:
-        raise failures[0]               # one line, as the log has not begun
+        raise failures[0]               # one line, as the log's thread has not begun
     if number == LOADED:
         announce(server, log)
     log.thread.start()

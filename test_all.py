@@ -2015,7 +2015,8 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):
 def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):
     with pytest.raises(SystemExit) as stopped:
         serve.parse_arguments(flags)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and error.count("\n") == 1
 
 # C196
 def test_every_number_of_serve_has_its_default_and_its_least_value():
@@ -2133,6 +2134,7 @@ def own_process(zygote, tmp_path, first: str = ""):
     pid = zygote.start(tmp_path / "said", *argv, script="serve", first=first)
     with open(tmp_path / "said") as said:
         try:
+            assert " INFO loading host=127.0.0.1 port=" in (line := said.readline()) and f"checkpoint={ckpt}" in line
             port = int(re.search(r"listening on http://127.0.0.1:(\d+)", said.readline())[1])
             yield pid, said, argparse.Namespace(server_address=("127.0.0.1", port))
         finally:
@@ -2252,7 +2254,7 @@ def test_the_first_process_of_a_container_stops_as_any_other(tmp_path, number):
     if shutil.which("unshare") is None or subprocess.run([*apart, "true"], capture_output=True).returncode:
         pytest.skip("this machine allows no namespace of processes")
     with started(tmp_path, *apart, sys.executable, serve.__file__) as process:
-        assert process.stderr.readline().startswith("listening on")
+        read_until(process.stderr, "listening on")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         os.kill(int(children), number)
         assert process.wait(PATIENCE) == 0
@@ -2261,13 +2263,13 @@ SLOW_STARTS = {"import": """
 import runpy, sys, time
 class Slow:
     def find_spec(self, name, path, target):
-        if name == "torch": print("loading", file=sys.stderr, flush=True), time.sleep(600)
+        if name == "torch": print("importing", file=sys.stderr, flush=True), time.sleep(600)
 sys.meta_path.insert(0, Slow())
 sys.argv[0] = "serve.py"
 runpy.run_path("serve.py", run_name="__main__")
 """, "load": """
 import sys, time, serve
-serve.load_warm = lambda options: [print("loading", file=sys.stderr, flush=True), time.sleep(600)]
+serve.load_warm = lambda options: time.sleep(600)
 sys.exit(serve.main(sys.argv[1:]))
 """}
 
@@ -2277,7 +2279,7 @@ sys.exit(serve.main(sys.argv[1:]))
 def test_a_signal_during_the_start_ends_at_once(tmp_path, stage, number):
     """While torch is imported, or while the model is loaded."""
     with started(tmp_path, sys.executable, "-c", SLOW_STARTS[stage]) as process:
-        assert process.stderr.readline() == "loading\n"
+        read_until(process.stderr, {"import": "importing", "load": " INFO loading host=127.0.0.1 port="}[stage])
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0
 
@@ -2296,7 +2298,7 @@ def watched(*given):
         return write(*given)
     except OSError:
         failed.append(given)
-        if len(failed) == 3:            # "listening", "start" and "ready" are lost
+        if len(failed) == 3:            # "loading", "listening" and "ready" are lost
             told.close()
         raise
 serve.announce, os.write = tell, watched"""
@@ -4736,8 +4738,11 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert corpora.main(arguments) == 2
     error = capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        corpora.main([])
+    for wrong in ([], ["nonsense"], ["fsdd", "a", "b", "--seed=x\ny"]):
+        with pytest.raises(SystemExit, match="2"):
+            corpora.main(wrong)
+        said = capsys.readouterr().err
+        assert "corpora.py" in said and said.count("\n") == 1
     assert error.startswith("corpora.py: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.jsonl"))
 
@@ -7424,9 +7429,11 @@ def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path
     "a.yaml --batch_size=3", "a.yaml --training.batch_size",
     "--resume a --dry-run", "a.yaml --average 2", "a.yaml --overfit 0", "a.yaml --dry-run --runs b",
     "--resume a --runs runs", "--resume="])
-def test_bad_arguments_exit_with_2(arguments):
+def test_bad_arguments_are_one_line_and_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(arguments.split())
+    error = capsys.readouterr().err
+    assert re.match(r"[\w.]+: ", error) and error.count("\n") == 1
     assert stop.value.code == 2 and train.parse_arguments(["a.yaml", "--overfit", "1"])[0].overfit == 1
 
 def test_curves_stand_where_their_values_say():
@@ -8550,8 +8557,9 @@ def refused_arguments(capsys, *arguments: str) -> str:
         decode_options.parse_arguments(arguments)
         return ""
     except SystemExit as stop:
-        assert stop.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
+        error = capsys.readouterr().err
+        assert stop.code == 2 and error.count("\n") == 1
+        return error.rstrip("\n")
 
 @pytest.mark.parametrize("arguments", [
     "--batch-size=0", "--limit=-1", "--nonsense", "--threads=x", "--threads=-1", "--batch-seconds=0",
@@ -11772,8 +11780,8 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1,
           "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "threads": 1, "manifests": 1, "files": 1, "augment": 1,
-          "bench_peers": 1, "rules": 2, "packed": 1, "data": 2, "live": 2, "pieces": 2, "funasr_layers": 2,
-          "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
+          "bench_peers": 1, "commandline": 1, "rules": 2, "packed": 1, "data": 2, "live": 2, "pieces": 2,
+          "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4,
           "punctuation": 4, "checkpoint": 5, "sentences": 5, "dry_run": 5, "outputs": 5, "pictures": 5,
           "openai_forms": 5, "train": 6, "decode_options": 6, "listen": 6, "amounts": 7, "decode": 7,

@@ -49,6 +49,7 @@ import data
 import rules
 from checkpoint import (CHECKPOINT_FORMAT, System, adopted, last_checkpoint, load_state, pick_device, save_run,
                         start_from)
+from commandline import Parser
 from compare import accuracies, best_row, compare
 from dry_run import clock, describe, num_parameters, warnings
 from files import load_weights, write_atomic
@@ -541,7 +542,7 @@ def finish(run: Run, progress: Progress) -> int:
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a model.", epilog="An override is, for example, --training.batch_size=8",
         usage="train.py CONFIG [--section.key=value ...] [--overfit N] [--runs DIR | --dry-run]\n"
         "       train.py --resume RUN [--training.num_epochs=30 ...]\n       train.py --compare RUN ...")

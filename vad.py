@@ -5,12 +5,12 @@
 
 Reading order: the options of its directory, the network, one frame's decision, the state machine from decisions to
 segments, a stream of samples, whole recordings, loading. Segments and events are in ms from the start of the stream.
-Needs torch, numpy, attention.py, audio.py, downloads.py, funasr.py, pauses.py, threads.py with what these need.
+Needs torch, numpy, attention.py, audio.py, commandline.py, downloads.py, funasr.py, pauses.py, threads.py with what
+these need.
 
 Dims: B streams (1), T frames of 10 ms, F 400 features (5 filterbank frames), D width, P width of the memories.
 Source: Zhang et al. 2018 "Deep-FSMN"; FunASR 1.4, whose segments these are.
 """
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from attention import convolve
 from audio import Source, frontend, normalise, stream
+from commandline import Parser
 from downloads import check_part
 from funasr import load_model, published_files, read_cmvn, read_section, read_values, rename
 from pauses import Segment
@@ -436,7 +437,7 @@ def load_vad(folder: str, schedule: str = "config") -> Vad:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="vad.py", description=__doc__.split("\n")[0])
+    parser = Parser(prog="vad.py", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="VAD_DIR", help="a directory as FunASR publishes it")
     parser.add_argument("recordings", metavar="RECORDING", nargs="+")
     parser.add_argument("--schedule", choices=SCHEDULES, default="config",
