@@ -4,8 +4,7 @@ Needs torch and numpy and imports nothing of ours, so it can be copied alone. Re
 positions, attention, feed-forwards, blocks.
 
 Dims: B utterances, T query steps, S key steps (S = T in self-attention), D model width, H heads, K = D / H head width,
-W hypotheses of an utterance; in decoders U tokens, L encoder frames. `source` is the sequence that
-cross-attention reads.
+W hypotheses of an utterance; in decoders U tokens, L encoder frames. `source` is what cross-attention reads.
 Masks are bool, True = real (may be seen), and are made by `padding_mask`, `causal_mask` and `near_mask` only (by
 chunked.py for the windows of a stream); `key_mask` is padding_mask shaped for the keys:
 
@@ -42,8 +41,7 @@ def check_shapes(**wanted: tuple[Tensor | str | int, ...]) -> None:
 
 
 def check_lens(name: str, lens: Tensor, B: int, T: int) -> None:
-    """Raise ValueError unless lens is (B,) int64 with values in 0..T. Values are checked on the CPU only, as reading
-    them from a GPU would make the program wait for it."""
+    """Raise ValueError unless lens is (B,) int64 with values in 0..T. A GPU's are not waited for."""
     if lens.shape != (B,) or lens.dtype != torch.int64:
         raise ValueError(f"{name} must be ({B},) int64, got {tuple(lens.shape)} {lens.dtype}")
     if lens.device.type == "cpu" and not all(0 <= n <= T for n in lens.tolist()):

@@ -91,8 +91,7 @@ def parse_fmt(fmt: bytes) -> tuple[int, int, int, int, int]:
 def read_header(file: BinaryIO) -> WavHeader | None:
     """Walk the RIFF chunks of a seekable file; None if it is no WAV of SAMPLE_TYPES, ValueError if it is a broken one.
     Our own walk, because `wave` (Python 3.11) refuses float and WAVE_FORMAT_EXTENSIBLE, which recorders write for 24
-    and 32 bits. Streaming writers leave a data size of 0, of 2^32-1 or past the end; it means "until the end". RF64
-    has the size in a chunk of its own, ds64."""
+    and 32 bits. A data size of 0, of 2^32-1 or past the end, as of streams, is "until the end"; RF64's is in ds64."""
     end = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)

@@ -3,8 +3,7 @@
 Reading order: the models, then the searches. Needs torch, numpy, attention.py, model.py and tokenizer.py.
 
 Dims: B utterances, L encoder frames, U tokens, D model width, V vocabulary, W beam.
-Sources: Vaswani et al. 2017 (transformer); Graves et al. 2006 (CTC); Wu et al. 2016 "GNMT" (beam search); Graves &
-Jaitly 2014, Hannun et al. 2014 (prefix search).
+Sources: Vaswani et al. 2017 (transformer); Graves et al. 2006 (CTC); Wu et al. 2016 "GNMT"; Hannun et al. 2014.
 """
 import collections
 import itertools

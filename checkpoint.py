@@ -1,7 +1,7 @@
 """A model from its name, from a checkpoint of train.py or from a directory of FunASR's; and back into files.
 
-Reading order: by name and from a file, the checkpoints of a run, FunASR's weights, weights repacked for CPUs, a system
-that is ready to recognise, what training starts from, exports. Needs torch and what its imports name.
+Reading order: by name and from a file, the checkpoints of a run, a system that is ready to recognise, what training
+starts from, exports. Needs torch and what its imports name.
 """
 import contextlib
 import itertools
@@ -46,8 +46,7 @@ ARCHITECTURES = {"paraformer": Paraformer, "streaming": StreamingParaformer, "se
 
 
 def architecture(name: str) -> type[nn.Module]:
-    """One of ARCHITECTURES, or, where name is file.Class, a class of file.py in the working directory. Raises
-    ValueError if there is none of that name."""
+    """One of ARCHITECTURES, or of file.Class a class of file.py in the working directory. Raises ValueError."""
     stem, dot, kind = name.rpartition(".")
     if not dot:
         return pick(ARCHITECTURES, "model.name", name)
@@ -225,13 +224,6 @@ def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, 
     return path, {**state, "config": asdict(config)}, config
 
 
-# ---- weights that FunASR publishes ----
-
-def load_published(options, input_dim: int, vocab_size: int, path: str | os.PathLike) -> nn.Module:
-    """The model of these options with the weights of FunASR's model.pt. Raises as `load_model`."""
-    return load_model(lambda: build(options, input_dim, vocab_size), path, lambda name: funasr_names(name, options))
-
-
 # ---- a checkpoint, ready to recognise ----
 
 SEGMENT_SEC = 1.0, 20.0  # shortest and longest segment that a long recording is cut into
@@ -263,7 +255,8 @@ def load_directory(folder: str | os.PathLike, run: configs.Config | None = None)
     config = run or read_published_config(files["config"])
     tokenizer = PieceTokenizer.load(files["tokens"], files.get("seg_dict"))
     stats = read_cmvn(files["stats"], feature_dim(config.data))
-    model = load_published(config.model, stats.shape[1], len(tokenizer), files["model"])
+    model = load_model(lambda: build(config.model, stats.shape[1], len(tokenizer)), files["model"],
+                       lambda name: funasr_names(name, config.model))
     return System(config, tokenizer, stats, model)
 
 
@@ -285,8 +278,7 @@ def load_state(state: dict, where: str, run: configs.Config | None = None, adopt
 
 
 def load_parts(path: str | os.PathLike, run: configs.Config | None = None) -> System:
-    """The system in a directory of FunASR's or a checkpoint of train.py, its weights memory-mapped; with the config of
-    a run, if given, in place of its own."""
+    """The system in a FunASR directory or a checkpoint, weights memory-mapped; run: a config in place of its own."""
     if is_published(path):
         return load_directory(path, run)
     return load_state(read_checkpoint(path, mapped=True), str(path), run, adopt=True)

@@ -259,8 +259,7 @@ class ManifestDataset(Dataset):
     """Recordings of a manifest: [epoch, index] (or index, epoch 0) -> Utterance, or Skip that says why not.
     Skipped: no text, no audio, missing, unreadable, empty, shorter than min_sec or one window, longer than max_sec,
     more tokens than T // frames_per_token. With for_training=False only a recording that cannot be read is skipped; no
-    text is needed, and one shorter than a window, or longer than whole_sec (which is not read), has T == 0.
-    Raises ValueError on a bad line of the manifest."""
+    text is needed, and one shorter than a window, or longer than whole_sec (which is not read), has T == 0."""
 
     source: InitVar[str | os.PathLike | list[Row]]      # manifests as in find_manifests, or rows
     options: Any

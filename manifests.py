@@ -157,8 +157,7 @@ def run_pipe(command: str, folder: str) -> bytes:
 
 
 def scan_kaldi(folder: str | os.PathLike, allow_pipes: bool = False) -> Iterator[Row]:
-    """Rows of wav.scp and, where they are, of `segments` and `text`. Of a key that only `text` or `segments` has, audio
-    is "". Raises ValueError as read_scp."""
+    """Rows of wav.scp and, if there, `segments` and `text`; audio of other keys is "". Raises as read_scp."""
     if not os.path.exists(f"{folder}/wav.scp"):
         raise ValueError(f"{folder}: wanted a manifest, or a Kaldi folder with wav.scp, got a folder without")
     audio = read_scp(folder, allow_pipes)
@@ -318,8 +317,7 @@ class Inputs(NamedTuple):
 def read_inputs(names: Sequence[str | os.PathLike], scratch: Path, allow_pipes: bool = False) -> Inputs:
     """What the names of a command line name, in order: - or a pipe, as `<(...)` gives it (`read_stream`), manifests
     (.jsonl, .json), Kaldi folders (with wav.scp), other folders (every recording in them), recordings (anything else).
-    scratch: a folder for copies of pipes; allow_pipes: run those of a wav.scp. Raises ValueError for what is empty, and
-    for a device."""
+    scratch: for copies of pipes; allow_pipes: run those of a wav.scp. ValueError for what is empty, or a device."""
     found: list[Row | LeftOut] = []
     for name in names:
         found += read_input(os.fspath(name), scratch, allow_pipes)

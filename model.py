@@ -8,11 +8,9 @@ sampler), Decoder.forward (all tokens at once), Paraformer.forward (the loss). `
 config, or a part of it (config.py). Needs torch, numpy, attention.py, funasr_layers.py and tokenizer.py.
 
 Dims: B utterances, T feature frames, F feature bins, L = ceil(T / subsampling) encoder frames (up to two fewer in a
-relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token id 0 is both the CTC
-blank and the padding of token tensors.
+relative_conformer), U tokens, D model width, V vocabulary. Masks are bool, True = real. Token 0 is blank and padding.
 Sources: Gao et al. 2022 "Paraformer" (the model, its losses, the sampler); Dong & Xu 2020 "CIF" (integrate-and-fire);
-the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 computes, whose published
-checkpoints they load.
+the kinds sanm, relative_conformer, bare, dense and depthwise compute what FunASR 1.4 does, whose checkpoints they load.
 """
 import math
 from collections.abc import Sequence
@@ -78,8 +76,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(D)
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 in padded frames, its lens (B,), the attention weights
-        (B,H,L,L) of each layer where asked for."""
+        """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 where it pads, lens (B,), weights (B,H,L,L) if asked for."""
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
         mask = key_mask(lens, x.shape[1])  # (B,1,L)

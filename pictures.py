@@ -1,7 +1,6 @@
 """What a model makes of one utterance, drawn: after an epoch of training, and step by step on its way to the text.
 
-Reading order: the pictures of an epoch and the page that steps through them, the way through a model. Needs torch and
-what its imports name; plot.py draws.
+Reading order: the pictures of an epoch and their page, the way through a model. Needs torch and what its imports name.
 """
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def draw(run, item: data.Utterance) -> dict[str, str]:
 
 
 def write_pictures(run, epoch: int) -> None:
-    """pictures/<number>_<kind>_<epoch>.svg of the first dev utterances: sorted by name, each one epoch after epoch; and
-    index.html, which steps through the alignments."""
+    """pictures/<number>_<kind>_<epoch>.svg of the first dev utterances, and index.html to step through alignments."""
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     for index in range(min(PICTURED, run.config.training.overfit or PICTURED, len(run.dev_set))):

@@ -87,8 +87,7 @@ class PieceTokenizer:
         return [unit for unit in self.units(text) if self.unknown in self._ids_of([unit])]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the symbols of a text; no SOS or EOS is added. Source: seg_dict and CharTokenizer of FunASR, where
-        a second space, a tab or U+3000 is unknown."""
+        """The ids of the symbols of a text; no SOS or EOS is added. In FunASR a second space or a tab is unknown."""
         return self._ids_of(self.units(text))
 
     def encode_hotword(self, phrase: str) -> list[int]:

@@ -275,8 +275,7 @@ def embeddings_svg(panel: Panel, embeds: Tensor, tokens: Sequence[Span]) -> str:
 
 def guesses_svg(panel: Panel, tokens: Sequence[Span], shares: Sequence[float],
                 seconds: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """For each token a column of equal width, tied to its time above the panel: bars of its probability and of the
-    second guess's, both guesses, and when it was said."""
+    """A column for each token, tied to its time above the panel: both guesses, bars of their probabilities, times."""
     column, bottom = panel.width / max(1, len(tokens)), panel.top + panel.height
     for u, ((text, start, end), share, (other, other_share)) in enumerate(zip(tokens, shares, seconds)):
         middle = panel.left + column * (u + 0.5)

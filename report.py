@@ -374,8 +374,7 @@ def score(outcome: Outcome, encode: Callable[[str], list[int]]) -> Score:
 
 
 def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
-    """The 95% interval of the error rate by bootstrap: 1,000 sets as large, drawn from the utterances with replacement.
-    Source: Bisani & Ney 2004, percentiles."""
+    """The 95% interval of the error rate of 1,000 sets drawn with replacement. Source: Bisani & Ney 2004."""
     errors = np.array([c.errors for c in counts])
     refs = np.array([c.ref for c in counts])
     rng = np.random.default_rng(0)

@@ -202,8 +202,7 @@ def check(config: Config, place: str = "config") -> None:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Config:
-    """Config from a YAML file and then from `--section.key=value` overrides, checked. Raises ValueError that names the
-    file (and line) or the override at fault."""
+    """Config of a YAML file with `--section.key=value` overrides, checked. ValueError: file, line or override."""
     config = overridden(from_dict(read_yaml(path, "a config in YAML (UTF-8)"), path), overrides)
     config = _without_unused(config, [override[2:].partition("=")[0] for override in overrides])
     check(config, " ".join((str(path), *overrides)))

@@ -128,8 +128,7 @@ def write_reports(run: Path, history: Sequence[dict]) -> None:
 
 
 def new_run(root: Path, name: str) -> Path:
-    """Make root/<YYYYmmdd_HHMMSS>_<name>, with a number behind it if that exists. Raises ValueError if root/latest is
-    a folder, which a link cannot replace."""
+    """Make root/<YYYYmmdd_HHMMSS>_<name>, numbered if that exists. ValueError for a folder where a link is to be."""
     latest, stem = root / "latest", f"{time.strftime('%Y%m%d_%H%M%S')}_{name}"
     if latest.is_dir() and not latest.is_symlink():
         raise ValueError(f"{latest}: wanted a link to the newest run, got a folder; move it away")
@@ -398,8 +397,7 @@ def validate(run: Run) -> dict | None:
 
 
 def fit(run: Run, progress: Progress) -> Progress:
-    """Train until there is a stop_reason or run.stop is set; after each epoch evaluate, write reports and checkpoints
-    -> the progress, as the last checkpoint has it."""
+    """Train until a stop_reason or run.stop; after each epoch evaluate, report, save -> the progress, as saved."""
     training = run.config.training
     total_steps = num_steps(run)
     while not (reason := stop_reason(progress.history, training)):
@@ -464,8 +462,7 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
 
 
 def resume(folder: Path, overrides: Sequence[str], stop: threading.Event) -> tuple[Run, Progress]:
-    """A run that stopped, its files brought back to where its last checkpoint stands, with overrides of its config.
-    Raises ValueError if another process works on it."""
+    """A run that stopped, its files as of its last checkpoint, with overrides. ValueError if a process works on it."""
     held = None
     if is_first_process() and (folder / "checkpoints").is_dir():
         held = lock(folder / "lock", f"{folder}: wanted a folder")
