@@ -48,8 +48,8 @@ import serve
 from amounts import measure_amounts
 from audio import frontend, normalise
 from baselines import Search
-from bench_long import large_system, measure_cuts, measure_parts
-from bench_peers import measure_peers, peer_python
+from bench_long import large_config, large_system, measure_cuts, measure_parts, noise, time_turns
+from bench_peers import measure_peers, peer_python, spread
 from bench_stream import measure_streams, running
 from checkpoint import System, export_directory, load_system, runs_on
 from commandline import Parser
@@ -65,18 +65,6 @@ from train import Progress, Run, epoch_batches, fit, inputs, make_run, new_run, 
 from transcribe import recognise_batch
 
 HERE = Path(__file__).resolve().parent
-
-
-def time_turns(turns: int, calls: dict[object, Callable[[], object]]) -> dict[object, list[float]]:
-    """Milliseconds that each of the named calls took in each turn, after a turn that is not counted."""
-    ms: dict[object, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn > 0:
-                ms[name].append(1000 * (time.perf_counter() - started))
-    return ms
 
 
 def import_sec() -> float:
@@ -199,7 +187,7 @@ MEASURE = """
 import re, sys, time, torch
 def in_mb(field):
     return int(re.search(field + ": *\\t *([0-9]+)", open("/proc/self/status").read())[1]) * 1.024e-3
-folder, dtype, layout, threads, *hotwords = sys.argv[1:]
+folder, threads, dtype, layout, *hotwords = sys.argv[1:]
 torch.set_num_threads(int(threads))
 torch_mb = in_mb("VmRSS")
 started = time.perf_counter()
@@ -213,8 +201,8 @@ if hotwords:
 samples = torch.randn(160000, generator=torch.Generator().manual_seed(0)) / 50
 transcribe(system, [frontend(samples, 16000, system.config.data, system.stats)])
 done = time.perf_counter()
-print(f"{len(hotwords):8} {dtype:9}{layout:11}{loaded - started:8.2f}{done - loaded:10.2f}"
-      f"{in_mb('VmRSS') - torch_mb:10.0f}{in_mb('VmHWM'):8.0f}", flush=True)
+print(f"{dtype:10}{layout:10}{loaded - started:8.2f}{done - loaded:10.2f}{in_mb('VmRSS') - torch_mb:10.0f}"
+      f"{in_mb('VmHWM'):8.0f}", flush=True)
 """
 LAYOUTS = (("float32", "mapped"), ("float32", "laid out"), ("bfloat16", "mapped"), ("int8", "laid out"))
 LOADS = ((1, 10), (8, 10), (1, 60))  # utterances in a batch, seconds of each
@@ -224,10 +212,6 @@ TIMINGS = 9  # of what is short, of which the benchmark prints the median and th
 def layouts_here(*layouts: tuple[str, str]) -> list[tuple[str, str]]:
     """Those (precision, layout of the weights) that this processor runs."""
     return [layout for layout in layouts if runs_on(layout[0], torch.device("cpu"))]
-
-
-def noise(seconds: int, seed: int = 0) -> Tensor:
-    return torch.randn(16000 * seconds, generator=torch.Generator().manual_seed(seed)) / 50
 
 
 @contextlib.contextmanager
@@ -240,22 +224,22 @@ def large_folder(config: configs.Config) -> Iterator[str]:
         yield folder
 
 
-def measure_fresh(folder: str, layouts: Sequence[tuple[str, str]], lists: Sequence[Sequence[str]] = ((),)) -> None:
-    """Print MEASURE's line of each layout and list of hotwords, from a process of its own."""
-    print("Fresh processes, beyond import torch: seconds to load and then to the text of 10 s of audio; MB held beyond "
-          "torch, and at most with it\nhotwords precision  weights   to load   to text        MB    peak", flush=True)
-    for dtype, layout in layouts:
-        for words in lists:
-            command = [sys.executable, "-c", MEASURE, folder, dtype, layout, str(torch.get_num_threads()), *words]
-            if subprocess.run(command, cwd=HERE).returncode:
-                raise ValueError(f"the process that measures {dtype} {layout} has failed")
+def measure_fresh(folder: str, layouts: Sequence[tuple[str, str]], words: Sequence[str] = ()) -> None:
+    """Print MEASURE's line of each layout, with these hotwords, from a process of its own."""
+    print(f"Fresh processes, {len(words)} hotwords, beyond import torch: seconds to load and then to the text of 10 s of "
+          "audio; MB held beyond torch, and at most with it\n"
+          "precision weights    to load   to text        MB    peak", flush=True)
+    for layout in layouts:
+        command = [sys.executable, "-c", MEASURE, folder, str(torch.get_num_threads()), *layout, *words]
+        if subprocess.run(command, cwd=HERE).returncode:
+            raise ValueError(f"the process that measures {' '.join(layout)} has failed")
 
 
 def measure_loading(python: str) -> None:
     """Print what a model of configs/paraformer_large.yaml with random weights takes: to load, each in a fresh process,
     and to recognise, beside the matrix products that it cannot do without, and beside others (bench_peers)."""
     layouts = layouts_here(*LAYOUTS)
-    with large_folder(rules.load(str(HERE / "configs/paraformer_large.yaml"))) as folder:
+    with large_folder(large_config()) as folder:
         measure_fresh(folder, layouts)
         systems = {}
         for dtype, weights in layouts:
@@ -265,12 +249,6 @@ def measure_loading(python: str) -> None:
         for B, seconds in LOADS:
             time_load(systems, B, seconds)
         measure_peers(folder, torch.get_num_threads(), layouts, python)
-
-
-def spread(ms: Sequence[float]) -> str:
-    """Median, least and most."""
-    extent = f"({min(ms):.0f} to {max(ms):.0f})"
-    return f"{statistics.median(ms):8.0f} {extent:18}"
 
 
 def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], object], float]:
@@ -298,7 +276,7 @@ def products(model: nn.Module, frames: int, tokens: int) -> tuple[Callable[[], o
 def time_load(systems: dict[tuple[str, str], System], B: int, seconds: int) -> None:
     """Print the time of each system for B utterances, and what share of it the fastest products alone take."""
     system = systems["float32", "mapped"]
-    audio = [noise(seconds, b) for b in range(B)]
+    audio = [noise(16000 * seconds, b) for b in range(B)]
 
     def front() -> list[Tensor]:
         return [frontend(x, 16000, system.config.data, system.stats) for x in audio]
@@ -336,7 +314,7 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
     """Print what hotwords cost a SeacoParaformer of FunASR's size with random weights, for one recording of 10 s."""
     if arguments:
         raise ValueError(f"hotwords: wanted no arguments, got {' '.join(arguments)}")
-    config = rules.load(str(HERE / "configs/paraformer_large.yaml"))
+    config = large_config()
     second = replace(config.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
     section = replace(config.model, name="seaco", predictor=replace(config.model.predictor, upsampling=3),
                       hotwords=configs.HotwordConfig(decoder=second))
@@ -344,7 +322,8 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
     lists = [tuple(words[:count]) for count in LISTS]
     layouts = layouts_here(("float32", "mapped"), ("int8", "laid out"))
     with large_folder(replace(config, model=section)) as folder:
-        measure_fresh(folder, layouts, lists)
+        for words in lists:
+            measure_fresh(folder, layouts, words)
         print("\nMilliseconds of the model, median (least to most), with a list that is kept, and of encoding one\n"
               "hotwords precision    model                  encoding")
         for dtype, weights in layouts:
@@ -353,7 +332,7 @@ def measure_hotwords(arguments: Sequence[str]) -> None:
 
 @torch.inference_mode()
 def time_lists(system: System, lists: Sequence[tuple[str, ...]]) -> None:
-    feats = [frontend(noise(10), 16000, system.config.data, system.stats)]
+    feats = [frontend(noise(160000), 16000, system.config.data, system.stats)]
     calls = {}
     for words in lists:
         listening = system._replace(hotwords=words or None)

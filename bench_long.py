@@ -1,5 +1,5 @@
-"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`; and random
-models of the published sizes.
+"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`; and what the
+benches share: calls timed in turns, random models of the published sizes.
 
 Needs decode.py with all that it needs.
 """
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import rules
 from audio import feature_dim, frontend, save_wav, stream
 from checkpoint import System, build
 from config import Config, EncoderConfig
@@ -25,7 +26,27 @@ from tokenizer import word_errors
 from vad import FrontEnd, Fsmn, Network, Options, Vad, segments_of
 
 
-# ---- models of the published sizes ----
+# ---- what the benches share ----
+
+def time_turns(turns: int, calls: dict[object, Callable[[], object]]) -> dict[object, list[float]]:
+    """Milliseconds that each of the named calls took in each turn, after a turn that is not counted."""
+    ms: dict[object, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if turn > 0:
+                ms[name].append(1000 * (time.perf_counter() - started))
+    return ms
+
+
+def noise(samples: int, seed: int = 0) -> Tensor:
+    return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) / 50
+
+
+def large_config() -> Config:
+    return rules.load(str(Path(__file__).resolve().parent / "configs/paraformer_large.yaml"))
+
 
 def large_system(config: Config) -> System:
     """One with random weights and 8404 symbols, for features of configs/paraformer_large.yaml."""
@@ -35,6 +56,8 @@ def large_system(config: Config) -> System:
     stats = torch.tensor([[0.0], [0.25]]).repeat(1, feature_dim(config.data))  # as of log energies of deviation 4
     return System(config, PieceTokenizer(symbols, {symbol: [symbol] for symbol in symbols[3:-1]}), stats, model)
 
+
+# ---- an hour of speech, a long text ----
 
 def best_of(turns: int, call: Callable[[], object]) -> tuple[float, float]:
     """Least seconds of the clock, least seconds of a processor."""

@@ -89,8 +89,8 @@ for line in sys.stdin:
     started = time.perf_counter()
     for _ in range(int(calls)):
         tokens = recognise(feats)
-    sec = time.perf_counter() - started
-    answer(sec=sec, cpu_sec=sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before, tokens=tokens)
+    ms = 1000 * (time.perf_counter() - started) / int(calls)
+    answer(ms=ms, cpu_sec=sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - before, tokens=tokens)
 """
 
 
@@ -106,6 +106,7 @@ PEERS = [Contestant("onnxruntime", "float32", "", ONNXRUNTIME), Contestant("onnx
 
 
 class Worker(NamedTuple):
+    one: Contestant
     process: subprocess.Popen
     load_sec: float
 
@@ -130,7 +131,7 @@ def working(one: Contestant, python: str, folder: str, threads: int) -> Iterator
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
                                cwd=HERE if one.name == "ours" else folder)  # funasr is a file of ours, too
     try:
-        yield Worker(process, ask(process)["sec"])
+        yield Worker(one, process, ask(process)["sec"])
     finally:
         process.kill()
         process.communicate()
@@ -170,32 +171,32 @@ def take_turns(workers: Sequence[Worker], path: Path, calls: int) -> tuple[list[
     return kept, discarded
 
 
-def row(one: Contestant, worker: Worker, answers: Sequence[dict], calls: int, base_ms: float) -> str:
-    """A line of the table: median, least and most of the milliseconds of a call, as a ratio to base_ms, the tokens that
-    it found, memory and load."""
-    name = f"{one.name} {one.precision} {one.layout}"
-    if not answers:
-        return f"{name:28}  the machine was never quiet"
-    ms = [1000 * found["sec"] / calls for found in answers]
+def spread(ms: Sequence[float]) -> str:
+    """Median, least and most."""
     extent = f"({min(ms):.0f} to {max(ms):.0f})"
-    ratio = f"{statistics.median(ms) / base_ms:.2f}" if base_ms else "-"
-    return (f"{name:28}{statistics.median(ms):8.0f} {extent:16}{ratio:>6}{answers[-1]['tokens']:8}"
-            f"{answers[-1]['peak_mb']:9.0f}{worker.load_sec:8.1f}")
+    return f"{statistics.median(ms):8.0f} {extent:18}"
 
 
-def measure_case(contestants: Sequence[Contestant], workers: Sequence[Worker], folder: str, case: tuple) -> None:
-    B, seconds, calls = case
+def measure_case(workers: Sequence[Worker], folder: str, B: int, seconds: int, calls: int) -> None:
+    """Print a line for each: ms of a call, as a ratio to onnxruntime's in the same precision, tokens, memory, load."""
     feats = np.random.default_rng(0).standard_normal((B, seconds * 1000 // 60, 560), np.float32)
     path = Path(folder) / "feats.npy"
     np.save(path, feats)
     kept, discarded = take_turns(workers, path, calls)
     base_ms = {}
-    for one, answers in zip(contestants, kept):
-        if one.name == "onnxruntime" and answers:
-            base_ms[one.precision] = statistics.median(1000 * found["sec"] / calls for found in answers)
+    for worker, answers in zip(workers, kept):
+        if worker.one.name == "onnxruntime" and answers:
+            base_ms[worker.one.precision] = statistics.median(answer["ms"] for answer in answers)
     print(f"{B} of {seconds} s; {discarded} turns beside other work discarded")
-    for one, worker, answers in zip(contestants, workers, kept):
-        print(row(one, worker, answers, calls, base_ms.get(one.precision, 0.0)), flush=True)
+    for (one, _, load_sec), answers in zip(workers, kept):
+        name = " ".join([one.name, one.precision, one.layout])
+        if not answers:
+            print(f"{name:28}  the machine was never quiet")
+            continue
+        ms = [answer["ms"] for answer in answers]
+        ratio = f"{statistics.median(ms) / base_ms[one.precision]:.2f}" if one.precision in base_ms else "-"
+        print(f"{name:28}{spread(ms)}{ratio:>6}{answers[-1]['tokens']:8}{answers[-1]['peak_mb']:9.0f}{load_sec:8.1f}",
+              flush=True)
 
 
 def peer_python(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -227,9 +228,9 @@ def measure_peers(folder: str, threads: int, layouts: Sequence[tuple[str, str]],
     contestants = [*(Contestant("ours", *layout, OURS) for layout in layouts), *peers]
     print(f"\nBeside others, {threads} threads: milliseconds from features to ids, median of {TURNS} turns (least to "
           "most);\nratio: to onnxruntime in the same precision; MB at most; seconds to load, imports included\n"
-          f"{'':28}{'ms':>8} {'':16}{'ratio':>6}{'tokens':>8}{'MB':>9}{'load':>8}")
+          f"{'':28}{'ms':>8} {'':18}{'ratio':>6}{'tokens':>8}{'MB':>9}{'load':>8}")
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(working(one, sys.executable if one.name == "ours" else python, folder, threads))
                    for one in contestants]
         for case in CASES:
-            measure_case(contestants, workers, folder, case)
+            measure_case(workers, folder, *case)

@@ -10,11 +10,11 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import itertools
 import json
 import math
 import os
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -23,17 +23,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import rules
 import serve
 from audio import frame_sec, stream
-from bench_long import large_system
+from bench_long import large_config, large_system, noise, time_turns
 from checkpoint import System, export_directory, load_system
 from commandline import Parser
 from live import samples_until
@@ -51,30 +50,22 @@ def chunk_samples(system: System) -> int:
     return samples_until(2 * system.chunk.new, system.config.data) - samples_until(system.chunk.new, system.config.data)
 
 
-def noise(seed: int, samples: int) -> Tensor:
-    return torch.randn(samples, generator=torch.Generator().manual_seed(seed)) / 20
-
-
 def ready_stream(system: System) -> State:
     """A stream that has heard so much that all its caches are full."""
     chunks = system.chunk.encoder_look_back + 3
-    return feed(system, start(system, system.chunk), noise(0, chunks * chunk_samples(system)))[0]
+    return feed(system, start(system, system.chunk), noise(chunks * chunk_samples(system)))[0]
 
 
 def step_ms(system: System, states: Sequence[State]) -> float:
     """Median of the milliseconds that a chunk of all these streams takes, in one batch."""
-    pieces = [noise(100 + i, chunk_samples(system)) for i in range(len(states))]
-    spent = []
-    for _ in range(TURNS):
-        started = time.perf_counter()
-        feed_many(system, states, pieces, [False] * len(states))
-        spent.append(1000 * (time.perf_counter() - started))
-    return float(np.median(spent))
+    pieces = [noise(chunk_samples(system), 100 + i) for i in range(len(states))]
+    step = partial(feed_many, system, states, pieces, [False] * len(states))
+    return statistics.median(time_turns(TURNS, {"step": step})["step"])
 
 
 def difference(system: System, states: Sequence[State]) -> float:
     """The greatest difference between what is kept of streams in a batch, after a chunk, and of each alone."""
-    pieces = [noise(200 + i, chunk_samples(system)) for i in range(len(states))]
+    pieces = [noise(chunk_samples(system), 200 + i) for i in range(len(states))]
     found = 0.0
     for i, (together, _) in enumerate(feed_many(system, states, pieces, [False] * len(states))):
         alone, _ = feed(system, states[i], pieces[i])
@@ -215,7 +206,7 @@ def speeches(system: System, inputs: Sequence[str], count: int, seconds: float) 
     """Of each client, so many seconds of the inputs joined, each from another one on; noise without inputs."""
     rate_hz = system.config.data.sample_rate
     wanted = int(seconds * rate_hz)
-    sources = [noise(i, wanted) for i in range(count)]
+    sources = [noise(wanted, i) for i in range(count)]
     if inputs:
         with tempfile.TemporaryDirectory() as scratch:
             rows = read_inputs(inputs, Path(scratch))[0][:4 * count]
@@ -224,11 +215,10 @@ def speeches(system: System, inputs: Sequence[str], count: int, seconds: float) 
             raise ValueError("wanted recordings with samples, got none")
     found = []
     for i in range(count):
-        following = itertools.islice(itertools.cycle(sources), i, None)
-        joined = torch.zeros(0)
-        while len(joined) < wanted:
-            joined = torch.cat([joined, next(following)])
-        found.append((joined[:wanted].clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
+        first = i % len(sources)
+        joined = torch.cat(sources[first:] + sources[:first])
+        said = joined.repeat(wanted // len(joined) + 1)[:wanted]
+        found.append((said.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().tobytes())
     return found
 
 
@@ -275,7 +265,7 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
 
 
 def true_size() -> System:
-    config = rules.load(str(HERE / "configs/paraformer_large.yaml"))
+    config = large_config()
     system = large_system(replace(config, model=replace(config.model, name="streaming")))
     return system._replace(model=system.model.eval(), chunk=Chunk())
 
