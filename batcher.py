@@ -21,11 +21,8 @@ RATIO = 1.5         # longest to shortest of a batch: above it, a large model's 
 
 def choose_batch(lengths: Sequence[int], max_size: int, max_frames: int) -> list[int]:
     """The next batch of those that wait -> its indices in `lengths` (frames, oldest first), always with the oldest.
-
-    It is the largest set of like lengths around the oldest: the longest at most RATIO times the shortest; at most
-    max_size utterances and max_frames padded frames (a longer one goes alone). Nobody starves, as everybody becomes
-    the oldest.
-    """
+    It is the largest set of like lengths around the oldest, the longest at most RATIO times the shortest, of at most
+    max_size utterances and max_frames padded frames (a longer one goes alone). Everybody becomes the oldest."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)        # shortest first
     oldest = order.index(0)
     best = [0]
@@ -70,12 +67,9 @@ def num_utterances(jobs: Sequence[Job]) -> int:
 
 class Batcher:
     """The queue, and the rule that makes batches of it. The one thread in `run` is the only one to call the model.
-
     Steps of streams are not queued: all that are there go through `infer_steps` together, and a step waits for one
     batch of utterances at most, as these for one batch of steps.
-
-    options: max_batch_size (utterances), max_batch_frames (padded), max_wait_ms, max_queue (utterances that may wait).
-    """
+    options: max_batch_size and max_queue (utterances), max_batch_frames (padded), max_wait_ms."""
 
     def __init__(self, infer: Callable[[Sequence[Job]], list], options: argparse.Namespace, metrics: Metrics,
                  infer_steps: Callable[[Sequence[Step]], list] | None = None):
@@ -141,11 +135,9 @@ class Batcher:
 
     def poll_utterances(self, now: float) -> tuple[list[Job], float | None]:
         """`poll` of what is queued.
-
         It waits only while a request is being parsed, or a client of the last batch may be back (many ask again at
         once); while fewer than max_batch_size jobs wait; and until max_wait_ms have passed since the newest job or
-        the last answer, whichever came later, or eight times that since the oldest job.
-        """
+        the last answer, whichever came later, or eight times that since the oldest job."""
         if not self.waiting:
             return [], None
         wait_sec = self.options.max_wait_ms / 1e3

@@ -59,10 +59,8 @@ def to_float(text: str) -> float:
 
 def parse_json(body: bytes) -> dict:
     """A JSON object, all numbers as float; overflow gives inf, which its reader refuses. Raises Refusal 400.
-
     In a large body a Python function converts each number: json's C code alone does not yield the GIL, and /health
-    would wait for it.
-    """
+    would wait for it."""
     number = float if len(body) < INTERRUPTIBLE else to_float
     try:
         value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
@@ -190,9 +188,7 @@ def wav_seconds(body: bytes, longest: float) -> float:
 
 def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
     """A WAV file -> Upload, one piece per segment of decode.cut_recording. Raises Refusal.
-
-    All that the header tells is checked before any sample is decoded.
-    """
+    All that the header tells is checked before any sample is decoded."""
     seconds = wav_seconds(body, options.max_audio_seconds)
     pieces = []
     try:

@@ -126,9 +126,7 @@ def samples_until(frame: int, options) -> int:
 
 def frontend_part(samples: Tensor, first: int, stop: int | None, options, stats: Tensor) -> Tensor:
     """Rows first..stop-1 of what `frontend` makes of a recording; stop None: up to its end, where edge frames repeat.
-
-    samples (n,): the recording's from first_sample(first) on, to samples_until(stop) or its end -> (T,F).
-    """
+    samples (n,): the recording's from first_sample(first) on, to samples_until(stop) or its end -> (T,F)."""
     bank = fbank(samples, options.sample_rate, options.num_mels)
     shift = int(options.sample_rate * SHIFT_SEC)
     skipped = first_sample(first, options) // shift     # rows of the filterbank before the samples

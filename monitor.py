@@ -121,9 +121,7 @@ def log_line(form: str, seconds: float, level: str, event: str, fields: dict[str
 
 class Log:
     """Called with a level, an event and fields; once begun, its own thread writes a line for each to standard error.
-
-    Lines that cannot be written, and those above 1000 that wait, are lost; how many is said once there is room again.
-    """
+    Lines that cannot be written, and those above 1000 that wait, are lost; how many is said once there is room."""
 
     def __init__(self, form: str):
         self.form = form

@@ -7,7 +7,6 @@
 
 Here are the routes and the command line. What a POST asks for is done in transcribe.py, how requests arrive is in
 web.py, how they wait and are batched in batcher.py, OpenAI's answers in openai_forms.py; the page is page.html.
-
 Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
 """
 import argparse
@@ -180,12 +179,9 @@ class Server(Door):
         client = client_address(head, self.options.trusted_proxy)
         fields = {"id": head.id, "client": client, "method": head.method or "-", "path": head.path[:200] or "-",
                   "status": response.status, "ms": round(seconds * 1e3, 1)}
-        if response.batch:
-            fields["batch"] = response.batch
-        if response.code:
-            fields["error"] = response.code
-        if response.warning:
-            fields["warning"] = response.warning
+        for name, value in (("batch", response.batch), ("error", response.code), ("warning", response.warning)):
+            if value:
+                fields[name] = value
         level = "ERROR" if response.status >= 500 else "WARNING" if response.status >= 400 else "INFO"
         self.log(level, "request", **fields)
 
@@ -425,10 +421,8 @@ def refuse_options(options: argparse.Namespace, names: Sequence[str], why: str) 
 
 
 def bound_memory() -> None:
-    """Keep memory flat over thousands of requests. Before torch's first forward pass, and on Linux only.
-
-    By default oneDNN caches 1024 compiled kernels, some for each batch shape, and glibc opens a heap for new threads.
-    """
+    """Keep memory flat over thousands of requests, where oneDNN would cache 1024 compiled kernels, some for each batch
+    shape, and glibc open a heap for each new thread. Before torch's first forward pass, and on Linux only."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
@@ -439,10 +433,8 @@ LOADED = 0              # a byte beside the numbers of signals
 
 def catch_signals() -> tuple[int, int]:
     """SIGTERM and SIGINT from now on -> a descriptor with a byte to read for each, its number, and the other end.
-
     The system may hand a signal to any thread. Python calls its handler in the main thread, which would sleep on in
-    Event.wait(); only set_wakeup_fd's byte is written by the thread that the signal has reached.
-    """
+    Event.wait(); only set_wakeup_fd's byte is written by the thread that the signal has reached."""
     to_read, to_write = os.pipe()
     os.set_blocking(to_write, False)
     signal.set_wakeup_fd(to_write)

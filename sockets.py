@@ -149,11 +149,9 @@ def to_text(payload: bytes) -> str:
 
 class Socket:
     """The messages of one client, of `most` bytes at most.
-
     connection: `buffer`, what has come; read_some(deadline), more, as web.Connection; take(size); write(data).
     idle_sec: without a frame for so long the client is pinged, for so long again it is closed. frame_sec: for the rest
-    of a frame or message that has begun.
-    """
+    of a frame or message that has begun."""
 
     def __init__(self, connection, most: int, idle_sec: float, frame_sec: float):
         self.connection = connection

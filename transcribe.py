@@ -35,9 +35,7 @@ class Recognition(NamedTuple):
 def recognise_batch(system: System, feats: Sequence[Tensor],
                     hotwords: Sequence[tuple[str, ...] | None] | None = None) -> list[Recognition]:
     """Normalised features (T,F), T >= 1, and for each what to listen for, as decode.decode_batch -> a Recognition each.
-
-    Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay.
-    """
+    Whole words get the mark "▁"; characters, and pieces as they are published (hel@@ lo), stay."""
     found = decode.decode_batch(system, feats, hotwords)
     mark = "▁" if system.tokenizer.unit == "word" else ""
     recognised = []
@@ -100,10 +98,7 @@ def refuse_toy(system: System) -> None:
 
 def as_wav(post: Post, recording: Recording) -> Recording:
     """The recording as WAV, by ffmpeg if it must, once one of the conversions has ended. What is too long becomes a
-    little longer than is allowed, and is refused by who reads it.
-
-    Raises Refusal, or ClientLeft if the client left before its turn.
-    """
+    little longer than is allowed, and is refused by who reads it. Raises as `enqueue`."""
     server = post.server
     if is_wav(recording.wav) or server.options.no_ffmpeg or not shutil.which("ffmpeg"):
         return recording
@@ -134,10 +129,8 @@ class Heard(NamedTuple):
 
 def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Upload, list[Job]]]]:
     """Parse what was sent and queue its jobs, on a parser thread -> its terms, and each upload with a job per piece.
-
     A piece without frames is not queued, as its outcome is known.
-    Raises Refusal, or ClientLeft if the client left before its turn.
-    """
+    Raises Refusal, or ClientLeft if the client left before its turn."""
     if post.has_left():
         raise ClientLeft
     uploads, terms = parse_request(post.head, sent, post.server.system, post.server.options)

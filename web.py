@@ -131,9 +131,7 @@ def to_bytes(head: Head, response: Response, close: bool) -> bytes:
 
 class Connection(socketserver.BaseRequestHandler):
     """One connection on its own thread. Every wait for the client has an absolute deadline, whatever trickles in.
-
-    server.phases holds its state: idle (between requests), reading (a request has begun), busy (it has come whole).
-    """
+    server.phases holds its state: idle (between requests), reading (a request has begun), busy (it has come whole)."""
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -301,10 +299,8 @@ class Connection(socketserver.BaseRequestHandler):
 
     def has_left(self) -> bool:
         """Whether the client is gone: other threads may ask before they work on its request.
-
         One that has closed its sending side may still read. The two differ in what the first bytes of the answer meet:
-        who is gone answers with a reset, within PROBE_MS unless far away.
-        """
+        who is gone answers with a reset, within PROBE_MS unless far away."""
         if not self.writing.acquire(blocking=False):
             return True             # it has an answer already: its deadline has passed
         try:
@@ -415,9 +411,7 @@ def check_head_size(block: bytes) -> None:
 
 def parse_head(block: bytes) -> Head:
     """Request line and header lines -> Head. Strict: what two parsers could read differently raises Refusal 400.
-
-    Source: RFC 9112. The one Transfer-Encoding is chunked, in HTTP/1.1 and without Content-Length.
-    """
+    Source: RFC 9112. The one Transfer-Encoding is chunked, in HTTP/1.1 and without Content-Length."""
     first, *lines = block.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
     if not match:
@@ -492,10 +486,8 @@ def shutting_down() -> Refusal:
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers send it, or "*" for any; capitals, a slash at the end and a usual port are put right.
-
-    Raises ValueError for what no browser sends.
-    """
+    """An origin as browsers send it, or "*" for any; capitals, a slash at the end and a usual port are put right. Raises
+    ValueError for what no browser sends."""
     text = text.strip().lower().removesuffix("/")
     if text == "*":
         return text
@@ -548,9 +540,7 @@ def bad_form(message: str) -> Refusal:
 
 def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
     """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
-
-    The body is split as bytes, whatever is in it; file names are never used.
-    """
+    The body is split as bytes, whatever is in it; file names are never used."""
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
@@ -577,10 +567,7 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
 
 def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, list[str]]]:
     """A form with one part "file" -> its content, and the texts of each field. x, x[] and x[0] are one field: clients
-    differ in how they write a list.
-
-    Files under other names are ignored. Raises Refusal 400.
-    """
+    differ in how they write a list. Files under other names are ignored. Raises Refusal 400."""
     files = []
     fields: dict[str, list[str]] = {}
     for name, is_file, content in parse_multipart(body, content_type):
