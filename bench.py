@@ -439,49 +439,33 @@ def compare(arguments: argparse.Namespace) -> None:
 
 # ---- serving ----
 
-def ask(connection: http.client.HTTPConnection, path: str, body: bytes | None = None) -> tuple[float, dict]:
-    """GET a path, or POST a body to it -> milliseconds until the whole answer is there, and what it says. Raises
-    ValueError unless its status is 200."""
-    started = time.perf_counter()
-    connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    answer = response.read()
-    ms = 1000 * (time.perf_counter() - started)
-    if response.status != 200:
-        raise ValueError(f"wanted 200, got {response.status} {answer[:200]!r}")
-    return ms, json.loads(answer)
-
-
-def post_all(port: int, bodies: Sequence[bytes]) -> list[tuple[float, float]]:
-    """Send bodies over one kept connection, one after another -> (ms of each, those of them in the model)."""
+def ask_all(port: int, path: str, bodies: Sequence[bytes | None], pause_sec: float = 0.0) -> list[tuple[float, dict]]:
+    """POST bodies, None: GET, over one kept connection, one after another -> ms until the whole answer is there, and
+    what it says, of each. Raises ValueError unless its status is 200."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     found = []
     for body in bodies:
-        ms, answer = ask(connection, "/transcribe", body)
-        found.append((ms, answer["timing"]["infer_ms"]))
+        started = time.perf_counter()
+        connection.request("POST" if body else "GET", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        ms = 1000 * (time.perf_counter() - started)
+        if response.status != 200:
+            raise ValueError(f"wanted 200, got {response.status} {answer[:200]!r}")
+        found.append((ms, json.loads(answer)))
+        time.sleep(pause_sec)
     connection.close()
     return found
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, float]]]:
-    """Send bodies from so many clients at once -> bodies a second, and what `post_all` says of each."""
+def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
+    """Send bodies from so many clients at once -> bodies a second, and what `ask_all` says of each."""
     found = []
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        for share in pool.map(partial(post_all, port), [bodies[i::clients] for i in range(clients)]):
+        for share in pool.map(partial(ask_all, port, "/transcribe"), [bodies[i::clients] for i in range(clients)]):
             found += share
     return len(bodies) / (time.perf_counter() - started), found
-
-
-def ask_health(port: int) -> list[float]:
-    """Milliseconds of each of 200 answers of /health, asked 50 times a second at most."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    found = []
-    for _ in range(200):
-        found.append(ask(connection, "/health")[0])
-        time.sleep(0.02)
-    connection.close()
-    return found
 
 
 def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
@@ -496,13 +480,11 @@ def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
 
 
 ROUNDS_SEC = 15  # no round of a benchmark starts later; a large model's first takes longer and is its only one
-
-
 Rounds = dict[tuple[str, int], list]  # by kind of bodies and number of clients
 
 
 def time_rounds(port: int, bodies: dict, full_batch: Callable[[], object]) -> tuple[list[float], Rounds, Rounds]:
-    """Of each round ms of full_batch, and requests a second; ms of all requests and of the model for each."""
+    """Of each round ms of full_batch, and requests a second; what `ask_all` says of each request."""
     full_ms: list[float] = []
     rates: Rounds = {}
     replies: Rounds = {}
@@ -525,12 +507,12 @@ def serving_figures(options: argparse.Namespace) -> Iterator[str]:
         time_clients(port, bodies["mixed"][:32], 4)
         full_ms, rates, replies = time_rounds(port, bodies, partial(recognise_batch, system, largest))
         with ThreadPoolExecutor(1) as pool:
-            health = pool.submit(ask_health, port)
+            health = pool.submit(ask_all, port, "/health", [None] * 200, 0.02)
             while not health.done():
                 time_clients(port, bodies["mixed"], 16)
     yield figure_row("figure", "measured", "asked")
     yield figure_row("start to ready beyond import torch", f"{ready_sec - import_sec():.2f} s", "<= 1 s")
-    overhead = statistics.median(ms - model_ms for ms, model_ms in replies["equal", 1])
+    overhead = statistics.median(ms - answer["timing"]["infer_ms"] for ms, answer in replies["equal", 1])
     yield figure_row("overhead of a request, median (100 frames, JSON)", f"{overhead:.2f} ms", "<= 5 ms")
     for kind, asked in (("mixed", ">= 1.3 x"), ("equal", ">= 2.0 x")):
         one = statistics.median(rates[kind, 1])
@@ -540,7 +522,8 @@ def serving_figures(options: argparse.Namespace) -> Iterator[str]:
     p99 = np.quantile([ms for ms, _ in replies["mixed", 16]], 0.99, method="higher")
     yield figure_row(f"p99 at 16 clients, mixed lengths, {p99:.1f} ms, against a full batch",
                      f"{p99 / statistics.median(full_ms):.2f} x", "<= 3 x")
-    yield figure_row("/health meanwhile, most of 200", f"{max(health.result()):.1f} ms", "<= 50 ms")
+    slowest = max(ms for ms, _ in health.result())
+    yield figure_row("/health meanwhile, most of 200", f"{slowest:.1f} ms", "<= 50 ms")
 
 
 # ---- the command ----
