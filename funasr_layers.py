@@ -63,7 +63,7 @@ def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
     flat = (step[:, None] + 1) * length + step  # (B,T,T): index into the flattened (n,n+1) table
     row = flat // (length + 1)
     column = flat % (length + 1) - 1  # -1: the column of zeros
-    place = row.clamp(max=T - 1) * T + column.clamp(0, T - 1)  # (B,T,T): index into (T,T)
+    place = row * T + column.clamp(min=0)  # (B,T,T): index into (T,T)
     place = place.flatten(1)[:, None].expand(B, H, T * T)
     moved = scores.flatten(2).gather(2, place).view(B, H, T, T)  # (B,H,T*T) -> (B,H,T,T)
     return moved.masked_fill((column < 0)[:, None], 0.0)

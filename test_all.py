@@ -3741,6 +3741,12 @@ WAVS = ("fsdd_dev_a", "fsdd_dev_b", "aishell_dev", "libri_dev")  # in the order 
 
 @pytest.mark.parametrize("kernel_size, shift", [(11, 0), (7, 2), (9, 4)])
 def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
+    half = kernel_size // 2
+    for most in (half, -half):
+        funasr_layers.Fsmn(3, kernel_size, most)
+    for outside in (half + 1, -half - 1):
+        with pytest.raises(ValueError, match=f"within half of kernel_size {kernel_size}, got {outside}"):
+            funasr_layers.Fsmn(3, kernel_size, outside)
     fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
     left = (kernel_size - 1) // 2 + shift
     taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
@@ -3757,6 +3763,10 @@ def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
 def test_positions_of_sanm_equal_funasr():
     expected = np.load(KIT / "units/units.npz")["pe_560"]
     np.testing.assert_allclose(funasr_layers.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
+    assert funasr_layers.halved_sinusoids(2, 4).shape == (2, 4)
+    for dim in (2, 5):
+        with pytest.raises(ValueError, match=f"even and 4 or more, got {dim}"):
+            funasr_layers.halved_sinusoids(2, dim)
 
 def test_relative_codes_count_down_from_5000_or_the_length():
     codes = funasr_layers.relative_codes(torch.tensor([3, 5002]), 5002, 8)
@@ -4797,6 +4807,7 @@ def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes
     again = funasr.read_published_config(written(tmp_path, text)).model
     assert (again.encoder.ffn_dim, again.decoder.ffn_dim, again.decoder.attention_layers) == (1024, 1024, 6)
     assert again.predictor == found.model.predictor and "split_with_space: true" in text
+    assert funasr_layers.NormedFeedForward(6, 0).up.out_features == 24
 
 @pytest.mark.parametrize("options", [3, "x", [1]])
 def test_options_of_a_published_config_are_a_section(tmp_path, options):
@@ -6382,8 +6393,8 @@ def chunk_by_chunk(system, feats):
 @pytest.mark.parametrize("chunk", GEOMETRIES)
 @torch.no_grad()
 def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):
-    system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46)
-    feats = normal(0, 6, 61, 70, dtype=torch.float32)
+    system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46, 0)
+    feats = normal(0, 7, 61, 70, dtype=torch.float32)
     feats[~padding_mask(lens, 61)] = math.nan  # what pads may hold anything
     net = system.model
     hidden, hidden_lens = net.encode(feats, lens)
@@ -6392,13 +6403,14 @@ def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk,
     logits = net.predict(embeds, counts, hidden, hidden_lens, alpha).logits
     assert counts.max() > (20 if not bias else 5) and not alpha[~padding_mask(hidden_lens, alpha.shape[1])].any()
     found = net.greedy(feats, lens)
-    for i, T in enumerate(lens.tolist()):
+    assert hidden_lens[-1] == counts[-1] == 0
+    for i, T in enumerate(lens[:-1].tolist()):
         L, n = hidden_lens[i], counts[i]
         assert L == T + system.chunk.ahead and torch.equal(found.tokens[i, :n], logits[i, :n].argmax(-1))
         for whole, part in zip((hidden[i, :L], alpha[i, :L], logits[i, :n]), chunk_by_chunk(system, feats[i, :T])):
             assert_same(whole, part, 3e-5)
-        edges = found.boundaries[i]
-        assert len(edges) == n + 1 and (edges.diff() >= 0).all() and 0 <= edges[0] and edges[-1] <= T
+        edges = boundaries(alpha[i, :L], n.item()) - system.chunk.ahead
+        assert torch.equal(found.boundaries[i], edges.clamp(0, T))
 
 # C5 C168
 def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():
@@ -10937,9 +10949,9 @@ def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path,
     samples = long_samples("talk_b")[16000 * 4:16000 * 15]
     path = tmp_path / "a.wav"
     audio.save_wav(path, samples, 16000)
-    segments = []
-    for segment in decode.cut_recording(models.whole, path):
-        feats = audio.frontend(segment.samples, 16000, models.whole.config.data, models.whole.stats)
+    segments, cuts = [], list(decode.cut_recording(models.whole, path))
+    all_feats = [audio.frontend(one.samples, 16000, models.whole.config.data, models.whole.stats) for one in cuts]
+    for feats in all_feats:
         segments += decode.transcribe(models.whole, [feats])
     whole = decode.transcribe_recording(models.whole, path)
     texts = [result.text for result in segments]
@@ -10950,8 +10962,22 @@ def test_the_second_pass_gives_each_segment_what_a_recording_has_there(tmp_path,
         texts[i], _, carried = punctuation.punctuate_more(models.whole.punctuation, carried, text)
     at_once, hear = set(), vad.feed
     monkeypatch.setattr(vad, "feed", lambda *given, **more: at_once.add(given[0].piece_ms) or hear(*given, **more))
+    pieces, cut = [], streams.cut
+
+    def cut_and_keep(*given):
+        stream, found = cut(*given)
+        pieces.extend(found)
+        assert len(stream.held) == stream.heard - stream.first <= 16000 * 3.1      # the longest segment, and ahead
+        assert not found or stream.online is None or len(stream.pending) == stream.heard - stream.begun
+        return stream, found
+
+    monkeypatch.setattr(streams, "cut", cut_and_keep)
     with serving(models) as server, Talker(server) as client:
         messages = client.say({"wav_name": "b", "chunk_size": [5, 10, 5]}, pcm_of(samples))
+        assert [(x.start_sec, x.seconds) for x in pieces] == [(x.start_sec, len(x.samples) / 16000) for x in cuts]
+        assert all(torch.equal(x.feats, feats) for x, feats in zip(pieces, all_feats))
+        starts = [token["start"] for m in messages if m["mode"] == "2pass-online" for token in m["tokens"]]
+        assert 8 < max(starts) < 11 and len(starts) > 5
         assert at_once == ({100} if "vad" in parts else set())      # ms of a VAD's step
         second = [m for m in messages if m["mode"] == "2pass-offline"]
         assert {m["mode"] for m in messages} == {"2pass-online", "2pass-offline"} and len(second) > 2
@@ -11070,6 +11096,9 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
             running = rest
         return found
 
+    due = streams.samples_due(models, first[0])
+    (stream, _), = streams.hear_chunks(models, [first[0]._replace(pending=data[:due + 5])], [False])
+    assert torch.equal(stream.pending, data[due:due + 5])
     for together, alone in zip(run(True), run(False), strict=True):
         assert len(together) == len(alone) > 0
         for one, other in zip(together, alone):
@@ -11094,6 +11123,8 @@ def test_what_is_shown_of_a_text_is_never_taken_back():  # C200
             assert certain.startswith(shown) and not certain.endswith(" "), (heard, shown, certain)
             shown = certain
         assert text.startswith(shown) and len(text) - len(shown) < 12 and text == write_sentence(spell_words(heard))
+    for heard, certain in (("我", "我"), ("ok", "ok"), ("7", "7"), ("he@@ llo", "hello"), ("a b", ""), ("ok a", "ok")):
+        assert streams.certain_text(tokenizer, *streaming.write_on(tokenizer, state, heard.split())) == certain
 
 @needs_kit
 def test_sigterm_gives_streams_what_is_recognised_so_far_and_closes_them_with_1001():  # C206
