@@ -97,6 +97,7 @@ import report
 import rules
 import sentences
 import serve
+import sessions
 import settings
 import sockets
 import survival
@@ -1727,6 +1728,8 @@ def test_headers_ids_methods_and_keep_alive(server):
 def test_a_message_has_1000_characters_at_most_and_a_flag_few_spellings():
     error = json.loads(web.Refusal(400, "code", "a" * 2000).response().body)["error"]
     assert error["message"] == "a" * 1000
+    kinds = [web.Refusal(status, "", "").entry()["type"] for status in (401, 429, 499, 500)]
+    assert kinds == ["authentication_error", "rate_limit_error", "invalid_request_error", "server_error"]
     with pytest.raises(web.Refusal, match="got '" + "x" * 40 + "'$"):
         openai_forms.parse_openai_form({"response_format": ["x" * 50]})
     given = (True, "TRUE", "1", False, "False", "0", "", None)
@@ -2014,6 +2017,8 @@ def test_every_number_of_serve_has_its_default_and_its_least_value():  # C196
     least = {"port": 65535, "threads": 0, "max_wait_ms": 0, "max_queue": 1, "idle_timeout": 0.001}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in least.items()]
     assert vars(serve.parse_arguments(flags)).items() >= least.items()
+    proxies = serve.parse_arguments(["--trusted-proxy", "10.1.2.3/8"]).trusted_proxy
+    assert proxies == [ipaddress.ip_network("10.0.0.0/8")]
 
 @pytest.mark.parametrize("given,key", [("secret\n", "secret"), (" s-3.~+/= ", "s-3.~+/="), ("", ""),
                                        ("two words", None), ("schlüssel", None), (" \n", None), ("a\tb", None)])
@@ -2298,9 +2303,13 @@ def metrics_of(server) -> dict[str, float]:
     return samples
 
 def test_metrics_are_prometheus_text_that_adds_up(server):  # C60
+    before = metrics_of(server)["asr_audio_seconds_total"]
     assert exchange(server, post_json({"features": ROWS[:30]}))[0] == 200
     with Talker(server) as client:
         assert client.say({"audio_fs": 8000}, NOISE.tobytes())[-1]["is_final"]
+    wait_until(lambda: not server.phases)
+    assert metrics_of(server)["asr_audio_seconds_total"] - before == pytest.approx(0.3 + 1.125)
+    assert any(" audio=1.1 code=1006 " in line for line in server.lines)
     exchange(server, get("GET /secret HTTP/1.1"))
     text = exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()
     assert text.endswith("\n") and "/secret" not in text
@@ -5624,6 +5633,7 @@ def test_vad_limits_are_exact():
     levels = np.array([40.0, 39.9, 130.0, 40.0, 41.0])      # the third is noise: (130 + 99 * 30) / 100
     silence = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
     assert vad.find_speech(options, 0.6, silence, levels, 30.0) == ([True, False, False, False, True], 31.0)
+    assert vad.find_speech(options, 0.6, np.zeros(2), np.array([39.9, 40.0]), 0.0) == ([False, True], 0.0)
 
 @needs_kit
 def test_vad_levels_are_there_where_they_matter_and_an_open_segment_is_timed():
@@ -10114,7 +10124,8 @@ BAD_WAVS = {
         *(wav(NOISE, rate_hz=rate_hz) for rate_hz in (0, 3999, 384001, 2**32 - 1)),
         wav(NOISE, before=b"LIST\0\0\0\0" * 100000), wav(NOISE, before=b"LIST\xff\xff\xff\x7f")],
     (422, "not_finite"): [
-        wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), wav(np.array([0, np.inf] * 900, "<f8"), 3, 64)],
+        wav(np.array([0, np.nan] * 900, "<f4"), 3, 32), wav(np.array([0, np.inf] * 900, "<f8"), 3, 64),
+        wav(np.array([1e38] + [0] * 900, "<f4"), 3, 32)],       # finite, but its square is not
     (413, "audio_too_long"): [wav(bytes(20 * 8000 + 1), bits=8)]}        # 20 s and a sample
 TABLE = []
 for make, groups in ((bytes, BAD_FRAMING), (post_json, BAD_JSON), (bytes, BAD_FORMS),
@@ -10518,7 +10529,7 @@ def test_openai_formats_by_hand():  # C57
     def body(**changes) -> str:
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
         form = openai_forms.parse_openai_form({"language": ["en"]})._replace(**changes)
-        response = openai_forms.openai_response(result, 62.5, form)
+        response = openai_forms.openai_response(result, 62.50041, form)
         kinds["stream" if form.stream else form.response_format] = response.media_type.removesuffix("; charset=utf-8")
         return response.body.decode()
 
@@ -10597,7 +10608,8 @@ def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is
     assert after.misses - before.misses <= 4 <= 8 <= after.hits - before.hits and after.maxsize == hotwords.KEPT
 
 @pytest.mark.parametrize("value, code", [
-    (["a"] * 1001, "too_many_hotwords"), (["字" * 65], "too_many_hotwords"), ([1], "invalid_type"), (7, "invalid_type"),
+    (["a"] * 1001, "too_many_hotwords"), (["a", "字" * 65, "b"], "too_many_hotwords"), (["a", 1], "invalid_type"),
+    (7, "invalid_type"),
     ({"a": 1}, "invalid_type"), ("字" * 65, "too_many_hotwords")])
 def test_hotwords_of_a_wrong_kind_or_too_many_are_422(hotword_server, value, code):  # C156
     status, _, body = exchange(hotword_server, post_json({"features": [[0.0] * 560] * 3, "hotwords": value}))
@@ -11049,6 +11061,20 @@ def test_a_file_over_a_socket_has_the_limit_of_a_body_and_steps_of_600_ms_where_
             assert client.read()["error"]["code"] == code and client.read()["is_final"]
     stream = streams.start_stream(server.models, settings.first_settings(server.models)._replace(audio_fs=8000))
     assert streams.samples_due(server.models, stream) == 4800
+
+def test_an_answer_over_a_socket_has_its_times_in_ms_and_is_counted_in_seconds(monkeypatch):
+    """Words that come again with a second pass are not counted."""
+    session, seen, sent = object.__new__(sessions.Session), [], []
+    session.settings, session.arrived = SimpleNamespace(wav_name="a"), 10.0
+    monkeypatch.setattr(sessions, "time", SimpleNamespace(monotonic=lambda: 12.34567))
+    answer = session.message("online", "b", "ab", [{}, {}], [SimpleNamespace(start=0.0006, end=0.0124)])
+    assert answer == {"mode": "online", "wav_name": "a", "text": "b", "is_final": False, "timestamp": "[[1, 12]]",
+                      "tokens": [{}, {}], "text_so_far": "ab", "latency_ms": 2345.7}
+    metrics = SimpleNamespace(observe=lambda *given: seen.append(given),
+                              add=lambda name, amount: seen.append((name, amount)))
+    sessions.tell(SimpleNamespace(send_text=sent.append), [answer, {**answer, "mode": "2pass-online"}, {}], metrics)
+    latency = ("asr_stream_latency_seconds", 2.3457)
+    assert len(sent) == 3 and seen == [latency, ("asr_tokens_total", 2), latency]
 
 @needs_kit
 def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():  # C204
