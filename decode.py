@@ -191,10 +191,8 @@ def batch_limits(system: System) -> tuple[int, int]:
 
 
 def transcribe_segments(system: System, pieces: Iterable[Segment]) -> Iterator[tuple[float, Result]]:
-    """Segments at the model's rate -> (start in seconds, Result with times from there) of each, in order.
-
-    Memory does not grow with their number. Raises ValueError if features are not finite.
-    """
+    """Segments at the model's rate -> (start in seconds, Result with times from there) of each, in order. Memory does
+    not grow with their number. Raises ValueError if features are not finite."""
     options = system.config.data
     stats = system.stats.cpu()
     for _, group in itertools.groupby(pieces, lambda piece: piece.start_sec // POOL_SEC):
@@ -222,10 +220,8 @@ def shifted(items: Sequence[Token] | Sequence[Word], seconds: float) -> list:
 
 
 def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Result:
-    """The Results of a recording's segments, each with its start in seconds -> the recording's, in its own times.
-
-    If the space is a token of the characters' vocabulary, a cut between two words gets one.
-    """
+    """The Results of a recording's segments, each with its start in seconds -> the recording's, in its own times. If
+    the space is a token of the characters' vocabulary, a cut between two words gets one."""
     tokens: list[Token] = []
     words: list[Word] = []
     log_sum = count = 0
@@ -256,11 +252,9 @@ def cut_recording(system: System, source: audio.Source) -> Iterator[Segment]:
 
 
 def transcribe_recording(system: System, source: audio.Source) -> Result:
-    """A recording of any length -> its Result; there is no n-best of what `cut_recording` cuts.
-
-    A streaming model hears it chunk by chunk. Memory does not grow with its length, but for the Result. Raises
-    ValueError (place, wanted, got) or OSError.
-    """
+    """A recording of any length -> its Result; there is no n-best of what `cut_recording` cuts. A streaming model hears
+    it chunk by chunk. Memory does not grow with its length, but for the Result. Raises ValueError (place, wanted, got)
+    or OSError."""
     if system.chunk is not None:
         tokens: list[Token] = []
         for heard in hear_stream(system, audio.stream(source, system.config.data.sample_rate)):
@@ -320,10 +314,8 @@ def plan_batches(todo: Sequence[int], lengths: np.ndarray, system: System) -> It
 def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[int]]], shard: tuple[int, int],
                   finish: Callable[[list[Outcome]], None]) -> Iterator[Outcome]:
     """Outcomes in the order of the inputs, a window of `plan_batches` at a time; `finish` gets each batch's at once.
-
-    shard = (rank, processes): each process does its share of every window, and rank 0 yields the outcomes of all.
-    After Ctrl-C the outcomes that are done are yielded first, then KeyboardInterrupt is raised.
-    """
+    shard = (rank, processes): each process does its share of every window, and rank 0 yields the outcomes of all. After
+    Ctrl-C the outcomes that are done are yielded first, then KeyboardInterrupt is raised."""
     rank, processes = shard
     for batches in windows:
         outcomes: list[Outcome] = []
@@ -437,11 +429,9 @@ def with_hotwords(system: System, given: str) -> System:
 
 def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipes: bool = False,
                 checkpoint: str = DEFAULT_CHECKPOINT) -> Dataset:
-    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none.
-
-    scratch: a folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp; checkpoint: the path
-    of the system's, from where its own manifests are found.
-    """
+    """A dataset of the inputs, or of the checkpoint's own toy data or test manifest where there are none. scratch: a
+    folder for copies of standard input and pipes; allow_pipes: run those of a wav.scp; checkpoint: the path of the
+    system's, from where its own manifests are found."""
     options = system.config.data
     stats = system.stats.cpu()
     if options.kind == "toy" and not inputs:

@@ -275,10 +275,8 @@ def _published_class(part: str, ours: Any, upsampling: int) -> str:
 
 
 def dump_published_config(config: Config) -> str:
-    """The config.yaml from which FunASR builds this model; read_published_config reads the same from it.
-
-    Raises ValueError for a model that FunASR has no classes for.
-    """
+    """The config.yaml from which FunASR builds this model; read_published_config reads the same from it. Raises
+    ValueError for a model that FunASR has no classes for."""
     model, width = config.model, 4 * config.model.encoder.hidden_dim
     for field, wanted in (("norm_eps", 1e-12), ("place_embedding", model.decoder.kind == "bare")):
         if getattr(model, field) != wanted:
@@ -381,10 +379,8 @@ def funasr_names(name: str, options) -> list[str]:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a model.pt of FunASR by its names, mapped as `read_file` does.
-
-    Bare, or in `state_dict`, `model_state_dict` or `model`, with or without `module.` before every name.
-    """
+    """The tensors of a model.pt of FunASR by its names, mapped as `read_file` does. Bare, or in `state_dict`,
+    `model_state_dict` or `model`, with or without `module.` before every name."""
     state = read_file(path, "the weights of a model", mapped=True)
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -416,9 +412,7 @@ def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: C
 
 def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
     """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
-
-    Raises ValueError that names the file.
-    """
+    Raises ValueError that names the file."""
     try:
         text = Path(path).read_text("utf-8")
         shift = _numbers_behind(text, "<AddShift>")
@@ -471,10 +465,8 @@ def firings(weights: np.ndarray) -> np.ndarray:
 
 
 def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
-    """Begin and end of n tokens, in frames of the timing head, from its weights, float32.
-
-    A token lasts from one firing to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>.
-    """
+    """Begin and end of n tokens, in frames of the timing head, from its weights, float32. A token lasts from one firing
+    to the next. Source: equal to FunASR's ts_prediction_lfr6_standard without <sil>."""
     fired = firings(weights)
     if len(fired) != n + 1:  # another number of tokens than the decoder's: scale the weights to that
         if not weights.any():

@@ -39,10 +39,8 @@ RELATIVE_SPAN = 5000  # ESPnet's max_len: positions count down from here, or fro
 
 def relative_codes(lens: Tensor, T: int, dim: int) -> Tensor:
     """lens (B,) int64 -> (B,T,dim) float32: row r is the sinusoid of position P-1-r, P = max(RELATIVE_SPAN, length).
-
     Source: ESPnet's first ("legacy") relative attention, which published conformers were trained with; in Dai et al.
-    2019, P is the length.
-    """
+    2019, P is the length."""
     check_shapes(lens=(lens, "B"))
     return sinusoids(lens.clamp(min=RELATIVE_SPAN)[:, None] - 1 - torch.arange(T, device=lens.device), dim)
 
@@ -94,10 +92,8 @@ class RelativeAttention(MultiHeadAttention):
 
 
 class Fsmn(nn.Module):
-    """x plus a depthwise convolution of it over time. Source: the FSMN of Zhang et al. 2018.
-
-    The window of kernel_size steps begins (kernel_size - 1) // 2 + shift steps before the current one.
-    """
+    """x plus a depthwise convolution of it over time. Source: the FSMN of Zhang et al. 2018. The window of kernel_size
+    steps begins (kernel_size - 1) // 2 + shift steps before the current one."""
 
     def __init__(self, dim: int, kernel_size: int, shift: int = 0, dropout: float = 0.0):
         super().__init__()
@@ -204,10 +200,8 @@ class Pointwise(nn.Conv1d):
 
 
 class BatchNormConvolution(ConvolutionModule):
-    """The convolution module as Gulati et al. 2020 published it, with BatchNorm in place of LayerNorm.
-
-    In training the statistics of the batch are those of its real steps only.
-    """
+    """The convolution module as Gulati et al. 2020 published it, with BatchNorm in place of LayerNorm. In training the
+    statistics of the batch are those of its real steps only."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__(dim, kernel_size)

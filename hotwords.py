@@ -42,11 +42,9 @@ def split_phrases(text: str) -> list[str]:
 
 
 def read_hotwords(given: str) -> tuple[list[str], bool]:
-    """The phrases of a file, or else the words of a text -> them, and whether weights were left out.
-
-    A file has a phrase a line; empty lines and those that begin with # are none. If every line ends in a number, as
-    FunASR's tools write it, that column is weights. Raises ValueError for a file that is not there or no UTF-8.
-    """
+    """The phrases of a file, or else the words of a text -> them, and whether weights were left out. A file has a
+    phrase a line; empty lines and those that begin with # are none. If every line ends in a number, as FunASR's tools
+    write it, that column is weights. Raises ValueError for a file that is not there or no UTF-8."""
     if not os.path.isfile(given):
         if given.endswith(".txt"):
             raise ValueError(f"{given}: wanted a file of hotwords, one a line, got no such file")
@@ -167,10 +165,8 @@ class SeacoParaformer(HotwordParaformer):
         return Prediction(torch.where(named[:, :, None], said, logits), attention, named)
 
     def choose(self, states: Tensor, counts: Tensor, entries: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """Shorten long lists: states (B,U,D), counts (B,), entries (B,n,D), lens (B,) -> entries, lens.
-
-        Of more than LONGEST entries, those stay that the states attend to most, and "none of them" comes once more.
-        """
+        """Shorten long lists: states (B,U,D), counts (B,), entries (B,n,D), lens (B,) -> entries, lens. Of more than
+        LONGEST entries, those stay that the states attend to most, and "none of them" comes once more."""
         if lens.max() <= LONGEST:
             return entries, lens
         scores = self.scores(states, counts, entries, lens)

@@ -25,11 +25,9 @@ class Segment(NamedTuple):
 
 
 def levels(samples: Tensor, size: int) -> np.ndarray:
-    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS.
-
-    Without the mean of each block, so that an offset, also a drifting one, is no sound. At least RANGE_DB below the
-    loudest block, so that zeros between words do not make a faint noise loud.
-    """
+    """samples (N,) -> the power of each block of `size` samples, (ceil(N / size),) float32 in dBFS. Without the mean of
+    each block, so that an offset, also a drifting one, is no sound. At least RANGE_DB below the loudest block, so that
+    zeros between words do not make a faint noise loud."""
     missing = -len(samples) % size
     blocks = torch.cat([samples, samples[-1:].expand(missing)]).view(-1, size)
     blocks = blocks - blocks.mean(1, keepdim=True)
@@ -112,11 +110,9 @@ class Pauses(NamedTuple):
 
 
 def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
-    """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order.
-
-    A recording of at most max_sec is one segment; the last segment may fall short of min_sec by LEVEL_SEC. Looks ahead
-    by max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec.
-    """
+    """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order. A
+    recording of at most max_sec is one segment; the last segment may fall short of min_sec by LEVEL_SEC. Looks ahead by
+    max_sec + min_sec. Raises ValueError unless 0 < 2 * min_sec <= max_sec."""
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
     pauses = Pauses(rate_hz, min_sec, max_sec)

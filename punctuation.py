@@ -239,10 +239,8 @@ def punctuate_words(punctuation: Punctuation, words: Sequence[str]) -> list[Writ
 
 def punctuate_more(punctuation: Punctuation, carried: Sequence[str], text: str) -> tuple[str, list[int], list[str]]:
     """More of a text -> what is new of it with marks, the marks of its last piece, what to carry into the next call.
-
     carried: tokens of the sentence that is not finished, [] at first. What is new may begin with the mark behind the
-    last token of the call before, and the last mark is left to the next call. A blank text changes nothing.
-    """
+    last token of the call before, and the last mark is left to the next call. A blank text changes nothing."""
     if not text.strip():
         return "", [], list(carried)
     tokens = split_tokens("".join(carried) + " " + text)

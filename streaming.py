@@ -147,10 +147,8 @@ def samples_missing(system, state: State) -> int:
 
 def cut_chunk(system, state: State, last: bool) -> Due | None:
     """The next chunk, of `chunk.new` frames; None if they are not all there, but at the end of a stream its last chunk.
-
     That one may have no new frame: samples of less than a frame are left out, as in FunASR. Raises ValueError if
-    features are not finite.
-    """
+    features are not finite."""
     options, stats = system.config.data, system.stats.cpu()
     begin = first_sample(state.frames, options)
     stop = state.frames + state.chunk.new

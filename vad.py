@@ -355,9 +355,7 @@ def limits(vad: Vad, open_ms: int) -> tuple[int, float]:
 
 def next_features(vad: Vad, state: State, samples: Tensor, last: bool) -> tuple[State, Tensor, np.ndarray | None]:
     """More samples -> state, features (T,F) of all frames whose neighbours are known, their levels (T,) if they matter.
-
-    At the edges of the stream the first and the last filterbank frame stand in for their neighbours.
-    """
+    At the edges of the stream the first and the last filterbank frame stand in for their neighbours."""
     rate = vad.front_end.fs
     around = vad.front_end.lfr_m // 2
     options = SimpleNamespace(sample_rate=rate, num_mels=vad.front_end.n_mels, lfr_m=1, lfr_n=1)
@@ -396,9 +394,7 @@ def segments_of(vad: Vad, chunks: Iterable[Tensor]) -> Iterator[Event]:
 
 def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
     """The stretches of speech of a recording, from a path or a file's bytes, at rate_hz; as cut_at_pauses otherwise.
-
-    Keeps at most the open segment and what can belong to the next one. Raises as load_wav and `feed`.
-    """
+    Keeps at most the open segment and what can belong to the next one. Raises as load_wav and `feed`."""
     state = start(vad)
     held = torch.zeros(0)
     first = 0  # the place of held[0] in the recording
