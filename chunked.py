@@ -9,7 +9,7 @@ side, and masks let each layer see what its `step` sees. Frames of zeros stand b
 
 Dims as in model.py; C windows of W = old + new + ahead rows, S = C * W. hidden (B,S,D): first the L = ahead + T rows
 that count, which are frames in their order, and behind them the others, which a decoder sees too.
-Needs torch, attention.py and model.py. Source: equal to streaming.py, so to FunASR's ParaformerStreaming.
+Source: equal to streaming.py, so to FunASR's ParaformerStreaming.
 """
 from typing import NamedTuple
 

@@ -7,7 +7,6 @@
 Results go to standard output and to --output, everything else to standard error. Exit code 0, 1 if an input could not
 be recognised, 2 for bad arguments, 130 after Ctrl-C, 143 after SIGTERM.
 Reading order: recognition, long recordings, many inputs (serving needs no more); then pictures and the command.
-Needs torch, numpy and what its imports name.
 """
 import argparse
 import datetime

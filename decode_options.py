@@ -1,7 +1,4 @@
-"""What decode.py may be told: its options, their bounds, and which do not go together.
-
-Needs baselines.py, checkpoint.py, commandline.py, report.py and vad.py with what these need.
-"""
+"""What decode.py may be told: its options, their bounds, and which do not go together."""
 import argparse
 import math
 from collections.abc import Callable, Sequence

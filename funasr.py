@@ -2,10 +2,8 @@
 
 Everything here is a table or a plain function between FunASR's formats and ours: nothing computes with a model. The
 layers are in funasr_layers.py, vocabularies and sentences in pieces.py; checkpoint.py puts a model together.
-
 Reading order: the options of its config.yaml (`PUBLISHED`) to and from our Config; names of tensors (`RENAMES`); the
 normalisation am.mvn; times from a timing head.
-
 Source: FunASR 1.4, whose published checkpoints these functions read and write.
 """
 import json

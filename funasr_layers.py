@@ -1,11 +1,11 @@
 """The layers of the Paraformers that FunASR publishes: SAN-M, relative conformer, frame predictor, timing head.
 
 model.py chooses them by the kinds `sanm`, `relative_conformer`, `dense` and `depthwise` of a config. They compute what
-FunASR 1.4 computes, but nothing of an utterance depends on what it is batched with. Needs torch and attention.py.
+FunASR 1.4 computes, but nothing of an utterance depends on what it is batched with.
 
 Dims: B utterances, T steps (of features, F wide, in the encoders), L encoder frames, U tokens, D model width, H heads,
-K = D / H head width, V vocabulary. An *FSMN* is SAN-M's depthwise convolution over time;
-attributes that hold one are called memory, as in every saved checkpoint.
+K = D / H head width, V vocabulary. An *FSMN* is SAN-M's depthwise convolution over time; attributes that hold one are
+called memory, as in every saved checkpoint.
 Sources: Gao et al. 2020 "SAN-M" (self-attention with the FSMN of Zhang et al. 2018); Gulati et al. 2020 "Conformer";
 Dai et al. 2019 (relative positions); FunASR 1.4.
 """

@@ -6,7 +6,7 @@ SeacoParaformer reads the list with a decoder of its own, which either names a t
 decoder. ContextualParaformer attends to the list in the last block of its only decoder. Both are a Paraformer but for
 `predict`, where acoustic embeddings become logits; utterances of one batch may have different lists.
 
-Dims as in model.py; n entries of a list. Needs torch, attention.py, funasr_layers.py and model.py.
+Dims as in model.py; n entries of a list.
 Sources: Shi et al. 2023 "SeACo-Paraformer"; Gao et al. 2023 "FunASR", 3.3; equal to FunASR 1.4, but long lists are
 filtered for each utterance, where FunASR filters for the first of a batch.
 """

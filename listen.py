@@ -1,7 +1,7 @@
 """Recordings, and standard input, heard by a streaming model: what decode.py does with one.
 
 `hear_stream` says what is certain after each piece of a recording, `stream_result` makes a Result of all of it, and
-`show_streams` prints the text as it grows. `system` as checkpoint.System. Needs torch and what its imports name.
+`show_streams` prints the text as it grows. `system` as checkpoint.System.
 """
 import argparse
 import itertools

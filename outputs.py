@@ -4,8 +4,7 @@ One file for all, x.jsonl, grows beside it, in x.jsonl.part: a line of JSON for 
 whatever ends the program, kill -9 too, loses none that is done. At the end, and after Ctrl-C or SIGTERM, the lines go
 into x.jsonl in the order of the inputs. Each process of torchrun has a part of its own (x.jsonl.part1). Meanwhile
 x.jsonl.lock keeps others away, and each line of a part has what decides a result, so that no other model goes on.
-Reading order: names, the plan, what made the results, a growing file, a run from beginning to end, the console. Needs
-what its imports name.
+Reading order: names, the plan, what made the results, a growing file, a run from beginning to end, the console.
 """
 import glob
 import hashlib

@@ -3,9 +3,6 @@
     python punctuation.py PUNC_DIR < texts      every line punctuated; of a realtime model, each goes on from the last
 
 Reading order: text to tokens, the network, marks, marks into text, words of a recogniser, realtime, loading.
-Needs torch, numpy, attention.py, commandline.py, config.py, downloads.py, funasr.py, funasr_layers.py, threads.py with
-what these need.
-
 Dims: T tokens, D width, P kinds of marks, V vocabulary.
 Source: Chen et al. 2020 "Controllable time-delay transformer"; FunASR 1.4, whose texts these are.
 """

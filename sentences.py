@@ -1,4 +1,4 @@
-"""The sentences of a result, by a punctuation model. Needs punctuation.py and report.py with what these need."""
+"""The sentences of a result, by a punctuation model."""
 from collections.abc import Sequence
 
 from punctuation import Punctuation, punctuate_words

@@ -9,8 +9,7 @@ neither on how samples are cut into calls nor, in `feed_many`, on the other stre
 a window with look-ahead, frames of which the next chunk computes again, and sees the keys and values of earlier ones;
 weights that have not made a token yet (model.Carry) wait for the next chunk; tokens that fire are decoded at once.
 
-Dims as in model.py; S steps of a cache. Needs torch, attention.py, audio.py, live.py, tokenizer.py, pieces.py, model.py
-and what these need. `system`: config, tokenizer, stats, model and precision as checkpoint.System has them.
+Dims as in model.py; S steps of a cache. `system`: what checkpoint.System has.
 Source: equal to ParaformerStreaming of FunASR 1.4, but for the text (FunASR forgets the first part of a word that falls
 into two calls) and for a single block of a decoder that has no cross-attention (FunASR leaves it out).
 """
@@ -27,6 +26,7 @@ from live import first_sample, frame_samples, frontend_part, samples_until
 from model import Carry, cif_step, no_carry
 from pieces import PieceTokenizer, UNSPOKEN, are_spaced, spell_words, write_sentence
 from tokenizer import Token, spoken_places
+
 
 @dataclass(frozen=True)
 class Chunk:

@@ -2,7 +2,7 @@
 
 The file follows a request: its features (made of its body by bodies.py, on a parser thread) become text (on the one
 inference thread, which owns the model). `server` is serve.Server, of which the system, the options, the batcher, the
-parsers and the metrics are used. Needs torch and what its imports name.
+parsers and the metrics are used.
 """
 import math
 import shutil

@@ -5,9 +5,6 @@
 
 Reading order: the options of its directory, the network, one frame's decision, the state machine from decisions to
 segments, a stream of samples, whole recordings, loading. Segments and events are in ms from the start of the stream.
-Needs torch, numpy, attention.py, audio.py, commandline.py, downloads.py, funasr.py, pauses.py, threads.py with what
-these need.
-
 Dims: B streams (1), T frames of 10 ms, F 400 features (5 filterbank frames), D width, P width of the memories.
 Source: Zhang et al. 2018 "Deep-FSMN"; FunASR 1.4, whose segments these are.
 """
