@@ -3785,6 +3785,12 @@ def test_relative_shift_is_the_zero_column_trick_over_each_utterances_own_length
         trick = torch.nn.functional.pad(own, (1, 0)).reshape(2, L + 1, L)[:, 1:]
         torch.testing.assert_close(moved[b, :, :L, :L], trick, atol=0, rtol=0)
 
+@pytest.mark.parametrize("width, frames, length",
+                         [(7, 0, 0), (8, 1, 0), (9, 6, 0), (10, 7, 1), (11, 10, 1), (12, 11, 2)])
+def test_two_windows_of_an_image_see_seven_frames_and_bins(width, frames, length):
+    x, lens = funasr_layers.ImageSubsampling(width, 4)(torch.zeros(2, 11, width), ints(11, frames))
+    assert x.shape == (2, 2, 4) and lens.tolist() == [2, length]
+
 def test_batch_norm_learns_from_real_steps_only():
     """Mean and variance by hand, of what each utterance without padding gives it in evaluation; it takes a tenth."""
     module, x, lens = funasr_layers.BatchNormConvolution(4, 3).double(), torch.randn(2, 6, 4).double(), ints(6, 3)
@@ -11505,6 +11511,19 @@ def test_a_turn_is_disturbed_if_others_use_a_twentieth_of_two_cores(monkeypatch,
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert bench_peers.is_disturbed(busy, own, wall) == disturbed
 
+def test_a_case_of_peers_is_medians_and_their_ratio_to_onnxruntimes(tmp_path, monkeypatch, capsys):
+    names, found = ("ours", "onnxruntime", "FunASR"), ((200.0, 1500.0, 100.0), (100.0, 90.0, 170.0), ())
+    workers = [bench_peers.Worker(bench_peers.Contestant(name, "int8", "-", ""), None, 2.5) for name in names]
+    kept = [[{"ms": ms, "tokens": 5, "peak_mb": 100.4} for ms in row] for row in found]
+    monkeypatch.setattr(bench_peers, "take_turns", lambda workers, path, calls: (kept, np.load(path).shape))
+    bench_peers.measure_case(workers, str(tmp_path), 2, 3, 1)
+    assert [line.split(maxsplit=3)[-1].split() for line in capsys.readouterr().out.splitlines()] == [
+        "s; (2, 50, 560) turns beside other work discarded".split(), "200 (100 to 1500) 2.00 5 100 2.5".split(),
+        "100 (90 to 170) 1.00 5 100 2.5".split(), "the machine was never quiet".split()]
+    if Path("/proc/stat").exists():
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        assert 0 < bench_peers.busy_sec() < 1.1 * uptime * os.cpu_count()
+
 def test_a_peer_interpreter_that_is_none_or_has_no_effect_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="--peer-python: wanted a Python interpreter, got nowhere"):
         bench_peers.measure_peers(str(tmp_path), 1, [], "nowhere")
@@ -11554,20 +11573,30 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
 
 def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    clock, busy = iter([0.0, 5.0, 5.0, 8.0]), iter([0.0, 1.0, 1.0, 5.0])
+    with monkeypatch.context() as planted:
+        planted.setattr(bench_long, "time", SimpleNamespace(perf_counter=clock.__next__, process_time=busy.__next__))
+        assert bench_long.best_of(2, lambda: None) == (3.0, 1.0)
+    monkeypatch.setattr(bench_long, "best_of", lambda turns, call: (call(), (1.8, 2.0))[1])
     bench_long.measure_parts([], 60, 100, 1)
-    lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"VAD: 60 s of audio in [\d.]+ s, [\d.]+% of real time; busy for [\d.]+ s", lines[0])
-    assert re.fullmatch(r"punctuation: 100 characters in [\d.]+ s; busy for [\d.]+ s", lines[1])
+    assert capsys.readouterr().out.splitlines() == [
+        "VAD: 60 s of audio in 1.80 s, 3.000% of real time; busy for 2.00 s",
+        "punctuation: 100 characters in 1.80 s; busy for 2.00 s"]
     listener = vad.Fsmn(vad.Network())
     assert len(listener.state_dict()) == 24 and sum(x.numel() for x in listener.state_dict().values()) == 428738
     assert bench.main(["parts", "more"]) == 2
 
 def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, capsys, monkeypatch):
-    """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment."""
-    rows = []
+    """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment. One has another text, one a
+    pause."""
+    rows, noises = [], []
     for i in range(6):
-        audio.save_wav(tmp_path / f"{i}.wav", 0.2 * np.random.default_rng(i).standard_normal(24000), 8000)
-        rows.append(json.dumps({"audio": f"{i}.wav", "text": "a"}))
+        samples = 0.2 * np.random.default_rng(i).standard_normal(24000)
+        samples[8000:16000] *= i != 3
+        audio.save_wav(tmp_path / f"{i}.wav", samples, 8000)
+        rows.append(json.dumps({"audio": f"{i}.wav", "text": "a" if i else "b"}))
+    monkeypatch.setattr(bench_long, "save_wav", lambda path, samples, rate_hz:
+                        noises.append(samples[-800:].std().item()) or audio.save_wav(path, samples, rate_hz))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     heard = report.Result("a", 1.0, [report.Token("a", 5, 1.0, 0.0, 1.0)], [report.Word("a", 0.0, 1.0, 1.0)])
     monkeypatch.setattr(bench_long, "transcribe", lambda system, feats: [heard])
@@ -11576,15 +11605,24 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
     assert bench.main(["cuts", "--ckpt", ckpt, "--device", "cpu", str(tmp_path / "a.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    whole = "5 cuts, 0 inside one of 6 utterances; WER alone 0.00%, joined 0.00% of 6 words"
+    whole = "6 cuts, 1 inside one of 6 utterances; WER alone 16.67%, joined 33.33% of 6 words"
+    assert noises == pytest.approx([0.0, 10 ** -3.0, 10 ** -2.25, 10 ** -1.5, 0.0], rel=0.1, abs=1e-6)      # dB
     assert len(lines) == 5 and lines[0] == f"silent pauses: {whole}" and lines[4] == f"an offset of 0.1: {whole}"
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
 
 @needs_kit
 def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):  # C212
-    """Planted: a batch takes 50 ms and 45 ms a stream. 600 ms hold six single streams, and twelve in a batch."""
+    """Planted: a batch takes 50 ms and 45 ms a stream. 600 ms hold six single streams, and twelve in a batch. Before
+    that, a clock that moves a quarter of a second whenever it is read."""
+    system, clock, heard = kit_system("streaming"), itertools.count(0, 0.25), []
+    with monkeypatch.context() as planted:
+        planted.setattr(bench_long, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        planted.setattr(bench_stream, "feed_many", lambda system, states, pieces, last: heard.append(pieces))
+        assert bench_stream.step_ms(system, [None] * 2) == 250.0 and len(heard) == 10
+        assert [len(piece) for piece in heard[0]] == [9600, 9600]
     monkeypatch.setattr(bench_stream, "step_ms", lambda system, states: 50 + 45 * len(states))
-    lines = list(bench_stream.chunk_figures(kit_system("streaming")))
+    assert [len(speech) for speech in bench_stream.speeches(system, [], 2, 1.5)] == [48000, 48000]      # 16 bits
+    lines = list(bench_stream.chunk_figures(system))
     assert "real-time factor 0.158" in lines[0] and "alone, one after another, 6 streams" in lines[0]
     assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "8", "16"]
     assert lines[-2] == "in one batch, 12 streams stay in real time"
