@@ -23,6 +23,7 @@ from config import Config, dump_yaml, from_dict, read_yaml, show_value
 from downloads import check_files, check_kind
 from files import WithoutInit, load_weights, read_file, write_atomic
 from rules import check
+from tokenizer import parse_file
 
 
 # ---- options and files ----
@@ -411,22 +412,17 @@ def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: C
 def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
     """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
     Raises ValueError that names the file."""
-    try:
-        text = Path(path).read_text("utf-8")
-        shift = _numbers_behind(text, "<AddShift>")
-        scale = _numbers_behind(text, "<Rescale>")
-    except (OSError, ValueError, IndexError) as error:
-        got = getattr(error, "strerror", None) or error  # the path stands before it
-        raise ValueError(f"{path}: wanted <AddShift> [ numbers ] and <Rescale> [ numbers ], got {got}") from None
+    shift, scale = parse_file(path, "<AddShift> [ numbers ] and <Rescale> [ numbers ]", lambda text: [
+        _numbers_behind(text, mark) for mark in ("<AddShift>", "<Rescale>")])
     if not len(shift) == len(scale) == size:
         raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")
     return torch.from_numpy(np.stack([-shift, scale])).float()
 
 
 def _numbers_behind(text: str, mark: str) -> np.ndarray:
-    """The numbers in the first [ ] behind mark (n,) float64. Raises ValueError or IndexError."""
-    behind = text[text.index(mark):].split("[", 1)[1]
-    return np.array(behind.split("]", 1)[0].split(), np.float64)
+    """The numbers in the first [ ] behind mark (n,) float64. Raises ValueError."""
+    begin = text.index("[", text.index(mark)) + 1
+    return np.array(text[begin:text.index("]", begin)].split(), np.float64)
 
 
 def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:

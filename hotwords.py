@@ -15,7 +15,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from attention import MultiHeadAttention, key_mask, padding_mask, run_blocks
 from funasr_layers import Pointwise, SanmDecoder, SanmDecoderBlock
 from model import Paraformer, Prediction
-from tokenizer import SOS
+from tokenizer import SOS, parse_file
 
 NONE_OF_THEM = (SOS,)  # the last entry of every list
 LONGEST = 50  # entries that SeACo's second decoder chooses from a longer list, before "none of them" is added
@@ -49,10 +48,7 @@ def read_hotwords(given: str) -> tuple[list[str], bool]:
         if given.endswith(".txt"):
             raise ValueError(f"{given}: wanted a file of hotwords, one a line, got no such file")
         return given.split(), False
-    try:
-        lines = [line.strip() for line in Path(given).read_text("utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{given}: wanted hotwords in UTF-8, one a line, got {error}") from None
+    lines = [line.strip() for line in parse_file(given, "hotwords in UTF-8, one a line", str.splitlines)]
     phrases = [line for line in lines if line and not line.startswith("#")]
     if not phrases or not all(WEIGHT.search(phrase) for phrase in phrases):
         return phrases, False

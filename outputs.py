@@ -258,19 +258,18 @@ def merge_parts(output: Output, keep: bool) -> None:
         for start, line in whole_lines(part):
             row = json.loads(line)
             lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
-    files = {part: open(part, "rb") for part in parts}
     with replacing(output.merged) as path, open(path, "wb") as target:
         for _, part, start in sorted(lines):
-            files[part].seek(start)
-            line = files[part].readline()
+            with open(part, "rb") as file:
+                file.seek(start)
+                line = file.readline()
             if output.form == "ctm":
                 outcome, _ = read_outcome(line, str(part))
                 target.write(ctm(outcome).encode())
             else:
                 target.write(final_line(line))
-    for part, file in files.items():
-        file.close()
-        if not keep:
+    if not keep:
+        for part in parts:
             part.unlink()
 
 

@@ -29,6 +29,7 @@ from config import EncoderConfig, from_dict
 from downloads import check_part
 from funasr import RENAMES, load_model, published_files, read_section, read_values, rename, translate
 from funasr_layers import SanmEncoder, halved_sinusoids
+from tokenizer import parse_file
 
 
 # ---- tokens ----
@@ -264,11 +265,7 @@ def punctuate_more(punctuation: Punctuation, carried: Sequence[str], text: str) 
 # ---- loading, and the command ----
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    try:
-        symbols = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        got = getattr(error, "strerror", None) or error  # the path stands before it
-        raise ValueError(f"{path}: wanted a list of tokens in JSON, got {got}") from None
+    symbols = parse_file(path, "a list of tokens in JSON", json.loads)
     if not isinstance(symbols, list) or "<unk>" not in symbols:
         raise ValueError(f"{path}: wanted a list of tokens with <unk> among them")
     return {symbol: i for i, symbol in enumerate(symbols)}
