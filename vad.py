@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import convolve
-from audio import Source, frontend, normalise, stream
+from audio import Source, stream
 from commandline import Parser
 from downloads import check_part
 from funasr import load_model, published_files, read_cmvn, read_section, read_values, rename
+from live import first_sample, frontend_part
 from pauses import Segment
 
 
@@ -268,9 +269,8 @@ class State(NamedTuple):
     """A stream between two calls."""
 
     waiting: Tensor                     # (n,) samples that are no whole piece yet
-    edge: Tensor                        # (m,) samples with which the next filterbank frame begins
-    rows: Tensor                        # (k,n_mels) filterbank frames that the next features take in
-    levels: np.ndarray                  # (j,) dB of frames that wait for the ones behind them
+    heard: Tensor                       # (m,) samples that the next frame depends on
+    frames: int                         # so far
     past: tuple[Tensor, ...]            # the network's
     noise: float                        # dB
     detector: Detector
@@ -283,8 +283,7 @@ Event = tuple[int, int]                 # begin and end in ms; -1: not known yet
 
 def start(vad: Vad) -> State:
     """The state before the first sample."""
-    return State(torch.zeros(0), torch.zeros(0), torch.zeros(0, vad.front_end.n_mels), np.zeros(0),
-                 vad.network.start(), -100.0, Detector(vad.options), False, 0)
+    return State(torch.zeros(0), torch.zeros(0), 0, vad.network.start(), -100.0, Detector(vad.options), False, 0)
 
 
 def feed(vad: Vad, state: State, samples: Tensor, last: bool = False) -> tuple[State, list[Event]]:
@@ -351,31 +350,23 @@ def limits(vad: Vad, open_ms: int) -> tuple[int, float]:
 
 
 def next_features(vad: Vad, state: State, samples: Tensor, last: bool) -> tuple[State, Tensor, np.ndarray | None]:
-    """More samples -> state, features (T,F) of all frames whose neighbours are known, their levels (T,) if they matter.
-    At the edges of the stream the first and the last filterbank frame stand in for their neighbours."""
-    rate = vad.front_end.fs
-    around = vad.front_end.lfr_m // 2
-    options = SimpleNamespace(sample_rate=rate, num_mels=vad.front_end.n_mels, lfr_m=1, lfr_n=1)
-    samples = torch.cat([state.edge, samples])
-    new = frontend(samples, rate, options)
-    window, shift = rate * 25 // 1000, rate // 100
-    levels = state.levels
-    if vad.options.decibel_thres > -60 or vad.options.snr_thres > -87:  # else no level of samples in [-1,1) matters
-        frames = samples.unfold(0, window, shift) if len(new) else samples.new_zeros(0, window)
-        power = frames.square().sum(1).double().numpy()  # (T,): the sum of squares, not their mean
-        levels = np.concatenate([levels, 10 * np.log10(power + 1e-6)])
-    rows = torch.cat([state.rows, new])
-    if len(rows) and not len(state.rows):
-        rows = torch.cat([rows[:1].expand(around, -1), rows])
-    if last and len(rows):
-        rows = torch.cat([rows, rows[-1:].expand(around, -1)])
-    count = max(0, len(rows) - 2 * around)
-    feats = torch.zeros(0, vad.stats.shape[1])
-    if count:
-        stacked = rows.unfold(0, 2 * around + 1, 1)  # (T,n_mels,lfr_m)
-        feats = normalise(stacked.transpose(1, 2).flatten(1), vad.stats)
-    state = state._replace(edge=samples[len(new) * shift:].clone(), rows=rows[count:].clone(), levels=levels[count:])
-    return state, feats, levels[:count] if len(levels) else None
+    """More samples -> state, features (T,F) of all frames whose neighbours are known, their levels (T,) in dB if they
+    matter: of the sum of squares, not of their mean."""
+    given = vad.front_end
+    options = SimpleNamespace(sample_rate=given.fs, num_mels=given.n_mels, lfr_m=given.lfr_m, lfr_n=given.lfr_n)
+    window, shift = given.fs * 25 // 1000, given.fs // 100
+    samples = torch.cat([state.heard, samples])
+    begin = first_sample(state.frames, options)  # the place of samples[0]
+    whole = (begin + len(samples) - window) // shift + 1  # filterbank frames so far
+    feats = frontend_part(samples, state.frames, None if last else whole - given.lfr_m // 2, options, vad.stats)
+    level = None
+    matters = vad.options.decibel_thres > -60 or vad.options.snr_thres > -87  # else no level of samples in [-1,1) does
+    if matters and len(feats):
+        frames = samples[state.frames * shift - begin:].unfold(0, window, shift)[:len(feats)]
+        level = 10 * np.log10(frames.square().sum(1).double().numpy() + 1e-6)
+    frames = state.frames + len(feats)
+    rest = samples[first_sample(frames, options) - begin:].clone()
+    return state._replace(heard=rest, frames=frames), feats, level
 
 
 # ---- whole recordings ----
