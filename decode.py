@@ -36,7 +36,7 @@ from checkpoint import (PRECISIONS, System, check_not_streaming, export, export_
 from decode_options import DEFAULT_CHECKPOINT, parse_arguments
 from funasr import firing_spans
 from hotwords import read_hotwords, unknown_warning, why_no_hotwords
-from listen import hear_stream, show_streams, stream_result, with_chunk
+from listen import asked_chunk, hear_stream, show_streams, stream_result
 from manifests import Row, find_again, is_stream, left_out_lines, read_inputs
 from model import Hypotheses
 from outputs import (end_output, file_names, prepare_output, print_results, report_figures, show_progress, what_is_done,
@@ -394,6 +394,25 @@ def with_search(system: System, search: Search) -> System:
     """The system with this search. Raises as `check_search`."""
     check_search(search, system.model, system.config.model.name)
     return system._replace(search=search)
+
+
+IDLE_IN_STREAMS = ("batch_size", "batch_seconds", "min_segment_sec", "max_segment_sec", "plot", "explain", "vad")
+
+
+def with_chunk(arguments: argparse.Namespace, system: System) -> System:
+    """The system with the chunk that the arguments ask for. Raises ValueError for what has no effect on it."""
+    if system.chunk is not None:
+        usual = parse_arguments([])
+        for name in IDLE_IN_STREAMS:
+            if getattr(arguments, name) != getattr(usual, name):
+                raise ValueError(f"--{name.replace('_', '-')}: of no use to a streaming model, which hears a recording "
+                                 "chunk by chunk; leave it out")
+        return system._replace(chunk=asked_chunk(arguments, system.chunk))
+    for name in ("stream", "chunk", "look_back"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')}: wanted a streaming model, such as paraformer-zh-streaming, "
+                             f"got a {system.config.model.name}: leave it out, or take that model")
+    return system
 
 
 def greedy_system(arguments: argparse.Namespace, path: str) -> System:

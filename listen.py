@@ -24,27 +24,6 @@ from survival import ERASE
 from tokenizer import Token
 
 
-def with_chunk(arguments: argparse.Namespace, system):
-    """The system with the chunk that decode.py's arguments ask for. Raises ValueError for what has no effect on it."""
-    asked = [f"--{name.replace('_', '-')}" for name in ("stream", "chunk", "look_back") if getattr(arguments, name)]
-    if system.chunk is None:
-        if asked:
-            raise ValueError(f"{asked[0]}: wanted a streaming model, such as paraformer-zh-streaming, got a "
-                             f"{system.config.model.name}: leave it out, or take that model")
-        return system
-    usual = system._field_defaults
-    changed = {"--batch-size": system.batch_size != usual["batch_size"],
-               "--batch-seconds": system.batch_seconds != usual["batch_seconds"],
-               "--min-segment-sec, --max-segment-sec": system.segment_sec != usual["segment_sec"],
-               "--plot": arguments.plot is not None, "--explain": arguments.explain,
-               "--vad": arguments.vad is not None}
-    for option, is_changed in changed.items():
-        if is_changed:
-            raise ValueError(f"{option}: of no use to a streaming model, which hears a recording chunk by chunk; "
-                             "leave it out")
-    return system._replace(chunk=asked_chunk(arguments, system.chunk))
-
-
 def asked_chunk(arguments: argparse.Namespace, usual: Chunk) -> Chunk:
     """The usual one with what --chunk and --look-back change of it. Raises ValueError for one that cannot be."""
     new, ahead = arguments.chunk or (usual.new, usual.ahead)

@@ -1168,7 +1168,8 @@ def test_the_limits_of_a_segment_are_exact_in_samples_and_levels():
         pauses = Pauses(8000, least, most)
         assert (pauses.whole(), pauses.least()) == (samples, count)
     for least, most, taken in ((0.0, 1.0, False), (0.5, 1.0, True), (0.51, 1.0, False)):
-        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="wanted segments of 0 < min_sec"):
+        words = f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {least} and {most}"
+        with contextlib.nullcontext() if taken else pytest.raises(ValueError, match=words):
             assert len(list(cut_at_pauses([torch.zeros(8000)], 8000, least, most))) == 1
 
 def test_silence_stays_with_the_speech_that_it_is_beside():
@@ -1203,8 +1204,6 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
         pieces = list(cut_at_pauses([samples[:n + 1]], rate_hz, max_sec / 4, max_sec))
         assert len(pieces) == 2 and max(len(piece.samples) for piece in pieces) <= n
     assert list(cut_at_pauses([], 8000, 1.0, 2.0)) == []
-    with pytest.raises(ValueError, match="0 < min_sec <= max_sec / 2 seconds, got 2.0 and 3.0"):
-        next(cut_at_pauses([samples], 8000, 2.0, 3.0))
 
 # ---- audio: features ----
 
