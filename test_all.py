@@ -2020,7 +2020,8 @@ def test_a_key_that_no_client_can_send_is_trimmed_or_refused(monkeypatch, given,
     if key is not None:
         assert serve.read_key() == key
         return
-    with pytest.raises(ValueError, match="ASR_API_KEY: wanted ASCII") as refused:
+    words = "a space or another character within" if given.strip() else "spaces only"
+    with pytest.raises(ValueError, match=f"ASR_API_KEY: wanted ASCII letters, digits and signs, got {words}") as refused:
         serve.read_key()
     assert given.strip() == "" or given.strip() not in str(refused.value)
 
@@ -2080,6 +2081,32 @@ def test_a_connection_that_is_reset_before_a_request_is_none():
         assert healthy(server)          # taken up behind it
         wait_until(lambda: not server.phases)
         assert len(server.lines) == 1 and "status=200" in server.lines[0]
+
+def test_a_fault_of_the_server_is_500_with_its_place_in_the_log_and_ends_nothing(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with serving() as server, connected(server) as connection:
+        with monkeypatch.context() as broken, Talker(server) as client:
+            broken.setattr(serve, "health", fail)
+            broken.setattr(sessions, "written_text", fail)
+            connection.sendall(get("GET /health HTTP/1.1", "X-Request-Id: a"))
+            answered, body = read_answer(connection)
+            assert check_error(answered.status, {k.lower(): v for k, v in answered.getheaders()}, body) == (
+                500, "internal")
+            client.send({"audio_fs": 8000, "is_end": True})
+            client.send(NOISE.tobytes())
+            client.send({"is_end": True})
+            answers = [client.read() for _ in range(5)][2:]
+            assert answers[0]["error"]["code"] == "internal" and answers[1]["is_final"] and answers[2]["error"]
+            broken.undo()
+            assert client.say({}, NOISE.tobytes())[0]["text"]
+        connection.sendall(get())
+        assert read_answer(connection)[0].status == 200
+        told = re.compile("[^ ]* ERROR request id=a .* status=500 .* error=internal")
+        wait_until(lambda: any(map(told.fullmatch, list(server.lines))))        # written behind its answer
+    faults = [line for line in server.lines if " ERROR bug id=" in line]
+    assert len(faults) == 2 and all("in fail" in line and "ZeroDivisionError" in line for line in faults)
 
 def test_burst_of_200_gets_answers_or_429_and_no_resets(server):
     with concurrent.futures.ThreadPoolExecutor(200) as pool:
@@ -2638,6 +2665,8 @@ def test_the_handshake_is_checked():  # C201
         for headers in (without("Upgrade"), without("Connection")):
             assert check_error(*exchange(server, get("GET /ws HTTP/1.1", *headers))) == (426, "upgrade_required")
             assert exchange(server, get("GET / HTTP/1.1", *headers))[1]["content-type"].startswith("text/html")
+        others = ("HEAD /ws HTTP/1.1", 426), ("GET /health HTTP/1.1", 200)      # whatever headers they have
+        assert all(exchange(server, get(line, *ASKS))[0] == status for line, status in others)
         for origin in ("http://x", "https://X:443", "https://other.example"):
             with Talker(server, "/ws", *ASKS, f"Origin: {origin}", "Sec-WebSocket-Protocol: chat, binary") as client:
                 assert client.status == 101 and client.headers["sec-websocket-protocol"] == "binary"
@@ -11235,8 +11264,12 @@ def test_what_is_offered_is_said_and_requests_want_a_model_of_whole_utterances()
      "--offline-checkpoint: wanted a streaming --checkpoint, got a paraformer"),
     (["sanm", "--chunk", "10,5"], "--chunk: wanted a streaming --checkpoint"),
     (["sanm", "--look-back", "4,1"], "--look-back: wanted a streaming --checkpoint"),
+    (["streaming", "--offline-checkpoint", "8 kHz"], "--offline-checkpoint: wanted 16000 Hz as .* has, got 8000 Hz"),
     (["streaming", "--chunk", "8,4"], "")])
-def test_checkpoints_that_do_not_go_together_are_refused(options, words):  # C208
+def test_checkpoints_that_do_not_go_together_are_refused(monkeypatch, options, words):  # C208
+    load = serve.load_system
+    monkeypatch.setattr(serve, "load_system", lambda folder, *given, **more: (
+        serving_system() if folder == "8 kHz" else load(folder, *given, **more)))
     argv = ["--device", "cpu", "--checkpoint", *[str(KIT / x) if (KIT / x).is_dir() else x for x in options]]
     if words:
         with pytest.raises(ValueError, match=words):
