@@ -1,7 +1,4 @@
-"""One queue, one model, batches of like lengths. The batching rule takes the time as an argument.
-
-Needs torch, web.py and monitor.py.
-"""
+"""One queue, one model, batches of like lengths. The batching rule takes the time as an argument."""
 import argparse
 import contextlib
 import math
@@ -120,8 +117,7 @@ class Batcher:
             self.changed.notify()
 
     def poll(self, now: float) -> tuple[Sequence[Job], float | None]:
-        """The batch to run at `now`, of steps or of utterances, or [] and the seconds to wait for more (None: until
-        `changed`). Needs the lock."""
+        """With the lock held: what to run at `now`, or [] and the seconds to wait for more (None: until `changed`)."""
         batch: Sequence[Job] = []
         wait = None
         if self.stepped or not self.steps:

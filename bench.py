@@ -10,7 +10,7 @@
     python bench.py amounts FOLDER        how much data a model needs: a corpus cut to ever fewer utterances
     python bench.py cuts --ckpt CHECKPOINT test.jsonl   what cutting costs: 100 utterances joined, with noise; --vad DIR
 
-Behind the first word come the arguments of train.py, decode.py and serve.py. Needs all that these need.
+Behind the first word come the arguments of train.py, decode.py and serve.py.
 """
 import argparse
 import contextlib
@@ -226,8 +226,8 @@ def large_folder(config: configs.Config) -> Iterator[str]:
 
 def measure_fresh(folder: str, layouts: Sequence[tuple[str, str]], words: Sequence[str] = ()) -> None:
     """Print MEASURE's line of each layout, with these hotwords, from a process of its own."""
-    print(f"Fresh processes, {len(words)} hotwords, beyond import torch: seconds to load and then to the text of 10 s of "
-          "audio; MB held beyond torch, and at most with it\n"
+    print(f"Fresh processes, {len(words)} hotwords, beyond import torch: seconds to load and then to the text of 10 s "
+          "of audio; MB held beyond torch, and at most with it\n"
           "precision weights    to load   to text        MB    peak", flush=True)
     for layout in layouts:
         command = [sys.executable, "-c", MEASURE, folder, str(torch.get_num_threads()), *layout, *words]

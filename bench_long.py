@@ -1,7 +1,5 @@
-"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`; and what the
-benches share: calls timed in turns, random models of the published sizes.
-
-Needs decode.py with all that it needs.
+"""What it costs to cut and to punctuate long recordings: `python bench.py parts` and `python bench.py cuts`; and what
+the benches share: calls timed in turns, random models of the published sizes.
 """
 import itertools
 import tempfile

@@ -112,8 +112,7 @@ class Worker(NamedTuple):
 
 
 def ask(process: subprocess.Popen, *request: object) -> dict:
-    """Send a request, if any -> the next answer; what else the process prints is passed over. Raises ValueError if it
-    ends."""
+    """Send a request, if any -> the next answer, whatever else the process prints. Raises ValueError if it ends."""
     if request:
         process.stdin.write("\t".join(map(str, request)) + "\n")
         process.stdin.flush()

@@ -3,8 +3,6 @@
 Without a checkpoint: a model of the published size with random weights; the time of a chunk, how many streams stay in
 real time, and the latency of one over a web socket. With one: the latency of many sockets at real-time pace. Latency is
 the time from the sample that completes a chunk, look-ahead included, to the message with its words.
-
-Needs serve.py with all that it needs.
 """
 import argparse
 import asyncio

@@ -1,7 +1,7 @@
 """The body of a POST to features: JSON, recordings, forms; what may be asked beside them.
 
 Everything here is a function from bytes to values. Bad input raises web.Refusal, which names the field, what was
-wanted and what came. Needs numpy, torch and what its imports name.
+wanted and what came.
 """
 import argparse
 import contextlib
@@ -228,8 +228,7 @@ def parse_terms(fields: dict[str, Any], longest: float, is_batch: bool = False,
 
 
 def read_recording(head: Head, body: bytes, options: argparse.Namespace) -> Recording:
-    """A form, or a recording as it is -> Recording, of any format; /transcribe takes fields from the query too, those
-    of the body win. Raises Refusal."""
+    """A form, or a recording of any format; /transcribe has fields of the query too, the body's win. Raises Refusal."""
     texts: dict[str, list[str]] = {}
     if media_type(head) == "multipart/form-data":
         body, texts = parse_form(body, head.headers["content-type"])

@@ -1,7 +1,7 @@
 """A recording that is still being made: samples from a pipe, resampling and features, piece by piece.
 
 What comes out is what audio.py makes of the whole recording, but each piece as soon as all that it depends on is
-there. Needs torch and audio.py. Dims and units as in audio.py.
+there. Dims and units as in audio.py.
 """
 import io
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,6 @@
 """What an operator sees of a server: metrics as Prometheus scrapes them, and a log that never holds anybody up.
 
-Needs the standard library only and imports nothing of ours, so it can be copied alone. Source: Prometheus text format
-0.0.4.
+Needs the standard library only, so it can be copied alone. Source: Prometheus text format 0.0.4.
 """
 import bisect
 import itertools

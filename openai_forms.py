@@ -1,6 +1,6 @@
 """A result as OpenAI's API answers: json, text, srt, vtt, verbose_json or server-sent events.
 
-Needs report.py and web.py with what they need. Source: OpenAI's API reference for audio transcriptions.
+Source: OpenAI's API reference for audio transcriptions.
 """
 import contextlib
 import json
@@ -51,8 +51,7 @@ def parse_openai_form(texts: dict[str, list[str]]) -> OpenAIForm:
 
 
 def segment_entries(result: Result, temperature: float) -> list[dict]:
-    """The segments of verbose_json, one per sentence or, without punctuation, per subtitle. no_speech_prob is 0: no
-    part of the model predicts it."""
+    """The segments of verbose_json: sentences or, without punctuation, subtitles. Nothing predicts no_speech_prob."""
     found = cues(result)
     if result.sentences is not None:
         found = [sentence.words for sentence in result.sentences]

@@ -7,7 +7,7 @@
 
 Here are the routes and the command line. What a POST asks for is done in transcribe.py, how requests arrive is in
 web.py, how they wait and are batched in batcher.py, OpenAI's answers in openai_forms.py; the page is page.html.
-Needs torch (2.10 or later; serve your own checkpoints only), numpy, and decode.py with all that it needs.
+Needs torch 2.10 or later; serve your own checkpoints only.
 """
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ import torch
 
 import decode
 from batcher import Batcher, num_utterances
-from checkpoint import PRECISIONS, System, check_not_streaming, load_system
+from checkpoint import PRECISIONS, check_not_streaming, load_system
 from commandline import Parser
 from decode_options import DEFAULT_CHECKPOINT, two_numbers
 from listen import asked_chunk
@@ -96,7 +96,7 @@ class Server(Door):
         page = (Path(__file__).resolve().parent / "page.html").read_text("utf-8")
         self.page = page.replace("LONGEST", f"{options.max_audio_seconds:g}")
         self.metrics = Metrics()
-        self.batcher = Batcher(lambda jobs: recognise_jobs(self.system, jobs), options, self.metrics,
+        self.batcher = Batcher(lambda jobs: recognise_jobs(self.models.whole, jobs), options, self.metrics,
                                lambda steps: hear_steps(self.models, steps))
         self.key = read_key()                           # "" = anybody may
         self.conversions = threading.Semaphore(os.cpu_count() or 1)     # each by a process of ffmpeg
@@ -110,11 +110,6 @@ class Server(Door):
         self.models = models
         self.created = created
         self.loaded.set()
-
-    @property
-    def system(self) -> System | None:
-        """That of whole utterances."""
-        return self.models.whole
 
     def wait_loaded(self) -> None:
         """Who comes early waits. Raises Refusal 503."""
@@ -187,8 +182,7 @@ class Server(Door):
 
 
 def check_handshake(head: Head, origins: Sequence[str]) -> None:
-    """The page of a site that is not among the origins may not open a socket in the name of who looks at it: browsers
-    ask nobody before. Raises Refusal."""
+    """Raises Refusal, also for the page of a site that is not among the origins: browsers ask nobody before."""
     wrong = why_no_handshake(head.headers)
     if head.close or head.length or head.chunked:
         wrong = "wanted HTTP/1.1, without a body and without Connection: close"

@@ -13,8 +13,7 @@ gets the whole text. `timestamp` is JSON in a string, as FunASR's page parses it
 Ours beside FunASR's keys: tokens, text_so_far, latency_ms. What is refused is said in {"error": ...}, and nothing else
 changes. `"is_end": true` beside is_speaking asks for an acknowledgement.
 
-First a session, then the conversation over a socket. Needs torch, numpy and what its imports name. Source: FunASR's
-runtime/docs/websocket_protocol.md and its clients.
+First a session, then the conversation. Source: FunASR's runtime/docs/websocket_protocol.md and its clients.
 """
 import json
 import math
@@ -48,8 +47,7 @@ NO_SPACE = " ，。？、"      # between segments on either side of which there
 # ---- a session ----
 
 class Session:
-    """What the client behind a connection sends, utterance by utterance, to what it gets. `server` is serve.Server,
-    `head` what asked for the socket."""
+    """What a client sends, utterance by utterance, to what it gets. server: serve.Server; head: of the handshake."""
 
     def __init__(self, server, head: Head, connection: Connection):
         self.server = server

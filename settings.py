@@ -1,7 +1,7 @@
 """What the client of a web socket may ask for, by FunASR's names, and what of it is refused.
 
-Every key is optional and may come again; those that are unknown (chunk_interval, itn) are ignored. Needs streaming.py
-and bodies.py with what these need. Source: FunASR's runtime/docs/websocket_protocol.md and its clients.
+Every key is optional and may come again; those that are unknown (chunk_interval, itn) are ignored.
+Source: FunASR's runtime/docs/websocket_protocol.md and its clients.
 """
 import json
 from typing import Any, NamedTuple

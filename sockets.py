@@ -202,8 +202,7 @@ class Socket:
             raise Closed(POLICY, f"more than {MOST_EMPTY} frames without data in a second")
 
     def read_frame(self, most: int, until: float | None) -> tuple[Header, bytes]:
-        """The next frame and its payload, of at most so many bytes; until: monotonic seconds, or None: it may be long
-        in coming."""
+        """The next frame and its payload, of at most so many bytes, by `until` (monotonic; None: it may take long)."""
         if until is None and not self.connection.buffer:
             self.wait()
         until = until or time.monotonic() + self.frame_sec

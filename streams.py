@@ -1,8 +1,7 @@
 """Streams of several clients, heard together: samples to words while somebody speaks, and to segments of speech.
 
 A Stream is a value, and everything here runs on the one inference thread. Words are those of streaming.py; segments are
-cut as decode.py cuts a recording, by a VAD or at pauses, and are recognised elsewhere. Needs torch and what its imports
-name.
+cut as decode.py cuts a recording, by a VAD or at pauses, and are recognised elsewhere.
 """
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -116,8 +115,7 @@ def hear_chunks(models: Models, streams: Sequence[Stream], last: Sequence[bool])
 
 
 def cut(models: Models, stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Piece]]:
-    """More samples of a stream -> the segments that end in them, as decode.py cuts a recording. Its words begin anew
-    behind them."""
+    """More samples of a stream -> the segments that end in them, behind which its words begin anew."""
     rate_hz = models.rate_hz()
     stream = stream._replace(held=torch.cat([stream.held, samples]))
     if stream.vad:

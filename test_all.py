@@ -2048,7 +2048,6 @@ def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck(monke
         assert 0.2 <= time.monotonic() - started < 9 * PATIENCE and stuck.result()[0] == 503
         with pytest.raises(OSError):
             exchange(ending, get())
-        ending.shutdown = ending.server_close = lambda: None        # done already
 
 @pytest.mark.parametrize("timeout, cuts", [(20.0, [2.0, 19.0]), (6.0, [1.8, 5.0]), (1.0, [0.3, 0.5])])
 def test_a_drain_cuts_who_is_idle_and_then_who_still_sends(monkeypatch, timeout, cuts):  # C59
@@ -2072,7 +2071,6 @@ def test_a_drain_ends_in_time_and_refuses_who_still_waits():  # C59
         assert 0.5 <= time.monotonic() - started
         held.set()
         assert [one.result()[0] for one in (ending.first, *asked)] == [200, 503, 503, 503]
-        ending.shutdown = ending.server_close = lambda: None        # done already
 
 def test_a_connection_that_is_reset_before_a_request_is_none():
     with serving() as server:
@@ -10278,7 +10276,7 @@ def test_batch_request_answers_in_order(server):
     single = ask(server, post_json({"features": ROWS[:90]}))
     assert found["results"][1]["text"] == single["text"]
     with pytest.raises(web.Refusal, match="batch: wanted 1 to 2 objects"):       # more would never fit into the queue
-        bodies.json_uploads({"batch": [{"features": [Z]}] * 3}, server.system, serve_options(max_queue=2))
+        bodies.json_uploads({"batch": [{"features": [Z]}] * 3}, server.models.whole, serve_options(max_queue=2))
 
 # ---- serve: what clients send ----
 
@@ -10546,7 +10544,7 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
         assert [token.get("hotword") for token in answered["tokens"]] == [None, True, *[None] * 5]
     text = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["several"]["text"]
     plain = results_by_recording("seaco")["fsdd_dev_a"]["hot"]["none"]["text"]
-    unknown = decode.transcribe_recording(hotword_server.system._replace(hotwords=("你",)), recording).text
+    unknown = decode.transcribe_recording(hotword_server.models.whole._replace(hotwords=("你",)), recording).text
     for fields, wanted in (([field("prompt", ", ".join(phrases))], text),
                            ([field("hotwords", "，".join(phrases))], text),
                            ([field("prompt", "")], plain),
@@ -10558,19 +10556,19 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
 # C156
 def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is_not_encoded_again(hotword_server):
     feats = recorded("seaco", "fsdd_dev_a")["feats"]
-    stats = hotword_server.system.stats
+    stats = hotword_server.models.whole.stats
     raw = (feats / stats[1] + stats[0]).tolist()
     cases = ("none", "one", "several", "many", "empty")
     items = [{"features": raw, "hotwords": None if case == "none" else hotword_phrases("seaco", case)}
              for case in cases]
-    before = hotword_server.system.encode_list.cache_info()
+    before = hotword_server.models.whole.encode_list.cache_info()
     for _ in range(3):
         answers = ask(hotword_server, post_json({"batch": items}))["results"]
         assert {answer["timing"]["batch_size"] for answer in answers} == {5}
         for case, answer in zip(cases, answers):
             expected = results_by_recording("seaco")["fsdd_dev_a"]["hot"][case]
             assert [token["id"] for token in answer["tokens"]] == expected["ids"]
-    after = hotword_server.system.encode_list.cache_info()
+    after = hotword_server.models.whole.encode_list.cache_info()
     assert after.misses - before.misses <= 4 <= 8 <= after.hits - before.hits and after.maxsize == hotwords.KEPT
 
 @pytest.mark.parametrize("value, code", [

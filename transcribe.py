@@ -1,7 +1,7 @@
 """A POST with features or recordings to its answer: parsed, queued, recognised, joined.
 
 The file follows a request: its features (made of its body by bodies.py, on a parser thread) become text (on the one
-inference thread, which owns the model). `server` is serve.Server, of which the system, the options, the batcher, the
+inference thread, which owns the model). `server` is serve.Server, of which the models, the options, the batcher, the
 parsers and the metrics are used.
 """
 import math
@@ -133,7 +133,7 @@ def enqueue(post: Post, sent: bytes | Recording) -> tuple[Terms, list[tuple[Uplo
     Raises Refusal, or ClientLeft if the client left before its turn."""
     if post.has_left():
         raise ClientLeft
-    uploads, terms = parse_request(post.head, sent, post.server.system, post.server.options)
+    uploads, terms = parse_request(post.head, sent, post.server.models.whole, post.server.options)
     deadline = post.complete + terms.timeout
     now = time.monotonic()
     queue = []
@@ -164,7 +164,7 @@ def recognise(post: Post, sent: bytes | Recording) -> tuple[Terms, list[Heard]]:
             terms, queued = parsing.result(seconds_left(post.complete + server.options.request_timeout))
         for upload, jobs in queued:
             pieces = [job.outcome.result(seconds_left(job.deadline)) for job in jobs]
-            heard.append(Heard(upload, jobs, join_pieces(server.system, upload, pieces)))
+            heard.append(Heard(upload, jobs, join_pieces(server.models.whole, upload, pieces)))
     except TimeoutError:
         parsing.cancel()        # has no effect once it has begun
         raise deadline_passed() from None
@@ -176,12 +176,13 @@ def recognise(post: Post, sent: bytes | Recording) -> tuple[Terms, list[Heard]]:
 def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
     """POST /transcribe and /v1/audio/transcriptions, which differ in the form of the answer."""
     post = Post(server, head, time.monotonic(), has_left)
-    if server.system is None:
+    system = server.models.whole
+    if system is None:
         raise Refusal(400, "streaming_checkpoint", "the model here hears streams: wanted a web socket (GET /ws), or a "
                       "server with --offline-checkpoint")
     sent = body
     if media_type(head) != "application/json":
-        refuse_toy(server.system)
+        refuse_toy(system)
         sent = as_wav(post, read_recording(head, body, server.options))
     terms, heard = recognise(post, sent)
     upload, jobs, found = heard[0]
@@ -189,10 +190,10 @@ def transcribe(server, head: Head, body: bytes, has_left: Callable[[], bool]) ->
         response = openai_response(found.result, upload.seconds, terms.openai)
     else:
         total_ms = (time.monotonic() - head.started) * 1e3
-        results = [entry(server.system, one, total_ms, terms.alignment) for one in heard]
+        results = [entry(system, one, total_ms, terms.alignment) for one in heard]
         answered = {"results": results} if terms.is_batch else results[0]
-        response = json_response({"id": head.id, "model": server.system.config.model.name, **answered})
-    warning = unknown_warning(upload.hotwords or (), server.system.tokenizer) or ""
+        response = json_response({"id": head.id, "model": system.config.model.name, **answered})
+    warning = unknown_warning(upload.hotwords or (), system.tokenizer) or ""
     return response._replace(batch=jobs[0].batch_size, warning=warning)
 
 

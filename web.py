@@ -486,8 +486,7 @@ def shutting_down() -> Refusal:
 
 
 def parse_origin(text: str) -> str:
-    """An origin as browsers send it, or "*" for any; capitals, a slash at the end and a usual port are put right. Raises
-    ValueError for what no browser sends."""
+    """An origin as browsers send it, or "*" for any, whatever its capitals and slash at the end. Raises ValueError."""
     text = text.strip().lower().removesuffix("/")
     if text == "*":
         return text
