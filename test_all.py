@@ -266,8 +266,7 @@ def test_yaml_reads_funasrs_configs_as_pyyaml_does():
     for path in KIT.glob("*/config.yaml"):
         assert same_value(config.parse_yaml(path.read_text(), path.name), yaml.safe_load(path.read_text())), path
 
-# C26
-def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
+def test_yaml_mutations_give_pyyamls_value_or_name_the_line():  # C26
     yaml, rng, read = pytest.importorskip("yaml"), random.Random(0), 0
     for _ in range(3000):
         text = rng.choice(SAMPLES)[:rng.choice([40, 120])] + "\n"
@@ -283,7 +282,6 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
         assert same_value(ours, yaml.safe_load(text)), text
     assert read > 500
 
-# C26
 @pytest.mark.parametrize("text, line", [
     ("", 1), ("# only a comment", 1), ("a: 1\na: 2", 2), ("a:\n  b: 1\n c: 2", 3), ("a: 1\n  b: 2", 2),
     ("a: x\n  y", 2), ("a:\n\tb: 1", 2), ("a: &x 1", 1), ("a: *x", 1), ("a: !!str 1", 1), ("a: |\n  text", 1),
@@ -295,13 +293,12 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():
     ("a: 2020-01-01", 1), ("a: .inf", 1), ("a: -.NaN", 1), ("a: -.5", 1), ("a: 1e999", 1), ("a: 1" + "0" * 9999, 1),
     ("a: " + "[" * 9999, 1), ("a:\n  " + "- " * 9999, 1), ("# a list\n\n- a", 3), ("# no colon\nmodel", 2),
     ("a:\n  b\n  c: 1", 2), ("a:\n  b: yes\n c: 1", 2), ("a: 1\n- b", 2), ("a:\n  - b\n - c", 3)])
-def test_yaml_outside_the_subset_names_its_line(text, line):
+def test_yaml_outside_the_subset_names_its_line(text, line):  # C26
     with pytest.raises(ValueError, match=rf"\Af\.yaml:{line}: wanted [^\n]+\Z"):
         config.parse_yaml(text, "f.yaml")
 
-# C26
 @pytest.mark.parametrize("text, value", [("1e-4", 0.0001), ("1E5", 1e5), ("-2.5e3", -2500.0), ("+1.e2", 100.0)])
-def test_yaml_exponents_make_floats(text, value):
+def test_yaml_exponents_make_floats(text, value):  # C26
     assert config.parse_yaml(f"a: {text}\nb: [{text}]") == {"a": value, "b": [value]}
 
 # ---- config: load, dump ----
@@ -349,8 +346,7 @@ def test_issue_file_loads_word_for_word(tmp_path):
 def test_shipped_configs_load(path):
     assert rules.load(str(path)).model.name == config.parse_yaml(path.read_text())["model"]["name"]
 
-# C27
-def test_dump_then_parse_gives_the_same_config_to_the_last_bit():
+def test_dump_then_parse_gives_the_same_config_to_the_last_bit():  # C27
     rng = random.Random(0)
     for _ in range(100):
         drawn = random_config(rng, config.Config())
@@ -371,8 +367,7 @@ def test_no_default_changes_unnoticed():
     """A config that leaves a field out would mean something else; where that is meant, the new number belongs here."""
     assert zlib.crc32(config.dump(config.Config()).encode()) == 3572777520
 
-# C27
-def test_overrides_do_what_editing_the_file_does(tmp_path):
+def test_overrides_do_what_editing_the_file_does(tmp_path):  # C27
     edited = ISSUE_FILE.replace("batch_size: 16", "batch_size: 8").replace("dropout: 0.1", "dropout: 0", 1)
     edited += "data:\n  kind: manifest\n  dev: b\n  augment:\n    speeds:\n    - 0.9\n    - 1\n  train: 'a=b'\n"
     wanted = rules.load(written(tmp_path, edited))
@@ -484,8 +479,7 @@ def test_options_that_the_compared_models_use_are_theirs_to_set(tmp_path):
     for name, used in (("transformer", ("decoder.num_heads=2", "ctc_weight=0.5")), ("ctc", ("encoder.num_heads=2",))):
         rules.load(written(tmp_path, f"model:\n  name: {name}\n"), [f"--model.{option}" for option in used])
 
-# C27
-def test_check_lists_every_violation_in_one_error(tmp_path):
+def test_check_lists_every_violation_in_one_error(tmp_path):  # C27
     path = written(tmp_path, ISSUE_FILE)
     for override, line in BROKEN.items():
         error = config_refusal(path, [override])
@@ -498,7 +492,6 @@ RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampl
 STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decoder.kind=sanm",
            "--model.predictor.kind=dense"]
 
-# C27
 @pytest.mark.parametrize("overrides, line", [
     (["--data.augment.speeds=[0.9, 1]"],
      "data.augment.speeds: wanted its default [1.0], as data.kind toy has no use for it, got [0.9, 1.0]"),
@@ -551,7 +544,7 @@ STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decod
      "model.chunk.new: wanted its default 10, as model.name paraformer has no use for it, got 4"),
     (["--model.predictor.upsampling=3"],
      "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3")])
-def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):
+def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):  # C27
     path = written(tmp_path, ISSUE_FILE)
     if line:
         assert config_refusal(path, overrides).split("\n  ")[1:] == [line]
@@ -570,9 +563,8 @@ BOUNDS = {  # range -> a field that has it, values within, values outside
     "at least 0 and below 2^64": ("training.seed", [0, 2**64 - 1], [-1, 2**64]),
     "odd and above 0": ("model.predictor.kernel_size", [1, 3], [-1, 0, 2])}
 
-# C27
 @pytest.mark.parametrize("wanted", rules.RANGES)
-def test_every_range_holds_at_its_bounds(wanted):
+def test_every_range_holds_at_its_bounds(wanted):  # C27
     field, inside, outside = BOUNDS[wanted]
     for value in [*inside, *outside]:
         errors = list(rules._value_errors(config.from_dict(config.nested(field, value), "test")))
@@ -600,7 +592,6 @@ def random_texts(seed, n):
              lambda: " ", lambda: chr(rng.randrange(0x110000)), lambda: chr(rng.randrange(0x300, 0x370)))
     return ["".join(rng.choice(draws)() for _ in range(rng.randrange(12))) for _ in range(n)]
 
-# C8
 @pytest.mark.parametrize("text, wanted", [
     ("  The\tCAT,\u3000it\n\nsat! ", "the cat, it sat!"), ("ＡＢＣ１２３", "abc123"), ("ﬁn", "fin"), ("e\u0301", "é"),
     ("STRASSE Straße", "strasse straße"), ("ΟΔΟΣ", "οδος"), ("你好，世界", "你好,世界"), ("\u00a0 ", ""),
@@ -608,11 +599,10 @@ def random_texts(seed, n):
     ("น้ำ กำ", "น้ำ กำ"), ("\u0e01\u0e4d\u0e32", "\u0e01\u0e4d\u0e32"), ("ນ້ຳ ໜຶ່ງ ໝາ", "ນ້ຳ ໜຶ່ງ ໝາ"),
     ("می\u200cشود", "می\u200cشود"), ("Ａำ\u0301e\u0301", "aำ\u0301é"),
 ])
-def test_normalise_text_gives_the_planted_form(text, wanted):
+def test_normalise_text_gives_the_planted_form(text, wanted):  # C8
     assert normalise_text(text) == wanted
 
-# C8
-def test_normalise_text_is_idempotent_and_writable():
+def test_normalise_text_is_idempotent_and_writable():  # C8
     texts = random_texts(0, 5000) + ["İ\U0001d170"]  # the last: NFKC then lower case once is not enough
     lowered_once = [unicodedata.normalize("NFKC", t).lower() for t in texts]
     assert unicodedata.normalize("NFKC", lowered_once[-1]) != lowered_once[-1]
@@ -620,9 +610,8 @@ def test_normalise_text_is_idempotent_and_writable():
         assert normalise_text(once) == once == once.encode("utf-8").decode("utf-8")
         assert once == once.strip() and "  " not in once and (not once or once.split(" ") == once.split())
 
-# C9
 @pytest.mark.parametrize("unit", ["char", "word"])
-def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
+def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):  # C9
     texts = random_texts(1, 1500)
     tokenizer = Tokenizer.build(texts, unit=unit)
     assert tokenizer == Tokenizer.build(reversed(texts), unit=unit) and tokenizer.symbols[:4] == SPECIALS
@@ -643,9 +632,8 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):
             lossless += 1
     assert lossless > 1000 and (unit == "word") == (lossless < len(texts))
 
-# C8
 @pytest.mark.parametrize("unit", ["char", "word"])
-def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
+def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):  # C8
     """Made when NFKC took U+0E33 apart and soft hyphens were symbols:
     as then, no unknown ids in what it was made of."""
     text = "น้ำ กำ"
@@ -659,8 +647,7 @@ def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):
     new = Tokenizer.build([text], unit)
     assert new.decode(new.encode(text)) == text and char_errors(text, text).errors == 0
 
-# C6
-def test_planted_ids_counts_and_specials():
+def test_planted_ids_counts_and_specials():  # C6
     char = Tokenizer.build(["B b", "b B"])
     assert char.state() == {"unit": "char", "symbols": ["<blank>", "<sos>", "<eos>", "<unk>", " ", "b"]}
     assert (BLANK, SOS, EOS, UNK, len(char)) == (0, 1, 2, 3, 6)
@@ -724,8 +711,7 @@ def random_pairs(seed, n):
         items = rng.sample(["a", "b", "cc", 0, 7, ("x", 1)], rng.randrange(1, 7))
         yield tuple([rng.choice(items) for _ in range(rng.randrange(13))] for _ in "rh")
 
-# C10
-def test_alignment_is_minimal_and_spells_both_sides():
+def test_alignment_is_minimal_and_spells_both_sides():  # C10
     for ref, hyp in random_pairs(0, 1500):
         steps, counts = align(ref, hyp), count_errors(ref, hyp)
         assert [r for op, r, _ in steps if op != "ins"] == ref and [h for op, _, h in steps if op != "del"] == hyp
@@ -762,7 +748,6 @@ def test_ties_keep_hits_and_are_settled_from_the_end():
     assert align("ab", "x") == [("del", "a", None), ("sub", "b", "x")]
     assert align([], []) == [] and align([], "a") == [("ins", None, "a")]
 
-# C10 C75
 @pytest.mark.parametrize("ref, hyp, chars, words", [  # jiwer 4.0.0 on the normalised texts; 3,000 more had its totals
     ("The cat sat.", "a  CAT sat", Counts(sub=1, del_=3, ref=12), Counts(sub=2, ref=3)),
     ("ab cd", "abcd", Counts(del_=1, ref=5), Counts(sub=1, del_=1, ref=2)),
@@ -772,11 +757,10 @@ def test_ties_keep_hits_and_are_settled_from_the_end():
     ("你好 世界", "你 好世", Counts(ins=1, del_=2, ref=5), Counts(sub=2, ref=2)),
     ("zero one", "one", Counts(del_=5, ref=8), Counts(del_=1, ref=2)),
 ])
-def test_text_errors_count_normalised_characters_with_spaces_and_words(ref, hyp, chars, words):
+def test_text_errors_count_normalised_characters_with_spaces_and_words(ref, hyp, chars, words):  # C10 C75
     assert (char_errors(ref, hyp), word_errors(ref, hyp)) == (chars, words)
 
-# C11
-def test_counts_add_and_divide_once():
+def test_counts_add_and_divide_once():  # C11
     parts = [Counts(1, 2, 3, 10), Counts(ins=4), Counts(ref=10)]
     total = sum(parts, Counts())
     assert total == Counts(1, 6, 3, 20) and total.errors == 10 and total.rate == token_accuracy(total) == 0.5
@@ -836,10 +820,9 @@ def encode_samples(values: list[int], code: int, bits: int) -> bytes:
         return bytes(128 + v * 8 for v in values)
     return b"".join((v << (bits - 5)).to_bytes(bits // 8, "little", signed=True) for v in values)
 
-# C12
 @pytest.mark.parametrize("code,bits", [(1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)])
 @pytest.mark.parametrize("channels,extensible", [(1, False), (2, True), (3, False), (8, True)])
-def test_load_wav_gives_planted_samples_of_every_format(tmp_path, monkeypatch, code, bits, channels, extensible):
+def test_load_wav_gives_planted_samples_of_every_format(tmp_path, monkeypatch, code, bits, channels, extensible):  # C12
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     values = [(7 * i * i + i) % 32 - 16 for i in range(channels * 9)]
     expected = np.reshape(values, (9, channels)).mean(1) / 16
@@ -853,8 +836,7 @@ def test_load_wav_gives_planted_samples_of_every_format(tmp_path, monkeypatch, c
             np.testing.assert_allclose(samples.numpy(), expected, atol=1e-7, rtol=0)
         assert audio.audio_seconds(tmp_path / "a.wav") == 9 / 44100
 
-# C12
-def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused():
+def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused():  # C12
     values = [-8, 7, 0, -16, 15, 3]
     packed = encode_samples(values, 1, 24)
     wide = b"".join((v << 19).to_bytes(4, "little", signed=True) for v in values)
@@ -873,11 +855,10 @@ def test_recordings_of_24_bits_in_4_bytes_equal_the_plain_one(name):
     samples, own_hz = audio.load_wav(SHARED / f"cases/wav_24_in_4/{name}.wav")
     assert own_hz == rate_hz == 16000 and torch.equal(samples, plain)
 
-# C12
 @pytest.mark.parametrize("code,planted", [       # of 16 bits, from the tables of G.711
     (6, {0xD5: 8, 0x55: -8, 0xD4: 24, 0xC5: 264, 0xF5: 528, 0xAA: 32256, 0x2A: -32256, 0xA5: 16896, 0x25: -16896}),
     (7, {0xFF: 0, 0x7F: 0, 0xFE: 8, 0x7E: -8, 0xEF: 132, 0x80: 32124, 0x00: -32124, 0x8F: 16764, 0x9F: 8316})])
-def test_a_law_and_mu_law_have_the_numbers_of_their_tables(monkeypatch, code, planted):
+def test_a_law_and_mu_law_have_the_numbers_of_their_tables(monkeypatch, code, planted):  # C12
     monkeypatch.setenv("PATH", "")      # no ffmpeg
     numbers = (audio.load_wav(wav(bytes(range(256)), code, 8))[0] * 32768).numpy()
     assert {byte: numbers[byte] for byte in planted} == planted
@@ -886,8 +867,7 @@ def test_a_law_and_mu_law_have_the_numbers_of_their_tables(monkeypatch, code, pl
     spaces = [np.unique(np.diff(part)).tolist() for part in positive.reshape(8, 16)]
     assert spaces == [[16 << max(0, s - 1) if code == 6 else 8 << s] for s in range(8)]
 
-# C12
-def test_of_stereo_in_opposite_phase_the_louder_channel_is_read_with_a_warning(tmp_path, monkeypatch):
+def test_of_stereo_in_opposite_phase_the_louder_channel_is_read_with_a_warning(tmp_path, monkeypatch):  # C12
     """Also where a piece of a stream is silent; one channel alone, or two that differ, are averaged as ever."""
     monkeypatch.setattr(audio, "CHUNK_SEC", 1)
     speech = np.concatenate([np.zeros(9000), 0.25 * np.random.default_rng(0).standard_normal(20000)])
@@ -921,14 +901,13 @@ def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
 
-# C12
 @pytest.mark.parametrize("blob,words", [
     (b"", "empty file"), (b"ID3\4 an mp3", "ffmpeg"), (b"RIFF\0\0\0\0WAVE", "'data' chunk"),
     (b"RIFF\0\0\0\0WAVEdata\2\0\0\0\0\0", "'fmt ' chunk"), (wav(b"ab", 2, 4, 1), "ffmpeg"),
     (wav(b"ab", 1, 16, 0), "one channel"), (wav(b"ab", 1, 16, 1, 3), "got 1 at 3 Hz"),
     (wav(struct.pack("<fff", 0, 1, math.nan), 3, 32, 1), "nan at sample 2"),
     (wav(struct.pack("<dd", 0, 1e39), 3, 64, 1), "inf at sample 1")])
-def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, blob, words):
+def test_a_bad_recording_is_a_value_error_that_names_the_file(tmp_path, monkeypatch, blob, words):  # C12
     monkeypatch.setenv("PATH", str(tmp_path))       # no ffmpeg
     path = tmp_path / "bad.wav"
     path.write_bytes(blob)
@@ -1023,9 +1002,8 @@ def test_what_the_real_ffmpeg_gives_keeps_every_bit_both_channels_and_the_limit(
 RATES = [(8000, 16000), (16000, 8000), (44100, 16000), (22050, 16000), (7200, 8000), (8800, 8000), (48000, 16000),
          (4000, 384000), (384000, 4000), (8191, 8000)]
 
-# C13
 @pytest.mark.parametrize("rate_in,rate_out", RATES)
-def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, rate_out):
+def test_resample_keeps_a_sine_below_the_cut_off_and_removes_one_above(rate_in, rate_out):  # C13
     N = rate_in // 4
     low, high = 0.4 * min(rate_in, rate_out), 0.53 * rate_out
     sine = lambda hz, n, rate: np.sin(2 * np.pi * hz * np.arange(n) / rate)
@@ -1061,9 +1039,8 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
 
 # ---- pauses: segments of long recordings ----
 
-# C78
 @pytest.mark.parametrize("rate_in,rate_out", [(8000, 8000), (8000, 16000), (44100, 16000), (48000, 8000), (8191, 8000)])
-def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):
+def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):  # C78
     """Also where a piece holds one sample, or the end of the recording is nearer than what an output sees."""
     for N, chunk_sec in ((3 * rate_in // 2 + 77, 1), (rate_in + 1, 1), (rate_in, 1), (5 * rate_in + 20, 2), (0, 1)):
         monkeypatch.setattr(audio, "CHUNK_SEC", chunk_sec)
@@ -1103,8 +1080,7 @@ def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_the_floor_
             wanted, last = [*wanted, pause], pause
     assert len(wanted) > 15 and len(cuts) == len(wanted) and np.abs(cuts - wanted).max() < 0.06
 
-# C79
-def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_level():
+def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_level():  # C79
     level = np.full(3000, -20.0)
     level[[500, 1500, 2500]] = -35.0            # single frames: one of them is the quietest place in 1000..2000
     level[:400] = level[600:650] = level[2200:2300] = -70.0     # pauses, but too early and too late
@@ -1123,8 +1099,7 @@ def test_a_cut_without_a_long_pause_takes_the_longest_one_and_else_the_lowest_le
         assert abs(find_cut(level, 100, most) - cut) <= 1
     assert find_cut(np.linspace(-30, -20, 2000), 700, 2000) == 2000
 
-# C79
-def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():
+def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_span_70_db():  # C79
     # the middle of a pause from 95 to 145; without one, the lowest level
     for dip, cut in ((24.9, 120), (25.1, 97)):
         level = np.full(300, 100.0)
@@ -1178,9 +1153,8 @@ def test_silence_stays_with_the_speech_that_it_is_beside():
     found = list(cut_at_pauses([samples], 8000, 1.0, 15.0))
     assert [piece.start_sec for piece in found] == [0.0, pytest.approx(8.25, abs=0.06)]
 
-# C79
 @pytest.mark.parametrize("kind", ["noise", "speech", "zeros", "constant"])
-def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces(kind):
+def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces(kind):  # C79
     rng = np.random.default_rng(3)
     plan = rng.uniform(0.05, 1.0, (60, 2)) * [2.0, 1.0]
     samples = {"noise": rng.standard_normal(480123), "zeros": np.zeros(480123), "constant": np.ones(480123),
@@ -1234,9 +1208,8 @@ def slow_fbank(x: np.ndarray, rate_hz: int, num_mels: int) -> np.ndarray:
         rows.append(row)
     return np.array(rows)
 
-# C14
 @pytest.mark.parametrize("rate_hz,num_mels", [(16000, 80), (8000, 40)])
-def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
+def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):  # C14
     rng = np.random.default_rng(rate_hz)
     x = (0.1 * rng.standard_normal(rate_hz // 10) + 0.05).astype(np.float32)
     expected = slow_fbank(x.astype(np.float64), rate_hz, num_mels)
@@ -1244,9 +1217,8 @@ def test_fbank_equals_the_direct_fourier_sum(rate_hz, num_mels):
     assert got.shape == expected.shape == (8, num_mels)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-3)
 
-# C14
 @needs_kit
-def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():
+def test_fbank_and_lfr_equal_kaldi_native_fbank_and_funasr():  # C14
     """Recorded numbers: funasr_kit/units/units.npz and sanm/expected (FunASR 1.4.16, dither 0)."""
     units = np.load(KIT / "units/units.npz")
     for n in (400, 559, 560, 2000):
@@ -1280,8 +1252,7 @@ def test_frame_counts_are_predicted_from_the_duration(lfr_m, lfr_n):
         assert feats.shape == (audio.num_frames(N / 8000, options), audio.feature_dim(options))
     assert audio.frame_sec(options) == pytest.approx(0.01 * lfr_n)
 
-# C15
-def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
+def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():  # C15
     rng = np.random.default_rng(0)
     parts = [torch.from_numpy(1e3 + 0.1 * rng.standard_normal((n, 3))).float() for n in (5, 1, 400)]
     for part in parts:
@@ -1295,7 +1266,6 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     with pytest.raises(ValueError, match="got none"):
         audio.compute_stats(iter([]))
 
-# C7
 @pytest.mark.parametrize("call,words", [
     (lambda: audio.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
     (lambda: audio.resample(torch.zeros(9, dtype=torch.int16), 8000, 16000), r"float, got \(9,\) torch.int16"),
@@ -1317,7 +1287,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():
     (lambda: data.make_batches(np.zeros(2), 0, 1), "batch_size and batch_frames must be 1 or more, got 0 and 1"),
     (lambda: data.make_batches(np.zeros(2), 1, 0), "batch_size and batch_frames must be 1 or more, got 1 and 0"),
     (lambda: data.toy_features(np.zeros(0), np.zeros(0), None, None), r"must be \(U,\), U >= 1, got \(0,\)")])
-def test_wrong_shapes_are_named(call, words):
+def test_wrong_shapes_are_named(call, words):  # C7
     with pytest.raises(ValueError, match=words):
         call()
 
@@ -1345,8 +1315,7 @@ def gradients(module, value):
 def assert_same(got, wanted, tolerance=1e-12):
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
-# C2
-def test_masks_are_true_where_real():
+def test_masks_are_true_where_real():  # C2
     assert padding_mask(ints(0, 2, 3), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
     assert causal_mask(3).tolist() == [[s <= t for s in range(3)] for t in range(3)]
     assert attention.near_mask(5, 2).tolist() == [[abs(s - t) <= 2 for s in range(5)] for t in range(5)]
@@ -1390,10 +1359,9 @@ def slow_attention(q, k, v, mask):
             out[b, h, t] = sum(p / sum(scores) * v[b, h, s] for p, s in zip(scores, keys))
     return out
 
-# C4
 @pytest.mark.parametrize("S", [5, 7])  # 5: as in self-attention, 7: as in cross-attention
 @pytest.mark.parametrize("name", RAGGED)
-def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):
+def test_fused_attention_equals_the_explicit_path_and_a_slow_loop(name, S):  # C4
     mask, results = RAGGED[name](5, S), []
     for need_weights in (False, True):
         q, k, v = (normal(i, 3, 2, n, 4).requires_grad_() for i, n in enumerate((5, S, S)))
@@ -1427,9 +1395,8 @@ def test_multi_head_attention_equals_torchs(cross):
         assert_same(out, wanted)
     assert_same(weights, wanted_weights)
 
-# C3
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):
+def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):  # C3
     module, x = fresh(0, lambda: MultiHeadAttention(4, 2)), normal(1, 2, 3, 4).requires_grad_()
     out, _ = module(x, mask=padding_mask(ints(0, 3), 3)[:, None, :], need_weights=need_weights)
     assert (out[0] == 0).all() and (out[1] != 0).all()
@@ -1523,9 +1490,8 @@ def test_key_mask_is_the_padding_mask_for_attention_or_none_where_nothing_pads()
     assert key_mask(ints(4, 4), 4) is None and key_mask(ints(0, 0), 0).shape == (2, 1, 0)
     assert torch.equal(key_mask(ints(4, 2), 4), padding_mask(ints(4, 2), 4)[:, None, :])
 
-# C142
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read as Linux gives it")
-def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():
+def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():  # C142
     q, mask = torch.randn(1, 1, 12_000, 16), key_mask(ints(11_999), 12_000)
     peak_kb = lambda: int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -1543,7 +1509,6 @@ def message_of(call, *args, **kwargs) -> str:
         call(*args, **kwargs)
     return str(error.value)
 
-# C7
 @pytest.mark.parametrize("call, message", [
     (lambda: check_shapes(feats=(torch.zeros(4, 80, 560), "B", "T", 80)), "feats must be (B,T,80), got (4, 80, 560)"),
     (lambda: check_shapes(x=(torch.zeros(4), "B", "T")), "x must be (B,T), got (4,)"),
@@ -1559,11 +1524,10 @@ def message_of(call, *args, **kwargs) -> str:
     (lambda: TransformerBlock(4, 2, 8)(X, MASK, X), "source must be given if and only if source_dim was, got Tensor"),
     (lambda: TransformerBlock(4, 2, 8, source_dim=4)(X, MASK), "if and only if source_dim was, got NoneType"),
     (lambda: ConvolutionModule(4, 4), "kernel_size must be odd, got 4")])
-def test_attention_errors_name_what_was_wanted_and_got(call, message):
+def test_attention_errors_name_what_was_wanted_and_got(call, message):  # C7
     assert message in message_of(call)
 
-# C93
-def test_a_length_check_reads_no_values_but_on_the_cpu():
+def test_a_length_check_reads_no_values_but_on_the_cpu():  # C93
     """A meta tensor stands for one on a GPU: whoever asks for its values gets a NotImplementedError."""
     lens = torch.empty(2, dtype=torch.int64, device="meta")
     check_lens("n", lens, 2, 3)
@@ -1629,9 +1593,8 @@ def test_axes_have_as_many_round_numbers_as_there_is_room_for():
             last = 100 - 100 / 1.03
             assert f"L{plot.LEFT + 750:.1f} {last:.1f}" in "".join(svg)  # the sum ends a little below the top
 
-# C97
 @pytest.mark.parametrize("size", [1, 2, 4, 40])
-def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
+def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):  # C97
     """Ideographs are 12 px wide in a font of 12 px, in any font."""
     rng = random.Random(size)
     starts = np.cumsum([rng.uniform(0.05, 0.4) for _ in range(201)]).tolist()
@@ -1654,9 +1617,8 @@ def test_labels_of_200_tokens_never_overlap_and_stay_inside(size):
         shown.append(sum(map(len, lines.values())))
     assert shown[0] == 201 if size <= 2 else shown[0] > 100  # with the title
 
-# C97
 @pytest.mark.parametrize("cross", [True, False])
-def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross):
+def test_each_head_has_a_panel_in_which_a_planted_weight_is_the_brightest(cross):  # C97
     tokens = [("a", 0.2, 0.6), ("b", 0.6, 1.0), ("c", 1.0, 1.9)]
     weights = torch.rand(4, 3 if cross else 50, 50) / 2
     planted = [(2, 7), (0, 49), (1, 0), (2, 3)]
@@ -2775,17 +2737,15 @@ def test_scripts_say_how_threads_wait_before_torch_is_loaded(name):
 
 # ---- survival: consoles, signals ----
 
-# C181
 @pytest.mark.parametrize("encoding, shown", [
     ("cp1252", "\xe9?"), ("cp437", "\xe9?"), ("ascii", "??"), ("utf-8", "\xe9\u4f60")])
-def test_what_a_console_cannot_show_is_replaced(encoding, shown):
+def test_what_a_console_cannot_show_is_replaced(encoding, shown):  # C181
     raw = io.BytesIO()
     stream = survival.SafeStream(io.TextIOWrapper(raw, encoding=encoding))
     print("\xe9\u4f60", file=stream, end="", flush=True)
     assert raw.getvalue().decode(encoding) == shown and not survival.stream_error(stream)
 
-# C181
-def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
+def test_a_stream_that_fails_says_why_once_and_takes_everything_after():  # C181
     read_end, write_end = os.pipe()
     os.close(read_end)
     for target, words in ((os.open("/dev/full", os.O_WRONLY), "No space left"), (write_end, "Broken pipe")):
@@ -2795,17 +2755,15 @@ def test_a_stream_that_fails_says_why_once_and_takes_everything_after():
                 print("x" * 10000, file=stream, flush=True)
             assert words in survival.stream_error(stream)
 
-# C181
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_a_closed_stream_is_opened_on_nothing_so_that_no_file_takes_its_place(tmp_path, closed):
+def test_a_closed_stream_is_opened_on_nothing_so_that_no_file_takes_its_place(tmp_path, closed):  # C181
     program = ("import os, sys, survival; survival.keep_streams(); file = os.open('said', os.O_CREAT | os.O_WRONLY); "
                "os.write(file, f'{file > 2} {sys.stdout.error}'.encode())")
     subprocess.run(["bash", "-c", f"{sys.executable} -c \"{program}\" {closed}"], cwd=tmp_path, check=True,
                    timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert (tmp_path / "said").read_text() == f"True {'it is closed' if closed == '>&-' else ''}"
 
-# C84
-def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():
+def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():  # C84
     lines = ["import os, survival, time", "stop = survival.catch_signals()"]
     for _ in range(2):
         lines += ["os.kill(os.getpid(), 2)", "print(stop.is_set(), flush=True)"]
@@ -2826,8 +2784,7 @@ def test_a_lock_that_is_released_while_it_is_opened_is_taken_anew_and_one_that_c
     survival.release(survival.lock(path, "x: wanted a file"))
     assert not path.exists()
 
-# C120
-def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():
+def test_a_signal_that_is_held_back_comes_at_the_end_and_a_second_one_at_once():  # C120
     for number, kind in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, survival.Ended)):
         for times, reached in ((1, ["in", "end"]), (2, ["in"])):
             seen = []
@@ -2852,8 +2809,7 @@ def loader_process(pipe) -> None:
     while True:
         pipe.send(pipe.recv())
 
-# C84
-def test_a_loader_process_leaves_signals_to_its_parent_and_ends_when_that_sends_one():
+def test_a_loader_process_leaves_signals_to_its_parent_and_ends_when_that_sends_one():  # C84
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=loader_process, args=(theirs,), daemon=True)
     process.start()
@@ -2971,8 +2927,7 @@ def test_an_item_stands_in_its_room_and_noise_as_they_are_without_them_as_drawn_
         noisy = augment.add_noise(samples, (5.0, 30.0), rng)
         assert torch.equal(opened(path, bare)[3, index].feats, audio.frontend(noisy, 8000, bare))
 
-# C16
-def test_rooms_and_noises_are_drawn_by_seed_epoch_and_key(tmp_path):
+def test_rooms_and_noises_are_drawn_by_seed_epoch_and_key(tmp_path):  # C16
     """One recording under nine keys; then, without noise, half of them in the room."""
     options = surrounded(tmp_path, snr_db=(0.0, 30.0), reverb_share=0.5)
     audio.save_wav(tmp_path / "noise.wav", 0.1 * np.random.default_rng(1).normal(size=90000), 16000)
@@ -3060,8 +3015,7 @@ def test_toy_features_are_the_trajectories_between_true_boundaries():
         mix = 0.75 * table[b, round(0.5 / (edges[2] - edges[1]) * 63)] + 0.25 * table[a, 63]
         np.testing.assert_allclose(u.feats[edges[1]], mix, atol=1e-5)       # half a frame after the boundary
 
-# C17
-def test_toy_utterances_keep_their_promises():
+def test_toy_utterances_keep_their_promises():  # C17
     options = data_options(num_mels=80)
     dataset = data.ToySeq2SeqDataset(300, options, letters, seed=5)
     repeats, sizes = 0, set()
@@ -3085,8 +3039,7 @@ def test_toy_utterances_keep_their_promises():
     assert {len(durations) for durations in few} == {1, 2}
     assert all(len(durations) == 1 or durations.max() >= 3 * durations.min() for durations in few)
 
-# C17
-def test_toy_splits_and_seeds_share_no_utterance():
+def test_toy_splits_and_seeds_share_no_utterance():  # C17
     options = data_options()
     texts = [[u.feats.sum().item() for u in data.open_dataset(options, split, letters, seed)]
              for seed in (0, 1) for split in ("train", "dev", "test")]
@@ -3123,8 +3076,7 @@ def test_toy_needs_order_not_frames():
 
 # ---- data: manifests ----
 
-# C18
-def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
+def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):  # C18
     (tmp_path / "kaldi").mkdir()
     (tmp_path / "kaldi/wav.scp").write_text("u1 ../a.wav\nu2\t/abs/b.wav\n")
     (tmp_path / "kaldi/text").write_text("u2 zwei  drei\n\nu1 eins\nu3 vier\n")
@@ -3140,7 +3092,6 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
         manifests.Row("u1", str(tmp_path / "kaldi/../a.wav"), "eins", None),
         manifests.Row("u2", "/abs/b.wav", "zwei  drei", None), manifests.Row("u3", "", "vier", None)]
 
-# C18
 @pytest.mark.parametrize("line,words", [
     ('{"audio": "a.wav"', "wanted a JSON object"), ("[1]", "wanted a JSON object"), ("[" * 9999, "a JSON object"),
     ('{"text": "a"}', "wanted a path under audio"), ('{"audio": 3, "text": "a"}', "wanted a path .* got 3"),
@@ -3150,7 +3101,7 @@ def test_manifests_of_every_dialect_name_the_same_recordings(tmp_path):
     ('{"audio": "a.wav", "duration": %s}' % ("9" * 400), "wanted seconds as duration, .* got 9{60}$"),
     ('{"audio": "a.wav", "duration": 1e9}', "wanted seconds as duration, .* got 1000000000.0"),
     ('{"audio": "a.wav", "duration": 1, "offset": -1}', "wanted seconds as offset, .* got -1")])
-def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):
+def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):  # C18
     path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}, "", line])
     with pytest.raises(ValueError, match=words) as error:
         manifests.Manifest(path)
@@ -3170,8 +3121,7 @@ def test_a_bad_line_of_a_kaldi_folder_is_named(tmp_path, file, line, words):
     with pytest.raises(ValueError, match=f"^{tmp_path}/{file}:2: {words}"):
         manifests.Manifest(tmp_path)
 
-# C18
-def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):
+def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):  # C18
     """Of a NeMo manifest and of Kaldi's segments: the samples, the frames that are planned, the seconds, the text."""
     whole = torch.from_numpy(tone(1.1, 8000) * np.linspace(0, 1, 8800)).float()
     audio.save_wav(tmp_path / "a.wav", whole.numpy(), 8000)
@@ -3202,8 +3152,7 @@ def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):
         assert re.match("unreadable: .*a.wav: wanted the part from 2 to", dataset[3].reason)
     assert dataset[4] == data.Skip("p5", "no audio: wav.scp has no line for it") and len(dataset) == 5
 
-# C18
-def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):
+def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):  # C18
     """A short one, and one that is cut at its pauses; times begin with the part."""
     system = tiny_system()._replace(segment_sec=(0.5, 3.0))
     samples = audio.load_wav(long_wav(tmp_path / "whole.wav"))[0]
@@ -3271,8 +3220,7 @@ def shards(folder: Path) -> list[Path]:
             write_manifest(folder / "s-2.jsonl", [json.dumps(row(2), ensure_ascii=False)]), folder / "kaldi",
             write_manifest(folder / "a,b.jsonl", [json.dumps({**row(5), "key": 6})])]
 
-# C95
-def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path, monkeypatch):
+def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path, monkeypatch):  # C95
     *_, comma = paths = shards(tmp_path)
     monkeypatch.chdir(tmp_path)
     keys = lambda source: [manifest[i].key for manifest in [manifests.Manifest(source)] for i in range(len(manifest))]
@@ -3298,8 +3246,7 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
     with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
         manifests.Manifest("s-*.jsonl")
 
-# C94
-def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):
+def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):  # C94
     paths = shards(tmp_path)
     parsed = [row for path in paths for _, row in manifests.scan_rows(path)]
     manifest = manifests.Manifest(",".join(map(str, paths[:3])))
@@ -3360,8 +3307,7 @@ def odd_folder(folder: Path) -> list[Path]:
     os.mkfifo(folder / "in/pipe.wav")
     return [folder / "in" / name for name in names]
 
-# C72
-def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, capsys):
+def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, capsys):  # C72
     """One list of suffixes for decode.py and corpora.py; links, loops of them, hidden files, pipes, bad texts."""
     wanted = odd_folder(tmp_path)
     folder = tmp_path / "in"
@@ -3399,8 +3345,7 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     with pytest.raises(ValueError, match="got none; left out 1, no recording by its name: .*/none/a.txt$"):
         manifests.read_inputs([tmp_path / "none"], tmp_path)
 
-# C72
-def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refused(ckpt, tmp_path, capsys):
+def test_a_pipe_that_is_named_is_read_like_standard_input_and_a_device_is_refused(ckpt, tmp_path, capsys):  # C72
     """As `decode.py <(cat a.wav)` and `<(head list)` name it; and with several processes it is refused."""
     path = spoken(tmp_path / "a.wav", 0.6)
     wanted = decoded(capsys, "--ckpt", ckpt, path)[1][0][1]
@@ -3432,8 +3377,7 @@ def test_shares_of_a_folder_are_exact(tmp_path, count, dev, test, sizes):
     splits = [item[0] for item in corpora.prepare_folder(options) if not isinstance(item, manifests.LeftOut)]
     assert tuple(splits.count(split) for split in ("train", "dev", "test")) == sizes
 
-# C94
-def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
+def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):  # C94
     rows = [{"audio": f"wav/speaker/{i}.wav", "text": f"{i} " * 50, "duration": 3.0} for i in range(4000)]
     path = write_manifest(tmp_path / "m.jsonl", rows)
     options = data_options(kind="manifest", train=str(path))
@@ -3449,8 +3393,7 @@ def test_a_row_of_a_manifest_costs_20_bytes_and_its_text_none(tmp_path):
     assert kept / 4000 < 150 and peak / 4000 < 200 and texts / 4000 < 20
     assert len(pickle.dumps(dataset.rows)) < 4000 * 20 + 1000      # all that a worker process is given
 
-# C94
-def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
+def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):  # C94
     names = [f"S0002W{i:06}" for i in range(20000)]
     (tmp_path / "wav.scp").write_text("".join(f"{name} /data/aishell/wav/{name}.wav\n" for name in names))
     (tmp_path / "text").write_text("".join(f"{name} some words that are said\n" for name in names))
@@ -3461,9 +3404,8 @@ def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):
     assert kept / 20000 < 200
     assert rows[7] == manifests.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
 
-# C94
 @slow
-def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
+def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):  # C94
     """In a process of its own, by its peak of memory."""
     row = {"audio": "wav/speaker/00000000.wav", "text": "some words said " * 3, "duration": 2.5}
     lines = (json.dumps({**row, "key": str(i), "duration": 1 + i % 1000 / 100}) + "\n" for i in range(10**6))
@@ -3479,8 +3421,7 @@ def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):
     key, size = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout.split()
     assert key == "500000" and int(size) < 200 * 10**6
 
-# C19
-def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):
+def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):  # C19
     for name, seconds in {"good": 0.5, "short": 0.05, "long": 2.5, "empty": 0.0}.items():
         audio.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
     (tmp_path / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
@@ -3600,8 +3541,7 @@ def test_a_manifest_item_is_the_front_end_of_its_file_at_a_drawn_speed(tmp_path)
         peak = torch.fft.rfft(y * torch.hann_window(len(y))).abs().argmax() * 8000 / len(y)
         assert abs(peak - 500 * speed) < 8000 / len(y)
 
-# C16
-def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):
+def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path):  # C16
     path = recordings(tmp_path, 12)
     options = data_options()
     options.augment.snr_db = 5.0, 30.0
@@ -3626,9 +3566,8 @@ def test_augmented_batches_are_equal_for_every_worker_count_and_resume(tmp_path)
 
 # ---- data: batches ----
 
-# C20
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_batches_hold_every_index_once_within_both_bounds(shuffle):
+def test_batches_hold_every_index_once_within_both_bounds(shuffle):  # C20
     rng = np.random.default_rng(0)
     for count, size, frames in [(0, 4, 100), (1, 4, 100), (500, 16, 2000), (500, 7, 10**9), (300, 10**9, 500)]:
         lengths = rng.integers(0, 900, count)
@@ -3650,10 +3589,9 @@ def test_batches_hold_every_index_once_within_both_bounds(shuffle):
     order = [batch[0] for batch in data.make_batches(np.arange(100, 600), 8, 10**9, 3, 1, shuffle)]
     assert (np.corrcoef(order, np.arange(len(order)))[0, 1] < 0.7) == shuffle     # short and long ones in turn
 
-# C20
 @needs_digits
 @pytest.mark.parametrize("split", ["train", "dev", "test", "unseen_speaker"])
-def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
+def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):  # C20
     options = data_options(lfr_m=4, lfr_n=4)
     for augment, epoch in ((True, 0), (True, 1), (False, 0)):
         source = SHARED / f"speech/digits/{split}.jsonl"
@@ -3662,8 +3600,7 @@ def test_padding_stays_under_a_tenth_on_the_digits_corpus(split):
         padded = sum(len(batch) * lengths[batch].max() for batch in batches)
         assert 1 - lengths.sum() / padded < 0.10
 
-# C20
-def test_collate_pads_with_zeros_and_keeps_skips_apart():
+def test_collate_pads_with_zeros_and_keeps_skips_apart():  # C20
     make = lambda key, T, U: data.Utterance(key, torch.full((T, 3), float(T)), torch.arange(1, U + 1), key * U, None,
                                             T / 100)
     batch = data.collate([make("a", 2, 3), data.Skip("b", "missing"), make("c", 4, 1)])
@@ -4135,9 +4072,8 @@ def slow_fire(hidden, alpha):
         held, state = held + left, state + left * h
     return fired
 
-# C21
 @pytest.mark.parametrize("peak", [0.4, 1.0, 3.5])  # 3.5: more than one token in a frame
-def test_cif_equals_the_sequential_loop(peak):
+def test_cif_equals_the_sequential_loop(peak):  # C21
     hidden, alpha = normal(0, 20, 15, 3), normal(1, 20, 15).sigmoid() * peak
     alpha[::3, 9:] = 0  # padded frames
     total = alpha.sum(1)
@@ -4149,8 +4085,7 @@ def test_cif_equals_the_sequential_loop(peak):
         assert not embeds[b, len(fired) + 1:].any()  # the unit at len(fired) holds the rest
     assert_same(cif(torch.ones(20, 15, 1).double(), alpha, int(total.max()) + 1).sum((1, 2)), total)
 
-# C82
-def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_once(monkeypatch):
+def test_cif_of_many_units_equals_the_loop_and_the_gradients_of_all_units_at_once(monkeypatch):  # C82
     """Utterances of 300 to 24 tokens in one batch, so that each block of units touches other frames of each of them."""
     hidden = normal(0, 3, 700, 2).requires_grad_()
     alpha = (normal(1, 3, 700).sigmoid() * torch.tensor([[0.9], [2.5], [0.07]])).requires_grad_()
@@ -4175,8 +4110,7 @@ def slow_boundaries(alpha, n):
     middles = [(a + b) / 2 for a, b in zip(centres, centres[1:])]
     return [max(0.0, 2 * centres[0] - middles[0]), *middles, min(len(alpha), 2 * centres[-1] - middles[-1])]
 
-# C22
-def test_boundaries_lie_half_way_between_the_peaks():
+def test_boundaries_lie_half_way_between_the_peaks():  # C22
     peaks = torch.zeros(14)
     peaks[[2, 6, 11]] = 0.9  # centres 2.5, 6.5, 11.5
     assert_same(boundaries(peaks, 3), torch.tensor([0.5, 4.5, 9.0, 14.0], dtype=torch.float64), 1e-6)
@@ -4186,10 +4120,9 @@ def test_boundaries_lie_half_way_between_the_peaks():
         alpha = normal(seed, 12).sigmoid()
         assert_same(boundaries(alpha, n), torch.tensor(slow_boundaries(alpha.tolist(), n), dtype=torch.float64), 1e-9)
 
-# C22
 @pytest.mark.parametrize("kind, factor", [("conformer", 1), ("conformer", 2), ("conformer", 4),
                                           ("relative_conformer", 4)])
-def test_an_encoder_frame_stands_at_the_middle_of_the_features_that_it_sees(kind, factor):
+def test_an_encoder_frame_stands_at_the_middle_of_the_features_that_it_sees(kind, factor):  # C22
     feats = torch.rand(1, 60, 8, requires_grad=True)
     image = kind == "relative_conformer"
     layer = funasr_layers.ImageSubsampling(8, 4) if image else model.Subsampling(8, 4, factor)
@@ -4211,8 +4144,7 @@ def last_mass(alpha, counts):
     U = int(counts.max())
     return cif(torch.ones(*alpha.shape, 1, dtype=alpha.dtype), alpha, U)[..., 0].gather(1, counts[:, None] - 1)[:, 0]
 
-# C21 C47
-def test_cif_keeps_the_last_token_in_10000_draws():
+def test_cif_keeps_the_last_token_in_10000_draws():  # C21 C47
     """Where FunASR loses 22 % (parallel) and 49 % (sequential): shared/FUNASR.md, 5.5."""
     generator = torch.Generator().manual_seed(0)
     lost = 0
@@ -4235,8 +4167,7 @@ def test_scaled_weights_sum_to_the_count_and_zeros_stay_zero():
 
 # ---- model: lengths and padding ----
 
-# C1
-def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():
+def test_subsampling_lengths_are_ceilings_and_its_weights_see_no_padding():  # C1
     for factor in (1, 2, 4):
         layer = model.Subsampling(5, 8, factor).double()
         lens, x = torch.arange(10), normal(0, 10, 9, 5)
@@ -4261,11 +4192,10 @@ def test_a_decoder_without_layers_reads_each_embedding_alone():
         seen = torch.autograd.grad(logits[0, u].square().sum(), embeds, retain_graph=True)[0][0].any(1)
         assert seen.nonzero().tolist() == [[u]]
 
-# C5
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("subsampling, context", [(1, 0), (2, 3), (4, 0)])
 @pytest.mark.parametrize("kind", ["transformer", "conformer"])
-def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, context, train):
+def test_padding_changes_no_loss_and_no_gradient(kind, subsampling, context, train):  # C5
     paraformer, batch = tiny(kind, subsampling, seed=subsampling, context=context).train(train), ragged(1)
     batch[0][~padding_mask(batch[1], 13)] = math.nan  # what pads may hold anything
     hidden, hidden_lens, _ = paraformer.encoder(*batch[:2])
@@ -4289,10 +4219,9 @@ def check_padding(paraformer, batch):
         assert (got[name] - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
         assert wanted[name].any(), name
 
-# C5 C22
 @pytest.mark.parametrize("subsampling", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["transformer", "conformer"])
-def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
+def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):  # C5 C22
     paraformer, seen = tiny(kind, subsampling, dtype=torch.float32), set()
     paraformer.predictor.weight.bias.data.fill_(0.5)
     for seed in range(5):
@@ -4324,9 +4253,8 @@ def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):
 
 # ---- model: the glancing sampler ----
 
-# C23
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_glance_replaces_the_floor_of_ratio_times_wrong_by_order(ratio):
+def test_glance_replaces_the_floor_of_ratio_times_wrong_by_order(ratio):  # C23
     B, U, counts = 200, 9, torch.arange(200) % 10
     order = normal(0, B, U)
     wrong = (torch.rand(B, generator=torch.Generator().manual_seed(1)) * (counts + 1)).long()
@@ -4352,9 +4280,8 @@ def by_hand(paraformer, batch, order):
     return sum(cross_entropy_sum(logits[b:b + 1, :n], tokens[b:b + 1, :n], token_lens[b:b + 1], 0.1)
                for b, n in enumerate(token_lens.tolist()))
 
-# C23
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_only_the_second_pass_gives_gradient(ratio):
+def test_only_the_second_pass_gives_gradient(ratio):  # C23
     paraformer, batch, order = tiny(sampling_ratio=ratio), ragged(3), normal(4, 4, 5)
     sums, _ = paraformer(*batch, order)
     got, by_hand_loss = gradients(paraformer, sums["ce"]), by_hand(paraformer, batch, order)
@@ -4366,9 +4293,8 @@ def test_only_the_second_pass_gives_gradient(ratio):
 
 # ---- model: losses ----
 
-# C24
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.6])
-def test_cross_entropy_is_the_divergence_from_the_smoothed_target(smoothing):
+def test_cross_entropy_is_the_divergence_from_the_smoothed_target(smoothing):  # C24
     logits, tokens, lens = normal(0, 3, 4, 6).requires_grad_(), torch.arange(12).reshape(3, 4) % 6, ints(4, 0, 2)
     q = torch.full((3, 4, 6), smoothing / 5, dtype=torch.float64).scatter(2, tokens[:, :, None], 1 - smoothing)
     wanted = F.kl_div(logits.log_softmax(-1), q, reduction="none").sum(-1)[padding_mask(lens, 4)].sum()
@@ -4377,8 +4303,7 @@ def test_cross_entropy_is_the_divergence_from_the_smoothed_target(smoothing):
     assert_same(*(torch.autograd.grad(x, logits)[0] for x in (got, wanted)), 1e-6)
     assert abs(cross_entropy_sum(q.clamp(min=1e-30).log(), tokens, lens, smoothing)) < 1e-5
 
-# C24
-def test_ctc_equals_the_sum_over_all_paths():
+def test_ctc_equals_the_sum_over_all_paths():  # C24
     logits, lens = normal(0, 3, 4, 3), ints(4, 3, 1)
     tokens, token_lens = torch.tensor([[1, 1], [2, 0], [1, 2]]), ints(2, 1, 2)
     wanted = 0.0
@@ -4389,9 +4314,8 @@ def test_ctc_equals_the_sum_over_all_paths():
                                if [s for s, _ in itertools.groupby(path) if s] == tokens[b, :token_lens[b]].tolist()))
     assert float(ctc_sum(logits, lens, tokens, token_lens)) == pytest.approx(wanted, rel=1e-5)
 
-# C24
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_the_loss_is_the_weighted_total_of_its_parts(weight):
+def test_the_loss_is_the_weighted_total_of_its_parts(weight):  # C24
     paraformer, batch = tiny(ctc_weight=weight, quantity_weight=2.0), ragged(5)
     sums, tokens = paraformer(*batch)
     hidden, lens, _ = paraformer.encoder(*batch[:2])
@@ -4403,16 +4327,14 @@ def test_the_loss_is_the_weighted_total_of_its_parts(weight):
     assert_same(sums["loss"], (1 - weight) * sums["ce"] + 2 * sums["quantity"] + weight * ctc, 1e-6)
     assert paraformer.total({"timing": torch.tensor(3.0)})["loss"] == 2 / 2 * 3
 
-# C69
-def test_edit_distances_equal_the_alignments_of_the_tokenizer():
+def test_edit_distances_equal_the_alignments_of_the_tokenizer():  # C69
     rng = torch.Generator().manual_seed(0)
     hyps, refs = torch.randint(1, 4, (200, 6), generator=rng), torch.randint(1, 4, (200, 5), generator=rng)
     hyp_lens, ref_lens = torch.randint(0, 7, (200,), generator=rng), torch.randint(0, 6, (200,), generator=rng)
     wanted = [count_errors(refs[i, :ref_lens[i]].tolist(), hyps[i, :hyp_lens[i]].tolist()).errors for i in range(200)]
     assert model.edit_distances(hyps, hyp_lens, refs, ref_lens).tolist() == wanted
 
-# C69
-def test_minimum_word_error_rate_on_planted_candidates():
+def test_minimum_word_error_rate_on_planted_candidates():  # C69
     """The text is 1 2 of ids 0 1 2; the model prefers 2 to 1 at the first place, p to q, and 2 to 0 at the second."""
     p, q, r, s = 0.6, 0.3, 0.8, 0.15
     logits = torch.tensor([[[1 - p - q, q, p], [s, 1 - r - s, r], [0.5, 0.3, 0.2]], [[0.9, 0.05, 0.05]] * 3]).log()
@@ -4428,8 +4350,7 @@ def test_minimum_word_error_rate_on_planted_candidates():
     assert step[0, 1] > 0 > step[0, 2] and step[1, 2] > 0 > step[1, 0]  # down the gradient the true tokens win
     assert not logits.grad[1].any() and not logits.grad[0, 2].any()
 
-# C69
-def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model(monkeypatch):
+def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_the_model(monkeypatch):  # C69
     with_it, batch = tiny(mwer_weight=2.0, mwer_samples=16), ragged(5)
     torch.manual_seed(7)
     order = torch.rand(4, 5)
@@ -4444,9 +4365,8 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
 
 # ---- model: edges ----
 
-# C25
 @pytest.mark.parametrize("subsampling", [1, 4])
-def test_an_utterance_without_tokens_trains_its_count_only(subsampling):
+def test_an_utterance_without_tokens_trains_its_count_only(subsampling):  # C25
     paraformer, (feats, feat_lens, _, _) = tiny(subsampling=subsampling, ctc_weight=0.0, quantity_weight=2.0), ragged(6)
     sums, tokens = paraformer(feats, feat_lens, torch.zeros(4, 0, dtype=torch.int64), ints(0, 0, 0, 0))
     hidden, lens, _ = paraformer.encoder(feats, feat_lens)
@@ -4454,8 +4374,7 @@ def test_an_utterance_without_tokens_trains_its_count_only(subsampling):
     assert_same(sums["loss"], 2 * paraformer.predictor(hidden, lens).sum(), 1e-6)
     assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
 
-# C25
-def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_loss():
+def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_loss():  # C25
     paraformer, hidden, alpha = tiny(), normal(0, 1, 2, 8), torch.tensor([[0.3, 0.1]])
     embeds = cif(hidden, scale_weights(alpha, ints(6)), 6)  # 4.5 and 1.5 units
     half = hidden.mean(1)[0]
@@ -4464,9 +4383,8 @@ def test_a_target_longer_than_the_frames_has_all_its_embeddings_and_a_finite_los
     assert sums["ctc"] == 0 and sums["ce"] > 0
     assert all(g.isfinite().all() for g in gradients(paraformer, sums["loss"]).values())
 
-# C25
 @pytest.mark.parametrize("subsampling", [1, 2, 4])
-def test_greedy_without_a_token_is_empty(subsampling):
+def test_greedy_without_a_token_is_empty(subsampling):  # C25
     paraformer, (feats, feat_lens, _, _) = tiny(subsampling=subsampling), ragged(7)
     feat_lens[1] = 0
     mixed = paraformer.greedy(feats, feat_lens)
@@ -4479,9 +4397,8 @@ def test_greedy_without_a_token_is_empty(subsampling):
     nobody = paraformer.greedy(feats[:0], feat_lens[:0])
     assert nobody.tokens.tolist() == nobody.lens.tolist() == []
 
-# C25
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):
+def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):  # C25
     paraformer, batch = tiny(), ragged(8)
     batch[0][[0, 3], [12, 9], 2] = value  # the last real frames
     with pytest.raises(ValueError, match=r"feats must be finite, got NaN or infinity in utterances \[0, 3\]"):
@@ -4522,10 +4439,9 @@ TAKEN = {  # what takes tensors (of a tiny model m) -> tensors that it takes, by
     cross_entropy_sum: dict(logits=LOGITS, tokens=TOKENS, lens=TOKEN_LENS, smoothing=0.1),
     ctc_sum: dict(logits=LOGITS, lens=ints(3, 3), tokens=TOKENS, token_lens=TOKEN_LENS)}
 
-# C1 C7
 @pytest.mark.parametrize("call", TAKEN)
 @torch.no_grad()
-def test_tensors_of_another_shape_are_refused_by_name(call):
+def test_tensors_of_another_shape_are_refused_by_name(call):  # C1 C7
     """With a dimension less; another number of utterances than the first one has; for a module, of another width."""
     arguments = TAKEN[call]
     if isinstance(call, str):
@@ -4541,7 +4457,6 @@ def test_tensors_of_another_shape_are_refused_by_name(call):
         name = re.search(r"(\w+) must be \(", message)[1]
         assert key.endswith(name) and f"got {tuple(x.shape)}" in message  # hidden_lens may be called lens
 
-# C1 C7
 @pytest.mark.parametrize("call, message", [
     (lambda m: m(FEATS[:, :0], ints(0, 0), TOKENS, TOKEN_LENS), "at least one frame, got (2, 0, 5)"),
     (lambda m: m(FEATS, ints(4, 7), TOKENS, TOKEN_LENS), "feat_lens must lie in 0..6, got [4, 7]"),
@@ -4557,7 +4472,7 @@ def test_tensors_of_another_shape_are_refused_by_name(call):
      "encoder.kind must be one of ['transformer', 'conformer', 'sanm', 'relative_conformer'], got 'rnn'"),
     (lambda m: checkpoint.build(config.ModelConfig(name="x"), 5, 7),
      "must be one of ['paraformer', 'streaming', 'seaco', 'contextual', 'transformer', 'ctc'], got 'x'")])
-def test_model_errors_name_what_was_wanted_and_got(call, message):
+def test_model_errors_name_what_was_wanted_and_got(call, message):  # C1 C7
     assert message in message_of(call, tiny(dtype=torch.float32))
 
 # ---- model: all of it ----
@@ -4697,7 +4612,6 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
         (row,) = rows_of(folder / "train.jsonl")
         assert (folder / row["audio"]).exists() and row["duration"] == 0.0971   # 777 / 8000
 
-# C34
 @pytest.mark.parametrize("arguments,words", [
     (["fsdd", "gone", "out"], "gone: wanted the corpus's folder"), (["librispeech", ".", "out"], "wanted recordings"),
     (["fsdd", ".", "out", "--hold-out-speaker", "eve"], "eve"), (["aishell", ".", "out"], "aishell_transcript_v0.8"),
@@ -4706,7 +4620,7 @@ def test_manifests_in_a_linked_folder_name_their_recordings(tmp_path):
     (["folder", ".", "out", "--test-share", "nan"], "--dev-share, --test-share: wanted 0 or more"),
     (["fsdd", ".", "out", "--utterances", "-1", "5", "5", "5"], "--utterances: wanted 0 or more each, got [-1, 5,"),
     (["fsdd", ".", "out", "--seed", "-1"], "--seed: wanted 0 or more, got -1")])
-def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):  # C34
     monkeypatch.chdir(tmp_path)
     assert corpora.main(arguments) == 2
     error = capsys.readouterr().err
@@ -5015,8 +4929,7 @@ def rival(name, seed=0, **options):
         p.data += 0.3 * torch.randn(p.shape)
     return built
 
-# C61
-def test_step_by_step_decoding_equals_the_full_pass():
+def test_step_by_step_decoding_equals_the_full_pass():  # C61
     transformer, (feats, feat_lens, _, _) = rival("transformer"), ragged(1)
     hidden, lens = transformer.encode(feats, feat_lens)
     said = torch.randint(3, 7, (4, 3, 6), generator=torch.Generator().manual_seed(0))  # 3 hypotheses each
@@ -5032,8 +4945,7 @@ def test_step_by_step_decoding_equals_the_full_pass():
         assert_same(torch.stack(steps, 2)[:, w], logits.log_softmax(-1), 1e-12)
         assert_same(torch.stack(looks, 2)[:, w], layers[-1].mean(1), 1e-12)
 
-# C61
-def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():
+def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by_the_frames():  # C61
     transformer, (feats, feat_lens, _, _) = rival("transformer", seed=31), ragged(2)
     found = transformer.greedy(feats, feat_lens)
     looks = transformer.cross_attention(*transformer.encode(feats, feat_lens), found.tokens, found.lens)[-1].mean(1)
@@ -5059,8 +4971,7 @@ def test_greedy_of_the_transformer_equals_a_loop_without_cache_and_is_bounded_by
     assert ends == {True, False}
     assert_same(found.alpha.sum(1).double(), found.lens.double(), 1e-5)
 
-# C62
-def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():
+def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path():  # C62
     ctc, (feats, feat_lens, _, _) = rival("ctc", seed=1), ragged(3)
     found = ctc.greedy(feats, feat_lens)
     hidden, hidden_lens = ctc.encode(feats, feat_lens)
@@ -5093,9 +5004,8 @@ def test_ctc_tokens_stand_on_the_best_path_and_a_given_text_on_its_own_best_path
         best = max(spells, key=lambda p: sum(table[t][s] for t, s in enumerate(p)))
         assert baselines.ctc_path(rows, text) == list(best)
 
-# C63
 @pytest.mark.parametrize("name", ["transformer", "ctc"])
-def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(name):
+def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(name):  # C63
     built, batch = rival(name, seed=5), ragged(6)
     sums, count = built(*batch)
     alone = [built(*one(batch, i)) for i in range(4)]
@@ -5111,8 +5021,7 @@ def test_losses_and_results_of_the_compared_models_do_not_depend_on_the_batch(na
         assert_same(found.boundaries[i], single.boundaries[0], 1e-9)
     assert built.greedy(*(x[:0] for x in batch[:2])).tokens.shape[0] == 0
 
-# C63
-def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():
+def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_end():  # C63
     transformer, (feats, feat_lens, tokens, token_lens) = rival("transformer", label_smoothing=0.0), ragged(7)
     hidden, lens = transformer.encode(feats, feat_lens)
     wanted = 0.0
@@ -5153,9 +5062,8 @@ def every_text(told, b, frames, V, search):
                                      + search.coverage_penalty * float(covered.log().sum()))
     return found
 
-# C64
 @pytest.mark.parametrize("penalties", [(0.0, 0.0), (0.6, 0.0), (1.0, 0.3)])
-def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
+def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):  # C64
     frames, V = ints(3, 1, 2, 0), 4
     for seed in range(3):
         step, told = table_model(4, V, 3, 1000 * seed)
@@ -5168,8 +5076,7 @@ def test_a_beam_that_holds_everything_equals_exhaustive_search(penalties):
             assert [one.score for one in found[b][:3]] == pytest.approx([wanted[t][1] for t in best], abs=1e-5)
             assert [one.log_prob for one in found[b][:3]] == pytest.approx([wanted[t][0] for t in best], abs=1e-5)
 
-# C64
-def test_a_beam_is_settled_once_no_open_text_could_pass_the_best_that_ended():
+def test_a_beam_is_settled_once_no_open_text_could_pass_the_best_that_ended():  # C64
     """The open one has log probability -2 and may become 3 tokens and the end: then it scores -2 / ((5 + 4) / 6)."""
     assert baselines.UNSEEN == 0.01
     for score, settled in ((-1.4, False), (-2 / (9 / 6), True), (-1.3, True)):
@@ -5177,8 +5084,7 @@ def test_a_beam_is_settled_once_no_open_text_could_pass_the_best_that_ended():
         beam = baselines.Beam(lens, lens, torch.tensor([[True, False]]), torch.full((1, 2), -2.0), scores, scores)
         assert baselines.is_settled(beam, ints(3), baselines.Search(2, 1, 1.0)) == settled, score
 
-# C64
-def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
+def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():  # C64
     frames, V, search = ints(4, 4), 4, baselines.Search(3, 3, 0.6, 0.2)
     for seed in range(5):
         step, told = table_model(2, V, 4, 1000 * seed)
@@ -5189,8 +5095,7 @@ def test_a_narrow_beam_keeps_what_has_ended_and_never_scores_a_text_wrong():
             assert scores == pytest.approx([wanted[tuple(one.tokens)][1] for one in found[b]], abs=1e-5)
             assert 1 <= len(scores) <= 3 and scores == sorted(scores, reverse=True)
 
-# C67
-def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes_longer():
+def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes_longer():  # C67
     for seed in range(10):  # of the best ones some may have one text: the rest of the beam is asked for too
         (step, _), search = table_model(2, 4, 6, 1000 * seed), baselines.Search(4, 2, 0.6)
         past = torch.zeros(2, 4, 0, dtype=torch.long)
@@ -5198,8 +5103,7 @@ def test_with_alternatives_every_hypothesis_is_the_same_whatever_utterance_takes
         assert [one.tokens for one in alone[0]] == [one.tokens for one in both[0]]
         assert [one.score for one in alone[0]] == pytest.approx([one.score for one in both[0]], abs=1e-5)
 
-# C65
-def test_prefix_search_equals_the_sum_over_all_paths():
+def test_prefix_search_equals_the_sum_over_all_paths():  # C65
     for seed, L in ((0, 5), (1, 3), (2, 1), (3, 0)):
         log_p = (2 * normal(seed, L, 3)).log_softmax(-1)
         wanted = collections.defaultdict(float)
@@ -5214,8 +5118,7 @@ def test_prefix_search_equals_the_sum_over_all_paths():
         assert len(narrow) == min(3, len(texts)) and narrow[0].tokens == list(texts[0])
         assert all(math.exp(one.score) <= wanted[tuple(one.tokens)] * (1 + 1e-9) for one in narrow)
 
-# C65
-def test_prefix_search_looks_at_no_token_that_could_not_be_among_the_best():
+def test_prefix_search_looks_at_no_token_that_could_not_be_among_the_best():  # C65
     """Of 40 tokens and a beam of 2, against all tokens at every frame."""
     for seed in range(20):
         log_p, beam = (2 * normal(seed, 6, 40)).log_softmax(-1), {(): baselines.Prefix(blank=0.0)}
@@ -5230,10 +5133,9 @@ def searching_system(name: str, kind: str = "manifest", **options) -> checkpoint
         p.data += 0.2 * torch.randn(p.shape)
     return system
 
-# C67
 @pytest.mark.parametrize("name, search", [("transformer", baselines.Search(4, 3, 0.6, 0.1)),
                                           ("ctc", baselines.Search(6, 3))])
-def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name, search):
+def test_alternatives_differ_and_are_ranked_and_do_not_depend_on_the_batch(name, search):  # C67
     system, feats = decode.with_search(searching_system(name), search), ragged_feats([31, 0, 7, 1, 22])
     together = decode.transcribe(system, feats)
     for x, result in zip(feats, together):
@@ -5261,8 +5163,7 @@ def test_alternatives_are_spelled_as_results_are(upsampling, texts):
         assert nbest == ((texts[0], -0.5123, 0.6065), (texts[1], -0.7, 0.4966), ("", -0.8, 0.0),
                          ("好", -0.9, 0.4066))[:wanted]
 
-# C67
-def test_a_beam_of_one_is_greedy():
+def test_a_beam_of_one_is_greedy():  # C67
     system, feats = searching_system("transformer"), ragged_feats([31, 7, 1, 50, 22])
     greedy = decode.transcribe(system, feats)
     assert decode.transcribe(decode.with_search(system, baselines.Search(1, 1, 0.0)), feats) == greedy
@@ -5842,7 +5743,6 @@ def planted_words(symbols, tokenizer) -> report.Result:
                        [torch.arange(n + 1.0) * 100], torch.zeros(1, 4), [])
     return decode.read_result(tiny_system()._replace(tokenizer=tokenizer), found, 0)
 
-# C70
 @pytest.mark.parametrize("unit, symbols, text, words", [
     ("char", "ab cd ", "ab cd ", ["ab 0 2 1*2 s", "cd 3 5 4*5 s"]),
     ("char", "你好ab世", "你好ab世", ["你 0 1 1 s", "好 1 2 2", "ab 2 4 3*4", "世 4 5 5"]),
@@ -5851,7 +5751,7 @@ def planted_words(symbols, tokenizer) -> report.Result:
     ("piece", ["th@@", "at", "你", "a", "b", "%"], "that你AB %",
      ["that 0 2 1*2 s", "你 2 3 3", "AB 3 5 4*5", "% 5 6 6 s"]),
     ("piece", ["you", "<unk>", "at"], "you at", ["you 0 1 1 s", "at 1 2 3 s"])])     # D5: the time of <unk>
-def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):
+def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit, symbols, text, words):  # C70
     known = (*SPECIALS, *dict.fromkeys(s for s in symbols if s != "<unk>"))
     vocabulary = PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     result = planted_words(symbols, vocabulary)
@@ -5865,8 +5765,7 @@ def test_words_of_every_unit_have_the_times_and_confidences_of_their_tokens(unit
 def with_words(words: list[report.Word]) -> report.Result:
     return report.Result("", 1.0, [], words)
 
-# C71
-def test_cues_end_before_seven_seconds_or_84_characters():
+def test_cues_end_before_seven_seconds_or_84_characters():  # C71
     words = [report.Word("w" * 9, i * 1.0, i + 0.5, 1.0) for i in range(20)]
     assert [len(cue) for cue in report.cues(with_words(words))] == [7, 7, 6]  # the 8th would end 7.5 s after the first
     fast = [report.Word("w" * 9, i * 0.1, i * 0.1 + 0.1, 1.0) for i in range(20)]
@@ -5883,7 +5782,6 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     for word in ("yes", "y" * 84):                                  # long in seconds only: whole, its end comes earlier
         assert report.split_word(report.Word(word, 9.0, 30.0, 1.0), []) == [report.Word(word, 9.0, 16.0, 1.0)]
 
-# C71
 @pytest.mark.parametrize("text, spelled, pieces", [
     ("กขคง。", [("กข@@", 2, 7), ("คง", 7, 12)], ["กข 2 7", "คง。 7 12"]),     # with the mark that punctuation put there
     ("กขคง", [("กขคง", 2, 12)], ["กข 2 7", "คง 7 12"]),                       # one token: a character every 2.5 s
@@ -5891,7 +5789,7 @@ def test_cues_end_before_seven_seconds_or_84_characters():
     ("กขคง", [("กข", 2, 4), ("", 4, 5), ("คง", 5, 12)], ["กข 2 7", "คง 7 12"]),
     ("x" * 86, [("x" * 84, 2, 4), ("xx", 4, 8.5)], ["x" * 84 + " 2 4", "xx 4 8.5"]),
     ("x" * 86, [("x" * 85, 2, 4), ("x", 4, 10.6)], ["x" * 70 + " 2 9", "x" * 16 + " 9 10.6"])])
-def test_a_word_too_long_for_a_subtitle_is_cut_where_its_tokens_end_or_evenly(text, spelled, pieces):
+def test_a_word_too_long_for_a_subtitle_is_cut_where_its_tokens_end_or_evenly(text, spelled, pieces):  # C71
     tokens = [report.Token(text, 4, 1.0, start, end) for text, start, end in [("a", 0, 2), *spelled, ("z", 13, 14)]]
     cut = report.pack_words([report.Word(text, 2.0, spelled[-1][2], 1.0)], tokens)
     found = [f"{report.join_words(cue)} {cue[0].start:g} {cue[-1].end:g}" for cue in cut]
@@ -5906,11 +5804,10 @@ def test_ideographs_are_those_of_unicodes_blocks():
              "\u9fff": True, "\ua000": False, "\U0001ffff": False, "\U00020000": True, "一一": False}
     assert {text: report.is_ideograph(text) for text in edges} == edges
 
-# C71
 @pytest.mark.parametrize("text", [
     "น้ำกินข้าวเช้าเมื่อวานนี้ครับ", "ນ້ຳກິນເຂົ້າເຊົ້າມື້ວານນີ້", "ខ្ញុំបានញ៉ាំបាយពេលព្រឹក", "မြန်မာစာကိုရေးသည်"])
 @pytest.mark.parametrize("seconds", [0.02, 0.2, 3.0, 9.0])
-def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_whole(text, seconds):
+def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_whole(text, seconds):  # C71
     """One word of 6 texts, a token a character of so many seconds: cut at tokens, never before a mark on a letter."""
     text = text * 6
     tokens = [report.Token(c, 4, 0.9, round(i * seconds, 3), round((i + 1) * seconds, 3)) for i, c in enumerate(text)]
@@ -5925,8 +5822,7 @@ def test_subtitles_of_scripts_without_spaces_keep_both_limits_and_every_letter_w
     if seconds == 0.2:
         assert max(cue[-1].end - cue[0].start for cue in found[:-1]) > 5.5      # and no shorter than they must be
 
-# C33 C71
-def test_every_form_is_written_as_its_readers_want_it():
+def test_every_form_is_written_as_its_readers_want_it():  # C33 C71
     words = [report.Word("one", 0.1, 0.4, 0.5), report.Word("<two>", 3661.0, 3661.5, 0.8)]
     nbest = (report.Alternative("one <two>", -0.1, 0.6), report.Alternative("one", -0.2, 0.5))
     tokens = [report.Token("one", 5, 0.5, 0.1, 0.4), report.Token("<two>", 6, 0.8, 3661.0, 3661.5, True)]
@@ -5949,8 +5845,7 @@ def test_every_form_is_written_as_its_readers_want_it():
     assert report.FORMS["ctm"](outcome._replace(key=" ")).startswith("_ 1 0.100")
     assert '"key": "你"' in report.FORMS["json"](outcome._replace(key="你"))
 
-# C73
-def test_file_names_are_safe_and_never_the_same():
+def test_file_names_are_safe_and_never_the_same():  # C73
     keys = ["x/a.wav", "y/A.wav", "a", "spk.utt2", "../..", "", "你" * 99, "a-2"]
     cut = "你" * 29 + "..." + "你" * 29
     assert outputs.file_names(keys) == ["x/a", "y/A", "a", "spk.utt2", "_/_", "_", cut, "a-2"]
@@ -5962,8 +5857,7 @@ def test_file_names_are_safe_and_never_the_same():
     assert first.endswith("part 1") and second.endswith("part 2") and first.startswith("a talk on what")
     assert outputs.file_names(["audio.wav"] * 50000)[-1] == "audio-50000"  # not quadratic: 0.4 s
 
-# C178
-def test_subtitles_break_at_sentences_then_commas_then_where_they_must():
+def test_subtitles_break_at_sentences_then_commas_then_where_they_must():  # C178
     def said(*sentences: str) -> report.Result:
         """Every word takes half a second."""
         found, t = [], 0.0
@@ -6008,8 +5902,7 @@ class PageReader(html.parser.HTMLParser):
     def handle_data(self, text):
         self.texts.append((self.open[-1] if self.open else "", text))
 
-# C98
-def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():
+def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place():  # C98
     hostile = "<script src='http://x/'>&\"]]>--></article>"
     svg = plot.alignment_svg(hostile, torch.rand(20, 4), torch.rand(9), [(hostile, 0.1, 0.2)], 0.5, (0.0, 0.5))
     pairs = {"worse": ("a b c d", ""), hostile: (f"{hostile[:7]} two今x", "one two今 y z"), "good": ("a b", "a b")}
@@ -6032,8 +5925,7 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
     assert addresses and all(value.startswith("data:image/png;base64,") for value in addresses)
     assert "url(" not in page and "@import" not in page and "default-src 'none'" in page
 
-# C98
-def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):
+def test_the_report_shows_the_worst_first_and_at_most_so_many(tmp_path, monkeypatch):  # C98
     """Planted references: what was recognised, and n more ideographs, which are n missing ones."""
     drawn = []
     nothing = report.score(report.Outcome(0, "a", 1.0, "a", report.Result("", 0.0, [], [])), list)
@@ -6462,11 +6354,10 @@ def recorded(variant, name):
 def close(got, expected, atol):
     torch.testing.assert_close(got, expected.to(got.dtype), atol=atol, rtol=0)
 
-# C1 C15 C43
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_every_stage_equals_funasr(variant):
+def test_every_stage_equals_funasr(variant):  # C1 C15 C43
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README."""
     options, net = published(variant)
     stats = funasr.read_cmvn(KIT / variant / "am.mvn", audio.feature_dim(options.data))
@@ -6491,10 +6382,9 @@ def test_every_stage_equals_funasr(variant):
             weights = net.timing(hidden, lens)[0]
             close(weights * (counts / weights.sum()), wanted["us_alphas"], 3e-5)
 
-# C43
 @needs_kit
 @pytest.mark.parametrize("case", range(4))
-def test_cif_equals_both_of_funasrs_rules_where_no_weight_exceeds_1(case):
+def test_cif_equals_both_of_funasrs_rules_where_no_weight_exceeds_1(case):  # C43
     """Recorded: units.npz, cif<i>: v1 (merge) and seq (delay), each with the whole tokens only."""
     units = {key.removeprefix(f"cif{case}_"): torch.from_numpy(value)
              for key, value in np.load(KIT / "units/units.npz").items() if key.startswith(f"cif{case}_")}
@@ -6509,9 +6399,8 @@ def test_cif_equals_both_of_funasrs_rules_where_no_weight_exceeds_1(case):
     counts = (alpha.double().sum(1) + tail.double() / len(alpha)).floor()
     assert torch.equal(counts, units["tail_num"].double())
 
-# C47
 @needs_kit
-def test_training_fires_what_funasr_fires_and_what_it_loses():
+def test_training_fires_what_funasr_fires_and_what_it_loses():  # C47
     """Recorded: cif0 to cif3 of units.npz, weights scaled to whole sums; FunASR lost the last token of three."""
     units, lost = np.load(KIT / "units/units.npz"), 0
     for case in range(4):
@@ -6526,10 +6415,9 @@ def test_training_fires_what_funasr_fires_and_what_it_loses():
         assert (ours[gone].abs().amax(-1) > 0.1).all()
     assert lost == 3
 
-# C45
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_batch_equals_its_utterances_one_by_one(variant):
+def test_a_batch_equals_its_utterances_one_by_one(variant):  # C45
     """Random batches of random cuts of the kit's features: ids, counts, weights and times."""
     _, net = published(variant)
     rng = random.Random(0)
@@ -6547,10 +6435,9 @@ def test_a_batch_equals_its_utterances_one_by_one(variant):
             if net.timing is not None:
                 close(both.fine_alpha[i], alone.fine_alpha[0], 1e-5)
 
-# C51
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
+def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):  # C51
     _, net = published(variant)
     width = net.encoder.input_dim
     feats = torch.cat([torch.zeros(1, 30, width), torch.randn(1, 30, width) * 5, torch.randn(1, 30, width)])
@@ -6558,11 +6445,10 @@ def test_nothing_noise_and_a_single_frame_are_decoded_without_error(variant):
     assert found.log_probs.isfinite().all() and len(found.boundaries[2]) == found.lens[2] + 1
     assert net.greedy(feats[2:, :1], torch.tensor([1])).lens.tolist() == found.lens[2:].tolist()
 
-# C48
 @needs_kit
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_half_precision_keeps_the_ids(variant, precision):
+def test_half_precision_keeps_the_ids(variant, precision):  # C48
     system = kit_system(variant)._replace(precision=precision)
     for name in WAVS:
         wanted = recorded(variant, name)
@@ -6585,10 +6471,9 @@ def training_batch(variant):
     tokens = wanted["text"].clamp(min=0).long()  # padded with -1 there
     return wanted, (wanted["feats"], wanted["feats_lens"].long(), tokens, wanted["text_lens"].long(), order)
 
-# C36 C46
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_and_every_gradient_norm_equal_funasr(variant):
+def test_losses_and_every_gradient_norm_equal_funasr(variant):  # C36 C46
     """Recorded: train_equal.npz, with FunASR's permutations handed to the sampler."""
     options, net = published(variant)
     wanted, batch = training_batch(variant)
@@ -6608,11 +6493,10 @@ def test_losses_and_every_gradient_norm_equal_funasr(variant):
     norms = np.load(KIT / variant / "expected/train_equal.npz")
     assert found == pytest.approx(dict(zip(norms["grad_names"], norms["grad_norms"])), rel=1e-3, abs=1e-5)
 
-# C46
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_both_passes_of_the_decoder_equal_funasr(variant):
+def test_both_passes_of_the_decoder_equal_funasr(variant):  # C46
     """Recorded: train_equal.npz; tolerances of its README."""
     options, net = published(variant)
     wanted, (feats, feat_lens, *texts, order) = training_batch(variant)
@@ -6707,9 +6591,8 @@ def test_the_normalisation_is_measured_on_a_bounded_number_of_utterances(monkeyp
         checkpoint.fresh(config.Config(data=config.DataConfig(toy=config.ToyConfig(num_train=count))))
     assert seen == [1, 4, 3, 4, 4, 3]
 
-# C40
 @needs_kit
-def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
+def test_every_wrong_tensor_is_named_in_one_error(tmp_path):  # C40
     state = torch.load(KIT / "sanm/model.pt", weights_only=True)
     state["decoder.embed.0.weight"] = state["decoder.embed.0.weight"][:, :5]
     state["extra.weight"] = state.pop("predictor.cif_output.bias")
@@ -6718,11 +6601,10 @@ def test_every_wrong_tensor_is_named_in_one_error(tmp_path):
     assert message_of(checkpoint.load_directory, tmp_path).split("config: ")[1] == (
         "missing predictor.cif_output.bias; unused extra.weight; decoder.embed.0.weight (58, 5), wanted (58, 64)")
 
-# C40
 @needs_kit
 @pytest.mark.parametrize("wrapper", ["", "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix, zipped", [("", True), ("module.", True), ("", False)])
-def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
+def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):  # C40
     _, net = published("sanm")
     state = {prefix + name: x for name, x in torch.load(KIT / "sanm/model.pt", weights_only=True).items()}
     state = {wrapper: state, "optimizer": {"step": 1}} if wrapper else state
@@ -6731,10 +6613,9 @@ def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
     loaded = checkpoint.load_directory(tmp_path).model.state_dict()
     assert all(torch.equal(x, loaded[name]) for name, x in net.state_dict().items())
 
-# C40
 @pytest.mark.parametrize("content, words", [(b"", "what torch cannot load"), (b"PK\3\4", "what torch cannot load"),
                                             (None, "no such file")])
-def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):
+def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):  # C40
     if content is not None:
         (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(ValueError, match=rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z"):
@@ -6764,10 +6645,9 @@ def test_published_models_have_the_tensors_parameters_and_sizes_that_they_are_sa
 
 CAN_INT8 = pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this processor has no products of int8")
 
-# C140
 @CAN_INT8
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_another(bias):
+def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_another(bias):  # C140
     """By hand: inputs in 127 steps from their row's least, at most 0, to its most, at least 0; weights in 127."""
     layer = fresh(0, lambda: nn.Linear(48, 40, bias=bias)).float()
     x = normal(1, 3, 7, 48).float() * torch.logspace(-3, 3, 7)[:, None]
@@ -6786,11 +6666,10 @@ def test_an_int8_layer_is_the_product_of_its_levels_and_no_row_depends_on_anothe
     assert torch.equal(alone[0, 0], found[1, 3])
     assert ((found - layer(x)) / scale).abs().max() < 0.03
 
-# C140
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):
+def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(variant, monkeypatch):  # C140
     """int8 with the float32 count of tokens, where the two best are 0.1 apart. The kits' random weights are harsh: with
     8 bits for the weights alone 97% of all 262 tokens are kept. Their matrices are laid out here only."""
     monkeypatch.setattr("packed.LARGE", 0)
@@ -6814,8 +6693,7 @@ def test_weights_laid_out_keep_every_id_in_float32_and_nearly_all_in_int8(varian
         clear, kept = clear + int(sure.sum()), kept + int((both[0].argmax(-1) == both[1].argmax(-1))[sure].sum())
     assert small.precision == "float32" or kept >= 0.86 * clear > 0
 
-# C140
-def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_says_so(ckpt, capsys):
+def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_says_so(ckpt, capsys):  # C140
     net = nn.ModuleDict({"a": nn.Linear(512, 512), "b": nn.Linear(512, 511), "ctc": nn.Linear(512, 600),
                          "c": nn.Sequential(nn.Linear(256, 1024))})
     assert packed.lay_out(net, lambda linear: nn.Identity()) == 2
@@ -6831,11 +6709,10 @@ def test_only_large_matrices_are_laid_out_and_where_int8_finds_none_a_warning_sa
             assert checkpoint.load_system(ckpt, "cpu", precision, laid_out=True).precision == "float32"
             assert capsys.readouterr().err == said
 
-# C140
 @CAN_INT8
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_int8_weights_on_disk_give_what_int8_made_on_loading_gives(variant, tmp_path, monkeypatch):
+def test_int8_weights_on_disk_give_what_int8_made_on_loading_gives(variant, tmp_path, monkeypatch):  # C140
     monkeypatch.setattr("packed.LARGE", 0)
     place = tmp_path / "small"
     assert decode.main(["--ckpt", str(KIT / variant), "--export", str(place), "--dtype=int8"]) == 0
@@ -6844,10 +6721,9 @@ def test_int8_weights_on_disk_give_what_int8_made_on_loading_gives(variant, tmp_
         found, wanted = (decode.decode_batch(system, [recorded(variant, name)["feats"]]) for system in (ours, theirs))
         assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.log_probs, wanted.log_probs)
 
-# C140
 @CAN_INT8
 @needs_kit
-def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, capsys):
+def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, capsys):  # C140
     monkeypatch.setattr("packed.LARGE", 0)
     place = tmp_path / "small.pt"
     said = checkpoint.export_int8(str(KIT / "sanm"), str(place))
@@ -6880,10 +6756,9 @@ print(in_mb("VmHWM") - before, in_mb("VmRSS") - before)
 sys.exit()
 """
 
-# C140
 @CAN_INT8
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read as Linux gives it")
-def test_loading_for_int8_takes_the_memory_that_is_held_and_a_layer(zygote, tmp_path):
+def test_loading_for_int8_takes_the_memory_that_is_held_and_a_layer(zygote, tmp_path):  # C140
     """130 MB of weights, and the same in int8, of which the first layer stays in float32: 1.3 times what is held, and
     the largest matrix, which weighs more here than in a model of 50 layers."""
     sizes = config.EncoderConfig(kind="sanm", num_layers=6, hidden_dim=512, num_heads=4, ffn_dim=4096, subsampling=1)
@@ -6898,8 +6773,7 @@ def test_loading_for_int8_takes_the_memory_that_is_held_and_a_layer(zygote, tmp_
         peak, held = map(float, said.split())
         assert peak <= 1.3 * held + 9, name
 
-# C141
-def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckpt, monkeypatch, capsys):
+def test_a_precision_that_the_processor_lacks_becomes_float32_with_a_warning(ckpt, monkeypatch, capsys):  # C141
     for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported",
                   "_is_avx2_supported"):
         monkeypatch.setattr(torch.cpu, check, lambda: False)
@@ -7005,8 +6879,7 @@ def tiny_model(**options) -> torch.nn.Module:
     torch.manual_seed(0)
     return build(replace(config.from_dict(config.parse_yaml(TINY), "tiny").model, **options), 8, 8)
 
-# C111
-def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_only():
+def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_only():  # C111
     """Beside a plain loop, whose state ours takes over before the last step, as older checkpoints hold it. The third
     step has one token in all."""
     ours, theirs, batch = tiny_model().double().eval(), tiny_model().double().eval(), tiny_batch()
@@ -7076,9 +6949,8 @@ def broken_batch() -> data.Batch:
     batch.feats[0, 0, 0] = math.nan
     return batch
 
-# C19 C31
 @pytest.mark.parametrize("fault", ["features", "loss", "gradient", "no utterance"])
-def test_a_step_that_is_not_finite_or_has_no_utterance_changes_nothing_and_says_so(fault):
+def test_a_step_that_is_not_finite_or_has_no_utterance_changes_nothing_and_says_so(fault):  # C19 C31
     model, batch = tiny_model(), broken_batch() if fault == "features" else tiny_batch()
     if fault == "loss":
         model.register_forward_hook(lambda module, given, out: ({**out[0], "loss": out[0]["loss"] + math.inf}, out[1]))
@@ -7139,8 +7011,7 @@ def test_peak_memory_is_in_mib(monkeypatch):
         monkeypatch.setattr(sys, "platform", platform)
         assert train.peak_memory_mb(torch.device("cpu")) == wanted
 
-# C24
-def test_the_figures_of_an_epoch_are_sums_divided_once():
+def test_the_figures_of_an_epoch_are_sums_divided_once():  # C24
     """Two steps, of 3 tokens and of 1, and one that was skipped."""
     steps = (train.Step({"loss": 6.0, "ce": 3.0}, 3, 1.0, True), train.Step({"loss": 2.0, "ce": 5.0}, 1, 3.0, True),
              train.Step({}, 0, 0.0, False))
@@ -7173,8 +7044,7 @@ def test_a_terminal_is_told_loss_speed_and_the_time_that_is_left(step, done, lin
     progress = train.Progress(epoch=1, batch=4, step=done, totals={"seconds": 8.0, "frames": 400.0})
     assert train.progress_line(progress, step, 5, 15, 3) == line
 
-# C11
-def test_evaluation_counts_a_planted_set_by_alignment():
+def test_evaluation_counts_a_planted_set_by_alignment():  # C11
     tokenizer = Tokenizer.build(["a b"])
     refs, hyps = ["ab ab", "a", "b"], ["ab aab", "a", ""]
 
@@ -7201,9 +7071,8 @@ def test_evaluation_counts_a_planted_set_by_alignment():
         "length_accuracy": pytest.approx(1 / 3), "cer": pytest.approx(2 / 7), "wer": pytest.approx(2 / 4),
         "dev_utterances": 3, "dev_skipped": 1, "dev_loss": 3.0, "dev_loss_ce": 1.0}     # not the infinite one
 
-# C28
 @pytest.mark.parametrize("mwer_weight", [0.0, 0.5])  # whose expected errors are drawn, so they only repeat
-def test_dev_losses_are_those_of_each_utterance_alone_and_leave_the_generator_as_it_is(mwer_weight):
+def test_dev_losses_are_those_of_each_utterance_alone_and_leave_the_generator_as_it_is(mwer_weight):  # C28
     net, batch = tiny_model(ctc_weight=0.3, mwer_weight=mwer_weight).eval(), tiny_batch()
     before = torch.get_rng_state()
     found = dev_losses(net, batch)
@@ -7218,8 +7087,7 @@ def test_dev_losses_are_those_of_each_utterance_alone_and_leave_the_generator_as
     if not mwer_weight:
         assert found["dev_loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
-# C87
-def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch():
+def test_the_sampler_draws_for_an_utterance_the_same_in_every_batch():  # C87
     paraformer, batch = tiny_model(), tiny_batch(3)
     order, = sampler_order(paraformer, batch, 5, 9)
     for k, part in enumerate(split_batch(batch, 3)):
@@ -7238,8 +7106,7 @@ def without_times(history):
 def history_of(run: Path) -> list[dict]:
     return json.loads((run / "metrics.json").read_text())
 
-# C28 C29
-def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):
+def test_a_run_leaves_its_config_log_metrics_curves_and_checkpoints(tmp_path):  # C28 C29
     run = trained(tmp_path, "--training.num_epochs=2")
     assert rules.load(str(run / "config.yaml")) == rules.load(tmp_path / "tiny.yaml", ["--training.num_epochs=2"])
     history = history_of(run)
@@ -7294,8 +7161,7 @@ def test_a_folder_in_the_place_of_latest_is_refused_and_nothing_is_left_beside_i
     assert capsys.readouterr().err.startswith(f"train.py: {tmp_path / 'runs/latest'}: wanted a link")
     assert os.listdir(tmp_path / "runs") == ["latest"]
 
-# C19
-def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):
+def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(tmp_path):  # C19
     manifest = recordings(tmp_path, 6)
     (tmp_path / "r2.wav").write_bytes(b"RIFF")
     (tmp_path / "r3.wav").unlink()
@@ -7306,8 +7172,7 @@ def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(t
     row, = history_of(run)
     assert (row["utterances"], row["skipped_utterances"], row["dev_skipped"]) == (4, 2, 2)
 
-# C28
-def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):  # C28
     path = tmp_path / "latest.pt"
     files.save_atomic(path, {"a": torch.ones(2)})
     monkeypatch.setattr(os, "replace", raising(OSError("no space left on device")))
@@ -7325,13 +7190,12 @@ def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_
     state = read_checkpoint(run / "checkpoints/latest.pt")
     assert state["progress"]["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
-# C34
 @pytest.mark.parametrize("arguments, words", [
     (["nowhere.yaml"], "nowhere.yaml"), (["CONFIG", "--training.batch_sise=3"], "batch_size"),
     (["--resume", "nowhere"], "no such file"), (["CONFIG", "--data.kind=manifest"], "data.train"),
     (["CONFIG", "--dry-run", "--data.batch_size=0"], "batch_size"),
     (["CONFIG", "--training.device=cuda"], "no GPU")])
-def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, words):  # C34
     if "cuda" in arguments[-1] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     path = tiny_yaml(tmp_path / "tiny.yaml")
@@ -7391,8 +7255,7 @@ def test_curves_stand_where_their_values_say():
 def test_ticks_are_round_and_hold_their_values_between_them(low, high, log_scale, ticks):
     assert plot.round_ticks(low, high, log_scale) == ticks
 
-# C158
-def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_path, capsys):
+def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_path, capsys):  # C158
     runs = tmp_path / "runs"
     first, second = [trained(tmp_path, f"--training.learning_rate={rate}") for rate in ("1e-3", "5e-3")]
     (runs / "README.md").write_text("no run")
@@ -7619,8 +7482,7 @@ def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothi
         zygote.run(tmp_path / "out", "--resume", run)
     assert_same_run(run, whole)
 
-# C180
-def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dead(zygote, whole_run, tmp_path):
+def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dead(zygote, whole_run, tmp_path):  # C180
     argv, whole, _ = whole_run
     pid, run = begun(zygote, tmp_path, *argv, "--data.num_workers=1", held=tmp_path / "held")
     kept = (run / "train.log").read_text()
@@ -7634,16 +7496,14 @@ def test_a_second_process_on_a_run_is_told_who_works_on_it_until_that_one_is_dea
     zygote.run(tmp_path / "third", "--resume", run)
     assert_same_run(run, whole)
 
-# C181
 @pytest.mark.parametrize("console", CONSOLES)
-def test_a_console_that_is_closed_full_or_gone_ends_no_run(zygote, tmp_path, console):
+def test_a_console_that_is_closed_full_or_gone_ends_no_run(zygote, tmp_path, console):  # C181
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--runs", tmp_path / "runs"]
     assert zygote.wait(zygote.start(os.devnull, *argv, first=CONSOLES[console] + AS_SCRIPT)) == 0
     assert (run_of(tmp_path / "runs") / "train.log").read_text().count("\nepoch") == 3
     assert not (run_of(tmp_path / "runs") / "lock").read_text().startswith("epoch")
 
-# C84
-def test_a_signal_during_evaluation_loses_no_step(plain_run, tmp_path, monkeypatch):
+def test_a_signal_during_evaluation_loses_no_step(plain_run, tmp_path, monkeypatch):  # C84
     stop, real = threading.Event(), train.evaluate
     with monkeypatch.context() as patch:
         patch.setattr(train, "catch_signals", lambda: stop)
@@ -7671,8 +7531,7 @@ def latest_with(change):
     """A planter of a run whose last checkpoint is changed."""
     return lambda run: spoilt(change)(run / "checkpoints/latest.pt")
 
-# C183
-def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path):
+def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path):  # C183
     options = ["--training.schedule=constant", "--training.average_decay=0.8"]
     whole = trained(tmp_path / "whole", *options, "--training.num_epochs=4")
     parts = trained(tmp_path / "parts", *options, "--training.num_epochs=2")
@@ -7685,17 +7544,15 @@ def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_st
     assert config.differing(written, expected).keys() == {"data.num_workers"}
     assert config.from_dict(ours["config"], "") == written
 
-# C183
 @pytest.mark.parametrize("override", [
     "model.encoder.num_layers=2", "model.ctc_weight=0.5", "data.num_mels=9", "data.kind=manifest", "data.unit=word",
     "data.sample_rate=8000", "data.lfr_n=2", "data.toy.num_symbols=5", "training.seed=7", "training.overfit=2"])
-def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, capsys, override):
+def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, capsys, override):  # C183
     assert train.main(["--resume", str(finished), f"--{override}"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train.py: {override.split('=')[0]}: cannot change") and error.count("\n") == 1
 
-# C183
-def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, capsys):
+def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, capsys):  # C183
     names = """frames padded_frames utterances tokens skipped_utterances loss wait loss_ce loss_quantity loss_ctc steps
         skipped_steps grad_norm""".split()
     totals = {**dict.fromkeys(names, 0.0), "seconds": 1000.0}
@@ -7713,7 +7570,6 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     log = (finished / "train.log").read_text()
     assert log.count("3 epochs will take about 0:50:") == 1 and log.index("3 epochs will") < log.index("\nepoch 1/3")
 
-# C85
 @pytest.mark.parametrize("spoil, words", [
     (latest_with(lambda state: state["config"]["model"]["encoder"].update(num_layers=2)),
      "another config than config.yaml"),
@@ -7726,7 +7582,7 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
      "train.py: data.train: wanted the 7 utterances that the run began with, got 20"),
     (lambda run: [path.write_bytes(b"PK") for path in (run / "checkpoints").glob("*.pt")], "cannot load"),
     (lambda run: (run / "train.log").unlink() or (run / "train.log").mkdir(), "Is a directory")])
-def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(finished, capsys, spoil, words):
+def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(finished, capsys, spoil, words):  # C85
     if "newer" in words:
         (finished / "checkpoints/previous.pt").unlink()
     spoil(finished)
@@ -7736,17 +7592,15 @@ def test_a_run_that_cannot_be_resumed_says_in_a_line_why_and_stays_as_it_is(fini
     assert words in error and "Traceback" not in error and error.strip().count("\n") == 0
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
-# C29
-def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(finished, tmp_path):
+def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(finished, tmp_path):  # C29
     latest_with(lambda state: state["config"]["training"].update(compile=False, keep_epochs=2))(finished)
     path = finished / "config.yaml"
     path.write_text(path.read_text().replace("training:\n", "training:\n  compile: false\n  keep_epochs: 2\n"))
     assert train.main(["--resume", str(finished)]) == 0
     assert train.main([str(path), "--runs", str(tmp_path)]) == 2  # a new run has no such field
 
-# C85
 @pytest.mark.parametrize("size", [0, 100, None])
-def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished_run, finished, capsys, size):
+def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished_run, finished, capsys, size):  # C85
     latest = finished / "checkpoints/latest.pt"
     latest.unlink() if size is None else os.truncate(latest, size)
     assert read_checkpoint(finished / "checkpoints/previous.pt")["progress"]["epoch"] == 1
@@ -7756,8 +7610,7 @@ def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished_r
     assert read_checkpoint(finished / "checkpoints/previous.pt")["progress"]["epoch"] == 1  # not the damaged one
     assert_same_run(finished, finished_run)
 
-# C85
-def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(finished, monkeypatch, capsys):
+def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(finished, monkeypatch, capsys):  # C85
     latest, real = finished / "checkpoints/latest.pt", torch.load
     before = latest.read_bytes()
 
@@ -7830,8 +7683,7 @@ MEMORY = "out of memory: wanted a smaller training.batch_frames, or a larger tra
 def test_an_error_is_a_line_on_what_can_be_done_and_a_fault_of_ours_is_none(error, line):
     assert train.explain(error) == line
 
-# C86
-def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):
+def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypatch, capsys):  # C86
     real = data.ToySeq2SeqDataset.__getitem__
 
     def deadly(dataset, item):
@@ -7849,8 +7701,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(tmp_path, monkeypat
     assert "data.num_workers=0 loads without it; the last checkpoint is good: go on with: python" in error
     assert train.main(["--resume", str(run)]) == 0
 
-# C85
-def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished_run, tmp_path, capsys):
+def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished_run, tmp_path, capsys):  # C85
     start = f"--training.init_from={finished_run}/checkpoints/latest.pt"
     manifest = write_manifest(tmp_path / "train.jsonl", [{"audio": "a.wav", "text": "xyz xyz"}])
     trained(tmp_path, start, "--data.kind=manifest", f"--data.train={manifest}", code=2)
@@ -7890,8 +7741,7 @@ def test_without_torchrun_there_is_one_process_and_every_sum_is_its_own(monkeypa
 EXACT = ["--training.threads=1", "--training.precision=float64", "--training.batch_size=5", "--data.toy.num_train=21",
          "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0"]
 
-# C88
-def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):
+def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):  # C88
     """20 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler.
 
     In float64, as in float32 Adam makes much of the rounding of a gradient that is 0; also stopped and resumed with
@@ -7921,8 +7771,7 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
             ours["padding"] = theirs["padding"]  # of the parts
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
-# C88
-def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_path):
+def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_path):  # C88
     """A part is normalised by its own statistics, and the utterances of the parts and of the ranks are the same; the
     running statistics are then the mean over the ranks, equal in both."""
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), *RELATIVE, *EXACT, "--training.num_epochs=2"]
@@ -7937,9 +7786,8 @@ def test_two_processes_with_batchnorm_give_the_weights_of_two_parts(zygote, tmp_
         torch.testing.assert_close(states[0][name], states[1][name], rtol=0, atol=1e-6, msg=name)
     assert states[0][statistics[-1]] < states[1][statistics[-1]]
 
-# C89
 @pytest.mark.parametrize("number", [9, 15])
-def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp_path, number):
+def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp_path, number):  # C89
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.num_epochs=1000"]
     pids = zygote.start_ranks(tmp_path / "out", 2, *argv, "--runs", tmp_path / "runs")
     wait_until((tmp_path / "runs/latest").exists)
@@ -7952,17 +7800,15 @@ def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp
         assert codes == [0, 0] and "interrupted; go on with" in out
     read_checkpoint(run_of(tmp_path / "runs") / "checkpoints/latest.pt")
 
-# C89
 @slow
-def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):
+def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):  # C89
     with torchrun("train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--data.kind=manifest") as process:
         error = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode and "data.train: wanted a manifest" in error
 
 # ---- train: memory ----
 
-# C90
-def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_rounding():
+def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_rounding():  # C90
     """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay."""
     models = [tiny_model() for _ in range(2)]
     names = list(models[1].state_dict())
@@ -7981,9 +7827,8 @@ def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
     assert saved[1] < 0.8 * saved[0]
 
-# C90
 @pytest.mark.parametrize("parts", [1, 2])
-def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(tmp_path, parts):
+def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(tmp_path, parts):  # C90
     options, found = rules.load(tiny_yaml(tmp_path / "tiny.yaml"), RELATIVE).model, []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -7998,8 +7843,7 @@ def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(t
 
 # ---- train: dry run, overfitting ----
 
-# C91
-def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(tmp_path, capsys, monkeypatch):  # C91
     monkeypatch.chdir(tmp_path)
     assert train.main([tiny_yaml(tmp_path / "tiny.yaml"), "--dry-run"]) == 0
     text = capsys.readouterr().out
@@ -8047,7 +7891,6 @@ def test_a_dry_run_tells_memory_in_megabytes_and_times_in_their_units(tmp_path, 
         assert f"memory: {memory}, 12 MB of activations" in text
         assert "time: 200 ms a step, 5 steps an epoch, 45000 in all: about 2:30:00 of steps" in text
 
-# C157
 @pytest.mark.parametrize("steps, changes, options", [
     (300, {"warmup_steps": 60}, []), (299, {"warmup_steps": 59}, ["num_epochs"]),
     (300, {"warmup_steps": 61}, ["warmup_steps"]), (500, {"average_decay": 0.99}, []),
@@ -8057,7 +7900,7 @@ def test_a_dry_run_tells_memory_in_megabytes_and_times_in_their_units(tmp_path, 
      ["num_epochs", "warmup_steps", "average_decay"]),
     (320, {"warmup_steps": 64, "average_decay": 1 - 1 / 64}, []),
     (319, {"warmup_steps": 64, "average_decay": 1 - 1 / 64}, ["warmup_steps", "average_decay"])])
-def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, changes, options):
+def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, changes, options):  # C157
     training = config.TrainingConfig(**{"num_epochs": 10, "warmup_steps": 0, **changes})
     lines = list(dry_run.schedule_warnings(training, steps))
     assert [line.split(":")[0] for line in lines] == [f"training.{name}" for name in options]
@@ -8139,17 +7982,15 @@ def test_words_that_the_vocabulary_has_not_are_told_with_what_would_help(tmp_pat
     wanted = "data.dev: wanted symbols that the vocabulary has, got "
     assert lines == ([] if told is None else [wanted + told.replace("TRAIN", paths[0])])
 
-# C157
 @pytest.mark.parametrize("wanted, rates, value", [
     (16000, [8000, 8000, 16000], "8000"), (16000, [44100, 8000], ""), (8000, [8000, 16000], ""), (16000, [], ""),
     (16000, [8000, 16000], ""), (8000, [16000, 16000, 8000], "16000"), (16000, [16000], ""),
     (8000, [15999], ""), (15999, [16000], "16000")])
-def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, value):
+def test_a_sample_rate_that_most_recordings_do_not_have_is_told(wanted, rates, value):  # C157
     lines = list(dry_run.rate_warnings(wanted, rates))
     assert [re.search(r"try --data\.sample_rate=(\d+)", line)[1] for line in lines] == ([value] if value else [])
 
-# C157
-def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they_are_mended(tmp_path, capsys):
+def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they_are_mended(tmp_path, capsys):  # C157
     """Sixteen recordings of 0.5 s at 8 kHz with 20 letters each, 12 frames behind a subsampling of 4."""
     wav = spoken(tmp_path / "a.wav", 0.5)
     rows = [{"audio": wav, "text": "abcde" * 4, "key": f"r{i}"} for i in range(16)]
@@ -8205,8 +8046,7 @@ def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(t
                             (replace(given.training, warmup_steps=3), replace(heart, warmup_steps=3))):
         assert train.overfitting(replace(given, training=changed), 2).training == wanted
 
-# C91
-def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):
+def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, capsys, monkeypatch):  # C91
     options = ["--overfit", "2", "--training.learning_rate=5e-3", "--data.augment.channel_std=5"]
     good = trained(tmp_path / "good", *options)
     best = train.best_row(history_of(good))
@@ -8222,8 +8062,7 @@ def test_overfitting_learns_its_utterances_and_says_when_it_fails(tmp_path, caps
     trained(tmp_path / "bad", *options, code=1)
     assert "failed to learn 2 utterances by heart" in capsys.readouterr().out
 
-# C92
-def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatch):  # C92
     dropout = "--model.encoder.dropout=0.5"
     whole = trained(tmp_path / "whole", dropout)
     monkeypatch.setattr(pictures, "utterance_svgs", raising(IndexError("no such frame")))
@@ -8231,10 +8070,9 @@ def test_a_picture_that_fails_is_logged_and_the_run_goes_on(tmp_path, monkeypatc
     assert (run / "train.log").read_text().count("no such frame") == 3
     assert without_times(history_of(run)) == without_times(history_of(whole))  # dropout is on again after the failure
 
-# C92
 @pytest.mark.parametrize("architecture, unused", [
     ("paraformer", "never"), ("transformer", "predictor"), ("ctc", "decoder|predictor")])
-def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architecture, unused):
+def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architecture, unused):  # C92
     """Their title is the text that greedy decoding gives, and their boundaries stand where its tokens begin."""
     path = Path(tiny_yaml(tmp_path / "tiny.yaml"))
     path.write_text(re.sub(rf"  ({unused}):\n(    .*\n)+", "", path.read_text()))  # one without effect is an error
@@ -8257,8 +8095,7 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
         assert [float(e.get("d")[1:].split()[0]) for e in lines] == pytest.approx(
             (plot.LEFT + plot.WIDTH * edges).tolist(), abs=0.06)
 
-# C92
-def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):
+def test_the_page_of_a_runs_pictures_shows_one_epoch_at_a_time(tmp_path):  # C92
     folder = trained(tmp_path, "--training.picture_epochs=1") / "pictures"
     page = (folder / "index.html").read_text()
     sections = re.findall(r"<section( hidden)?><h2>epoch (\d)</h2>(.*?)</section>", page)
