@@ -80,7 +80,7 @@ class HotwordConfig:                     # of the models seaco and contextual, w
 @dataclass(frozen=True)
 class ChunkConfig:                       # how a streaming model hears; frames as data.lfr_n stacks them
     new: int = 10                        # frames of a chunk
-    ahead: int = 5                       # frames heard beyond them before they are decided
+    ahead: int = 5                       # frames heard beyond them before they are decided: the latency on top of new
     encoder_look_back: int = 4           # chunks before it that the encoder sees; -1 = all
     decoder_look_back: int = 1           # chunks before it that the decoder sees
     old: int = 0                         # frames before it that are computed again

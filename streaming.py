@@ -22,6 +22,7 @@ from torch import Tensor
 
 from attention import at_least_float32, full_precision
 from audio import frame_sec
+from config import ChunkConfig
 from live import first_sample, frame_samples, frontend_part, samples_until
 from model import Carry, cif_step, no_carry
 from pieces import PieceTokenizer, UNSPOKEN, are_spaced, spell_words, write_sentence
@@ -29,14 +30,8 @@ from tokenizer import Token, spoken_places
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(ChunkConfig):
     """How a stream is cut, in feature frames (of 60 ms in FunASR's models). Raises ValueError for what cannot be."""
-
-    new: int = 10  # frames of a chunk
-    ahead: int = 5  # frames that a chunk hears beyond those whose words it decides: the latency on top of `new`
-    encoder_look_back: int = 4  # chunks before it that the encoder sees; -1: all of them
-    decoder_look_back: int = 1  # chunks before it that the decoder sees
-    old: int = 0  # frames before it that are computed again
 
     def __post_init__(self):
         if self.new < 1 or self.old < 0 or self.encoder_look_back < -1 or self.decoder_look_back < -1:

@@ -150,9 +150,9 @@ def kit_system(variant: str) -> checkpoint.System:
 def kit_vad() -> vad.Vad:
     return vad.load_vad(str(KIT / "vad"))
 
-def kit_results(variant: str) -> dict:
+def kit_results(variant: str, path: str = "expected/results.json") -> dict:
     """What FunASR gave for a kit; {} without the kits."""
-    path = KIT / variant / "expected/results.json"
+    path = KIT / variant / path
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 @pytest.fixture(autouse=True)
@@ -9176,16 +9176,12 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
         found["sentence_info"] = entries
     return found, right
 
-def pipeline_results() -> dict:
-    path = KIT / "pipeline/results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"_meta": {}}
-
 # C179
 @needs_kit
-@pytest.mark.parametrize("run", [run for run in pipeline_results() if run != "_meta"])
+@pytest.mark.parametrize("run", [run for run in kit_results("pipeline", "results.json") if run != "_meta"])
 def test_the_three_models_together_give_funasrs_results(run):
     """Text, times, marks and sentences, key by key; also the sentences that it gives without its shift of words."""
-    text = json.dumps(pipeline_results()[run])
+    text = json.dumps(kit_results("pipeline", "results.json")[run])
     given = json.loads(re.sub("(?<![0-9])61720,", "61730,", text))  # a word before its segment: FunASR's only one
     build, options = given["build"], given["generate"]
     system = kit_system(given["model"])
