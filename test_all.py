@@ -2654,7 +2654,6 @@ def kit_copy(variant: str, folder: Path, *left_out: str) -> Path:
 TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-"
         "vocab8404-pytorch --local_dir paraformer-zh  or  hf download funasr/paraformer-zh --local-dir paraformer-zh")
 
-# C154
 @needs_kit
 @pytest.mark.parametrize("found, error", [
     ({"model.pt": "version https://git-lfs.github.com/spec/v1\noid sha256:3d49\nsize 880502012\n"},
@@ -2682,7 +2681,7 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
      "vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
     ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
     ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, got no such file")])
-def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, monkeypatch, capsys, found, error):
+def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, monkeypatch, capsys, found, error):  # C154
     """found: the files of a kit that are others, without its weights; or another path, or a name of FunASR's."""
     monkeypatch.chdir(tmp_path)
     if isinstance(found, dict):
@@ -2693,8 +2692,7 @@ def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, mon
         found = "model"
     assert error in refusal(capsys, "--ckpt", found, "a.wav")
 
-# C154
-def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(tmp_path, monkeypatch):
+def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(tmp_path, monkeypatch):  # C154
     """Sizes and names are those of FunASR's model list."""
     monkeypatch.chdir(tmp_path)
     for model in downloads.DOWNLOADS:
@@ -3769,9 +3767,8 @@ def test_batch_norm_learns_from_real_steps_only():
     torch.testing.assert_close(module.norm.running_mean, 0.1 * mean)
     torch.testing.assert_close(module.norm.running_var, 0.9 + 0.1 * sum((real - mean) ** 2) / 8)
 
-# C25
 @pytest.mark.parametrize("lens", [[1], [1, 0]])
-def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothing(lens):
+def test_batch_norm_of_a_single_real_step_is_that_of_evaluation_and_learns_nothing(lens):  # C25
     module, x = funasr_layers.BatchNormConvolution(4, 3), torch.randn(len(lens), 1, 4)
     module(torch.randn(2, 6, 4), None)
     before = {name: value.clone() for name, value in module.state_dict().items()}
@@ -4634,15 +4631,13 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
 
 # ---- funasr: options and files ----
 
-# C36
 @needs_kit
 @pytest.mark.parametrize("variant", (*VARIANTS, "streaming", "streaming_alt"))
-def test_a_published_config_survives_a_round_trip(variant, tmp_path):
+def test_a_published_config_survives_a_round_trip(variant, tmp_path):  # C36
     found = funasr.read_published_config(KIT / variant / "config.yaml")
     path = written(tmp_path, funasr.dump_published_config(found))
     assert funasr.read_published_config(path) == found
 
-# C37 C152
 @needs_kit
 @pytest.mark.parametrize("kit, old, new, words", [
     ("sanm", "model: Paraformer", "model: Transducer", "model 'Transducer' is not implemented"),
@@ -4691,7 +4686,7 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):
     ("punc", "  - _\n", "  - ！\n", "wanted a punc_list with _ and sentence_end_id in it"),
     ("punc", "  linear_units: 48", "  linear_units: 40", "weights do not fit the model of its config: "),
     ("punc", "  input_layer: pe", "  input_layer: linear", "encoder_conf.input_layer 'linear' is not implemented")])
-def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, kit, old, new, words):
+def test_what_is_not_implemented_is_refused_by_its_name(tmp_path, kit, old, new, words):  # C37 C152
     """What is changed stands in the kit's config."""
     path = kit_copy(kit, tmp_path / kit) / "config.yaml"
     assert old in path.read_text()
@@ -4711,7 +4706,6 @@ SEACO = {"model": "SeacoParaformer", "model_conf": {}, "seaco_decoder": "Parafor
 LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0.1, attention_dropout=0.0,
               memory_shift=0)
 
-# C36
 @pytest.mark.parametrize("changes, section, wanted", [
     ({}, "model", dict(ctc_weight=0.5, label_smoothing=0.0, quantity_weight=0.0, sampling_ratio=0.2, end_token=False,
                        loss_unit="utterance", share_embedding=False, norm_eps=1e-12)),
@@ -4731,7 +4725,7 @@ LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0
     ({"encoder_conf": {"input_layer": "pe", "sanm_shift": 3}, "decoder_conf": {"sanm_shift": 4}}, "model",
      {"encoder.memory_shift": 3, "decoder.memory_shift": 4}),
     ({"decoder_conf": {"sanm_shfit": None}}, "model.decoder", dict(memory_shift=10))])      # causal, not centred
-def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes, section, wanted):
+def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes, section, wanted):  # C36
     """And FunASR is told it again, with the sizes that ours leaves to a rule."""
     found = funasr.read_published_config(written(tmp_path, config.dump_yaml({**PLAIN, **changes})))
     part = operator.attrgetter(section)(found)
@@ -4770,8 +4764,7 @@ def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     values = config.parse_yaml(Path(path).read_text(encoding="utf-8"))
     assert values["best_model_criterion"] == [["valid", "acc", "max"]] and len(values["token_list"]) == 8405
 
-# C38
-def test_configuration_json_names_the_files(tmp_path):
+def test_configuration_json_names_the_files(tmp_path):  # C38
     metas = {"init_param": "a.pb", "tokenizer_conf": {"token_list": "t.json"}, "frontend_conf": {"cmvn_file": "c.mvn"}}
     (tmp_path / "configuration.json").write_text(json.dumps({"file_path_metas": metas}))
     files = funasr.published_files(tmp_path)
@@ -4799,9 +4792,8 @@ def funasr_keeps(symbols: list[str]) -> bool:
     pairs = zip(symbols, [*symbols[1:], ""])
     return "%" not in symbols and all("@@" not in a or re.match("[a-z']", b) for a, b in pairs)
 
-# C44
 @needs_kit
-def test_sentences_keep_every_character_and_equal_funasrs_where_it_loses_none():
+def test_sentences_keep_every_character_and_equal_funasrs_where_it_loses_none():  # C44
     """Recorded: funasr_kit/units/text.json, 160 token lists, with and without times."""
     equal = 0
     for case in unit_cases("text"):
@@ -4852,10 +4844,9 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3, 'c': "):
         checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3, "c": ["c"]}}, "x.pt")
 
-# C42
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
+def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):  # C42
     folder = KIT / variant
     dictionary = folder / "seg_dict"
     ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
@@ -4864,10 +4855,9 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert checkpoint.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
 
-# C42
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):
+def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):  # C42
     """A second space, a tab, U+3000, a no-break space, a byte order mark;
     and what is unknown is named as it is written."""
     folder = KIT / variant
@@ -4903,8 +4893,7 @@ def test_unknown_symbols_are_told_by_share_and_name_and_refused_above_a_half(tmp
 
 # ---- funasr: am.mvn ----
 
-# C41
-def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):
+def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
     stats = torch.randn(2, 560) * 10
     funasr.write_cmvn(tmp_path / "am.mvn", stats)
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
@@ -5227,11 +5216,10 @@ def test_a_list_is_shortened_from_51_entries_on_and_64_lists_are_remembered():
     assert hotwords.unknown_warning(["a", "b"], tokenizer) == ""
     assert "so these hotwords help little: b?, ? (" in hotwords.unknown_warning(["a", "b?", "?"], tokenizer)
 
-# C43 C150
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
 @torch.no_grad()
-def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatch):
+def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatch):  # C43 C150
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
     system = kit_system(variant)
     net, changed = system.model, 0
@@ -5278,11 +5266,10 @@ def test_every_list_of_hotwords_gives_funasrs_ids_and_values(variant, monkeypatc
                 close(scores[0], wanted[f"hot_{case}_asf_scores"], 3e-3)
     assert changed > 10
 
-# C45 C151
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
 @torch.no_grad()
-def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
+def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):  # C45 C151
     """Random cuts, each with a list of its own or none; lists above 50 are filtered for each utterance by itself."""
     system, rng = kit_system(variant), random.Random(0)
     net, lists = system.model, [None]
@@ -5311,10 +5298,9 @@ def test_a_batch_of_lists_equals_its_utterances_one_by_one(variant):
     with pytest.raises(ValueError, match="with_hotwords: wanted a list or None for each of 6 utterances, got 1"):
         net.with_hotwords(lists[1:2]).decode(hidden, lens, lens)
 
-# C153
 @needs_kit
 @pytest.mark.parametrize("variant", HOTWORD_KITS)
-def test_training_moves_all_but_the_hotword_part(variant):
+def test_training_moves_all_but_the_hotword_part(variant):  # C153
     """SeACo's losses and gradients are those of the same model without its hotword part, to the bit."""
     system = checkpoint.load_system(KIT / variant, "cpu")
     net = system.model
@@ -5344,10 +5330,9 @@ def test_a_model_with_hotwords_is_not_trained_from_random_weights(tmp_path, caps
             "--model.encoder.subsampling=1", code=2)
     assert "model.name: a contextual starts from a published one, as training does not" in capsys.readouterr().err
 
-# C153
 @needs_kit
 @pytest.mark.parametrize("variant", ["seaco", "contextual_alt"])
-def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path):
+def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path):  # C153
     run = fine_tuned(tmp_path, variant, ["我 在 人"] * 4, "--training.num_epochs=3", "--training.weight_decay=0.1",
                      "--training.average_decay=0.9")
     tuned = checkpoint.load_system(run / "checkpoints/latest.pt", "cpu")
@@ -5357,11 +5342,10 @@ def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path):
     kept = {name for name, x in before.items() if torch.equal(x, after[name])}
     assert kept == {name for name in before if re.search("bias_[edo]|hotword|seaco|lstm_proj|embed.0", name)}
 
-# C140
 @needs_kit
 @pytest.mark.parametrize("variant", ["seaco", "contextual"])
 @torch.no_grad()
-def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(variant, monkeypatch):
+def test_int8_covers_the_second_decoder_and_keeps_the_embedding_of_hotwords(variant, monkeypatch):  # C140
     if not checkpoint.runs_on("int8", torch.device("cpu")):
         pytest.skip("this processor has no int8 products")
     monkeypatch.setattr("packed.LARGE", 0)
@@ -5400,10 +5384,9 @@ def told_vad(build: dict, generate: dict) -> vad.Vad:
         schedule = tuple(map(tuple, generate.get("silence_schedule", vad.SCHEDULE)))
     return system._replace(options=options, schedule=schedule, piece_ms=generate.get("chunk_size", 60000))
 
-# C172
 @needs_kit
 @pytest.mark.parametrize("run", vad_results("offline"))
-def test_vad_segments_are_funasrs_with_every_option(run):
+def test_vad_segments_are_funasrs_with_every_option(run):  # C172
     given = vad_results("offline")[run]
     system = told_vad(given["model"], given["generate"])
     for name, wanted in given["value"].items():
@@ -5445,11 +5428,10 @@ def events_of(system: vad.Vad, samples: torch.Tensor, sizes: list[int]) -> tuple
     _, empty = hear(len(sizes), state, samples[:0], True)
     return found + ended, found + open_, found + open_ + empty
 
-# C172 C173
 @needs_kit
 @pytest.mark.parametrize("run, name", [(run, name) for run, given in vad_results("streaming").items()
                                        for name in given["cases"]])
-def test_vad_streams_are_funasrs_call_by_call(run, name):
+def test_vad_streams_are_funasrs_call_by_call(run, name):  # C172 C173
     generate = vad_results("streaming")[run]["generate"]
     case = vad_results("streaming")[run]["cases"][name]
     system = told_vad({}, generate)._replace(announce=True)
@@ -5468,9 +5450,8 @@ def test_vad_streams_are_funasrs_call_by_call(run, name):
     assert before == case["events_then_empty_final"]  # the empty call: nothing at FunASR, here what is still open ends
     assert [e for _, events in with_empty for e in events] == [e for _, events in found["events"] for e in events]
 
-# C172
 @needs_kit
-def test_vad_does_not_depend_on_the_cuts_into_calls():
+def test_vad_does_not_depend_on_the_cuts_into_calls():  # C172
     system = told_vad({}, {"chunk_size": 200})._replace(announce=True)
     samples = long_samples("endspeech")[:16000]
     states = []
@@ -5483,10 +5464,9 @@ def test_vad_does_not_depend_on_the_cuts_into_calls():
         assert state.detector == states[0].detector and state.detector.begin == 0
         assert all(map(torch.equal, (*state.past, state.heard), (*states[0].past, states[0].heard)))
 
-# C172
 @needs_kit
 @pytest.mark.parametrize("rate_hz", [16000, 8000])
-def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
+def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):  # C172
     system = kit_vad()
     samples = long_samples("pauses").repeat(4)
     audio.save_wav(tmp_path / "a.wav", samples, 16000)
@@ -5499,9 +5479,8 @@ def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):
     for piece, (begin, end) in zip(found, wanted):
         assert torch.equal(piece.samples, whole[begin * rate_hz // 1000:end * rate_hz // 1000])
 
-# C174
 @needs_kit
-def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():
+def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():  # C174
     system = kit_vad()
     sizes = {}
     for name in ("silence", "talk_b", "loud"):
@@ -5559,13 +5538,12 @@ def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
     (tmp_path / "config.yaml").write_text(re.sub("(?m)^(model|frontend)_conf:\n( .*\n)+", "", path.read_text()))
     assert vad.read_options(tmp_path / "config.yaml") == vad.read_options(path)
 
-# C152
 @needs_kit
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 @pytest.mark.parametrize("load, name, part", [
     (vad.load_vad, "vad", "encoder"), (punctuation.load_punctuation, "punc", "encoder"),
     (checkpoint.load_system, "sanm", "decoder"), (checkpoint.load_system, "seaco", "bias_encoder")])
-def test_weights_of_a_directory_are_mapped_and_others_are_refused(tmp_path, load, name, part):
+def test_weights_of_a_directory_are_mapped_and_others_are_refused(tmp_path, load, name, part):  # C152
     folder = kit_copy(name, tmp_path / name)
     loaded = load(str(folder))
     assert loaded and str(folder / "model.pt") in Path("/proc/self/maps").read_text()
@@ -5607,9 +5585,8 @@ def watched(monkeypatch) -> list[int]:
     monkeypatch.setattr(punctuation, "choose_marks", spy)
     return lengths
 
-# C175
 @needs_kit
-def test_punctuated_texts_are_funasrs(monkeypatch):
+def test_punctuated_texts_are_funasrs(monkeypatch):  # C175
     lengths, given, count = watched(monkeypatch), kit_results("punc"), 0
     for case in [*given["texts"], *given["empty"], *given["split_size"]]:
         lengths.clear()
@@ -5662,9 +5639,8 @@ def test_a_vocabulary_of_punctuation_is_a_list_with_unk(tmp_path, content, got):
     with pytest.raises(ValueError, match=f"tokens.json: wanted {got}"):
         punctuation.read_vocabulary(tmp_path / "tokens.json")
 
-# C175
 @needs_kit
-def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):
+def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):  # C175
     lengths, model = watched(monkeypatch), kit_punctuation("punc_realtime")
     for session in kit_results("punc_realtime")["sessions"]:
         carried = []
@@ -5694,9 +5670,8 @@ def test_punctuation_scores_are_funasrs(variant):
         np.testing.assert_allclose(hidden, expected[key.replace("ids", "enc")], rtol=0, atol=1e-4)
         np.testing.assert_allclose(logits, expected[key.replace("ids", "logits")], rtol=0, atol=5e-4)
 
-# C176
 @needs_kit
-def test_words_are_written_as_the_text_is():
+def test_words_are_written_as_the_text_is():  # C176
     model = kit_punctuation("punc")
     for case in kit_results("punc")["texts"]:
         words = punctuation.split_tokens(case["input"])
@@ -5982,10 +5957,9 @@ def same_states(one, other):
     for ours, theirs in zip(*flat, strict=True):
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
-# C161
 @needs_kit
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
+def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):  # C161
     """Single samples, random pieces and a whole recording, the states in between too"""
     system = kit_system("streaming")
     samples = streaming_cases("streaming")["libri_dev"][0]
@@ -6003,11 +5977,10 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):
         assert tokens + result.tokens == stream_through(system, SETTINGS[setting], [samples])[0][0].tokens
         same_states(ended, streaming.start(system, SETTINGS[setting]))
 
-# C43 C160
 @needs_kit
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):
+def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):  # C43 C160
     """Recorded values and tolerances: funasr_kit/<variant>/expected and its README; features are our own."""
     system, chunk = kit_system(variant), SETTINGS[setting]
     seen = []  # of each chunk: state before, features, window's encoder output, its counted weights, what cif_step gave
@@ -6054,10 +6027,9 @@ def test_every_chunk_of_a_stream_equals_funasrs(variant, setting, monkeypatch):
             tokens += about["tokens"]
         assert [token.token for result in results for token in result.tokens] == run["tokens"] == tokens
 
-# C160
 @needs_kit
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
+def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):  # C160
     """Recorded: results.json. FunASR spells each call alone and loses what a call breaks off in (a piece, @@). A stream
     that has not ended keeps its last words back, and times never go back."""
     system, compared = kit_system(variant), 0
@@ -6082,11 +6054,10 @@ def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):
                 assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
     assert compared > 100
 
-# C162
 @needs_kit
 @pytest.mark.parametrize("threads, calls", [(1, 16), (2, 6)])
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):
+def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):  # C162
     """Twelve streams that begin and end at different times, in all four settings."""
     torch.set_num_threads(threads)
     system, rng = kit_system(variant), random.Random(1)
@@ -6107,9 +6078,8 @@ def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, th
             assert result == both[i][1]
             same_states(alone[i], together[i])
 
-# C161
 @needs_kit
-def test_feeding_changes_no_state_and_one_can_go_back():
+def test_feeding_changes_no_state_and_one_can_go_back():  # C161
     system = kit_system("streaming")
     samples = streaming_cases("streaming")["libri_dev"][0]
     state, _ = streaming.feed(system, streaming.start(system), samples[:30000])
@@ -6125,10 +6095,9 @@ def state_bytes(state):
     tensors = [state.samples, state.window, state.past, state.source, state.rows, state.carry.frame]
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
-# C163
 @needs_kit
 @pytest.mark.parametrize("minutes, new", [(2, 10), pytest.param(60, 40, marks=slow)])
-def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):
+def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):  # C163
     """All that a chunk is computed from has the same size in every minute. An hour in larger chunks, heard sooner."""
     system = kit_system("streaming")
     speech = torch.cat([samples for samples, _ in streaming_cases("streaming").values()] * 5)[:60 * 16000]
@@ -6139,9 +6108,8 @@ def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):
     assert len(speech) == 60 * 16000 and len(set(sizes)) == 1 and sizes[0] < 20_000 * new and len(state.recent) < 20
     assert len(result.text) > 20 * minutes
 
-# C160
 @needs_kit
-def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():
+def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():  # C160
     """Random symbols of the kit's vocabulary and of units of our own, in random portions"""
     rng = random.Random(0)
     pieces = kit_system("streaming").tokenizer
@@ -6172,8 +6140,7 @@ def test_on_a_terminal_the_text_that_grows_takes_one_line_and_then_stays(capsys,
         listen.show_growing("a", streaming.StreamResult(tokens, "你"))
         assert capsys.readouterr().out.count('"text": "你", ') == count
 
-# C166
-def test_planted_weights_fire_where_and_when_they_say():
+def test_planted_weights_fire_where_and_when_they_say():  # C166
     """Weights of 0.25: a token every four frames, across pieces; a carried half is completed by a tail of half a one"""
     hidden = normal(0, 10, 3)
     carry = model.no_carry(3)
@@ -6188,12 +6155,11 @@ def test_planted_weights_fire_where_and_when_they_say():
     assert [end for _, end in spans] == pytest.approx([4, 8, 11])  # the tail is a frame of its own
     assert [begin for begin, _ in spans] == pytest.approx([0.4, 4.4, 8.4]) and float(carry.weight) == 0
 
-# C167
 @pytest.mark.parametrize("chunk, words", [
     ((10, 0), "wanted 1 look-ahead frame or more, got 0: the next"), ((0, 5), "wanted 1 new frame or more"),
     ((10, 5, -2), "look-backs of -1 or more"), ((10, 5, 4, -2), "look-backs of -1 or more"),
     ((10, 5, 4, 1, -1), "0 old ones or more")])
-def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):
+def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):  # C167
     assert streaming.Chunk(1, 1, -1, -1, 0).new == 1 and streaming.Chunk() == streaming.Chunk(10, 5, 4, 1, 0)
     with pytest.raises(ValueError, match=words):
         streaming.Chunk(*chunk)
@@ -6207,9 +6173,8 @@ def test_samples_that_cannot_be_are_refused(samples, words):
     with pytest.raises(ValueError, match=words):
         streaming.feed(system, streaming.start(system), samples)
 
-# C160
 @needs_kit
-def test_a_single_block_without_cross_attention_takes_part(tmp_path):
+def test_a_single_block_without_cross_attention_takes_part(tmp_path):  # C160
     """FunASR leaves it out of a stream, though the model was trained with it."""
     folder = kit_copy("streaming_alt", tmp_path / "model")
     text = (folder / "config.yaml").read_text()
@@ -6266,11 +6231,10 @@ def chunk_by_chunk(system, feats):
         alphas.append(alpha[0, counted])
     return torch.cat(hiddens), torch.cat(alphas), torch.cat(logits)
 
-# C5 C168
 @pytest.mark.parametrize("bias", [0.0, -3.0])
 @pytest.mark.parametrize("chunk", GEOMETRIES)
 @torch.no_grad()
-def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):
+def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):  # C5 C168
     system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46, 0)
     feats = normal(0, 7, 61, 70, dtype=torch.float32)
     feats[~padding_mask(lens, 61)] = math.nan  # what pads may hold anything
@@ -6290,12 +6254,10 @@ def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk,
         edges = boundaries(alpha[i, :L], n.item()) - system.chunk.ahead
         assert torch.equal(found.boundaries[i], edges.clamp(0, T))
 
-# C5 C168
-def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():
+def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():  # C5 C168
     check_padding(chunked_system((4, 2, 1, 1, 1)).model.double().train(), ragged(1, width=70))
 
-# C168
-def test_a_streaming_model_learns_utterances_by_heart():
+def test_a_streaming_model_learns_utterances_by_heart():  # C168
     batch = tiny_batch(4)
     section = replace(chunked_system((5, 3, 2, 1, 2)).config.model, sampling_ratio=0.5)
     torch.manual_seed(0)
@@ -6327,12 +6289,11 @@ def test_a_checkpoint_of_a_streaming_model_is_decoded_with_the_chunks_it_was_tra
     assert decode.main(["--ckpt", path, "--stream", str(wav), *options]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["text"] == row["text"]
 
-# C167
 @pytest.mark.parametrize("part, changed, line", [
     ("decoder", dict(num_layers=2, attention_layers=1), "decoder.attention_layers: wanted 0, all layers"),
     ("decoder", dict(memory_shift=1), "decoder.memory_shift: wanted 2, half of kernel_size"),
     ("predictor", dict(tail=0.0), "predictor.tail: wanted a weight")])
-def test_what_streaming_model_cannot_be_trained_is_refused_by_name(part, changed, line):
+def test_what_streaming_model_cannot_be_trained_is_refused_by_name(part, changed, line):  # C167
     whole = chunked_system().config
     section = replace(whole.model, **{part: replace(getattr(whole.model, part), **changed)})
     with pytest.raises(ValueError, match=f"model: {line}"):
@@ -8156,8 +8117,7 @@ def ragged_feats(lens: list[int]) -> list[torch.Tensor]:
     rng = torch.Generator().manual_seed(1)
     return [torch.randn(n, 8, generator=rng) for n in lens]
 
-# C5
-def test_a_batch_gives_each_utterance_what_it_gets_alone():
+def test_a_batch_gives_each_utterance_what_it_gets_alone():  # C5
     system, feats = tiny_system(), ragged_feats([31, 0, 7, 1, 50, 22, 0])
     together = decode.transcribe(system, feats)
     for i, x in enumerate(feats):
@@ -8168,8 +8128,7 @@ def test_a_batch_gives_each_utterance_what_it_gets_alone():
     assert together[1] == together[6] == report.Result("", 0.0, [], []) and len(together[4].tokens) > 3
     assert decode.transcribe(system, []) == []
 
-# C33
-def test_results_are_planted_tokens_in_seconds_with_probabilities():
+def test_results_are_planted_tokens_in_seconds_with_probabilities():  # C33
     log_probs = torch.log(torch.tensor([[0.5, 0.125], [0.912345, 1]]))
     found = Hypotheses(torch.tensor([[4, 5], [6, 0]]), torch.tensor([2, 1]), log_probs,
                        [torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 8.0])], torch.zeros(2, 4), [])
@@ -8185,8 +8144,7 @@ def spoken(path: Path, seconds: float) -> str:
     audio.save_wav(path, 0.1 * torch.randn(int(8000 * seconds), generator=torch.Generator().manual_seed(5)), 8000)
     return str(path)
 
-# C33 C34
-def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(ckpt, tmp_path, capsys):
+def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(ckpt, tmp_path, capsys):  # C33 C34
     good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.01)
     (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
     output = tmp_path / "out.jsonl"
@@ -8214,8 +8172,7 @@ def scored(*pairs: tuple[str, str]) -> list[report.Score]:
     return [report.score(report.Outcome(i, f"u{i}", 1.0, ref, result(hyp)), system.tokenizer.encode)
             for i, (ref, hyp) in enumerate(pairs)]
 
-# C75
-def test_the_report_adds_errors_and_divides_once():
+def test_the_report_adds_errors_and_divides_once():  # C75
     scores, heading = scored(("ab cd", "ab"), ("a", "a"), ("b", "c d")), "most frequent confusions (*** is nothing):"
     assert [re.sub("  95% interval .*", "", line) for line in report.report_lines(scores)] == [
         "token accuracy 0.1429  sequence accuracy 0.3333  (3 utterances with a reference)",
@@ -8244,8 +8201,7 @@ def test_a_blank_text_is_no_reference(tmp_path):
     [outcome] = recognised(tiny_system(), write_manifest(tmp_path / "m.jsonl", [row]))
     assert outcome.result and outcome.reference == ""
 
-# C75
-def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, capsys):
+def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, capsys):  # C75
     wav = spoken(tmp_path / "a.wav", 0.7)
     text = decoded(capsys, "--ckpt", ckpt, wav)[1][0][1]
     rows = [{"audio": wav, "text": text, "key": "right"}, {"audio": wav, "text": text + " 你好"}, {"audio": wav}]
@@ -8259,9 +8215,8 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     assert right.splitlines()[:1] == [f"right: 0 of {n} (0 sub, 0 ins, 0 del)"] and end == ""
     assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
 
-# C75
 @pytest.mark.parametrize("n, rate, drawn", [(400, 0.1, (0.0725, 0.1325)), (100, 0.5, (0.4, 0.6))])
-def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate, drawn):
+def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate, drawn):  # C75
     """Utterances of 10 words, all wrong or all right: mean rate +- 1.96 sqrt(p (1 - p) / n). drawn: numbers of this
     code, by which published intervals can be repeated."""
     wrong = round(n * rate)
@@ -8286,7 +8241,6 @@ def misfit(path: Path) -> None:
     del weights["decoder.norm.weight"]
     torch.save({**state, "model": weights}, path)
 
-# C32 C34
 @pytest.mark.parametrize("plant, words", [
     (lambda path: path.unlink(), "no such file"), (lambda path: path.write_bytes(b"junk"), "cannot load"),
     (lambda path: torch.save({"model": {}}, path), "without config, tokenizer, stats"),
@@ -8304,7 +8258,7 @@ def misfit(path: Path) -> None:
      "model.encoder.hidden_dim: wanted a size"),
     (spoilt(lambda state: state["config"]["model"]["decoder"].update(num_layers=10 ** 9)),
      "model.decoder.num_layers: wanted a size")])
-def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):
+def test_a_file_that_is_no_checkpoint_is_one_line_and_exit_code_2(tmp_path, capsys, plant, words):  # C32 C34
     path = Path(saved(tiny_system(), tmp_path / "x.pt"))
     plant(path)
     error = refusal(capsys, "--ckpt", path, "x.wav")
@@ -8382,8 +8336,7 @@ def refusal(capsys, *arguments) -> str:
     assert (code, lines) == (2, []) and re.fullmatch(r"decode\.py: .+\n", error)
     return error
 
-# C72
-def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_path, capsys, monkeypatch):
+def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_path, capsys, monkeypatch):  # C72
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     files = [spoken(folder / name, seconds) for name, seconds in (("b.WAV", 0.4), ("c.wav", 0.9), ("sub/a.wav", 0.6))]
@@ -8408,8 +8361,7 @@ def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_p
     for path in (tmp_path / "empty", "", "-"):
         refusal(capsys, "--ckpt", ckpt, path)
 
-# C72
-def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path, monkeypatch):
+def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path, monkeypatch):  # C72
     folder = tmp_path / "in"
     folder.mkdir()
     spoken(folder / "x\udcff.wav", 0.5)
@@ -8428,9 +8380,8 @@ def test_names_and_texts_that_are_no_utf8_are_decoded_and_written(ckpt, tmp_path
                for i in (1, 2)]
     assert all(reason.encode() for reason in reasons)
 
-# C73
 @pytest.mark.parametrize("form", list(report.FORMS))
-def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsys, form):
+def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsys, form):  # C73
     out = tmp_path / "new/out"
     (tmp_path / "sub").mkdir()
     files = [spoken(tmp_path / name, seconds) for name, seconds in (("a.wav", 1.0), ("sub/a.wav", 0.5))]
@@ -8442,8 +8393,7 @@ def test_each_utterance_has_its_file_in_the_form_asked_for(ckpt, tmp_path, capsy
     assert written == ({"results.ctm": "".join(parts)} if form == "ctm" else
                        {f"a.{form}": parts[0], f"sub/a.{form}": parts[1]})
 
-# C73
-def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_decoded(ckpt, tmp_path, capsys):
+def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_decoded(ckpt, tmp_path, capsys):  # C73
     file = spoken(tmp_path / "a.wav", 0.5)
     for output, form in (("out.jsonl", "json"), ("out", "ctm")):
         (tmp_path / ("out/results.ctm" if form == "ctm" else output)).mkdir(parents=True)
@@ -8583,9 +8533,8 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "a.wav", name, *left, "said", "shown"]
 
-# C182
 @pytest.mark.parametrize("mark", [None, "", "."])
-def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(mark):
+def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(mark):  # C182
     """mark: what punctuation put behind the word; None: there was none."""
     word = report.Word("ab", 0.1, 0.2, 0.9)
     written = word._replace(text=f"ab{mark}")
@@ -8600,8 +8549,7 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
         "k", 0.5, "ab", "ab", result.tokens)
     assert outputs.read_outcome(outputs.final_line(line), "end")[0].reference == ("ab" if mark is None else "")
 
-# C182
-def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):
+def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):  # C182
     file, out, words = spoken(tmp_path / "a.wav", 0.5), tmp_path / "out.jsonl", tmp_path / "words"
     words.write_text("ab")
     with monkeypatch.context() as patch:
@@ -8628,9 +8576,8 @@ def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_pa
                  "stream", "pcm", "limit", "threads", "plot_layer", "batch_size", "batch_seconds", "search"}
     assert vars(options).keys() - no_matter == {*outputs.made_with(options), "punctuate"}  # "punctuate" is not given
 
-# C181
 @pytest.mark.parametrize("console", CONSOLES)
-def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, zygote, tmp_path, console):
+def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, zygote, tmp_path, console):  # C181
     for i in range(9):
         spoken(tmp_path / "in" / f"{i}.wav", 0.5)
     argv = ["--device=cpu", "--batch-size=2", "--ckpt", ckpt, tmp_path / "in"]
@@ -8653,8 +8600,7 @@ def test_the_first_process_writes_the_file_unless_others_were_interrupted_with_i
     outputs.end_output(outputs.Output("json"), True, 1)
     assert kept == [(0, False), (0, True), (0, False)] and capsys.readouterr().err.count("interrupted; ") == 2
 
-# C73
-def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp_path, capsys):
+def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp_path, capsys):  # C73
     for form in ("txt", "srt"):
         folder = tmp_path / form / "sub"
         spoken(folder / "a.wav", 0.5)
@@ -8668,8 +8614,7 @@ def test_what_lies_beside_a_recording_under_its_name_is_never_replaced(ckpt, tmp
         assert human.read_text() == "what a person heard" and (folder / f"a.{form}").exists()
         assert decoded(capsys, "--ckpt", ckpt, "--format", form, "--output", tmp_path / "else", folder)[0] == 0
 
-# C73
-def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, capsys):
+def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, capsys):  # C73
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(2)]
     for form in ("txt", "json", "srt", "vtt", "tsv", "ctm"):
         out = tmp_path / f"very/deep/{form}/talk.{form}"
@@ -8738,8 +8683,7 @@ def test_of_several_processes_none_reads_standard_input_and_the_first_exports(ck
     more = ["--dtype=int8", "--export=2.int8", spoken(tmp_path / "a.wav", 0.5)]
     assert len(decoded(capsys, "--ckpt", ckpt, *more)[1]) == 1 and made[2:] == ["2.int8"]
 
-# C120
-def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_path, capsys, monkeypatch):  # C120
     out = tmp_path / "out.jsonl"
     files = [spoken(tmp_path / f"{i}.wav", 0.5) for i in range(5)]
     everything = decoded(capsys, "--ckpt", ckpt, *files)[1]
@@ -8751,8 +8695,7 @@ def test_ctrl_c_while_a_window_is_written_comes_when_it_is_written(ckpt, tmp_pat
     assert [json.loads(line)["key"] for line in out.read_text().splitlines()] == files[:3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-# C121
-def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
+def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):  # C121
     """6 frames are one, and what is missing of the last one is up to 50 ms behind the end of the samples."""
     system, beyond = tiny_system(lfr_n=6), 0
     for seconds in 0.4 + 0.03 * np.arange(12):
@@ -8765,8 +8708,7 @@ def test_times_end_with_the_recording_where_frames_are_stacked(tmp_path):
                 assert now.end == min(was.end, seconds) and now.start == min(was.start, seconds)
     assert beyond
 
-# C77
-def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_path, capsys, monkeypatch):
+def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_path, capsys, monkeypatch):  # C77
     files = [spoken(tmp_path / f"{i}.wav", seconds) for i, seconds in enumerate((0.9, 0.3, 0.6, 0.25, 0.8, 0.4, 0.7))]
     wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
     sizes = batches_seen(monkeypatch)
@@ -8785,8 +8727,7 @@ def test_weights_are_laid_out_where_the_audio_is_long_enough_to_gain(ckpt, tmp_p
     decoded(capsys, "--ckpt", ckpt, *files)
     assert calls == ["float32"] * count
 
-# C76
-def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):
+def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatch):  # C76
     """gather_object is played by a list: the second process fills it, the first takes from it."""
     system, sent = tiny_system()._replace(batch_size=2), []
     paths = [spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1) for i in range(11)]
@@ -8807,9 +8748,8 @@ def test_the_shares_of_two_processes_are_the_whole_in_order(tmp_path, monkeypatc
     assert outcomes[0, 2] == outcomes[0, 1] and outcomes[1, 2] == sent == []
     assert [outcome.index for outcome in outcomes[0, 1]] == list(range(11))
 
-# C76
 @slow
-def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):
+def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):  # C76
     rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "text": "ab c" * (i % 3)} for i in range(15)]
     (tmp_path / "4.wav").write_bytes(b"junk")
     write_manifest(tmp_path / "dev.jsonl", rows)
@@ -8847,9 +8787,8 @@ def end_first(zygote: Zygote, folder: Path, number: int, script: str, *argv) -> 
         path.rmdir()
     return [zygote.wait(pid) for pid in pids]
 
-# C182
 @slow
-def test_two_processes_whose_first_is_ended_go_on_and_lose_nothing(ckpt, zygote, tmp_path):
+def test_two_processes_whose_first_is_ended_go_on_and_lose_nothing(ckpt, zygote, tmp_path):  # C182
     """Ended twice, by SIGTERM and by SIGKILL."""
     rows = [{"audio": spoken(tmp_path / f"{i % 7}.wav", 0.3 + i % 7 / 10), "text": "ab", "key": f"{i}"}
             for i in range(60)]
@@ -8863,9 +8802,8 @@ def test_two_processes_whose_first_is_ended_go_on_and_lose_nothing(ckpt, zygote,
     zygote.run(tmp_path / "log", "--output", tmp_path / "one.jsonl", *options, script="decode")
     assert out.read_text() == (tmp_path / "one.jsonl").read_text() and not list(tmp_path.glob("out.jsonl.*"))
 
-# C83
 @slow
-def test_a_run_of_two_processes_whose_first_is_ended_goes_on_as_if_nothing_was(zygote, tmp_path):
+def test_a_run_of_two_processes_whose_first_is_ended_goes_on_as_if_nothing_was(zygote, tmp_path):  # C83
     """Ended twice, by SIGTERM and by SIGKILL."""
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), "--training.threads=1", "--training.num_epochs=4",
             "--training.checkpoint_steps=1", "--model.encoder.dropout=0.2"]
@@ -8904,8 +8842,7 @@ def test_segments_of_a_long_recording_are_batched_within_the_limits(tmp_path, mo
             == sum(map(len, found)))
     assert set(map(len, found)) == sizes
 
-# C80
-def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):
+def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, monkeypatch):  # C80
     system, path = tiny_system(), long_wav(tmp_path / "a.wav")
     pieces = list(cut_at_pauses(audio.stream(path, 8000), 8000, 0.5, 3.0))
     monkeypatch.setattr(decode, "POOL_SEC", 4.0)        # three pools
@@ -8930,13 +8867,12 @@ def test_a_long_recording_is_its_segments_one_by_one_in_its_own_times(tmp_path, 
     alone = decode.transcribe(system, [audio.frontend(*audio.load_wav(path), system.config.data, system.stats)])[0]
     assert decode.transcribe_recording(system, Path(path).read_bytes()) == alone       # one piece
 
-# C80
 @pytest.mark.parametrize("unit, texts, wanted", [
     ("word", [["ab", "你"], [], ["好"]], "ab 你 好"), ("char", ["ab c", "cd"], "ab c cd"), ("char", ["ab ", "cd"], "ab cd"),
     ("char", [" ", "cd", "a"], " cd a"), ("char", ["你 好", "世", "ab"], "你 好世ab"),
     ("char", ["ab", "b"], "abb"),                               # a vocabulary without a space
     ("piece", [["你", "ab@@"], ["it", "is"], ["世", "ef"]], "你ab it is世ef")])
-def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
+def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):  # C80
     known = (*SPECIALS, *dict.fromkeys(symbol for text in texts for symbol in text))
     speller = PieceTokenizer(known, None) if unit == "piece" else Tokenizer(unit, known)
     parts = [(10.0 * i, planted_words(text, speller)) for i, text in enumerate(texts)]
@@ -8954,8 +8890,7 @@ def test_segments_are_joined_as_their_language_is_written(unit, texts, wanted):
     if unit == "char":
         assert "".join(token.token for token in found.tokens) == wanted
 
-# C81
-def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_path, capsys, monkeypatch):
+def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_path, capsys, monkeypatch):  # C81
     long = long_wav(tmp_path / "l.wav")
     spoken(tmp_path / "s.wav", 1.0)
     broken = struct.pack("<f", 0.1) * 60000 + struct.pack("<f", math.nan)
@@ -8977,8 +8912,7 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     with pytest.raises(ValueError, match="features not finite"):
         list(decode.transcribe_segments(tiny_system(), pieces))
 
-# C81
-def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):
+def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):  # C81
     monkeypatch.setattr(decode, "POOL_SEC", 3.0)
     read = []
     pieces = (read.append(i) or Segment(float(i), torch.randn(8000)) for i in range(20))
@@ -8996,10 +8930,9 @@ def kit_wav(folder: Path, name: str) -> Path:
     audio.save_wav(folder / f"{name}.wav", long_samples(name), 16000)
     return folder / f"{name}.wav"
 
-# C177
 @needs_kit
 @pytest.mark.parametrize("variant", ["bicif", "seaco", "sanm", "conformer", "contextual"])
-def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant):
+def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant):  # C177
     path, out = kit_wav(tmp_path, "talk_a"), tmp_path / "out.jsonl"
     options = ["--ckpt", KIT / variant, "--vad", KIT / "vad", path]
     [plain] = json_rows(out, *options)
@@ -9020,9 +8953,8 @@ def test_sentences_hold_the_words_with_their_own_times(tmp_path, capsys, variant
     for token in row["tokens"]:
         assert any(begin / 1000 - margin <= token["start"] <= end / 1000 + margin for begin, end in segments)
 
-# C177
 @needs_kit
-def test_punctuation_alone_writes_every_form(tmp_path, capsys):
+def test_punctuation_alone_writes_every_form(tmp_path, capsys):  # C177
     path = kit_wav(tmp_path, "talk_b")
     for form in ("txt", "srt", "vtt", "tsv", "json"):
         assert decoded(capsys, "--ckpt", KIT / "sanm", "--punctuate", KIT / "punc", "--output", tmp_path,
@@ -9034,10 +8966,9 @@ def test_punctuation_alone_writes_every_form(tmp_path, capsys):
     assert re.findall(r"-->.*\n(.+)\n", (tmp_path / "talk_b.vtt").read_text()) == cues
     assert (tmp_path / "talk_b.tsv").read_text().count("\n") == len(cues) + 1
 
-# C177
 @needs_kit
 @pytest.mark.parametrize("name", ["paraformer", "transformer", "ctc"])
-def test_own_models_take_both(tmp_path, name):
+def test_own_models_take_both(tmp_path, name):  # C177
     options = ["--ckpt", saved(tiny_system(name=name), tmp_path / "tiny.pt"),
                "--vad", KIT / "vad", "--punctuate", KIT / "punc"]
     row, empty = json_rows(tmp_path / "out.jsonl", *options, kit_wav(tmp_path, "talk_a"), kit_wav(tmp_path, "silence"))
@@ -9176,10 +9107,9 @@ def funasr_result(system: checkpoint.System, samples: torch.Tensor, build: dict,
         found["sentence_info"] = entries
     return found, right
 
-# C179
 @needs_kit
 @pytest.mark.parametrize("run", [run for run in kit_results("pipeline", "results.json") if run != "_meta"])
-def test_the_three_models_together_give_funasrs_results(run):
+def test_the_three_models_together_give_funasrs_results(run):  # C179
     """Text, times, marks and sentences, key by key; also the sentences that it gives without its shift of words."""
     text = json.dumps(kit_results("pipeline", "results.json")[run])
     given = json.loads(re.sub("(?<![0-9])61720,", "61730,", text))  # a word before its segment: FunASR's only one
@@ -9219,8 +9149,7 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
         title = ElementTree.fromstring(file.read_text()).find("{*}text").text
         assert (str(far) if "xxx" in str(file) else hostile)[:60] in title
 
-# C97
-def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
+def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):  # C97
     """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
     system, [feats] = tiny_system(encoder={"num_layers": 3}, decoder={"num_layers": 2}), ragged_feats([31])
     calls = []
@@ -9244,8 +9173,7 @@ def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):
     assert decode.main([*options, spoken(tmp_path / "a.wav", 0.5)]) == 0
     assert "encoder, layer 2 of 3" in (tmp_path / "a.encoder.svg").read_text() and (tmp_path / "a.explain.svg").exists()
 
-# C159
-def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys, monkeypatch):
+def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys, monkeypatch):  # C159
     """Oracle: the probabilities of the decoder's output, whose first guesses are what greedy decoding gives."""
     monkeypatch.chdir(tmp_path)
     system = tiny_system()
@@ -9268,8 +9196,7 @@ def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys,
     assert sum(e.get("class") == "fire" for e in root.iter()) == len(said) + 1
     assert sum(e.tag.endswith("image") for e in root.iter()) == 2 and f"sum {found.alpha[0].sum():.2f}" in texts
 
-# C159
-def test_explain_refuses_a_model_without_firing_weights(tmp_path):
+def test_explain_refuses_a_model_without_firing_weights(tmp_path):  # C159
     with pytest.raises(ValueError, match="--explain: wanted a Paraformer, which has firing weights, got a ctc"):
         pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")),
                          (), None, None)
@@ -9294,8 +9221,7 @@ def test_decoding_the_toy_data_gives_the_accuracy_of_an_evaluation(tmp_path, cap
     assert f"token accuracy {row['token_accuracy']:.4f}  sequence accuracy {row['sequence_accuracy']:.4f}  (9 " in err
     assert f"%WER {100 * row['wer']:.2f} " in err and out.count("\n") == 9 and math.isfinite(row["cer"])
 
-# C33
-def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):
+def test_a_terminal_gets_ten_results_of_the_checkpoints_own_data_and_a_file_all(tmp_path, capsys, monkeypatch):  # C33
     toy = config.ToyConfig(num_dev=12, num_symbols=8)
     arguments = ["--ckpt", saved(tiny_system("toy", toy=toy), tmp_path / "tiny.pt"), "--device=cpu"]
     references = [row["reference"] for row in json_rows(tmp_path / "out.jsonl", *arguments)]
@@ -9322,10 +9248,9 @@ def stream_command(capsys, *argv, variant="streaming"):
     code = decode.main(["--device", "cpu", "--ckpt", str(KIT / variant), *map(str, argv)])
     return code, *capsys.readouterr()
 
-# C164
 @needs_kit
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, variant):
+def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, variant):  # C164
     """Tokens: recorded ones; the text is that of one call, and the words spell it."""
     wav = KIT / "wavs/aishell_dev.wav"
     case = streaming_cases(variant)["aishell_dev"][1]
@@ -9339,20 +9264,18 @@ def test_a_file_is_decoded_by_the_chunk_loop_in_every_form(tmp_path, capsys, var
         assert stream_command(capsys, wav, "--output", tmp_path / form, "--format", form, variant=variant)[0] == 0
         assert len(list((tmp_path / form).iterdir())) == 1
 
-# C164
 @needs_kit
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_keeps_the_tokens_of_a_stream(precision):
+def test_half_precision_keeps_the_tokens_of_a_stream(precision):  # C164
     system = kit_system("streaming")
     samples, case = streaming_cases("streaming")["fsdd_dev_a"]
     results = listen.hear_stream(system._replace(precision=precision), samples.split(4000))
     assert [token.token for result in results for token in result.tokens] == case["runs"]["a"]["tokens"]
 
-# C164
 @needs_kit
 @CAN_INT8
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
+def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):  # C164
     """The encoder's output within 3% (1.2 to 1.7% measured), as many tokens, most of them the same: random weights."""
     monkeypatch.setattr("packed.LARGE", 0)
     systems = kit_system(variant), checkpoint.load_system(KIT / variant, "cpu", "int8")
@@ -9364,9 +9287,8 @@ def test_int8_is_close_to_float32_in_a_stream(variant, monkeypatch):
     for exact, found in zip(*hidden, strict=True):
         assert 0 < (exact - found).norm() < 0.03 * exact.norm()
 
-# C165
 @needs_kit
-def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):
+def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, capsys, monkeypatch):  # C165
     samples, rate_hz = audio.load_wav(KIT / "wavs/libri_dev.wav")
     whole = stream_command(capsys, KIT / "wavs/libri_dev.wav")[1].partition("\t")[2].rstrip("\n")
     assert max(map(len, listen.pieces_of(KIT / "wavs/libri_dev.wav", None, 16000))) == 1600      # 0.1 s
@@ -9381,10 +9303,9 @@ def test_a_stream_is_printed_as_it_grows_from_a_file_and_from_a_pipe(tmp_path, c
         assert all(after["text"].startswith(before["text"][:2]) for before, after in itertools.pairwise(rows))
         assert [row["tokens"] for row in rows] == [json.loads(line)["tokens"] for line in outs[0][1].splitlines()]
 
-# C165
 @needs_kit
 @pytest.mark.parametrize("variant", STREAMING_KITS)
-def test_a_stream_is_written_in_sentences(capsys, variant):
+def test_a_stream_is_written_in_sentences(capsys, variant):  # C165
     """Each is over once the next begins; from a file and as it grows, the words are those without marks."""
     def bare(text):
         return re.sub(r"\W", "", text.replace("<unk>", "")).lower()  # a mark of the kit
@@ -9403,9 +9324,8 @@ def test_a_stream_is_written_in_sentences(capsys, variant):
         assert text == row["text"] and text.startswith(before.over) and len(written.over) <= len(text)
     assert len(written.over) > 9
 
-# C165
 @needs_kit
-def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
+def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):  # C165
     samples, rate_hz = audio.load_wav(KIT / "wavs/fsdd_dev_a.wav")
 
     class Pressed(Trickle):
@@ -9420,7 +9340,6 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     wanted = stream_through(kit_system("streaming"), streaming.Chunk(), [samples])[0][-1].text
     assert code == 130 and json.loads(out.splitlines()[-1])["text"] == wanted
 
-# C167
 @needs_kit
 @pytest.mark.parametrize("variant, options, words", [
     ("sanm", ["--stream", "a.wav"], "--stream: wanted a streaming model, such as paraformer-zh-streaming"),
@@ -9434,12 +9353,11 @@ def test_ctrl_c_ends_a_stream_with_its_last_words(capsys, monkeypatch):
     ("streaming", ["--vad", "x", "a.wav"], "--vad: of no use to a streaming model"),
     ("streaming", ["--hotwords", "x", "a.wav"], "--hotwords: wanted a model that can be told hotwords"),
     ("streaming", ["--stream", "nothere.wav"], "nothere.wav")])
-def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options, words):
+def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options, words):  # C167
     assert words in refusal(capsys, "--ckpt", KIT / variant, *options)
 
-# C167
 @needs_kit
-def test_whole_utterances_are_no_business_of_a_streaming_model():
+def test_whole_utterances_are_no_business_of_a_streaming_model():  # C167
     system = kit_system("streaming")
     with pytest.raises(ValueError, match="got a streaming one"):
         decode.decode_batch(system, [torch.zeros(30, 560)])
@@ -9449,9 +9367,8 @@ def test_whole_utterances_are_no_business_of_a_streaming_model():
 
 # ---- decode: published models, texts, times and exports ----
 
-# C44
 @needs_kit
-def test_firing_spans_equal_funasrs_timestamps():
+def test_firing_spans_equal_funasrs_timestamps():  # C44
     """Recorded: units/text.json, 40 cases, in ms behind an offset."""
     for case in unit_cases("timestamps"):
         n = len([c for c in case["chars"] if c != "</s>"])
@@ -9474,10 +9391,9 @@ def test_a_token_fired_at_once_begins_at_0_and_not_before_the_recording():
     found = Hypotheses(ints(4, 5, 2)[None], ints(3), torch.zeros(1, 3), [], torch.zeros(1, 4), timing)
     assert decode.token_times(system, found, 0, [0, 1]) == [(0.0, 0.0), (0.0, 0.042)]
 
-# C44 C150 C155
 @needs_kit
 @pytest.mark.parametrize("variant", (*VARIANTS, *HOTWORD_KITS))
-def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):
+def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):  # C44 C150 C155
     """results.json, for all recordings in one batch: FunASR's results of each alone, with each list but x2.5 and x0."""
     results = results_by_recording(variant)
     arguments = ["--ckpt", KIT / variant, *(KIT / f"wavs/{name}.wav" for name in results)]
@@ -9520,9 +9436,8 @@ def test_a_file_of_hotwords_has_a_phrase_a_line_remarks_and_weights_that_are_ign
     assert system.hotwords == tuple(phrases)
     assert ("taken for weights and ignored" in capsys.readouterr().err) == weighted
 
-# C155
 @needs_kit
-def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
+def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):  # C155
     system = kit_system("seaco")
     decode.with_hotwords(system, "hello AI大 龘 我-在 我在")
     assert "cannot spell, so these hotwords help little: AI大, 龘, 我-在 (write" in capsys.readouterr().err
@@ -9542,10 +9457,9 @@ def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):
         [None, None], [None, ("hello",)], [("hello",), None], [("hello",)])]
     assert told == [False, True, True, True]
 
-# C45
 @needs_kit
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_texts_and_times_do_not_depend_on_the_batch(variant):
+def test_texts_and_times_do_not_depend_on_the_batch(variant):  # C45
     """Random batches of random parts of the kit's features, against each part alone."""
     system, rng = kit_system(variant), random.Random(1)
     sources = [recorded(variant, name)["feats"] for name in WAVS]
@@ -9557,9 +9471,8 @@ def test_texts_and_times_do_not_depend_on_the_batch(variant):
             assert [word[:3] for word in in_batch.words] == [word[:3] for word in alone.words]
             assert in_batch.text == alone.text
 
-# C51
 @needs_kit
-def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):
+def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):  # C51
     for name, samples in (("short", 100), ("frame", 500), ("silence", 16000)):
         audio.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)
     for variant in VARIANTS:
@@ -9594,8 +9507,7 @@ def sanm_system(unit: str) -> checkpoint.System:
     return checkpoint.System(options, tokens, torch.rand(2, 20),
                              checkpoint.build(options.model, 20, len(tokens)).eval())
 
-# C50
-def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):
+def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_checkpoint(tmp_path):  # C50
     system, other = sanm_system("word"), tiny_system()
     checkpoint.export(system, str(tmp_path / "dir"))
     again = checkpoint.load_system(tmp_path / "dir", "cpu")
@@ -9609,8 +9521,7 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert again.tokenizer == other.tokenizer
     assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
-# C50
-def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):
+def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):  # C50
     for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
         system = sanm_system(unit)
         checkpoint.export(tiny_system(), str(tmp_path))  # checkpoint.pt
@@ -9619,9 +9530,8 @@ def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_pa
         assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
         assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
 
-# C34
 @pytest.mark.parametrize("target", ["out", "out.pt"])
-def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(ckpt, tmp_path, capsys, target):
+def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(ckpt, tmp_path, capsys, target):  # C34
     """Files that may have 9 kB play the disk; the weights have more."""
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, usual[1]))
@@ -11545,16 +11455,14 @@ def imported(path: Path) -> set[str]:
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     return {name.split(".")[0] for name in names + [n.module for n in nodes if isinstance(n, ast.ImportFrom)]}
 
-# C35
 @pytest.mark.parametrize("name", FILES)
-def test_imports_go_down_the_floors_only(name):
+def test_imports_go_down_the_floors_only(name):  # C35
     names = imported(HERE / f"{name}.py")
     assert all(FLOORS[other] < FLOORS[name] for other in names & set(FLOORS))
     assert names - set(FLOORS) <= {"torch", "numpy"} | set(sys.stdlib_module_names)
 
-# C2 C15
 @pytest.mark.parametrize("name", FILES)
-def test_masks_and_features_have_one_source(name):
+def test_masks_and_features_have_one_source(name):  # C2 C15
     """Nobody else calls what the front end is made of, or draws triangles for masks."""
     called = {ast.unparse(node.func).split(".")[-1] for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
               if isinstance(node, ast.Call)}
@@ -11567,8 +11475,7 @@ def moved_to(folder: Path) -> str:
     names = sorted(FLOORS)
     return f"os.chdir({str(folder)!r})\nfor name in {names}:\n    sys.modules.pop(name, None)\n"
 
-# C35
-def test_each_leaf_imports_alone_in_an_empty_folder(zygote, tmp_path):
+def test_each_leaf_imports_alone_in_an_empty_folder(zygote, tmp_path):  # C35
     """Each in a folder of its own, and none when the next one is imported."""
     for name in LEAVES:
         (tmp_path / name).mkdir()
