@@ -10645,7 +10645,7 @@ def test_a_client_that_appends_has_the_text_of_the_stream_and_its_socket_stays_o
             assert all(m["latency_ms"] >= 0 for m in messages)
         client.send({"is_speaking": False, "is_end": True})         # an utterance of nothing has a last message too
         last, ending = client.read(), client.read()
-        assert (last["text"], last["tokens"], last["is_final"]) == ("", [], True)
+        assert (last["text"], last["tokens"], last["is_final"], last["mode"]) == ("", [], True, "online")
         assert ending == {"mode": "online", "wav_name": "a", "is_final": True, "is_end": True}
 
 @needs_kit
@@ -10739,6 +10739,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():  # C204
         assert messages[-1]["text_so_far"] == stream_through(system, streaming.Chunk(), [samples])[0][0].text
         client.send({"wav_format": "mp3", "mode": "online"})        # a file is for mode offline
         client.send(b"ID3" + bytes(50000))
+        client.send(bytes(9))                   # of what has failed no more is heard
         client.send({"is_speaking": False, "is_end": True})
         error, last, ending = client.read(), client.read(), client.read()
         assert (error["error"]["param"] == "wav_format" and last["is_final"]
@@ -10768,6 +10769,32 @@ def test_a_file_over_a_socket_has_the_limit_of_a_body_and_steps_of_600_ms_where_
             assert client.read()["error"]["code"] == code and client.read()["is_final"]
     stream = streams.start_stream(server.models, settings.first_settings(server.models)._replace(audio_fs=8000))
     assert streams.samples_due(server.models, stream) == 4800
+
+def test_a_session_hears_what_is_due_writes_spaces_between_segments_and_ends_in_its_mode():
+    """600 ms at 8 kHz are 9,600 bytes; Chinese stops need no space around them."""
+    models = settings.Models(None, serving_system("word"))
+    start, heard = settings.first_settings(models)._replace(audio_fs=8000), []
+    session = sessions.Session(SimpleNamespace(models=models), web.unread_head(), None)
+
+    def hear(count: int, is_last: bool) -> list:
+        heard.append((count, is_last))
+        del session.received[:2 * count]
+        return []
+
+    session.settings, session.hear = start, hear
+    for size, count in ((9599, 0), (1, 1), (19201, 3)):
+        assert list(session.take_audio(bytes(size))) == [] and heard == [(4800, False)] * count
+    assert len(session.received) == 1
+    session.begin()
+    for mode, told in (("2pass", "2pass-offline"), ("online", "online"), ("offline", "offline")):
+        session.settings = start._replace(mode=mode)
+        last, = session.finish()
+        assert (last["mode"], last["is_final"], last["timestamp"]) == (told, True, "")
+    for written, text, wanted in (("", "one", "one"), ("one", "two", " two"), ("one", "", ""), ("one，", "two", "two"),
+                                  ("one", "。two", "。two")):
+        session.written = written
+        assert session.behind_written(text) == wanted
+    assert session.recognise_piece(torch.zeros(0, 40), None) == report.Result("", 0.0, [], [])
 
 def test_an_answer_over_a_socket_has_its_times_in_ms_and_is_counted_in_seconds(monkeypatch):
     """Words that come again with a second pass are not counted."""
