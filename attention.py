@@ -147,9 +147,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: b
            dropout: float = 0.0) -> tuple[Tensor, Tensor | None]:
     """softmax(q k' / sqrt(K) + bias) v. q (B,H,T,K), k, v (B,H,S,K), mask (B,1 or T,S) bool, bias (B,H,T,S)
     -> (B,H,T,K), weights (B,H,T,S) or None. dropout: share of the weights dropped (callers pass 0 in evaluation).
-
-    A query that sees no key gives 0. The weights are only known on the explicit path, which is equal to the fused one.
-    """
+    A query that sees no key gives 0. Weights are only known on the explicit path, which is equal to the fused one."""
     check_shapes(q=(q, "B", "H", "T", "K"), k=(k, "B", "H", "S", "K"), v=(v, "B", "H", "S", "K"))
     B, _, T, _ = q.shape
     S = k.shape[2]

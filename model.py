@@ -184,9 +184,7 @@ def cif_step(hidden: Tensor, alpha: Tensor, carry: Carry, first: int,
     """`cif` of a stream's next frames: hidden (L,D), alpha (L,), the carry of the frames before, the number of the
     first frame, and the weight of a frame of zeros behind the last one, which may complete a token
     -> embeds (U,D) of the tokens that fire, the frames in which each begins and ends, the carry.
-
-    Piece by piece or at once, the tokens are the same, but for rounding: the carry enters as a frame of its own.
-    """
+    Piece by piece or at once, the tokens are the same, but for rounding: the carry enters as a frame of its own."""
     check_shapes(hidden=(hidden, "L", "D"), alpha=(alpha, "L"), frame=(carry.frame, "D"))
     weights = torch.cat([carry.weight[None], alpha.double()])  # (1+L,)
     frames = torch.cat([carry.frame[None].to(hidden), hidden])

@@ -126,8 +126,7 @@ def clip(panel: Panel, body: str) -> str:
 
 def image_svg(panel: Panel, values: Tensor, across: tuple[float, float], down: tuple[float, float]) -> str:
     """values (rows, columns) as a heat map from across[0] to across[1] and from down[0] to down[1], in seconds; the
-    panel's height stands for as many seconds as its width. Where values share a pixel, it shows the largest.
-    """
+    panel's height stands for as many seconds as its width. Where values share a pixel, it shows the largest."""
     if not values.numel():
         return ""
     rows, columns = values.shape
@@ -213,10 +212,8 @@ def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Spa
                   frames: tuple[float, float], truth: Tensor | None = None) -> str:
     """An SVG of the features (T,F) under their tokens and token boundaries, and below, the firing weights alpha (L,) of
     the encoder's frames with their running sum.
-
     seconds: duration of the features; frames: start of the first and end of the last encoder frame, s; truth (U+1,):
-    true boundaries, s, drawn dashed. Many tokens make the picture wider.
-    """
+    true boundaries, s, drawn dashed. Many tokens make the picture wider."""
     width = max(WIDTH, 12 * len(tokens))
     lines = token_labels(Panel(LEFT, 0, width, 0, seconds), tokens, 6)[1]
     image = Panel(LEFT, 38 + 13 * lines, width, 200, seconds)
