@@ -526,7 +526,8 @@ def load_and_run(arguments: argparse.Namespace) -> int:
         if arguments.dtype == "int8":
             written = export_int8(arguments.ckpt, arguments.export)
         else:
-            written = export(load_system(arguments.ckpt, arguments.device, arguments.dtype), arguments.export)
+            system = load_system(arguments.ckpt, arguments.device, arguments.dtype)
+            written = export(with_search(system, arguments.search), arguments.export)  # refused before it is written
         say(f"decode.py: wrote {written}")
     if arguments.export and not arguments.inputs:
         return 0

@@ -4736,7 +4736,7 @@ def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes
     again = funasr.read_published_config(written(tmp_path, text)).model
     assert (again.encoder.ffn_dim, again.decoder.ffn_dim, again.decoder.attention_layers) == (1024, 1024, 6)
     assert again.predictor == found.model.predictor and "split_with_space: true" in text
-    assert funasr_layers.NormedFeedForward(6, 0).up.out_features == 24
+    assert funasr_layers.NormedFeedForward(6, 0, 0.0).up.out_features == 24
 
 @pytest.mark.parametrize("options", [3, "x", [1]])
 def test_options_of_a_published_config_are_a_section(tmp_path, options):
