@@ -3,6 +3,7 @@
 Needs torch; imports nothing of ours, so it can be copied alone.
 """
 import contextlib
+import errno
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,11 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Context manager: yields a temporary path to write; it replaces `path` if the block ends without an error."""
+    """Context manager: yields a temporary path to write; it replaces `path` if the block ends without an error.
+    An OSError names the path."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -48,9 +53,9 @@ def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> obj
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: wanted {wanted}, got no such file") from None
-    except OSError:  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
-        raise
     except Exception as error:  # whatever unpickling or the zip reader raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek in a file that is cut off
+            raise  # the disk fails, not the file: a resumed run must not fall back to an older checkpoint
         raise ValueError(f"{path}: wanted {wanted}, got what torch cannot load ({type(error).__name__})") from None
 
 
