@@ -11,8 +11,8 @@ from config import (Config, DataConfig, DecoderConfig, EncoderConfig, ModelConfi
 
 RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, in every section, that must lie in it)
     "1 or more": (lambda x: 1 <= x < math.inf, """hidden_dim num_heads num_train num_dev num_symbols
-        min_symbols max_symbols min_frames max_frames sample_rate num_mels lfr_m lfr_n batch_size batch_frames
-        num_epochs max_bad_steps accumulate new ahead"""),
+        min_symbols max_symbols min_frames max_frames lfr_m lfr_n batch_size batch_frames num_epochs
+        max_bad_steps accumulate new ahead"""),
     "2 or more": (lambda x: 2 <= x < math.inf, "mwer_samples"),
     "0 or more": (lambda x: 0 <= x < math.inf, """num_layers context ffn_dim blend_frames noise gain_std
         tilt_std channel_std freq_masks freq_width time_masks time_width min_sec num_workers threads warmup_steps
@@ -26,6 +26,8 @@ RANGES = {  # range -> (its test, which nan and inf fail; names of the fields, i
         target_token_accuracy target_sequence_accuracy"""),
     "from 0 to 0.2": (lambda x: 0 <= x <= 0.2, "warmup_share average_share"),
     "from 0.1 to 10": (lambda x: 0.1 <= x <= 10, "speeds"),
+    "from 1 to 1000": (lambda x: 1 <= x <= 1000, "num_mels"),
+    "from 1000 to 1000000": (lambda x: 1000 <= x <= 1_000_000, "sample_rate"),  # as of recordings, in audio.py
     "at least 0 and below 2^64": (lambda x: 0 <= x < 2**64, "seed"),
     "odd and above 0": (lambda x: x > 0 and x % 2 == 1, "kernel_size"),
 }
