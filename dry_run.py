@@ -3,6 +3,7 @@
 Reading order: what cannot work, shapes, a traced step, the report. Needs torch, numpy, audio.py, data.py, manifests.py,
 step.py and tokenizer.py. A run is that of train.py: config, tokenizer, model, average, optimizer, train_set, dev_set.
 """
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,8 +58,9 @@ def symbol_warnings(config, tokenizer, split: str) -> Iterator[str]:
     """A line if texts of a split have symbols that the vocabulary has not: their share, and the most frequent ones."""
     missing, texts, keys = Counter(), [], []
     count = 0
-    for path in find_manifests(getattr(config.data, split)):
-        for _, row in scan_rows(path):
+    with data.naming(f"data.{split}"):
+        rows = itertools.chain.from_iterable(map(scan_rows, find_manifests(getattr(config.data, split))))
+        for _, row in rows:
             unknown = tokenizer.unknown_units(row.text)
             missing.update(unknown)
             count += len(tokenizer.encode(row.text))

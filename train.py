@@ -447,13 +447,14 @@ def begin(config: configs.Config, arguments: argparse.Namespace, stop: threading
     """A fresh run, whose folder has a first checkpoint, so that it can be resumed at once."""
     join(config.training)
     run = make_run(config)
+    doubts = [] if own_rank() else list(warnings(run, num_steps(run)))  # first, as a test set may not be there
     made = {} if own_rank() else {"folder": str(new_run(Path(arguments.runs or "runs"), Path(arguments.config).stem))}
     run = run._replace(folder=Path(sum_over_ranks(made)["folder"]), stop=stop)  # rank 0 tells the others its name
     say(run, headline(run))
     if own_rank() == 0:
         run = run._replace(lock=lock(run.folder / "lock", f"{run.folder}: wanted a folder"))
         write_atomic(run.folder / "config.yaml", configs.dump(run.config))
-        for line in warnings(run, num_steps(run)):
+        for line in doubts:
             say(run, f"warning: {line}")
     save(run, Progress())
     if own_rank() == 0:
