@@ -560,6 +560,8 @@ BOUNDS = {  # range -> a field that has it, values within, values outside
     "between 0 and 1": ("model.sampling_ratio", [0, 1], [-0.01, 1.01, math.nan]),
     "from 0 to 0.2": ("training.warmup_share", [0, 0.2], [-0.01, 0.21, math.nan]),
     "from 0.1 to 10": ("data.augment.speeds", [[0.1, 10]], [[0.09], [1, 10.1], [math.nan], []]),
+    "from 1 to 1000": ("data.num_mels", [1, 1000], [0, 1001]),
+    "from 1000 to 1000000": ("data.sample_rate", [1000, 10**6], [999, 10**6 + 1]),
     "at least 0 and below 2^64": ("training.seed", [0, 2**64 - 1], [-1, 2**64]),
     "odd and above 0": ("model.predictor.kernel_size", [1, 3], [-1, 0, 2])}
 
@@ -7136,8 +7138,8 @@ def test_a_recording_that_cannot_be_used_is_named_and_counted_and_stops_no_run(t
 def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):  # C28
     path = tmp_path / "latest.pt"
     files.save_atomic(path, {"a": torch.ones(2)})
-    monkeypatch.setattr(os, "replace", raising(OSError("no space left on device")))
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "replace", raising(OSError(28, "no space left on device")))
+    with pytest.raises(OSError, match=f"no space left on device: '{path}'"):
         files.save_atomic(path, {"a": torch.zeros(2)})
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
@@ -7560,7 +7562,7 @@ def test_a_run_of_an_older_version_goes_on_without_its_fields_that_are_gone(fini
     assert train.main(["--resume", str(finished)]) == 0
     assert train.main([str(path), "--runs", str(tmp_path)]) == 2  # a new run has no such field
 
-@pytest.mark.parametrize("size", [0, 100, None])
+@pytest.mark.parametrize("size", [0, 100, 5000, None])      # 5000: torch seeks to before the start, an OSError
 def test_a_truncated_or_missing_latest_falls_back_to_the_previous_one(finished_run, finished, capsys, size):  # C85
     latest = finished / "checkpoints/latest.pt"
     latest.unlink() if size is None else os.truncate(latest, size)
@@ -7964,6 +7966,9 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     assert [line.split(":")[0] for line in lines] == [
         "training.num_epochs", "data.dev", "data.dev", "model.encoder.subsampling", "data.sample_rate"]
     assert "--dev-share 0.4" in lines[1]
+    gone = [tiny_yaml(tmp_path / "tiny.yaml"), *told, dev, f"--data.test={tmp_path}/gone.jsonl", "--runs", f"{tmp_path}/no"]
+    assert train.main(gone) == 2 and not (tmp_path / "no").exists()
+    assert capsys.readouterr().err.startswith(f"train.py: data.test: {tmp_path}/gone.jsonl: wanted a text file, got none")
     assert "1 unknown ones of " in lines[2] and "the most frequent 'q' (1), in 1 texts" in lines[2]
     log = (trained(tmp_path, *told, dev, "--training.num_epochs=1") / "train.log").read_text()
     assert re.findall("^warning: (.*)$", log, re.MULTILINE)[2:] == lines[1:]
