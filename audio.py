@@ -40,10 +40,12 @@ class WavHeader(NamedTuple):
     start: int          # byte where the samples begin
     num_samples: int    # of one channel
     channel: int | None = None      # the only one that is read; None = the mean of all
+    lost: int = 0       # samples that it promises behind the end of the file
 
 
 MAX_CHUNKS = 10000      # of a WAV file before its samples: a file of empty chunks must not keep a server busy
 UNKNOWN_SIZE = 2**32 - 1
+STREAMED_SIZE = 2**31 - 2**12       # and above: of writers into pipes, as sox (0x7ffff000) and arecord (2^31)
 CHUNK_SEC = 10          # of a recording are read at a time
 CANCELLED = 0.1         # share of the louder channel's power: -10 dB
 SAMPLE_TYPES = {        # (code, bits) -> numpy type, value of silence, full scale; 24 bits become the upper ones of 32
@@ -118,7 +120,8 @@ def read_header(file: BinaryIO) -> WavHeader | None:
                 size = long_size
             sample = sample_size(bits, channels, align)
             num_samples = min(size or end, end - start) // (channels * sample)
-            return WavHeader(code, bits, sample, channels, rate_hz, start, num_samples)
+            lost = size // (channels * sample) - num_samples if 0 < size < STREAMED_SIZE or long_size else 0
+            return WavHeader(code, bits, sample, channels, rate_hz, start, num_samples, lost=lost)
         file.seek(start + size + size % 2)      # chunks are padded to an even size
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
 
@@ -146,9 +149,13 @@ def read_channels(file: BinaryIO, header: WavHeader, start: int, stop: int) -> n
 
 
 def choose_channel(file: BinaryIO, header: WavHeader, place: str) -> WavHeader:
-    """The header; for stereo whose channels cancel each other it asks for the louder one, with a warning.
-    So it is where the power of the mean, offsets left out, is below CANCELLED of the louder channel's: 0.25 is what
-    silence in the other leaves of it. Reads the recording once, in pieces."""
+    """The header; for stereo whose channels cancel each other it asks for the louder one, with a warning, which a
+    recording that breaks off gets too. They cancel where the power of the mean, offsets left out, is below CANCELLED
+    of the louder channel's: 0.25 is what silence in the other leaves of it. Reads stereo once, in pieces."""
+    if header.lost > ROUNDED_SEC * header.rate_hz:
+        found = header.num_samples / header.rate_hz
+        warnings.warn(f"{place}: wanted the {found + header.lost / header.rate_hz:.3f} s that its header promises, got "
+                      f"{found:.3f} s: it breaks off")
     if header.channels != 2 or header.num_samples == 0:
         return header
     total = squares = np.zeros(3)
@@ -258,7 +265,8 @@ def cut_header(header: WavHeader, part: Part) -> WavHeader:
     first = round(start * header.rate_hz)
     last = min(round(end * header.rate_hz), header.num_samples)
     size = header.channels * header.size
-    return header._replace(start=header.start + first * size, num_samples=last - first)
+    lost = header.lost if part.seconds is None else 0
+    return header._replace(start=header.start + first * size, num_samples=last - first, lost=lost)
 
 
 def as_part(source: Source) -> Part:

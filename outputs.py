@@ -412,6 +412,8 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, encode: C
                 print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
             if alone and stream_error(sys.stdout):
                 raise OSError(f"standard output: {stream_error(sys.stdout)}; --output keeps results in a file")
+            if not outcome.seconds:
+                print(f"decode.py: {outcome.key}: no samples, so its text is empty", file=sys.stderr)
             heard.append((outcome.index, outcome.seconds))
             if outcome.reference:
                 scores.append(score(outcome, encode))
@@ -431,5 +433,7 @@ def report_figures(folder: str | None, tally: Tally, spent: float, picture: Call
         write_report(Path(folder), tally.scores, lines, picture)
     seconds = sum(seconds for _, seconds in tally.heard)
     factor = f", real-time factor {spent / seconds:.4f}" if seconds else ""
-    print(*lines, f"{len(tally.heard)} utterances, {seconds:.1f} s of audio in {spent:.2f} s{factor}; {tally.failed} "
-          "could not be recognised", sep="\n", file=sys.stderr)
+    without = sum(not own for _, own in tally.heard)
+    empty = f", {without} without samples" if without else ""
+    print(*lines, f"{len(tally.heard)} utterances{empty}, {seconds:.1f} s of audio in {spent:.2f} s{factor}; "
+          f"{tally.failed} could not be recognised", sep="\n", file=sys.stderr)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -54,9 +55,14 @@ class SafeStream:
         os.close(nowhere)
 
 
+def warning_line(message: Warning | str, *place: object) -> str:
+    return f"warning: {message}\n"
+
+
 def keep_streams() -> None:
-    """Make standard output and error SafeStreams. One that is closed (>&-) is opened on nothing first: else the next
-    file that is opened would get its number, and what libraries print."""
+    """Make standard output and error SafeStreams, and a line of each warning. A stream that is closed (>&-) is opened
+    on nothing first: else the next file that is opened would get its number, and what libraries print."""
+    warnings.formatwarning = warning_line
     for number in (0, 1, 2):
         try:
             os.fstat(number)

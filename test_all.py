@@ -899,6 +899,24 @@ def test_rf64_has_the_size_of_its_samples_in_a_chunk_of_its_own():
     blob = wav(payload, 1, 16, size=0xFFFFFFFF, before=ds64, after=b"LIST\4\0\0\0abcd", head=b"RF64")
     assert audio.load_wav(blob)[0].tolist() == [1 / 16, 2 / 16, 3 / 16, 4 / 16]
 
+@pytest.mark.parametrize("size, head, found", [
+    (64000, b"RIFF", "4.000"), (14400, b"RIFF", None), (0, b"RIFF", None), (2**32 - 1, b"RIFF", None),
+    (0x7ffff000, b"RIFF", None), (2**31, b"RIFF", None), (2**32 - 1, b"RF64", "536870.912")])
+def test_a_recording_that_breaks_off_is_read_with_a_warning_and_a_stream_without(tmp_path, size, head, found):  # C12
+    """0.8 s are there; a tenth of a second less than the header promises is no loss: some writers count the header."""
+    long = b"ds64" + struct.pack("<IQQQI", 28, 2**34, 2**33, 4, 0) if head == b"RF64" else b""
+    (tmp_path / "a.wav").write_bytes(wav(bytes(12800), size=size, before=long, head=head))
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}])
+    parts = [audio.Part(tmp_path / "a.wav", 0.2, 0.5), audio.Part(tmp_path / "a.wav", 0.2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(audio.load_wav(tmp_path / "a.wav")[0]) == 6400
+        assert [len(audio.load_wav(part)[0]) for part in parts] == [4000, 4800]
+        assert isinstance(data.ManifestDataset(path, data_options(), letters)[0], data.Utterance)
+    said = f"{tmp_path}/a.wav: wanted the {found} s that its header promises, got 0.800 s: it breaks off"
+    assert len(caught) == (3 if found else 0)  # the first part is whole
+    assert {str(caught[i].message) for i in (0, 2) if found} == ({said} if found else set())
+
 def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
@@ -2758,7 +2776,8 @@ def test_a_stream_that_fails_says_why_once_and_takes_everything_after():  # C181
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_a_closed_stream_is_opened_on_nothing_so_that_no_file_takes_its_place(tmp_path, closed):  # C181
     program = ("import os, sys, survival; survival.keep_streams(); file = os.open('said', os.O_CREAT | os.O_WRONLY); "
-               "os.write(file, f'{file > 2} {sys.stdout.error}'.encode())")
+               "os.write(file, f'{file > 2} {sys.stdout.error}'.encode()); "
+               "import warnings; assert warnings.formatwarning('a', UserWarning, 'b', 3) == 'warning: a' + chr(10)")
     subprocess.run(["bash", "-c", f"{sys.executable} -c \"{program}\" {closed}"], cwd=tmp_path, check=True,
                    timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert (tmp_path / "said").read_text() == f"True {'it is closed' if closed == '>&-' else ''}"
@@ -4901,6 +4920,8 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
         funasr.read_cmvn(tmp_path / "am.mvn", 80)
+    with pytest.raises(ValueError, match="gone: wanted means and deviations, .*, got No such file"):
+        funasr.read_cmvn(tmp_path / "gone", 80)
     for shape in ((560,), (2,), (3, 560)):
         with pytest.raises(ValueError, match=r"stats must be \(2,F\), got " + re.escape(str(shape))):
             funasr.write_cmvn(tmp_path / "b.mvn", torch.zeros(shape))
@@ -8144,7 +8165,7 @@ def spoken(path: Path, seconds: float) -> str:
     return str(path)
 
 def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(ckpt, tmp_path, capsys):  # C33 C34
-    good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.01)
+    good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.0)
     (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
     output = tmp_path / "out.jsonl"
     code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, str(tmp_path / "no.wav"),
@@ -8154,8 +8175,9 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     said = err.splitlines()
     assert said[0] == (f"decode.py: {tmp_path}/bad.wav: unreadable: wanted a 'data' chunk among the first 10000, "
                        "got none")
-    assert said[1] == f"decode.py: {tmp_path}/no.wav: missing"
-    assert code == 1 and said[2].endswith("2 could not be recognised")
+    assert said[1:3] == [f"decode.py: {short}: no samples, so its text is empty", f"decode.py: {tmp_path}/no.wav: missing"]
+    assert code == 1 and said[3].startswith("2 utterances, 1 without samples, ")
+    assert said[3].endswith("2 could not be recognised")
     assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = audio.frontend(*audio.load_wav(good), tiny_system().config.data, tiny_system().stats)
