@@ -279,7 +279,12 @@ def place_of(source: Source) -> str:
 
 
 def open_bytes(recording: str | os.PathLike | bytes) -> BinaryIO:
-    return io.BytesIO(recording) if isinstance(recording, bytes) else open(recording, "rb")
+    """Raises ValueError for a pipe or device, of which nobody knows when something comes."""
+    if isinstance(recording, bytes):
+        return io.BytesIO(recording)
+    if os.path.exists(recording) and not os.path.isfile(recording):
+        raise ValueError("wanted a file, got a folder, a pipe or a device")
+    return open(recording, "rb")
 
 
 @contextlib.contextmanager

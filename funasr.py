@@ -412,7 +412,8 @@ def load_model(build: Callable[[], nn.Module], path: str | os.PathLike, names: C
 def read_cmvn(path: str | os.PathLike, size: int) -> Tensor:
     """The normalisation in a Kaldi nnet text file (am.mvn): <AddShift> a, <Rescale> s -> (2,size) float32, -a and s.
     Raises ValueError that names the file."""
-    shift, scale = parse_file(path, "means and deviations, <AddShift> [ numbers ] and <Rescale> [ numbers ]", lambda text: [
+    wanted = "means and deviations, <AddShift> [ numbers ] and <Rescale> [ numbers ]"
+    shift, scale = parse_file(path, wanted, lambda text: [
         _numbers_behind(text, mark) for mark in ("<AddShift>", "<Rescale>")])
     if not len(shift) == len(scale) == size:
         raise ValueError(f"{path}: wanted {size} numbers each, as the features have, got {len(shift)} and {len(scale)}")

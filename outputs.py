@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -401,19 +402,20 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, encode: C
         for outcome in outcomes:
             if sys.stderr.isatty():  # the progress
                 print(ERASE, end="", file=sys.stderr)
+            key = re.sub(r"\s", " ", outcome.key)  # a line stays a line
             if outcome.result is None:
                 failed += 1
                 why = outcome.reason.replace(f": {outcome.key}", "")  # of a recording without another key
-                print(f"decode.py: {outcome.key}: {' '.join(why.split())}", file=sys.stderr)
+                print(f"decode.py: {key}: {' '.join(why.split())}", file=sys.stderr)
                 continue
             if not brief:
-                print(f"{outcome.key}\t{written_text(outcome.result)}", flush=True)
+                print(f"{key}\t{written_text(outcome.result)}", flush=True)
             elif len(heard) < SHOWN:
-                print(f"{outcome.key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
+                print(f"{key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
             if alone and stream_error(sys.stdout):
                 raise OSError(f"standard output: {stream_error(sys.stdout)}; --output keeps results in a file")
             if not outcome.seconds:
-                print(f"decode.py: {outcome.key}: no samples, so its text is empty", file=sys.stderr)
+                print(f"decode.py: {key}: no samples, so its text is empty", file=sys.stderr)
             heard.append((outcome.index, outcome.seconds))
             if outcome.reference:
                 scores.append(score(outcome, encode))

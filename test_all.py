@@ -3446,8 +3446,10 @@ def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):  # C19
     (tmp_path / "broken.wav").write_bytes(b"RIFF\0\0\0\0WAVE")
     (tmp_path / "inf.wav").write_bytes(wav(struct.pack("<f", math.inf), 3, 32, 1))
     (tmp_path / "folder.wav").mkdir()
+    os.mkfifo(tmp_path / "fifo.wav")
     reasons = {"short": "too short: 0.050 s", "long": "too long: 2.500 s", "empty": "empty", "broken": "unreadable",
-               "inf": "unreadable", "folder": "unreadable", "gone": "missing", "nul\0": "unreadable"}
+               "inf": "unreadable", "folder": "unreadable", "fifo": "unreadable",
+               "gone": "missing", "nul\0": "unreadable"}
     rows = [{"audio": f"{name}.wav", "text": "ab"} for name in ["good", *reasons]]
     rows += [{"audio": "good.wav", "text": " ", "key": "blank"}, {"audio": "good.wav", "key": "none"},
              {"audio": "good.wav", "text": "a" * 12, "key": "12"}, {"audio": "good.wav", "text": "a" * 13, "key": "13"}]
@@ -8165,7 +8167,7 @@ def spoken(path: Path, seconds: float) -> str:
     return str(path)
 
 def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(ckpt, tmp_path, capsys):  # C33 C34
-    good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a.wav", 0.0)
+    good, short = spoken(tmp_path / "b.wav", 1.0), spoken(tmp_path / "a\n\tb.wav", 0.0)
     (tmp_path / "bad.wav").write_bytes(b"RIFF1234WAVEjunk")
     output = tmp_path / "out.jsonl"
     code = decode.main(["--ckpt", ckpt, good, str(tmp_path / "bad.wav"), short, str(tmp_path / "no.wav"),
@@ -8175,10 +8177,11 @@ def test_one_broken_recording_is_reported_and_the_rest_come_in_the_order_given(c
     said = err.splitlines()
     assert said[0] == (f"decode.py: {tmp_path}/bad.wav: unreadable: wanted a 'data' chunk among the first 10000, "
                        "got none")
-    assert said[1:3] == [f"decode.py: {short}: no samples, so its text is empty", f"decode.py: {tmp_path}/no.wav: missing"]
+    assert said[1:3] == [f"decode.py: {tmp_path}/a  b.wav: no samples, so its text is empty",
+                         f"decode.py: {tmp_path}/no.wav: missing"]
     assert code == 1 and said[3].startswith("2 utterances, 1 without samples, ")
     assert said[3].endswith("2 could not be recognised")
-    assert out == "".join(f"{row['key']}\t{row['text']}\n" for row in rows)
+    assert out == "".join(f"{key}\t{row['text']}\n" for key, row in zip((good, f"{tmp_path}/a  b.wav"), rows))
     assert [row["key"] for row in rows] == [good, short] and rows[1]["text"] == "" and rows[1]["tokens"] == []
     feats = audio.frontend(*audio.load_wav(good), tiny_system().config.data, tiny_system().stats)
     wanted = decode.transcribe(tiny_system(), [feats])[0]
