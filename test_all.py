@@ -2306,10 +2306,10 @@ def test_metrics_are_prometheus_text_that_adds_up(server):  # C60
     before = metrics_of(server)["asr_audio_seconds_total"]
     assert exchange(server, post_json({"features": ROWS[:30]}))[0] == 200
     with Talker(server) as client:
-        assert client.say({"audio_fs": 8000}, NOISE.tobytes())[-1]["is_final"]
+        assert client.say({"audio_fs": 16000}, NOISE.tobytes())[-1]["is_final"]     # twice the model's rate
     wait_until(lambda: not server.phases)
-    assert metrics_of(server)["asr_audio_seconds_total"] - before == pytest.approx(0.3 + 1.125)
-    assert any(" audio=1.1 code=1006 " in line for line in server.lines)
+    assert metrics_of(server)["asr_audio_seconds_total"] - before == pytest.approx(0.3 + 0.5625)
+    assert any(" audio=0.6 code=1006 " in line for line in server.lines)
     exchange(server, get("GET /secret HTTP/1.1"))
     text = exchange(server, get("GET /metrics HTTP/1.1"))[2].decode()
     assert text.endswith("\n") and "/secret" not in text
@@ -7247,7 +7247,8 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     (runs / "README.md").write_text("no run")
     (runs / "half").mkdir()
     (runs / "half/metrics.json").write_text("[]")
-    timed = [{**row, "seconds": 100.4 * (i + 1)} for i, row in enumerate(history_of(first))]
+    timed = [{**row, "seconds": 100.4 * (i + 1), "token_accuracy": (0.1, 0.3, 0.2)[i]}
+             for i, row in enumerate(history_of(first))]
     (first / "metrics.json").write_text(json.dumps(timed))
     written = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(written.replace("  patience: 0\n", ""))  # as an older one
@@ -10883,6 +10884,9 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
     due = streams.samples_due(models, first[0])
     (stream, _), = streams.hear_chunks(models, [first[0]._replace(pending=data[:due + 5])], [False])
     assert torch.equal(stream.pending, data[due:due + 5])
+    (_, heard), = streams.hear_chunks(models, [first[0]._replace(pending=data)], [True])
+    (_, later), = streams.hear_chunks(models, [first[5]._replace(pending=data, begun=8000)], [True])    # a second pass
+    assert heard.tokens and later.tokens == decode.shifted(heard.tokens, 0.5)      # samples at the model's rate
     for together, alone in zip(run(True), run(False), strict=True):
         assert len(together) == len(alone) > 0
         for one, other in zip(together, alone):
