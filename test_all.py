@@ -491,6 +491,10 @@ MANIFESTS = ["--data.kind=manifest", "--data.train=a", "--data.dev=b"]
 RELATIVE = ["--model.encoder.kind=relative_conformer", "--model.encoder.subsampling=4"]
 STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decoder.kind=sanm",
            "--model.predictor.kind=dense"]
+NO_HEAD = "model.predictor.kind: wanted dense or depthwise without a timing head for a streaming model, got "
+SEACO, ODD = ["--model.name=seaco"], ["--model.encoder.hidden_dim=511", "--model.encoder.num_heads=1"]
+SIX = ("model.hotwords.decoder.attention_layers: wanted 6 or more: the sixth layer's attention chooses from a long "
+       "list, got ")
 
 @pytest.mark.parametrize("overrides, line", [
     (["--data.augment.speeds=[0.9, 1]"],
@@ -543,7 +547,30 @@ STREAMS = ["--model.name=streaming", "--model.encoder.kind=sanm", "--model.decod
     (["--model.chunk.new=4"],
      "model.chunk.new: wanted its default 10, as model.name paraformer has no use for it, got 4"),
     (["--model.predictor.upsampling=3"],
-     "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3")])
+     "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3"),
+    (["--model.encoder.kind=sanm", "--model.encoder.subsampling=2"],
+     "model.encoder.subsampling: wanted 1 for kind sanm, got 2"),
+    ([*RELATIVE, "--model.encoder.subsampling=2"],
+     "model.encoder.subsampling: wanted 4 for kind relative_conformer, got 2"),
+    (["--model.encoder.num_layers=0"], "model.encoder.num_layers: wanted 1 or more, got 0"),
+    (["--model.encoder.num_layers=1", "--model.predictor.num_layers=1", "--model.decoder.num_layers=0"], ""),
+    *(([f"--model.{choice}", "--model.decoder.num_layers=0"], "model.decoder.num_layers: wanted 1 or more, got 0")
+      for choice in ("decoder.kind=sanm", "name=transformer")),
+    ([STREAMS[0], *STREAMS[2:]], "model.encoder.kind: wanted sanm for a streaming model, got 'transformer'"),
+    ([*STREAMS[:2], STREAMS[3]], "model.decoder.kind: wanted sanm for a streaming model, got 'transformer'"),
+    (STREAMS[:3], NO_HEAD + "'stacked'"), ([*STREAMS, "--model.predictor.upsampling=3"], NO_HEAD + "'dense'"),
+    ([*SEACO, "--model.hotwords.decoder.num_layers=5"], SIX + "0"),
+    ([*SEACO, "--model.hotwords.decoder.num_layers=6"], ""),
+    ([*SEACO, "--model.hotwords.decoder.num_layers=6", "--model.hotwords.decoder.attention_layers=5"], SIX + "5"),
+    ([*ODD, "--model.encoder.kind=sanm"], ""), ([*ODD, "--model.encoder.position=none"], ""),
+    ([*ODD, "--model.encoder.kind=sanm", "--model.place_embedding=true"],
+     "model.encoder.hidden_dim: wanted an even width for sinusoids, got 511"),
+    (["--model.decoder.hidden_dim=511", "--model.decoder.num_heads=1"],
+     "model.decoder.hidden_dim: wanted an even width for sinusoids, got 511"),
+    ([*MANIFESTS, "--data.augment.noise=a"],
+     "data.augment.snr_db: wanted two numbers, how loud the recordings of data.augment.noise are, got []"),
+    ([*MANIFESTS[:2], "--training.init_from=a"], ""),
+    ([*MANIFESTS, "--model.encoder.kind=sanm", "--data.num_mels=2", "--data.lfr_m=2"], "")])
 def test_rules_between_sections_hold_at_their_bounds(tmp_path, overrides, line):  # C27
     path = written(tmp_path, ISSUE_FILE)
     if line:
