@@ -3702,9 +3702,8 @@ def test_a_pipe_gives_what_the_file_holds(size, extra):  # C161
     assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
     more = io.BufferedReader(Trickle(wav_bytes(samples, 8000) + b"LIST" + bytes(500), 0))      # ends with its data
     assert torch.equal(torch.cat(list(live.pipe_samples(more, live.pipe_header(more)))), heard)
-    stereo = io.BytesIO(wav_bytes(torch.stack([samples, samples], 1).flatten(), 8000))
-    stereo.getbuffer()[22:24] = struct.pack("<H", 2)
-    assert live.pipe_header(stereo).num_samples == 5000
+    stereo = content[:22] + struct.pack("<HIIH", 2, 8000, 32000, 4) + wav_bytes(samples, 8000)[34:]
+    assert live.pipe_header(io.BytesIO(stereo)).num_samples == 2500
 
 def test_a_pipe_that_is_no_wav_is_one_error():
     for content in (b"", b"RIFF", b"hello, world, this is no WAV", wav_bytes(torch.zeros(9), 8000)[:30]):
