@@ -75,7 +75,7 @@ def read_hotwords(name: str, value: Any, models: Models) -> tuple[str, ...] | No
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
             value = list(json.loads(value))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise bad_value(name, "phrases, or a JSON object of them", value) from None
     if value and models.whole is None:
         raise Refusal(422, "no_hotwords", "a streaming model cannot be told any", name)

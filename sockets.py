@@ -162,7 +162,8 @@ class Socket:
         self.empty = 0              # frames without data in it
 
     def send_text(self, text: str) -> None:
-        self.connection.write(to_frame(TEXT, text.encode()))
+        """Half a surrogate pair, which UTF-8 lacks, goes as \\ud800, which is JSON's own escape."""
+        self.connection.write(to_frame(TEXT, text.encode(errors="backslashreplace")))
 
     def read(self) -> str | bytes:
         """The next message. Pings are answered. Raises Closed, or OSError where the connection breaks."""

@@ -10351,6 +10351,8 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
         assert ask(hotword_server, oai(*fields, file))["text"] == wanted
     named = '"the vocabulary cannot spell, so these hotwords help little: \\u4f60'
     wait_until(lambda: any(named in line for line in hotword_server.lines))         # logged behind the answer
+    half = ask(hotword_server, post_json({"features": [[0.0] * 560] * 3, "hotwords": ["\ud800"]}))
+    assert ": \ud800 (" in half["warning"]        # half a surrogate pair, which UTF-8 lacks
 
 # C156
 def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is_not_encoded_again(hotword_server):
@@ -10779,7 +10781,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():  # C204
                "chunk_size": [[5, 10], "5,10,x", [0, 10, 0], [0, 10.0, 5], {}, [-1, 10, 5]]}
     refused = [({name: value}, "invalid_value") for name, values in invalid.items() for value in values]
     refused += [(text, "invalid_json") for text in ("{", "[1]", "[" * 9000, "{}".ljust(65537))]
-    refused += [({"hotwords": "我们"}, "no_hotwords")]
+    refused += [({"hotwords": "我们"}, "no_hotwords"), ({"hotwords": '{"a":' * 9000}, "invalid_value")]
     system = kit_system("streaming")
     samples = kit_speech(2.0)
     with serving(socket_models()) as server, Talker(server) as client:
@@ -10792,7 +10794,8 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():  # C204
             if isinstance(sent, dict):
                 assert error["param"] in (*sent, "chunk_size"), sent
         client.send('{"chunk_size": [0, 10, 5], "unknown": {}}'.ljust(65536))
-        messages = client.say({}, pcm_of(samples))
+        messages = client.say({"wav_name": "\ud800"}, pcm_of(samples))
+        assert messages[-1]["wav_name"] == "\ud800"
         assert messages[-1]["text_so_far"] == stream_through(system, streaming.Chunk(), [samples])[0][0].text
         client.send({"wav_format": "mp3", "mode": "online"})        # a file is for mode offline
         client.send(b"ID3" + bytes(50000))

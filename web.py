@@ -104,7 +104,8 @@ CLIENT_LEFT = Response(499, "", b"", code="client_left")        # logged, never 
 
 
 def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
-    body = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    body = text.encode(errors="backslashreplace")       # half a surrogate pair, which UTF-8 lacks: JSON's own \ud800
     return Response(status, "application/json", body, tuple(headers))
 
 
