@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,13 +58,23 @@ def to_float(text: str) -> float:
     return float(text)
 
 
+def once_each(pairs: list[tuple[str, Any]]) -> dict:
+    """The object of these keys and values. Raises ValueError if a key comes twice: one of its values would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (twice, _), = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice[:40]!r} stands twice in an object")
+    return value
+
+
 def parse_json(body: bytes) -> dict:
     """A JSON object, all numbers as float; overflow gives inf, which its reader refuses. Raises Refusal 400.
     In a large body a Python function converts each number: json's C code alone does not yield the GIL, and /health
     would wait for it."""
     number = float if len(body) < INTERRUPTIBLE else to_float
     try:
-        value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float)
+        value = json.loads(body.decode(), parse_int=number, parse_float=number, parse_constant=float,
+                           object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:       # UnicodeDecodeError is a ValueError
         raise Refusal(400, "invalid_json", f"the body cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -9842,7 +9842,8 @@ BAD_JSON = {
     (400, "invalid_json"): [
         b"", b"  ", b'{"features": [', b'{"features": "\xff"}', b"\xef\xbb\xbf{}", '{"features": []}'.encode("utf-16"),
         b"{} x", b"[]", b"null", b"1", b'"a"', b"{'features': []}", b'{"features": [1,]}', b"[" * 100000,
-        b'{"features":' + b"[" * 20000 + b"]" * 20000 + b"}", rows(0, 1, "01"), rows(0, 1, "0x1")],
+        b'{"features":' + b"[" * 20000 + b"]" * 20000 + b"}", rows(0, 1, "01"), rows(0, 1, "0x1"),
+        b'{"timeout": 1, "features": [], "timeout": 2}'],
     (400, "missing_field"): [{}, {"feature": [Z]}, {"batch": [{"features": [Z]}, {}]}],
     (400, "invalid_type"): [{"features": value} for value in (None, "a", {"0": Z}, 1, True)],
     (422, "empty_features"): [{"features": []}],
