@@ -19,7 +19,7 @@ import numpy as np
 from audio import Part, audio_seconds, load_wav, resample, save_wav
 from commandline import Parser
 from data import generator
-from files import write_atomic
+from files import replacing, write_atomic
 from manifests import LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi, scan_lines
 
 
@@ -122,7 +122,8 @@ def compose(speakers: dict[str, list[Path]], audio: Path, rng: np.random.Generat
     loaded = [load_wav(path) for path in picks]
     rate_hz = loaded[0][1]
     recordings = [resample(samples, own_hz, rate_hz).numpy() for samples, own_hz in loaded]
-    save_wav(audio, join_digits(recordings, rate_hz, rng), rate_hz)
+    with replacing(audio) as path:
+        save_wav(path, join_digits(recordings, rate_hz, rng), rate_hz)
     return " ".join(DIGITS[int(path.name[0])] for path in picks), speaker
 
 
@@ -138,6 +139,7 @@ def prepare_fsdd(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
         target.mkdir(parents=True, exist_ok=True)
         if not pools[split]:
             continue
+        (options.out / f"{split}.jsonl").unlink(missing_ok=True)        # of another run, whose recordings are replaced
         for i in range(options.utterances[number]):
             audio = target / f"{split}_{i:04d}.wav"
             text, speaker = compose(pools[split], audio, generator(options.seed, number, i))
@@ -276,6 +278,9 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"{args.source}: wanted the corpus's folder, got none of that name")
         write_manifests(args.prepare(args), args.out)
         return 0
+    except KeyboardInterrupt:
+        print(f"corpora.py: stopped before {args.out} had all its manifests", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"corpora.py: {error}", file=sys.stderr)
         return 2

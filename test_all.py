@@ -4595,6 +4595,24 @@ def test_fsdd_keeps_test_recordings_and_the_held_out_speaker_apart(tmp_path):
             assert row["speaker"] == ("bob" if split == "unseen_speaker" else "ann")
             assert (tmp_path / "b" / row["audio"]).read_bytes() == (tmp_path / "a" / row["audio"]).read_bytes()
 
+@pytest.mark.parametrize("stop, code, words", [
+    (KeyboardInterrupt(), 130, "stopped before {out} had all its manifests"),
+    (OSError(errno.ENOSPC, "Full"), 2, "[Errno 28] Full: '{out}/wav/train/train_0000.wav'")])
+def test_an_interrupted_corpus_leaves_no_manifest_of_other_recordings(tmp_path, capsys, monkeypatch, stop, code, words):
+    def break_off(path: Path, samples: np.ndarray, rate_hz: int) -> None:
+        path.write_bytes(b"RI")
+        raise stop
+
+    out, audio_file = tmp_path / "out", tmp_path / "out/wav/train/train_0000.wav"
+    audio.save_wav(tmp_path / "1_ann_10.wav", tone(0.1, 8000), 8000)
+    command = ["fsdd", str(tmp_path), str(out), "--utterances", "1", "0", "0", "0"]
+    assert corpora.main(command) == 0 and len(rows_of(out / "train.jsonl")) == 1
+    before = audio_file.read_bytes()
+    monkeypatch.setattr(corpora, "save_wav", break_off)
+    assert corpora.main([*command, "--seed", "1"]) == code
+    assert capsys.readouterr().err == f"corpora.py: {words.format(out=out)}\n"
+    assert list(out.rglob("*.*")) == [audio_file] and audio_file.read_bytes() == before     # nothing half-written
+
 def test_composed_digits_are_as_loud_as_said_with_noise_and_fades_as_said():
     """A recording of ones: its gain is of -9 to 3 dB and a deviation of 2, its edges rise within 5 ms. And silence."""
     levels, floors, rng = [], [], np.random.default_rng(0)
