@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from timeit import timeit
 
-from threads import spin_briefly
+from commandline import Parser, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -52,7 +52,6 @@ from bench_long import large_config, large_system, measure_cuts, measure_parts, 
 from bench_peers import measure_peers, peer_python, spread
 from bench_stream import measure_streams, running
 from checkpoint import System, export_directory, load_system, runs_on
-from commandline import Parser
 from decode import decode_batch, drawable, greedy_system, open_inputs, plan_batches, read_result, with_search
 from decode_options import parse_arguments
 from dry_run import num_parameters, rehearse

@@ -1,6 +1,17 @@
-"""A command line whose errors are one line; how it is used stands in --help alone. Needs the standard library alone."""
+"""How every script begins: torch's idle threads wait briefly, which torch reads once when it is loaded; an error of the
+command line is one line, and how it is used stands in --help alone. Needs the standard library alone."""
 import argparse
+import os
 from typing import NoReturn
+
+SPIN = 3000  # rounds, 75 us on a Zen 4: 30,000 gain 8 to 20% on an idle machine and cost 5 times on a busy one
+
+
+def spin_briefly() -> None:
+    """OpenMP's idle threads spin for SPIN rounds, then sleep, unless the user has said what they do. By default they
+    spin for so long that every operator is late when another process keeps a core busy."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN))
 
 
 class Parser(argparse.ArgumentParser):

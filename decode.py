@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from threads import spin_briefly
+from commandline import spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded

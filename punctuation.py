@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from threads import spin_briefly
+from commandline import Parser, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from attention import causal_mask
-from commandline import Parser
 from config import EncoderConfig, from_dict
 from downloads import check_part
 from funasr import RENAMES, load_model, published_files, read_section, read_values, rename, translate

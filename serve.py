@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from threads import spin_briefly
+from commandline import Parser, spin_briefly
 
 if __name__ == "__main__":      # before torch is loaded, which takes seconds
     # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
@@ -42,7 +42,6 @@ import torch
 import decode
 from batcher import Batcher, num_utterances
 from checkpoint import PRECISIONS, check_not_streaming, load_system
-from commandline import Parser
 from decode_options import DEFAULT_CHECKPOINT, two_numbers
 from listen import asked_chunk
 from monitor import Log, Metrics, log_line, resident_bytes

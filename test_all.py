@@ -69,6 +69,7 @@ import bench_long
 import bench_peers
 import bench_stream
 import checkpoint
+import commandline
 import compare
 import config
 import corpora
@@ -103,7 +104,6 @@ import sockets
 import survival
 import streaming
 import streams
-import threads
 import tokenizer
 import train
 import transcribe
@@ -2767,20 +2767,20 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
     assert found == [f"funasr/{name}"
                      for name in "paraformer-zh paraformer-en paraformer-zh-streaming fsmn-vad ct-punc".split()]
 
-# ---- threads: how they wait ----
+# ---- commandline: how threads wait ----
 
 @pytest.mark.parametrize("given, count", [
     ({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
 def test_idle_threads_spin_briefly_unless_the_user_says_how_they_wait(monkeypatch, given, count):
     monkeypatch.setattr(os, "environ", dict(given))
-    threads.spin_briefly()
+    commandline.spin_briefly()
     assert os.environ.get("GOMP_SPINCOUNT") == count
 
 @pytest.mark.parametrize("name", ["bench", "decode", "punctuation", "serve", "train", "vad"])
 def test_scripts_say_how_threads_wait_before_torch_is_loaded(name):
     before, _, after = (HERE / f"{name}.py").read_text().partition('if __name__ == "__main__":')
     roots = {line.split()[1].split(".")[0] for line in before.split("\n") if line.startswith(("import ", "from "))}
-    assert roots <= {"threads", *sys.stdlib_module_names} and "    spin_briefly()" in after.split("\nimport ")[0]
+    assert roots <= {"commandline", *sys.stdlib_module_names} and "    spin_briefly()" in after.split("\nimport ")[0]
 
 # ---- survival: consoles, signals ----
 
@@ -11556,7 +11556,7 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():  # C212
 # ---- the project: layout, floors, documents ----
 
 FLOORS = {"config": 1, "tokenizer": 1, "audio": 1, "attention": 1, "plot": 1, "web": 1, "sockets": 1, "downloads": 1,
-          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "threads": 1, "manifests": 1, "files": 1, "augment": 1,
+          "monitor": 1, "pauses": 1, "ranks": 1, "survival": 1, "manifests": 1, "files": 1, "augment": 1,
           "bench_peers": 1, "commandline": 1, "rules": 2, "packed": 1, "data": 2, "live": 2, "pieces": 2,
           "funasr_layers": 2, "batcher": 2, "compare": 3, "model": 3, "corpora": 3, "funasr": 3,
           "baselines": 4, "hotwords": 4, "report": 4, "step": 4, "streaming": 4, "chunked": 4, "vad": 4,

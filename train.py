@@ -35,7 +35,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from threads import spin_briefly
+from commandline import Parser, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -49,7 +49,6 @@ import data
 import rules
 from checkpoint import (CHECKPOINT_FORMAT, System, adopted, last_checkpoint, load_state, pick_device, save_run,
                         start_from)
-from commandline import Parser
 from compare import accuracies, best_row, compare
 from dry_run import clock, describe, num_parameters, warnings
 from files import load_weights, write_atomic

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-from threads import spin_briefly
+from commandline import Parser, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from attention import convolve
 from audio import Source, stream
-from commandline import Parser
 from downloads import check_part
 from funasr import load_model, published_files, read_cmvn, read_section, read_values, rename
 from live import first_sample, frontend_part
