@@ -348,11 +348,15 @@ def what_is_done(output: Output, encode: Callable[[str], list[int]]) -> tuple[se
 
 
 def write_outcomes(output: Output, outcomes: Sequence[Outcome]) -> None:
-    """What one batch has come to, at once."""
+    """What one batch has come to, at once. Raises OSError that names the file."""
     done = [outcome for outcome in outcomes if outcome.result]
     if output.part:
-        output.part.write(b"".join(part_line(output, outcome) for outcome in done))
-        output.part.flush()
+        try:
+            output.part.write(b"".join(part_line(output, outcome) for outcome in done))
+            output.part.flush()
+        except OSError as error:  # a full disk
+            error.filename = output.part.name
+            raise
     if output.files:
         for outcome in done:
             write_file(output.files[outcome.index], FORMS[output.form](outcome))

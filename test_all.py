@@ -8615,7 +8615,10 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
     found = None if mark is None else (report.Sentence(written.text, 0.1, 0.2, [written]),)
     result = report.Result("ab", 0.9, [report.Token("ab", 5, 0.9, 0.1, 0.2)], [word], sentences=found)
     outcome = report.Outcome(1, "k", 0.5, "ab", result)
-    line = outputs.part_line(outputs.Output("json", outputs.numbered(["k", "k"]), made={"ckpt": "x"}), outcome)
+    output = outputs.Output("json", outputs.numbered(["k", "k"]), made={"ckpt": "x"})
+    line = outputs.part_line(output, outcome)
+    with open("/dev/full", "ab", buffering=0) as full, pytest.raises(OSError, match="28.*'/dev/full'"):
+        outputs.write_outcomes(output._replace(part=full), [outcome])
     assert json.loads(line)["number"] == 1 and outputs.final_line(line) == report.json_line(outcome).encode()
     back, row = outputs.read_outcome(line, "part")
     assert row["made"] == {"ckpt": "x"}
