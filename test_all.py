@@ -9761,7 +9761,7 @@ def exchange(server, raw: bytes, end: bool = False) -> tuple[int, dict[str, str]
         if end:
             connection.shutdown(socket.SHUT_WR)
         try:
-            response, body = read_answer(connection)
+            response, body = read_answer(connection, "HEAD" if raw[:5] == b"HEAD " else "GET")
         except http.client.RemoteDisconnected:
             return 0, {}, b""
         return response.status, {name.lower(): value for name, value in response.getheaders()}, body
