@@ -69,6 +69,9 @@ def write_manifests(rows: Iterable[tuple[str, dict] | LeftOut], out: Path) -> No
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(path, lines.encode(errors="backslashreplace"))     # a file name that is not UTF-8: \udcff
         print(f"{path}: {len(rows)} utterances, {show_length(sum(row.get('duration', 0.0) for row in rows))}")
+        unread = [row["audio"] for row in rows if "duration" not in row]
+        if unread:
+            print(f"{path}: {len(unread)} of them cannot be read and will be skipped: {', '.join(unread[:3])}")
     for line in told:
         print(line)
     for split in SPLITS:
