@@ -9887,9 +9887,16 @@ BAD_JSON = {
         b'{"features": [[' + b",".join([b"0"] * 40) + b']], "timeout": 1e999}'],
     (400, "invalid_value"): [{"features": [Z], "alignment": 2}, {"features": [Z], "alignment": []}]}
 FORM = ("/v1/audio/transcriptions", "multipart/form-data; boundary=B")
+
+def bounded(*boundaries: str) -> list[bytes]:
+    """The same form with each boundary, as it stands in Content-Type."""
+    parts = [form(FILE).replace(b"--B", b"--" + boundary.strip('"').encode()) for boundary in boundaries]
+    return [post("/transcribe", f"multipart/form-data; boundary={x}", body) for x, body in zip(boundaries, parts)]
+
 BAD_FORMS = {
     (400, "invalid_multipart"): [
-        *(oai(FILE, boundary=text) for text in ("", "; boundary=", "; boundary=" + "B" * 71, "; boundary=C")),
+        *(oai(FILE, boundary=text) for text in ("", "; boundary=", "; boundary=C")),
+        *bounded("B" * 71, '"' + "B" * 71 + '"'),
         oai(FILE, closing=""), oai(FILE, closing="--B-"), post(*FORM, b""), post(*FORM, b"{}"),
         oai(FILE, ('filename="b"', b"")), oai(FILE, ('name=""', b"")), oai((wide_name(8193), wav(NOISE))),
         post(*FORM, b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'),
@@ -9928,7 +9935,7 @@ LARGEST = [  # what a server with the limits of the fixture `server` still takes
     get("GET HTTP://x:8000/health HTTP/1.1"),
     post_json({"features": [[0] * 40] * 500}), post_json({"batch": [{"features": [Z]}] * 64}),
     oai(FILE, *(field(f"x{i}", "") for i in range(127))), oai((wide_name(8192), wav(NOISE))),
-    post("/transcribe", f'multipart/form-data; boundary="{"B" * 70}"', form(FILE).replace(b"--B", b"--" + b"B" * 70)),
+    *bounded("B", "B" * 70, '"B"', '"' + "B" * 70 + '"'),
     oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), oai(FILE, field("temperature", "1")),
     *(post("/transcribe", "audio/wav", body) for body in (wav(bytes(20 * 8000), bits=8), wav(bytes(1600), channels=8),
                                                           wav(NOISE, rate_hz=4000), wav(NOISE, rate_hz=384000)))]
@@ -10333,6 +10340,7 @@ def test_openai_formats_by_hand():  # C57
         "id": 0, "seek": 0, "start": 0.1, "end": 1.2, "text": "one two", "tokens": [7, 9], "temperature": 0.5,
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
+    assert [(segment["id"], segment["tokens"]) for segment in verbose["segments"]] == [(0, [7, 9]), (1, [8])]
     assert "segments" not in json.loads(body(response_format="verbose_json", granularities=["word"]))
     assert {"segments", "words"} & set(json.loads(body(response_format="verbose_json"))) == {"segments"}
     logprobs = json.loads(body(logprobs=True))["logprobs"]
