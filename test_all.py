@@ -1991,13 +1991,14 @@ def test_cors_is_for_named_origins_or_with_a_star_for_any():  # C58
 @pytest.mark.parametrize("given,origin", [
     ("https://a.example", "https://a.example"), ("https://A.Example/", "https://a.example"), ("*", "*"),
     ("HTTPS://a.example:443", "https://a.example"), ("http://localhost:3000", "http://localhost:3000"),
-    ("http://[::1]:80", "http://[::1]")])
+    ("http://[::1]:80", "http://[::1]"), ("http://a:8", "http://a:8"), ("http://a:65535", "http://a:65535")])
 def test_an_origin_is_read_as_browsers_send_it(given, origin):  # C196
     assert serve.parse_arguments(["--cors-origin", given]).cors_origin == [origin]
 
 @pytest.mark.parametrize("flags,words", [
     (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
-    (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
+    (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--cors-origin", "http://a:100000"], "wanted an or"),
+    (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
     (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address"),
     *((["--port", port], f"--port must be 0 to 65535, got {port}") for port in ("-1", "65536")),
     (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"),
@@ -9898,6 +9899,7 @@ BAD_FORMS = {
         *(oai(FILE, boundary=text) for text in ("", "; boundary=", "; boundary=C")),
         *bounded("B" * 71, '"' + "B" * 71 + '"'),
         oai(FILE, closing=""), oai(FILE, closing="--B-"), post(*FORM, b""), post(*FORM, b"{}"),
+        post(*FORM, form(FILE).replace(b"--B\r", b"--Bx\r")),
         oai(FILE, ('filename="b"', b"")), oai(FILE, ('name=""', b"")), oai((wide_name(8193), wav(NOISE))),
         post(*FORM, b'--B\r\nContent-Disposition: form-data; name="file"\r\n--B--\r\n'),
         oai(FILE, *(field(f"x{i}", "") for i in range(128))), oai(FILE, ('name="language"', b"\xff"))],      # 129 parts
@@ -9932,10 +9934,11 @@ HALF = b"80000\r\n" + b" " * 2**19 + b"\r\n"
 LARGEST = [  # what a server with the limits of the fixture `server` still takes
     get(f"GET /health?{'a' * 4091} HTTP/1.1"), wide_get(65536), get("GET /health HTTP/1.1", *["A: b"] * 99),
     b"GET /health HTTP/1.0\r\n\r\n", get(f"GET /health?{'a=b&' * 99}a=b HTTP/1.1"),
-    get("GET HTTP://x:8000/health HTTP/1.1"),
+    *(get(f"GET HTTP://x:8000{path} HTTP/1.1") for path in ("", "?a", "/health")),
     post_json({"features": [[0] * 40] * 500}), post_json({"batch": [{"features": [Z]}] * 64}),
     oai(FILE, *(field(f"x{i}", "") for i in range(127))), oai((wide_name(8192), wav(NOISE))),
     *bounded("B", "B" * 70, '"B"', '"' + "B" * 70 + '"'),
+    post(*FORM, form(FILE).replace(b"--B\r", b"--B \t\r")),        # RFC 2046: spaces behind a boundary
     oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), oai(FILE, field("temperature", "1")),
     *(post("/transcribe", "audio/wav", body) for body in (wav(bytes(20 * 8000), bits=8), wav(bytes(1600), channels=8),
                                                           wav(NOISE, rate_hz=4000), wav(NOISE, rate_hz=384000)))]
