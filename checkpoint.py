@@ -25,7 +25,7 @@ from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from chunked import StreamingParaformer, check_trainable
 from downloads import check_name, check_pointer
-from files import WithoutInit, load_weights, read_file, save_atomic, write_atomic
+from files import WithoutInit, load_weights, read_file, replacing, save_atomic, write_atomic
 from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
                     read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
@@ -446,13 +446,17 @@ def export_directory(system: System, folder: Path) -> None:
         pieces = tokenizer.pieces
     elif tokenizer.unit == "word":
         pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
-    write_atomic(folder / "config.yaml", config)
-    write_atomic(folder / "tokens.json", json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
-    write_cmvn(folder / "am.mvn", system.stats.cpu())
-    if pieces is not None:
-        lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
-        write_atomic(folder / "seg_dict", "\n".join(lines) + "\n")
-    save_atomic(folder / "model.pt", weights)
+    with contextlib.ExitStack() as stack:  # all is written before anything is replaced: no mixture on a full disk
+        def new(name: str) -> Path:
+            return stack.enter_context(replacing(folder / name))
+
+        write_atomic(new("config.yaml"), config)
+        write_atomic(new("tokens.json"), json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+        write_cmvn(new("am.mvn"), system.stats.cpu())
+        if pieces is not None:
+            lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
+            write_atomic(new("seg_dict"), "\n".join(lines) + "\n")
+        save_atomic(new("model.pt"), weights)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
     if pieces is None:
         (folder / "seg_dict").unlink(missing_ok=True)

@@ -9610,6 +9610,18 @@ def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_pa
         assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
         assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
 
+def test_an_export_that_does_not_fit_leaves_the_earlier_one_as_it_was(tmp_path, monkeypatch):
+    checkpoint.export(sanm_system("char"), str(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path: Path, state: dict) -> None:
+        raise OSError(errno.ENOSPC, "Full")
+
+    monkeypatch.setattr(checkpoint, "save_atomic", full)
+    with pytest.raises(OSError, match="Full: .*/model.pt'"):
+        checkpoint.export(sanm_system("word"), str(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
 @pytest.mark.parametrize("target", ["out", "out.pt"])
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(ckpt, tmp_path, capsys, target):  # C34
     """Files that may have 9 kB play the disk; the weights have more."""
