@@ -17,3 +17,10 @@ def spin_briefly() -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def path_text(text: str) -> str:
+    """The type of what names a file or folder: "", as of a shell's variable that is not set, names none."""
+    if not text:
+        raise argparse.ArgumentTypeError("wanted a path, got an empty text")
+    return text

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from audio import Part, audio_seconds, load_wav, resample, save_wav
-from commandline import Parser
+from commandline import Parser, path_text
 from data import generator
 from files import replacing, write_atomic
 from manifests import LeftOut, RECORDINGS, find_recordings, left_out_lines, read_table, run_pipe, scan_kaldi, scan_lines
@@ -241,6 +241,10 @@ def prepare_kaldi(options: argparse.Namespace) -> Iterator[tuple[str, dict] | Le
         yield split, line
 
 
+def given_path(text: str) -> Path:
+    return Path(path_text(text))
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="corpora.py", usage="python corpora.py COMMAND SOURCE OUT [options]      (COMMAND --help lists them)",
@@ -251,8 +255,8 @@ def build_parser() -> Parser:
     def add(name: str, about: str, prepare: Callable) -> Parser:
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(prepare=prepare)
-        command.add_argument("source", type=Path, help="the corpus's folder")
-        command.add_argument("out", type=Path, help="folder for the manifests, made if need be")
+        command.add_argument("source", type=given_path, help="the corpus's folder")
+        command.add_argument("out", type=given_path, help="folder for the manifests, made if need be")
         return command
 
     fsdd = add("fsdd", "free-spoken-digit-dataset: compose connected digits, its test recordings kept apart",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from baselines import Search
 from checkpoint import PRECISIONS, SEGMENT_SEC
-from commandline import Parser
+from commandline import Parser, path_text
 from report import FORMS
 from vad import SCHEDULES
 
@@ -33,25 +33,29 @@ def add_options(add: Callable) -> None:
         "manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a line of a manifest")
     add("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
         help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
-    add("--export", metavar="PATH", help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
+    add("--export", metavar="PATH", type=path_text,
+        help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
         "checkpoint, else a directory, FunASR's if it knows the model; with --dtype int8 in a quarter of the size, to "
         "run in int8 only")
     add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
         "(UTF-8) with one a line, # before a remark, or words with spaces between them")
-    add("--vad", metavar="DIR", help="cut where a VAD model finds speech: a directory as FunASR publishes fsmn-vad")
+    add("--vad", metavar="DIR", type=path_text,
+        help="cut where a VAD model finds speech: a directory as FunASR publishes fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
         "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
-    add("--punctuate", metavar="DIR", help="write sentences: a directory as FunASR publishes ct-punc")
+    add("--punctuate", metavar="DIR", type=path_text, help="write sentences: a directory as FunASR publishes ct-punc")
     add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
         "paths (`sox ... |`), in that folder")
-    add("--output", metavar="PATH", help="write into a folder, a file for each utterance when it is done (ctm: "
+    add("--output", metavar="PATH", type=path_text,
+        help="write into a folder, a file for each utterance when it is done (ctm: "
         "results.ctm), where PATH ends in .jsonl, a line for each, or, of one input, a file such as talk.srt")
     add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
     add("--resume", action="store_true", help="go on with an --output that a run has begun: what it has is not decoded "
         "again")
-    add("--report", metavar="DIR", help="write the errors of the inputs that have a reference: summary.txt, "
+    add("--report", metavar="DIR", type=path_text,
+        help="write the errors of the inputs that have a reference: summary.txt, "
         "alignments.txt and report.html")
-    add("--plot", metavar="DIR", help="write pictures of each utterance (with --limit, of so many)")
+    add("--plot", metavar="DIR", type=path_text, help="write pictures of each utterance (with --limit, of so many)")
     add("--explain", action="store_true", help="draw each utterance's way through the model, NAME.explain.svg, in the "
         "folder of --plot or here")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from commandline import Parser, spin_briefly
+from commandline import Parser, path_text, spin_briefly
 
 if __name__ == "__main__":      # before torch is loaded, which takes seconds
     # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
@@ -301,15 +301,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                     "that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
-    add("--offline-checkpoint", metavar="DIR", help="of whole utterances, beside a streaming one: for a second pass of "
+    add("--offline-checkpoint", metavar="DIR", type=path_text,
+        help="of whole utterances, beside a streaming one: for a second pass of "
         "web sockets, and for requests")
     add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames decided at a "
         "time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
     add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="chunks before them that are seen (4,1 "
         "for FunASR's); clients may ask for others")
-    add("--vad", metavar="DIR", help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
+    add("--vad", metavar="DIR", type=path_text,
+        help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
-    add("--punctuate", metavar="DIR", help="answer with sentences: a directory of ct-punc")
+    add("--punctuate", metavar="DIR", type=path_text, help="answer with sentences: a directory of ct-punc")
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")

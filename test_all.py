@@ -1996,7 +1996,7 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):  # C196
     assert serve.parse_arguments(["--cors-origin", given]).cors_origin == [origin]
 
 @pytest.mark.parametrize("flags,words", [
-    (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
+    (["--vad", ""], "wanted a path, got an empty"), (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
     (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--cors-origin", "http://a:100000"], "wanted an or"),
     (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
     (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address"),
@@ -4696,7 +4696,7 @@ def test_bad_input_to_a_subcommand_is_one_line_and_exit_code_2(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert corpora.main(arguments) == 2
     error = capsys.readouterr().err
-    for wrong in ([], ["nonsense"], ["fsdd", "a", "b", "--seed=x\ny"]):
+    for wrong in ([], ["nonsense"], ["fsdd", "a", "b", "--seed=x\ny"], ["folder", "", "b"], ["folder", "a", ""]):
         with pytest.raises(SystemExit, match="2"):
             corpora.main(wrong)
         said = capsys.readouterr().err
@@ -8358,7 +8358,8 @@ def refused_arguments(capsys, *arguments: str) -> str:
     "--max-segment-sec=inf", "--plot-layer=1", "--plot=x --plot-layer=-1", "--threads=99999999999999999999",
     "--batch-seconds=1e308", "--limit=1000000000", "--resume", "--vad-schedule=funasr", "--vad=x --min-segment-sec=2",
     "--vad=x --max-segment-sec=30", "--stream", "--stream - --pcm=999", "--stream a.wav --pcm=8000", "--pcm=8000",
-    "--chunk=10", "--chunk=1.5,2", "--look-back=1,2,3"])
+    "--chunk=10", "--chunk=1.5,2", "--look-back=1,2,3", "--output=", "--report=", "--plot=", "--export=", "--vad=",
+    "--punctuate="])
 def test_bad_decoding_arguments_exit_with_2_and_are_named(capsys, arguments):
     assert arguments.split()[-1].split("=")[0] in refused_arguments(capsys, *arguments.split())
 
