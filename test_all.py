@@ -1996,7 +1996,8 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):  # C196
     assert serve.parse_arguments(["--cors-origin", given]).cors_origin == [origin]
 
 @pytest.mark.parametrize("flags,words", [
-    (["--vad", ""], "wanted a path, got an empty"), (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
+    (["--vad", ""], "wanted a path, got an empty"),
+    (["--cors-origin", "a.example"], "wanted an origin like"), (["--cors-origin", "https://a.example/x"], "got 'https"),
     (["--cors-origin", "ftp://a.example"], "wanted an origin"), (["--cors-origin", "http://a:100000"], "wanted an or"),
     (["--trusted-proxy", "nginx"], "--trusted-proxy: 'ngi"),
     (["--log-format", "xml"], "--log-format"), (["--host", ""], "--host: wanted an address"),
