@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -483,11 +484,21 @@ def end_at_next(signals: int, log: Log) -> None:
     os._exit(0)
 
 
+def log_warnings(log: Log) -> None:
+    """Warnings become lines of the log, those of recordings each time."""
+    def show(message: Warning | str, *place: object) -> None:
+        log("WARNING", "warning", message=str(message))
+
+    warnings.filterwarnings("always", module="audio")
+    warnings.showwarning = show
+
+
 def run(options: argparse.Namespace) -> NoReturn:
     bound_memory()
     signals, wake = catch_signals()
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
     log = Log(options.log_format)
+    log_warnings(log)
     server = listen(options, log)
     host, port = server.server_address[:2]
     begun = {"host": host, "port": port, "checkpoint": options.checkpoint}
