@@ -10,6 +10,7 @@ import math
 import os
 import runpy
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -384,9 +385,11 @@ def fresh(config: configs.Config) -> System:
     tokenizer = Tokenizer.build(data.training_texts(config.data), config.data.unit)
     plain = data.open_dataset(config.data, "train", tokenizer.encode, config.training.seed, None,
                               config.model.encoder.subsampling)
-    data.check_usable(plain, "data.train")
     items = (plain[i] for i in range(0, len(plain), math.ceil(len(plain) / STATS_UTTERANCES)))
-    stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first epoch says them
+        data.check_usable(plain, "data.train")
+        stats = compute_stats(item.feats for item in items if isinstance(item, data.Utterance))
     return System(config, tokenizer, stats, build(config.model, stats.shape[1], len(tokenizer)))
 
 

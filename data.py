@@ -12,6 +12,8 @@ import functools
 import itertools
 import math
 import os
+import resource
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass
@@ -477,13 +479,34 @@ def collate(items: list[Utterance | Skip]) -> Batch:
     return Batch([u.key for u in kept], feats, feat_lens, tokens, token_lens, [u.text for u in kept], skipped)
 
 
+FILES_OF_A_LOADER = 12      # that a process has open for two batches, a tensor being one, and its queues
+OTHER_FILES = 64
+
+
+def check_open_files(num_workers: int) -> None:
+    """Raises ValueError where loader processes would find none free and the run would wait for them for ever."""
+    wanted = OTHER_FILES + FILES_OF_A_LOADER * num_workers
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_workers and most < wanted:
+        raise ValueError(f"data.num_workers: wanted {wanted} open files or more for {num_workers} processes, got {most}"
+                         f" (ulimit -n); try ulimit -n {wanted}, or data.num_workers=0")
+
+
+def begin_worker(epoch: int, worker: int) -> None:
+    leave_signals_to_parent(worker)
+    if epoch:       # a recording's warning has been said in epoch 0
+        warnings.simplefilter("ignore")
+
+
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
            start: int = 0) -> Iterable[Batch]:
     """The batches from number `start` on, once, in order, the same for every num_workers; each worker loads two batches
-    ahead. With a generator of its own, so that torch's global one stays untouched."""
+    ahead. With a generator of its own, so that torch's global one stays untouched. Raises as check_open_files."""
+    check_open_files(num_workers)
+
     def addresses() -> Iterator[list[tuple[int, int]]]:
         for batch in itertools.islice(batches, start, None):
             yield [(epoch, index) for index in batch]
 
     return DataLoader(dataset, batch_sampler=addresses(), num_workers=num_workers, collate_fn=collate,
-                      generator=torch.Generator(), worker_init_fn=leave_signals_to_parent)
+                      generator=torch.Generator(), worker_init_fn=functools.partial(begin_worker, epoch))

@@ -944,6 +944,31 @@ def test_a_recording_that_breaks_off_is_read_with_a_warning_and_a_stream_without
     assert len(caught) == (3 if found else 0)  # the first part is whole
     assert {str(caught[i].message) for i in (0, 2) if found} == ({said} if found else set())
 
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_each_warning_of_a_recording_is_a_line_of_the_servers_log(form):
+    log = monitor.Log(form)
+    with warnings.catch_warnings():
+        serve.log_warnings(log)
+        for _ in range(2):
+            audio.load_wav(wav(bytes(12800), size=64000))
+    lines = [log.lines.get_nowait() for _ in range(2)]
+    assert log.lines.empty() and all("<bytes>: wanted the 4.000 s" in line for line in lines)
+    assert form == "text" or json.loads(lines[1])["level"] == "WARNING"
+
+def test_loader_processes_say_a_recordings_warning_in_the_first_epoch_only(tmp_path, capfd, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(wav(bytes(12800), size=64000))
+    path = write_manifest(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "a"}])
+    dataset = data.ManifestDataset(path, data_options(), letters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *place: os.write(2, f"{message}\n".encode())
+        for epoch in range(2):
+            assert len(list(data.loader(dataset, [[0]], epoch, num_workers=1))[0].keys) == 1
+    assert capfd.readouterr().err.count("it breaks off") == 1
+    monkeypatch.setattr(data.resource, "getrlimit", lambda kind: (87, 87))
+    with pytest.raises(ValueError, match="wanted 88 open files or more for 2 processes, got 87"):
+        data.loader(dataset, [[0]], num_workers=2)
+
 def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
     np.testing.assert_array_equal(samples.numpy() * 32768, [150])
