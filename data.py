@@ -487,7 +487,7 @@ def check_open_files(num_workers: int) -> None:
     """Raises ValueError where loader processes would find none free and the run would wait for them for ever."""
     wanted = OTHER_FILES + FILES_OF_A_LOADER * num_workers
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if num_workers and most < wanted:
+    if num_workers and 0 <= most < wanted:  # -1: without a limit
         raise ValueError(f"data.num_workers: wanted {wanted} open files or more for {num_workers} processes, got {most}"
                          f" (ulimit -n); try ulimit -n {wanted}, or data.num_workers=0")
 
