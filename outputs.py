@@ -257,7 +257,7 @@ def merge_parts(output: Output, keep: bool) -> None:
     parts = parts_of(output.merged)
     for part in parts:
         for start, line in whole_lines(part):
-            row = json.loads(line)
+            _, row = read_outcome(line, f"{part}, byte {start}")
             lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
     with replacing(output.merged) as path, open(path, "wb") as target:
         for _, part, start in sorted(lines):
@@ -363,9 +363,13 @@ def write_outcomes(output: Output, outcomes: Sequence[Outcome]) -> None:
 
 
 def end_output(output: Output, interrupted: bool, processes: int) -> None:
-    """Rank 0 writes `merged`; not where one of several processes was interrupted, as parts of others may still grow."""
+    """Rank 0 writes `merged`; not where one of several processes was interrupted, as parts of others may still grow.
+    Raises ValueError for a part that somebody has removed or changed."""
     if output.part:
+        removed = not os.fstat(output.part.fileno()).st_nlink
         output.part.close()
+        if removed:
+            raise ValueError(f"{output.part.name}: removed while it was written, and what was decoded with it")
     if output.merged and output.rank == 0 and (processes == 1 or not interrupted):
         with interrupted_later():
             merge_parts(output, keep=interrupted)

@@ -8638,7 +8638,7 @@ def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_d
         "a.wav", name, *left, "said", "shown"]
 
 @pytest.mark.parametrize("mark", [None, "", "."])
-def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(mark):  # C182
+def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_without_marks(tmp_path, mark):  # C182
     """mark: what punctuation put behind the word; None: there was none."""
     word = report.Word("ab", 0.1, 0.2, 0.9)
     written = word._replace(text=f"ab{mark}")
@@ -8655,6 +8655,14 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
     assert (back.key, back.seconds, back.reference, back.result.text, back.result.tokens) == (
         "k", 0.5, "ab", "ab", result.tokens)
     assert outputs.read_outcome(outputs.final_line(line), "end")[0].reference == ("ab" if mark is None else "")
+    output = output._replace(merged=tmp_path / "x.jsonl", part=outputs.open_part(tmp_path / "x.jsonl.part"))
+    outputs.write_outcomes(output, [outcome])
+    (tmp_path / "x.jsonl.part1").write_text("{junk\n")
+    with pytest.raises(ValueError, match="x.jsonl.part1, byte 0: wanted a result"):
+        outputs.merge_parts(output, False)
+    (tmp_path / "x.jsonl.part").unlink()
+    with pytest.raises(ValueError, match="x.jsonl.part: removed while it was written"):
+        outputs.end_output(output, False, 1)
 
 def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):  # C182
     file, out, words = spoken(tmp_path / "a.wav", 0.5), tmp_path / "out.jsonl", tmp_path / "words"
