@@ -10374,6 +10374,7 @@ def test_openai_formats_by_hand():  # C57
         result = report.Result("one two six", 0.7, SPOKEN, SPOKEN_WORDS)
         form = openai_forms.parse_openai_form({"language": ["en"]})._replace(**changes)
         response = openai_forms.openai_response(result, 62.50041, form)
+        assert response.status == 200
         kinds["stream" if form.stream else form.response_format] = response.media_type.removesuffix("; charset=utf-8")
         return response.body.decode()
 
@@ -10391,6 +10392,7 @@ def test_openai_formats_by_hand():  # C57
         "avg_logprob": round((math.log(0.5) + math.log(0.8)) / 2, 4), "no_speech_prob": 0.0,
         "compression_ratio": round(7 / len(zlib.compress(b"one two")), 4)}
     assert [(segment["id"], segment["tokens"]) for segment in verbose["segments"]] == [(0, [7, 9]), (1, [8])]
+    assert openai_forms.segment_entries(report.Result("one", 0.7, [], SPOKEN_WORDS), 0.0)[0]["avg_logprob"] == 0.0
     assert "segments" not in json.loads(body(response_format="verbose_json", granularities=["word"]))
     assert {"segments", "words"} & set(json.loads(body(response_format="verbose_json"))) == {"segments"}
     logprobs = json.loads(body(logprobs=True))["logprobs"]
