@@ -9987,6 +9987,7 @@ LARGEST = [  # what a server with the limits of the fixture `server` still takes
     *bounded("B", "B" * 70, '"B"', '"' + "B" * 70 + '"'),
     post(*FORM, form(FILE).replace(b"--B\r", b"--B \t\r")),        # RFC 2046: spaces behind a boundary
     oai(("name=file; filename*=UTF-8''a.wav", wav(NOISE))), oai(FILE, field("temperature", "1")),
+    oai(FILE, field("alignment", "of OpenAI's API there is none")),
     *(post("/transcribe", "audio/wav", body) for body in (wav(bytes(20 * 8000), bits=8), wav(bytes(1600), channels=8),
                                                           wav(NOISE, rate_hz=4000), wav(NOISE, rate_hz=384000)))]
 LARGEST_BODIES = [  # and bodies that are read whole: the code of what is wrong with them
@@ -10473,6 +10474,8 @@ def test_hotwords_for_a_model_that_takes_none_are_422_and_a_prompt_is_ignored(se
     assert exchange(server, oai(field("prompt", "a, b"), FILE))[0] == 200
     takes = serving_system()._replace(encode_list=print)
     assert bodies.parse_hotwords(["字" * 64] * 1000, takes, "hotwords") == ("字" * 64,) * 1000
+    for path, told in (("/transcribe", None), ("/v1/audio/transcriptions", ("a",))):        # a prompt is OpenAI's
+        assert bodies.told_hotwords([bodies.Upload([], 1.0)], {"prompt": "a"}, takes, path)[0].hotwords == told
 
 @needs_kit
 def test_a_published_vocabulary_is_answered_with_its_pieces_and_words():
