@@ -1786,6 +1786,14 @@ def test_expect_continue_is_answered_before_the_body_and_refused_on_the_length(s
     assert exchange(server, head.replace(b"Content-Length: ", b"Content-Length: 9999"))[0] == 413
     kept = [web.parse_head(b"POST / HTTP/1.%d\r\nHost: x\r\nExpect: 100-continue" % i).headers for i in (0, 1)]
     assert ["expect" in headers for headers in kept] == [False, True]       # HTTP/1.0 does not know 100
+    connection, told = object.__new__(web.Connection), []
+    connection.server = SimpleNamespace(limits=web.Limits(*[60] * 6, ()))
+    connection.request = SimpleNamespace(sendall=told.append)
+    for expect, come in (("100-continue", b"{}"), ("", b""), ("100-continue", b"")):
+        connection.buffer = bytearray(come)
+        asked = web.unread_head()._replace(headers={"expect": expect}, length=len(come))
+        assert connection.read_body(asked) == come
+        assert told == [b"HTTP/1.1 100 Continue\r\n\r\n"] * bool(expect and not come)      # no body has come yet
 
 @pytest.mark.parametrize("sizes", [[1], [7, 1, 300], [10**6]])
 def test_a_chunked_body_is_what_it_would_be_whole(server, sizes):  # C191
