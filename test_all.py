@@ -10893,6 +10893,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():  # C204
         messages = client.say({"wav_name": "\ud800"}, pcm_of(samples))
         assert messages[-1]["wav_name"] == "\ud800"
         assert messages[-1]["text_so_far"] == stream_through(system, streaming.Chunk(), [samples])[0][0].text
+        assert not any("error" in message for message in messages)
         client.send({"wav_format": "mp3", "mode": "online"})        # a file is for mode offline
         client.send(b"ID3" + bytes(50000))
         client.send(bytes(9))                   # of what has failed no more is heard
@@ -10965,8 +10966,8 @@ def test_an_answer_over_a_socket_has_its_times_in_ms_and_is_counted_in_seconds(m
     session, seen, sent = object.__new__(sessions.Session), [], []
     session.settings, session.arrived = SimpleNamespace(wav_name="a"), 10.0
     monkeypatch.setattr(sessions, "time", SimpleNamespace(monotonic=lambda: 12.34567))
-    answer = session.message("online", "b", "ab", [{}, {}], [SimpleNamespace(start=0.0006, end=0.0124)])
-    assert answer == {"mode": "online", "wav_name": "a", "text": "b", "is_final": False, "timestamp": "[[1, 12]]",
+    answer = session.message("online", "b", "ab", [{}, {}], [SimpleNamespace(start=0.0016, end=0.0124)])
+    assert answer == {"mode": "online", "wav_name": "a", "text": "b", "is_final": False, "timestamp": "[[2, 12]]",
                       "tokens": [{}, {}], "text_so_far": "ab", "latency_ms": 2345.7}
     metrics = SimpleNamespace(observe=lambda *given: seen.append(given),
                               add=lambda name, amount: seen.append((name, amount)))
