@@ -8545,6 +8545,7 @@ def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
             sys.stdout = open(folder / "shown", "w", buffering=1)
             sys.stderr = open(folder / "said", "w", buffering=1)
             decode.transcribe = transcribe
+            torch.set_num_threads(1)        # OpenMP's other threads are the parent's: a fork waits for them for ever
             status = decode.main(arguments)
         finally:
             os._exit(status)
