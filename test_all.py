@@ -11335,24 +11335,30 @@ def test_the_benchmark_of_a_server_prints_every_figure_that_is_asked_for(tmp_pat
 def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(monkeypatch):
     """Planted: the clock moves a quarter of a second whenever it is read; rounds, and what two processes take."""
     clock = itertools.count(0, 0.25)
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=lambda: next(clock)))
+    pauses, asked = [], []
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=lambda: next(clock),
+                                                       sleep=pauses.append))
     monkeypatch.setattr(bench, "timeit", lambda work, number: 0.125 * number)
     answer = SimpleNamespace(status=200, read=lambda: b'{"a": 1}')
-    connection = SimpleNamespace(request=lambda *given: None, getresponse=lambda: answer)
-    assert bench.ask(connection, "/") == (250.0, {"a": 1})
-    monkeypatch.setattr(bench, "post_all", lambda port, bodies: [(port, body) for body in bodies])
+    connection = SimpleNamespace(request=lambda *given: asked.append(given[:3]), getresponse=lambda: answer,
+                                 close=lambda: None)
+    monkeypatch.setattr(http.client, "HTTPConnection", lambda host, port: connection)
+    assert bench.ask_all(7, "/", [None, b"x"], 0.02) == [(250.0, {"a": 1})] * 2
+    assert asked == [("GET", "/", None), ("POST", "/", b"x")] and pauses == [0.02] * 2
+    monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies: [(port, body) for body in bodies])
     assert bench.time_clients(7, range(8), 3) == (32.0, [(7, i) for i in (0, 3, 6, 1, 4, 7, 2, 5)])
     monkeypatch.setattr(bench, "ROUNDS_SEC", 0.3)       # what is counted until then: two rounds
     monkeypatch.setattr(bench, "time_clients", lambda port, bodies, clients: (clients, [bodies]))
     assert bench.time_rounds(7, {"a": "x"}, None) == (
         [125.0] * 2, {("a", 1): [1] * 2, ("a", 16): [16] * 2}, {("a", 1): ["x"] * 2, ("a", 16): ["x"] * 2})
     rates = {("mixed", 1): [1, 100, 10], ("mixed", 16): [25, 1, 100], ("equal", 1): [10], ("equal", 16): [30]}
-    replies = {("equal", 1): [(9.0, 8.0), (60.0, 10.0), (12.0, 10.0)], ("mixed", 16): [(ms, 0) for ms in range(1, 101)]}
+    timed = [(ms, {"timing": {"infer_ms": infer_ms}}) for ms, infer_ms in ((9.0, 8.0), (60.0, 10.0), (12.0, 10.0))]
+    replies = {("equal", 1): timed, ("mixed", 16): [(ms, {}) for ms in range(1, 101)]}
     monkeypatch.setattr(bench, "time_rounds", lambda port, bodies, full_batch: ([100.0, 40.0, 9999.0], rates, replies))
     monkeypatch.setattr(bench, "load_warm", lambda options: SimpleNamespace(whole=tiny_system("toy")))
     monkeypatch.setattr(bench, "running", lambda options: contextlib.nullcontext((7, 5.0)))
     monkeypatch.setattr(bench, "import_sec", lambda: 3.5)
-    monkeypatch.setattr(bench, "ask_health", lambda port: [1.0, 9.0, 3.0])
+    monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies, *pause: [(ms, {}) for ms in (1.0, 9.0, 3.0)])
     rows = [line.rsplit(maxsplit=5)[-5:] for line in bench.serving_figures(SimpleNamespace(max_batch_size=2))][1:]
     assert [" ".join(row[:2]) for row in rows] == ["1.50 s", "2.00 ms", "2.50 x", "3.00 x", "1.00 x", "9.0 ms"]
 
