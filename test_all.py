@@ -226,7 +226,8 @@ def same_value(ours, theirs) -> bool:
 
 SCALARS = [("0", 0), ("-17", -17), ("+3", 3), ("2.50", 2.5), (".5", 0.5), ("1.", 1.0), ("-0.25", -0.25),
     ("1.5e+3", 1500.0), ("true", True), ("True", True), ("TRUE", True), ("false", False), ("False", False),
-    ("FALSE", False), ("null", None), ("Null", None), ("NULL", None), ("~", None), ("abc", "abc"), ("it's", "it's"), ("a  b", "a  b"), ("x:y", "x:y"), ("a#b", "a#b"), ("-x", "-x"), ("é中", "é中"), ("''", ""),
+    ("FALSE", False), ("null", None), ("Null", None), ("NULL", None), ("~", None), ("abc", "abc"), ("it's", "it's"),
+    ("a  b", "a  b"), ("x:y", "x:y"), ("a#b", "a#b"), ("-x", "-x"), ("é中", "é中"), ("''", ""),
     ("'a''b # c: d'", "a'b # c: d"), ('"true"', "true"),
     (r'"\n\t\x41\u00e9\U0001f600 \" \\ /"', '\n\tA\u00e9\U0001f600 " \\ /'), ("y.z/w-1", "y.z/w-1")]
 
