@@ -2067,9 +2067,9 @@ def test_a_key_that_no_client_can_send_is_trimmed_or_refused(monkeypatch, given,
         assert serve.read_key() == key
         return
     words = "a space or another character within" if given.strip() else "spaces only"
-    with pytest.raises(ValueError, match=f"ASR_API_KEY: wanted ASCII letters, digits and signs, got {words}") as refused:
+    with pytest.raises(ValueError, match=f"ASR_API_KEY: wanted ASCII letters, digits and signs, got {words}") as told:
         serve.read_key()
-    assert given.strip() == "" or given.strip() not in str(refused.value)
+    assert given.strip() == "" or given.strip() not in str(told.value)
 
 def test_drain_answers_what_came_whole_refuses_the_rest_and_cuts_the_stuck(monkeypatch):  # C59
     assert serve.CUT_SEC == 2.0
@@ -4792,7 +4792,7 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):  # C36
     ("vad", "  proj_dim: 16", "  proj_dim: 17", "not fit the model of its config: encoder.fsmn.0.linear.linear.weight"),
     ("punc", "model: CTTransformer", "model: Paraformer", "wanted model CTTransformer or CTTransformerStreaming"),
     ("punc", "encoder: SANMEncoder", "encoder: SANMVadEncoder", "got CTTransformer with SANMVadEncoder"),
-    ("punc", "  att_unit: 32", "  att_unit: 64", "wanted embed_unit, att_unit and output_size alike, got 32, 64 and 32"),
+    ("punc", "  att_unit: 32", "  att_unit: 64", "embed_unit, att_unit and output_size alike, got 32, 64 and 32"),
     ("punc", "  sentence_end_id: 3", "  sentence_end_id: 6", "wanted a punc_list with _ and sentence_end_id in it"),
     ("punc", "  - _\n", "  - ！\n", "wanted a punc_list with _ and sentence_end_id in it"),
     ("punc", "  linear_units: 48", "  linear_units: 40", "weights do not fit the model of its config: "),
@@ -8078,9 +8078,9 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     assert [line.split(":")[0] for line in lines] == [
         "training.num_epochs", "data.dev", "data.dev", "model.encoder.subsampling", "data.sample_rate"]
     assert "--dev-share 0.4" in lines[1]
-    gone = [tiny_yaml(tmp_path / "tiny.yaml"), *told, dev, f"--data.test={tmp_path}/gone.jsonl", "--runs", f"{tmp_path}/no"]
-    assert train.main(gone) == 2 and not (tmp_path / "no").exists()
-    assert capsys.readouterr().err.startswith(f"train.py: data.test: {tmp_path}/gone.jsonl: wanted a text file, got none")
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), *told, dev, f"--runs={tmp_path}/no", f"--data.test={tmp_path}/gone"]
+    assert train.main(argv) == 2 and not (tmp_path / "no").exists()
+    assert capsys.readouterr().err.startswith(f"train.py: data.test: {tmp_path}/gone: wanted a text file, got none")
     assert "1 unknown ones of " in lines[2] and "the most frequent 'q' (1), in 1 texts" in lines[2]
     log = (trained(tmp_path, *told, dev, "--training.num_epochs=1") / "train.log").read_text()
     assert re.findall("^warning: (.*)$", log, re.MULTILINE)[2:] == lines[1:]
