@@ -6,6 +6,7 @@ into x.jsonl in the order of the inputs. Each process of torchrun has a part of 
 x.jsonl.lock keeps others away, and each line of a part has what decides a result, so that no other model goes on.
 Reading order: names, the plan, what made the results, a growing file, a run from beginning to end, the console.
 """
+import contextlib
 import glob
 import hashlib
 import json
@@ -259,11 +260,11 @@ def merge_parts(output: Output, keep: bool) -> None:
         for start, line in whole_lines(part):
             _, row = read_outcome(line, f"{part}, byte {start}")
             lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
-    with replacing(output.merged) as path, open(path, "wb") as target:
+    with replacing(output.merged) as path, open(path, "wb") as target, contextlib.ExitStack() as stack:
+        files = {part: stack.enter_context(open(part, "rb")) for part in parts}
         for _, part, start in sorted(lines):
-            with open(part, "rb") as file:
-                file.seek(start)
-                line = file.readline()
+            files[part].seek(start)
+            line = files[part].readline()
             if output.form == "ctm":
                 outcome, _ = read_outcome(line, str(part))
                 target.write(ctm(outcome).encode())
