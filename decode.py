@@ -516,23 +516,24 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
 
 
 def load_and_run(arguments: argparse.Namespace) -> int:
-    """Export if that is asked for, load, recognise -> exit code."""
+    """Load, export if that is asked for, recognise -> exit code."""
     shard = join_processes(timeout=datetime.timedelta(days=1))  # one may have much more to do than another
     rank, processes = shard
     streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    if arguments.export and rank == 0:
-        if arguments.dtype == "int8":
-            written = export_int8(arguments.ckpt, arguments.export)
-        else:
-            system = load_system(arguments.ckpt, arguments.device, arguments.dtype)
-            written = export(with_search(system, arguments.search), arguments.export)  # refused before it is written
-        say(f"decode.py: wrote {written}")
-    if arguments.export and not arguments.inputs:
+    writes_int8 = arguments.export and arguments.dtype == "int8"  # from the file: no system holds all in float32
+    if writes_int8 and rank == 0:
+        say(f"decode.py: wrote {export_int8(arguments.ckpt, arguments.export)}")
+    if writes_int8 and not arguments.inputs:
         return 0
     system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
-    system = with_parts(arguments, with_chunk(arguments, system))
+    system = with_chunk(arguments, system)
+    if arguments.export and not writes_int8 and rank == 0:
+        say(f"decode.py: wrote {export(system, arguments.export)}")
+    if arguments.export and not arguments.inputs:
+        return 0
+    system = with_parts(arguments, system)
     if arguments.hotwords is not None:
         system = with_hotwords(system, arguments.hotwords)
     if arguments.stream:
