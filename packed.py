@@ -27,15 +27,13 @@ class PackedLinear(nn.Module):
 
 
 class Int8Weights(nn.Module):
-    """What a file holds of an nn.Linear in int8: levels (out,in) from -127 to 127, the scale of each output channel
-    (out,), the output for an input of ones (out,), a bias (out,). New: room for those of a linear of this size."""
+    """What a file holds of an nn.Linear in int8: weight (out,in) in levels from -127 to 127, and of each output channel
+    rows (3,out): its scale, its output for an input of ones, its bias. New: room for those of a linear of this size."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(linear.out_features))
-        self.register_buffer("sums", torch.empty(linear.out_features))
-        self.register_buffer("bias", torch.empty(linear.out_features))
+        self.register_buffer("rows", torch.empty(3, linear.out_features))
 
 
 ROWS = 64  # of a matrix that are quantised at a time
@@ -44,14 +42,15 @@ ROWS = 64  # of a matrix that are quantised at a time
 def quantise(linear: nn.Linear) -> Int8Weights:
     """The weights of an nn.Linear, each output channel in 127 steps from 0 to its largest."""
     found = Int8Weights(linear)
+    scales, sums, bias = found.rows
     for first in range(0, linear.out_features, ROWS):
         rows = linear.weight.detach()[first:first + ROWS].float()
         scale = rows.abs().amax(1).clamp(min=1e-12) / 127
-        found.scale[first:first + ROWS] = scale
+        scales[first:first + ROWS] = scale
         levels = (rows / scale[:, None]).round_()
-        found.sums[first:first + ROWS] = levels.sum(1) * scale
+        sums[first:first + ROWS] = levels.sum(1) * scale
         found.weight[first:first + ROWS] = levels  # as int8
-    found.bias = torch.zeros_like(found.scale) if linear.bias is None else linear.bias.detach()
+    bias.copy_(torch.zeros_like(bias) if linear.bias is None else linear.bias.detach())
     return found
 
 
@@ -64,9 +63,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         weights = quantise(given) if isinstance(given, nn.Linear) else given
         self.in_features = weights.weight.shape[1]
-        self.register_buffer("scale", weights.scale)
-        self.register_buffer("bias", weights.bias)
-        self.register_buffer("sums", weights.sums)
+        for name, row in zip(("scale", "sums", "bias"), weights.rows):
+            self.register_buffer(name, row.clone())  # a view would hold the file
         self.zero = torch.zeros_like(self.scale, dtype=torch.int32)
         self.weight = torch.ops.onednn.qlinear_prepack(weights.weight, None)
 

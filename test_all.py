@@ -6812,10 +6812,10 @@ def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, 
         checkpoint.start_from(checkpoint.adopted(run))
     state = torch.load(place, weights_only=True)
     weights = state["model"]
-    del weights["decoder.output.scale"]
+    del weights["decoder.output.rows"]
     weights["decoder.blocks.0.feed_forward.up.weight"] = weights["decoder.blocks.0.feed_forward.up.weight"].float()
     torch.save(state, place)
-    with pytest.raises(ValueError, match="missing decoder.output.scale; decoder.blocks.0.feed_forward.up.weight "
+    with pytest.raises(ValueError, match="missing decoder.output.rows; decoder.blocks.0.feed_forward.up.weight "
                                          "torch.float32, wanted torch.int8$"):
         checkpoint.load_system(place, "cpu", "int8")
 
