@@ -51,6 +51,8 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Literal, get_args, get_origin
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch, which reads it once: for models this small two are slower
+
 import numpy as np
 import pytest
 import torch
