@@ -86,14 +86,9 @@ def check_feats(feats: Tensor, lens: Tensor, input_dim: int) -> None:
         raise ValueError(f"feats must have at least one frame, got {tuple(feats.shape)}")
 
 
-def hide_padding(hidden: Tensor, lens: Tensor) -> Tensor:
-    """hidden (B,L,D), lens (B,) -> hidden, 0 in padding, so that no result depends on the batch."""
-    check_shapes(hidden=(hidden, "B", "L", "D"), lens=(lens, "B"))
-    return zero_padding(hidden, key_mask(lens, hidden.shape[1]))
-
-
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x (B,T,D) with zeros where mask (B,1,T) is False; None: x as it is. Raises ValueError for other shapes."""
+    """x (B,T,D) with zeros where mask (B,1,T) of `key_mask` is False, so that no result depends on the batch; None: x
+    as it is. Raises ValueError for other shapes."""
     if mask is None:
         return x
     check_shapes(x=(x, "B", "T", "D"), mask=(mask, "B", 1, "T"))
@@ -288,19 +283,21 @@ class FeedForward(nn.Module):
 # ---- blocks ----
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: self-attention, cross-attention if source_dim is given, feed-forward; each added to its input."""
+    """Pre-norm block: self-attention, cross-attention if source_dim is given, feed-forward; each added to its input.
+    Reads options.hidden_dim, num_heads, ffn_dim and dropout."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, source_dim: int | None = None):
+    def __init__(self, options, source_dim: int | None = None):
         super().__init__()
+        dim = options.hidden_dim
         self.norm_self = nn.LayerNorm(dim)
-        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention = MultiHeadAttention(dim, options.num_heads)
         self.cross_attention = None
         if source_dim is not None:
             self.norm_cross = nn.LayerNorm(dim)
-            self.cross_attention = MultiHeadAttention(dim, num_heads, source_dim)
+            self.cross_attention = MultiHeadAttention(dim, options.num_heads, source_dim)
         self.norm_ffn = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, ffn_dim, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.feed_forward = FeedForward(dim, options.ffn_dim, options.dropout)
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, source: Tensor | None = None,
                 source_mask: Tensor | None = None, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -359,20 +356,22 @@ class ConvolutionModule(nn.Module):
 
 
 class ConformerBlock(nn.Module):
-    """Half feed-forward, self-attention, convolution, half feed-forward, norm. Source: Gulati et al. 2020, Fig. 1."""
+    """Half feed-forward, self-attention, convolution, half feed-forward, norm. Source: Gulati et al. 2020, Fig. 1.
+    Reads of options what TransformerBlock does, and kernel_size."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0, kernel_size: int = 15):
+    def __init__(self, options):
         super().__init__()
+        dim = options.hidden_dim
         self.norm_first = nn.LayerNorm(dim)
-        self.ffn_first = FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.ffn_first = FeedForward(dim, options.ffn_dim, options.dropout, nn.SiLU)
         self.norm_self = nn.LayerNorm(dim)
-        self.self_attention = MultiHeadAttention(dim, num_heads)
+        self.self_attention = MultiHeadAttention(dim, options.num_heads)
         self.norm_conv = nn.LayerNorm(dim)
-        self.convolution = ConvolutionModule(dim, kernel_size)
+        self.convolution = ConvolutionModule(dim, options.kernel_size)
         self.norm_second = nn.LayerNorm(dim)
-        self.ffn_second = FeedForward(dim, ffn_dim, dropout, nn.SiLU)
+        self.ffn_second = FeedForward(dim, options.ffn_dim, options.dropout, nn.SiLU)
         self.norm_out = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:

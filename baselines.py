@@ -34,8 +34,7 @@ class CausalDecoder(nn.Module):
         self.embedding = nn.Embedding(vocab_size, D)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, source_dim)
-                                    for _ in range(options.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(options, source_dim) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 

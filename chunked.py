@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import at_least_float32, check_feats, hide_padding, key_mask, padding_mask, run_blocks
+from attention import at_least_float32, check_feats, key_mask, padding_mask, run_blocks, zero_padding
 from model import Hypotheses, Paraformer, Prediction
 
 
@@ -111,7 +111,7 @@ class StreamingParaformer(Paraformer):
         check_feats(feats, feat_lens, encoder.input_dim)
         B, T, _ = feats.shape
         C = -(-T // chunk.new)
-        x = encoder.place(hide_padding(feats, feat_lens), 0)
+        x = encoder.place(zero_padding(feats, key_mask(feat_lens, T)), 0)
         x = F.pad(x, (0, 0, chunk.old + chunk.ahead, C * chunk.new - T))
         x = x.unfold(1, num_rows(chunk), chunk.new).transpose(2, 3).flatten(0, 1)  # (B,C,F,W) -> (B*C,W,F)
         rows = rows_of(chunk, feat_lens, C * num_rows(chunk))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import (ConformerBlock, ConvolutionModule, FeedForward, MultiHeadAttention, Relu, at_least_float32,
-                       attend, attend_step, check_feats, check_lens, check_shapes, convolve, full_precision,
-                       hide_padding, key_mask, padding_mask, plus, run_blocks, sinusoids, zero_padding)
+                       attend, attend_step, check_feats, check_lens, check_shapes, convolve, full_precision, key_mask,
+                       padding_mask, plus, run_blocks, sinusoids, zero_padding)
 
 
 # ---- positions ----
@@ -220,10 +220,9 @@ class RelativeConformerBlock(ConformerBlock):
     """A conformer block with relative positions and BatchNorm, as in the paper and in published checkpoints."""
 
     def __init__(self, options):
-        dim = options.hidden_dim
-        super().__init__(dim, options.num_heads, options.ffn_dim, options.dropout, options.kernel_size)
-        self.self_attention = RelativeAttention(dim, options.num_heads, options.attention_dropout)
-        self.convolution = BatchNormConvolution(dim, options.kernel_size)
+        super().__init__(options)
+        self.self_attention = RelativeAttention(options.hidden_dim, options.num_heads, options.attention_dropout)
+        self.convolution = BatchNormConvolution(options.hidden_dim, options.kernel_size)
 
     def forward(self, x: Tensor, mask: Tensor | None, codes: Tensor, lens: Tensor,
                 need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -328,13 +327,12 @@ class SanmEncoder(nn.Module):
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, with L = T."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens)  # padded frames may hold anything
         mask = key_mask(lens, feats.shape[1])
-        x = self.place(feats, 0)
+        x = self.place(zero_padding(feats, mask), 0)  # padded frames may hold anything
         x, first = run_blocks([self.first], x, mask, need_weights=need_weights)
         x = at_least_float32(x)  # float32: in half precision the sum over 50 blocks would lose its low bits
         x, layers = run_blocks(self.blocks, x, mask, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens), lens, first + layers
+        return zero_padding(self.norm(x), mask), lens, first + layers
 
     def place(self, feats: Tensor, first: int) -> Tensor:
         """Frames first.. of a stream, feats (B,T,F) -> (B,T,F), scaled and placed, as `step` takes them."""
@@ -386,14 +384,14 @@ class RelativeConformerEncoder(nn.Module):
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As Encoder.forward, but with no encoder frame for an utterance of fewer than 7 frames."""
         check_feats(feats, lens, self.input_dim)
-        feats = hide_padding(feats, lens)  # padded frames may hold anything
+        feats = zero_padding(feats, key_mask(lens, feats.shape[1]))  # padded frames may hold anything
         with full_precision(feats, self.training):
             x, lens = self.subsampling(feats, lens)
         codes = self.dropout(relative_codes(lens, *x.shape[1:]).to(x))  # (B,L,D)
         mask = key_mask(lens, x.shape[1])  # (B,1,L)
         x = self.dropout(x * math.sqrt(self.dim))
         x, layers = run_blocks(self.blocks, x, mask, codes, lens, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens), lens, layers
+        return zero_padding(self.norm(x), mask), lens, layers
 
 
 # ---- predictors: the weight of every frame ----

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention import (ConformerBlock, PositionalEncoding, TransformerBlock, at_least_float32, check_feats, check_lens,
-                       check_shapes, convolve, full_precision, hide_padding, key_mask, near_mask, padding_mask,
-                       run_blocks, sinusoids)
+                       check_shapes, convolve, full_precision, key_mask, near_mask, padding_mask, run_blocks, sinusoids,
+                       zero_padding)
 from funasr_layers import FramePredictor, RelativeConformerEncoder, SanmDecoder, SanmEncoder, TimingHead
 from tokenizer import BLANK, EOS
 
@@ -50,7 +50,7 @@ class Subsampling(nn.Module):
         """x (B,T,F), lens (B,) -> (B,L,D), lens (B,) with each length ceil(len / factor)."""
         check_shapes(x=(x, "B", "T", self.convolutions[0].in_channels), lens=(lens, "B"))
         for layer in self.convolutions:
-            x = hide_padding(x, lens)  # padded frames may hold anything
+            x = zero_padding(x, key_mask(lens, x.shape[1]))  # padded frames may hold anything
             x = F.gelu(convolve(x, layer.weight, layer.bias, layer.padding * 2, layer.stride[0]))
             lens = (lens - 1).div(layer.stride[0], rounding_mode="floor") + 1
         return x, lens
@@ -67,23 +67,20 @@ class Encoder(nn.Module):
         self.subsampling = Subsampling(input_dim, D, options.subsampling)
         self.position = PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        sizes = (D, options.num_heads, options.ffn_dim, options.dropout)
-        if options.kind == "conformer":
-            blocks = [ConformerBlock(*sizes, options.kernel_size) for _ in range(options.num_layers)]
-        else:
-            blocks = [TransformerBlock(*sizes) for _ in range(options.num_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        block = ConformerBlock if options.kind == "conformer" else TransformerBlock
+        self.blocks = nn.ModuleList(block(options) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
 
     def forward(self, feats: Tensor, lens: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         """feats (B,T,F), lens (B,) -> hidden (B,L,D), 0 where it pads, lens (B,), weights (B,H,L,L) if asked for."""
         check_feats(feats, lens, self.input_dim)
         x, lens = self.subsampling(feats, lens)
-        mask = key_mask(lens, x.shape[1])  # (B,1,L)
+        real = key_mask(lens, x.shape[1])  # (B,1,L)
+        seen = real
         if self.context:
-            mask = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
-        x, layers = run_blocks(self.blocks, self.dropout(self.position(x)), mask, need_weights=need_weights)
-        return hide_padding(self.norm(x), lens), lens, layers
+            seen = padding_mask(lens, x.shape[1])[:, None] & near_mask(x.shape[1], self.context, x.device)  # (B,L,L)
+        x, layers = run_blocks(self.blocks, self.dropout(self.position(x)), seen, need_weights=need_weights)
+        return zero_padding(self.norm(x), real), lens, layers
 
 
 # ---- predictors: the weight of every frame ----
@@ -241,8 +238,7 @@ class Decoder(nn.Module):
         self.input = None if bare else nn.Linear(source_dim, D)
         self.position = None if bare else PositionalEncoding(D, options.position)
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(TransformerBlock(D, options.num_heads, options.ffn_dim, options.dropout, source_dim)
-                                    for _ in range(options.num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(options, source_dim) for _ in range(options.num_layers))
         self.norm = nn.LayerNorm(D)
         self.output = nn.Linear(D, vocab_size)
 

@@ -1371,6 +1371,9 @@ def test_wrong_shapes_are_named(call, words):  # C7
 def ints(*values):
     return torch.tensor(values, dtype=torch.int64)
 
+def widths(dim, num_heads, ffn_dim, kernel_size=15) -> config.EncoderConfig:
+    return config.EncoderConfig("conformer", 1, dim, num_heads, ffn_dim, kernel_size, dropout=0.0)
+
 def normal(seed, *shape, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -1479,7 +1482,7 @@ def test_a_query_without_a_key_gives_zero_and_no_gradient(need_weights):  # C3
     assert (grad[0] == 0).all() and grad[1].isfinite().all() and (grad[1] != 0).any()
 
 def test_a_causal_mask_hides_the_future():
-    block, x = fresh(0, lambda: TransformerBlock(4, 2, 8)), normal(1, 2, 6, 4)
+    block, x = fresh(0, lambda: TransformerBlock(widths(4, 2, 8))), normal(1, 2, 6, 4)
     mask = padding_mask(ints(6, 5), 6)[:, None, :] & causal_mask(6)
     changed = torch.cat((x[:, :4], normal(2, 2, 2, 4)), 1)
     before, after = block(x, mask)[0], block(changed, mask)[0]
@@ -1490,9 +1493,9 @@ def test_a_causal_mask_hides_the_future():
 # ---- attention: blocks ----
 
 BLOCKS = {
-    "transformer": lambda: TransformerBlock(8, 2, 12),
-    "transformer with source": lambda: TransformerBlock(8, 2, 12, source_dim=6),
-    "conformer": lambda: ConformerBlock(8, 2, 12, kernel_size=5),
+    "transformer": lambda: TransformerBlock(widths(8, 2, 12)),
+    "transformer with source": lambda: TransformerBlock(widths(8, 2, 12), source_dim=6),
+    "conformer": lambda: ConformerBlock(widths(8, 2, 12, kernel_size=5)),
 }
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -1520,7 +1523,7 @@ def test_padding_changes_no_output_and_no_gradient_of_a_block(name, need_weights
         assert_same(got[key], wanted[key], 1e-10)
 
 def test_a_conformer_block_equals_its_formula():
-    block, x = fresh(5, lambda: ConformerBlock(4, 2, 6, kernel_size=3)), normal(6, 1, 5, 4)
+    block, x = fresh(5, lambda: ConformerBlock(widths(4, 2, 6, kernel_size=3))), normal(6, 1, 5, 4)
 
     def norm(m, y):
         y = y - y.mean(-1, keepdim=True)
@@ -1596,8 +1599,8 @@ def message_of(call, *args, **kwargs) -> str:
     (lambda: MultiHeadAttention(6, 4), "num_heads must divide dim, got 4 heads and dim 6"),
     (lambda: MultiHeadAttention(4, 2)(X, mask=MASK[:, :, :2]), "mask must be (2,1,3) or (2,3,3) bool, got (2, 1, 2)"),
     (lambda: MultiHeadAttention(4, 2)(X, mask=MASK.float()), "bool, got (2, 1, 3) torch.float32"),
-    (lambda: TransformerBlock(4, 2, 8)(X, MASK, X), "source must be given if and only if source_dim was, got Tensor"),
-    (lambda: TransformerBlock(4, 2, 8, source_dim=4)(X, MASK), "if and only if source_dim was, got NoneType"),
+    (lambda: TransformerBlock(widths(4, 2, 8))(X, MASK, X), "must be given if and only if source_dim was, got Tensor"),
+    (lambda: TransformerBlock(widths(4, 2, 8), 4)(X, MASK), "if and only if source_dim was, got NoneType"),
     (lambda: ConvolutionModule(4, 4), "kernel_size must be odd, got 4")])
 def test_attention_errors_name_what_was_wanted_and_got(call, message):  # C7
     assert message in message_of(call)
@@ -4506,9 +4509,9 @@ DECODED = dict(embeds=HIDDEN, counts=LENS, hidden=HIDDEN, hidden_lens=LENS)
 TAKEN = {  # what takes tensors (of a tiny model m) -> tensors that it takes, by their names in errors
     attend: dict(q=PAIR, k=PAIR, v=PAIR, mask=None, need_weights=False),
     MultiHeadAttention(4, 2): dict(x=X, source=X, mask=MASK), PositionalEncoding(4): dict(x=X),
-    FeedForward(4, 6): dict(x=X), TransformerBlock(4, 2, 8): dict(x=X, mask=MASK),
-    ConvolutionModule(4, 3): dict(x=X, mask=MASK), ConformerBlock(4, 2, 8): dict(x=X, mask=MASK),
-    attention.hide_padding: dict(hidden=HIDDEN, lens=LENS),
+    attention.zero_padding: dict(x=X, mask=MASK),
+    FeedForward(4, 6): dict(x=X), TransformerBlock(NARROW): dict(x=X, mask=MASK),
+    ConvolutionModule(4, 3): dict(x=X, mask=MASK), ConformerBlock(NARROW): dict(x=X, mask=MASK),
     funasr_layers.relative_codes: dict(lens=TOKEN_LENS, T=3, dim=4),
     funasr_layers.relative_shift: dict(scores=torch.zeros(2, 1, 3, 3), lens=TOKEN_LENS),
     funasr_layers.RelativeAttention(4, 2): dict(x=X, codes=X, lens=TOKEN_LENS),
@@ -9700,9 +9703,9 @@ SOURCE = torch.randn(1, 5, 8), None
 WIDTHS = config.EncoderConfig(hidden_dim=8, num_heads=2, ffn_dim=16, kernel_size=3, dropout=0.0)
 
 @pytest.mark.parametrize("make, given, times", [
-    (lambda p: TransformerBlock(8, 2, 16, p), (None,), 2),
-    (lambda p: TransformerBlock(8, 2, 16, p, 8), (None, *SOURCE), 3),
-    (lambda p: ConformerBlock(8, 2, 16, p), (None,), 4),
+    (lambda p: TransformerBlock(replace(WIDTHS, dropout=p)), (None,), 2),
+    (lambda p: TransformerBlock(replace(WIDTHS, dropout=p), 8), (None, *SOURCE), 3),
+    (lambda p: ConformerBlock(replace(WIDTHS, dropout=p)), (None,), 4),
     (lambda p: funasr_layers.SanmAttention(8, replace(WIDTHS, attention_dropout=p)), (None,), 0),
     (lambda p: funasr_layers.Fsmn(8, 3, 0, p), (None,), 1),
     (lambda p: funasr_layers.SanmBlock(8, replace(WIDTHS, dropout=p)), (None,), 2),
