@@ -245,6 +245,7 @@ class Part(NamedTuple):
     recording: str | os.PathLike | bytes
     offset: float | None = None
     seconds: float | None = None
+    name: str = "<bytes>"       # of bytes, in errors and warnings
 
 
 Source = str | os.PathLike | bytes | Part
@@ -274,8 +275,8 @@ def as_part(source: Source) -> Part:
 
 
 def place_of(source: Source) -> str:
-    recording = as_part(source).recording
-    return "<bytes>" if isinstance(recording, bytes) else str(recording)
+    part = as_part(source)
+    return part.name if isinstance(part.recording, bytes) else str(part.recording)
 
 
 def open_bytes(recording: str | os.PathLike | bytes) -> BinaryIO:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import decode
-from audio import format_name, frame_sec, frontend, normalise, read_header
+from audio import Part, format_name, frame_sec, frontend, normalise, read_header
 from checkpoint import System
 from hotwords import split_phrases, why_no_hotwords
 from openai_forms import OpenAIForm, parse_openai_form
@@ -49,6 +49,7 @@ class Recording(NamedTuple):
     wav: bytes
     fields: dict[str, Any]          # texts; hotwords may be a list of them
     terms: Terms
+    name: str = ""                  # of its file, as the client says, for the log
 
 
 INTERRUPTIBLE = MIB // 2    # bytes of JSON; larger bodies have a parser thread of their own and yield the GIL
@@ -197,16 +198,16 @@ def wav_seconds(body: bytes, longest: float) -> float:
     return seconds
 
 
-def wav_upload(body: bytes, system: System, options: argparse.Namespace) -> Upload:
-    """A WAV file -> Upload, one piece per segment of decode.cut_recording. Raises Refusal.
+def wav_upload(body: bytes, system: System, options: argparse.Namespace, place: str) -> Upload:
+    """A WAV file -> Upload, one piece per segment of decode.cut_recording; place: of it, in warnings. Raises Refusal.
     All that the header tells is checked before any sample is decoded."""
     seconds = wav_seconds(body, options.max_audio_seconds)
     pieces = []
     try:
-        for piece in decode.cut_recording(system, body):
+        for piece in decode.cut_recording(system, Part(body, name=place)):
             pieces.append((piece.start_sec, features(system, piece.samples, "file")))
     except ValueError as error:
-        raise Refusal(422, "not_finite", str(error).removeprefix("<bytes>: "), "file") from None
+        raise Refusal(422, "not_finite", str(error).removeprefix(f"{place}: "), "file") from None
     return Upload(pieces or [(0.0, torch.zeros(0, system.stats.shape[1]))], seconds)        # there may be no speech
 
 
@@ -241,16 +242,17 @@ def parse_terms(fields: dict[str, Any], longest: float, is_batch: bool = False,
 def read_recording(head: Head, body: bytes, options: argparse.Namespace) -> Recording:
     """A form, or a recording of any format; /transcribe has fields of the query too, the body's win. Raises Refusal."""
     texts: dict[str, list[str]] = {}
+    name = ""
     if media_type(head) == "multipart/form-data":
-        body, texts = parse_form(body, head.headers["content-type"])
+        name, body, texts = parse_form(body, head.headers["content-type"])
     fields: dict[str, Any] = {name: values[-1] for name, values in texts.items()}
     if len(texts.get("hotwords", ())) > 1:
         fields["hotwords"] = texts["hotwords"]
     if head.path == "/transcribe":
         fields = {**head.query, **fields}
-        return Recording(body, fields, parse_terms(fields, options.request_timeout))
+        return Recording(body, fields, parse_terms(fields, options.request_timeout), name)
     openai = parse_openai_form(texts)
-    return Recording(body, fields, parse_terms(fields, options.request_timeout, openai=openai))
+    return Recording(body, fields, parse_terms(fields, options.request_timeout, openai=openai), name)
 
 
 def is_wav(body: bytes) -> bool:
@@ -263,7 +265,7 @@ def parse_request(head: Head, sent: bytes | Recording, system: System,
     """JSON as it came, or a Recording, which is WAV -> its utterances and terms. Raises Refusal."""
     if isinstance(sent, Recording):
         fields, terms = sent.fields, sent.terms
-        uploads = [wav_upload(sent.wav, system, options)]
+        uploads = [wav_upload(sent.wav, system, options, f"request {head.id} {sent.name[:100]}".rstrip())]
     else:
         given = parse_json(sent)
         if isinstance(given.get("timeout"), str):

@@ -952,10 +952,14 @@ def test_each_warning_of_a_recording_is_a_line_of_the_servers_log(form):
     log = monitor.Log(form)
     with warnings.catch_warnings():
         serve.log_warnings(log)
-        for _ in range(2):
-            audio.load_wav(wav(bytes(12800), size=64000))
+        for name in ("", "a b.wav"):
+            parts = (f'name="file"; filename="{name}"', wav(bytes(12800), size=64000)), field("model", "x")
+            top, _, body = oai(*parts).partition(b"\r\n\r\n")
+            head = web.parse_head(top)._replace(id="r7")
+            bodies.parse_request(head, bodies.read_recording(head, body, serve_options()), serving_system(), serve_options())
     lines = [log.lines.get_nowait() for _ in range(2)]
-    assert log.lines.empty() and all("<bytes>: wanted the 4.000 s" in line for line in lines)
+    assert log.lines.empty() and "request r7: wanted the 4.000 s" in lines[0]
+    assert "request r7 a b.wav: wanted the 4.000 s" in lines[1]
     assert form == "text" or json.loads(lines[1])["level"] == "WARNING"
 
 def test_loader_processes_say_a_recordings_warning_in_the_first_epoch_only(tmp_path, capfd, monkeypatch):

@@ -538,9 +538,9 @@ def bad_form(message: str) -> Refusal:
     return Refusal(400, "invalid_multipart", f"multipart: {message}")
 
 
-def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, bytes]]:
-    """A form -> (name, whether it is a file, content) of each part. Raises Refusal 400. Source: RFC 2046, 7578.
-    The body is split as bytes, whatever is in it; file names are never used."""
+def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, str | None, bytes]]:
+    """A form -> (name, name of the file or None where it is none, content) of each part. Raises Refusal 400.
+    The body is split as bytes, whatever is in it. Source: RFC 2046, 7578."""
     match = re.search(r';\s*boundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', content_type, re.IGNORECASE)
     if not match:
         raise bad_form("wanted a boundary of 1 to 70 characters in Content-Type")
@@ -560,20 +560,20 @@ def parse_multipart(body: bytes, content_type: str) -> list[tuple[str, bool, byt
         values = {name.lower(): quoted or bare for name, quoted, bare in pairs}
         if not values.get("name"):
             raise bad_form("a part has no 'Content-Disposition: form-data; name=...'")
-        parts.append((values["name"], "filename" in values or "filename*" in values, content))
+        parts.append((values["name"], values.get("filename", values.get("filename*")), content))
     raise bad_form(f"wanted at most {MAX_PARTS} parts and the closing boundary, as in Content-Type, got {len(parts)} "
                    "parts and no closing one")
 
 
-def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, list[str]]]:
-    """A form with one part "file" -> its content, and the texts of each field. x, x[] and x[0] are one field: clients
-    differ in how they write a list. Files under other names are ignored. Raises Refusal 400."""
+def parse_form(body: bytes, content_type: str) -> tuple[str, bytes, dict[str, list[str]]]:
+    """A form with one part "file" -> the name of the file, its content, and the texts of each field. x, x[] and x[0]
+    are one field: clients differ in how they write a list. Files under other names are ignored. Raises Refusal 400."""
     files = []
     fields: dict[str, list[str]] = {}
-    for name, is_file, content in parse_multipart(body, content_type):
-        if is_file:
+    for name, file_name, content in parse_multipart(body, content_type):
+        if file_name is not None:
             if name == "file":
-                files.append(content)
+                files.append((file_name, content))
             continue
         if name == "file":
             raise Refusal(400, "missing_file", "came as text, wanted a file (with curl: -F file=@NAME)", "file")
@@ -584,7 +584,7 @@ def parse_form(body: bytes, content_type: str) -> tuple[bytes, dict[str, list[st
         fields.setdefault(re.sub(r"\[[0-9]*\]$", "", name), []).append(text)
     if len(files) != 1:
         raise Refusal(400, "missing_file", f"wanted one part with that name and a file, got {len(files)}", "file")
-    return files[0], fields
+    return *files[0], fields
 
 
 def parse_flag(name: str, value: Any) -> bool:
