@@ -26,7 +26,7 @@ from audio import compute_stats, feature_dim
 from baselines import CTC, Search, Transformer
 from chunked import StreamingParaformer, check_trainable
 from downloads import check_name, check_pointer
-from files import WithoutInit, load_weights, read_file, replacing, save_atomic, write_atomic
+from files import WithoutInit, load_weights, read_file, replacing, save, save_atomic
 from funasr import (HOTWORD_MODELS, dump_published_config, funasr_names, is_published, load_model, published_files,
                     read_cmvn, read_published_config, write_cmvn)
 from hotwords import ContextualParaformer, HotwordParaformer, SeacoParaformer, list_encoder
@@ -453,13 +453,13 @@ def export_directory(system: System, folder: Path) -> None:
         def new(name: str) -> Path:
             return stack.enter_context(replacing(folder / name))
 
-        write_atomic(new("config.yaml"), config)
-        write_atomic(new("tokens.json"), json.dumps(symbols, ensure_ascii=False, indent=0) + "\n")
+        new("config.yaml").write_text(config, "utf-8")
+        new("tokens.json").write_text(json.dumps(symbols, ensure_ascii=False, indent=0) + "\n", "utf-8")
         write_cmvn(new("am.mvn"), system.stats.cpu())
         if pieces is not None:
             lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
-            write_atomic(new("seg_dict"), "\n".join(lines) + "\n")
-        save_atomic(new("model.pt"), weights)
+            new("seg_dict").write_text("\n".join(lines) + "\n", "utf-8")
+        save(new("model.pt"), weights)
     (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
     if pieces is None:
         (folder / "seg_dict").unlink(missing_ok=True)

@@ -25,7 +25,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        if error.filename in (None, str(temporary)):
+            error.filename = os.fspath(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -37,13 +38,19 @@ def write_atomic(path: str | os.PathLike, content: str | bytes | memoryview) -> 
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def save_atomic(path: str | os.PathLike, state: dict) -> None:
-    """torch.save, replacing the file whole. Raises OSError for a full disk, which torch hides behind a RuntimeError."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+def save(path: Path, state: dict) -> None:
+    """torch.save. Raises OSError for a full disk, which torch hides behind a RuntimeError."""
+    with open(path, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:
             raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
+def save_atomic(path: str | os.PathLike, state: dict) -> None:
+    """`save`, replacing the file whole."""
+    with replacing(path) as temporary:
+        save(temporary, state)
 
 
 def read_file(path: str | os.PathLike, wanted: str, mapped: bool = False) -> object:

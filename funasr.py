@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from config import Config, dump_yaml, from_dict, read_yaml, show_value
 from downloads import check_files, check_kind
-from files import WithoutInit, load_weights, read_file, write_atomic
+from files import WithoutInit, load_weights, read_file
 from rules import check
 from tokenizer import parse_file
 
@@ -435,7 +435,7 @@ def write_cmvn(path: str | os.PathLike, stats: Tensor) -> None:
     lines = ["<Nnet>", f"<Splice> {size} {size}", "[ 0 ]",
              f"<AddShift> {size} {size}", f"<LearnRateCoef> 0 [ {rows[0]} ]",
              f"<Rescale> {size} {size}", f"<LearnRateCoef> 0 [ {rows[1]} ]", "</Nnet>", ""]
-    write_atomic(path, "\n".join(lines))
+    Path(path).write_text("\n".join(lines))
 
 
 # ---- times ----
