@@ -167,15 +167,16 @@ def prepare_aishell(options: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 
 def find_text(audio: Path) -> str | LeftOut:
     """The text beside a recording, its lines joined."""
-    for suffix in (".txt", ".TXT"):
-        table = audio.with_suffix(suffix)
-        if table.is_file():
-            try:
-                text = " ".join(line for *_, line in scan_lines(table))
-            except ValueError:
-                return LeftOut(str(table), "not UTF-8")
-            return text or LeftOut(str(audio), "an empty text beside it")
-    return LeftOut(str(audio), "no text beside it")
+    tables = [table for table in map(audio.with_suffix, (".txt", ".TXT")) if table.is_file()]
+    if not tables:
+        return LeftOut(str(audio), "no text beside it")
+    if not tables[0].samefile(tables[-1]):      # one file of both names: capitals do not count on that disk
+        return LeftOut(str(audio), "two texts beside it, .txt and .TXT")
+    try:
+        text = " ".join(line for *_, line in scan_lines(tables[0]))
+    except ValueError:
+        return LeftOut(str(tables[0]), "not UTF-8")
+    return text or LeftOut(str(audio), "an empty text beside it")
 
 
 def find_pairs(folder: Path) -> tuple[list[tuple[Path, str]], list[LeftOut]]:

@@ -3426,6 +3426,9 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     assert sorted((row["audio"], row["text"]) for row in rows) == [
         ("../in/A.WAV", "text of A.txt"), ("../in/deep/c.wav", "text of deep/c.txt"), ("../in/x.webm", "text of x.txt")]
     told = capsys.readouterr().out
+    (folder / "deep/e.flac").write_bytes(b"fLaC")
+    for name in ("e.txt", "e.TXT"):
+        (folder / "deep" / name).write_text(name)
     assert f"left out 1, not UTF-8: {folder}/far/d.txt\n" in told
     assert f"left out 1, an empty text beside it: {folder}/b.Mp3\n" in told
     assert f"left out 1, of the name of another recording: {folder}/A.mp3\n" in told and "no dev.jsonl" not in told
@@ -3433,6 +3436,7 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--test-share", "0.2"]) == 0
     told = capsys.readouterr().out
     assert f"left out 1, no text beside it: {folder}/A.WAV\n" in told
+    assert f"left out 1, two texts beside it, .txt and .TXT: {folder}/deep/e.flac\n" in told
     assert "no dev.jsonl: --dev-share 0.1 of 2 recordings is less than one\nno test.jsonl: --test-share 0.2 of" in told
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.txt").write_text("a")
