@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -209,39 +210,46 @@ def find_again(source: str, checkpoint: str | os.PathLike) -> str:
     return source
 
 
+def checksum(row: Row) -> int:
+    return zlib.crc32(repr(row).encode())
+
+
 class Manifest:
     """The rows of JSON-lines manifests and Kaldi folders, in order: manifest[i] is row i.
     source: as in find_manifests. Each line is parsed once at the start, which raises ValueError at the first bad one.
-    Only `index` stays in memory, one array that worker processes share: where each row starts, and its seconds (NaN =
-    not given). manifest[i] reads its row from the file again; ValueError if there is none any more. The rows of a
+    Only `index` stays in memory, one array that worker processes share: where each row starts, its seconds (NaN = not
+    given) and a checksum. manifest[i] reads its row from the file again; ValueError if that has changed. The rows of a
     Kaldi folder, which lie in two files, stay in memory, as JSON: Rows would take five times as much."""
 
-    ENTRY = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64)]
+    ENTRY = [("manifest", np.int32), ("start", np.int64), ("seconds", np.float64), ("checksum", np.uint32)]
 
     def __init__(self, source: str | os.PathLike):
         self.paths = find_manifests(source)
         self.folders: dict[str, list[bytes]] = {path: [] for path in self.paths if os.path.isdir(path)}
         self.index = np.fromiter(self._entries(), self.ENTRY)
 
-    def _entries(self) -> Iterator[tuple[int, int, float | None]]:
+    def _entries(self) -> Iterator[tuple[int, int, float | None, int]]:
         for number, path in enumerate(self.paths):
             for start, row in scan_rows(path):
                 if path in self.folders:
                     self.folders[path].append(json.dumps(row).encode())
-                yield number, start, row.duration
+                yield number, start, row.duration, checksum(row)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, index: int) -> Row:
-        number, start, _ = self.index[index].item()
+        number, start, _, total = self.index[index].item()
         path = self.paths[number]
         if path in self.folders:
             return Row(*json.loads(self.folders[path][start]))
         place = f"{path}, byte {start} (has the file changed?)"
         with open(path, "rb") as file:
             file.seek(start)
-            return parse_row(read_line(file.readline(), place), os.path.dirname(path), place)
+            row = parse_row(read_line(file.readline(), place), os.path.dirname(path), place)
+        if checksum(row) != total:
+            raise ValueError(f"{place}: wanted the row of the start, got {row.key}, {row.text[:60]!r}")
+        return row
 
 
 # ---- folders of recordings ----
