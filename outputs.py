@@ -67,9 +67,9 @@ def file_names(keys: Sequence[str]) -> list[str]:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write a file whole, and make the folders that it needs."""
+    """Write a file whole, or what it is a link to, and make the folders that it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
+    write_atomic(os.path.realpath(path), content)
 
 
 # ---- the plan ----
@@ -260,7 +260,8 @@ def merge_parts(output: Output, keep: bool) -> None:
         for start, line in whole_lines(part):
             _, row = read_outcome(line, f"{part}, byte {start}")
             lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
-    with replacing(output.merged) as path, open(path, "wb") as target, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(open(stack.enter_context(replacing(os.path.realpath(output.merged))), "wb"))
         files = {part: stack.enter_context(open(part, "rb")) for part in parts}
         for _, part, start in sorted(lines):
             files[part].seek(start)
