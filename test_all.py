@@ -2048,7 +2048,7 @@ def test_an_origin_is_read_as_browsers_send_it(given, origin):  # C196
     (["--vad-schedule", "funasr"], "--vad-schedule needs --vad"),
     (["--threads", "-1"], "--threads must be 0 or more"), (["--max-queue", "0"], "--max-queue must be above 0"),
     *((["--body-timeout", value], "--body-timeout must be above 0") for value in ("0", "inf", "nan"))])
-def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):  # C196
+def test_a_flag_that_would_never_work_is_refused_at_the_start(capsys, flags, words):  # C34 C196
     with pytest.raises(SystemExit) as stopped:
         serve.parse_arguments(flags)
     error = capsys.readouterr().err
@@ -3426,22 +3426,22 @@ def test_a_folder_gives_every_recording_and_names_what_it_leaves_out(tmp_path, c
     assert re.search(rf"left out 4, hidden: {folder}/.git, {folder}/._A.WAV, {folder}/._A.txt and 1 more\n", told)
     audio.save_wav(folder / "A.mp3", tone(0.2, 8000), 8000)     # another copy of A: a split of its own would be a leak
     (folder / "b.TXT").write_text(" \n")
+    (folder / "deep/e.flac").write_bytes(b"fLaC")
+    for name in ("e.txt", "e.TXT"):
+        (folder / "deep" / name).write_text(name)
     assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--dev-share", "0"]) == 0
     rows = rows_of(tmp_path / "out/train.jsonl")
     assert sorted((row["audio"], row["text"]) for row in rows) == [
         ("../in/A.WAV", "text of A.txt"), ("../in/deep/c.wav", "text of deep/c.txt"), ("../in/x.webm", "text of x.txt")]
     told = capsys.readouterr().out
-    (folder / "deep/e.flac").write_bytes(b"fLaC")
-    for name in ("e.txt", "e.TXT"):
-        (folder / "deep" / name).write_text(name)
     assert f"left out 1, not UTF-8: {folder}/far/d.txt\n" in told
     assert f"left out 1, an empty text beside it: {folder}/b.Mp3\n" in told
+    assert f"left out 1, two texts beside it, .txt and .TXT: {folder}/deep/e.flac\n" in told
     assert f"left out 1, of the name of another recording: {folder}/A.mp3\n" in told and "no dev.jsonl" not in told
     (folder / "A.txt").unlink()
     assert corpora.main(["folder", str(folder), str(tmp_path / "out"), "--test-share", "0.2"]) == 0
     told = capsys.readouterr().out
     assert f"left out 1, no text beside it: {folder}/A.WAV\n" in told
-    assert f"left out 1, two texts beside it, .txt and .TXT: {folder}/deep/e.flac\n" in told
     assert "no dev.jsonl: --dev-share 0.1 of 2 recordings is less than one\nno test.jsonl: --test-share 0.2 of" in told
     (tmp_path / "none").mkdir()
     (tmp_path / "none/a.txt").write_text("a")
@@ -9682,8 +9682,10 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one_as_it_was(tmp_path, 
     checkpoint.export(sanm_system("char"), str(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(path: Path, state: dict) -> None:
-        raise OSError(errno.ENOSPC, "Full")
+    for name, error in ((None, OSError(errno.ENOSPC, "Full")), (".tmp", PermissionError(errno.EACCES, "Full"))):
+        def full(path: Path, state: dict) -> None:
+            error.filename = name and str(path)     # of an error of `open`
+            raise error
 
         monkeypatch.setattr(checkpoint, "save", full)
         with pytest.raises(OSError, match="Full: '[^']*/model.pt'"):
