@@ -6,6 +6,7 @@ that FunASR publishes are in pieces.py. Needs numpy; imports nothing of ours, so
 Glossary: the unit of a vocabulary is what its ids stand for, char or word; a symbol is the text of one id;
 ref is what was said, hyp is what was recognised.
 """
+import itertools
 import json
 import os
 import re
@@ -205,22 +206,19 @@ def align(ref: Sequence[Hashable], hyp: Sequence[Hashable]) -> list[tuple[str, H
     """The alignment with the fewest edits and, among those, the most hits: (op, ref item, hyp item) in order.
     op is "hit", "sub", "ins" (ref item None) or "del" (hyp item None). This fixes how many of each there are; where
     they go is decided from the end backwards, preferring a pair to an insertion and an insertion to a deletion.
-    Time and memory grow with len(ref) * len(hyp): 0.05 s and 32 MB for 2,000 by 2,000 items."""
+    Time and memory grow with len(ref) * len(hyp): 0.05 s and 8 MB for 2,000 by 2,000 items."""
     gap = min(len(ref), len(hyp)) + 1  # more than there can be substitutions, so that their + 1 only breaks ties
-    costs = list(_edit_costs(ref, hyp, gap))
+    moves = []  # for each item of ref: after which items of hyp a substitution, and an insertion, costs least
+    for above, row in itertools.pairwise(_edit_costs(ref, hyp, gap)):
+        moves.append((row[1:] - above[:-1] == gap + 1, row[1:] - row[:-1] == gap))
     steps = []
     i, j = len(ref), len(hyp)
     while i > 0 or j > 0:
-        is_pair = False
-        if i > 0 and j > 0:
-            is_hit = ref[i - 1] == hyp[j - 1]
-            cost = 0 if is_hit else gap + 1
-            is_pair = costs[i][j] == costs[i - 1][j - 1] + cost
-        if is_pair:
+        if i > 0 and j > 0 and (ref[i - 1] == hyp[j - 1] or moves[i - 1][0][j - 1]):  # a hit always costs least
             i -= 1
             j -= 1
-            steps.append(("hit" if is_hit else "sub", ref[i], hyp[j]))
-        elif j > 0 and costs[i][j] == costs[i][j - 1] + gap:
+            steps.append(("hit" if ref[i] == hyp[j] else "sub", ref[i], hyp[j]))
+        elif j > 0 and (i == 0 or moves[i - 1][1][j - 1]):
             j -= 1
             steps.append(("ins", None, hyp[j]))
         else:
