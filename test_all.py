@@ -4776,8 +4776,11 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):  # C36
     ("sanm", "model: Paraformer", "model: ParaformerStreaming",
      "encoder SANMEncoder is not implemented for a ParaformerStreaming"),
     ("sanm", "predictor: CifPredictorV2", "predictor: Pif", "predictor 'Pif' is not implemented"),
-    ("sanm", "input_layer: pe", "input_layer: conv2d",
-     "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
+    ("sanm", "  input_layer: pe\n", "", "encoder_conf.input_layer 'conv2d' is not implemented; wanted 'pe'"),
+    ("streaming", "  input_layer: pe_online\n", "", "input_layer 'conv2d' is not implemented; wanted 'pe_online'"),
+    ("conformer", "  macaron_style: true\n", "", "encoder_conf.macaron_style false is not implemented; wanted true"),
+    ("bicif", "  use_cif1_cnn: false\n", "", "predictor_conf.use_cif1_cnn true is not implemented; wanted false"),
+    ("bicif", "  upsample_type: cnn_blstm\n", "", "predictor_conf.upsample_type 'cnn' is not implemented"),
     ("sanm", "  threshold: 1.0", "  threshold: 1.0\n  smooth_factor: 1.1",
      "predictor_conf.smooth_factor 1.1 is not implemented"),
     ("sanm", "window: hamming", "window: povey", "frontend_conf.window 'povey' is not implemented"),
@@ -4790,8 +4793,9 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):  # C36
      "model_conf.bias_encoder_type 'mean' is not implemented; wanted 'lstm'"),
     ("seaco", "  train_decoder: false", "  train_decoders: false",
      "model_conf.train_decoders is not implemented for a SeacoParaformer"),
-    ("seaco", "  wo_input_layer: true", "  wo_input_layer: false",
+    ("seaco", "  wo_input_layer: true\n", "",
      "seaco_decoder_conf.wo_input_layer false is not implemented; wanted true"),
+    ("seaco", "  use_output_layer: false\n", "", "use_output_layer true is not implemented; wanted false"),
     ("seaco", "  wo_input_layer: true", "  wo_input_layers: true", "seaco_decoder_conf.wo_input_layer"),
     ("seaco", "seaco_decoder: ParaformerSANMDecoder\n", "",
      "wanted FunASR's 'seaco_decoder: CLASS' and 'seaco_decoder_conf: options'"),
@@ -4904,6 +4908,8 @@ def test_configuration_json_names_the_files(tmp_path):  # C38
     (tmp_path / "configuration.json").unlink()
     (tmp_path / "tokens.txt").touch()
     assert funasr.published_files(tmp_path)["tokens"].name == "tokens.txt"
+    (tmp_path / "tokens.json").touch()
+    assert funasr.published_files(tmp_path)["tokens"].name == "tokens.json"
 
 def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
     assert funasr.is_published(tmp_path) and not funasr.is_published("") and not funasr.is_published(tmp_path / "none")
