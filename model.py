@@ -25,7 +25,7 @@ from attention import (ConformerBlock, PositionalEncoding, TransformerBlock, at_
                        check_shapes, convolve, full_precision, key_mask, near_mask, padding_mask, run_blocks, sinusoids,
                        zero_padding)
 from funasr_layers import FramePredictor, RelativeConformerEncoder, SanmDecoder, SanmEncoder, TimingHead
-from tokenizer import BLANK, EOS
+from tokenizer import BLANK, EOS, count_errors
 
 
 def pick(choices: dict, field: str, name):
@@ -286,18 +286,6 @@ def ctc_sum(logits: Tensor, lens: Tensor, tokens: Tensor, token_lens: Tensor) ->
 MASKED_SHARE = 0.2  # share of a random candidate's positions that take the second best token
 
 
-def edit_distances(hyps: Tensor, hyp_lens: Tensor, refs: Tensor, ref_lens: Tensor) -> Tensor:
-    """Levenshtein distances: hyps (N,U), hyp_lens (N,), refs (N,R), ref_lens (N,) -> (N,) int64."""
-    index = torch.arange(refs.shape[1] + 1, device=refs.device)
-    row = index.expand(len(refs), -1)  # (N,R+1): from refs[:, :r] to the hypothesis so far, at first empty
-    for u in range(hyps.shape[1]):
-        best = torch.minimum(row[:, 1:] + 1, row[:, :-1] + (hyps[:, u, None] != refs))
-        best = torch.cat((row[:, :1] + 1, best), 1)
-        best = (best - index).cummin(1).values + index  # deletions: min over s <= r of best[:, s] + r - s
-        row = torch.where((u < hyp_lens)[:, None], best, row)
-    return row.gather(1, ref_lens[:, None])[:, 0]
-
-
 def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Tensor:
     """Expected number of token errors above the candidates' mean, summed over utterances.
     logits (B,U,V), tokens (B,U), lens (B,), masked (B,N,U) bool: where the best token is masked, so that candidate n
@@ -309,8 +297,11 @@ def mwer_sum(logits: Tensor, tokens: Tensor, lens: Tensor, masked: Tensor) -> Te
     second = masked & (torch.arange(N, device=masked.device) > 0)[:, None]
     hyps = torch.where(second, ids[:, None, :, 1], ids[:, None, :, 0])  # (B,N,U)
     log_prob = (torch.where(second, log_p[:, None, :, 1], log_p[:, None, :, 0]) * real).sum(-1)  # (B,N)
-    refs, ref_lens = tokens.repeat_interleave(N, 0), lens.repeat_interleave(N)  # (B*N,U), (B*N,)
-    errors = edit_distances(hyps.flatten(0, 1), ref_lens, refs, ref_lens).view(B, N).to(log_prob)
+    errors = torch.zeros(B, N)
+    for b, (ref, n) in enumerate(zip(tokens.tolist(), lens.tolist())):
+        for k, hyp in enumerate(hyps[b].tolist()):
+            errors[b, k] = count_errors(ref[:n], hyp[:n]).errors
+    errors = errors.to(log_prob)
     return (log_prob.softmax(1) * (errors - errors.mean(1, keepdim=True))).sum()
 
 
