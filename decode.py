@@ -44,7 +44,7 @@ from outputs import (end_output, file_names, prepare_output, print_results, repo
 from pauses import Segment, cut_at_pauses
 from pictures import explain
 from punctuation import load_punctuation
-from ranks import gather_in_first, join_processes, own_rank
+from ranks import join_processes, own_rank, sum_over_ranks
 from report import (Alternative, Outcome, Result, Token, Word, is_ideograph, log_confidence, text_of, utterance_svgs,
                     words_of)
 from sentences import with_sentences
@@ -325,7 +325,8 @@ def recognise_all(system: System, dataset: Dataset, windows: Iterator[list[list[
                     outcomes += done
                     finish(done)
             if processes > 1:
-                outcomes = gather_in_first(outcomes, shard)
+                found = sum_over_ranks({"all": outcomes})["all"]
+                outcomes = found if rank == 0 else []
         except KeyboardInterrupt:
             if rank == 0:
                 yield from sorted(outcomes)

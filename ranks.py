@@ -5,7 +5,6 @@ Reading order: joining, sums, gradients, statistics of BatchNorm. Needs torch.
 """
 import datetime
 import functools
-import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -44,7 +43,7 @@ def num_ranks() -> int:
 # ---- sums ----
 
 def sum_by_name(totals: dict, more: dict) -> dict:
-    """The sums of both by name; a name that only one of them has counts as 0 in the other."""
+    """The sums of both by name, of lists the items of both; a name that only one has counts as 0 in the other."""
     return {**totals, **more, **{name: totals[name] + more[name] for name in totals.keys() & more.keys()}}
 
 
@@ -62,14 +61,6 @@ def sum_tensor(x: Tensor) -> Tensor:
     if num_ranks() > 1:
         distributed.all_reduce(x)
     return x
-
-
-def gather_in_first(items: list, shard: tuple[int, int]) -> list:
-    """The items of all processes in rank 0, none in the others. shard: (rank, processes)."""
-    rank, processes = shard
-    parts = [None] * processes if rank == 0 else None
-    distributed.gather_object(items, parts)
-    return list(itertools.chain(*parts)) if rank == 0 else []
 
 
 # ---- gradients ----
