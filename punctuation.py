@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from commandline import Parser, spin_briefly
 
@@ -39,7 +39,9 @@ def is_ascii(token: str) -> bool:
 
 def split_tokens(text: str) -> list[str]:
     """Runs of ASCII characters without a space, and single other characters: "你,b é" -> 你 | ,b | é."""
-    return re.findall(r"[^\x00-\x7f\s]|[^\x80-\U0010ffff\s]+", text)
+    ascii_run = r"[^\x80-\U0010ffff\s]+"
+    other = r"[^\x00-\x7f\s]"
+    return re.findall(f"{ascii_run}|{other}", text)
 
 
 # ---- network ----
@@ -110,7 +112,6 @@ LONGEST = 200                       # tokens without a stop, behind which a sent
 MOST = 1000                         # without a comma either, behind which reading begins anew; FunASR reads on and on
 STOPS = "。？"                      # where FunASR ends what it reads; a list of marks with "?" has no question then
 SENTENCE_ENDS = ("。", "？", ".", "?", "！", "!")
-PAUSES = ("，", "、", ",")
 Group = tuple[list[str], list[int]]  # tokens and the mark behind each, an index into punc_list
 
 
@@ -207,7 +208,7 @@ class Written(NamedTuple):
 
     text: str               # with its mark
     spaced: bool            # a space stands before it
-    ends: Literal["", "pause", "sentence"]      # what ends behind it
+    is_last: bool           # a sentence ends behind it
 
 
 def punctuate_words(punctuation: Punctuation, words: Sequence[str]) -> list[Written]:
@@ -222,12 +223,7 @@ def punctuate_words(punctuation: Punctuation, words: Sequence[str]) -> list[Writ
     first = 0
     for size in sizes:
         text = "".join(written[first:first + size])
-        ends = ""
-        if text.endswith(SENTENCE_ENDS):
-            ends = "sentence"
-        elif text.endswith(PAUSES):
-            ends = "pause"
-        found.append(Written(text.lstrip(" "), text.startswith(" "), ends))
+        found.append(Written(text.lstrip(" "), text.startswith(" "), text.endswith(SENTENCE_ENDS)))
         first += size
     return found
 

@@ -17,7 +17,7 @@ def with_sentences(punctuation: Punctuation | None, result: Result, last: str = 
         apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))    # accents are no ASCII
         words.append(word._replace(text=new.text, spaced=apart or i > 0 and new.spaced))
         last = word.text
-        if new.ends == "sentence":
+        if new.is_last:
             sentences.append(sentence_of(words))
             words = []
     if words:
