@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from timeit import timeit
 
-from commandline import Parser, spin_briefly
+from commandline import Parser, refuse, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -360,16 +360,6 @@ class Side:
     shifts: list[Tensor] = field(default_factory=list)  # `boundary_shifts` of each utterance
 
 
-def both_searches(arguments: argparse.Namespace, path: str) -> list[Side]:
-    """A checkpoint greedily and, where it has a search, as the arguments ask, else with BEAM."""
-    system = greedy_system(arguments, path)
-    sides = [Side(f"{path}, greedy", system)]
-    if hasattr(system.model, "search"):
-        search = Search(BEAM) if arguments.search == Search() else arguments.search
-        sides.append(Side(f"{path}, beam {search.width}", with_search(system, search)))
-    return sides
-
-
 def boundary_shifts(system: System, item: data.Utterance, edges: Tensor) -> Tensor:
     """Distances in encoder frames of the inner token boundaries that a model fired, of `edges` (n+1,), from the true
     ones: (n-1,); (0,) if those are unknown, the number of tokens is wrong, or the model does not fire."""
@@ -408,13 +398,18 @@ def side_row(side: Side, first_sec: float) -> str:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print a table of the checkpoints (.pt) among the inputs, on the other inputs or the first one's own test data.
-    Timed is what makes Hypotheses of normalised features."""
+    """Print a table of the checkpoints (.pt) among the inputs, greedily and, where there is a search, as the arguments
+    ask, else with BEAM, on the other inputs or the first one's own test data. Timed is what makes Hypotheses of
+    normalised features."""
     paths = [path for path in arguments.inputs if path.endswith(".pt")]
     others = [path for path in arguments.inputs if path not in paths]
     sides: list[Side] = []
     for path in paths or [arguments.ckpt]:
-        sides += both_searches(arguments, path)
+        system = greedy_system(arguments, path)
+        sides.append(Side(f"{path}, greedy", system))
+        if hasattr(system.model, "search"):
+            search = Search(BEAM) if arguments.search == Search() else arguments.search
+            sides.append(Side(f"{path}, beam {search.width}", with_search(system, search)))
     first = sides[0].system
     unchanged = torch.tensor([[0.0], [1.0]]).expand(first.stats.shape)  # each normalises with its own statistics
     with tempfile.TemporaryDirectory() as scratch:
@@ -527,24 +522,16 @@ def serving_figures(options: argparse.Namespace) -> Iterator[str]:
 
 # ---- the command ----
 
-def check_decode(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for arguments of decode.py that have no effect on what is measured."""
+def measure_decode(argv: Sequence[str]) -> None:
+    python, rest = peer_python(argv)
+    arguments = parse_arguments(rest)
     idle = ["output", "report", "plot", "export"]
     if not arguments.inputs:
         idle += ["ckpt", "device", "dtype", "limit", "min_segment_sec", "max_segment_sec", "batch_size",
                  "batch_seconds", *Search._fields]
     elif any(path.endswith(".pt") for path in arguments.inputs):
         idle += ["ckpt"]
-    usual = parse_arguments([])
-    for name in idle:
-        if getattr(arguments, name) != getattr(usual, name):
-            raise ValueError(f"--{name.replace('_', '-')}: wanted none, as it has no effect on what is measured")
-
-
-def measure_decode(argv: Sequence[str]) -> None:
-    python, rest = peer_python(argv)
-    arguments = parse_arguments(rest)
-    check_decode(arguments)
+    refuse(arguments, parse_arguments([]), idle, "wanted none, as it has no effect on what is measured")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if not arguments.inputs:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from commandline import spin_briefly
+from commandline import refuse, spin_briefly
 
 if __name__ == "__main__":
     spin_briefly()  # before torch is loaded
@@ -402,17 +402,13 @@ IDLE_IN_STREAMS = ("batch_size", "batch_seconds", "min_segment_sec", "max_segmen
 
 def with_chunk(arguments: argparse.Namespace, system: System) -> System:
     """The system with the chunk that the arguments ask for. Raises ValueError for what has no effect on it."""
+    usual = parse_arguments([])
     if system.chunk is not None:
-        usual = parse_arguments([])
-        for name in IDLE_IN_STREAMS:
-            if getattr(arguments, name) != getattr(usual, name):
-                raise ValueError(f"--{name.replace('_', '-')}: of no use to a streaming model, which hears a recording "
-                                 "chunk by chunk; leave it out")
+        refuse(arguments, usual, IDLE_IN_STREAMS, "of no use to a streaming model, which hears a recording chunk by "
+               "chunk; leave it out")
         return system._replace(chunk=asked_chunk(arguments, system.chunk))
-    for name in ("stream", "chunk", "look_back"):
-        if getattr(arguments, name):
-            raise ValueError(f"--{name.replace('_', '-')}: wanted a streaming model, such as paraformer-zh-streaming, "
-                             f"got a {system.config.model.name}: leave it out, or take that model")
+    refuse(arguments, usual, ("stream", "chunk", "look_back"), "wanted a streaming model, such as "
+           f"paraformer-zh-streaming, got a {system.config.model.name}: leave it out, or take that model")
     return system
 
 

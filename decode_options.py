@@ -6,7 +6,7 @@ from pathlib import Path
 
 from baselines import Search
 from checkpoint import PRECISIONS, SEGMENT_SEC
-from commandline import Parser, path_text
+from commandline import Parser, path_text, refuse
 from report import FORMS
 from vad import SCHEDULES
 
@@ -28,46 +28,47 @@ def two_numbers(text: str) -> tuple[int, int]:
     return first, second
 
 
-def add_options(add: Callable) -> None:
-    add("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in them), "
-        "manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a line of a manifest")
-    add("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
-        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
-    add("--export", metavar="PATH", type=path_text,
-        help="write the model alone and recognise nothing without INPUT: FILE.pt as a "
-        "checkpoint, else a directory, FunASR's if it knows the model; with --dtype int8 in a quarter of the size, to "
-        "run in int8 only")
-    add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
-        "(UTF-8) with one a line, # before a remark, or words with spaces between them")
+def add_parts(add: Callable) -> None:
+    """The options that serve.py has too."""
     add("--vad", metavar="DIR", type=path_text,
         help="cut where a VAD model finds speech: a directory as FunASR publishes fsmn-vad")
     add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment: as in the model's config (default), or "
         "falling from 2 s to 0.1 s as a segment grows, as FunASR's")
     add("--punctuate", metavar="DIR", type=path_text, help="write sentences: a directory as FunASR publishes ct-punc")
-    add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
-        "paths (`sox ... |`), in that folder")
-    add("--output", metavar="PATH", type=path_text,
-        help="write into a folder, a file for each utterance when it is done (ctm: "
-        "results.ctm), where PATH ends in .jsonl, a line for each, or, of one input, a file such as talk.srt")
-    add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
-    add("--resume", action="store_true", help="go on with an --output that a run has begun: what it has is not decoded "
-        "again")
-    add("--report", metavar="DIR", type=path_text,
-        help="write the errors of the inputs that have a reference: summary.txt, "
-        "alignments.txt and report.html")
-    add("--plot", metavar="DIR", type=path_text, help="write pictures of each utterance (with --limit, of so many)")
-    add("--explain", action="store_true", help="draw each utterance's way through the model, NAME.explain.svg, in the "
-        "folder of --plot or here")
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
-        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
-    add("--stream", action="store_true", help="with a streaming model: print the text of recordings, or of - (a WAV "
-        "from a pipe), as it grows")
-    add("--pcm", type=int, metavar="RATE", help="- of --stream is bare 16-bit little-endian mono samples at RATE Hz")
     add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames that are decided at a "
         "time, and frames that it hears beyond them (default: as it was trained; FunASR's: 10,5, of 60 ms)")
     add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="of a streaming model: how many chunks before "
         "it a chunk sees; -1: all (default: likewise; FunASR's: 4,1)")
+    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
+        help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")
+
+
+def add_options(add: Callable) -> None:
+    add("inputs", nargs="*", metavar="INPUT", help="recordings, folders (Kaldi's, or all recordings in them), "
+        "manifests (.jsonl), or - for standard input: a recording, or lines, each an INPUT or a line of a manifest")
+    add("--ckpt", "--checkpoint", default=DEFAULT_CHECKPOINT,
+        help=f"a checkpoint, or a model directory of FunASR (default: {DEFAULT_CHECKPOINT})")
+    add("--export", metavar="PATH", type=path_text, help="write the model alone and recognise nothing without INPUT: "
+        "FILE.pt as a checkpoint, else a directory, FunASR's if it knows the model; with --dtype int8 in a quarter of "
+        "the size, to run in int8 only")
+    add("--hotwords", metavar="FILE|TEXT", help="phrases to listen for, in a model that can be told them: a file "
+        "(UTF-8) with one a line, # before a remark, or words with spaces between them")
+    add("--allow-pipes", action="store_true", help="run the commands that a Kaldi folder's wav.scp has in place of "
+        "paths (`sox ... |`), in that folder")
+    add("--output", metavar="PATH", type=path_text, help="write into a folder, a file for each utterance when it "
+        "is done (ctm: results.ctm), where PATH ends in .jsonl, a line for each, or, of one input, a file as talk.srt")
+    add("--format", choices=list(FORMS), help="of what is in --output (default: what that ends in, else json)")
+    add("--resume", action="store_true", help="go on with an --output that a run has begun: what it has is not decoded "
+        "again")
+    add("--report", metavar="DIR", type=path_text, help="write the errors of the inputs that have a reference: "
+        "summary.txt, alignments.txt and report.html")
+    add("--plot", metavar="DIR", type=path_text, help="write pictures of each utterance (with --limit, of so many)")
+    add("--explain", action="store_true", help="draw each utterance's way through the model, NAME.explain.svg, in the "
+        "folder of --plot or here")
+    add("--stream", action="store_true", help="with a streaming model: print the text of recordings, or of - (a WAV "
+        "from a pipe), as it grows")
+    add("--pcm", type=int, metavar="RATE", help="- of --stream is bare 16-bit little-endian mono samples at RATE Hz")
 
 
 def add_numbers(add: Callable) -> None:
@@ -108,23 +109,21 @@ def check_together(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("--pcm needs --stream - and a rate of 1000 Hz or more")
     if arguments.stream and not arguments.inputs:
         parser.error("--stream needs a recording or -")
-    if arguments.stream:
-        refuse(parser, arguments, IDLE_BESIDE_STREAM, "--stream prints texts alone")
-    if arguments.export and not arguments.inputs:
-        refuse(parser, arguments, IDLE_BESIDE_EXPORT, "--export recognises nothing without INPUT")
-
-
-def refuse(parser: Parser, arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    """End the program where one of the options is given."""
-    for name in names:
-        if getattr(arguments, name) != parser.get_default(name):
-            parser.error(f"{why}; leave out --{name.replace('_', '-')}")
+    usual = parser.parse_args([])
+    try:
+        if arguments.stream:
+            refuse(arguments, usual, IDLE_BESIDE_STREAM, "leave it out, as --stream prints texts alone")
+        if arguments.export and not arguments.inputs:
+            refuse(arguments, usual, IDLE_BESIDE_EXPORT, "leave it out, as --export recognises nothing without INPUT")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description="Recognise speech.", epilog="Without INPUT: the checkpoint's own toy data, or the test "
                     "(else dev) manifest of its config.")
     add_options(parser.add_argument)
+    add_parts(parser.add_argument)
     add_numbers(parser.add_argument)
     arguments = parser.parse_args(argv)
     arguments.search = Search(*(getattr(arguments, field) for field in Search._fields))

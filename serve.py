@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from commandline import Parser, path_text, spin_briefly
+from commandline import Parser, path_text, refuse, spin_briefly
 
 if __name__ == "__main__":      # before torch is loaded, which takes seconds
     # Until catch_signals: process 1 of a container gets only the signals that it has a handler for.
@@ -42,8 +42,8 @@ import torch
 
 import decode
 from batcher import Batcher, num_utterances
-from checkpoint import PRECISIONS, check_not_streaming, load_system
-from decode_options import DEFAULT_CHECKPOINT, two_numbers
+from checkpoint import check_not_streaming, load_system
+from decode_options import DEFAULT_CHECKPOINT, add_parts
 from listen import asked_chunk
 from monitor import Log, Metrics, log_line, resident_bytes
 from sessions import hold
@@ -52,7 +52,6 @@ from sockets import handshake, is_same_host, is_upgrade, why_no_handshake
 from streaming import feed, start as start_stream
 from streams import hear_steps
 from transcribe import recognise_batch, recognise_jobs, refuse_toy, trained_on, transcribe
-from vad import SCHEDULES
 from web import (Door, Head, Limits, Refusal, Response, body_too_large, client_address, json_response,
                  media_type, parse_origin, shutting_down)
 
@@ -302,21 +301,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
                     "that clients must send.")
     add = parser.add_argument
     add("--checkpoint", "--ckpt", default=DEFAULT_CHECKPOINT, help=f"default: {DEFAULT_CHECKPOINT}")
-    add("--offline-checkpoint", metavar="DIR", type=path_text,
-        help="of whole utterances, beside a streaming one: for a second pass of "
-        "web sockets, and for requests")
-    add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming checkpoint: frames decided at a "
-        "time, and look-ahead (default: as its config says, 10,5 for FunASR's)")
-    add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="chunks before them that are seen (4,1 "
-        "for FunASR's); clients may ask for others")
-    add("--vad", metavar="DIR", type=path_text,
-        help="cut recordings where a VAD model finds speech: a directory of fsmn-vad")
-    add("--vad-schedule", choices=SCHEDULES, help="silence that ends a segment (default: as the model's config says)")
-    add("--punctuate", metavar="DIR", type=path_text, help="answer with sentences: a directory of ct-punc")
+    add("--offline-checkpoint", metavar="DIR", type=path_text, help="of whole utterances, beside a streaming one: for "
+        "a second pass of web sockets, and for requests")
+    add_parts(add)      # of streams, clients may ask for another chunk
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0 = any free one (default 8000)")
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add("--dtype", default="float32", choices=list(PRECISIONS), help="of matrix products (default float32)")
     add("--threads", type=int, default=0, help="threads of torch; 0 = its own choice")
     for name, (default, meaning) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{meaning} (default {default:g})")
@@ -394,13 +383,13 @@ def load_warm(options: argparse.Namespace) -> Models:
 def load_models(options: argparse.Namespace) -> Models:
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
     if system.chunk is None:
-        refuse_options(options, ("offline_checkpoint", "chunk", "look_back"),
-                       f"wanted a streaming --checkpoint, got a {system.config.model.name}")
+        refuse(options, usual, ("offline_checkpoint", "chunk", "look_back"),
+               f"wanted a streaming --checkpoint, got a {system.config.model.name}")
         return Models(None, decode.with_parts(options, system))
     system = system._replace(chunk=asked_chunk(options, system.chunk))
     if options.offline_checkpoint is None:
-        refuse_options(options, ("vad", "punctuate"), "is for whole utterances, and wants an --offline-checkpoint "
-                       "beside the streaming one, got none")
+        refuse(options, usual, ("vad", "punctuate"), "is for whole utterances, and wants an --offline-checkpoint "
+               "beside the streaming one, got none")
         return Models(system, None)
     whole = load_system(options.offline_checkpoint, options.device, options.dtype, laid_out=True)
     check_not_streaming(whole.config, options.offline_checkpoint)
@@ -408,20 +397,6 @@ def load_models(options: argparse.Namespace) -> Models:
     if wanted != got:
         raise ValueError(f"--offline-checkpoint: wanted {wanted} Hz as the --checkpoint has, got {got} Hz")
     return Models(system, decode.with_parts(options, whole))
-
-
-def refuse_options(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
-    for name in names:
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')}: {why}")
-
-
-def bound_memory() -> None:
-    """Keep memory flat over thousands of requests, where oneDNN would cache 1024 compiled kernels, some for each batch
-    shape, and glibc open a heap for each new thread. Before torch's first forward pass, and on Linux only."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
 
 
 LOADED = 0              # a byte beside the numbers of signals
