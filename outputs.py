@@ -97,21 +97,15 @@ def numbered(keys: Iterable[str]) -> list[tuple[str, int]]:
     return pairs
 
 
-def pick_form(path: str, form: str | None) -> str:
-    """--format, by default what --output ends in. Raises ValueError if one says something else than the other."""
-    suffix = Path(path).suffix[1:]
-    if not form:
-        return suffix if suffix in FORMS else "json"
-    if suffix in FORMS and suffix != form and not os.path.isdir(path):
-        raise ValueError(f"--output: wanted a folder or a file that ends in .{form}, got {path}")
-    return form
-
-
 def plan_output(path: str, form: str | None, keys: Sequence[str], rank: int) -> Output:
     """Where the results of the inputs with these keys go: where path ends in .jsonl or in the form, and is no folder,
-    one file; else a folder. Raises ValueError where several results would go into a file for one."""
-    form = pick_form(path, form)
+    one file; else a folder. Raises ValueError where path and form contradict each other, or several results would go
+    into a file for one."""
     place = Path(path)
+    suffix = place.suffix[1:]
+    form = form or (suffix if suffix in FORMS else "json")
+    if suffix in FORMS and suffix != form and not place.is_dir():
+        raise ValueError(f"--output: wanted a folder or a file that ends in .{form}, got {path}")
     output = Output(form, numbered(keys), rank=rank)
     is_file = place.suffix == f".{form}" and not place.is_dir()
     if place.suffix == ".jsonl" or form == "ctm" and is_file:
@@ -179,15 +173,10 @@ def made_with(options) -> dict[str, str]:
     return made
 
 
-def check_made(found: dict[str, str], made: dict[str, str], part: Path) -> None:
-    """Raises ValueError for a line of a part that was made with other options than these."""
-    for name in sorted(found.keys() | made.keys()):
-        if found.get(name) != made.get(name):
-            raise ValueError(f"--{name.replace('_', '-')}: wanted {found.get(name)}, as for the results in {part}, got "
-                             f"{made.get(name)}; to start over, remove that file")
-
-
 # ---- a file for all, while it grows ----
+
+ONLY_IN_PARTS = ("made", "number", "spoken")  # of the fields of a line
+
 
 def parts_of(merged: Path) -> list[Path]:
     return sorted(merged.parent.glob(f"{glob.escape(merged.name)}.part*"))
@@ -226,14 +215,6 @@ def part_line(output: Output, outcome: Outcome) -> bytes:
     return to_line(row).encode()
 
 
-def final_line(line: bytes) -> bytes:
-    """A line of a part without what only a part has."""
-    row = json.loads(line)
-    for name in ("made", "number", "spoken"):
-        row.pop(name, None)
-    return to_line(row).encode()
-
-
 def read_outcome(line: bytes, place: str) -> tuple[Outcome, dict]:
     """What `json_row` made of an outcome, but for its index, n-best and the spacing of words; and the row itself.
     Raises ValueError if the line is none of its rows."""
@@ -250,29 +231,31 @@ def read_outcome(line: bytes, place: str) -> tuple[Outcome, dict]:
                          ) from None
 
 
+def read_parts(output: Output) -> Iterator[tuple[Path, int, Outcome, dict]]:
+    """Of every line of all parts: the part, the byte where it starts, its outcome, with the place of its input, -1
+    where that is not among the inputs, and its row."""
+    places = {pair: index for index, pair in enumerate(output.inputs)}
+    for part in parts_of(output.merged):
+        for start, line in whole_lines(part):
+            outcome, row = read_outcome(line, f"{part}, byte {start}")
+            yield part, start, outcome._replace(index=places.get((outcome.key, row.get("number", 0)), -1)), row
+
+
 def merge_parts(output: Output, keep: bool) -> None:
     """Write `merged` from all parts, in the order of the inputs. keep: the run has not come to its end, so the parts
     stay, to go on from."""
-    places = {pair: index for index, pair in enumerate(output.inputs)}
-    lines = []  # (place of the input, part, byte)
-    parts = parts_of(output.merged)
-    for part in parts:
-        for start, line in whole_lines(part):
-            _, row = read_outcome(line, f"{part}, byte {start}")
-            lines.append((places.get((row["key"], row.get("number", 0)), -1), part, start))
+    lines = sorted((outcome.index, part, start) for part, start, outcome, _ in read_parts(output))
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open(stack.enter_context(replacing(os.path.realpath(output.merged))), "wb"))
-        files = {part: stack.enter_context(open(part, "rb")) for part in parts}
-        for _, part, start in sorted(lines):
+        files = {part: stack.enter_context(open(part, "rb")) for part in parts_of(output.merged)}
+        for _, part, start in lines:
             files[part].seek(start)
-            line = files[part].readline()
-            if output.form == "ctm":
-                outcome, _ = read_outcome(line, str(part))
-                target.write(ctm(outcome).encode())
-            else:
-                target.write(final_line(line))
+            outcome, row = read_outcome(files[part].readline(), str(part))
+            for name in ONLY_IN_PARTS:
+                row.pop(name, None)
+            target.write((ctm(outcome) if output.form == "ctm" else to_line(row)).encode())
     if not keep:
-        for part in parts:
+        for part in files:
             part.unlink()
 
 
@@ -320,13 +303,15 @@ def prepare_output(options, dataset, count: int, rank: int) -> Output:
 
 def earlier_outcomes(output: Output) -> Iterator[Outcome]:
     """What an earlier run left, with the place of its input, -1 where that is not among the inputs; forms but json and
-    ctm give an Outcome without result."""
-    places = {pair: index for index, pair in enumerate(output.inputs)}
-    for part in parts_of(output.merged) if output.merged else ():
-        for start, line in whole_lines(part):
-            outcome, row = read_outcome(line, f"{part}, byte {start}")
-            check_made(row.get("made", output.made), output.made, part)  # lines of a finished file have none
-            yield outcome._replace(index=places.get((outcome.key, row.get("number", 0)), -1))
+    ctm give an Outcome without result. Raises ValueError for what was made with other options than these."""
+    made = output.made
+    for part, _, outcome, row in read_parts(output) if output.merged else ():
+        found = row.get("made", made)  # lines of a finished file have none
+        for name in sorted(found.keys() | made.keys()):
+            if found.get(name) != made.get(name):
+                raise ValueError(f"--{name.replace('_', '-')}: wanted {found.get(name)}, as for the results in {part}, "
+                                 f"got {made.get(name)}; to start over, remove that file")
+        yield outcome
     for index, file in enumerate(output.files):
         if file.exists():
             outcome = Outcome(index, output.inputs[index][0])

@@ -281,10 +281,6 @@ def to_line(row: dict) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def json_line(outcome: Outcome) -> str:
-    return to_line(json_row(outcome))
-
-
 def tsv(outcome: Outcome) -> str:
     """A line of begin, end (whole ms) and text per subtitle, under a header: whisper's."""
     lines = [f"{round(cue[0].start * 1000)}\t{round(cue[-1].end * 1000)}\t{join_words(cue)}\n"
@@ -300,7 +296,7 @@ def ctm(outcome: Outcome) -> str:
 
 
 FORMS: dict[str, Callable[[Outcome], str]] = {  # of --format; one file per utterance, but of ctm
-    "txt": lambda outcome: written_text(outcome.result) + "\n", "json": json_line,
+    "txt": lambda outcome: written_text(outcome.result) + "\n", "json": lambda outcome: to_line(json_row(outcome)),
     "srt": lambda outcome: subtitles(outcome.result, "srt"), "vtt": lambda outcome: subtitles(outcome.result, "vtt"),
     "tsv": tsv, "ctm": ctm}
 
