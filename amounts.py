@@ -28,18 +28,6 @@ def epochs_for(size: int, share: float = 1.0) -> int:
     return max(1, round(share * max(20, min(200, UTTERANCES // size))))
 
 
-def cut_manifest(source: Path, size: int, path: Path) -> None:
-    """Write the first `size` rows of a manifest, with absolute paths. Raises ValueError if it has fewer."""
-    rows = [row for _, row in itertools.islice(scan_rows(source), size)]
-    if len(rows) < size:
-        raise ValueError(f"{source}: wanted {size} utterances, got {len(rows)}")
-    lines = []
-    for row in rows:
-        given = {name: value for name, value in row._asdict().items() if value is not None}
-        lines.append(json.dumps({**given, "audio": os.path.abspath(row.audio)}, ensure_ascii=False) + "\n")
-    write_atomic(path, "".join(lines))
-
-
 def word_error_rate(system: System, manifest: Path) -> float:
     config = system.config
     dataset = data.ManifestDataset(manifest, config.data, system.tokenizer.encode, stats=system.stats,
@@ -60,7 +48,14 @@ def measure(size: int, arguments: argparse.Namespace, tests: Sequence[Path], run
     table: utterances, epochs, seconds, WER on dev and on each test manifest."""
     manifest = runs / f"train_{size}.jsonl"
     folder = arguments.folder
-    cut_manifest(folder / "train.jsonl", size, manifest)
+    rows = [row for _, row in itertools.islice(scan_rows(folder / "train.jsonl"), size)]
+    if len(rows) < size:
+        raise ValueError(f"{folder / 'train.jsonl'}: wanted {size} utterances, got {len(rows)}")
+    lines = []
+    for row in rows:
+        given = {name: value for name, value in row._asdict().items() if value is not None}
+        lines.append(json.dumps({**given, "audio": os.path.abspath(row.audio)}, ensure_ascii=False) + "\n")
+    write_atomic(manifest, "".join(lines))
     started = time.monotonic()
     options = [f"--data.train={manifest}", f"--data.dev={folder / 'dev.jsonl'}", "--data.test="]
     epochs = epochs_for(size, arguments.epochs_share)

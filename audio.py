@@ -126,21 +126,16 @@ def read_header(file: BinaryIO) -> WavHeader | None:
     raise ValueError(f"wanted a 'data' chunk among the first {MAX_CHUNKS}, got none")
 
 
-def widen(x: np.ndarray, size: int) -> np.ndarray:
-    """Bytes (n * size,) of 24-bit samples of 3 or 4 bytes -> (n * 4,), the sample in the upper three."""
-    x = x.reshape(-1, size)
-    if size == 4 and (x[:, 3] != np.where(x[:, 2] & 128, 255, 0)).any():
-        raise ValueError("wanted 24-bit samples in the lower three of 4 bytes, got others")
-    return np.pad(x[:, :3], ((0, 0), (1, 0)))
-
-
 def read_channels(file: BinaryIO, header: WavHeader, start: int, stop: int) -> np.ndarray:
     """Samples start..stop-1 -> (N, channels) float64."""
     size = header.channels * header.size
     file.seek(header.start + start * size)
     x = np.frombuffer(file.read((stop - start) * size), np.uint8)
-    if header.bits == 24:
-        x = widen(x, header.size)
+    if header.bits == 24:       # in 3 or 4 bytes; they become the upper three of 4
+        x = x.reshape(-1, header.size)
+        if header.size == 4 and (x[:, 3] != np.where(x[:, 2] & 128, 255, 0)).any():
+            raise ValueError("wanted 24-bit samples in the lower three of 4 bytes, got others")
+        x = np.pad(x[:, :3], ((0, 0), (1, 0)))
     kind, zero, full_scale = SAMPLE_TYPES[header.code, header.bits]
     x = x.view(kind)
     if header.code in (6, 7):

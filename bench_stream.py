@@ -35,7 +35,7 @@ from checkpoint import System, export_directory, load_system
 from commandline import Parser
 from live import samples_until
 from manifests import read_inputs
-from streaming import Chunk, State, feed, feed_many, start
+from streaming import State, feed, feed_many, start
 
 HERE = Path(__file__).resolve().parent
 TURNS = 9  # of a step, of which the median is taken
@@ -46,12 +46,6 @@ TURNS = 9  # of a step, of which the median is taken
 def chunk_samples(system: System) -> int:
     """Samples from one chunk to the next."""
     return samples_until(2 * system.chunk.new, system.config.data) - samples_until(system.chunk.new, system.config.data)
-
-
-def ready_stream(system: System) -> State:
-    """A stream that has heard so much that all its caches are full."""
-    chunks = system.chunk.encoder_look_back + 3
-    return feed(system, start(system, system.chunk), noise(chunks * chunk_samples(system)))[0]
 
 
 def step_ms(system: System, states: Sequence[State]) -> float:
@@ -76,7 +70,8 @@ def difference(system: System, states: Sequence[State]) -> float:
 def chunk_figures(system: System) -> Iterator[str]:
     """Of a chunk alone, and of batches, which double until they are late."""
     due_ms = 1000 * system.chunk.new * frame_sec(system.config.data)
-    state = ready_stream(system)
+    full = noise((system.chunk.encoder_look_back + 3) * chunk_samples(system))  # so much that all caches are full
+    state, _ = feed(system, start(system, system.chunk), full)
     ms = step_ms(system, [state])
     yield (f"a chunk of one stream    {ms:8.1f} ms of {due_ms:.0f}: real-time factor {ms / due_ms:.3f}; "
            f"alone, one after another, {int(due_ms / ms)} streams stay in real time")
@@ -117,18 +112,6 @@ class Talk(NamedTuple):
     messages: list[tuple[float, dict]]  # when each came
 
 
-async def open_socket(port: int, rate_hz: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    key = base64.b64encode(os.urandom(16)).decode()
-    writer.write(f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                 f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
-    answer = await reader.readuntil(b"\r\n\r\n")
-    if b" 101 " not in answer.partition(b"\r\n")[0]:
-        raise ValueError(f"wanted a web socket, got {answer[:200]!r}")
-    writer.write(to_frame(1, json.dumps({"mode": "online", "audio_fs": rate_hz}).encode()))
-    return reader, writer
-
-
 async def speak(writer: asyncio.StreamWriter, audio: bytes, begun: float, rate_hz: int) -> list[tuple[int, float]]:
     """Send 16-bit samples as if they were spoken from `begun` on -> Talk.sent_at."""
     size = 2 * int(rate_hz * PIECE_SEC)
@@ -157,7 +140,15 @@ async def listen(reader: asyncio.StreamReader) -> list[tuple[float, dict]]:
 
 
 async def talk(port: int, audio: bytes, begun: float, rate_hz: int) -> Talk:
-    reader, writer = await open_socket(port, rate_hz)
+    """Open a socket, send 16-bit samples as if they were spoken from `begun` on, hear what comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    key = base64.b64encode(os.urandom(16)).decode()
+    writer.write(f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                 f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
+    answer = await reader.readuntil(b"\r\n\r\n")
+    if b" 101 " not in answer.partition(b"\r\n")[0]:
+        raise ValueError(f"wanted a web socket, got {answer[:200]!r}")
+    writer.write(to_frame(1, json.dumps({"mode": "online", "audio_fs": rate_hz}).encode()))
     listening = asyncio.create_task(listen(reader))
     sent_at = await speak(writer, audio, begun, rate_hz)
     messages = await asyncio.wait_for(listening, 60)
@@ -262,12 +253,6 @@ def running(options: argparse.Namespace) -> Iterator[tuple[int, float]]:
         process.wait()
 
 
-def true_size() -> System:
-    config = large_config()
-    system = large_system(replace(config, model=replace(config.model, name="streaming")))
-    return system._replace(model=system.model.eval(), chunk=Chunk())
-
-
 def measure_streams(argv: Sequence[str]) -> None:
     """Print the figures."""
     parser = Parser(prog="bench.py stream", description=__doc__.split("\n")[0])
@@ -282,7 +267,8 @@ def measure_streams(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = options.checkpoint or folder
         if not options.checkpoint:
-            export_directory(true_size(), Path(folder))
+            config = large_config()
+            export_directory(large_system(replace(config, model=replace(config.model, name="streaming"))), Path(folder))
         system = load_system(place, "cpu", laid_out=True)
         if system.chunk is None:
             raise ValueError(f"{place}: wanted a streaming model, got a {system.config.model.name}")

@@ -118,18 +118,15 @@ def is_dense(x: object) -> bool:
     return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta
 
 
-def one_line(value: object) -> str:
-    """A value as an error shows it."""
-    if isinstance(value, Tensor):
-        return f"a {value.layout} tensor of shape {tuple(value.shape)}"
-    return " ".join(f"{value!r:.60}".split())
-
-
 def check_state(state: dict, place: str) -> None:
     """Raises ValueError for a field of a checkpoint that is not of its kind."""
     def require(is_right: bool, field: str, wanted: str, got: object) -> None:
-        if not is_right:
-            raise ValueError(f"{place}: {field}: wanted {wanted}, got {one_line(got)}")
+        if is_right:
+            return
+        shown = " ".join(f"{got!r:.60}".split())
+        if isinstance(got, Tensor):
+            shown = f"a {got.layout} tensor of shape {tuple(got.shape)}"
+        raise ValueError(f"{place}: {field}: wanted {wanted}, got {shown}")
 
     stats = state["stats"]
     require(type(state.get("format", 1)) is int, "format", "a whole number", state.get("format"))

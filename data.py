@@ -230,10 +230,6 @@ def open_surroundings(augment) -> Surroundings:
     return Surroundings(*manifests)
 
 
-def draw_row(manifest: Manifest, rng: np.random.Generator) -> Row:
-    return manifest[int(rng.integers(len(manifest)))]
-
-
 def read_noise(row: Row, seconds: float, rate_hz: int, rng: np.random.Generator) -> Tensor:
     """At most so many seconds of a recording, from a random place on -> (N,) at rate_hz. Raises Unusable."""
     with unusable(row.audio), open_recording(part_of(row)) as (file, header):
@@ -357,9 +353,11 @@ class ManifestDataset(Dataset):
         augment = self.options.augment
         noises, rooms = self.surroundings
         if rooms and drawn.random() < augment.reverb_share:
-            samples = reverberate(samples, read_response(draw_row(rooms, drawn), rate_hz))
+            room = rooms[int(drawn.integers(len(rooms)))]
+            samples = reverberate(samples, read_response(room, rate_hz))
         if noises:
-            noise = read_noise(draw_row(noises, drawn), len(samples) / rate_hz, rate_hz, drawn)
+            row = noises[int(drawn.integers(len(noises)))]
+            noise = read_noise(row, len(samples) / rate_hz, rate_hz, drawn)
             return mix(samples, noise, drawn.uniform(*augment.snr_db))
         return add_noise(samples, augment.snr_db, rng) if augment.snr_db else samples
 
@@ -483,15 +481,6 @@ FILES_OF_A_LOADER = 12      # that a process has open for two batches, a tensor 
 OTHER_FILES = 64
 
 
-def check_open_files(num_workers: int) -> None:
-    """Raises ValueError where loader processes would find none free and the run would wait for them for ever."""
-    wanted = OTHER_FILES + FILES_OF_A_LOADER * num_workers
-    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if num_workers and 0 <= most < wanted:  # -1: without a limit
-        raise ValueError(f"data.num_workers: wanted {wanted} open files or more for {num_workers} processes, got {most}"
-                         f" (ulimit -n); try ulimit -n {wanted}, or data.num_workers=0")
-
-
 def begin_worker(epoch: int, worker: int) -> None:
     leave_signals_to_parent(worker)
     if epoch:       # a recording's warning has been said in epoch 0
@@ -501,8 +490,13 @@ def begin_worker(epoch: int, worker: int) -> None:
 def loader(dataset: Dataset, batches: list[list[int]], epoch: int = 0, num_workers: int = 0,
            start: int = 0) -> Iterable[Batch]:
     """The batches from number `start` on, once, in order, the same for every num_workers; each worker loads two batches
-    ahead. With a generator of its own, so that torch's global one stays untouched. Raises as check_open_files."""
-    check_open_files(num_workers)
+    ahead. With a generator of its own, so that torch's global one stays untouched. Raises ValueError where loader
+    processes would find no file free to open and the run would wait for them for ever."""
+    wanted = OTHER_FILES + FILES_OF_A_LOADER * num_workers
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_workers and 0 <= most < wanted:  # -1: without a limit
+        raise ValueError(f"data.num_workers: wanted {wanted} open files or more for {num_workers} processes, got {most}"
+                         f" (ulimit -n); try ulimit -n {wanted}, or data.num_workers=0")
 
     def addresses() -> Iterator[list[tuple[int, int]]]:
         for batch in itertools.islice(batches, start, None):

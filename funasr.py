@@ -172,7 +172,11 @@ def read_published_config(path: str | Path) -> Config:
     that names a class or an option that is not implemented here."""
     values = read_values(path)
     parts = {part: translate(values, part, str(path)) for part in PUBLISHED if part != "seaco_decoder"}
-    check_streaming(values, str(path))
+    is_streaming = values["model"] == STREAMING["model"]
+    for part, name in STREAMING.items():
+        if (values[part] == name) != is_streaming:
+            raise ValueError(f"{path}: {part} {values[part]} is not implemented for a {values['model']}; wanted "
+                             f"{', '.join(STREAMING.values())} together, or none of them")
     width = parts["encoder"]["hidden_dim"]
     decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
@@ -190,15 +194,6 @@ def read_published_config(path: str | Path) -> Config:
                          f"wanted at most 1 + noise_threshold {predictor.noise}")
     check(replace(config, data=replace(config.data, train="none", dev="none")), str(path))     # manifests come later
     return config
-
-
-def check_streaming(values: dict, place: str) -> None:
-    """Raises ValueError where a part of a streaming model stands beside one of another model."""
-    is_streaming = values["model"] == STREAMING["model"]
-    for part, name in STREAMING.items():
-        if (values[part] == name) != is_streaming:
-            raise ValueError(f"{place}: {part} {values[part]} is not implemented for a {values['model']}; wanted "
-                             f"{', '.join(STREAMING.values())} together, or none of them")
 
 
 def _check_hotwords(values: dict, width: int, place: str) -> None:

@@ -172,10 +172,6 @@ class Carry(NamedTuple):
 BEGUN = 0.1  # of a token's weight: where it begins, as weights do not fall to 0 in a pause
 
 
-def no_carry(dim: int, device: torch.device | None = None) -> Carry:
-    return Carry(torch.zeros((), dtype=torch.float64, device=device), torch.zeros(dim, device=device), -1.0)
-
-
 def cif_step(hidden: Tensor, alpha: Tensor, carry: Carry, first: int,
              tail: float = 0.0) -> tuple[Tensor, list[tuple[float, float]], Carry]:
     """`cif` of a stream's next frames: hidden (L,D), alpha (L,), the carry of the frames before, the number of the

@@ -70,17 +70,11 @@ class PieceTokenizer:
             return [c for c in tidy(text) if c != " "]
         return self._spelled(tidy(text).lower().split(" "), "[\u4e00-\u9fa5a-z0-9].*")
 
-    def symbols_of(self, units: Sequence[str]) -> list[str]:
-        """The symbols of units, <unk> for one that has none in `pieces`."""
-        if self.pieces is None:
-            return list(units)
+    def _ids_of(self, units: Sequence[str]) -> list[int]:
         symbols = []
         for unit in units:
-            symbols += self.pieces.get(unit, [SPECIALS[UNK]])
-        return symbols
-
-    def _ids_of(self, units: Sequence[str]) -> list[int]:
-        return [self._ids.get(symbol, self.unknown) for symbol in self.symbols_of(units)]
+            symbols += [unit] if self.pieces is None else self.pieces.get(unit, [SPECIALS[UNK]])
+        return [self._ids.get(symbol, self.unknown) for symbol in symbols]
 
     def unknown_units(self, text: str) -> list[str]:
         """The units of a text that encode gives the unknown id."""

@@ -198,16 +198,6 @@ def firing_svg(panel: Panel, alpha: Tensor, across: tuple[float, float]) -> list
     return grid + [clip(panel, "".join(bars) + f'<path class="sum" d="M{edges[0]:.1f} {bottom}{line}"/>'), *names]
 
 
-def legend_svg(y: float, meanings: dict[str, str]) -> str:
-    """The row {CSS class of a line: its meaning}. True boundaries are white, so they get a dark background."""
-    parts = []
-    for x, (name, meaning) in zip(range(LEFT, LEFT + WIDTH, 230), meanings.items()):
-        if name == "true":
-            parts.append(f'<rect class="ground" x="{x}" y="{y - 11}" width="30" height="14"/>')
-        parts += [f'<path class="{name}" d="M{x} {y - 4}h30"/>', label_svg(x + 36, y, meaning, "start")]
-    return "".join(parts)
-
-
 def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Span], seconds: float,
                   frames: tuple[float, float], truth: Tensor | None = None) -> str:
     """An SVG of the features (T,F) under their tokens and token boundaries, and below, the firing weights alpha (L,) of
@@ -224,11 +214,16 @@ def alignment_svg(title: str, feats: Tensor, alpha: Tensor, tokens: Sequence[Spa
             label_svg(LEFT - 8, image.top + 100, "features", "end"), *firing_svg(firing, alpha, frames),
             time_axis(firing)]
     body += [f'<path class="fire" d="M{image.x(t):.1f} {image.top - 10}V{bottom}"/>' for t in edges]
+    y = bottom + 44  # of the legend
     meanings = {"fire": "boundaries of tokens", "sum": "running sum of the weights"}
     if truth is not None:
         body += [f'<path class="true" d="M{image.x(t):.1f} {image.top}v200"/>' for t in truth.tolist()]
         meanings["true"] = "true boundaries"
-    return picture(title, bottom + 56, [*body, legend_svg(bottom + 44, meanings)], width)
+    for x, (name, meaning) in zip(range(LEFT, LEFT + WIDTH, 230), meanings.items()):
+        if name == "true":  # a white line
+            body.append(f'<rect class="ground" x="{x}" y="{y - 11}" width="30" height="14"/>')
+        body += [f'<path class="{name}" d="M{x} {y - 4}h30"/>', label_svg(x + 36, y, meaning, "start")]
+    return picture(title, bottom + 56, body, width)
 
 
 def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: float, frames: tuple[float, float],
@@ -261,15 +256,6 @@ def attention_svg(title: str, weights: Tensor, tokens: Sequence[Span], seconds: 
 
 # ---- the way of one utterance through a model ----
 
-def embeddings_svg(panel: Panel, embeds: Tensor, tokens: Sequence[Span]) -> str:
-    """embeds (U,D), each token's values over its time as a column of the panel, dark where no token is."""
-    columns = torch.full((embeds.shape[1], round(panel.width)), float(embeds.min()))
-    for values, (_, start, end) in zip(embeds, tokens):
-        first, last = (round(panel.width * sec / panel.seconds) for sec in (start, end))
-        columns[:, first:max(last, first + 1)] = values[:, None]
-    return image_svg(panel, columns, (0, panel.seconds), (0, panel.seconds))
-
-
 def guesses_svg(panel: Panel, tokens: Sequence[Span], shares: Sequence[float],
                 seconds: Sequence[tuple[str, float]]) -> Iterator[str]:
     """A column for each token, tied to its time above the panel: both guesses, bars of their probabilities, times."""
@@ -298,8 +284,13 @@ def explain_svg(title: str, feats: Tensor, alpha: Tensor, embeds: Tensor, tokens
     image, firing, columns, guesses = (Panel(LEFT, top, width, height, duration)
                                        for top, height in ((46, 130), (190, 110), (314, 90), (478, 80)))
     body = [image_svg(image, feats.T.flip(0), (0, duration), (0, duration)), time_axis(columns),
-            *firing_svg(firing, alpha, frames), embeddings_svg(columns, embeds, tokens) if len(tokens) else "",
-            *guesses_svg(guesses, tokens, shares, seconds)]
+            *firing_svg(firing, alpha, frames), *guesses_svg(guesses, tokens, shares, seconds)]
+    if len(tokens):  # the values of each over its time, dark where no token is
+        values = torch.full((embeds.shape[1], round(width)), float(embeds.min()))
+        for column, (_, start, end) in zip(embeds, tokens):
+            first, last = (round(width * sec / duration) for sec in (start, end))
+            values[:, first:max(last, first + 1)] = column[:, None]
+        body.append(image_svg(columns, values, (0, duration), (0, duration)))
     for edge in [start for _, start, _ in tokens] + [end for _, _, end in tokens[-1:]]:
         body.append(f'<path class="fire" d="M{image.x(edge):.1f} {image.top}V{columns.top + columns.height}"/>')
     names = {110: "1 features", 230: "2 firing", 350: "3 tokens'", 368: "embeddings", 510: "4 guesses", 620: "5 text"}

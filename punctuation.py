@@ -282,7 +282,12 @@ def load_punctuation(folder: str) -> Punctuation:
     options = read_section(values, "model", IGNORED, Options(), place)
     shape = from_dict(translate({**values, "encoder": "SANMEncoder"}, "encoder", place) | {"subsampling": 1},
                       place, EncoderConfig())
-    check_options(options, shape, place)
+    if not options.embed_unit == options.att_unit == shape.hidden_dim:
+        raise ValueError(f"{place}: wanted embed_unit, att_unit and output_size alike, got {options.embed_unit}, "
+                         f"{options.att_unit} and {shape.hidden_dim}")
+    if NO_MARK not in options.punc_list or not 0 <= options.sentence_end_id < len(options.punc_list):
+        raise ValueError(f"{place}: wanted a punc_list with {NO_MARK} and sentence_end_id in it, got "
+                         f"{list(options.punc_list)} and {options.sentence_end_id}")
     ids = read_vocabulary(files["tokens"])
     names = RENAMES["encoder sanm"] | {"embedding": "embed", "output": "decoder"}
     model = load_model(lambda: kind(len(ids), len(options.punc_list), shape), files["model"],
@@ -291,16 +296,6 @@ def load_punctuation(folder: str) -> Punctuation:
         print(f"warning: {folder}: its vocabulary holds words as jieba cuts them; here every character is read by "
               "itself, which it knows too, but marks may differ from FunASR's", file=sys.stderr)
     return Punctuation(model.eval(), ids, options.punc_list, options.sentence_end_id)
-
-
-def check_options(options: Options, shape: EncoderConfig, place: str) -> None:
-    """Raises ValueError where the sizes of a config do not fit each other."""
-    if not options.embed_unit == options.att_unit == shape.hidden_dim:
-        raise ValueError(f"{place}: wanted embed_unit, att_unit and output_size alike, got {options.embed_unit}, "
-                         f"{options.att_unit} and {shape.hidden_dim}")
-    if NO_MARK not in options.punc_list or not 0 <= options.sentence_end_id < len(options.punc_list):
-        raise ValueError(f"{place}: wanted a punc_list with {NO_MARK} and sentence_end_id in it, got "
-                         f"{list(options.punc_list)} and {options.sentence_end_id}")
 
 
 def main(argv: Sequence[str]) -> int:

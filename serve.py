@@ -381,6 +381,7 @@ def load_warm(options: argparse.Namespace) -> Models:
 
 
 def load_models(options: argparse.Namespace) -> Models:
+    usual = parse_arguments([])
     system = load_system(options.checkpoint, options.device, options.dtype, laid_out=True)
     if system.chunk is None:
         refuse(options, usual, ("offline_checkpoint", "chunk", "look_back"),
@@ -469,7 +470,11 @@ def log_warnings(log: Log) -> None:
 
 
 def run(options: argparse.Namespace) -> NoReturn:
-    bound_memory()
+    # Memory stays flat over thousands of requests, where oneDNN would cache 1024 compiled kernels, some for each batch
+    # shape, and glibc open a heap for each new thread. Before torch's first forward pass, and on Linux only.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-8, 2)         # M_ARENA_MAX
     signals, wake = catch_signals()
     sys.setswitchinterval(0.0002)       # default 5 ms: while bodies are parsed, inference waits less for the GIL
     log = Log(options.log_format)

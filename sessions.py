@@ -88,7 +88,9 @@ class Session:
         if given.get("is_speaking") is False or given.get("is_end") is True:
             failure = yield from self.finish()
             if given.get("is_end") is True:
-                yield acknowledgement(self.settings, failure)
+                entry = {"mode": self.settings.mode, "wav_name": self.settings.wav_name}
+                error = {"error": str(failure)} if failure else {}
+                yield {**entry, "is_final": failure is None, "is_end": True, **error}
 
     def take_audio(self, data: bytes) -> Iterator[dict[str, Any]]:
         if not data or self.failure:
@@ -151,8 +153,12 @@ class Session:
             return
         settings = self.stream.settings
         result = None
-        if not is_pcm(settings):
-            result = self.recognise_file(bytes(self.received), settings.hotwords)
+        if not is_pcm(settings):        # a recording in any format, as /transcribe has it
+            post = Post(self.server, self.head._replace(path="/transcribe"), time.monotonic(), self.has_left)
+            fields = {"hotwords": list(settings.hotwords)} if settings.hotwords else {}
+            terms = parse_terms({}, self.server.options.request_timeout)
+            _, heard = recognise(post, as_wav(post, Recording(bytes(self.received), fields, terms)))
+            result = heard[0].found.result
         else:
             yield from self.hear(len(self.received) // 2, True)
             self.seconds += self.stream.heard / self.models.rate_hz()
@@ -175,14 +181,6 @@ class Session:
         job = Job(feats, object(), time.monotonic(), math.inf, self.has_left, hotwords)
         self.server.batcher.submit([job], bounded=False)
         return job.outcome.result().result
-
-    def recognise_file(self, body: bytes, hotwords: tuple[str, ...] | None) -> Result:
-        """A recording in any format, as /transcribe has it."""
-        post = Post(self.server, self.head._replace(path="/transcribe"), time.monotonic(), self.has_left)
-        fields = {"hotwords": list(hotwords)} if hotwords else {}
-        recording = Recording(body, fields, parse_terms({}, self.server.options.request_timeout))
-        _, heard = recognise(post, as_wav(post, recording))
-        return heard[0].found.result
 
     # ---- answers ----
 
@@ -255,11 +253,6 @@ def parse_message(text: str) -> dict[str, Any]:
 def error_message(refusal: Refusal) -> dict[str, Any]:
     """HTTP's error object; its empty text is for clients that append whatever comes."""
     return {"text": "", "is_final": False, "error": refusal.entry()}
-
-
-def acknowledgement(settings: Settings, failure: Refusal | None) -> dict[str, Any]:
-    entry = {"mode": settings.mode, "wav_name": settings.wav_name, "is_final": failure is None, "is_end": True}
-    return {**entry, "error": str(failure)} if failure else entry
 
 
 # ---- the conversation ----

@@ -24,7 +24,7 @@ from attention import at_least_float32, full_precision
 from audio import frame_sec
 from config import ChunkConfig
 from live import first_sample, frame_samples, frontend_part, samples_until
-from model import Carry, cif_step, no_carry
+from model import Carry, cif_step
 from pieces import PieceTokenizer, UNSPOKEN, are_spaced, spell_words, write_sentence
 from tokenizer import Token, spoken_places
 
@@ -73,7 +73,9 @@ def start(system, chunk: Chunk = Chunk()) -> State:
                        device=device)
     source = torch.zeros(blocks, 2, 1, decoder.num_heads, 0, decoder.hidden_dim // decoder.num_heads, device=device)
     window = torch.zeros(1, chunk.old + chunk.ahead, system.stats.shape[1], device=device)
-    return State(chunk, torch.zeros(0), 0, window, past, no_carry(encoder.hidden_dim, device), None, source, "", ())
+    weight = torch.zeros((), dtype=torch.float64, device=device)
+    carry = Carry(weight, torch.zeros(encoder.hidden_dim, device=device), -1.0)
+    return State(chunk, torch.zeros(0), 0, window, past, carry, None, source, "", ())
 
 
 def feed(system, state: State, samples: Tensor, last: bool = False) -> tuple[State, StreamResult]:

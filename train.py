@@ -509,15 +509,6 @@ def explain(error: Exception) -> str:
     return ""
 
 
-def print_error(error: Exception, run: Run | None) -> None:
-    """A line, and how to go on with the run."""
-    line = explain(error)
-    if run is not None:
-        space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
-        line += f"; the last checkpoint is good: {space}{resume_hint(run)}"
-    print(f"train.py: {line}", file=sys.stderr)
-
-
 def resume_hint(run: Run) -> str:
     return f"go on with: python train.py --resume {run.folder}"
 
@@ -589,9 +580,13 @@ def main(argv: Sequence[str]) -> int:
             distributed.destroy_process_group()
         return code
     except (ValueError, OSError, RuntimeError) as error:  # fit raises them too: too long a recording, a full disk
-        if not explain(error):
+        line = explain(error)
+        if not line:
             raise
-        print_error(error, run)
+        if run is not None:
+            space = "free some space, then " if getattr(error, "errno", None) == errno.ENOSPC else ""
+            line += f"; the last checkpoint is good: {space}{resume_hint(run)}"
+        print(f"train.py: {line}", file=sys.stderr)
         return 1 if isinstance(error, Diverged) or is_lost_rank(error) else 2
 
 
