@@ -119,8 +119,8 @@ class PieceTokenizer:
 
 class SpelledWord(NamedTuple):
     text: str
-    start: float | None  # of its first symbol, in the unit of the times given to spell_words; None: unknown
-    end: float | None
+    start: int  # its first symbol, counted without the UNSPOKEN ones
+    end: int  # the one behind its last
     kind: str  # "han": no space before it | "word": a space after it | "other"
 
 
@@ -138,26 +138,24 @@ def _kind(symbol: str) -> str:
     return "word" if all(c.isalpha() or c == "'" for c in symbol) else "other"
 
 
-def spell_words(symbols: Sequence[str], times: Sequence[Sequence[float]] | None = None) -> list[SpelledWord]:
-    """Symbols, with times (start, end) each if given, to words: pieces joined, runs of single letters in capitals.
-    UNSPOKEN symbols are dropped, but as in FunASR their times are not, so the words after them get times too early.
+def spell_words(symbols: Sequence[str]) -> list[SpelledWord]:
+    """Symbols to words: pieces joined, runs of single letters in capitals, UNSPOKEN symbols left out.
     Source: FunASR's sentence_postprocess, which also loses characters: of a word that breaks off (his@@ 不) and of a
     mark between a word and Chinese (ok % 不). Here all are kept; the rest is equal."""
     spoken = [symbol for symbol in symbols if symbol and symbol not in UNSPOKEN]
-    if times is None:
-        times = [(None, None)] * len(spoken)
     all_han = all(map(_is_han, spoken))
     words: list[SpelledWord] = []
     unfinished = False  # whether the last word so far ended with a piece, so that more of it follows
-    for symbol, (start, end) in zip(spoken, times):
+    for u, symbol in enumerate(spoken):
         kind = "han" if all_han else _kind(symbol)
         text = symbol.replace(PIECE, "") if kind == "piece" else symbol
+        start = u
         if unfinished and kind in ("piece", "word"):
             begun = words.pop()
             text = begun.text + text
             start = begun.start
         unfinished = kind == "piece"
-        words.append(SpelledWord(text, start, end, "word" if unfinished else kind))
+        words.append(SpelledWord(text, start, u + 1, "word" if unfinished else kind))
     return merge_letters(words)
 
 

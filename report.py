@@ -108,8 +108,9 @@ def words_of_units(tokens: Sequence[Token], unit: str) -> list[Word]:
 
 
 def words_of_pieces(tokens: Sequence[Token], all_spaced: bool) -> list[Word]:
-    """The words of a PieceTokenizer's tokens. Their times are off by one behind an unspoken token, as FunASR's are."""
-    spelled = spell_words([token.token for token in tokens], [(u, u + 1) for u in range(len(tokens))])
+    """The words of a PieceTokenizer's tokens. Their times are too early by one behind an unspoken token, as FunASR's,
+    which leaves out the token and not its time."""
+    spelled = spell_words([token.token for token in tokens])
     heard = [token for token in tokens if token.token and token.token not in UNSPOKEN]
     words = []
     for i, word in enumerate(spelled):

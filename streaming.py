@@ -303,7 +303,7 @@ def write_on(tokenizer, state: State, symbols: Sequence[str]) -> tuple[State, st
         text = between.join([*([state.settled] if state.settled else []), *symbols])
         return state._replace(settled=text), text
     recent = [*state.recent, *(symbol for symbol in symbols if symbol and symbol not in UNSPOKEN)]
-    words = spell_words(recent, [(u, u + 1) for u in range(len(recent))])
+    words = spell_words(recent)
     text = state.settled + write_sentence(words)
     if not words:
         return state, text
