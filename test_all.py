@@ -1880,6 +1880,9 @@ def test_stalled_and_trickling_clients_end_at_their_deadline_and_slow_nobody(): 
 class Large(web.Door):
     """Answers with 32 MiB, more than the buffers of a connection take in for a client that does not read."""
 
+    def admit(self, head):
+        pass
+
     def answer(self, head, body, has_left):
         return web.Response(200, "text/plain", bytes(2**25))
 

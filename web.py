@@ -324,7 +324,10 @@ class Connection(socketserver.BaseRequestHandler):
 
 
 class Door(socketserver.ThreadingTCPServer):
-    """The open connections. A subclass says what is behind them: `admit`, `answer` and `count_and_log`."""
+    """The open connections. A subclass says what is behind them: admit(head) checks all that can be checked before the
+    body is read, and answer(head, body, has_left) makes a Response; both may raise Refusal, `answer` ClientLeft too.
+    count_and_log(head, response) takes note of an answer; its status is 499 where it could not be sent, the method ""
+    where no request was read."""
 
     daemon_threads = True               # a stuck connection must not keep the process alive
     allow_reuse_address = True
@@ -338,16 +341,6 @@ class Door(socketserver.ThreadingTCPServer):
         self.refused: list[tuple[float, socket.socket]] = []        # (when to close it, connection), oldest first
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Connection)
-
-    def admit(self, head: Head) -> None:
-        """Check all that can be checked before the body is read. Raises Refusal."""
-
-    def answer(self, head: Head, body: bytes, has_left: Callable[[], bool]) -> Response:
-        """A whole, admitted request -> its answer; has_left asks for its client. Raises Refusal or ClientLeft."""
-        raise NotImplementedError
-
-    def count_and_log(self, head: Head, response: Response) -> None:
-        """Take note of an answer; status is 499 where it could not be sent, the method "" where no request was read."""
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
         if len(self.phases) >= self.limits.max_connections:
