@@ -39,6 +39,7 @@ from streaming import State, feed, feed_many, start
 
 HERE = Path(__file__).resolve().parent
 TURNS = 9  # of a step, of which the median is taken
+SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # streams of a batch
 
 
 # ---- the time of a chunk ----
@@ -68,26 +69,20 @@ def difference(system: System, states: Sequence[State]) -> float:
 
 
 def chunk_figures(system: System) -> Iterator[str]:
-    """Of a chunk alone, and of batches, which double until they are late."""
+    """Of a chunk alone, and of ever larger batches, until one is late."""
     due_ms = 1000 * system.chunk.new * frame_sec(system.config.data)
     full = noise((system.chunk.encoder_look_back + 3) * chunk_samples(system))  # so much that all caches are full
     state, _ = feed(system, start(system, system.chunk), full)
     ms = step_ms(system, [state])
     yield (f"a chunk of one stream    {ms:8.1f} ms of {due_ms:.0f}: real-time factor {ms / due_ms:.3f}; "
            f"alone, one after another, {int(due_ms / ms)} streams stay in real time")
-    most = 0
-    late = 1
-    while ms < due_ms and late < 512:
-        most = late
-        late *= 2
-        ms = step_ms(system, [state] * late)
-        yield f"a batch of {late:3} streams   {ms:8.1f} ms, {ms / late:.1f} a stream"
-    while late - most > max(1, most // 8):
-        middle = (most + late) // 2
-        if step_ms(system, [state] * middle) < due_ms:
-            most = middle
-        else:
-            late = middle
+    most = 1 if ms < due_ms else 0
+    for count in SIZES:
+        ms = step_ms(system, [state] * count)
+        yield f"a batch of {count:3} streams   {ms:8.1f} ms, {ms / count:.1f} a stream"
+        if ms >= due_ms:
+            break
+        most = count
     yield f"in one batch, {most} streams stay in real time"
     yield f"batch against alone, greatest difference: {difference(system, [state] * 4):.1g} (0: equal to the last bit)"
 

@@ -11539,7 +11539,7 @@ def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monke
     assert [len(speech) for speech in bench_stream.speeches(system, [], 2, 1.5)] == [48000, 48000]      # 16 bits
     lines = list(bench_stream.chunk_figures(system))
     assert "real-time factor 0.158" in lines[0] and "alone, one after another, 6 streams" in lines[0]
-    assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "8", "16"]
+    assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "6", "8", "12", "16"]
     assert lines[-2] == "in one batch, 12 streams stay in real time"
     assert lines[-1].endswith("greatest difference: 0 (0: equal to the last bit)")
 
