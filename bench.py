@@ -452,14 +452,12 @@ def ask_all(port: int, path: str, bodies: Sequence[bytes | None], pause_sec: flo
     return found
 
 
-def time_clients(port: int, bodies: Sequence[bytes], clients: int) -> tuple[float, list[tuple[float, dict]]]:
-    """Send bodies from so many clients at once -> bodies a second, and what `ask_all` says of each."""
-    found = []
-    started = time.perf_counter()
+def ask_at_once(port: int, bodies: Sequence[bytes], clients: int, found: list[tuple[float, dict]]) -> None:
+    """Send bodies from so many clients; what `ask_all` says of each is added to `found`."""
+    shares = [bodies[i::clients] for i in range(clients)]
     with ThreadPoolExecutor(clients) as pool:
-        for share in pool.map(partial(ask_all, port, "/transcribe"), [bodies[i::clients] for i in range(clients)]):
-            found += share
-    return len(bodies) / (time.perf_counter() - started), found
+        for replies in pool.map(partial(ask_all, port, "/transcribe"), shares):
+            found += replies
 
 
 def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
@@ -473,23 +471,7 @@ def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
     return {"mixed": [body(n) for n in rng.integers(10, 261, 160)], "equal": [body(100) for _ in range(160)]}
 
 
-ROUNDS_SEC = 15  # no round of a benchmark starts later; a large model's first takes longer and is its only one
-Rounds = dict[tuple[str, int], list]  # by kind of bodies and number of clients
-
-
-def time_rounds(port: int, bodies: dict, full_batch: Callable[[], object]) -> tuple[list[float], Rounds, Rounds]:
-    """Of each round ms of full_batch, and requests a second; what `ask_all` says of each request."""
-    full_ms: list[float] = []
-    rates: Rounds = {}
-    replies: Rounds = {}
-    until = time.monotonic() + ROUNDS_SEC
-    while not full_ms or time.monotonic() < until:  # kinds in turn, as the machine's speed drifts
-        full_ms.append(1000 * timeit(full_batch, number=1))
-        for kind, clients in itertools.product(bodies, (1, 16)):
-            rate, found = time_clients(port, bodies[kind], clients)
-            rates.setdefault((kind, clients), []).append(rate)
-            replies.setdefault((kind, clients), []).extend(found)
-    return full_ms, rates, replies
+ROUNDS = 5  # of all requests, of which figures are medians
 
 
 def serving_figures(options: argparse.Namespace) -> Iterator[str]:
@@ -497,26 +479,28 @@ def serving_figures(options: argparse.Namespace) -> Iterator[str]:
     system = load_warm(options).whole
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
+    calls = {"full batch": partial(recognise_batch, system, largest)}
+    replies = {}  # by kind of bodies and number of clients
     with running(options) as (port, ready_sec):
-        time_clients(port, bodies["mixed"][:32], 4)
-        full_ms, rates, replies = time_rounds(port, bodies, partial(recognise_batch, system, largest))
+        for kind, clients in itertools.product(bodies, (1, 16)):
+            replies[kind, clients] = []
+            calls[kind, clients] = partial(ask_at_once, port, bodies[kind], clients, replies[kind, clients])
+        ms = time_turns(ROUNDS, calls)
         with ThreadPoolExecutor(1) as pool:
             health = pool.submit(ask_all, port, "/health", [None] * 200, 0.02)
             while not health.done():
-                time_clients(port, bodies["mixed"], 16)
+                ask_at_once(port, bodies["mixed"], 16, [])
     yield figure_row("figure", "measured", "asked")
     yield figure_row("start to ready beyond import torch", f"{ready_sec - import_sec():.2f} s", "<= 1 s")
-    overhead = statistics.median(ms - answer["timing"]["infer_ms"] for ms, answer in replies["equal", 1])
+    overhead = statistics.median(took - answer["timing"]["infer_ms"] for took, answer in replies["equal", 1])
     yield figure_row("overhead of a request, median (100 frames, JSON)", f"{overhead:.2f} ms", "<= 5 ms")
     for kind, asked in (("mixed", ">= 1.3 x"), ("equal", ">= 2.0 x")):
-        one = statistics.median(rates[kind, 1])
-        many = statistics.median(rates[kind, 16])
-        yield figure_row(f"16 clients, {kind} lengths, {many:.1f} /s, one {one:.1f} /s ({len(full_ms)} rounds)",
-                         f"{many / one:.2f} x", asked)
-    p99 = np.quantile([ms for ms, _ in replies["mixed", 16]], 0.99, method="higher")
+        one, many = (1000 * len(bodies[kind]) / statistics.median(ms[kind, clients]) for clients in (1, 16))
+        yield figure_row(f"16 clients, {kind} lengths, {many:.1f} /s, one {one:.1f} /s", f"{many / one:.2f} x", asked)
+    p99 = np.quantile([took for took, _ in replies["mixed", 16]], 0.99, method="higher")
     yield figure_row(f"p99 at 16 clients, mixed lengths, {p99:.1f} ms, against a full batch",
-                     f"{p99 / statistics.median(full_ms):.2f} x", "<= 3 x")
-    slowest = max(ms for ms, _ in health.result())
+                     f"{p99 / statistics.median(ms['full batch']):.2f} x", "<= 3 x")
+    slowest = max(took for took, _ in health.result())
     yield figure_row("/health meanwhile, most of 200", f"{slowest:.1f} ms", "<= 50 ms")
 
 

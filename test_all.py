@@ -11268,7 +11268,7 @@ def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, argume
 
 @slow
 def test_the_benchmark_of_a_server_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS_SEC", 0)
+    monkeypatch.setattr(bench, "ROUNDS", 1)
     assert bench.main(["serve", saved(tiny_system("toy"), tmp_path / "tiny.pt"), "--threads=1"]) == 0
     rows = [re.search(r"([\d.]+) (s|ms|x) +([<>]= [\d.]+ (?:s|ms|x))$", line).groups()
             for line in capsys.readouterr().out.splitlines()[1:]]
@@ -11276,12 +11276,10 @@ def test_the_benchmark_of_a_server_prints_every_figure_that_is_asked_for(tmp_pat
     assert all(float(measured) > 0 and asked.endswith(f" {unit}") for measured, unit, asked in rows)
 
 def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(monkeypatch):
-    """Planted: the clock moves a quarter of a second whenever it is read; rounds, and what two processes take."""
+    """Planted: the clock moves a quarter of a second whenever it is read; what calls and two processes take."""
     clock = itertools.count(0, 0.25)
     pauses, asked = [], []
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock), monotonic=lambda: next(clock),
-                                                       sleep=pauses.append))
-    monkeypatch.setattr(bench, "timeit", lambda work, number: 0.125 * number)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=pauses.append))
     answer = SimpleNamespace(status=200, read=lambda: b'{"a": 1}')
     connection = SimpleNamespace(request=lambda *given: asked.append(given[:3]), getresponse=lambda: answer,
                                  close=lambda: None)
@@ -11289,15 +11287,15 @@ def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(mon
     assert bench.ask_all(7, "/", [None, b"x"], 0.02) == [(250.0, {"a": 1})] * 2
     assert asked == [("GET", "/", None), ("POST", "/", b"x")] and pauses == [0.02] * 2
     monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies: [(port, body) for body in bodies])
-    assert bench.time_clients(7, range(8), 3) == (32.0, [(7, i) for i in (0, 3, 6, 1, 4, 7, 2, 5)])
-    monkeypatch.setattr(bench, "ROUNDS_SEC", 0.3)       # what is counted until then: two rounds
-    monkeypatch.setattr(bench, "time_clients", lambda port, bodies, clients: (clients, [bodies]))
-    assert bench.time_rounds(7, {"a": "x"}, None) == (
-        [125.0] * 2, {("a", 1): [1] * 2, ("a", 16): [16] * 2}, {("a", 1): ["x"] * 2, ("a", 16): ["x"] * 2})
-    rates = {("mixed", 1): [1, 100, 10], ("mixed", 16): [25, 1, 100], ("equal", 1): [10], ("equal", 16): [30]}
+    bench.ask_at_once(7, range(8), 3, found := [])
+    assert found == [(7, i) for i in (0, 3, 6, 1, 4, 7, 2, 5)]
     timed = [(ms, {"timing": {"infer_ms": infer_ms}}) for ms, infer_ms in ((9.0, 8.0), (60.0, 10.0), (12.0, 10.0))]
-    replies = {("equal", 1): timed, ("mixed", 16): [(ms, {}) for ms in range(1, 101)]}
-    monkeypatch.setattr(bench, "time_rounds", lambda port, bodies, full_batch: ([100.0, 40.0, 9999.0], rates, replies))
+    replies = iter([timed[:1], [(ms, {}) for ms in range(1, 101)], timed, timed])
+    turns = {"full batch": [100.0, 40.0, 9999.0], ("mixed", 1): [160.0, 16.0, 1600.0], ("mixed", 16): [64.0, 1.0, 100.0],
+             ("equal", 1): [30.0], ("equal", 16): [10.0]}
+    monkeypatch.setattr(bench, "ask_at_once", lambda port, bodies, clients, found: found.extend(next(replies, [])))
+    monkeypatch.setattr(bench, "time_turns", lambda rounds, calls: [call() for call in calls.values()] and turns)
+    monkeypatch.setattr(bench, "recognise_batch", lambda system, feats: None)
     monkeypatch.setattr(bench, "load_warm", lambda options: SimpleNamespace(whole=tiny_system("toy")))
     monkeypatch.setattr(bench, "running", lambda options: contextlib.nullcontext((7, 5.0)))
     monkeypatch.setattr(bench, "import_sec", lambda: 3.5)
