@@ -206,11 +206,11 @@ def transcribe_segments(system: System, pieces: Iterable[Segment]) -> Iterator[t
             yield piece.start_sec, clip_times(system, results[i], len(piece.samples) / options.sample_rate)
 
 
-def is_spaced(system: System, before: Word, after: Word) -> bool:
-    """Whether a space stands between the words on either side of a cut."""
+def is_spaced(system: System, before: str, after: str) -> bool:
+    """Whether a space stands between the texts on either side of a cut."""
     if system.tokenizer.unit == "char" and " " not in system.tokenizer.symbols:
         return False
-    return words_apart(system) or not (is_ideograph(before.text[-1:]) or is_ideograph(after.text[:1]))
+    return words_apart(system) or not (is_ideograph(before[-1:]) or is_ideograph(after[:1]))
 
 
 def shifted(items: Sequence[Token] | Sequence[Word], seconds: float) -> list:
@@ -228,7 +228,7 @@ def join_results(system: System, parts: Iterable[tuple[float, Result]]) -> Resul
         new_tokens = shifted(result.tokens, start)
         new_words = shifted(result.words, start)
         if words and new_words:
-            spaced = is_spaced(system, words[-1], new_words[0])
+            spaced = is_spaced(system, words[-1].text, new_words[0].text)
             new_words[0] = new_words[0]._replace(spaced=spaced)
             if system.tokenizer.unit == "char" and spaced and " " not in (tokens[-1].token, new_tokens[0].token):
                 space = system.tokenizer.symbols.index(" ")

@@ -219,9 +219,7 @@ class Session:
         """The text with the space that it needs behind the segments before it, if any."""
         if not self.written or not text or self.written[-1] in NO_SPACE or text[0] in NO_SPACE:
             return text
-        before = Word(self.written, 0.0, 0.0, 0.0)
-        after = Word(text, 0.0, 0.0, 0.0)
-        return f" {text}" if decode.is_spaced(self.models.whole, before, after) else text
+        return f" {text}" if decode.is_spaced(self.models.whole, self.written, text) else text
 
     def message(self, mode: str, text: str, so_far: str, tokens: list[dict[str, Any]],
                 timed: Sequence[Token | Word]) -> dict[str, Any]:
