@@ -24,7 +24,7 @@ from manifests import RECORDINGS
 from ranks import sum_over_ranks
 from report import (FORMS, Outcome, Result, Score, Token, Word, ctm, json_row, report_lines, score, to_line,
                     write_report, written_text)
-from survival import ERASE, interrupted_later, lock, release, stream_error
+from survival import ERASE, interrupted_later, lock, release
 
 
 # ---- names ----
@@ -407,8 +407,9 @@ def print_results(outcomes: Iterator[Outcome], own: bool, alone: bool, encode: C
                 print(f"{key}\t{written_text(outcome.result)}", flush=True)
             elif len(heard) < SHOWN:
                 print(f"{key}\n  reference   {outcome.reference}\n  recognised  {written_text(outcome.result)}")
-            if alone and stream_error(sys.stdout):
-                raise OSError(f"standard output: {stream_error(sys.stdout)}; --output keeps results in a file")
+            gone = getattr(sys.stdout, "error", "")  # of a SafeStream
+            if alone and gone:
+                raise OSError(f"standard output: {gone}; --output keeps results in a file")
             if not outcome.seconds:
                 print(f"decode.py: {key}: no samples, so its text is empty", file=sys.stderr)
             heard.append((outcome.index, outcome.seconds))

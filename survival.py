@@ -76,11 +76,6 @@ def keep_streams() -> None:
             setattr(sys, name, SafeStream(stream))
 
 
-def stream_error(stream: object) -> str:
-    """Why what is written to a standard stream goes nowhere, "" while it does not."""
-    return getattr(stream, "error", "")
-
-
 # ---- signals ----
 
 class Ended(KeyboardInterrupt):

@@ -2842,7 +2842,7 @@ def test_what_a_console_cannot_show_is_replaced(encoding, shown):  # C181
     raw = io.BytesIO()
     stream = survival.SafeStream(io.TextIOWrapper(raw, encoding=encoding))
     print("\xe9\u4f60", file=stream, end="", flush=True)
-    assert raw.getvalue().decode(encoding) == shown and not survival.stream_error(stream)
+    assert raw.getvalue().decode(encoding) == shown and not stream.error
 
 def test_a_stream_that_fails_says_why_once_and_takes_everything_after():  # C181
     read_end, write_end = os.pipe()
@@ -2852,7 +2852,7 @@ def test_a_stream_that_fails_says_why_once_and_takes_everything_after():  # C181
             stream = survival.SafeStream(file)
             for _ in range(3):
                 print("x" * 10000, file=stream, flush=True)
-            assert words in survival.stream_error(stream)
+            assert words in stream.error
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_a_closed_stream_is_opened_on_nothing_so_that_no_file_takes_its_place(tmp_path, closed):  # C181
