@@ -149,6 +149,24 @@ def kit(*parts: str) -> Path:
         pytest.skip("../shared/funasr_kit is not here")
     return KIT.joinpath(*parts)
 
+def message_of(call, *args, **kwargs) -> str:
+    """Of the ValueError that a call raises."""
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
+
+def refused(words: str, call, *args, **kwargs) -> None:
+    """A call raises a ValueError with these words, which are a pattern."""
+    assert re.search(words, message_of(call, *args, **kwargs))
+
+def refusal(capsys, *arguments, script=decode) -> str:
+    """The one line with which a script refuses its arguments, before it prints anything."""
+    device = ["--device=cpu"] * (script is decode)
+    code = script.main([*device, *map(str, arguments)])
+    shown, error = capsys.readouterr()
+    assert (code, shown) == (2, "") and re.fullmatch(rf"{script.__name__}\.py: .+\n", error)
+    return error
+
 @functools.cache
 def kit_system(variant: str) -> checkpoint.System:
     """Of a test that changes nothing in it."""
@@ -301,8 +319,7 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():  # C26
     ("a: " + "[" * 9999, 1), ("a:\n  " + "- " * 9999, 1), ("# a list\n\n- a", 3), ("# no colon\nmodel", 2),
     ("a:\n  b\n  c: 1", 2), ("a:\n  b: yes\n c: 1", 2), ("a: 1\n- b", 2), ("a:\n  - b\n - c", 3)])
 def test_yaml_outside_the_subset_names_its_line(text, line):  # C26
-    with pytest.raises(ValueError, match=rf"\Af\.yaml:{line}: wanted [^\n]+\Z"):
-        config.parse_yaml(text, "f.yaml")
+    refused(rf"\Af\.yaml:{line}: wanted [^\n]+\Z", config.parse_yaml, text, "f.yaml")
 
 @pytest.mark.parametrize("text, value", [("1e-4", 0.0001), ("1E5", 1e5), ("-2.5e3", -2500.0), ("+1.e2", 100.0)])
 def test_yaml_exponents_make_floats(text, value):  # C26
@@ -315,9 +332,7 @@ def written(tmp_path, text: str) -> str:
     return str(tmp_path / "a.yaml")
 
 def config_refusal(path: str, overrides: tuple | list = ()) -> str:
-    with pytest.raises(ValueError) as caught:
-        rules.load(path, overrides)
-    return str(caught.value)
+    return message_of(rules.load, path, overrides)
 
 def leaves(section, path=()):
     for f in fields(section):
@@ -445,7 +460,6 @@ BROKEN = {  # override -> the line that it adds to the one error
     "--data.augment.freq_width=81": "data.augment.freq_width: wanted at most num_mels 80, got 81",
     "--data.kind=manifest": "data.train: wanted a manifest or a Kaldi folder, as data.kind is manifest, got ''"}
 
-# C68
 @pytest.mark.parametrize("choice, override, default", [
     ("name=transformer", "predictor.num_layers=3", "2"), ("name=transformer", "sampling_ratio=0.25", "0.5"),
     ("name=transformer", "decoder.kind=bare", "'transformer'"), ("name=transformer", "end_token=true", "false"),
@@ -459,7 +473,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("decoder.kind=transformer", "decoder.kernel_size=5", "11"),
     ("decoder.kind=bare", "decoder.position=none", "'sinusoidal'"),
     ("decoder.kind=sanm", "decoder.position=none", "'sinusoidal'")])
-def test_an_option_that_the_model_or_a_kind_does_not_use_must_have_its_default(tmp_path, choice, override, default):
+def test_an_option_that_nothing_uses_must_have_its_default(tmp_path, choice, override, default):  # C68
     path, (option, _), why = written(tmp_path, "model: {}"), override.split("="), choice.replace("=", " ")
     error = config_refusal(path, [f"--model.{choice}", f"--model.{override}"]).split("\n  ")[1]
     assert error.startswith(f"model.{option}: wanted its default {default}, as model.{why} has no use for it, got ")
@@ -692,8 +706,7 @@ def test_planted_ids_counts_and_specials():  # C6
     assert word.symbols == SPECIALS + ("cat", "the")
     assert word.encode("THE <blank> dog cat") == [5, UNK, UNK, 4] and word.decode([5, 3, 4, 2]) == "the <unk> cat"
     for ids in ([6], [-1]):
-        with pytest.raises(ValueError, match=rf"ids must be in 0\.\.5, got {ids[0]}"):
-            word.decode(ids)
+        refused(rf"ids must be in 0\.\.5, got {ids[0]}", word.decode, ids)
 
 @pytest.mark.parametrize("text, message", [
     ("{oops", "got no JSON"), (b"\xff\xfe", "got 'utf-8' codec"), ("[1]", r"wanted \{'unit'.* got \[1\]"),
@@ -881,8 +894,7 @@ def test_24_bits_may_lie_in_4_bytes_and_an_align_that_contradicts_is_refused(): 
     for blob, words in ((wav(packed, 1, 24, 2, align=4), "wanted a block align of 6 for 2 x 24 bits, got 4"),
                         (wav(packed, 1, 16, 1, align=4), "wanted a block align of 2 for 1 x 16 bits, got 4"),
                         (wav(wide[1:] + b"\0", 1, 24, 2, align=8), "in the lower three of 4 bytes, got others")):
-        with pytest.raises(ValueError, match=words):
-            audio.load_wav(blob)
+        refused(words, audio.load_wav, blob)
 
 @pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases is not here")
 @pytest.mark.parametrize("name", ["a_24in4_low_arecord", "c_24in4_low_stereo"])
@@ -977,8 +989,7 @@ def test_loader_processes_say_a_recordings_warning_in_the_first_epoch_only(tmp_p
             assert len(list(data.loader(dataset, [[0]], epoch, num_workers=1))[0].keys) == 1
     assert capfd.readouterr().err.count("it breaks off") == 1
     monkeypatch.setattr(data.resource, "getrlimit", lambda kind: (87, 87))
-    with pytest.raises(ValueError, match="wanted 88 open files or more for 2 processes, got 87"):
-        data.loader(dataset, [[0]], num_workers=2)
+    refused("wanted 88 open files or more for 2 processes, got 87", data.loader, dataset, [[0]], num_workers=2)
 
 def test_a_cut_last_sample_of_a_wav_is_dropped():
     samples, _ = audio.load_wav(wav(struct.pack("<hhh", 100, 200, 300) + b"\1", 1, 16, 2, size=0))
@@ -1023,15 +1034,12 @@ def test_other_formats_go_through_ffmpeg_which_may_read_nothing_else(tmp_path, m
         audio.ffmpeg_to_wav(b"ID3", most_sec=size)
     script.write_text(f"#!/bin/sh\necho first >&2\necho cache:pipe:0: {'said ' * 99} >&2\nexit 1\n")
     # 300 characters
-    with pytest.raises(ValueError, match="ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$"):
-        audio.load_wav(b"ID3 not a WAV")
+    refused("ffmpeg says: said" + " said" * 58 + re.escape(" [...]") + "$", audio.load_wav, b"ID3 not a WAV")
     script.write_text("#!/bin/sh\nread pid name state parent group rest < /proc/$$/stat\necho $((pid - group)) >&2\n"
                       "exit 1\n")
-    with pytest.raises(ValueError, match="ffmpeg says: 0$"):        # Ctrl-C does not reach its process group
-        audio.load_wav(b"ID3 not a WAV")
+    refused("ffmpeg says: 0$", audio.load_wav, b"ID3 not a WAV")  # Ctrl-C does not reach its process group
     script.write_text("#!/bin/sh\nkill -9 $$\n")
-    with pytest.raises(ValueError, match=re.escape("ffmpeg says: nothing (exit code -9)")):
-        audio.load_wav(b"ID3 not a WAV")
+    refused(re.escape("ffmpeg says: nothing (exit code -9)"), audio.load_wav, b"ID3 not a WAV")
 
 def test_the_duration_of_a_flac_file_is_read_from_its_header(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")      # no ffmpeg
@@ -1141,12 +1149,10 @@ def talk(rng, plan: list[tuple[float, float]], floor_db: float, rate_hz: int = 8
     joined = np.concatenate(parts)
     return joined + 10 ** (floor_db / 20) * rng.standard_normal(len(joined))
 
-# C79
 @pytest.mark.parametrize("gain", [1.0, 0.01, 0.0001])
 @pytest.mark.parametrize("floor_db,offset,drift", [
     (-200.0, 0, 0), (-60.0, 0, 0), (-40.0, 0, 0), (-60.0, 3.0, 0), (-50.0, -0.1, 0.3), (-200.0, 0.3, 0)])
-def test_cuts_stand_in_the_middle_of_planted_pauses_whatever_the_gain_the_floor_and_the_offset(floor_db, offset, drift,
-                                                                                              gain):
+def test_cuts_stand_in_the_middle_of_planted_pauses(floor_db, offset, drift, gain):  # C79
     """Words of 0.3 s, 0.15 s apart, in phrases with half a second between them. The drift goes up and down in 20 s."""
     rng, rate = np.random.default_rng(1), 8000
     phrases = [[(0.3, 0.15)] * int(n) + [(0.3, 0.5)] for n in rng.integers(1, 8, 30)]
@@ -1206,8 +1212,7 @@ def test_the_rate_of_a_header_and_the_rounding_of_a_part_are_exact():
     plain, more = struct.pack("<HHIIHH", 1, 1, 8000, 16000, 2, 16), bytes(8) + b"\3\0"  # of an extensible one
     extensible = b"\xfe\xff" + plain[2:] + more
     assert [audio.parse_fmt(fmt)[0] for fmt in (plain, plain + more, extensible, extensible[:25])] == [1, 1, 3, 0xFFFE]
-    with pytest.raises(ValueError, match="wanted a 'fmt ' chunk of 16 bytes or more before 'data', got 15"):
-        audio.parse_fmt(plain[:15])
+    refused("wanted a 'fmt ' chunk of 16 bytes or more before 'data', got 15", audio.parse_fmt, plain[:15])
     assert [audio.read_header(io.BytesIO(head)) for head in (b"RIFF\0\0\0\0AVI ", b"OggS\0\0\0\0WAVE")] == [None] * 2
     header = audio.WavHeader(1, 16, 2, 1, 1000, 44, 10_000)
     for seconds, samples in ((9.901, 10_000), (9.899, 9899), (10.5, 10_000)):
@@ -1345,8 +1350,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():  # C15
     np.testing.assert_allclose(1 / stats[1][:2], x.std(0)[:2], rtol=1e-4)
     flat = audio.normalise(parts[2], stats)
     assert flat[:, 2].abs().max() < 0.01 and abs(flat[:, 0].std() - 1) < 0.1 and stats[1, 2] == pytest.approx(1000)
-    with pytest.raises(ValueError, match="got none"):
-        audio.compute_stats(iter([]))
+    refused("got none", audio.compute_stats, iter([]))
 
 @pytest.mark.parametrize("call,words", [
     (lambda: audio.fbank(torch.zeros(1, 400), 16000, 80), r"samples must be \(N,\) float, got \(1, 400\)"),
@@ -1370,8 +1374,7 @@ def test_compute_stats_gives_zero_mean_and_unit_deviation_in_float64():  # C15
     (lambda: data.make_batches(np.zeros(2), 1, 0), "batch_size and batch_frames must be 1 or more, got 1 and 0"),
     (lambda: data.toy_features(np.zeros(0), np.zeros(0), None, None), r"must be \(U,\), U >= 1, got \(0,\)")])
 def test_wrong_shapes_are_named(call, words):  # C7
-    with pytest.raises(ValueError, match=words):
-        call()
+    refused(words, call)
 
 # ---- attention: masks ----
 
@@ -1423,8 +1426,7 @@ def test_positions_are_added_and_only_sinusoids_go_past_the_table(kind):
         assert not encode.state_dict()
         assert_same(encode(longer) - longer, sinusoids(torch.arange(10), 4).expand(2, 10, 4), 1e-6)
     else:
-        with pytest.raises(ValueError, match="learnable table ends at 5 steps, got 10"):
-            encode(longer)
+        refused("learnable table ends at 5 steps, got 10", encode, longer)
 
 # ---- attention: arithmetic ----
 
@@ -1588,12 +1590,6 @@ def test_memory_of_attention_grows_with_the_steps_and_not_with_their_square():  
 
 X, MASK = torch.zeros(2, 3, 4), torch.ones(2, 1, 3, dtype=torch.bool)
 
-def message_of(call, *args, **kwargs) -> str:
-    """Of the ValueError that a call raises."""
-    with pytest.raises(ValueError) as error:
-        call(*args, **kwargs)
-    return str(error.value)
-
 @pytest.mark.parametrize("call, message", [
     (lambda: check_shapes(feats=(torch.zeros(4, 80, 560), "B", "T", 80)), "feats must be (B,T,80), got (4, 80, 560)"),
     (lambda: check_shapes(x=(torch.zeros(4), "B", "T")), "x must be (B,T), got (4,)"),
@@ -1616,8 +1612,7 @@ def test_a_length_check_reads_no_values_but_on_the_cpu():  # C93
     """A meta tensor stands for one on a GPU: whoever asks for its values gets a NotImplementedError."""
     lens = torch.empty(2, dtype=torch.int64, device="meta")
     check_lens("n", lens, 2, 3)
-    with pytest.raises(ValueError, match=r"n must be \(3,\) int64, got \(2,\)"):
-        check_lens("n", lens, 3, 3)
+    refused(r"n must be \(3,\) int64, got \(2,\)", check_lens, "n", lens, 3, 3)
 
 # ---- plot: pictures ----
 
@@ -2505,18 +2500,14 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
     monkeypatch.setattr(sys, "setswitchinterval", switched.append)
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     for arguments in (["--checkpoint", str(tmp_path / "none.pt")], ["--ckpt", str(tmp_path / "bad.pt")]):
-        assert serve.main(arguments) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("serve.py: ") and error.count("\n") == 1 and "Traceback" not in error
+        refusal(capsys, *arguments, script=serve)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert serve.main(["--checkpoint", ckpt, "--port", str(port)]) == 2
         wanted = f"serve.py: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free port\n"
-        assert capsys.readouterr().err == wanted
+        assert refusal(capsys, "--checkpoint", ckpt, "--port", port, script=serve) == wanted
     for host in ("no.such.host.invalid", "192.0.2.1", "a..b"):
-        assert serve.main(["--checkpoint", ckpt, "--host", host]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"serve.py: --host {host}: no address of this machine: ") and error.count("\n") == 1
+        error = refusal(capsys, "--checkpoint", ckpt, "--host", host, script=serve)
+        assert error.startswith(f"serve.py: --host {host}: no address of this machine: ")
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "16"
     assert set(bounds) == {(-8, 2)} and set(switched) == {0.0002}       # two heaps of glibc; seconds
 
@@ -2800,20 +2791,17 @@ def test_every_published_model_is_known_by_all_its_names_unless_a_path_has_them(
         names = {model.name, model.huggingface, model.modelscope, Path(model.modelscope).name,
                  model.modelscope.upper() + "/"}
         for name in names - {""}:
-            with pytest.raises(ValueError) as refused:
-                downloads.check_name(name)
-            assert str(refused.value).endswith(f", and pass {model.name or 'paraformer'}")
-            assert ("  or  hf download " in str(refused.value)) == bool(model.huggingface)
+            error = message_of(downloads.check_name, name)
+            assert error.endswith(f", and pass {model.name or 'paraformer'}")
+            assert ("  or  hf download " in error) == bool(model.huggingface)
     (tmp_path / "paraformer-zh").mkdir()
     for path in ("", "paraformer-zh"):
         downloads.check_name(path)
     for kind in ("SenseVoiceSmall FsmnVADStreaming CTTransformer CTTransformerStreaming MonotonicAligner "
                  "CAMPPlus").split():
-        with pytest.raises(ValueError, match="wanted a recogniser that runs here"):
-            downloads.check_kind(kind, "config.yaml")
+        refused("wanted a recogniser that runs here", downloads.check_kind, kind, "config.yaml")
     (tmp_path / "._____temp").mkdir()       # where modelscope's client writes what has not come whole
-    with pytest.raises(ValueError, match="has not finished"):
-        downloads.check_files(tmp_path, {"model": tmp_path / "model.pt"})
+    refused("has not finished", downloads.check_files, tmp_path, {"model": tmp_path / "model.pt"})
     assert [model.megabytes for model in downloads.DOWNLOADS] == [989, 881, 900, 912, 887, 880]
     found = [model.huggingface for model in (*downloads.DOWNLOADS, *downloads.PARTS.values()) if model.huggingface]
     assert found == [f"funasr/{name}"
@@ -2871,8 +2859,7 @@ def test_a_second_signal_ends_at_once_what_the_first_asks_to_stop():  # C84
                           capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "True\n")
 
-# C182
-def test_a_lock_that_is_released_while_it_is_opened_is_taken_anew_and_one_that_cannot_be_is_none(tmp_path, monkeypatch):
+def test_a_lock_released_meanwhile_is_taken_anew_and_one_that_cannot_be_is_none(tmp_path, monkeypatch):  # C182
     path, real = tmp_path / "x.lock", survival.fcntl.lockf
     meanwhile = [path.unlink]  # what another process does
     monkeypatch.setattr(survival.fcntl, "lockf", lambda file, how: (meanwhile and meanwhile.pop()(), real(file, how)))
@@ -3080,8 +3067,7 @@ def test_recordings_for_augmentation_that_cannot_be_read_are_named(tmp_path, cap
             place = f"{tmp_path}/{name}.jsonl"
             options = surrounded(tmp_path, **{field: place})
             options.kind, options.train = "manifest", str(path)
-            with pytest.raises(ValueError, match=f"^data.augment.{field}: .*{wanted}"):
-                data.open_dataset(options, "train", letters, augment=True)
+            refused(f"^data.augment.{field}: .*{wanted}", data.open_dataset, options, "train", letters, augment=True)
             assert len(data.open_dataset(options, "train", letters)) == 2   # what does not augment needs none
 
 # ---- data: toy ----
@@ -3218,8 +3204,7 @@ def test_a_bad_manifest_line_names_file_and_line(tmp_path, line, words):  # C18
 def test_a_bad_line_of_a_kaldi_folder_is_named(tmp_path, file, line, words):
     for name, first in (("wav.scp", "r1 a.wav"), ("segments", "p0 r1 0 1"), ("text", "p0 a")):
         (tmp_path / name).write_text(f"{first}\n{line}\n" if name == file else f"{first}\n")
-    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}:2: {words}"):
-        manifests.Manifest(tmp_path)
+    refused(f"^{tmp_path}/{file}:2: {words}", manifests.Manifest, tmp_path)
 
 def test_a_row_reads_exactly_its_part_of_the_recording(tmp_path):  # C18
     """Of a NeMo manifest and of Kaldi's segments: the samples, the frames that are planned, the seconds, the text."""
@@ -3266,8 +3251,7 @@ def test_decoding_a_part_gives_what_a_file_of_that_part_gives(tmp_path):  # C18
         part, alone = (decode.recognise_inputs(system, dataset, [i])[0] for i in range(2))
         assert part.result == alone.result and len(part.result.tokens) > 5 and part.seconds == alone.seconds == seconds
 
-# C18
-def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_where_that_is_enough(tmp_path, capsys):
+def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only(tmp_path, capsys):  # C18
     """None runs unasked; with --allow-pipes decode.py reads what they write, and corpora.py writes it for training."""
     folder = tmp_path / "dev"
     folder.mkdir()
@@ -3276,8 +3260,7 @@ def test_pipes_of_a_kaldi_folder_run_where_it_is_said_only_and_without_a_shell_w
                                     "u4 no-such-program x |\nu5 cat 'a b.wav |\nu6 a b.wav\nu7 echo |\n")
     system = tiny_system()
     for source in (lambda: manifests.Manifest(folder), lambda: decode.open_inputs(system, [str(folder)], tmp_path)):
-        with pytest.raises(ValueError, match=r"wav.scp:1: wanted a path, got the pipe .*--allow-pipes decode.py runs"):
-            source()
+        refused(r"wav.scp:1: wanted a path, got the pipe .*--allow-pipes decode.py runs", source)
     assert corpora.main(["kaldi", str(folder), str(tmp_path / "out")]) == 2
     assert decode.main(["--ckpt", saved(system, tmp_path / "x.pt"), str(folder)]) == 2 and not (folder / "ran").exists()
     dataset = decode.open_inputs(system, [str(folder)], tmp_path, allow_pipes=True)
@@ -3338,13 +3321,11 @@ def test_one_source_may_be_paths_with_commas_patterns_and_kaldi_folders(tmp_path
                                  stats=torch.zeros(2, 80), segment_sec=(1.0, 30.0), vad=None, chunk=None)
         assert [row.key for row in decode.open_inputs(system, inputs, tmp_path).rows] == wanted
     for source, words in (("s-3*", "s-3"), ("s-1.jsonl,gone", "gone: wanted a text file"), ("s-1.jsonl,", ": wanted")):
-        with pytest.raises(ValueError, match=words):
-            manifests.Manifest(source)
+        refused(words, manifests.Manifest, source)
     write_manifest(tmp_path / "s-[2].jsonl", [{"audio": "sub/9.wav", "text": "a"}])     # which matches s-2.jsonl
     assert keys("s-[2].jsonl") == keys("s-[2].jsonl,s-[2].jsonl")[1:] == ["9"]
     write_manifest(tmp_path / "s-2.jsonl", ["{}"])
-    with pytest.raises(ValueError, match=r"\As-2.jsonl:1: wanted a path"):
-        manifests.Manifest("s-*.jsonl")
+    refused(r"\As-2.jsonl:1: wanted a path", manifests.Manifest, "s-*.jsonl")
 
 def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_path):  # C94
     paths = shards(tmp_path)
@@ -3385,15 +3366,13 @@ def test_what_is_no_manifest_is_named_as_it_was_given(tmp_path, monkeypatch):
                           ("gone", "gone: wanted a text file, got none"), (tmp_path / "pipe", "pipe: .* got a pipe"),
                           (tmp_path / "plain", "plain: wanted a manifest, or a Kaldi folder with wav.scp"),
                           (tmp_path / "kaldi", "kaldi/text: wanted a text file, got a folder")):
-        with pytest.raises(ValueError, match=words):
-            manifests.Manifest(source)
+        refused(words, manifests.Manifest, source)
     read = lambda content: list(manifests.read_stream(io.BytesIO(content), tmp_path, False, "-"))
     for content, words in ((wav(b"ab", 1, 16, 0), "wanted one channel"), (b"ID3\0 an mp3", ".* ffmpeg")):
         dataset = data.ManifestDataset(read(content), data_options(), letters, for_training=False)
         assert re.match(f"unreadable: .*: {words}", dataset[0].reason) and dataset[0].key == "stdin"
     for content, words in ((b'a.wav\n{"text": "a"}', "-:2: wanted a path"), (b"a.wav\n\xff", "-:2: wanted UTF-8")):
-        with pytest.raises(ValueError, match=f"^{words}"):
-            read(content)
+        refused(f"^{words}", read, content)
 
 def odd_folder(folder: Path) -> list[Path]:
     """A folder of recordings and of everything that is none; returns the recordings, in order."""
@@ -3513,23 +3492,6 @@ def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):  # C94
     assert kept / 20000 < 200
     assert rows[7] == manifests.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
 
-@slow
-def test_a_million_lines_take_less_than_200_bytes_each(tmp_path):  # C94
-    """In a process of its own, by its peak of memory."""
-    row = {"audio": "wav/speaker/00000000.wav", "text": "some words said " * 3, "duration": 2.5}
-    lines = (json.dumps({**row, "key": str(i), "duration": 1 + i % 1000 / 100}) + "\n" for i in range(10**6))
-    (tmp_path / "m.jsonl").write_text("".join(lines))
-    script = """if True:
-        import data, re, sys, types
-        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-        before, options = peak(), types.SimpleNamespace(sample_rate=16000, lfr_n=1, max_sec=30.0)
-        dataset = data.ManifestDataset(sys.argv[1], options, list)
-        data.make_batches(dataset.lengths(), 16, 20000)
-        print(dataset.rows[500000].key, peak() - before)"""
-    command = [sys.executable, "-c", script, tmp_path / "m.jsonl"]
-    key, size = subprocess.run(command, cwd=HERE, capture_output=True, check=True, text=True).stdout.split()
-    assert key == "500000" and int(size) < 200 * 10**6
-
 def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):  # C19
     for name, seconds in {"good": 0.5, "short": 0.05, "long": 2.5, "empty": 0.0}.items():
         audio.save_wav(tmp_path / f"{name}.wav", tone(seconds, 8000), 8000)
@@ -3588,8 +3550,7 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
     with pytest.raises(ValueError, match=f"^the checkpoint's data.test: {tmp_path}/gone: wanted a text file"):
         decode.open_inputs(system._replace(config=replace(system.config, data=options)), [], tmp_path)
 
-# C95
-def test_a_run_finds_its_manifests_when_it_moved_with_them_and_from_another_folder(tmp_path, monkeypatch, capsys):
+def test_a_run_that_moved_with_its_manifests_finds_them_from_any_folder(tmp_path, monkeypatch, capsys):  # C95
     """Names are relative to the folder that holds runs/:
     resumed and decoded from a folder with manifests of its own."""
     home, other = tmp_path / "home", tmp_path / "other"
@@ -3746,10 +3707,7 @@ class Trickle(io.RawIOBase):
 
 def wav_bytes(samples, rate_hz, size=None, extra=b""):
     """A 16-bit WAV, with another data size if given, and a chunk before the samples"""
-    content = (samples * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy().tobytes()
-    fmt = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate_hz, 2 * rate_hz, 2, 16)
-    size = len(content) if size is None else size
-    return b"RIFF" + struct.pack("<I", 36) + b"WAVE" + fmt + extra + b"data" + struct.pack("<I", size) + content
+    return wav(pcm_of(samples), rate_hz=rate_hz, size=size, before=extra)
 
 @pytest.mark.parametrize("size, extra", [(None, b""), (0, b""), (2**32 - 1, b"LIST" + struct.pack("<I", 3) + b"abc\0")])
 def test_a_pipe_gives_what_the_file_holds(size, extra):  # C161
@@ -3765,8 +3723,7 @@ def test_a_pipe_gives_what_the_file_holds(size, extra):  # C161
     assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
     more = io.BufferedReader(Trickle(wav_bytes(samples, 8000) + b"LIST" + bytes(500), 0))      # ends with its data
     assert torch.equal(torch.cat(list(live.pipe_samples(more, live.pipe_header(more)))), heard)
-    stereo = content[:22] + struct.pack("<HIIH", 2, 8000, 32000, 4) + wav_bytes(samples, 8000)[34:]
-    assert live.pipe_header(io.BytesIO(stereo)).num_samples == 2500
+    assert live.pipe_header(io.BytesIO(wav(pcm_of(samples), channels=2))).num_samples == 2500
 
 def test_a_pipe_that_is_no_wav_is_one_error():
     for content in (b"", b"RIFF", b"hello, world, this is no WAV", wav_bytes(torch.zeros(9), 8000)[:30]):
@@ -3824,8 +3781,7 @@ def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
     for most in (half, -half):
         funasr_layers.Fsmn(3, kernel_size, most)
     for outside in (half + 1, -half - 1):
-        with pytest.raises(ValueError, match=f"within half of kernel_size {kernel_size}, got {outside}"):
-            funasr_layers.Fsmn(3, kernel_size, outside)
+        refused(f"within half of kernel_size {kernel_size}, got {outside}", funasr_layers.Fsmn, 3, kernel_size, outside)
     fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
     left = (kernel_size - 1) // 2 + shift
     taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
@@ -3843,8 +3799,7 @@ def test_positions_of_sanm_equal_funasr():
     np.testing.assert_allclose(funasr_layers.halved_sinusoids(len(expected), 560).numpy(), expected, atol=2e-6)
     assert funasr_layers.halved_sinusoids(2, 4).shape == (2, 4)
     for dim in (2, 5):
-        with pytest.raises(ValueError, match=f"even and 4 or more, got {dim}"):
-            funasr_layers.halved_sinusoids(2, dim)
+        refused(f"even and 4 or more, got {dim}", funasr_layers.halved_sinusoids, 2, dim)
 
 def test_relative_codes_count_down_from_5000_or_the_length():
     codes = funasr_layers.relative_codes(torch.tensor([3, 5002]), 5002, 8)
@@ -4505,8 +4460,7 @@ def test_greedy_without_a_token_is_empty(subsampling):  # C25
 def test_non_finite_features_raise_in_greedy_and_spoil_the_training_loss(value):  # C25
     paraformer, batch = tiny(), ragged(8)
     batch[0][[0, 3], [12, 9], 2] = value  # the last real frames
-    with pytest.raises(ValueError, match=r"feats must be finite, got NaN or infinity in utterances \[0, 3\]"):
-        paraformer.greedy(*batch[:2])
+    refused(r"feats must be finite, got NaN or infinity in utterances \[0, 3\]", paraformer.greedy, *batch[:2])
     sums, _ = paraformer(*batch)
     assert not any(x.isfinite() for x in sums.values())
 
@@ -4870,14 +4824,12 @@ def test_what_a_published_config_leaves_out_is_funasrs_default(tmp_path, changes
 @pytest.mark.parametrize("options", [3, "x", [1]])
 def test_options_of_a_published_config_are_a_section(tmp_path, options):
     path = written(tmp_path, config.dump_yaml({**PLAIN, "encoder_conf": options}))
-    with pytest.raises(ValueError, match="wanted FunASR's 'encoder: CLASS' and 'encoder_conf: options'"):
-        funasr.read_published_config(path)
+    refused("wanted FunASR's 'encoder: CLASS' and 'encoder_conf: options'", funasr.read_published_config, path)
 
 @pytest.mark.parametrize("state", [{}, {"model": {}}, {"a": torch.zeros(1), "b": 1}, [torch.zeros(1)]])
 def test_weights_of_funasr_are_tensors_by_name(tmp_path, state):
     torch.save(state, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=f"model.pt: wanted tensors by name, got {type(state).__name__}"):
-        funasr.read_weights(tmp_path / "model.pt")
+    refused(f"model.pt: wanted tensors by name, got {type(state).__name__}", funasr.read_weights, tmp_path / "model.pt")
 
 def test_a_published_yaml_of_any_shape_is_read(tmp_path):
     """Indents of four, lists at their key's column, lists in lists, {}, and 8405 symbols inside, as PyYAML writes."""
@@ -4899,8 +4851,7 @@ def test_configuration_json_names_the_files(tmp_path):  # C38
     assert {part: path.name for part, path in files.items()} == {
         "config": "config.yaml", "model": "a.pb", "tokens": "t.json", "stats": "c.mvn"}
     (tmp_path / "configuration.json").write_text('{"file_path_metas": {"tokenizer_conf": {"seg_dict_file": null}}}')
-    with pytest.raises(ValueError, match="wanted JSON with file_path_metas, got tokenizer_conf.seg_dict_file None"):
-        funasr.published_files(tmp_path)
+    refused("wanted JSON with file_path_metas, got tokenizer_conf.seg_dict_file None", funasr.published_files, tmp_path)
     (tmp_path / "configuration.json").unlink()
     (tmp_path / "tokens.txt").touch()
     assert funasr.published_files(tmp_path)["tokens"].name == "tokens.txt"
@@ -4966,8 +4917,7 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
     for pieces in (whole.pieces, whole.state()["pieces"]):  # of an older checkpoint, and as they are written
         assert checkpoint.read_tokenizer({**whole.state(), "pieces": pieces}, "x.pt") == whole
     (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path)) + "/" + error):
-        PieceTokenizer.load(*files)
+    refused(re.escape(str(tmp_path)) + "/" + error, PieceTokenizer.load, *files)
     with pytest.raises(ValueError, match=r"x.pt: wanted a list of pieces by word, got \[\['ab'\]\]"):
         checkpoint.read_tokenizer({**whole.state(), "pieces": [["ab"]]}, "x.pt")
     with pytest.raises(ValueError, match="x.pt: wanted a list of pieces by word, got {'ab': 3, 'c': "):
@@ -5026,8 +4976,7 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
         funasr.read_cmvn(tmp_path / "am.mvn", 80)
-    with pytest.raises(ValueError, match="gone: wanted means and deviations, .*, got No such file"):
-        funasr.read_cmvn(tmp_path / "gone", 80)
+    refused("gone: wanted means and deviations, .*, got No such file", funasr.read_cmvn, tmp_path / "gone", 80)
     for shape in ((560,), (2,), (3, 560)):
         with pytest.raises(ValueError, match=r"stats must be \(2,F\), got " + re.escape(str(shape))):
             funasr.write_cmvn(tmp_path / "b.mvn", torch.zeros(shape))
@@ -5287,7 +5236,6 @@ def test_a_beam_of_one_is_greedy():  # C67
     assert decode.transcribe(decode.with_search(system, baselines.Search(1, 1, 0.0)), feats) == greedy
     assert any(result.text for result in greedy)
 
-# C68
 @pytest.mark.parametrize("name, flags, words", [
     ("ctc", ["--beam=0"], "--beam: wanted 1 or more, below 2^31, got 0"),
     ("ctc", ["--beam=99999999999999999999"], "--beam: wanted 1 or more, below 2^31, got 99999999999999999999"),
@@ -5298,7 +5246,7 @@ def test_a_beam_of_one_is_greedy():  # C67
     ("paraformer", ["--nbest=3"], "decodes greedily"), ("paraformer", ["--coverage-penalty=1"], "decodes greedily"),
     ("transformer", ["--length-penalty=inf"], "--length-penalty: wanted 0 or more, got inf"),
     ("transformer", ["--coverage-penalty=nan"], "--coverage-penalty: wanted 0 or more, got nan")])
-def test_search_flags_out_of_range_or_without_effect_are_one_line_and_exit_code_2(tmp_path, capsys, name, flags, words):
+def test_search_flags_out_of_range_or_without_effect_are_refused(tmp_path, capsys, name, flags, words):  # C68
     ckpt = saved(searching_system(name), tmp_path / "x.pt")
     assert words in refusal(capsys, "--ckpt", ckpt, *flags, "x.wav")
     assert words in refusal(capsys, "--ckpt", ckpt, *flags, "x.wav", "--export", tmp_path / "out.pt")  # before writing
@@ -5660,7 +5608,7 @@ def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
 @pytest.mark.parametrize("load, name, part", [
     (vad.load_vad, "vad", "encoder"), (punctuation.load_punctuation, "punc", "encoder"),
     (checkpoint.load_system, "sanm", "decoder"), (checkpoint.load_system, "seaco", "bias_encoder")])
-def test_weights_of_a_directory_are_mapped_and_others_are_refused(tmp_path, load, name, part):  # C152
+def test_weights_of_a_directory_are_mapped_and_others_are_refused(tmp_path, load, name, part):  # C40 C152
     folder = kit_copy(name, tmp_path / name)
     loaded = load(str(folder))
     assert loaded and str(folder / "model.pt") in Path("/proc/self/maps").read_text()
@@ -5669,20 +5617,17 @@ def test_weights_of_a_directory_are_mapped_and_others_are_refused(tmp_path, load
     (folder / "model.pt").unlink()
     del weights[missing]
     torch.save({**weights, "extra": torch.zeros(1), other: torch.zeros(3)}, folder / "model.pt")
-    with pytest.raises(ValueError) as error:
-        load(str(folder))
-    for words in (f"missing {missing}", "unused extra", f"{other} (3,)"):
-        assert words in str(error.value)
+    wanted = f"missing {missing}; unused extra; {other} (3,), wanted {tuple(weights[other].shape)}"
+    assert message_of(load, str(folder)).split("config: ")[1] == wanted
 
 def test_a_part_that_is_not_there_is_told_with_its_download_and_another_is_refused(ckpt, capsys):
-    for command, option, own, other in ((vad.main, "--vad", "fsmn-vad (2 MB)", kit("punc")),
-                                        (punctuation.main, "--punctuate", "ct-punc (1050 MB)", kit("vad"))):
+    for script, option, own, other in ((vad, "--vad", "fsmn-vad (2 MB)", kit("punc")),
+                                       (punctuation, "--punctuate", "ct-punc (1050 MB)", kit("vad"))):
         wanted = f"{option} nowhere: wanted a directory as FunASR publishes {own}; download it with modelscope download"
         assert wanted in refusal(capsys, "--ckpt", ckpt, option, "nowhere", "a.wav")
-        more = ["a.wav"] if command is vad.main else []
+        more = ["a.wav"] if script is vad else []
         for folder, words in (("nowhere", wanted), (other, "wanted model ")):
-            assert command([str(folder), *more]) == 2
-            assert words in capsys.readouterr().err
+            assert words in refusal(capsys, folder, *more, script=script)
 
 # ---- punctuation: marks, texts, realtime ----
 
@@ -5751,8 +5696,7 @@ def test_long_texts_without_stops_are_cut_at_exact_lengths(monkeypatch, text, sp
     ('{"<unk>": 0}', "a list of tokens with <unk>"), ("[", "a list of tokens in JSON, got")])
 def test_a_vocabulary_of_punctuation_is_a_list_with_unk(tmp_path, content, got):
     (tmp_path / "tokens.json").write_text(content)
-    with pytest.raises(ValueError, match=f"tokens.json: wanted {got}"):
-        punctuation.read_vocabulary(tmp_path / "tokens.json")
+    refused(f"tokens.json: wanted {got}", punctuation.read_vocabulary, tmp_path / "tokens.json")
 
 def test_realtime_punctuation_is_funasrs_call_by_call(monkeypatch):  # C175
     lengths, model = watched(monkeypatch), kit_punctuation("punc_realtime")
@@ -6263,16 +6207,14 @@ def test_planted_weights_fire_where_and_when_they_say():  # C166
     ((10, 5, 4, 1, -1), "0 old ones or more")])
 def test_chunks_that_cannot_be_are_refused_with_the_reason(chunk, words):  # C167
     assert streaming.Chunk(1, 1, -1, -1, 0).new == 1 and streaming.Chunk() == streaming.Chunk(10, 5, 4, 1, 0)
-    with pytest.raises(ValueError, match=words):
-        streaming.Chunk(*chunk)
+    refused(words, streaming.Chunk, *chunk)
 
 @pytest.mark.parametrize("samples, words", [
     (torch.full((9,), torch.nan), "finite"), (torch.zeros(3, 3), r"\(n,\) float32"),
     (torch.zeros(9, dtype=torch.int16), "int16"), (torch.full((9600,), 3e38), "features not finite")])
 def test_samples_that_cannot_be_are_refused(samples, words):
     system = kit_system("streaming")
-    with pytest.raises(ValueError, match=words):
-        streaming.feed(system, streaming.start(system), samples)
+    refused(words, streaming.feed, system, streaming.start(system), samples)
 
 def test_a_single_block_without_cross_attention_takes_part(tmp_path):  # C160
     """FunASR leaves it out of a stream, though the model was trained with it."""
@@ -6370,11 +6312,9 @@ def test_a_streaming_model_learns_utterances_by_heart():  # C168
     assert losses[-1] < 0.2 * losses[0]
     assert torch.equal(network.eval().greedy(batch.feats, batch.feat_lens).tokens, batch.tokens)
 
-# C164 C168
 @pytest.mark.parametrize("options, chunk", [([], GEOMETRIES[0]),
                                             (["--chunk", "3,2", "--look-back", "1,2"], (3, 2, 1, 2, 4))])
-def test_a_checkpoint_of_a_streaming_model_is_decoded_with_the_chunks_it_was_trained_with(tmp_path, capsys, options,
-                                                                                         chunk):
+def test_a_streaming_checkpoint_is_decoded_with_the_chunks_of_training(tmp_path, capsys, options, chunk):  # C164 C168
     path, wav = saved(chunked_system(), tmp_path / "s.pt"), tmp_path / "a.wav"
     audio.save_wav(wav, 0.1 * normal(3, 320 * 45), 8000)
     samples, _ = audio.load_wav(wav)
@@ -6396,8 +6336,7 @@ def test_a_checkpoint_of_a_streaming_model_is_decoded_with_the_chunks_it_was_tra
 def test_what_streaming_model_cannot_be_trained_is_refused_by_name(part, changed, line):  # C167
     whole = chunked_system().config
     section = replace(whole.model, **{part: replace(getattr(whole.model, part), **changed)})
-    with pytest.raises(ValueError, match=f"model: {line}"):
-        checkpoint.start_from(replace(whole, model=section))
+    refused(f"model: {line}", checkpoint.start_from, replace(whole, model=section))
 
 # ---- checkpoint: published models, inference ----
 
@@ -6475,15 +6414,19 @@ def test_training_fires_what_funasr_fires_and_what_it_loses():  # C47
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_batch_equals_its_utterances_one_by_one(variant):  # C45
-    """Random batches of random cuts of the kit's features: ids, counts, weights and times."""
-    _, net = published(variant)
-    rng = random.Random(0)
+    """Random batches of random parts of the kit's features: ids, counts, weights, times, and what is made of them."""
+    system, (_, net), rng = kit_system(variant), published(variant), random.Random(0)
     sources = [recorded(variant, name)["feats"] for name in WAVS]
     for _ in range(4):
-        parts = [x[:rng.randint(1, len(x))] for x in rng.choices(sources, k=5)]
+        spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
+        parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
         lens = torch.tensor([len(x) for x in parts])
         both = net.greedy(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lens)
+        results = decode.transcribe(system, parts)
         for i, x in enumerate(parts):
+            result = decode.transcribe(system, [x])[0]
+            assert [word[:3] for word in results[i].words] == [word[:3] for word in result.words]
+            assert results[i].text == result.text
             alone = net.greedy(x[None], lens[i:i + 1])
             n = int(alone.lens[0])
             assert both.lens[i] == n and torch.equal(both.tokens[i, :n], alone.tokens[0]), (variant, lens, i)
@@ -6618,8 +6561,7 @@ def test_a_checkpoint_whose_config_holds_a_field_of_an_earlier_version_loads(tmp
     assert checkpoint.load_parts(tmp_path / "old.pt").config == checkpoint.load_parts(ckpt).config
     state["config"]["model"]["firing"] = "delay"  # not there
     torch.save(state, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match="unknown key 'model.firing'"):
-        checkpoint.load_parts(tmp_path / "odd.pt")
+    refused("unknown key 'model.firing'", checkpoint.load_parts, tmp_path / "odd.pt")
 
 def test_the_device_is_a_gpu_where_there_is_one_unless_another_is_asked_for(monkeypatch):
     for has_gpu, found in ((True, ("cuda", "cuda", "cpu")), (False, ("cpu", "", "cpu"))):
@@ -6644,15 +6586,6 @@ def test_the_normalisation_is_measured_on_a_bounded_number_of_utterances(monkeyp
         checkpoint.fresh(config.Config(data=config.DataConfig(toy=config.ToyConfig(num_train=count))))
     assert seen == [1, 4, 3, 4, 4, 3]
 
-def test_every_wrong_tensor_is_named_in_one_error(tmp_path):  # C40
-    state = torch.load(kit("sanm/model.pt"), weights_only=True)
-    state["decoder.embed.0.weight"] = state["decoder.embed.0.weight"][:, :5]
-    state["extra.weight"] = state.pop("predictor.cif_output.bias")
-    shutil.copytree(kit("sanm"), tmp_path, dirs_exist_ok=True)
-    torch.save(state, tmp_path / "model.pt")
-    assert message_of(checkpoint.load_directory, tmp_path).split("config: ")[1] == (
-        "missing predictor.cif_output.bias; unused extra.weight; decoder.embed.0.weight (58, 5), wanted (58, 64)")
-
 @pytest.mark.parametrize("wrapper", ["", "state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix, zipped", [("", True), ("module.", True), ("", False)])
 def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):  # C40
@@ -6669,14 +6602,12 @@ def test_wrapped_prefixed_and_old_files_load(tmp_path, wrapper, prefix, zipped):
 def test_a_file_that_is_no_weights_is_one_line(tmp_path, content, words):  # C40
     if content is not None:
         (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z"):
-        funasr.read_weights(tmp_path / "model.pt")
+    refused(rf"model\.pt: wanted [^\n]*{words}[^\n]*\Z", funasr.read_weights, tmp_path / "model.pt")
 
-# C49
 @pytest.mark.parametrize("name, tensors, parameters", [
     ("paraformer", 956, 220_084_533), ("bicif", 968, 225_074_998), ("seaco", 1095, 247_339_018),
     ("contextual", 970, 228_064_565)])
-def test_published_models_have_the_tensors_parameters_and_sizes_that_they_are_said_to_have(name, tensors, parameters):
+def test_published_models_have_the_sizes_that_they_are_said_to_have(name, tensors, parameters):  # C49
     """By the shapes of shared/FUNASR.md, 1.1, and shared/FUNASR_MORE.md, 1; sizes: downloads.DOWNLOADS."""
     options = rules.load(str(HERE / "configs/paraformer_large.yaml"))
     section, second = options.model, replace(options.model.decoder, num_layers=6, kernel_size=21, ffn_dim=1024)
@@ -7035,8 +6966,7 @@ def test_a_step_that_is_skipped_leaves_the_moving_average_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("is_terminal, tick, shown", [
     (False, 3.0, "35"), (False, 3.1, "24"), (True, 0.039, "35"), (True, 0.0425, "24")])
-def test_steps_are_timed_and_shown_every_15_seconds_or_5_times_in_one_on_a_terminal(is_terminal, tick, shown, tmp_path,
-                                                                                   monkeypatch, capsys):
+def test_steps_are_timed_and_shown_now_and_then(is_terminal, tick, shown, tmp_path, monkeypatch, capsys):
     """The clock is read once before the steps and three times in each: wait, step, checkpoint."""
     ticks, saved = itertools.count(), []
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: tick * next(ticks)))
@@ -7229,8 +7159,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):  
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(2))
     assert [p.name for p in tmp_path.iterdir()] == ["latest.pt"]
 
-# C31 C34
-def test_features_that_stay_nan_stop_the_run_with_their_keys_and_the_checkpoint_stays(tmp_path, monkeypatch, capsys):
+def test_features_that_stay_nan_stop_the_run_with_their_keys(tmp_path, monkeypatch, capsys):  # C31 C34
     failing_step(monkeypatch, 5, lambda batch: batch.feats.fill_(math.nan))
     run = trained(tmp_path, "--training.max_bad_steps=2", code=1)
     assert "2 non-finite or skipped steps in a row" in capsys.readouterr().err
@@ -7327,11 +7256,11 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     root = ElementTree.parse(curves.removeprefix("curves: ")).getroot()
     lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
     assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
-    assert train.main(["--compare", str(runs / "README.md")]) == 2
-    assert capsys.readouterr().err == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
+    error = refusal(capsys, "--compare", runs / "README.md", script=train)
+    assert error == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
     (first / "metrics.json").write_text("[")
-    assert train.main(["--compare", str(first)]) == 2
-    assert capsys.readouterr().err.startswith(f"train.py: {first / 'metrics.json'}: wanted JSON, got ")
+    error = refusal(capsys, "--compare", first, script=train)
+    assert error.startswith(f"train.py: {first / 'metrics.json'}: wanted JSON, got ")
 
 @slow
 def test_the_toy_config_learns_its_task(tmp_path):
@@ -7493,10 +7422,8 @@ def begun(zygote: Zygote, folder: Path, *argv: str, held: Path | None = None, fi
     wait_until((held or folder / "runs/latest").exists)
     return pid, run_of(folder / "runs")
 
-# C30 C83
 @pytest.mark.parametrize("kills, workers", [(3, 0), (1, 1), pytest.param(10, 0, marks=slow)])
-def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupted_one(kills, workers, zygote,
-                                                                                       whole_run, tmp_path):
+def test_a_run_killed_at_any_moment_equals_an_uninterrupted_one(kills, workers, zygote, whole_run, tmp_path):  # C30 C83
     """SIGKILL, writing included: each step writes a checkpoint, which takes longer than the step."""
     (argv, whole, seconds), rng, done = whole_run, random.Random(kills), 0
     while done < kills:
@@ -7513,10 +7440,8 @@ def test_a_run_killed_at_random_moments_tears_no_file_and_equals_the_uninterrupt
         assert_same_run(run, whole)
         assert not [path for path in run.rglob("*") if path.suffix == ".tmp" or path.name == "next.pt"]
 
-# C84
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_sigterm_and_ctrl_c_end_a_run_with_a_checkpoint_that_goes_on_as_if_nothing_was(number, zygote, whole_run,
-                                                                                       tmp_path):
+def test_sigterm_and_ctrl_c_end_a_run_that_goes_on_as_if_nothing_was(number, zygote, whole_run, tmp_path):  # C84
     """Sent to all processes of the run, as by timeout and terminals. SIGHUP, from one that is closed, ends none."""
     argv, whole, _ = whole_run
     argv = [*(a for a in argv if "checkpoint_steps" not in a), "--data.num_workers=1"]
@@ -7597,9 +7522,8 @@ def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_st
     "model.encoder.num_layers=2", "model.ctc_weight=0.5", "data.num_mels=9", "data.kind=manifest", "data.unit=word",
     "data.sample_rate=8000", "data.lfr_n=2", "data.toy.num_symbols=5", "training.seed=7", "training.overfit=2"])
 def test_an_option_that_a_run_began_with_cannot_change_and_is_named(finished, capsys, override):  # C183
-    assert train.main(["--resume", str(finished), f"--{override}"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"train.py: {override.split('=')[0]}: cannot change") and error.count("\n") == 1
+    error = refusal(capsys, "--resume", finished, f"--{override}", script=train)
+    assert error.startswith(f"train.py: {override.split('=')[0]}: cannot change")
 
 def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_time(finished, capsys):  # C183
     names = """frames padded_frames utterances tokens skipped_utterances loss wait loss_ce loss_quantity loss_ctc steps
@@ -7607,8 +7531,8 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     totals = {**dict.fromkeys(names, 0.0), "seconds": 1000.0}
     progress = {"epoch": 0, "batch": 3, "step": 3, "bad_steps": 0, "totals": totals}
     latest_with(lambda state: state.update(progress=progress, history=[]))(finished)
-    assert train.main(["--resume", str(finished), "--training.batch_size=2"]) == 2
-    assert "training.batch_size: cannot change within an epoch" in capsys.readouterr().err
+    error = refusal(capsys, "--resume", finished, "--training.batch_size=2", script=train)
+    assert "training.batch_size: cannot change within an epoch" in error
     for batch in (1, 0):
         latest_with(lambda state: state.update(progress={**progress, "batch": batch}))(finished)
         with pytest.raises(ValueError, match="within an epoch") if batch else contextlib.nullcontext():
@@ -7669,13 +7593,11 @@ def test_a_latest_that_the_disk_does_not_give_is_not_taken_for_a_damaged_one(fin
         return real(path, **options)
 
     monkeypatch.setattr(torch, "load", broken)
-    assert train.main(["--resume", str(finished)]) == 2
-    assert "Input/output error" in capsys.readouterr().err and latest.read_bytes() == before
+    assert "Input/output error" in refusal(capsys, "--resume", finished, script=train)
+    assert latest.read_bytes() == before
 
-# C85
 @pytest.mark.parametrize("name", ["next.pt", "metrics.json", "train.log"])
-def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(plain_run, tmp_path, monkeypatch, capsys,
-                                                                             name):
+def test_a_full_disk_ends_the_run_after_its_last_checkpoint(plain_run, tmp_path, monkeypatch, capsys, name):  # C85
     """From the second checkpoint on, one of its files cannot be written."""
     real, real_say, writes = files.replacing, train.say, collections.Counter()
 
@@ -7704,11 +7626,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(pla
     assert train.main(["--resume", str(run)]) == 0
     assert_same_run(run, plain_run)
 
-# C86
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
-def test_a_batch_that_does_not_fit_ends_the_run_with_a_line_and_leaves_the_last_checkpoint(tmp_path, monkeypatch,
-                                                                                           capsys, error):
+def test_a_batch_that_does_not_fit_ends_the_run_after_its_last_checkpoint(tmp_path, monkeypatch, capsys, error):  # C86
     failing_step(monkeypatch, 7, raising(error))
     run = trained(tmp_path, code=2)
     assert capsys.readouterr().err == (
@@ -7762,8 +7682,7 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     assert "weights do not fit the model of its config: " in error and re.search(r"; and \d+ more\n$", error)
     assert error.count(";") == files.MOST_NAMED
 
-# C85
-def test_a_model_to_start_from_has_its_own_config_but_for_what_the_command_line_says_of_it(finished_run, tmp_path):
+def test_a_model_to_start_from_has_its_own_config_but_for_what_is_typed(finished_run, tmp_path):  # C85
     place = f"{finished_run}/checkpoints/latest.pt"
     path = tmp_path / "other.yaml"
     path.write_text(TINY.replace("model:\n", "model:\n  sampling_ratio: 0.25\n  mwer_weight: 2.0\n"))
@@ -7849,11 +7768,13 @@ def test_a_rank_that_dies_ends_the_run_and_a_signal_to_one_stops_all(zygote, tmp
         assert codes == [0, 0] and "interrupted; go on with" in out
     read_checkpoint(run_of(tmp_path / "runs") / "checkpoints/latest.pt")
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
 @slow
 def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):  # C89
-    with torchrun("train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--data.kind=manifest") as process:
-        error = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode and "data.train: wanted a manifest" in error
+    command = [*TORCHRUN, HERE / "train.py", tiny_yaml(tmp_path / "tiny.yaml"), "--data.kind=manifest"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode and "data.train: wanted a manifest" in done.stderr
 
 # ---- train: memory ----
 
@@ -8085,8 +8006,7 @@ def test_shares_of_a_run_become_the_steps_that_they_are_and_its_config_says_so(t
     path = tiny_yaml(tmp_path / "tiny.yaml")
     for more, words in (("warmup_steps=3", "warmup_steps: wanted its default 100 beside warmup_share"),
                         ("average_decay=0.9", "average_decay: wanted its default 0.0 beside average_share")):
-        with pytest.raises(ValueError, match=f"training.{words}"):
-            rules.load(path, [*shares, f"--training.{more}"])
+        refused(f"training.{words}", rules.load, path, [*shares, f"--training.{more}"])
     for share, field, value in (("warmup", "warmup_steps", 3), ("average", "average_decay", 1 - 1 / 3)):
         one = train.make_run(rules.load(path, [default, f"--training.{share}_share=0.2"])).config.training
         assert getattr(one, field) == value and getattr(one, f"{share}_share") == 0.0
@@ -8417,12 +8337,6 @@ def json_rows(out: Path, *arguments) -> list[dict]:
     assert decode.main(["--device=cpu", f"--output={out}", *map(str, arguments)]) == 0
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
-def refusal(capsys, *arguments) -> str:
-    """The one line with which decode.py refuses the arguments, before anything is decoded."""
-    code, lines, error = decoded(capsys, *arguments)
-    assert (code, lines) == (2, []) and re.fullmatch(r"decode\.py: .+\n", error)
-    return error
-
 def test_folders_standard_input_and_lists_give_what_their_files_give(ckpt, tmp_path, capsys, monkeypatch):  # C72
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -8491,8 +8405,7 @@ def test_an_output_file_whose_name_a_folder_has_ends_the_run_before_anything_is_
     refusal(capsys, "--ckpt", ckpt, manifest, "--output", manifest)
     assert manifest.read_text() == before
 
-# C74
-def test_a_batch_that_the_model_fails_on_loses_only_the_utterance_that_it_fails_on(ckpt, tmp_path, capsys, monkeypatch):
+def test_a_batch_that_fails_loses_only_the_utterance_that_it_fails_on(ckpt, tmp_path, capsys, monkeypatch):  # C74
     real = decode.transcribe
     files = [spoken(tmp_path / f"{i}.wav", 0.3 + i / 10) for i in range(5)]
     wanted = decoded(capsys, "--ckpt", ckpt, *files)[1]
@@ -8525,12 +8438,10 @@ def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
             os._exit(status)
     return pid
 
-# C34 C74 C182
 @pytest.mark.parametrize("number, code", [
     (signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.ctm", "out"])
-def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(ckpt, tmp_path, capsys, monkeypatch,
-                                                                               name, number, code):
+def test_ended_decoding_goes_on(ckpt, tmp_path, capsys, monkeypatch, name, number, code):  # C34 C74 C182
     """The third of five batches ends the process; then everything equals a run that nothing ended."""
     real, calls = decode.transcribe, []
     form = {"out.jsonl": "json", "out.ctm": "ctm", "out": "txt"}[name]
@@ -8574,8 +8485,7 @@ def test_whatever_ends_decoding_keeps_what_is_done_and_resume_decodes_the_rest(c
     if name == "out.jsonl":
         assert "got 'same' twice" in refusal(capsys, *arguments(name, "--resume"))
 
-# C182
-def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_errors(ckpt, tmp_path, capsys, monkeypatch):
+def test_a_run_that_ended_goes_on_with_new_inputs_and_counts_all_errors(ckpt, tmp_path, capsys, monkeypatch):  # C182
     rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.9 - i / 10), "text": "ab cd"} for i in range(5)]
     first = write_manifest(tmp_path / "first.jsonl", rows[1:4])
     both = write_manifest(tmp_path / "both.jsonl", rows)
@@ -8595,11 +8505,9 @@ def test_a_run_that_came_to_its_end_goes_on_with_new_inputs_and_counts_all_error
         texts.append((tmp_path / "o.ctm").read_text())
     assert texts[0] == texts[1] and sum(map(len, calls)) == 2 + 3 + 3
 
-# C182
 @pytest.mark.parametrize("name, kind, left", [
     ("out.jsonl", "file", []), ("out.txt", "file", []), ("out", "folder", ["out/a.json"])])
-def test_a_second_process_on_an_output_is_told_who_writes_it_until_that_one_is_dead(ckpt, tmp_path, capsys,
-                                                                                    name, kind, left):
+def test_a_second_process_on_an_output_is_told_who_writes_it(ckpt, tmp_path, capsys, name, kind, left):  # C182
     file, out = spoken(tmp_path / "a.wav", 0.5), tmp_path / name
     told, tell = os.pipe()
 
@@ -8645,11 +8553,9 @@ def test_a_line_of_a_part_gives_its_outcome_back_and_a_finished_one_no_text_with
     assert final == report.FORMS["json"](outcome).encode()
     assert outputs.read_outcome(final, "end")[0].reference == ("ab" if mark is None else "")
     (tmp_path / "x.jsonl.part1").write_text("{junk\n")
-    with pytest.raises(ValueError, match="x.jsonl.part1, byte 0: wanted a result"):
-        outputs.merge_parts(output, False)
+    refused("x.jsonl.part1, byte 0: wanted a result", outputs.merge_parts, output, False)
     (tmp_path / "x.jsonl.part").unlink()
-    with pytest.raises(ValueError, match="x.jsonl.part: removed while it was written"):
-        outputs.end_output(output, False, 1)
+    refused("x.jsonl.part: removed while it was written", outputs.end_output, output, False, 1)
 
 def test_a_part_goes_on_with_what_it_was_made_with_and_nothing_else(ckpt, tmp_path, capsys, monkeypatch):  # C182
     file, out, words = spoken(tmp_path / "a.wav", 0.5), tmp_path / "out.jsonl", tmp_path / "words"
@@ -8692,8 +8598,7 @@ def test_a_console_that_is_closed_full_or_gone_loses_no_result(ckpt, zygote, tmp
         error = (tmp_path / "said").read_text()
         assert "standard output: [Errno 28]" in error and "Traceback" not in error
 
-# C182
-def test_the_first_process_writes_the_file_unless_others_were_interrupted_with_it(tmp_path, capsys, monkeypatch):
+def test_the_first_process_writes_the_file_unless_it_was_interrupted(tmp_path, capsys, monkeypatch):  # C182
     kept = []
     monkeypatch.setattr(outputs, "merge_parts", lambda output, keep: kept.append((output.rank, keep)))
     for rank, processes in ((0, 1), (0, 2), (1, 2)):
@@ -8822,10 +8727,8 @@ def test_batches_stay_within_batch_seconds_and_windows_keep_the_order(ckpt, tmp_
     assert decoded(capsys, "--ckpt", ckpt, *files, "--batch-seconds", "0.8")[1] == wanted
     assert sizes == [[23, 28], [58], [88], [38], [68], [78]]     # frames; 80 fit, and no batch spans two windows
 
-# C140
 @pytest.mark.parametrize("seconds, count", [(116 * 0.01, 1), (117 * 0.01, 0)])
-def test_weights_are_laid_out_where_the_audio_is_long_enough_to_gain(ckpt, tmp_path, capsys, monkeypatch,
-                                                                     seconds, count):
+def test_weights_are_laid_out_for_audio_that_is_long(ckpt, tmp_path, capsys, monkeypatch, seconds, count):  # C140
     """Of 0.9 and 0.3 s, which have 88 and 28 frames."""
     files, calls = [spoken(tmp_path / f"{sec}.wav", sec) for sec in (0.9, 0.3)], []
     monkeypatch.setattr(decode, "LAID_OUT_SEC", seconds)
@@ -8859,29 +8762,15 @@ def test_torchrun_with_two_processes_writes_what_one_writes(ckpt, tmp_path):  # 
     rows = [{"audio": spoken(tmp_path / f"{i}.wav", 0.2 + 0.37 * i % 1.1), "text": "ab c" * (i % 3)} for i in range(15)]
     (tmp_path / "4.wav").write_bytes(b"junk")
     write_manifest(tmp_path / "dev.jsonl", rows)
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2"])):
-        command = [sys.executable, *launcher, HERE / "decode.py", "--device=cpu", "--threads=1", "--batch-size=2",
-                   "--ckpt", ckpt, "--output", tmp_path / f"{name}.jsonl", "--report", tmp_path / name,
-                   tmp_path / "dev.jsonl"]
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
+        command = [*launcher, HERE / "decode.py", "--device=cpu", "--threads=1", "--batch-size=2", "--ckpt", ckpt,
+                   "--output", tmp_path / f"{name}.jsonl", "--report", tmp_path / name, tmp_path / "dev.jsonl"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 1 and done.stderr.count(" could not be recognised") == 1, done.stderr
         (tmp_path / f"{name}.txt").write_text(done.stdout)
     for file in ("one.txt", "one.jsonl", "one/summary.txt", "one/alignments.txt"):
         assert (tmp_path / file).read_text() == (tmp_path / file.replace("one", "two", 1)).read_text() != ""
     assert (tmp_path / "one.txt").read_text().count("\n") == 14
-
-@contextlib.contextmanager
-def torchrun(script: str, *argv):
-    """Two processes of a script. Whatever happens, they end with the block."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-               str(HERE / script), *map(str, argv)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        yield process
-    finally:
-        process.terminate()  # it ends its own, which SIGKILL would leave behind
-        process.communicate(timeout=PATIENCE)
 
 def end_first(zygote: Zygote, folder: Path, number: int, script: str, *argv) -> list[int]:
     """Send a signal to the first of two processes, both of which are held -> their exit codes."""
@@ -9015,8 +8904,7 @@ def test_long_recordings_are_decoded_in_pools_and_never_loaded_whole(ckpt, tmp_p
     assert [row["key"] for row in rows] == ["l", "s"] and rows[0]["duration"] == 12.0
     assert rows[0]["tokens"] == [report.token_entry(t) for t in wanted.tokens] and max(sizes) < 8200
     pieces = Segment(0.0, torch.randn(8000)), Segment(1.0, torch.randn(8000).index_fill(0, torch.tensor([7900]), 3e38))
-    with pytest.raises(ValueError, match="features not finite"):
-        list(decode.transcribe_segments(tiny_system(), pieces))
+    refused("features not finite", list, decode.transcribe_segments(tiny_system(), pieces))
 
 def test_segments_are_read_no_further_ahead_than_a_pool(monkeypatch):  # C81
     monkeypatch.setattr(decode, "POOL_SEC", 3.0)
@@ -9453,8 +9341,7 @@ def test_what_streaming_cannot_do_is_refused_in_a_line(capsys, variant, options,
 
 def test_whole_utterances_are_no_business_of_a_streaming_model():  # C167
     system = kit_system("streaming")
-    with pytest.raises(ValueError, match="got a streaming one"):
-        decode.decode_batch(system, [torch.zeros(30, 560)])
+    refused("got a streaming one", decode.decode_batch, system, [torch.zeros(30, 560)])
     with pytest.raises(ValueError, match="training.init_from=.*decoder.attention_layers: wanted 0, all layers"):
         checkpoint.adopted(replace(config.Config(), data=config.DataConfig(kind="manifest", train="x", dev="x"),
                                    training=config.TrainingConfig(init_from=str(kit("streaming_alt")))))
@@ -9513,13 +9400,11 @@ def test_decode_gives_funasrs_ids_texts_and_timestamps(variant, tmp_path):  # C4
                     assert " ".join(word["word"] for word in got["words"]) == expected["pred_timestamp"]["text"]
     assert equal > 0 and (flagged > 20 or "seaco" not in variant)
 
-# C155
 @pytest.mark.parametrize("content, phrases, weighted", [
     ("\ufeffhello world\n\n# names\n  我 在 这里 \nthanks", ["hello world", "我 在 这里", "thanks"], False),
     ("hello world 20\n我在 -5\n", ["hello world", "我在"], True), ("我\t3.5\r\n", ["我"], True),
     ("hello 7\nthanks\n", ["hello 7", "thanks"], False), ("# none\n", [], False)])
-def test_a_file_of_hotwords_has_a_phrase_a_line_remarks_and_weights_that_are_ignored(tmp_path, capsys, content, phrases,
-                                                                                    weighted):
+def test_a_file_of_hotwords_has_phrases_remarks_and_weights(tmp_path, capsys, content, phrases, weighted):  # C155
     path = tmp_path / "words.txt"
     path.write_text(content, encoding="utf-8")
     assert hotwords.read_hotwords(str(path)) == (phrases, weighted)
@@ -9547,19 +9432,6 @@ def test_hotwords_that_cannot_work_are_named(tmp_path, capsys):  # C155
         [None, None], [None, ("hello",)], [("hello",), None], [("hello",)])]
     assert told == [False, True, True, True]
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_texts_and_times_do_not_depend_on_the_batch(variant):  # C45
-    """Random batches of random parts of the kit's features, against each part alone."""
-    system, rng = kit_system(variant), random.Random(1)
-    sources = [recorded(variant, name)["feats"] for name in WAVS]
-    for _ in range(4):
-        spans = [(x, rng.randint(0, len(x) - 1)) for x in rng.choices(sources, k=6)]
-        parts = [x[start:rng.randint(start + 1, len(x))] for x, start in spans]
-        for part, in_batch in zip(parts, decode.transcribe(system, parts)):
-            alone = decode.transcribe(system, [part])[0]
-            assert [word[:3] for word in in_batch.words] == [word[:3] for word in alone.words]
-            assert in_batch.text == alone.text
-
 def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, capsys):  # C51
     for name, samples in (("short", 100), ("frame", 500), ("silence", 16000)):
         audio.save_wav(tmp_path / f"{name}.wav", torch.zeros(samples), 16000)
@@ -9568,9 +9440,8 @@ def test_too_short_a_recording_is_empty_text_and_silence_no_error(tmp_path, caps
         assert decode.main(["--ckpt", str(kit(variant)), "--device", "cpu", *wavs]) == 0
         assert capsys.readouterr().out.splitlines()[0] == f"{wavs[0]}\t"
 
-# C39 C50 C152 C164
 @pytest.mark.parametrize("variant", (*VARIANTS, *HOTWORD_KITS, *STREAMING_KITS))
-def test_an_exported_directory_has_funasrs_keys_and_shapes_and_loads_back(variant, tmp_path, capsys):
+def test_an_exported_directory_has_funasrs_keys_and_loads_back(variant, tmp_path, capsys):  # C39 C50 C152 C164
     system = kit_system(variant)
     for path in (tmp_path / "dir", tmp_path / "model.pt"):
         assert decoded(capsys, "--ckpt", kit(variant), "--export", path)[:2] == (0, [])
@@ -10410,8 +10281,7 @@ def test_hotwords_come_as_a_list_as_text_in_a_form_and_as_openais_prompt(hotword
     half = ask(hotword_server, post_json({"features": [[0.0] * 560] * 3, "hotwords": ["\ud800"]}))
     assert ": \ud800 (" in half["warning"]        # half a surrogate pair, which UTF-8 lacks
 
-# C156
-def test_lists_with_different_hotwords_share_a_batch_and_one_that_comes_again_is_not_encoded_again(hotword_server):
+def test_lists_of_hotwords_share_a_batch_and_are_encoded_once(hotword_server):  # C156
     feats = recorded("seaco", "fsdd_dev_a")["feats"]
     stats = hotword_server.models.whole.stats
     raw = (feats / stats[1] + stats[0]).tolist()
@@ -10613,8 +10483,7 @@ class Proxied(serve.Server):
             return web.Response(413, "text/html", b"<html><h1>413 Request Entity Too Large</h1></html>")
         return super().answer(head._replace(path=head.path.removeprefix("/asr")), body, has_left)
 
-# C197
-def test_page_works_behind_a_prefix_asks_for_the_key_and_shows_what_is_not_json_by_its_status(browser, monkeypatch):
+def test_page_works_behind_a_prefix_asks_for_the_key_and_shows_what_is_no_json(browser, monkeypatch):  # C197
     monkeypatch.setattr(serve, "Server", Proxied)
     monkeypatch.setenv("ASR_API_KEY", "secret")
     with serving() as proxied:
@@ -11153,8 +11022,7 @@ def test_checkpoints_that_do_not_go_together_are_refused(monkeypatch, options, w
         serving_system() if folder == "8 kHz" else load(folder, *given, **more)))
     argv = ["--device", "cpu", "--checkpoint", *[str(kit(x)) if kit(x).is_dir() else x for x in options]]
     if words:
-        with pytest.raises(ValueError, match=words):
-            serve.load_warm(serve.parse_arguments(argv))
+        refused(words, serve.load_warm, serve.parse_arguments(argv))
     else:
         assert serve.load_warm(serve.parse_arguments(argv)).streaming.chunk == streaming.Chunk(8, 4)
 
@@ -11248,16 +11116,15 @@ def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
     for what in ([wav], [str(manifest), "--min-segment-sec=0.1", "--max-segment-sec=0.6"]):  # longer ones are cut
-        assert bench.main(["decode", ckpt, *what]) == 2
-        assert "wanted utterances with frames and a text, got none" in capsys.readouterr().err
+        error = refusal(capsys, "decode", ckpt, *what, script=bench)
+        assert "wanted utterances with frames and a text, got none" in error
 
 @pytest.mark.parametrize("arguments", [
     ["decode", "--plot=x"], ["decode", "--report=x"], ["decode", "--dtype=int8"], ["decode", "--ckpt=x"],
     ["decode", "--beam=2"], ["decode", "--batch-size=1"], ["decode", "x.pt", "--ckpt=y"],
     ["decode", "x.pt", "--output=y"], ["train"]])
 def test_measuring_refuses_what_has_no_effect_on_it(arguments, capsys):
-    assert bench.main(arguments) == 2
-    assert re.fullmatch(r"bench\.py: .*wanted .*\n", capsys.readouterr().err)
+    assert "wanted " in refusal(capsys, *arguments, script=bench)
 
 @pytest.mark.parametrize("arguments", [["x.pt", "--dtype=int8"], ["--dtype=int8", "--checkpoint=x.pt"]])
 def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, arguments):
@@ -11441,8 +11308,8 @@ def test_a_case_of_peers_is_medians_and_their_ratio_to_onnxruntimes(tmp_path, mo
 def test_a_peer_interpreter_that_is_none_or_has_no_effect_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="--peer-python: wanted a Python interpreter, got nowhere"):
         bench_peers.measure_peers(str(tmp_path), 1, [], "nowhere")
-    assert bench.main(["decode", "a.pt", "--peer-python=x"]) == 2
-    assert "--peer-python: wanted no INPUT beside it" in capsys.readouterr().err
+    error = refusal(capsys, "decode", "a.pt", "--peer-python=x", script=bench)
+    assert "--peer-python: wanted no INPUT beside it" in error
 
 @slow
 def test_the_benchmark_prints_what_each_length_of_a_list_costs(monkeypatch, capfd):
@@ -11550,8 +11417,7 @@ def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():  # 
     system = kit_system("streaming")
     assert bench_stream.latencies_ms(heard, system) == pytest.approx([100, 300])
     messages.append((3.0, {"error": {"message": "no"}}))
-    with pytest.raises(ValueError, match="the server: no"):
-        bench_stream.latencies_ms(heard, system)
+    refused("the server: no", bench_stream.latencies_ms, heard, system)
 
 @pytest.mark.parametrize("options, threads, wanted", [([], 2, (["a.wav"], 50, 30.0)), (
     ["--sockets=3", "--seconds=1.5", "--threads=1"], 1, (["a.wav"], 3, 1.5))])
@@ -11704,8 +11570,7 @@ def test_readmes_new_loss_is_in_the_total_and_in_all_that_a_run_leaves(zygote, t
 def test_an_architecture_that_is_not_there_is_named(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("from os import path\n")
-    with pytest.raises(ValueError, match=re.escape(words)):
-        checkpoint.architecture(name)
+    refused(re.escape(words), checkpoint.architecture, name)
 
 def readme_commands() -> list[str]:
     """The command lines of README, without the remarks behind them."""
