@@ -319,7 +319,7 @@ def audio_seconds(source: Source) -> float | None:
         word = int.from_bytes(head[18:26], "big")       # FLAC STREAMINFO: 20 bits rate, 3 channels, 5 depth, 36 samples
         rate_hz = word >> 44
         num_samples = word % 2**36
-        if head[:4] == b"fLaC" and rate_hz and num_samples and part[1:] == (None, None):
+        if head[:4] == b"fLaC" and rate_hz and num_samples and part[1:3] == (None, None):
             return num_samples / rate_hz
         with open_recording(part) as (_, header):
             return header.num_samples / header.rate_hz
