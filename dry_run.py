@@ -3,6 +3,7 @@
 Reading order: what cannot work, shapes, a traced step, the report. Needs torch, numpy, audio.py, data.py, manifests.py,
 step.py and tokenizer.py. A run is that of train.py: config, tokenizer, model, average, optimizer, train_set, dev_set.
 """
+import functools
 import itertools
 import math
 from collections import Counter
@@ -191,22 +192,18 @@ def shape_of(value: object) -> str:
 def traced_step(run, batch: data.Batch) -> tuple[list[str], float]:
     """One step -> a line for every module and part: its parameters, their share, the shapes that went in and came out;
     and the MB kept for the backward pass. Uses hooks, so that the shapes are those of a real step."""
-    shapes, hooks = {}, []
+    shapes = {}
     kept = {x.untyped_storage().data_ptr(): 0 for x in run.model.state_dict().values()}  # weights: 0 bytes
     parts = {name: part for name, part in run.model.named_modules() if name.count(".") < 2 and num_parameters(part)}
 
-    def watch(name: str, part: nn.Module) -> None:
-        def note(_: nn.Module, given: tuple, out: object) -> None:
-            shapes[name] = f"  {shape_of(given)} -> {shape_of(out)}"
-        hooks.append(part.register_forward_hook(note))
+    def note(name: str, _: nn.Module, given: tuple, out: object) -> None:
+        shapes[name] = f"  {shape_of(given)} -> {shape_of(out)}"
 
     def keep(x: Tensor) -> Tensor:
         kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
         return x
 
-    for name, part in parts.items():
-        if name:  # not the whole model
-            watch(name, part)
+    hooks = [part.register_forward_hook(functools.partial(note, name)) for name, part in parts.items() if name]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         rehearse(run, [batch], 0.0)
     for hook in hooks:

@@ -317,20 +317,17 @@ def find_recordings(folder: str | os.PathLike) -> tuple[list[Path], list[LeftOut
 
 # ---- inputs of a command line ----
 
-class Inputs(NamedTuple):
-    rows: list[Row]
-    left_out: list[LeftOut]         # of folders
-
-
-def read_inputs(names: Sequence[str | os.PathLike], scratch: Path, allow_pipes: bool = False) -> Inputs:
-    """What the names of a command line name, in order: - or a pipe, as `<(...)` gives it (`read_stream`), manifests
-    (.jsonl, .json), Kaldi folders (with wav.scp), other folders (every recording in them), recordings (anything else).
+def read_inputs(names: Sequence[str | os.PathLike], scratch: Path,
+                allow_pipes: bool = False) -> tuple[list[Row], list[LeftOut]]:
+    """What the names of a command line name, in order, and what is left out of folders: - or a pipe, as `<(...)` gives
+    it (`read_stream`), manifests (.jsonl, .json), Kaldi folders (with wav.scp), other folders (every recording in
+    them), recordings (anything else).
     scratch: for copies of pipes; allow_pipes: run those of a wav.scp. ValueError for what is empty, or a device."""
     found: list[Row | LeftOut] = []
     for name in names:
         found += read_input(os.fspath(name), scratch, allow_pipes)
-    return Inputs([item for item in found if isinstance(item, Row)],
-                  [item for item in found if isinstance(item, LeftOut)])
+    rows = [item for item in found if isinstance(item, Row)]
+    return rows, [item for item in found if isinstance(item, LeftOut)]
 
 
 def is_stream(name: str) -> bool:
