@@ -108,6 +108,18 @@ class Pauses(NamedTuple):
         level = levels(held[:self.ahead()], self.size())
         return find_cut(level, self.least(), self.whole() // self.size()) * self.size()
 
+    def ends(self, held: Tensor, first: int, is_last: bool) -> tuple[list[tuple[int, int]], int]:
+        """held (n,): samples of a recording from the place `first` on, or, if is_last, all that are left -> where
+        segments that are certain begin and end, and where the next one begins."""
+        found = []
+        place = first
+        stop = first + len(held)
+        while stop - place >= self.ahead() or is_last and stop > place:
+            end = place + self.cut(held[place - first:], place == 0)
+            found.append((place, end))
+            place = end
+        return found, place
+
 
 def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_sec: float) -> Iterator[Segment]:
     """Samples in pieces (n,) at rate_hz -> segments of min_sec to max_sec that hold every sample once, in order. A
@@ -116,15 +128,12 @@ def cut_at_pauses(chunks: Iterable[Tensor], rate_hz: int, min_sec: float, max_se
     if not 0 < 2 * min_sec <= max_sec:
         raise ValueError(f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {min_sec} and {max_sec}")
     pauses = Pauses(rate_hz, min_sec, max_sec)
-    chunks = iter(chunks)
     held = torch.zeros(0)
-    start = 0
-    while True:
-        while len(held) < pauses.ahead() and (chunk := next(chunks, None)) is not None:
-            held = torch.cat([held, chunk])
-        if not len(held):
-            return
-        end = pauses.cut(held, start == 0)
-        yield Segment(start / rate_hz, held[:end].clone())
-        held = held[end:]
-        start += end
+    first = 0  # the place of held[0] in the recording
+    for chunk in itertools.chain(chunks, [None]):
+        held = held if chunk is None else torch.cat([held, chunk])
+        ends, free = pauses.ends(held, first, chunk is None)
+        for begin, end in ends:
+            yield Segment(begin / rate_hz, held[begin - first:end - first].clone())
+        held = held[free - first:]
+        first = free

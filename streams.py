@@ -117,41 +117,21 @@ def hear_chunks(models: Models, streams: Sequence[Stream], last: Sequence[bool])
 def cut(models: Models, stream: Stream, samples: Tensor, is_last: bool) -> tuple[Stream, list[Piece]]:
     """More samples of a stream -> the segments that end in them, behind which its words begin anew."""
     rate_hz = models.rate_hz()
-    stream = stream._replace(held=torch.cat([stream.held, samples]))
+    held = torch.cat([stream.held, samples])
     if stream.vad:
-        stream, ends, free = find_speech(models, stream, samples, is_last)
+        detector = models.whole.vad._replace(piece_ms=VAD_MS)
+        resampling, samples = resample_more(stream.vad_resampling, samples, is_last)
+        state, ends, free = vad.find_ends(detector, stream.vad, samples, is_last, rate_hz)
+        free = min(stream.heard, max(stream.first, free))
+        stream = stream._replace(vad=state, vad_resampling=resampling)
     else:
-        ends, free = find_pauses(models, stream, is_last)
+        ends, free = Pauses(rate_hz, *models.whole.segment_sec).ends(held, stream.first, is_last)
     pieces = []
     for begin, end in ends:
-        piece = stream.held[begin - stream.first:end - stream.first]
+        piece = held[begin - stream.first:end - stream.first]
         pieces.append(Piece(begin / rate_hz, len(piece) / rate_hz, features(models.whole, piece, "audio")))
     if ends and stream.online:
-        end = ends[-1][1]
+        end = min(stream.heard, ends[-1][1])
         stream = stream._replace(online=start(models.streaming, stream.settings.chunk), begun=end, shown="",
-                                 pending=stream.held[end - stream.first:].clone())
-    return stream._replace(held=stream.held[free - stream.first:].clone(), first=free), pieces
-
-
-def find_speech(models: Models, stream: Stream, samples: Tensor,
-                is_last: bool) -> tuple[Stream, list[tuple[int, int]], int]:
-    """-> stream, first sample and end of each segment, the first sample that a later one may hold."""
-    rate_hz = models.rate_hz()
-    detector = models.whole.vad._replace(piece_ms=VAD_MS)
-    resampling, samples = resample_more(stream.vad_resampling, samples, is_last)
-    state, events = vad.feed(detector, stream.vad, samples, is_last)
-    ends = [(begin * rate_hz // 1000, min(stream.heard, end * rate_hz // 1000)) for begin, end in events]
-    free = min(stream.heard, max(stream.first, state.detector.earliest() * rate_hz // 100))
-    return stream._replace(vad=state, vad_resampling=resampling), ends, free
-
-
-def find_pauses(models: Models, stream: Stream, is_last: bool) -> tuple[list[tuple[int, int]], int]:
-    """-> as find_speech."""
-    pauses = Pauses(models.rate_hz(), *models.whole.segment_sec)
-    ends = []
-    place = stream.first
-    while stream.heard - place >= pauses.ahead() or is_last and stream.heard > place:
-        end = place + pauses.cut(stream.held[place - stream.first:], place == 0)
-        ends.append((place, end))
-        place = end
-    return ends, place
+                                 pending=held[end - stream.first:].clone())
+    return stream._replace(held=held[free - stream.first:].clone(), first=free), pieces

@@ -386,14 +386,20 @@ def cut_speech(vad: Vad, source: Source, rate_hz: int) -> Iterator[Segment]:
     held = torch.zeros(0)
     first = 0  # the place of held[0] in the recording
     for heard, wanted, last in at_both_rates(source, vad.front_end.fs, rate_hz):
-        state, events = feed(vad, state, heard, last)
         held = torch.cat([held, wanted])
-        for begin, end in events:
-            piece = held[begin * rate_hz // 1000 - first:end * rate_hz // 1000 - first]
-            yield Segment(begin / 1000, piece.clone())
-        drop = max(0, state.detector.earliest() * rate_hz // 100 - first)
-        held = held[drop:].clone()
-        first += drop
+        state, ends, free = find_ends(vad, state, heard, last, rate_hz)
+        for begin, end in ends:
+            yield Segment(begin / rate_hz, held[begin - first:end - first].clone())
+        held = held[max(0, free - first):].clone()
+        first = max(first, free)
+
+
+def find_ends(vad: Vad, state: State, samples: Tensor, last: bool,
+              rate_hz: int) -> tuple[State, list[tuple[int, int]], int]:
+    """`feed` -> state, begin and end of each segment at rate_hz, the first sample that a later one may hold."""
+    state, events = feed(vad, state, samples, last)
+    ends = [(begin * rate_hz // 1000, end * rate_hz // 1000) for begin, end in events]
+    return state, ends, state.detector.earliest() * rate_hz // 100
 
 
 def at_both_rates(source: Source, rate_hz: int, other_hz: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
