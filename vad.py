@@ -205,8 +205,8 @@ class Detector:
         """The first frame that a segment not closed yet can hold."""
         return self.begin if self.begin >= 0 else max(self.free, self.t + 1 - self.reach())
 
-    def look(self, is_speech: bool) -> tuple[bool, bool]:
-        """Put a frame into the window -> whether speech begins with it, whether it is one more of silence."""
+    def look(self, is_speech: bool) -> bool:
+        """Put a frame into the window -> whether it is one more of silence."""
         size = self.options.window_size_ms // 10
         self.window = (self.window << 1 | is_speech) & ((1 << size) - 1)
         count = self.window.bit_count()
@@ -218,16 +218,15 @@ class Detector:
         if changes:
             self.voiced = not self.voiced
             self.quiet = 0
-        return changes and self.voiced, not changes and not self.voiced
+        return not changes and not self.voiced
 
     def step(self, is_speech: bool, limit_ms: int, is_last: bool) -> tuple[int, int] | None:
         """The next frame -> the segment (begin, end) in ms that it closes, if any. limit_ms of silence close one."""
         self.t += 1
-        starts, is_quiet = self.look(is_speech)
+        is_quiet = self.look(is_speech)
         if self.begin < 0:
-            if starts:
+            if self.voiced:
                 self.begin = max(self.free, self.t - self.reach())
-                self.free = self.t + 1
             self.done = self.options.detect_mode == 0 and 10 * self.quiet > self.options.max_start_silence_time
             return None
         ahead = self.options.lookahead_time_end_point // 10
