@@ -4755,7 +4755,6 @@ def test_a_published_config_survives_a_round_trip(variant, tmp_path):  # C36
      "decoder ContextualParaformerDecoder is not implemented for a SeacoParaformer; wanted ParaformerSANMDecoder"),
     ("seaco", "NO_BIAS: 54", "NO_BIAS: 58", "model.hotwords.no_bias: wanted a token below 58, got 58"),
     ("vad", "model: FsmnVADStreaming", "model: Paraformer", "wanted model FsmnVADStreaming, got Paraformer"),
-    ("vad", "  rorder: 0", "  rorder: 2", "rorder: wanted 0, got 2"),
     ("vad", "  lfr_m: 5", "  lfr_m: 7", "lfr_m: wanted 5, got 7"),
     ("vad", "  silence_pdf_num: 1", "  silence_pdf_num: 2", "silence_pdf_num: wanted the 1 of sil_pdf_ids, got 2"),
     ("vad", "  sample_rate: 16000", "  sample_rate: 8000", "wanted one sample rate, got 8000 and 16000"),
@@ -5566,12 +5565,21 @@ def test_vad_limits_are_exact():
     for open_ms, limit_ms in ((0, 1850), (10000, 1850), (10001, 850), (20001, 650), (30001, 450), (40001, 250),
                               (50001, 50), (60000, 50), (60001, 0)):
         assert vad.limits(scheduled, open_ms) == (limit_ms, 0.5)
+    scheduled.options = vad.Options(speech_to_sil_time_thres=0)
+    assert vad.limits(scheduled, 60001) == (100, 0.5)
     assert vad.find_speech(vad.Options(), 0.5, np.array([0.25, 0.2501]), None, 0.0)[0] == [True, False]
+    detector = vad.Detector(vad.Options())
+    begins = []
+    for _ in range(15):     # 150 ms of speech
+        detector.step(True, 800, False)
+        begins.append(detector.begin)
+    assert begins == [-1] * 14 + [0]
     detector = vad.Detector(vad.Options(detect_mode=0, max_start_silence_time=100))
-    found = []
-    while not detector.done:
-        found.append(detector.step(False, 800, False))
-    assert found == [None] * 11
+    ended = []
+    for _ in range(11):
+        assert detector.step(False, 800, False) is None
+        ended.append(detector.done)
+    assert ended == [False] * 10 + [True]
     assert vad.Detector(vad.Options(), t=100, begin=0, free=101).earliest() == 0        # an open segment is kept
     assert [vad.Detector(vad.Options(), t=100, free=free).earliest() for free in (0, 90)] == [61, 90]
     options = vad.Options(decibel_thres=40.0, snr_thres=10.0)
@@ -5579,6 +5587,8 @@ def test_vad_limits_are_exact():
     silence = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
     assert vad.find_speech(options, 0.6, silence, levels, 30.0) == ([True, False, False, False, True], 31.0)
     assert vad.find_speech(options, 0.6, np.zeros(2), np.array([39.9, 40.0]), 0.0) == ([False, True], 0.0)
+    assert vad.find_speech(options, 0.6, np.ones(1), np.array([100.1]), -99.9)[1] == pytest.approx(-97.9)   # a noise
+    assert vad.find_speech(options, 0.6, np.ones(1), np.array([100.1]), -99.91)[1] == 100.1                 # none yet
 
 def test_vad_levels_are_there_where_they_matter_and_an_open_segment_is_timed():
     """Thresholds just inside and outside; 400 samples of 0.5 have 20 dB. A schedule's clock runs in open segments."""
@@ -5603,6 +5613,13 @@ def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
     path = kit("vad/config.yaml")
     (tmp_path / "config.yaml").write_text(re.sub("(?m)^(model|frontend)_conf:\n( .*\n)+", "", path.read_text()))
     assert vad.read_options(tmp_path / "config.yaml") == vad.read_options(path)
+    for base, last in ((vad.FrontEnd(), dict(lfr_m=5, lfr_n=1, window="hamming", frame_length=25, frame_shift=10)),
+                       (vad.Network(), dict(rorder=0, lstride=1, rstride=1)),
+                       (vad.Options(), dict(detect_mode=1, do_extend=1, frame_in_ms=10, frame_length_ms=25))):
+        assert config.from_dict(last, "a", base)
+        for name, value in last.items():
+            with pytest.raises(ValueError, match=f"a: {name}: wanted "):
+                config.from_dict({name: "povey" if name == "window" else value + 1}, "a", base)
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc")
 @pytest.mark.parametrize("load, name, part", [
