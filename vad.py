@@ -229,13 +229,14 @@ class Detector:
                 self.begin = max(self.free, self.t - self.reach())
             self.done = self.options.detect_mode == 0 and 10 * self.quiet > self.options.max_start_silence_time
             return None
-        ahead = self.options.lookahead_time_end_point // 10
         if is_quiet and 10 * self.quiet >= limit_ms:
-            back = max(0, limit_ms // 10 - ahead - 1) if self.options.do_extend else limit_ms // 10
+            back = limit_ms // 10
+            if self.options.do_extend:
+                back = max(0, back - self.options.lookahead_time_end_point // 10 - 1)
             return self.close(self.t - back)
         if 10 * (self.t - self.begin + 1) > self.options.max_single_segment_time or is_last:
             return self.close(self.t)
-        if not is_quiet or self.options.do_extend and self.quiet <= ahead:
+        if not is_quiet:
             self.free = self.t + 1
         return None
 
@@ -246,7 +247,6 @@ class Detector:
         self.begin = -1
         self.window = 0
         self.voiced = False
-        self.quiet = 0
         self.done = self.options.detect_mode == 0
         return segment
 
