@@ -5590,6 +5590,23 @@ def test_vad_limits_are_exact():
     assert vad.find_speech(options, 0.6, np.ones(1), np.array([100.1]), -99.9)[1] == pytest.approx(-97.9)   # a noise
     assert vad.find_speech(options, 0.6, np.ones(1), np.array([100.1]), -99.91)[1] == 100.1                 # none yet
 
+@pytest.mark.parametrize("limit_ms, frames, wanted, options", [
+    (10, "." * 23 + "s" * 21 + "." * 20 + "s" * 60, [(30, 630), (640, 1240)],
+     dict(sil_to_speech_time_thres=10, speech_to_sil_time_thres=10, do_extend=0)),
+    (50, "s" + "." * 20, [(0, 80)], dict(window_size_ms=50, sil_to_speech_time_thres=10, speech_to_sil_time_thres=10,
+                                         lookahead_time_end_point=10)),
+    (0, "s" + "." * 20 + "s", [(0, 210)], dict(sil_to_speech_time_thres=10, speech_to_sil_time_thres=50)),
+    (200, "s" * 24, [(0, 70), (70, 140), (140, 210)],
+     dict(window_size_ms=50, sil_to_speech_time_thres=50, speech_to_sil_time_thres=0, max_single_segment_time=60)),
+    (50, "sss", [(0, 30)], dict(detect_mode=0, window_size_ms=10, sil_to_speech_time_thres=10))])
+def test_segments_of_planted_frames_are_funasrs(limit_ms, frames, wanted, options):  # C172
+    """Recorded: FsmnVADStreaming.DetectOneFrame of FunASR 1.4.16; s is a frame of speech."""
+    detector = vad.Detector(vad.Options(**options))
+    found = []
+    for i, frame in enumerate(frames):
+        found.append(detector.step(frame == "s", limit_ms, i == len(frames) - 1))
+    assert [segment for segment in found if segment] == wanted
+
 def test_vad_levels_are_there_where_they_matter_and_an_open_segment_is_timed():
     """Thresholds just inside and outside; 400 samples of 0.5 have 20 dB. A schedule's clock runs in open segments."""
     system = vad.load_vad(str(kit("vad")))
