@@ -5534,12 +5534,17 @@ def test_vad_does_not_depend_on_the_cuts_into_calls():  # C172
         assert all(map(torch.equal, (*state.past, state.heard), (*states[0].past, states[0].heard)))
 
 @pytest.mark.parametrize("rate_hz", [16000, 8000])
-def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, rate_hz):  # C172
-    system = kit_vad()
-    samples = long_samples("pauses").repeat(4)
+def test_cut_speech_yields_the_samples_of_the_segments(tmp_path, monkeypatch, rate_hz):  # C172
+    monkeypatch.setattr(audio, "CHUNK_SEC", 1)
+    system, samples = kit_vad()._replace(piece_ms=1000), long_samples("pauses").repeat(2)
     audio.save_wav(tmp_path / "a.wav", samples, 16000)
     whole = torch.cat(list(audio.stream(tmp_path / "a.wav", rate_hz)))
-    found = list(vad.cut_speech(system, tmp_path / "a.wav", rate_hz))
+    cut = vad.cut_speech(system, tmp_path / "a.wav", rate_hz)
+    found, held = [], []
+    for piece in cut:
+        found.append(piece)
+        held.append(len(cut.gi_frame.f_locals["held"]) - len(piece.samples))
+    assert max(held) <= 1.6 * rate_hz       # of a recording of 69 s: a piece of 1 s, what the next one needs, an edge
     *_, (heard, wanted, is_last) = vad.at_both_rates(tmp_path / "a.wav", 16000, rate_hz)
     assert (len(heard), len(wanted), is_last) == (0, 0, True)
     wanted = list(vad.segments_of(system, [samples]))
@@ -5616,8 +5621,9 @@ def test_vad_levels_are_there_where_they_matter_and_an_open_segment_is_timed():
         told = system._replace(options=replace(system.options, **change))
         _, feats, level = vad.next_features(told, vad.start(told), samples, True)
         assert (level is not None) == matters and (not matters or level == pytest.approx([20.0] * len(feats), abs=1e-4))
+        assert vad.next_features(told, vad.start(told), samples[:399], True)[2] is None     # no frame
     state = vad.start(system)
-    assert state.open_ms == 0
+    assert (state.noise, state.open_ms) == (-100.0, 0)
     for begin, open_ms in ((-1, 0), (0, 60000), (7, 60000)):
         held = state._replace(detector=replace(state.detector, begin=begin))
         assert vad.feed_piece(system, held, torch.zeros(0), False)[0].open_ms == open_ms
