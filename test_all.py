@@ -1935,9 +1935,12 @@ def test_refused_connections_are_closed_after_a_second_or_when_256_more_have_com
     before = time.monotonic()
     web.Door.refuse(door, socket.socketpair()[0], "127.0.0.1")
     assert before + 1 <= door.refused.pop()[0] <= time.monotonic() + 1
-    door.refused += [(math.inf, SimpleNamespace(close=lambda: closed.append(1)))] * 258
-    web.Door.service_actions(door)
-    assert (len(door.refused), len(closed)) == (256, 2)
+    door.refused += [(before, SimpleNamespace(close=lambda: closed.append("late")))]
+    for count, ended in ((2, ["late"]), (256, ["late", 1, 1])):
+        door.refused += [(math.inf, SimpleNamespace(close=lambda: closed.append(1)))] * count
+        web.Door.service_actions(door)
+        assert (len(door.refused), closed) == (count, ended)
+    assert web.Door.request_queue_size == 1024     # else a burst is reset
 
 @contextlib.contextmanager
 def holding(**changes):
@@ -1994,7 +1997,8 @@ def test_connections_above_the_cap_get_503_and_room_is_made_again():  # C58
         held = [connected(small) for _ in range(3)]
         wait_until(lambda: len(small.phases) == 3)
         found = exchange(small, get())
-        assert check_error(*found) == (503, "overloaded") and found[1]["retry-after"] == "1"
+        assert check_error(*found) == (503, "overloaded")
+        assert (found[1]["retry-after"], found[1]["connection"]) == ("1", "close")
         for connection in held:
             connection.close()
         wait_until(lambda: not small.phases)
