@@ -972,7 +972,8 @@ def test_each_warning_of_a_recording_is_a_line_of_the_servers_log(form):
             parts = (f'name="file"; filename="{name}"', wav(bytes(12800), size=64000)), field("model", "x")
             top, _, body = oai(*parts).partition(b"\r\n\r\n")
             head = web.parse_head(top)._replace(id="r7")
-            bodies.parse_request(head, bodies.read_recording(head, body, serve_options()), serving_system(), serve_options())
+            sent = bodies.read_recording(head, body, serve_options())
+            bodies.parse_request(head, sent, serving_system(), serve_options())
     lines = [log.lines.get_nowait() for _ in range(2)]
     assert log.lines.empty() and "request r7: wanted the 4.000 s" in lines[0]
     assert "request r7 a b.wav: wanted the 4.000 s" in lines[1]
@@ -3352,7 +3353,7 @@ def test_a_row_read_from_its_file_is_the_row_that_was_parsed_at_the_start(tmp_pa
             manifest[1]
     rewritten = whole.replace(b"text 1", b"TEXT 1")
     paths[0].write_bytes(rewritten)
-    with pytest.raises(ValueError, match=rf"^{paths[0]}, byte \d+ \(has .*\): wanted the row of the start, got .*TEXT 1"):
+    with pytest.raises(ValueError, match=rf"^{paths[0]}, byte \d+ \(has .*\): wanted the row of the start, .*TEXT 1"):
         manifest[1]
     assert manifest[0] == parsed[0]         # of which nothing has changed
     paths[1].write_bytes(paths[1].read_bytes().replace("\u00e9".encode(), b"\xff\xff"))
@@ -11092,21 +11093,24 @@ def test_the_websockets_package_is_understood():  # C200
 
 def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):  # C112
     """With planted times, as three processes that import torch would take longer than the rest."""
-    commands, trained = [], bench.fit
+    commands, trained, spans, plain = [], bench.fit, iter([0.125, 0.125, 0.25]), []
 
     def turns(count: int, calls: dict) -> dict:
+        assert count == 8
         for call in calls.values():
             call()
         return {name: [9.0, 4.0 if name[0] == "ours" else 5.0, 9.0][:count] for name in calls}
 
     def fit(run, progress):
         first, second = trained(run, progress).history
+        sizes = [model.state_dict().values() for model in (bench.PlainModel(run), run.model)]
+        plain.extend(sum(x.numel() for x in weights) for weights in sizes)
         return SimpleNamespace(history=[{**first, "seconds": 10.0}, {**second, "seconds": 14.0, "data_wait": 0.25}])
 
     monkeypatch.setattr(bench, "time_turns", turns)
     monkeypatch.setattr(bench, "fit", fit)
     monkeypatch.setattr(bench, "first_step_sec", lambda options, folder: 7.0)
-    monkeypatch.setattr(bench, "timeit", lambda work, number: (work(), 0.125 * number)[1])
+    monkeypatch.setattr(bench, "timeit", lambda work, number: (work(), number * next(spans))[1])
     monkeypatch.setattr(subprocess, "run", commands.append)
     assert bench.main(["train", tiny_yaml(tmp_path / "tiny.yaml")]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
@@ -11119,7 +11123,28 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
     assert rows[2][:2] == ("checkpoints, 0.12 s of an epoch of 4.0 s", "3.1")
     assert rows[3][:2] == ("first step after 7.0 s, of which import torch 0.1 s", "6.9")
     assert commands == 2 * [[sys.executable, "-c", "import torch"]]
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"] and 0.9 < plain[0] / plain[1] < 1.1
+    widths = [bench.layer_options(config.EncoderConfig(hidden_dim=8, ffn_dim=n))["dim_feedforward"] for n in (0, 12)]
+    assert widths == [32, 12]
+
+def test_the_first_step_is_timed_until_its_checkpoint(tmp_path, monkeypatch):
+    """Planted: a process that has written it when it is asked the second time, or has ended; a clock of quarters."""
+    clock, ended, seen = itertools.count(0, 0.25), iter([None, None, 1]), []
+
+    def poll() -> int | None:
+        if len(seen) == 1:
+            (tmp_path / "run0/2_run/checkpoints").mkdir(parents=True)
+            (tmp_path / "run0/2_run/checkpoints/previous.pt").touch()
+        seen.append("asked")
+        return next(ended)
+
+    process = SimpleNamespace(poll=poll, terminate=lambda: seen.append("ended"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: contextlib.nullcontext(process))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=lambda seconds: None))
+    assert (bench.first_step_sec(config.Config(), tmp_path / "run0"), seen) == (0.25, ["asked", "asked", "ended"])
+    assert "checkpoint_steps: 1\n" in (tmp_path / "run0/config.yaml").read_text()
+    with pytest.raises(ValueError, match="ended before it"):
+        bench.first_step_sec(config.Config(), tmp_path / "run1")
 
 def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(tmp_path, capsys, monkeypatch):  # C110
     """Planted: all is right, but a transformer leaves out the last token, and boundaries are 3 frames late. The clock
@@ -11143,6 +11168,9 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
     assert len(known) == 9
     monkeypatch.setattr(bench, "decode_batch", planted)
     monkeypatch.setattr(bench_long, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    edges = ints(0, 4, 8)
+    for system, true, shifts in ((0, edges + 2, [1.0]), (0, None, []), (0, edges[1:], []), (1, edges, [])):
+        assert bench.boundary_shifts(systems[system], SimpleNamespace(boundaries=true), edges).tolist() == shifts
     paths = [saved(system, tmp_path / f"{i}.pt") for i, system in enumerate(systems)]
     assert bench.main(["decode", *paths, "--batch-size=1", "--batch-seconds=1e6", "--device=cpu"]) == 0
     head, _, *rows = capsys.readouterr().out.splitlines()
@@ -11224,17 +11252,19 @@ def shrink_benchmark(monkeypatch) -> None:
 
 def test_the_benchmark_has_the_threads_that_are_asked_for(monkeypatch, capsys):  # C110
     """Planted are torch's own choice, 3 threads, and a model that takes no time."""
-    commands = []
+    commands, loaded = [], []
     shrink_benchmark(monkeypatch)
     monkeypatch.setattr(subprocess, "run", lambda command, cwd: commands.append(command)
                         or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(bench, "load_system", lambda folder, *given: loaded.append(given))
     monkeypatch.setattr(bench, "LOADS", ())
     monkeypatch.setattr(bench, "measure_peers", lambda folder, threads, layouts, python: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", None)  # nobody asks for a number
     assert bench.main(["decode"]) == 0
     out = capsys.readouterr().out
-    assert ", 3 threads\n" in out and {command[4] for command in commands} == {"3"}
+    assert out.startswith("1 M parameters, 3 threads\n") and {command[4] for command in commands} == {"3"}
+    assert loaded == [("cpu", command[5], command[6] == "laid out") for command in commands]
 
 def test_a_load_is_shown_with_its_shares_of_real_time_and_of_the_products(monkeypatch, capsys):
     """Planted: milliseconds. 100 ms of all parts are 2.5% of two utterances of 2 s; 40 ms of products, 50% of 80 ms."""
@@ -11247,13 +11277,15 @@ def test_a_load_is_shown_with_its_shares_of_real_time_and_of_the_products(monkey
     assert rows == [10, 4, 10] and gflop == pytest.approx(2e-9 * 15 * 24)
     shrink_benchmark(monkeypatch)
     system = bench.large_system(rules.load(""))
+    assert len(system.tokenizer) == 8404 and system.stats.unique(dim=1).tolist() == [[0.0], [0.25]]
     systems = {("float32", "mapped"): system, ("float32", "laid out"): system}
     ms = {"front end": 8.0, "text": 12.0, "products mapped": 40.0, "products laid out": 50.0,
           ("float32", "mapped"): 80.0, ("float32", "laid out"): 160.0}
     monkeypatch.setattr(bench, "time_turns", lambda turns, calls: {name: [ms[name], 999.0, 1.0] for name in calls})
+    monkeypatch.setattr(bench, "products", lambda model, frames, tokens: (frames, 2.0))
     bench.time_load(systems, 2, 2)
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.endswith("laid out; limit 40 ms")
+    assert head.split("products of ")[1] == "2 GFLOP: 50 GFLOP/s mapped, 40 laid out; limit 40 ms"
     assert [line.split()[5:] for line in lines] == [["8.0", "80", "(1", "to", "999)", "12.0", "2.50%", "50%"],
                                                     ["out", "8.0", "160", "(1", "to", "999)", "12.0", "4.50%", "25%"]]
 
@@ -11397,13 +11429,21 @@ def test_amounts_trains_on_the_first_utterances_and_prints_what_decoding_finds(t
     assert given == [(64, 1.0), (250, 1.0), (1000, 1.0), (3000, 1.0)]
 
 def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    clock, busy = iter([0.0, 5.0, 5.0, 8.0]), iter([0.0, 1.0, 1.0, 5.0])
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    clock, busy = iter([0.0, 5.0, 5.0, 8.0]), iter([1.0, 2.0, 2.0, 6.0])
     with monkeypatch.context() as planted:
         planted.setattr(bench_long, "time", SimpleNamespace(perf_counter=clock.__next__, process_time=busy.__next__))
         assert bench_long.best_of(2, lambda: None) == (3.0, 1.0)
     monkeypatch.setattr(bench_long, "best_of", lambda turns, call: (call(), (1.8, 2.0))[1])
+    hear, punctuate = bench_long.segments_of, bench_long.punctuate
+    monkeypatch.setattr(bench_long, "segments_of", lambda model, minutes:
+                        hear(model, [x for x in minutes if not seen.append((len(x), round(x.std().item(), 2)))]))
+    monkeypatch.setattr(bench_long, "punctuate", lambda writer, text: seen.append(
+        (sum(x.numel() for x in writer.model.parameters()), len(text))) or punctuate(writer, text))
+    assert bench_long.measure_parts.__defaults__ == (3600, 10000, 2)
     bench_long.measure_parts([], 60, 100, 1)
+    assert seen == [2, (960000, 0.1), (72990470, 100)]
     assert capsys.readouterr().out.splitlines() == [
         "VAD: 60 s of audio in 1.80 s, 3.000% of real time; busy for 2.00 s",
         "punctuation: 100 characters in 1.80 s; busy for 2.00 s"]
@@ -11415,7 +11455,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment. One has another text, one a
     pause."""
     rows, noises = [], []
-    for i in range(6):
+    for i in range(7):      # of which 6 are asked for
         samples = 0.2 * np.random.default_rng(i).standard_normal(24000)
         samples[8000:16000] *= i != 3
         audio.save_wav(tmp_path / f"{i}.wav", samples, 8000)
@@ -11428,10 +11468,11 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     monkeypatch.setattr(bench_long, "transcribe_segments",
                         lambda system, pieces: [(x.start_sec, heard) for x in pieces])
     ckpt = saved(tiny_system(), tmp_path / "tiny.pt")
-    assert bench.main(["cuts", "--ckpt", ckpt, "--device", "cpu", str(tmp_path / "a.jsonl")]) == 0
+    assert bench.main(["cuts", "--ckpt", ckpt, "--device", "cpu", "--limit=6", str(tmp_path / "a.jsonl")]) == 0
     lines = capsys.readouterr().out.splitlines()
     whole = "6 cuts, 1 inside one of 6 utterances; WER alone 16.67%, joined 33.33% of 6 words"
-    assert noises == pytest.approx([0.0, 10 ** -3.0, 10 ** -2.25, 10 ** -1.5, 0.0], rel=0.1, abs=1e-6)      # dB
+    assert noises == pytest.approx([0.0, 10 ** -3.0, 10 ** -2.25, 10 ** -1.5, 0.0], rel=0.05, abs=1e-6)     # dB
+    assert [line.partition(":")[0] for line in lines[1:4]] == [f"noise at {-db} dBFS" for db in (60, 45, 30)]
     assert len(lines) == 5 and lines[0] == f"silent pauses: {whole}" and lines[4] == f"an offset of 0.1: {whole}"
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
 
