@@ -11103,6 +11103,7 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
 
     def fit(run, progress):
         first, second = trained(run, progress).history
+        assert run.config.training.seed == 5
         sizes = [model.state_dict().values() for model in (bench.PlainModel(run), run.model)]
         plain.extend(sum(x.numel() for x in weights) for weights in sizes)
         return SimpleNamespace(history=[{**first, "seconds": 10.0}, {**second, "seconds": 14.0, "data_wait": 0.25}])
@@ -11112,7 +11113,7 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
     monkeypatch.setattr(bench, "first_step_sec", lambda options, folder: 7.0)
     monkeypatch.setattr(bench, "timeit", lambda work, number: (work(), number * next(spans))[1])
     monkeypatch.setattr(subprocess, "run", commands.append)
-    assert bench.main(["train", tiny_yaml(tmp_path / "tiny.yaml")]) == 0
+    assert bench.main(["train", tiny_yaml(tmp_path / "tiny.yaml"), "--training.seed=5"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     rows = [re.match(r"(.*?)\s+([\d.]+) ?(x|%|s)\s+[<>][= ]+([\d.]+)", line).groups() for line in lines]
     assert head.split() == ["figure", "measured", "asked"]
@@ -11129,7 +11130,7 @@ def test_the_benchmark_prints_every_figure_that_is_asked_for(tmp_path, capsys, m
 
 def test_the_first_step_is_timed_until_its_checkpoint(tmp_path, monkeypatch):
     """Planted: a process that has written it when it is asked the second time, or has ended; a clock of quarters."""
-    clock, ended, seen = itertools.count(0, 0.25), iter([None, None, 1]), []
+    clock, ended, seen = itertools.count(1, 0.25), iter([None, None, 1]), []
 
     def poll() -> int | None:
         if len(seen) == 1:
@@ -11183,27 +11184,31 @@ def test_a_benchmark_has_the_median_times_errors_and_boundaries_of_each_search(t
 
 def test_a_benchmark_takes_other_inputs_as_its_data_and_the_search_that_is_asked_for(tmp_path, capsys):  # C110
     ckpt, wav = saved(searching_system("ctc"), tmp_path / "tiny.pt"), spoken(tmp_path / "a.wav", 0.7)
-    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav, "text": "ab c"}, {"audio": wav}])
-    assert bench.main(["decode", ckpt, str(manifest), "--nbest=3"]) == 0
+    said = {"audio": wav, "text": "ab c"}
+    manifest = write_manifest(tmp_path / "m.jsonl", [{"audio": wav}, said, {"audio": wav, "text": "beyond"}])
+    assert bench.main(["decode", ckpt, str(manifest), "--nbest=3", "--limit=2"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("1 utterances of 4.00 tokens, ") and out[3].endswith("tiny.pt, beam 3") and len(out) == 4
-    for what in ([wav], [str(manifest), "--min-segment-sec=0.1", "--max-segment-sec=0.6"]):  # longer ones are cut
-        error = refusal(capsys, "decode", ckpt, *what, script=bench)
+    longer = [str(manifest), "--min-segment-sec=0.1", "--max-segment-sec=0.6"]  # than that: they are cut
+    for what in ([ckpt, wav], ["--ckpt", ckpt, *longer]):
+        error = refusal(capsys, "decode", *what, script=bench)
         assert "wanted utterances with frames and a text, got none" in error
 
 @pytest.mark.parametrize("arguments", [
     ["decode", "--plot=x"], ["decode", "--report=x"], ["decode", "--dtype=int8"], ["decode", "--ckpt=x"],
     ["decode", "--beam=2"], ["decode", "--batch-size=1"], ["decode", "x.pt", "--ckpt=y"],
-    ["decode", "x.pt", "--output=y"], ["train"]])
+    ["decode", "x.pt", "y.wav", "--ckpt=y"], ["decode", "x.pt", "--output=y"], ["train"]])
 def test_measuring_refuses_what_has_no_effect_on_it(arguments, capsys):
-    assert "wanted " in refusal(capsys, *arguments, script=bench)
+    assert re.search("wanted (none|a config)", refusal(capsys, *arguments, script=bench))
 
-@pytest.mark.parametrize("arguments", [["x.pt", "--dtype=int8"], ["--dtype=int8", "--checkpoint=x.pt"]])
-def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, arguments):
+@pytest.mark.parametrize("arguments, wanted", [
+    (["x.pt", "--dtype=int8"], ("x.pt", "int8")), (["--dtype=int8", "--checkpoint=x.pt"], ("x.pt", "int8")),
+    ([], (serve.DEFAULT_CHECKPOINT, "float32"))])
+def test_the_checkpoint_that_is_named_is_served_and_measured(monkeypatch, arguments, wanted):
     measured = []
     monkeypatch.setattr(bench, "serving_figures", lambda options: measured.append(options) or [])
     assert bench.main(["serve", *arguments]) == 0
-    assert (measured[0].checkpoint, measured[0].dtype) == ("x.pt", "int8")
+    assert (measured[0].checkpoint, measured[0].dtype) == wanted
 
 @slow
 def test_the_benchmark_of_a_server_prints_every_figure_that_is_asked_for(tmp_path, capsys, monkeypatch):
@@ -11232,15 +11237,26 @@ def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(mon
     replies = iter([timed[:1], [(ms, {}) for ms in range(1, 101)], timed, timed])
     turns = {"full batch": [100.0, 40.0, 9999.0], ("mixed", 1): [160.0, 16.0, 1600.0], ("mixed", 16): [64.0, 1.0, 100.0],
              ("equal", 1): [30.0], ("equal", 16): [10.0]}
-    monkeypatch.setattr(bench, "ask_at_once", lambda port, bodies, clients, found: found.extend(next(replies, [])))
+
+    def ask(port: int, bodies: list[bytes], clients: int, found: list) -> None:
+        frames = [body.count(b"[") - 1 for body in bodies]
+        asked.append((len(bodies), min(frames), max(frames), clients))
+        found.extend(next(replies, []))
+
+    asked.clear()
+    monkeypatch.setattr(bench, "ask_at_once", ask)
     monkeypatch.setattr(bench, "time_turns", lambda rounds, calls: [call() for call in calls.values()] and turns)
-    monkeypatch.setattr(bench, "recognise_batch", lambda system, feats: None)
+    monkeypatch.setattr(bench, "recognise_batch", lambda system, feats: asked.append(tuple(map(len, feats))))
     monkeypatch.setattr(bench, "load_warm", lambda options: SimpleNamespace(whole=tiny_system("toy")))
     monkeypatch.setattr(bench, "running", lambda options: contextlib.nullcontext((7, 5.0)))
     monkeypatch.setattr(bench, "import_sec", lambda: 3.5)
-    monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies, *pause: [(ms, {}) for ms in (1.0, 9.0, 3.0)])
+    monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies, pause: asked.append(
+        (path, len(bodies), pause)) or [(ms, {}) for ms in (1.0, 9.0, 3.0)])
     rows = [line.rsplit(maxsplit=5)[-5:] for line in bench.serving_figures(SimpleNamespace(max_batch_size=2))][1:]
     assert [" ".join(row[:2]) for row in rows] == ["1.50 s", "2.00 ms", "2.50 x", "3.00 x", "1.00 x", "9.0 ms"]
+    kinds = (160, 10, 260), (160, 100, 100)     # how many, of how many frames
+    assert asked[:5] == [(260, 260), *((*kind, clients) for kind, clients in itertools.product(kinds, (1, 16)))]
+    assert set(asked[5:]) - {(*kinds[0], 16)} == {("/health", 200, 0.02)}
 
 def shrink_benchmark(monkeypatch) -> None:
     """configs/paraformer_large.yaml becomes small."""
@@ -11282,8 +11298,9 @@ def test_a_load_is_shown_with_its_shares_of_real_time_and_of_the_products(monkey
     ms = {"front end": 8.0, "text": 12.0, "products mapped": 40.0, "products laid out": 50.0,
           ("float32", "mapped"): 80.0, ("float32", "laid out"): 160.0}
     monkeypatch.setattr(bench, "time_turns", lambda turns, calls: {name: [ms[name], 999.0, 1.0] for name in calls})
-    monkeypatch.setattr(bench, "products", lambda model, frames, tokens: (frames, 2.0))
+    monkeypatch.setattr(bench, "products", lambda model, frames, tokens: rows.append(frames) or (rows, 2.0))
     bench.time_load(systems, 2, 2)
+    assert rows[3:] == [66, 66]     # of 60 ms
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split("products of ")[1] == "2 GFLOP: 50 GFLOP/s mapped, 40 laid out; limit 40 ms"
     assert [line.split()[5:] for line in lines] == [["8.0", "80", "(1", "to", "999)", "12.0", "2.50%", "50%"],
@@ -11347,14 +11364,17 @@ def test_ours_is_measured_beside_the_peers_that_are_installed(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setattr(bench_peers, "CASES", ((2, 2, 1),))
     monkeypatch.setattr(bench_peers, "TURNS", 2)
-    turns = itertools.count()
-    monkeypatch.setattr(bench_peers, "is_disturbed", lambda busy, own, wall: next(turns) % 3 == 0)
+    turns, busy, clock = itertools.count(), itertools.count(0, 2), itertools.count(0, 0.25)
+    monkeypatch.setattr(bench_peers, "busy_sec", lambda: next(busy))
+    monkeypatch.setattr(bench_peers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(bench_peers, "is_disturbed",
+                        lambda busy, own, wall: (busy, wall) != (2, 0.25) or next(turns) % 3 == 0)
     folder = kit_copy("sanm", tmp_path / "model")
     bench_peers.measure_peers(str(folder), 1, [("float32", "mapped")], sys.executable)
     out = capfd.readouterr().out
     figures = r" +\d+ \(\d+ to \d+\) +{} +{} +\d+ +\d+\.\d$"
     assert re.search(f"^ours float32 mapped{figures.format('[0-9.]+' if peers else '-', '[0-9]+')}", out, re.M)
-    assert re.search(r"^2 of 2 s; [1-9]\d* turns beside other work discarded$", out, re.M)
+    assert f"\n2 of 2 s; {4 if peers else 1} turns beside other work discarded\n" in out
     missing = f"{sys.executable} has no funasr, onnx, onnxruntime (--peer-python names another): measured are ours\n"
     assert (missing in out) == (not peers)
     for name, tokens in (("onnxruntime float32", 12), ("onnxruntime int8", 12), ("FunASR float32", 6)):
@@ -11363,7 +11383,8 @@ def test_ours_is_measured_beside_the_peers_that_are_installed(tmp_path, monkeypa
     assert len(out.splitlines()) == (9 if peers else 8)
 
 @pytest.mark.parametrize("busy, own, wall, disturbed", [(1.0, 1.0, 1.0, False), (1.99, 1.9, 1.0, False),
-                                                        (2.0, 1.8, 1.0, True), (0.0, 1.5, 1.0, False)])
+                                                        (2.0, 1.8, 1.0, True), (0.0, 1.5, 1.0, False),
+                                                        (4.0, 3.85, 2.0, False)])
 def test_a_turn_is_disturbed_if_others_use_a_twentieth_of_two_cores(monkeypatch, busy, own, wall, disturbed):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert bench_peers.is_disturbed(busy, own, wall) == disturbed
@@ -11377,9 +11398,18 @@ def test_a_case_of_peers_is_medians_and_their_ratio_to_onnxruntimes(tmp_path, mo
     assert [line.split(maxsplit=3)[-1].split() for line in capsys.readouterr().out.splitlines()] == [
         "s; (2, 50, 560) turns beside other work discarded".split(), "200 (100 to 1500) 2.00 5 100 2.5".split(),
         "100 (90 to 170) 1.00 5 100 2.5".split(), "the machine was never quiet".split()]
-    if Path("/proc/stat").exists():
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        assert 0 < bench_peers.busy_sec() < 1.1 * uptime * os.cpu_count()
+    process, seen = SimpleNamespace(kill=list, communicate=list, stdout=["{ hello", '{"sec": 2.5}']), []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **more: seen.append(
+        ("GOMP_SPINCOUNT" in env, "PATH" in env)) or process)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    for one in workers[0].one, workers[2].one:
+        with bench_peers.working(one, "python", str(tmp_path), 1) as worker:
+            assert worker.load_sec == 2.5
+    assert seen == [(True, True), (False, True)]
+    monkeypatch.setattr(bench_peers, "Path", lambda name: tmp_path / "stat")
+    assert bench_peers.busy_sec() == 0.0
+    (tmp_path / "stat").write_text("cpu  100 20 300 9000 9000 40 50 60 9000 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    assert bench_peers.busy_sec() == 570 / os.sysconf("SC_CLK_TCK")
 
 def test_a_peer_interpreter_that_is_none_or_has_no_effect_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="--peer-python: wanted a Python interpreter, got nowhere"):
