@@ -1134,7 +1134,7 @@ def test_resample_of_coprime_rates_equals_the_direct_sum_and_keeps_constants():
 @pytest.mark.parametrize("rate_in,rate_out", [(8000, 8000), (8000, 16000), (44100, 16000), (48000, 8000), (8191, 8000)])
 def test_a_stream_gives_the_samples_of_the_whole_recording(tmp_path, monkeypatch, rate_in, rate_out):  # C78
     """Also where a piece holds one sample, or the end of the recording is nearer than what an output sees."""
-    for N, chunk_sec in ((3 * rate_in // 2 + 77, 1), (rate_in + 1, 1), (rate_in, 1), (5 * rate_in + 20, 2), (0, 1)):
+    for N, chunk_sec in ((3 * rate_in // 2 + 77, 1), (rate_in + 1, 1), (rate_in, 1), (2 * rate_in + 20, 2), (0, 1)):
         monkeypatch.setattr(audio, "CHUNK_SEC", chunk_sec)
         audio.save_wav(tmp_path / "a.wav", np.random.default_rng(N).uniform(-1, 1, N), rate_in)
         whole = audio.resample(audio.load_wav(tmp_path / "a.wav")[0], rate_in, rate_out)
@@ -2490,7 +2490,7 @@ def test_two_thousand_requests_leave_threads_descriptors_and_memory_as_they_were
         wait_until(lambda: not server.phases)
         return threading.active_count(), len(os.listdir("/proc/self/fd")), monitor.resident_bytes()
 
-    sizes = (300, 1700) if os.environ.get("SLOW") else (60, 240)
+    sizes = (300, 1700) if os.environ.get("SLOW") else (48, 144)
     threads, files, memory = burst(sizes[0])
     _, files_after, memory_after = burst(sizes[1])
     wait_until(lambda: threading.active_count() <= threads)         # one ends a moment behind its connection
@@ -3487,14 +3487,14 @@ def test_a_row_of_a_manifest_costs_24_bytes_and_its_text_none(tmp_path):  # C94
     assert len(pickle.dumps(dataset.rows)) < 4000 * 24 + 1000      # all that a worker process is given
 
 def test_a_row_of_a_kaldi_folder_costs_under_200_bytes(tmp_path):  # C94
-    names = [f"S0002W{i:06}" for i in range(20000)]
+    names = [f"S0002W{i:06}" for i in range(10000)]
     (tmp_path / "wav.scp").write_text("".join(f"{name} /data/aishell/wav/{name}.wav\n" for name in names))
     (tmp_path / "text").write_text("".join(f"{name} some words that are said\n" for name in names))
     tracemalloc.start()
     rows = manifests.Manifest(tmp_path)
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert kept / 20000 < 200
+    assert kept / 10000 < 200
     assert rows[7] == manifests.Row(names[7], f"/data/aishell/wav/{names[7]}.wav", "some words that are said", None)
 
 def test_every_unusable_recording_is_skipped_with_its_reason(tmp_path):  # C19
@@ -4295,7 +4295,7 @@ def check_padding(paraformer, batch):
 def test_greedy_of_a_batch_equals_greedy_of_each(kind, subsampling):  # C5 C22
     paraformer, seen = tiny(kind, subsampling, dtype=torch.float32), set()
     paraformer.predictor.weight.bias.data.fill_(0.5)
-    for seed in range(5):
+    for seed in range(3):
         feat_lens = torch.randint(1, 24, (6,), generator=torch.Generator().manual_seed(seed))
         feats = normal(seed, 6, 24, 5, dtype=torch.float32)
         feats[~padding_mask(feat_lens, 24)] = math.nan
@@ -5410,8 +5410,8 @@ def test_a_model_with_hotwords_is_not_trained_from_random_weights(tmp_path, caps
 
 @pytest.mark.parametrize("variant", ["seaco", "contextual_alt"])
 def test_fine_tuning_gives_the_hotword_part_back_bit_for_bit(variant, tmp_path):  # C153
-    run = fine_tuned(tmp_path, variant, ["我 在 人"] * 4, "--training.num_epochs=3", "--training.weight_decay=0.1",
-                     "--training.average_decay=0.9")
+    run = fine_tuned(tmp_path, variant, ["我 在 人"] * 4, "--training.num_epochs=1", "--training.weight_decay=0.1",
+                     "--training.average_decay=0.9", "--training.warmup_steps=0")
     tuned = checkpoint.load_system(run / "checkpoints/latest.pt", "cpu")
     checkpoint.export(tuned, str(tmp_path / "out"))
     before, after = (funasr.read_weights(folder / "model.pt") for folder in (kit(variant), tmp_path / "out"))
@@ -5563,7 +5563,7 @@ def test_vad_keeps_no_more_of_an_hour_than_of_a_minute():  # C174
     for name in ("silence", "talk_b", "loud"):
         state, kept = vad.start(system), []
         minute = long_samples(name).repeat(20)[:960000]
-        for _ in range(8):
+        for _ in range(4):
             state, _ = vad.feed(system, state, minute)
             kept.append(len(state.waiting) + len(state.heard) + state.detector.t + 1 - state.detector.earliest())
         sizes[name] = kept
@@ -5928,7 +5928,7 @@ def test_file_names_are_safe_and_never_the_same():  # C73
     talk = "a talk on what is to be remembered of a long evening, " * 5
     first, second = outputs.file_names([f"/d/{talk}part 1.mp3", f"/d/{talk}part 2.mp3"])
     assert first.endswith("part 1") and second.endswith("part 2") and first.startswith("a talk on what")
-    assert outputs.file_names(["audio.wav"] * 50000)[-1] == "audio-50000"  # not quadratic: 0.4 s
+    assert outputs.file_names(["audio.wav"] * 20000)[-1] == "audio-20000"  # not quadratic: 0.2 s
 
 def test_subtitles_break_at_sentences_then_commas_then_where_they_must():  # C178
     def said(*sentences: str) -> report.Result:
@@ -6061,7 +6061,7 @@ def test_it_does_not_matter_how_samples_are_cut_to_the_last_bit(setting):  # C16
     system = kit_system("streaming")
     samples = streaming_cases("streaming")["libri_dev"][0]
     rng = random.Random(0)
-    for cut in ([9000, *[1] * 700], [rng.randint(0, 9000) for _ in range(8)]):
+    for cut in ([9000, *[1] * 300], [rng.randint(0, 9000) for _ in range(8)]):
         stop = sum(cut)
         one, _ = streaming.feed(system, streaming.start(system, SETTINGS[setting]), samples[:stop])
         state = streaming.start(system, SETTINGS[setting])
@@ -6149,7 +6149,7 @@ def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):  # C
                 assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
     assert compared > 100
 
-@pytest.mark.parametrize("threads, calls", [(1, 16), (2, 6)])
+@pytest.mark.parametrize("threads, calls", [(1, 9), (2, 4)])
 @pytest.mark.parametrize("variant", STREAMING_KITS)
 def test_a_batch_of_streams_equals_its_streams_alone_to_the_last_bit(variant, threads, calls):  # C162
     """Twelve streams that begin and end at different times, in all four settings."""
@@ -6322,15 +6322,15 @@ def chunk_by_chunk(system, feats):
 @pytest.mark.parametrize("chunk", GEOMETRIES)
 @torch.no_grad()
 def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk, bias):  # C5 C168
-    system, lens = chunked_system(chunk, bias), ints(61, 60, 1, 7, 31, 46, 0)
-    feats = normal(0, 7, 61, 70, dtype=torch.float32)
-    feats[~padding_mask(lens, 61)] = math.nan  # what pads may hold anything
+    system, lens = chunked_system(chunk, bias), ints(41, 40, 1, 7, 26, 0)
+    feats = normal(0, 6, 41, 70, dtype=torch.float32)
+    feats[~padding_mask(lens, 41)] = math.nan  # what pads may hold anything
     net = system.model
     hidden, hidden_lens = net.encode(feats, lens)
     alpha = net.weigh(hidden, hidden_lens)
     counts, embeds = net.integrate(hidden, alpha)
     logits = net.predict(embeds, counts, hidden, hidden_lens, alpha).logits
-    assert counts.max() > (20 if not bias else 5) and not alpha[~padding_mask(hidden_lens, alpha.shape[1])].any()
+    assert counts.max() > (15 if not bias else 3) and not alpha[~padding_mask(hidden_lens, alpha.shape[1])].any()
     found = net.greedy(feats, lens)
     assert hidden_lens[-1] == counts[-1] == 0
     for i, T in enumerate(lens[:-1].tolist()):
@@ -6573,7 +6573,7 @@ def test_new_kinds_learn_a_batch_by_heart_from_fresh_weights(encoder, subsamplin
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     feats, lens = torch.randn(4, 20 * subsampling, 20), torch.tensor([20, 18, 16, 12]) * subsampling
     tokens, token_lens = torch.randint(4, 12, (4, 6)), torch.tensor([6, 5, 4, 3])
-    for _ in range(60):
+    for _ in range(45):
         sums, count = net(feats, lens, tokens, token_lens)
         optimizer.zero_grad()
         (sums["loss"] / count).backward()
@@ -7755,12 +7755,12 @@ EXACT = ["--training.threads=1", "--training.precision=float64", "--training.bat
          "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0"]
 
 def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):  # C88
-    """20 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler.
+    """10 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler.
 
     In float64, as in float32 Adam makes much of the rounding of a gradient that is 0; also stopped and resumed with
     another number of processes.
     """
-    argv = [tiny_yaml(tmp_path / "tiny.yaml"), *EXACT, "--training.num_epochs=4", "--training.max_grad_norm=3"]
+    argv = [tiny_yaml(tmp_path / "tiny.yaml"), *EXACT, "--training.num_epochs=2", "--training.max_grad_norm=3"]
     runs = {}
     for name, world, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2), ("both", 2, 2)):
         folder = tmp_path / f"runs_{name}"
@@ -7769,13 +7769,13 @@ def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp
     for name in ("two", "two1"):
         assert "Warning" not in (tmp_path / name).read_text()  # of torch; train.py's own begin in lower case
     assert len(list((tmp_path / "runs_two").iterdir())) == 2  # rank 0 alone makes a folder, and points latest at it
-    for name, world in (("two", 1), ("one", 2)):  # after three epochs on as many processes as the other
+    for name, world in (("two", 1), ("one", 2)):  # after an epoch on as many processes as the other
         moved = Path(shutil.copytree(runs[name], tmp_path / f"moved_{name}"))
         os.replace(moved / "checkpoints/previous.pt", moved / "checkpoints/latest.pt")
         zygote.run(tmp_path / "out", "--resume", moved, world=world)
         runs[f"moved {name}"] = moved
     wanted = read_checkpoint(runs["one"] / "checkpoints/latest.pt")
-    assert wanted["progress"]["step"] >= 20
+    assert wanted["progress"]["step"] == 10
     for name, run in runs.items():
         state = read_checkpoint(run / "checkpoints/latest.pt")
         for weight, value in wanted["trained"].items():
@@ -8130,7 +8130,7 @@ def fine_tuned(folder: Path, variant: str, texts: list[str], *options: str) -> P
 def test_fine_tuning_starts_from_the_published_weights_and_learns(tmp_path):
     """Four recordings, texts of the vocabulary: the loss of the last epoch is far below that of the first."""
     texts = ["我 在 人", "hello world", "thank 你 们", "他 说 dog"]
-    run = fine_tuned(tmp_path, "sanm", texts, "--training.num_epochs=25", "--training.learning_rate=2e-3",
+    run = fine_tuned(tmp_path, "sanm", texts, "--training.num_epochs=6", "--training.learning_rate=4e-3",
                      "--training.warmup_steps=0", "--training.schedule=constant")
     rows = history_of(run)
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
@@ -10075,17 +10075,16 @@ def test_every_format_is_read_on_both_routes_and_named_without_ffmpeg(server, mo
     if name in ("flac", "aiff"):
         assert found["tokens"] == ask(server, post("/transcribe", "audio/wav", wav(NOISE)))["tokens"]
     in_a_form = ('name="file"; filename="blob"', raw)
-    for path in serve.MEDIA_TYPES:
-        assert ask(server, oai(in_a_form, path=path))["text"] == found["text"]
+    assert ask(server, oai(in_a_form))["text"] == found["text"]
     monkeypatch.setenv("PATH", "")
     refused = exchange(server, oai(in_a_form))
     assert check_error(*refused) == (400, "unsupported_format")
     assert json.loads(refused[2])["error"]["message"].endswith(f"got {FORMATS[name][1]}")
 
 def test_an_m4a_whose_index_stands_at_its_end_is_read_whole(server):  # C190
-    raw = encoded("m4a", 18.0, ("-ar", "44100", "-b:a", "192k"))
+    raw = encoded("m4a", 9.0, ("-ar", "44100", "-b:a", "192k"))
     assert len(raw) > 2**17 and raw.index(b"moov") > raw.index(b"mdat")
-    assert ask(server, post("/transcribe", "audio/mp4", raw))["duration"] == pytest.approx(18, abs=0.1)
+    assert ask(server, post("/transcribe", "audio/mp4", raw))["duration"] == pytest.approx(9, abs=0.1)
 
 def test_what_is_converted_has_the_limits_of_every_recording(server, monkeypatch, tmp_path):  # C190
     found = exchange(server, post("/transcribe", "audio/flac", encoded("flac", 20.05)))
@@ -10463,12 +10462,12 @@ class Browser:
         os.close(self.to), os.close(self.source)
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory, request):
-    """Its microphone plays the WAV that is the parameter."""
+def browser(tmp_path_factory):
+    """Its microphone plays speech of the kits, and noise without them."""
     if shutil.which("chromium") is None:
         pytest.skip("chromium is not installed (apt-get install -y chromium)")
     folder = tmp_path_factory.mktemp("chromium")
-    speech = getattr(request, "param", folder / "microphone.wav")
+    speech = KIT / "wavs/libri_dev.wav" if KIT.is_dir() else folder / "microphone.wav"
     if not speech.exists():
         speech.write_bytes(wav(np.tile(NOISE, 4)))
     started = Browser(folder / "profile", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
@@ -10567,8 +10566,6 @@ def saved_wav(browser) -> bytes:
     return base64.b64decode(browser.run("""new Promise(done => { const reader = new FileReader();
         reader.onload = () => done(reader.result.split(",")[1]); reader.readAsDataURL(shown.wav); })"""))
 
-@needs_kit
-@pytest.mark.parametrize("browser", [KIT / "wavs/libri_dev.wav"], indirect=True)
 @pytest.mark.parametrize("offline", [None, "sanm"])
 def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, offline):  # C211
     """The last text is decode.py's of what the page has recorded: by the streaming model, or, in a second pass, by the
@@ -11549,10 +11546,10 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():  # C212
     system, began = kit_system("streaming"), time.monotonic()
     with serving(settings.Models(system, None)) as server:
         port, wav = server.server_address[1], str(kit("wavs/libri_dev.wav"))
-        line = bench_stream.socket_figure(system, port, [wav], 2, 2.0)
-    found = re.match(r"2 sockets at real-time pace for 2 s: latency p50 (\d+) ms, p99 (\d+) ms .* "
+        line = bench_stream.socket_figure(system, port, [wav], 2, 1.5)
+    found = re.match(r"2 sockets at real-time pace for 1.5 s: latency p50 (\d+) ms, p99 (\d+) ms .* "
                      r"of (\d+) messages", line)
-    assert time.monotonic() - began > 2 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
+    assert time.monotonic() - began > 1.5 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
     assert bench.main(["stream", str(kit("sanm"))]) == 2
 
 # ---- the project: layout, floors, documents ----
