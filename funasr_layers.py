@@ -261,8 +261,7 @@ class SanmBlock(nn.Module):
         return plus(x, self.dropout(self.feed_forward(self.norm_ffn(x)))), weights
 
     def step(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """A window of a stream, x (B,T,in_dim), and the past as SanmAttention.step -> (B,T,dim), its own keys, values.
-        """
+        """A window of a stream, x (B,T,in_dim), past as in SanmAttention.step -> (B,T,dim), its own keys and values."""
         out, own = self.self_attention.step(self.norm_self(x), past)
         x = x + out if self.residual else out
         return x + self.feed_forward(self.norm_ffn(x)), own
@@ -359,8 +358,7 @@ class ImageSubsampling(nn.Module):
         self.out = nn.Linear(dim * (((input_dim - 1) // 2 - 1) // 2), dim)
 
     def forward(self, x: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2, at least 0: of frames that see no padding.
-        """
+        """x (B,T,F), lens (B,) -> (B,L,D), lens ((len - 1) // 2 - 1) // 2 or 0: of frames that see no padding."""
         check_shapes(x=(x, "B", "T", self.input_dim), lens=(lens, "B"))
         x = F.pad(x, (0, 0, 0, max(0, 7 - x.shape[1])))[:, None]  # (B,1,T,F); both windows together see 7 frames
         for convolution in self.convolutions:

@@ -174,8 +174,7 @@ class SeacoParaformer(HotwordParaformer):
         return chosen, torch.where(long, LONGEST + 1, lens)
 
     def scores(self, states: Tensor, counts: Tensor, entries: Tensor, lens: Tensor) -> Tensor:
-        """The attention to each entry, summed over tokens and heads: arguments as `choose` -> (B,n), -inf past a list.
-        """
+        """Attention to each entry, summed over tokens and heads: given what `choose` is -> (B,n), -inf past a list."""
         mask, entry_mask = key_mask(counts, states.shape[1]), key_mask(lens, entries.shape[1])
         blocks = self.hotword_decoder.blocks
         x, _ = run_blocks(blocks[:CHOOSER], states, mask, entries, entry_mask, need_weights=False)

@@ -58,11 +58,10 @@ def explain(model: nn.Module, config, symbols: tuple[str, ...], item: data.Utter
         raise ValueError(f"--explain: wanted a Paraformer, which has firing weights, got a {config.model.name}")
     feats, lens = item.feats[None].to(device), torch.tensor([len(item.feats)], device=device)
     hop_sec = frame_sec(config.data)
-    found = model.greedy(feats, lens)
     hidden, hidden_lens = model.encode(feats, lens)
-    alpha = model.weigh(hidden, hidden_lens)
-    counts, embeds = model.integrate(hidden, alpha)
-    logits = model.predict(embeds, counts, hidden, hidden_lens, alpha).logits
+    found = model.decode(hidden, hidden_lens, lens)
+    counts, embeds = model.integrate(hidden, found.alpha)
+    logits = model.predict(embeds, counts, hidden, hidden_lens, found.alpha).logits
     shares, ids = logits[0].float().softmax(-1).topk(2)  # (U,2)
     edges = (found.boundaries[0] * hop_sec).tolist()
     places = spoken_places(found.tokens[0].tolist())

@@ -7,7 +7,6 @@ Dims: T tokens, D width, P kinds of marks, V vocabulary.
 Source: Chen et al. 2020 "Controllable time-delay transformer"; FunASR 1.4, whose texts these are.
 """
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from attention import causal_mask
 from config import EncoderConfig, from_dict
 from downloads import check_part
 from funasr import RENAMES, load_model, published_files, read_section, read_values, rename, translate
-from funasr_layers import SanmEncoder, halved_sinusoids
+from funasr_layers import SanmEncoder
 from tokenizer import parse_file
 
 
@@ -85,7 +84,7 @@ class RealtimeModel(PunctuationModel):
     def encode(self, ids: Tensor, num_carried: int) -> Tensor:
         encoder = self.encoder
         T = len(ids)
-        x = self.embedding(ids)[None] * math.sqrt(encoder.dim) + halved_sinusoids(T, encoder.dim)  # (1,T,D)
+        x = encoder.place(self.embedding(ids)[None], 0)  # (1,T,D)
         past = causal_mask(T)
         seen = torch.ones(T, T, dtype=torch.bool)
         if 0 < num_carried < T:
