@@ -1,6 +1,6 @@
 """Runs of train.py beside each other: a table of what differs and what came of it, and a picture of their curves.
 
-Needs config.py, files.py and plot.py.
+Needs config.py, files.py, plot.py and tokenizer.py.
 """
 import itertools
 import json
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from config import read_yaml, show_value
 from files import write_atomic
 from plot import COLOURS, Curve, column, three_panels
+from tokenizer import parse_file
 
 FIGURES = ("token_accuracy", "wer", "cer", "dev_loss")  # of the table, from a run's best epoch
 
@@ -35,10 +36,7 @@ def read_run(folder: Path) -> Past | None:
     """None for what is no run, or one without a whole epoch. Raises ValueError for a run's file that is damaged."""
     if not (folder / "metrics.json").is_file() or not (folder / "config.yaml").is_file():
         return None
-    try:
-        history = json.loads((folder / "metrics.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'metrics.json'}: wanted JSON, got {error}") from None
+    history = parse_file(folder / "metrics.json", "the epochs of a run", json.loads)
     options = read_yaml(folder / "config.yaml", "the config of a run")
     return Past(folder, dict(flatten(options)), history) if history else None
 

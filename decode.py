@@ -467,10 +467,8 @@ def open_inputs(system: System, inputs: Sequence[str], scratch: Path, allow_pipe
     source = getattr(options, field)
     if not source:
         raise ValueError("wanted INPUT: the checkpoint names no test or dev manifest")
-    try:
+    with data.naming(f"the checkpoint's data.{field}"):
         return dataset(find_again(source, checkpoint))
-    except ValueError as error:
-        raise ValueError(f"the checkpoint's data.{field}: {error}") from None
 
 
 LAID_OUT_SEC = 300.0  # of audio, from which weights laid out save more than the second that it takes

@@ -7305,7 +7305,7 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     assert error == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
     (first / "metrics.json").write_text("[")
     error = refusal(capsys, "--compare", first, script=train)
-    assert error.startswith(f"train.py: {first / 'metrics.json'}: wanted JSON, got ")
+    assert error.startswith(f"train.py: {first / 'metrics.json'}: wanted the epochs of a run, got no JSON")
 
 @slow
 def test_the_toy_config_learns_its_task(tmp_path):
