@@ -128,7 +128,7 @@ from tokenizer import (BLANK, Counts, EOS, SOS, SPECIALS, Tokenizer, UNK, align,
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent / "shared"
 KIT = SHARED / "funasr_kit"
-needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason="../shared/funasr_kit is not here")  # for cases made of its files
+needs_kit = pytest.mark.skipif(not KIT.is_dir(), reason="../shared/funasr_kit is not here")  # for cases of its files
 needs_digits = pytest.mark.skipif(not (SHARED / "speech/digits").is_dir(), reason="../shared/speech/digits is not here")
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes minutes; set SLOW=1")
 
@@ -466,7 +466,8 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("name=ctc", "decoder.num_heads=2", "4"), ("name=ctc", "ctc_weight=0.5", "0.3"),
     ("encoder.kind=transformer", "encoder.kernel_size=3", "15"),
     ("encoder.kind=conformer", "encoder.memory_shift=1", "0"),
-    ("encoder.kind=sanm", "encoder.position=none", "'sinusoidal'"),
+    ("encoder.kind=sanm", "encoder.position=none", "'sinusoidal'"), ("encoder.kind=sanm", "encoder.context=3", "0"),
+    ("name=paraformer", "chunk.new=4", "10"), ("predictor.kind=stacked", "predictor.upsampling=3", "0"),
     ("predictor.kind=stacked", "predictor.smooth=2", "1.0"), ("predictor.kind=dense", "predictor.num_layers=1", "2"),
     ("predictor.kind=depthwise", "predictor.upsampling=3", "0"),
     ("predictor.upsampling=0", "predictor.timing_smooth=1", "0.25"),
@@ -558,17 +559,11 @@ SIX = ("model.hotwords.decoder.attention_layers: wanted 6 or more: the sixth lay
     (["--model.predictor.kind=dense", "--model.predictor.smooth=1.25", "--model.predictor.noise=0.25"], ""),
     (["--model.predictor.kind=depthwise", "--model.predictor.smooth=1.25", "--model.predictor.noise=0.2"],
      "model.predictor.smooth: wanted at most 1 + noise 0.2, as weights are at most 1, got 1.25"),
-    (["--model.encoder.kind=sanm", "--model.encoder.context=3"],
-     "model.encoder.context: wanted its default 0, as model.encoder.kind sanm has no use for it, got 3"),
     ([*STREAMS, "--model.chunk.encoder_look_back=-1", "--model.chunk.old=3"], ""),
     ([*STREAMS, "--model.chunk.ahead=0"], "model.chunk.ahead: wanted 1 or more, got 0"),
     ([*STREAMS, "--model.chunk.decoder_look_back=-2"], "model.chunk.decoder_look_back: wanted -1 or more, got -2"),
     ([*STREAMS, "--training.picture_epochs=1"],
      "training.picture_epochs: wanted 0 for a streaming model, whose windows overlap, got 1"),
-    (["--model.chunk.new=4"],
-     "model.chunk.new: wanted its default 10, as model.name paraformer has no use for it, got 4"),
-    (["--model.predictor.upsampling=3"],
-     "model.predictor.upsampling: wanted its default 0, as model.predictor.kind stacked has no use for it, got 3"),
     (["--model.encoder.kind=sanm", "--model.encoder.subsampling=2"],
      "model.encoder.subsampling: wanted 1 for kind sanm, got 2"),
     ([*RELATIVE, "--model.encoder.subsampling=2"],
@@ -3545,8 +3540,10 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
     skipped = (f"wanted recordings to use, got none: skipped 5 of 5; 0: missing: {tmp_path}/no/0.wav; 1: missing: "
                f"{tmp_path}/no/1.wav; 2: missing: {tmp_path}/no/2.wav\n")
     gone = f"{tmp_path}/gone: wanted a text file, got none of that name\n"
+    empty = f"wanted utterances, got none in {write_manifest(tmp_path / 'empty.jsonl', [])}\n"
     for field, other, name, words in (("train", "dev", "gone", gone), ("dev", "train", "gone", gone),
-                                      ("train", "dev", "bad.jsonl", skipped), ("dev", "train", "bad.jsonl", skipped)):
+                                      ("train", "dev", "bad.jsonl", skipped), ("dev", "train", "bad.jsonl", skipped),
+                                      ("dev", "train", "empty.jsonl", empty)):
         argv = [path, "--data.kind=manifest", f"--data.{field}={tmp_path / name}", f"--data.{other}={good}",
                 "--dry-run"]
         assert train.main(argv) == 2 and capsys.readouterr().err == f"train.py: data.{field}: {words}"
@@ -4427,7 +4424,7 @@ def test_mwer_is_a_weighted_part_of_the_loss_and_stays_when_a_checkpoint_gives_t
     tiny(mwer_weight=2.0, mwer_samples=500)(*batch, order)
     assert masks[0].double().mean().item() == pytest.approx(0.2, abs=0.015)
 
-# ---- model: edges ----
+# ---- model: edges, and all of it ----
 
 @pytest.mark.parametrize("subsampling", [1, 4])
 def test_an_utterance_without_tokens_trains_its_count_only(subsampling):  # C25
@@ -4537,8 +4534,6 @@ def test_tensors_of_another_shape_are_refused_by_name(call):  # C1 C7
      "must be one of ['paraformer', 'streaming', 'seaco', 'contextual', 'transformer', 'ctc'], got 'x'")])
 def test_model_errors_name_what_was_wanted_and_got(call, message):  # C1 C7
     assert message in message_of(call, tiny(dtype=torch.float32))
-
-# ---- model: all of it ----
 
 def planted(generator, n):
     """Each token, 1 or 2, is 1 to 3 frames of its own bin and a silent frame: feats, feat_lens, tokens, token_lens."""
@@ -4867,7 +4862,7 @@ def test_a_directory_is_funasrs_unless_it_holds_a_checkpoint_of_ours(tmp_path):
     (tmp_path / "checkpoint.pt").touch()
     assert not funasr.is_published(tmp_path)
 
-# ---- funasr: vocabularies and sentences ----
+# ---- funasr: vocabularies, sentences, am.mvn ----
 
 def unit_cases(name):
     return json.loads(kit("units/text.json").read_text(encoding="utf-8"))[name]
@@ -4928,7 +4923,8 @@ def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, conten
         checkpoint.read_tokenizer({**whole.state(), "pieces": {"ab": 3, "c": ["c"]}}, "x.pt")
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):  # C42
+def test_texts_are_cut_into_funasrs_symbols(variant):  # C42
+    """A second space, a tab, U+3000, a no-break space and a byte order mark are none; what is unknown is named."""
     folder = kit(variant)
     dictionary = folder / "seg_dict"
     ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
@@ -4936,14 +4932,6 @@ def test_texts_are_cut_into_funasrs_symbols(variant, tmp_path):  # C42
         assert ours.encode(case["text"]) == case["ids"]
         assert ours.decode([1, *case["ids"], 2, 0]) == ours.decode(case["ids"])
     assert checkpoint.read_tokenizer(json.loads(json.dumps(ours.state())), "x") == ours
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_white_space_and_what_is_not_seen_are_no_unknown_symbols(variant):  # C42
-    """A second space, a tab, U+3000, a no-break space, a byte order mark;
-    and what is unknown is named as it is written."""
-    folder = kit(variant)
-    dictionary = folder / "seg_dict"
-    ours = PieceTokenizer.load(folder / "tokens.json", dictionary if dictionary.exists() else None)
     wanted = ours.encode("我 在 一 我")
     assert ours.unknown not in wanted
     for text in ("我  在\t一\u3000我", "\ufeff我\u00a0在 \u200b 一 我\u00ad ", "\n我\u2003在\u2028一 \x85我"):
@@ -4971,8 +4959,6 @@ def test_unknown_symbols_are_told_by_share_and_name_and_refused_above_a_half(tmp
         checkpoint.check_vocabulary(["abxyy"], known, "x.pt")
     options.training.init_from = ""
     assert "try --data.train=" in list(dry_run.symbol_warnings(options, known, "dev"))[0]
-
-# ---- funasr: am.mvn ----
 
 def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
     stats = torch.randn(2, 560) * 10
@@ -7227,12 +7213,6 @@ def test_bad_input_is_one_error_and_exit_code_2(tmp_path, monkeypatch, capsys, a
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and words in error and "Traceback" not in error
 
-def test_a_dev_manifest_without_a_line_is_refused_before_the_run_begins(tmp_path, capsys):
-    manifest, dev = recordings(tmp_path, 1), write_manifest(tmp_path / "dev.jsonl", [])
-    trained(tmp_path, "--data.kind=manifest", f"--data.train={manifest}", f"--data.dev={dev}", code=2)
-    assert capsys.readouterr().err == f"train.py: data.dev: wanted utterances, got none in {dev}\n"
-    assert not (tmp_path / "runs").exists()
-
 @pytest.mark.parametrize("arguments", [
     "", "a.yaml --resume b", "a.yaml --compare b", "--resume a --compare b", "--dry-run", "a.yaml batch_size=3",
     "a.yaml --batch_size=3", "a.yaml --training.batch_size",
@@ -7739,7 +7719,7 @@ def test_a_model_to_start_from_has_its_own_config_but_for_what_is_typed(finished
     assert adopted.model == replace(theirs, encoder=encoder, mwer_weight=2.0)      # a loss of the run's own
     assert checkpoint.start_from(adopted).model.encoder.dropout.p == 0.25
 
-# ---- train: several processes, accumulation ----
+# ---- train: several processes, accumulation, memory ----
 
 def test_without_torchrun_there_is_one_process_and_every_sum_is_its_own(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
@@ -7821,8 +7801,6 @@ def test_torchrun_ends_with_the_error_of_a_rank(tmp_path):  # C89
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode and "data.train: wanted a manifest" in done.stderr
 
-# ---- train: memory ----
-
 def test_blocks_that_are_computed_again_save_memory_and_change_no_weight_beyond_rounding():  # C90
     """A step with dropout, on the same draws; recompute draws them twice and must draw the same. Names stay."""
     models = [tiny_model() for _ in range(2)]
@@ -7856,7 +7834,7 @@ def test_blocks_that_are_computed_again_learn_the_statistics_of_batchnorm_once(t
     assert found[0][2] == parts
     torch.testing.assert_close(found[0], found[1])
 
-# ---- train: dry run, overfitting ----
+# ---- train: dry run, overfitting, pictures, fine-tuning ----
 
 def test_a_dry_run_counts_parameters_and_shapes_as_they_are_and_leaves_nothing(tmp_path, capsys, monkeypatch):  # C91
     monkeypatch.chdir(tmp_path)
@@ -8117,8 +8095,6 @@ def test_pictures_show_what_the_model_of_that_epoch_decodes(tmp_path, architectu
         assert [float(e.get("d")[1:].split()[0]) for e in lines] == pytest.approx(
             (plot.LEFT + plot.WIDTH * edges).tolist(), abs=0.06)
 
-# ---- train: from a published model ----
-
 def fine_tuned(folder: Path, variant: str, texts: list[str], *options: str) -> Path:
     """A run from a published model on the kit's recordings."""
     rows = [{"audio": str(kit(f"wavs/{name}.wav")), "text": text} for name, text in zip(WAVS, texts)]
@@ -8247,15 +8223,11 @@ def batches_seen(monkeypatch) -> list[list[int]]:
 def recognised(system: checkpoint.System, path: str | os.PathLike) -> list[report.Outcome]:
     return decode.recognise_inputs(system, decode.open_inputs(system, [path], None), [0])
 
-def test_a_blank_text_is_no_reference(tmp_path):
-    row = {"audio": spoken(tmp_path / "a.wav", 0.5), "text": " \u3000"}
-    [outcome] = recognised(tiny_system(), write_manifest(tmp_path / "m.jsonl", [row]))
-    assert outcome.result and outcome.reference == ""
-
 def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, capsys):  # C75
     wav = spoken(tmp_path / "a.wav", 0.7)
     text = decoded(capsys, "--ckpt", ckpt, wav)[1][0][1]
-    rows = [{"audio": wav, "text": text, "key": "right"}, {"audio": wav, "text": text + " 你好"}, {"audio": wav}]
+    rows = [{"audio": wav, "text": text, "key": "right"}, {"audio": wav, "text": text + " 你好"}, {"audio": wav},
+            {"audio": wav, "text": " \u3000"}]      # two without a reference
     manifest = write_manifest(tmp_path / "dev.jsonl", rows)
     code, _, error = decoded(capsys, "--ckpt", ckpt, manifest, "--report", tmp_path / "report")
     n = len(text.split())
@@ -9230,11 +9202,9 @@ def test_explain_draws_what_the_model_computes_of_an_utterance(tmp_path, capsys,
     assert [text for text in texts if text.endswith(" s")] == [f"{times[u]:.2f}–{times[u + 1]:.2f} s" for u in said]
     assert sum(e.get("class") == "fire" for e in root.iter()) == len(said) + 1
     assert sum(e.tag.endswith("image") for e in root.iter()) == 2 and f"sum {found.alpha[0].sum():.2f}" in texts
-
-def test_explain_refuses_a_model_without_firing_weights(tmp_path):  # C159
-    with pytest.raises(ValueError, match="--explain: wanted a Paraformer, which has firing weights, got a ctc"):
-        pictures.explain(nn.Linear(1, 1), replace(config.Config(), model=config.ModelConfig(name="ctc")),
-                         (), None, None)
+    other = replace(config.Config(), model=config.ModelConfig(name="ctc"))
+    refused("--explain: wanted a Paraformer, which has firing weights, got a ctc",
+            pictures.explain, nn.Linear(1, 1), other, (), None, None)
 
 def test_a_decoder_without_layers_is_drawn_without_cross_attention(tmp_path, capsys):
     """And is decoded and reported as any other."""
@@ -10377,6 +10347,34 @@ def test_word_tokens_are_marked_so_that_they_spell_the_text():  # C53
     assert len(found.text.split()) > 2
     assert "".join(t.token for t in found.tokens).replace("▁", " ").strip() == found.text
 
+def test_every_route_answers_with_sentences(tmp_path):
+    """The answers are those of decode.py; segments of verbose_json are sentences."""
+    system, path = pipeline_system("bicif"), kit_wav(tmp_path, "talk_b")
+    result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
+    written = report.written_text(result)
+    assert len(result.sentences) > 3
+    with serving(system) as running:
+        direct = ask(running, post("/transcribe", "audio/wav", path.read_bytes()))
+        assert direct["text"] == written and direct["sentences"] == report.sentence_entries(result)
+        file = ('name="file"; filename="a.wav"', path.read_bytes())
+        verbose = ask(running, oai(file, field("response_format", "verbose_json")))
+        assert verbose["text"] == written
+        assert [(s["text"], s["start"], s["end"]) for s in verbose["segments"]] == [s[:3] for s in result.sentences]
+        assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
+        subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
+        assert subtitles == report.subtitles(result, "srt")
+        quiet = ask(running, post("/transcribe", "audio/wav", kit_wav(tmp_path, "silence").read_bytes()))
+        assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
+        rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
+        batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
+        assert all("sentences" in item for item in batch["results"])
+
+def test_serve_loads_both_parts():
+    arguments = ["--checkpoint", str(kit("sanm")), "--vad", str(kit("vad")), "--vad-schedule", "funasr",
+                 "--punctuate", str(kit("punc")), "--device", "cpu"]
+    system = serve.load_warm(serve.parse_arguments(arguments)).whole
+    assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
+
 # ---- serve: the page, in a browser ----
 
 class Browser:
@@ -10595,36 +10593,6 @@ def test_page_shows_words_as_they_are_spoken(tmp_path, browser, monkeypatch, off
         check_result("said.wav")
     assert {event["params"]["entry"]["text"] for event in browser.complaints()} == {
         "Failed to load resource: the server responded with a status of 401 (Unauthorized)"}
-
-# ---- serve: voice activity and punctuation ----
-
-def test_every_route_answers_with_sentences(tmp_path):
-    """The answers are those of decode.py; segments of verbose_json are sentences."""
-    system, path = pipeline_system("bicif"), kit_wav(tmp_path, "talk_b")
-    result = sentences.with_sentences(system.punctuation, decode.transcribe_recording(system, path))
-    written = report.written_text(result)
-    assert len(result.sentences) > 3
-    with serving(system) as running:
-        direct = ask(running, post("/transcribe", "audio/wav", path.read_bytes()))
-        assert direct["text"] == written and direct["sentences"] == report.sentence_entries(result)
-        file = ('name="file"; filename="a.wav"', path.read_bytes())
-        verbose = ask(running, oai(file, field("response_format", "verbose_json")))
-        assert verbose["text"] == written
-        assert [(s["text"], s["start"], s["end"]) for s in verbose["segments"]] == [s[:3] for s in result.sentences]
-        assert sum(len(s["tokens"]) for s in verbose["segments"]) == len(result.tokens)
-        subtitles = exchange(running, oai(file, field("response_format", "srt")))[2].decode()
-        assert subtitles == report.subtitles(result, "srt")
-        quiet = ask(running, post("/transcribe", "audio/wav", kit_wav(tmp_path, "silence").read_bytes()))
-        assert (quiet["text"], quiet["sentences"], quiet["frames"]) == ("", [], 0)
-        rows = np.random.default_rng(0).standard_normal((40, 560)).tolist()
-        batch = ask(running, post_json({"batch": [{"features": rows}, {"features": rows[:30]}]}))
-        assert all("sentences" in item for item in batch["results"])
-
-def test_serve_loads_both_parts():
-    arguments = ["--checkpoint", str(kit("sanm")), "--vad", str(kit("vad")), "--vad-schedule", "funasr",
-                 "--punctuate", str(kit("punc")), "--device", "cpu"]
-    system = serve.load_warm(serve.parse_arguments(arguments)).whole
-    assert system.vad.schedule == vad.SCHEDULE and system.punctuation.end == 3
 
 # ---- sessions: what FunASR's clients send and get, over a socket ----
 
