@@ -180,7 +180,7 @@ def read_published_config(path: str | Path) -> Config:
     width = parts["encoder"]["hidden_dim"]
     decoder = {"hidden_dim": width, **parts["decoder"]}
     if decoder.get("memory_shift", 0) is None:       # FunASR's null: a causal memory
-        decoder["memory_shift"] = (decoder["kernel_size"] - 1) // 2
+        decoder["memory_shift"] = decoder["kernel_size"] // 2
     model = {"encoder": parts["encoder"], "predictor": parts["predictor"], "decoder": decoder, **parts["model"],
              "norm_eps": 1e-12, "place_embedding": decoder["kind"] == "bare"}
     if model["name"] == "seaco":
@@ -462,8 +462,7 @@ def firing_spans(weights: np.ndarray, n: int) -> list[tuple[float, float]]:
         if not weights.any():
             weights = np.ones_like(weights)
         fired = firings(weights / (weights.sum() / np.float32(n + 1)))
-    missing = max(0, n + 1 - len(fired))  # firings, even after scaling: they are set to the end
-    fired = np.pad(fired, (0, missing), constant_values=len(weights))[:n + 1]
+    fired = np.pad(fired, (0, n + 1), constant_values=len(weights))[:n + 1]  # too few even so: the rest at the end
     spans = [(float(start), float(min(end, start + LONGEST))) for start, end in zip(fired, fired[1:])]
     if spans and spans[-1][1] == fired[-1]:  # the last one was not cut: it goes on into the end
         silence = len(weights) - fired[-1]

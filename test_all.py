@@ -4952,6 +4952,8 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
     stats = torch.randn(2, 560) * 10
     funasr.write_cmvn(tmp_path / "am.mvn", stats)
     assert torch.equal(funasr.read_cmvn(tmp_path / "am.mvn", 560), stats)
+    (tmp_path / "b.mvn").write_text("<AddShift> 2 2 [-1 -2]<Rescale> 2 2\n[3 4]")
+    assert funasr.read_cmvn(tmp_path / "b.mvn", 2).tolist() == [[1.0, 2.0], [3.0, 4.0]]
     with pytest.raises(ValueError, match=r"am\.mvn: wanted 80 numbers each, as the features have, got 560 and 560"):
         funasr.read_cmvn(tmp_path / "am.mvn", 80)
     refused("gone: wanted means and deviations, .*, got No such file", funasr.read_cmvn, tmp_path / "gone", 80)
