@@ -279,6 +279,7 @@ def random_block(rng, depth: int, is_map: bool) -> tuple[list[str], dict | list]
 
 def test_yaml_reads_planted_values_as_pyyaml_does():
     yaml, rng = pytest.importorskip("yaml"), random.Random(0)
+    assert config.parse_yaml("a: " + "[" * 20 + "]" * 20) == yaml.safe_load("a: " + "[" * 20 + "]" * 20)
     for _ in range(300):
         lines, planted = random_block(rng, 3, True)
         text = rng.choice(["\n", "\r\n"]).join(lines)
@@ -309,13 +310,13 @@ def test_yaml_mutations_give_pyyamls_value_or_name_the_line():  # C26
 @pytest.mark.parametrize("text, line", [
     ("", 1), ("# only a comment", 1), ("a: 1\na: 2", 2), ("a:\n  b: 1\n c: 2", 3), ("a: 1\n  b: 2", 2),
     ("a: x\n  y", 2), ("a:\n\tb: 1", 2), ("a: &x 1", 1), ("a: *x", 1), ("a: !!str 1", 1), ("a: |\n  text", 1),
-    ("a: >\n  text", 1), ("a: 1\n---\nb: 2", 2), ("%YAML 1.1\na: 1", 1), ("a: {b: 1}", 1), ("a: [1,\n 2]", 1),
-    ("a: 'x\n  y'", 1), ("? a\n: b", 1), ("<<: 1", 1), ("a: =", 1), ("1: a", 1), ("true: a", 1), ("- a", 1),
-    ("a: b: c", 1), ("a: 'b'c", 1), ("a: [b", 1), ("a: [b] c", 1), ("a: [,]", 1),
+    ("a: >\n  text", 1), ("a: 1\n---\nb: 2", 2), ("%YAML 1.1\na: 1", 1), ("a: {b: 1}", 1), ("a: {}b", 1),
+    ("a: [1,\n 2]", 1), ("a: 'x\n  y'", 1), ("? a\n: b", 1), ("<<: 1", 1), ("a: =", 1), ("1: a", 1), ("true: a", 1),
+    ("- a", 1), ("a: b: c", 1), ("a: 'b'c", 1), ("a: [b", 1), ("a: [b] c", 1), ("a: [,]", 1),
     ("a: - b", 1), (r'a: "\q"', 1), (r'a: "\U00110000"', 1), ("a: \x00", 1), ("a: 1\rb: 2", 1), ("a: yes", 1),
     ("a: Off", 1), ("a: 010", 1), ("a: 0x1f", 1), ("a: 0b1", 1), ("a: 0o7", 1), ("a: 1:30", 1), ("a: 1_000", 1),
     ("a: 2020-01-01", 1), ("a: .inf", 1), ("a: -.NaN", 1), ("a: -.5", 1), ("a: 1e999", 1), ("a: 1" + "0" * 9999, 1),
-    ("a: " + "[" * 9999, 1), ("a:\n  " + "- " * 9999, 1), ("# a list\n\n- a", 3), ("# no colon\nmodel", 2),
+    ("a: " + "[" * 21 + "]" * 21, 1), ("a:\n  " + "- " * 9999, 1), ("# a list\n\n- a", 3), ("# no colon\nmodel", 2),
     ("a:\n  b\n  c: 1", 2), ("a:\n  b: yes\n c: 1", 2), ("a: 1\n- b", 2), ("a:\n  - b\n - c", 3)])
 def test_yaml_outside_the_subset_names_its_line(text, line):  # C26
     refused(rf"\Af\.yaml:{line}: wanted [^\n]+\Z", config.parse_yaml, text, "f.yaml")
@@ -432,7 +433,8 @@ def test_wrong_keys_and_types_name_the_line_and_what_was_wanted(tmp_path, old, n
     ("--model=3", "model: wanted a section"),
     ("--model.name.x=3", "model.name: wanted str, got {'x': 3}"), ("--training.seed", "wanted --section.key=value"),
     ("training.seed=1", "wanted --section.key=value"), ("--training.seed=yes", "wanted true, false, a plain decimal"),
-    ("--data.train=a\tb", "wanted printable text"), ("--=3", "wanted --section.key"), ("--training.=3", "unknown key")])
+    ("--data.train=a\tb", "wanted printable text and spaces, got a tab"), ("--=3", "wanted --section.key"),
+    ("--training.=3", "unknown key")])
 def test_wrong_overrides_name_themselves(tmp_path, override, message):
     error = config_refusal(written(tmp_path, ISSUE_FILE), [override])
     assert error.startswith(f"{override}: {message}") and "\n" not in error
@@ -475,7 +477,7 @@ BROKEN = {  # override -> the line that it adds to the one error
     ("decoder.kind=sanm", "decoder.position=none", "'sinusoidal'")])
 def test_an_option_that_nothing_uses_must_have_its_default(tmp_path, choice, override, default):  # C68
     path, (option, _), why = written(tmp_path, "model: {}"), override.split("="), choice.replace("=", " ")
-    error = config_refusal(path, [f"--model.{choice}", f"--model.{override}"]).split("\n  ")[1]
+    _, error = config_refusal(path, [f"--model.{choice}", f"--model.{override}"]).split("\n  ")
     assert error.startswith(f"model.{option}: wanted its default {default}, as model.{why} has no use for it, got ")
     rules.load(path, [f"--model.{choice}", f"--model.{option}={default}"])
 
@@ -490,6 +492,9 @@ def test_who_switches_a_kind_on_the_command_line_need_not_undo_what_the_file_say
     found = rules.load(toy, [f"--{switch}"])
     assert rules.load(written(tmp_path, config.dump(found))) == found
     assert f"  {unused.split('=')[0]}: wanted its default " in config_refusal(toy, [f"--{switch}", f"--{unused}"])
+    path = written(tmp_path, "data:\n  unit: word\n")
+    for overrides in ([], [f"--{switch}"]):     # nor one that another choice has no use for
+        assert "\n  data.unit: wanted its default 'char', as data.kind toy" in config_refusal(path, overrides)
 
 def test_a_switch_that_switches_another_choice_back_resets_what_that_one_uses(tmp_path):
     text = "model:\n  predictor:\n    kind: dense\n    upsampling: 3\n    timing_smooth: 1.0\ndata:\n  kind: manifest\n"
@@ -582,6 +587,7 @@ SIX = ("model.hotwords.decoder.attention_layers: wanted 6 or more: the sixth lay
      "model.encoder.hidden_dim: wanted an even width for sinusoids, got 511"),
     (["--model.decoder.hidden_dim=511", "--model.decoder.num_heads=1"],
      "model.decoder.hidden_dim: wanted an even width for sinusoids, got 511"),
+    (["--model.decoder.hidden_dim=511", "--model.decoder.num_heads=1", "--model.decoder.position=none"], ""),
     ([*MANIFESTS, "--data.augment.noise=a"],
      "data.augment.snr_db: wanted two numbers, how loud the recordings of data.augment.noise are, got []"),
     ([*MANIFESTS[:2], "--training.init_from=a"], ""),
