@@ -684,8 +684,7 @@ def test_decode_undoes_encode_and_files_keep_the_vocabulary(unit, tmp_path):  # 
 
 @pytest.mark.parametrize("unit", ["char", "word"])
 def test_a_vocabulary_of_before_still_loads_and_spells_what_it_spelled(unit):  # C8
-    """Made when NFKC took U+0E33 apart and soft hyphens were symbols:
-    as then, no unknown ids in what it was made of."""
+    """Made when NFKC took U+0E33 apart and soft hyphens were symbols: no unknown ids in what it was made of."""
     text = "น้ำ กำ"
     older = unicodedata.normalize("NFKC", text)
     symbols = sorted({"\u00ad", *older} if unit == "char" else {"a\u00adb", *older.split()})
@@ -1945,8 +1944,7 @@ def test_refused_connections_are_closed_after_a_second_or_when_256_more_have_com
 
 @contextlib.contextmanager
 def holding(**changes):
-    """A server whose model, which takes one utterance at a time, has one until `held` is set;
-    its answer is in `first`."""
+    """A server whose model, which takes one utterance at a time, has `first` until `held` is set."""
     begun, held, system = threading.Event(), threading.Event(), serving_system()
     greedy = system.model.greedy
     system.model.greedy = lambda *given: (begun.set(), held.wait(PATIENCE), greedy(*given))[2]
@@ -2189,8 +2187,7 @@ def started(tmp_path, *command: str):
 
 @contextlib.contextmanager
 def own_process(zygote, tmp_path, first: str = ""):
-    """A server in a process of its own, once it listens: pid, what it says, and what `exchange` takes for a server.
-    first: as in Zygote.start."""
+    """A server in a process of its own, once it listens: pid, what it says, what `exchange` takes for a server."""
     os.mkfifo(tmp_path / "said")
     ckpt = saved(serving_system(), tmp_path / "best.pt")
     argv = ["--ckpt", ckpt, "--port=0", f"--drain-timeout={PATIENCE}"]
@@ -2509,8 +2506,7 @@ def test_wrong_checkpoint_or_port_is_one_line_and_exit_2(ckpt, tmp_path, capsys,
 
 def client_frame(opcode: int, payload: bytes = b"", is_last: bool = True, mask: bytes | None = b"\1\2\3\4",
                  size: bytes | None = None) -> bytes:
-    """A frame as a client sends it, masked byte by byte; mask None: not masked; size: the length, if not written as
-    it should be."""
+    """A frame as a client sends it; mask None: not masked; size: the length, if not written as it should be."""
     n = len(payload)
     if size is None:
         size = (bytes([n]) if n < 126 else b"\x7e" + struct.pack(">H", n) if n < 65536
@@ -3547,8 +3543,7 @@ def test_manifests_that_are_missing_or_name_nothing_that_can_be_used_are_told_by
         decode.open_inputs(system._replace(config=replace(system.config, data=options)), [], tmp_path)
 
 def test_a_run_that_moved_with_its_manifests_finds_them_from_any_folder(tmp_path, monkeypatch, capsys):  # C95
-    """Names are relative to the folder that holds runs/:
-    resumed and decoded from a folder with manifests of its own."""
+    """Names are relative to the folder of runs/: resumed and decoded from a folder with manifests of its own."""
     home, other = tmp_path / "home", tmp_path / "other"
     for folder, count in ((home, 4), (other, 2)):
         (folder / "corpus").mkdir(parents=True)
@@ -4122,10 +4117,8 @@ def test_each_function_of_the_idea_in_ten_minutes_has_at_most_30_lines(stop):
 # ---- model: integrate-and-fire ----
 
 def slow_fire(hidden, alpha):
-    """Dong & Xu 2020, one frame after the other, of one utterance: the embeddings fired.
-
-    A weight that is more than the unit still needs is split; what is left goes on to the next unit.
-    """
+    """Dong & Xu 2020, one frame after the other, of one utterance: the embeddings fired. A weight that is more than the
+    unit still needs is split; what is left goes on to the next unit."""
     fired, held, state = [], 0.0, torch.zeros_like(hidden[0])
     for h, left in zip(hidden, alpha.tolist()):
         while held + left >= 1:
@@ -4970,8 +4963,7 @@ def test_am_mvn_is_read_as_written_to_the_last_bit(tmp_path):  # C41
 # ---- baselines: models ----
 
 def rival(name, seed=0, **options):
-    """A transformer or CTC model of width 8 for 5 feature bins and 7 tokens, in float64; half of the time a token ends
-    the text, or a frame is blank."""
+    """A transformer or CTC model of width 8 for 5 feature bins and 7 tokens; half of them end a text or are blank."""
     section = config.ModelConfig(
         name=name, encoder=config.EncoderConfig("conformer", num_layers=1, hidden_dim=8, num_heads=2, kernel_size=3,
                                                 dropout=0.0, subsampling=2), **options,
@@ -5089,8 +5081,7 @@ def test_the_transformer_is_taught_each_token_after_the_true_ones_and_then_the_e
 # ---- baselines: search ----
 
 def table_model(B, V, L, seed):
-    """A step function whose log probabilities and attention are drawn for each prefix, and the same of one (b, ids)
-    alone: the past is the prefixes themselves."""
+    """A step function whose log probabilities and attention are drawn by prefix, and the same of one (b, ids) alone."""
     def told(b, prefix):
         rng = torch.Generator().manual_seed(seed + 31 * b + sum((i + 1) * 7 ** k for k, i in enumerate(prefix)))
         return (torch.randn(V, generator=rng).log_softmax(-1), torch.rand(L, generator=rng))
@@ -6486,8 +6477,7 @@ def test_half_precision_keeps_the_ids(variant, precision):  # C48
 
 @functools.cache
 def training_batch(variant):
-    """-> what train_equal.npz records of a batch without padding; of it forward's arguments,
-    FunASR's draws as order."""
+    """-> what train_equal.npz records of a batch without padding; forward's arguments, FunASR's draws as order."""
     wanted = recorded(variant, "train_equal")
     draws = [wanted[f"perm{b}"].long() for b in range(4)]  # the positions of each utterance, in the order of their draw
     order = torch.full((4, max(map(len, draws))), torch.inf)
@@ -6886,8 +6876,7 @@ def tiny_model(**options) -> torch.nn.Module:
     return build(replace(config.from_dict(config.parse_yaml(TINY), "tiny").model, **options), 8, 8)
 
 def test_a_step_is_adamw_on_the_clipped_mean_gradient_with_decay_on_matrices_only():  # C111
-    """Beside a plain loop, whose state ours takes over before the last step, as older checkpoints hold it. The third
-    step has one token in all."""
+    """Beside a plain loop, whose state ours takes over before the last step. The third step has one token in all."""
     ours, theirs, batch = tiny_model().double().eval(), tiny_model().double().eval(), tiny_batch()
     parameters = list(theirs.parameters())
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in parameters}
@@ -7731,11 +7720,8 @@ EXACT = ["--training.threads=1", "--training.precision=float64", "--training.bat
          "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0"]
 
 def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):  # C88
-    """10 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler.
-
-    In float64, as in float32 Adam makes much of the rounding of a gradient that is 0; also stopped and resumed with
-    another number of processes.
-    """
+    """10 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler, in float64,
+    as Adam makes much of the rounding of a gradient that is 0; also resumed with another number of processes."""
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), *EXACT, "--training.num_epochs=2", "--training.max_grad_norm=3"]
     runs = {}
     for name, world, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2), ("both", 2, 2)):
@@ -8434,8 +8420,7 @@ def test_a_batch_that_fails_loses_only_the_utterance_that_it_fails_on(ckpt, tmp_
     assert f"{files[2]}: the model failed: out of memory\n" in error and "; 1 could not be recognised" in error
 
 def fork_decoding(transcribe, arguments: list[str], folder: Path) -> int:
-    """The process id of a decode.py in which `transcribe` takes the place of decode.transcribe;
-    folder: of what it prints."""
+    """The process id of a decode.py that has this `transcribe`; folder: of what it prints."""
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -10863,8 +10848,7 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
                 assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 def test_what_is_shown_of_a_text_is_never_taken_back():  # C200
-    """Random symbols, letters among them, which become capitals when a second one follows: what certain_text gives only
-    grows. Oracle: the text of all of them."""
+    """Random symbols, among them letters, which become capitals when a second one follows. Oracle: the text of all."""
     rng = random.Random(0)
     symbols = ["a", "b", "i", "he@@", "b@@", "llo", "我", "7", "ok", "%", "c", "<unk>", "不"]
     tokenizer = PieceTokenizer(("<blank>", "<s>", "</s>", "<unk>"), None)
@@ -11444,8 +11428,7 @@ def test_parts_are_timed_at_their_published_sizes(capsys, monkeypatch):
     assert bench.main(["parts", "more"]) == 2
 
 def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, capsys, monkeypatch):
-    """Planted: every recording is heard as 'a', a joined one as an 'a' for each segment. One has another text, one a
-    pause."""
+    """Planted: every recording is heard as 'a', a joined one as an 'a' a segment. One has another text, one a pause."""
     rows, noises = [], []
     for i in range(7):      # of which 6 are asked for
         samples = 0.2 * np.random.default_rng(i).standard_normal(24000)
