@@ -1,6 +1,4 @@
 """The sentences of a result, by a punctuation model."""
-from collections.abc import Sequence
-
 from punctuation import Punctuation, punctuate_words
 from report import Result, Sentence, Word, is_ideograph, join_words
 
@@ -17,13 +15,7 @@ def with_sentences(punctuation: Punctuation | None, result: Result, last: str = 
         apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))    # accents are no ASCII
         words.append(word._replace(text=new.text, spaced=apart or i > 0 and new.spaced))
         last = word.text
-        if new.is_last:
-            sentences.append(sentence_of(words))
+        if new.is_last or i == len(written) - 1:
+            sentences.append(Sentence(join_words(words), words[0].start, word.end, words))
             words = []
-    if words:
-        sentences.append(sentence_of(words))
     return result._replace(sentences=tuple(sentences))
-
-
-def sentence_of(words: Sequence[Word]) -> Sentence:
-    return Sentence(join_words(words), words[0].start, words[-1].end, list(words))
