@@ -4008,8 +4008,9 @@ def test_a_bucket_counts_what_is_at_most_its_bound_and_a_refusal_has_its_reason(
                          (413, "body_too_large"), (503, "draining"), (503, "loading"), (200, ""), (404, "not_found")):
         for route in ("/transcribe", "/health", "/ready"):
             metrics.count_request(route, status, code, 0.0)
-    reasons = re.findall(r'asr_rejected_total{reason="(.*)"} 1\n', metrics.text({}))
-    assert reasons == "queue_full deadline_exceeded request_timeout too_large draining loading".split()
+    reasons = re.findall(r'asr_rejected_total{reason="(.*)"} (.*)', metrics.text({}))
+    wanted = "queue_full deadline_exceeded request_timeout too_large draining loading".split()
+    assert reasons == [(name, "1") for name in wanted]
 
 def test_steps_of_streams_go_together_and_take_turns_with_batches_of_utterances():  # C205
     """A step waits for one batch of utterances at most, and these for one batch of steps; without a model."""
@@ -4058,7 +4059,8 @@ def test_a_thousand_lines_may_wait_and_a_closed_standard_error_gets_none(monkeyp
     log = monitor.Log("text")
     for _ in range(1003):
         log("INFO", "request")
-    assert (log.lines.qsize(), log.num_lost, log.descriptor) == (1000, 3, -1)
+    assert (log.lines.qsize(), log.num_lost, log.descriptor, log.thread.daemon) == (1000, 3, -1, True)
+    log.flush(0.0)      # ends, though nobody writes
 
 def test_a_log_that_cannot_be_written_is_said_once_it_can(monkeypatch):  # C193
     """The disk is full for three lines, the second of which goes out in part; others go out 40 bytes at a time."""
