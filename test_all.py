@@ -11458,30 +11458,43 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
 
 def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):  # C212
-    """Planted: a batch takes 50 ms and 45 ms a stream. 600 ms hold six single streams, and twelve in a batch. Before
-    that, a clock that moves a quarter of a second whenever it is read."""
+    """Planted: a batch takes 60 ms and 45 ms a stream. 600 ms hold five single streams, and not quite twelve in a batch.
+    Before that, a clock that moves a quarter of a second whenever it is read; at last, a stream that differs alone."""
     system, clock, heard = kit_system("streaming"), itertools.count(0, 0.25), []
     with monkeypatch.context() as planted:
         planted.setattr(bench_long, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
         planted.setattr(bench_stream, "feed_many", lambda system, states, pieces, last: heard.append(pieces))
         assert bench_stream.step_ms(system, [None] * 2) == 250.0 and len(heard) == 10
         assert [len(piece) for piece in heard[0]] == [9600, 9600]
-    monkeypatch.setattr(bench_stream, "step_ms", lambda system, states: 50 + 45 * len(states))
+    monkeypatch.setattr(bench_stream, "step_ms", lambda system, states: 60 + 45 * len(states))
     assert [len(speech) for speech in bench_stream.speeches(system, [], 2, 1.5)] == [48000, 48000]      # 16 bits
     lines = list(bench_stream.chunk_figures(system))
-    assert "real-time factor 0.158" in lines[0] and "alone, one after another, 6 streams" in lines[0]
-    assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "6", "8", "12", "16"]
-    assert lines[-2] == "in one batch, 12 streams stay in real time"
+    assert "real-time factor 0.175" in lines[0] and "alone, one after another, 5 streams" in lines[0]
+    assert [line.split()[3] for line in lines[1:-2]] == ["2", "4", "6", "8", "12"]
+    assert lines[1].endswith(" 150.0 ms, 75.0 a stream")
+    assert lines[-2] == "in one batch, 8 streams stay in real time"
     assert lines[-1].endswith("greatest difference: 0 (0: equal to the last bit)")
+    state = streaming.feed(system, streaming.start(system, system.chunk), bench_long.noise(40000))[0]
+    for source, frame in ((0.5, 0.25), (0.25, 0.5)):
+        def feed(*given):
+            found, result = streaming.feed(*given)
+            found.source.view(-1)[0] -= source
+            found.carry.frame.view(-1)[0] += frame
+            return found, result
+
+        monkeypatch.setattr(bench_stream, "feed", feed)
+        assert bench_stream.difference(system, [state]) == pytest.approx(0.5, abs=1e-5)
 
 def test_latency_is_from_the_sample_that_completes_a_chunk_to_its_message():  # C212
     """A chunk of 600 ms decides the tokens up to 300 ms before its end: one that ends at 0.25 s is of the first, one at
-    0.35 s of the second, one at 0.3 s of either; one at 1.9 s is completed by the end of the stream. Planted."""
-    said = [(0.7, 0.25), (1.5, 0.35), (1.6, 0.3), (1.7, 1.9), (2.0, None)]
+    0.35 s of the second, one within a ms of 0.3 s of either; one at 1.9 s is completed by the end of the stream, and
+    one without tokens is none. Planted."""
+    said = [(0.7, 0.25), (1.5, 0.35), (1.55, 0.302), (1.6, 0.3), (1.6, 0.3005), (1.7, 1.9), (2.0, None)]
     messages = [(now, {"is_final": end is None, "tokens": [{"end": end}]}) for now, end in said]
     heard = bench_stream.Talk(0.0, [(160 * i, 0.01 * i) for i in range(1, 200)], messages)
     system = kit_system("streaming")
-    assert bench_stream.latencies_ms(heard, system) == pytest.approx([100, 300])
+    messages.insert(0, (0.1, {"is_final": False, "tokens": []}))
+    assert bench_stream.latencies_ms(heard, system) == pytest.approx([100, 300, 350])
     messages.append((3.0, {"error": {"message": "no"}}))
     refused("the server: no", bench_stream.latencies_ms, heard, system)
 
@@ -11501,6 +11514,7 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():  # C212
     with serving(settings.Models(system, None)) as server:
         port, wav = server.server_address[1], str(kit("wavs/libri_dev.wav"))
         line = bench_stream.socket_figure(system, port, [wav], 2, 1.5)
+    assert [bench_stream.to_frame(2, bytes(n))[:4] for n in (125, 126)] == [b"\x82\xfd\0\0", b"\x82\xfe\0\x7e"]
     found = re.match(r"2 sockets at real-time pace for 1.5 s: latency p50 (\d+) ms, p99 (\d+) ms .* "
                      r"of (\d+) messages", line)
     assert time.monotonic() - began > 1.5 and 0 < int(found[1]) <= int(found[2]) and 2 <= int(found[3]) <= 8
