@@ -429,6 +429,13 @@ def start_from(config: configs.Config) -> System:
 
 # ---- exports ----
 
+def check_new(place: Path) -> None:
+    """Raises ValueError if an export to this file or folder would replace a file, or mix a folder's model with it."""
+    for file in (place, *(place / name for name in ("config.yaml", "model.pt", "checkpoint.pt"))):
+        if file.is_file():
+            raise ValueError(f"--export: wanted a path where no model is, got {place}, where {file} is")
+
+
 def export_directory(system: System, folder: Path) -> None:
     """Write a directory that FunASR loads. Raises ValueError for a model that it has no classes for."""
     weights = {}
@@ -446,7 +453,7 @@ def export_directory(system: System, folder: Path) -> None:
         pieces = tokenizer.pieces
     elif tokenizer.unit == "word":
         pieces = {symbol: (symbol,) for symbol in symbols[len(SPECIALS):]}
-    with contextlib.ExitStack() as stack:  # all is written before anything is replaced: no mixture on a full disk
+    with contextlib.ExitStack() as stack:  # all is written before anything has its name: no part on a full disk
         def new(name: str) -> Path:
             return stack.enter_context(replacing(folder / name))
 
@@ -457,14 +464,13 @@ def export_directory(system: System, folder: Path) -> None:
             lines = [" ".join([word, *parts]) for word, parts in pieces.items()]
             new("seg_dict").write_text("\n".join(lines) + "\n", "utf-8")
         save(new("model.pt"), weights)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)  # of another model, which would be loaded instead
-    if pieces is None:
-        (folder / "seg_dict").unlink(missing_ok=True)
 
 
 def export_int8(source: str, path: str) -> str:
     """Write the checkpoint or directory at source with its large weights in int8, as FILE.pt or as checkpoint.pt of a
-    folder -> what was written, in words. Raises ValueError if they are in int8 already, or none is large or finite."""
+    folder -> what was written, in words. Raises ValueError if they are in int8 already, or none is large or finite, or
+    one is there already."""
+    check_new(Path(path))
     system = load_parts(source)
     if system.precision == "int8":
         raise ValueError(f"--export: wanted weights in float32 to make int8 of, got {source}, which is in int8")
@@ -487,8 +493,9 @@ def write_checkpoint(system: System, place: Path) -> str:
 def export(system: System, path: str) -> str:
     """Write the model without optimizer state -> what was written, in words.
     Where path ends in .pt, a checkpoint of ours; else a directory: FunASR's where it has classes for the model, one
-    with checkpoint.pt of ours where not."""
+    with checkpoint.pt of ours where not. Raises ValueError if a model is there."""
     place = Path(path)
+    check_new(place)
     reason = ""
     if place.suffix != ".pt":
         try:

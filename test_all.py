@@ -9482,18 +9482,17 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert again.tokenizer == other.tokenizer
     assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
-def test_an_export_replaces_the_model_of_another_kind_that_a_folder_holds(tmp_path):  # C50
-    for unit, name in (("word", "seg_dict"), ("char", "tokens.json")):
-        system = sanm_system(unit)
-        checkpoint.export(tiny_system(), str(tmp_path))  # checkpoint.pt
-        checkpoint.export(system, str(tmp_path))
-        again = checkpoint.load_system(tmp_path, "cpu")
-        assert (tmp_path / name).exists() and (again.tokenizer.pieces is None) == (unit == "char")
-        assert torch.equal(again.model.embedding.weight, system.model.embedding.weight)
-
-def test_an_export_that_does_not_fit_leaves_the_earlier_one_as_it_was(tmp_path, monkeypatch):
-    checkpoint.export(sanm_system("char"), str(tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_an_export_replaces_no_model_and_none_that_fails_leaves_a_part(tmp_path, monkeypatch):  # C50
+    for name in ("config.yaml", "model.pt", "checkpoint.pt", "a.pt"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("of another")
+        place = folder / name if name == "a.pt" else folder
+        for write in (lambda: checkpoint.export(tiny_system(), str(place)), lambda: checkpoint.export_int8("x", place)):
+            with pytest.raises(ValueError, match=f"--export: wanted a path where no model is, got {place}, where "
+                                                 f"{folder / name} is$"):
+                write()
+        assert [path.read_text() for path in folder.iterdir()] == ["of another"]
 
     for name, error in ((None, OSError(errno.ENOSPC, "Full")), (".tmp", PermissionError(errno.EACCES, "Full"))):
         def full(path: Path, state: dict) -> None:
@@ -9502,8 +9501,8 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one_as_it_was(tmp_path, 
 
         monkeypatch.setattr(checkpoint, "save", full)
         with pytest.raises(OSError, match="Full: '[^']*/model.pt'"):
-            checkpoint.export(sanm_system("word"), str(tmp_path))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+            checkpoint.export(sanm_system("word"), str(tmp_path / "new"))
+    assert not [*(tmp_path / "new").iterdir()]
 
 @pytest.mark.parametrize("target", ["out", "out.pt"])
 def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(ckpt, tmp_path, capsys, target):  # C34
