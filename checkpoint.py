@@ -100,7 +100,7 @@ def read_checkpoint(path: str | os.PathLike, mapped: bool = False) -> dict:
     check_name(str(path))
     check_pointer(Path(path))
     path = os.path.join(path, "checkpoint.pt") if os.path.isdir(path) else path
-    state = read_file(path, "a checkpoint, which python train.py CONFIG makes", mapped)
+    state = read_file(path, "a checkpoint, which python train.py CONFIG makes, or a directory of FunASR's", mapped)
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(state, dict) or key not in state]
     if missing and (Path(path).parent / "config.yaml").exists():
         raise ValueError(f"{path}: wanted a checkpoint of train.py or a directory of FunASR's, got its weights alone: "
@@ -219,6 +219,9 @@ def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, 
                          f"run with its weights: --training.init_from={path}")
     config = configs.from_dict(state["config"], str(path))
     config = changed_config(config, folder, overrides, state["progress"]["batch"] > 0, path)
+    done = state["progress"]["epoch"]
+    if config.training.num_epochs < done:
+        raise ValueError(f"training.num_epochs: wanted {done}, which are done, or more, got {config.training.num_epochs}")
     return path, {**state, "config": asdict(config)}, config
 
 
@@ -400,7 +403,7 @@ def adopted(config: configs.Config, overrides: Sequence[str] = ()) -> configs.Co
         other = read_published_config(published_files(place)["config"])
     else:
         other = configs.from_dict(read_checkpoint(place, mapped=True)["config"], f"{place}: config")
-    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
+    front = {name: getattr(other.data, name) for name in ("unit", "sample_rate", "num_mels", "lfr_m", "lfr_n")}
     mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
     theirs = replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
     changed = configs.overridden(theirs, overrides)
@@ -410,7 +413,8 @@ def adopted(config: configs.Config, overrides: Sequence[str] = ()) -> configs.Co
                              f"{place} hears, got {got}")
     check_trainable(changed.model, f"training.init_from={place}")
     check(changed, f"training.init_from={place}")
-    return changed
+    origin = str(Path(place).resolve())     # runs/latest is about to become another run
+    return replace(changed, training=replace(changed.training, init_from=origin))
 
 
 def start_from(config: configs.Config) -> System:

@@ -497,7 +497,7 @@ def run(arguments: argparse.Namespace, system: System, dataset: Dataset, shard: 
     outcomes = recognise_all(system, dataset, plan_batches(todo, lengths, system), shard, finish)
     alone = not (arguments.output or arguments.report or arguments.plot or arguments.explain)
     tally = print_results(outcomes, not arguments.inputs, alone, encode)
-    tally.scores.extend(scores)
+    tally.scores[:] = sorted([*scores, *tally.scores])  # as a run that was not stopped has them
     end_output(output, tally.interrupt is not None, processes)
     if rank == 0:
         spent = time.perf_counter() - started
@@ -524,6 +524,8 @@ def load_and_run(arguments: argparse.Namespace) -> int:
         return 0
     system = with_search(greedy_system(arguments, arguments.ckpt), arguments.search)
     system = with_chunk(arguments, system)
+    if arguments.inputs and system.config.data.kind == "toy":
+        say(f"warning: {arguments.ckpt} was trained on toy features, which are no speech: its texts mean nothing")
     if arguments.export and not writes_int8 and rank == 0:
         say(f"decode.py: wrote {export(system, arguments.export)}")
     if arguments.export and not arguments.inputs:

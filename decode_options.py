@@ -38,7 +38,7 @@ def add_parts(add: Callable) -> None:
     add("--chunk", type=two_numbers, metavar="NEW,AHEAD", help="of a streaming model: frames that are decided at a "
         "time, and frames that it hears beyond them (default: as it was trained; FunASR's: 10,5, of 60 ms)")
     add("--look-back", type=two_numbers, metavar="ENCODER,DECODER", help="of a streaming model: how many chunks before "
-        "it a chunk sees; -1: all (default: likewise; FunASR's: 4,1)")
+        "it a chunk sees; --look-back=-1,0: all, none (default: likewise; FunASR's: 4,1)")
     add("--device", default="auto", help="auto, cpu or cuda (default auto)")
     add("--dtype", "--precision", default="float32", choices=list(PRECISIONS),
         help="of matrix products; int8: weights in a quarter of the memory, on a CPU (default float32)")

@@ -23,15 +23,17 @@ from tokenizer import Tokenizer
 
 # ---- what cannot work ----
 
-LEAST_STEPS, LEAST_DEV = 300, 10  # of a run, utterances
+LEAST_STEPS, LEAST_DEV = 800, 10  # of a run from new weights, in which WER falls from 450 steps on; utterances
+LEAST_STEPS_ON = 100  # of a run that goes on from a model's weights
 LOOKED_AT = 500  # training utterances, spread over all; of 20 the file is opened
 
 
 def schedule_warnings(training, steps: int) -> Iterator[str]:
     """Lines on a run of so many steps; the values that they name fit as well when only some of them are taken."""
-    if steps < LEAST_STEPS:
-        epochs = math.ceil(LEAST_STEPS * training.num_epochs / max(1, steps))
-        yield (f"training.num_epochs: wanted a run of {LEAST_STEPS} steps or more, got {steps}; "
+    least = LEAST_STEPS_ON if training.init_from else LEAST_STEPS
+    if steps < least:
+        epochs = math.ceil(least * training.num_epochs / max(1, steps))
+        yield (f"training.num_epochs: wanted a run of {least} steps or more, got {steps}; "
                f"try --training.num_epochs={epochs}")
     if training.warmup_steps > steps / 5:
         yield (f"training.warmup_steps: wanted at most a fifth of the run's {steps} steps, got "

@@ -426,7 +426,10 @@ def report_figures(folder: str | None, tally: Tally, spent: float, picture: Call
     """Print the error rates, if there are references, and the speed; write the report, with the picture of each input,
     into a folder."""
     lines = report_lines(tally.scores) if tally.scores else []
-    if folder:
+    if folder and not tally.scores:
+        print(f"warning: --report {folder}: no input has a reference, as those of a manifest have, so none is written",
+              file=sys.stderr)
+    elif folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_report(Path(folder), tally.scores, lines, picture)
     seconds = sum(seconds for _, seconds in tally.heard)

@@ -2762,7 +2762,8 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
      "(880 MB); download it with modelscope download --model iic/speech_paraformer-large_asr_nat-zh-cn-16k-common-"
      "vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
     ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
-    ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, got no such file")])
+    ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, or a directory of FunASR's, got no such "
+     "file")])
 def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, monkeypatch, capsys, found, error):  # C154
     """found: the files of a kit that are others, without its weights; or another path, or a name of FunASR's."""
     monkeypatch.chdir(tmp_path)
@@ -6268,8 +6269,9 @@ def chunked_system(chunk=GEOMETRIES[0], bias=0.0):
     """A streaming model of random weights that fires every other frame of 40 ms or, with a bias of -3, every tenth."""
     sizes = dict(kind="sanm", hidden_dim=16, num_heads=2, ffn_dim=32, kernel_size=5, dropout=0.0)
     section = config.ModelConfig(
-        "streaming", config.EncoderConfig(num_layers=3, **sizes), config.PredictorConfig("dense", tail=0.45),
-        config.DecoderConfig(num_layers=2, memory_shift=2, **sizes), chunk=config.ChunkConfig(*chunk))
+        name="streaming", encoder=config.EncoderConfig(num_layers=3, **sizes),
+        predictor=config.PredictorConfig("dense", tail=0.45),
+        decoder=config.DecoderConfig(num_layers=2, memory_shift=2, **sizes), chunk=config.ChunkConfig(*chunk))
     options = config.DataConfig(kind="manifest", train="x", dev="x", sample_rate=8000, num_mels=10, lfr_m=7, lfr_n=4)
     torch.manual_seed(1)
     network = build(section, 70, 12).eval()
@@ -7558,6 +7560,9 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     assert [1000 < row["seconds"] < 1060 for row in history_of(finished)] == [True] * 3
     log = (finished / "train.log").read_text()
     assert log.count("3 epochs will take about 0:50:") == 1 and log.index("3 epochs will") < log.index("\nepoch 1/3")
+    capsys.readouterr()
+    assert refusal(capsys, "--resume", finished, "--training.num_epochs=2", script=train) == (
+        "train.py: training.num_epochs: wanted 3, which are done, or more, got 2\n")
 
 @pytest.mark.parametrize("spoil, words", [
     (latest_with(lambda state: state["config"]["model"]["encoder"].update(num_layers=2)),
@@ -7693,17 +7698,21 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     assert "without 7 of their 7 symbols, the most frequent 'x' 'y' 'z' ' '" in capsys.readouterr().err
     trained(tmp_path, start, "--data.num_mels=20", code=2)
     assert "data.num_mels: wanted 8, as the model of training.init_from=" in capsys.readouterr().err
+    trained(tmp_path, start, "--data.unit=word", code=2)
+    assert "data.unit: wanted char, as the model of training.init_from=" in capsys.readouterr().err
     trained(tmp_path, start, "--model.encoder.hidden_dim=32", code=2)
     error = capsys.readouterr().err
     assert "weights do not fit the model of its config: " in error and re.search(r"; and \d+ more\n$", error)
     assert error.count(";") == files.MOST_NAMED
 
 def test_a_model_to_start_from_has_its_own_config_but_for_what_is_typed(finished_run, tmp_path):  # C85
-    place = f"{finished_run}/checkpoints/latest.pt"
+    (tmp_path / "latest").symlink_to(finished_run)      # as runs/latest, which the new run will be
+    place = f"{tmp_path}/latest/checkpoints/latest.pt"
     path = tmp_path / "other.yaml"
     path.write_text(TINY.replace("model:\n", "model:\n  sampling_ratio: 0.25\n  mwer_weight: 2.0\n"))
     typed = ["--model.encoder.dropout=0.25", f"--training.init_from={place}"]
     adopted = checkpoint.adopted(rules.load(str(path), typed), typed)
+    assert adopted.training.init_from == str(finished_run / "checkpoints/latest.pt")
     theirs = checkpoint.load_parts(place).config.model
     assert theirs.sampling_ratio != 0.25 and theirs.encoder.dropout != 0.25
     encoder = replace(theirs.encoder, dropout=0.25)
@@ -7873,14 +7882,14 @@ def test_a_dry_run_tells_memory_in_megabytes_and_times_in_their_units(tmp_path, 
         assert "time: 200 ms a step, 5 steps an epoch, 45000 in all: about 2:30:00 of steps" in text
 
 @pytest.mark.parametrize("steps, changes, options", [
-    (300, {"warmup_steps": 60}, []), (299, {"warmup_steps": 59}, ["num_epochs"]),
-    (300, {"warmup_steps": 61}, ["warmup_steps"]), (500, {"average_decay": 0.99}, []),
-    (500, {"average_decay": 0.9901}, ["average_decay"]),
+    (800, {"warmup_steps": 160}, []), (799, {"warmup_steps": 159}, ["num_epochs"]),
+    (800, {"warmup_steps": 161}, ["warmup_steps"]), (1000, {"average_decay": 0.995}, []),
+    (1000, {"average_decay": 0.9951}, ["average_decay"]),
     (5, {"warmup_steps": 0, "average_decay": 0.5}, ["num_epochs", "average_decay"]),
     (88, {"num_epochs": 22, "warmup_steps": 200, "average_decay": 0.999},
      ["num_epochs", "warmup_steps", "average_decay"]),
-    (320, {"warmup_steps": 64, "average_decay": 1 - 1 / 64}, []),
-    (319, {"warmup_steps": 64, "average_decay": 1 - 1 / 64}, ["warmup_steps", "average_decay"])])
+    (1280, {"warmup_steps": 256, "average_decay": 1 - 1 / 256}, []),
+    (1279, {"warmup_steps": 256, "average_decay": 1 - 1 / 256}, ["warmup_steps", "average_decay"])])
 def test_a_schedule_that_cannot_work_is_told_with_values_that_would_do(steps, changes, options):  # C157
     training = config.TrainingConfig(**{"num_epochs": 10, "warmup_steps": 0, **changes})
     lines = list(dry_run.schedule_warnings(training, steps))
@@ -7900,14 +7909,18 @@ def test_fewer_dev_utterances_than_ten_are_told_with_the_share_that_has_as_many(
 def test_the_values_that_are_proposed_for_a_short_run_are_exact():
     training = config.TrainingConfig(num_epochs=10, warmup_steps=100, average_decay=0.999)
     assert list(dry_run.schedule_warnings(training, 123)) == [
-        "training.num_epochs: wanted a run of 300 steps or more, got 123; try --training.num_epochs=25",
+        "training.num_epochs: wanted a run of 800 steps or more, got 123; try --training.num_epochs=66",
         "training.warmup_steps: wanted at most a fifth of the run's 123 steps, got 100; try --training.warmup_steps=12",
         "training.average_decay: wanted an average over at most a fifth of the run's 123 steps, got 0.999, over 1000; "
         "try --training.average_decay=0.918"]
     assert list(dry_run.schedule_warnings(training, 10))[2].endswith("try --training.average_decay=0.0")
     for steps in (0, 1):
         line, = dry_run.schedule_warnings(config.TrainingConfig(num_epochs=10, warmup_steps=0), steps)
-        assert line.endswith("try --training.num_epochs=3000")
+        assert line.endswith("try --training.num_epochs=8000")
+    for origin, least in (("", 800), ("a.pt", 100)):    # whoever goes on from a model's weights needs fewer
+        training = config.TrainingConfig(num_epochs=10, warmup_steps=0, init_from=origin)
+        assert not [*dry_run.schedule_warnings(training, least)]
+        assert f"wanted a run of {least} steps" in next(dry_run.schedule_warnings(training, least - 1))
 
 @pytest.mark.parametrize("many, few, kind, init_from, hint", [
     (10, 10, "conformer", "", None), (11, 10, "conformer", "", "try --model.encoder.subsampling=2"),
@@ -7991,7 +8004,7 @@ def test_data_that_cannot_work_are_told_in_a_dry_run_and_a_run_and_not_once_they
     log = (trained(tmp_path, *told, dev, "--training.num_epochs=1") / "train.log").read_text()
     assert re.findall("^warning: (.*)$", log, re.MULTILINE)[2:] == lines[1:]
     values = re.findall(r"try (--\S+=\w+)$", "\n".join(lines), re.MULTILINE)
-    assert [value.split("=")[1] for value in values] == ["75", "2", "8000"]
+    assert [value.split("=")[1] for value in values] == ["200", "2", "8000"]
     capsys.readouterr()
     argv = [str(tmp_path / "tiny.yaml"), *told, f"--data.dev={tmp_path}/all.jsonl", *values, "--dry-run"]
     assert train.main(argv) == 0 and "warning" not in capsys.readouterr().out
@@ -8200,6 +8213,7 @@ def test_the_report_adds_errors_and_divides_once():  # C75
     assert len(report.report_lines(scored(("一二三四五六七八九十百", "")))) == 5 + 10     # of 11 errors the ten first
     assert report.error_figure([Counts(1, 2, 3, 4)] * 9) == (
         "150.00 [ 54 / 36, 18 ins, 27 del, 9 sub ]  95% interval 150.00 to 150.00")
+    assert report.error_figure([Counts(1, 0, 0, 4)]) == "25.00 [ 1 / 4, 0 ins, 0 del, 1 sub ]"     # one tells no spread
 
 def batches_seen(monkeypatch) -> list[list[int]]:
     """The frames of each utterance of every batch that is decoded from now on."""
@@ -8225,6 +8239,9 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     right, wrong, end = alignments.split("\n\n")
     assert right.splitlines()[:1] == [f"right: 0 of {n} (0 sub, 0 ins, 0 del)"] and end == ""
     assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
+    none = tmp_path / "none"
+    assert f"warning: --report {none}: no input has a reference" in decoded(capsys, "--ckpt", ckpt, wav, "--report", none)[2]
+    assert not none.exists()
 
 @pytest.mark.parametrize("n, rate, drawn", [(400, 0.1, (0.0725, 0.1325)), (100, 0.5, (0.4, 0.6))])
 def test_the_bootstrap_interval_is_the_normal_one_of_independent_utterances(n, rate, drawn):  # C75
@@ -8247,7 +8264,7 @@ def spoilt(change):
     return plant
 
 def misfit(path: Path) -> None:
-    state = torch.load(saved(tiny_system(), path), weights_only=True)
+    state = torch.load(path, weights_only=True)
     weights = {**state["model"], "extra": torch.zeros(1), "decoder.norm.bias": torch.zeros(3)}
     del weights["decoder.norm.weight"]
     torch.save({**state, "model": weights}, path)
@@ -8478,7 +8495,7 @@ def test_ended_decoding_goes_on(ckpt, tmp_path, capsys, monkeypatch, name, numbe
         assert part.name in refusal(capsys, *arguments(name)) and json.loads(part.read_text().splitlines()[0])["text"]
         part.write_text(part.read_text() + '{"key": "same", "te')  # a line that broke off
     calls = batches_seen(monkeypatch)
-    assert decode.main(arguments(name, "--resume")) == 0
+    assert decode.main(arguments(name, "--resume", "--report", str(tmp_path / "resumed"))) == 0
     assert len(calls) == 3 and "going on: 2 of 5 are done" in capsys.readouterr().err
     assert decode.main(arguments(f"whole_{name}", "--report", str(tmp_path / "report"))) == 0
     if name == "out":
@@ -8486,6 +8503,9 @@ def test_ended_decoding_goes_on(ckpt, tmp_path, capsys, monkeypatch, name, numbe
             p.name: p.read_text() for p in (tmp_path / "whole_out").iterdir()}
     else:
         assert (tmp_path / name).read_text() == (tmp_path / f"whole_{name}").read_text() and not part.exists()
+    if form == "json":      # the others have no results to read back
+        once, twice = ((tmp_path / folder / "alignments.txt").read_text() for folder in ("report", "resumed"))
+        assert once == twice
     capsys.readouterr()
     if name == "out.jsonl":
         assert "got 'same' twice" in refusal(capsys, *arguments(name, "--resume"))
