@@ -532,7 +532,7 @@ SIX = ("model.hotwords.decoder.attention_layers: wanted 6 or more: the sixth lay
        f"data.augment.snr_db: wanted [] or two numbers from -100 to 100, the lower first, got {given}")
       for given in ("[5.0]", "[5.0, 4.9]", "[-100.1, 5.0]", "[5.0, 100.1]")),
     ([*MANIFESTS, "--data.augment.snr_db=[-100, 100]"], ""),
-    ([*MANIFESTS, "--data.augment.snr_db=[5, 5]"], ""),
+    ([*MANIFESTS, "--data.augment.snr_db=[5, 5]", "--data.augment.noise=a"], ""),
     (["--training.batch_frames=2147483647"], ""),
     ([*MANIFESTS, "--data.augment.speeds=[0.9, 1]"], ""),
     ([*MANIFESTS, "--model.encoder.kind=sanm", "--model.encoder.memory_shift=7"], ""),
