@@ -4794,6 +4794,8 @@ LAYERS = dict(hidden_dim=256, num_heads=4, ffn_dim=2048, num_layers=6, dropout=0
     ({"predictor": "CifPredictorV3", "predictor_conf": {"use_cif1_cnn": False, "upsample_type": "cnn_blstm"}},
      "model.predictor", dict(upsampling=5, timing_smooth=1.0, timing_noise=0.0, tail=0.0)),
     (SEACO, "model.hotwords", dict(no_bias=8377, both_ways=False)),
+    ({**SEACO, "model_conf": dict.fromkeys("""bias_encoder_dropout_rate seaco_length_normalized_loss seaco_weight
+        crit_attn_weight crit_attn_smooth target_buffer_length use_1st_decoder_loss""".split(), 0)}, "model", {}),
     ({"predictor": "CifPredictorV3", "predictor_conf": {"use_cif1_cnn": False, "upsample_type": "cnn_blstm",
                                                         "upsample_times": 1}, **SEACO},
      "model.predictor", dict(upsampling=1)),
@@ -5621,6 +5623,8 @@ def test_a_vad_config_that_leaves_its_options_out_has_funasrs(tmp_path):
     path = kit("vad/config.yaml")
     (tmp_path / "config.yaml").write_text(re.sub("(?m)^(model|frontend)_conf:\n( .*\n)+", "", path.read_text()))
     assert vad.read_options(tmp_path / "config.yaml") == vad.read_options(path)
+    others = dict.fromkeys("upsacle_samples snip_edges cmvn_file nn_eval_block_size dcd_block_size".split(), 0)
+    assert funasr.read_section({"model_conf": others}, "model", vad.IGNORED, vad.Options(), "a") == vad.Options()
     for base, last in ((vad.FrontEnd(), dict(lfr_m=5, lfr_n=1, window="hamming", frame_length=25, frame_shift=10)),
                        (vad.Network(), dict(rorder=0, lstride=1, rstride=1)),
                        (vad.Options(), dict(detect_mode=1, do_extend=1, frame_in_ms=10, frame_length_ms=25))):
