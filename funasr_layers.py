@@ -70,7 +70,7 @@ def relative_shift(scores: Tensor, lens: Tensor) -> Tensor:
 class RelativeAttention(MultiHeadAttention):
     """Self-attention whose scores also depend on the distance of query and key. Source: Dai et al. 2019, 3.3."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__(dim, num_heads)
         self.dropout = dropout
         self.position = nn.Linear(dim, dim, bias=False)

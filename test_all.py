@@ -3778,6 +3778,11 @@ def test_an_fsmn_equals_a_loop_and_never_sees_padding(kernel_size, shift):
         funasr_layers.Fsmn(3, kernel_size, most)
     for outside in (half + 1, -half - 1):
         refused(f"within half of kernel_size {kernel_size}, got {outside}", funasr_layers.Fsmn, 3, kernel_size, outside)
+    torch.manual_seed(0)
+    fsmn = funasr_layers.Fsmn(3, kernel_size)
+    torch.manual_seed(0)
+    assert torch.equal(fsmn.weight, nn.Conv1d(3, 3, kernel_size, groups=3, bias=False).weight)
+    assert fsmn.reach == (half, half)
     fsmn, x = funasr_layers.Fsmn(3, kernel_size, shift), torch.randn(1, 6, 3)
     left = (kernel_size - 1) // 2 + shift
     taps = [(t, k, t + k - left) for t in range(6) for k in range(kernel_size) if 0 <= t + k - left < 6]
@@ -4475,7 +4480,7 @@ TAKEN = {  # what takes tensors (of a tiny model m) -> tensors that it takes, by
     ConvolutionModule(4, 3): dict(x=X, mask=MASK), ConformerBlock(NARROW): dict(x=X, mask=MASK),
     funasr_layers.relative_codes: dict(lens=TOKEN_LENS, T=3, dim=4),
     funasr_layers.relative_shift: dict(scores=torch.zeros(2, 1, 3, 3), lens=TOKEN_LENS),
-    funasr_layers.RelativeAttention(4, 2): dict(x=X, codes=X, lens=TOKEN_LENS),
+    funasr_layers.RelativeAttention(4, 2, 0.0): dict(x=X, codes=X, lens=TOKEN_LENS),
     funasr_layers.RelativeConformerBlock(NARROW): dict(x=X, mask=MASK, codes=X, lens=TOKEN_LENS),
     funasr_layers.Fsmn(4, 3): dict(x=X, mask=MASK), funasr_layers.SanmBlock(4, NARROW): dict(x=X, mask=MASK),
     functools.partial(funasr_layers.SanmDecoderBlock(NARROW), hidden=X, hidden_mask=MASK): dict(x=X, mask=MASK),
@@ -6395,15 +6400,16 @@ def test_every_stage_equals_funasr(variant):  # C1 C15 C43
         samples, rate_hz = audio.load_wav(kit(f"wavs/{name}.wav"))
         feats = audio.frontend(samples, rate_hz, options.data, stats)
         close(feats, wanted["feats"], 3e-4)
-        hidden, lens, _ = net.encoder(feats[None], torch.tensor([len(feats)]))
+        hidden, lens, weights = net.encoder(feats[None], torch.tensor([len(feats)]))
         close(hidden[0], wanted["enc"], 1e-4)
         alpha = net.predictor(hidden, lens)
         close(alpha[0], wanted["alphas_raw"], 3e-5)
         counts, embeds = net.integrate(hidden, alpha)
         assert counts.item() == wanted["token_num"].item()
         close(embeds[0], wanted["embeds"], 5e-4)
-        logits, _ = net.decoder(embeds, counts, hidden, lens)
+        logits, others = net.decoder(embeds, counts, hidden, lens)
         close(logits[0], wanted["logits"], 5e-3)
+        assert weights == others == []
         assert torch.equal(logits[0].argmax(-1), wanted["ids_raw"])
         if net.ctc is not None:
             close(net.ctc(hidden)[0], wanted["ctc_logits"], 5e-3)
@@ -9582,6 +9588,7 @@ def test_dropout_has_an_effect_behind_every_part_in_training_and_none_outside(ma
             module.memory.eval()
         first, second = (module(x, *given) for _ in range(2))
         assert torch.equal(first[0], second[0]) != is_training
+        assert isinstance(first, torch.Tensor) or first[1] is None      # weights that nobody asked for
     assert changed == [True] * 2 * times + [False] * 2 * times
 
 def test_an_empty_utterance_beside_a_full_one_has_no_tokens_also_with_a_timing_head():
