@@ -6136,6 +6136,8 @@ def test_the_text_of_every_call_is_funasrs_where_it_loses_nothing(variant):  # C
                 assert results[-1].text == spelled(tokens)
                 times = list(itertools.chain(*((token.start, token.end) for token in tokens)))
                 assert times == sorted(times) and all(0 <= t <= len(samples) / 16000 + 0.12 for t in times)
+                assert all(t == round(t, 3) for t in times)
+                assert all(token.confidence == round(token.confidence, 4) for token in tokens)
     assert compared > 100
 
 @pytest.mark.parametrize("threads, calls", [(1, 9), (2, 4)])
@@ -6319,7 +6321,9 @@ def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk,
     hidden, hidden_lens = net.encode(feats, lens)
     alpha = net.weigh(hidden, hidden_lens)
     counts, embeds = net.integrate(hidden, alpha)
-    logits = net.predict(embeds, counts, hidden, hidden_lens, alpha).logits
+    predicted = net.predict(embeds, counts, hidden, hidden_lens, alpha)
+    logits = predicted.logits
+    assert predicted.attention == []
     assert counts.max() > (15 if not bias else 3) and not alpha[~padding_mask(hidden_lens, alpha.shape[1])].any()
     found = net.greedy(feats, lens)
     assert hidden_lens[-1] == counts[-1] == 0
