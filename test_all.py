@@ -7697,7 +7697,7 @@ def test_starting_from_a_model_needs_a_vocabulary_and_a_config_that_fit(finished
     assert "without 7 of their 7 symbols, the most frequent 'x' 'y' 'z' ' '" in capsys.readouterr().err
     trained(tmp_path, start, "--data.num_mels=20", code=2)
     assert "data.num_mels: wanted 8, as the model of training.init_from=" in capsys.readouterr().err
-    trained(tmp_path, start, "--data.unit=word", code=2)
+    trained(tmp_path, start, "--data.kind=manifest", f"--data.train={manifest}", "--data.unit=word", code=2)
     assert "data.unit: wanted char, as the model of training.init_from=" in capsys.readouterr().err
     trained(tmp_path, start, "--model.encoder.hidden_dim=32", code=2)
     error = capsys.readouterr().err
