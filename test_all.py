@@ -2747,8 +2747,8 @@ TAKE = ("take paraformer-zh: modelscope download --model iic/speech_seaco_parafo
      "(880 MB); download it with modelscope download --model iic/speech_paraformer-large_asr_nat-zh-cn-16k-common-"
      "vocab8404-online --local_dir paraformer-zh-streaming  or  hf download "),
     ("cam++", "FunASR's cam++, which tells speakers apart and writes no text; take paraformer-zh"),
-    ("paraformer-zhx", "wanted a checkpoint, which python train.py CONFIG makes, or a directory of FunASR's, got no such "
-     "file")])
+    ("paraformer-zhx",
+     "wanted a checkpoint, which python train.py CONFIG makes, or a directory of FunASR's, got no such file")])
 def test_a_path_that_holds_no_model_says_what_it_is_and_what_to_do(tmp_path, monkeypatch, capsys, found, error):  # C154
     """found: the files of a kit that are others, without its weights; or another path, or a name of FunASR's."""
     monkeypatch.chdir(tmp_path)
@@ -7734,8 +7734,8 @@ EXACT = ["--training.threads=1", "--training.precision=float64", "--training.bat
          "--model.encoder.dropout=0", "--model.decoder.dropout=0", "--model.predictor.dropout=0"]
 
 def test_two_processes_and_two_parts_give_the_weights_of_one_process(zygote, tmp_path):  # C88
-    """10 steps on batches of 5, 5, 5, 5 and 1 utterances (of which a rank's share is empty), with the sampler, in float64
-    (in float32 Adam makes much of the rounding of a gradient that is 0); also resumed with other numbers of processes."""
+    """10 steps on batches of 5, 5, 5, 5 and 1 utterances, of which a rank's share is empty, with the sampler. In float64,
+    as in float32 Adam makes much of the rounding of a gradient that is 0; also resumed on as many as the other had."""
     argv = [tiny_yaml(tmp_path / "tiny.yaml"), *EXACT, "--training.num_epochs=2", "--training.max_grad_norm=3"]
     runs = {}
     for name, world, parts in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2), ("both", 2, 2)):
@@ -8239,7 +8239,8 @@ def test_a_report_has_the_errors_of_each_utterance_for_a_reader(ckpt, tmp_path, 
     assert right.splitlines()[:1] == [f"right: 0 of {n} (0 sub, 0 ins, 0 del)"] and end == ""
     assert wrong == f"a: 2 of {n + 2} (0 sub, 0 ins, 2 del)\n" + format_alignment([*text.split(), *"你好"], text.split())
     none = tmp_path / "none"
-    assert f"warning: --report {none}: no input has a reference" in decoded(capsys, "--ckpt", ckpt, wav, "--report", none)[2]
+    error = decoded(capsys, "--ckpt", ckpt, wav, "--report", none)[2]
+    assert f"warning: --report {none}: no input has a reference" in error
     assert not none.exists()
 
 @pytest.mark.parametrize("n, rate, drawn", [(400, 0.1, (0.0725, 0.1325)), (100, 0.5, (0.4, 0.6))])
@@ -11207,8 +11208,8 @@ def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(mon
     assert found == [(7, i) for i in (0, 3, 6, 1, 4, 7, 2, 5)]
     timed = [(ms, {"timing": {"infer_ms": infer_ms}}) for ms, infer_ms in ((9.0, 8.0), (60.0, 10.0), (12.0, 10.0))]
     replies = iter([timed[:1], [(ms, {}) for ms in range(1, 101)], timed, timed])
-    turns = {"full batch": [100.0, 40.0, 9999.0], ("mixed", 1): [160.0, 16.0, 1600.0], ("mixed", 16): [64.0, 1.0, 100.0],
-             ("equal", 1): [30.0], ("equal", 16): [10.0]}
+    turns = {"full batch": [100.0, 40.0, 9999.0], ("mixed", 1): [160.0, 16.0, 1600.0],
+             ("mixed", 16): [64.0, 1.0, 100.0], ("equal", 1): [30.0], ("equal", 16): [10.0]}
 
     def ask(port: int, bodies: list[bytes], clients: int, found: list) -> None:
         frames = [body.count(b"[") - 1 for body in bodies]
@@ -11478,7 +11479,7 @@ def test_cuts_counts_those_inside_utterances_and_the_errors_they_make(tmp_path, 
     assert bench.main(["cuts", "--ckpt", ckpt]) == 2
 
 def test_the_time_of_chunks_is_that_of_the_most_streams_below_their_length(monkeypatch):  # C212
-    """Planted: a batch takes 60 ms and 45 ms a stream. 600 ms hold five single streams, and not quite twelve in a batch.
+    """Planted: a batch takes 60 ms and 45 ms a stream. 600 ms hold five single streams, not quite twelve in a batch.
     Before that, a clock that moves a quarter of a second whenever it is read; at last, a stream that differs alone."""
     system, clock, heard = kit_system("streaming"), itertools.count(0, 0.25), []
     with monkeypatch.context() as planted:
