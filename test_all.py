@@ -7253,26 +7253,31 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     runs = tmp_path / "runs"
     first, second = [trained(tmp_path, f"--training.learning_rate={rate}") for rate in ("1e-3", "5e-3")]
     (runs / "README.md").write_text("no run")
-    (runs / "half").mkdir()
-    (runs / "half/metrics.json").write_text("[]")
+    for name, file in (("half", "metrics.json"), ("new", "config.yaml")):
+        (runs / name).mkdir()
+        (runs / name / file).write_text("[]")
     timed = [{**row, "seconds": 100.4 * (i + 1), "token_accuracy": (0.1, 0.3, 0.2)[i]}
              for i, row in enumerate(history_of(first))]
     (first / "metrics.json").write_text(json.dumps(timed))
+    (second / "metrics.json").write_text(json.dumps(history_of(second)[:2]))
     written = (second / "config.yaml").read_text()
     (second / "config.yaml").write_text(written.replace("  patience: 0\n", ""))  # as an older one
     capsys.readouterr()
     assert train.main(["--compare", *map(str, sorted(runs.iterdir()))]) == 0  # the link latest is the second again
     head, *rows, left_out, curves = capsys.readouterr().out.splitlines()
-    assert left_out == f"left out, no run with an epoch done: {runs / 'README.md'} {runs / 'half'}"
+    assert left_out == f"left out, no run with an epoch done: {runs / 'README.md'} {runs / 'half'} {runs / 'new'}"
     assert head.split() == ["run", "best", "epoch", *compare.FIGURES, "seconds", "what", "differs"]
     for row, run, rate in zip(rows, (first, second), ("0.001", "0.005"), strict=True):
         best = train.best_row(history_of(run))
-        assert row.split()[:4] == [run.name, str(best["epoch"]), "of", "3"]
+        assert row.split()[:4] == [run.name, str(best["epoch"]), "of", "3" if run == first else "2"]
         assert row.split()[4:8] == [f"{best[name]:.4f}" for name in compare.FIGURES]
         assert row.split()[8:] == [f"{history_of(run)[-1]['seconds']:.0f}", f"training.learning_rate={rate}"]
+    assert rows[0].split()[1] == "2"
     root = ElementTree.parse(curves.removeprefix("curves: ")).getroot()
     lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
     assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
+    assert len([line for line in lines if line.get("stroke-dasharray")]) == 2
+    assert max(float(x) for line in lines for x in re.findall("[ML]([0-9.]+)", line.get("d"))) == 550.0
     error = refusal(capsys, "--compare", runs / "README.md", script=train)
     assert error == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
     (first / "metrics.json").write_text("[")
@@ -11225,7 +11230,9 @@ def test_figures_of_a_server_are_medians_ratios_and_the_slowest_of_a_hundred(mon
     monkeypatch.setattr(bench, "import_sec", lambda: 3.5)
     monkeypatch.setattr(bench, "ask_all", lambda port, path, bodies, pause: asked.append(
         (path, len(bodies), pause)) or [(ms, {}) for ms in (1.0, 9.0, 3.0)])
-    rows = [line.rsplit(maxsplit=5)[-5:] for line in bench.serving_figures(SimpleNamespace(max_batch_size=2))][1:]
+    _, *lines = bench.serving_figures(SimpleNamespace(max_batch_size=2))
+    rows = [line.rsplit(maxsplit=5)[-5:] for line in lines]
+    assert lines[2].startswith("16 clients, mixed lengths, 2500.0 /s, one 1000.0 /s ")
     assert [" ".join(row[:2]) for row in rows] == ["1.50 s", "2.00 ms", "2.50 x", "3.00 x", "1.00 x", "9.0 ms"]
     kinds = (160, 10, 260), (160, 100, 100)     # how many, of how many frames
     assert asked[:5] == [(260, 260), *((*kind, clients) for kind, clients in itertools.product(kinds, (1, 16)))]
