@@ -258,7 +258,7 @@ def word_entry(word: Word) -> dict:
 
 def sentence_entries(result: Result) -> list[dict]:
     entries = []
-    for sentence in result.sentences or ():
+    for sentence in result.sentences:
         words = [word_entry(word) for word in sentence.words]
         entries.append({"text": sentence.text, "start": sentence.start, "end": sentence.end, "words": words})
     return entries
