@@ -5964,7 +5964,8 @@ def test_a_page_shows_errors_by_their_kind_and_no_hostile_text_leaves_its_place(
     assert texts("h3") == ["worse", hostile, "good"] and texts("h1") == [hostile]
     assert texts("pre") == [f"WER {hostile}\n甲"]
     assert texts("del") == ["replaced", "missing", "a", "b", "c", "d", "<script", "x"]
-    assert texts("ins") == ["by", "too many", "one", "y", "z"]
+    assert texts("ins") == ["by", "too many", "one", "y", "z"] and read.tags["span"] == 1 + 2
+    assert texts("summary") == ["texts", "texts and picture", "texts"]
     assert [text for text in texts("small") if "errors" in text] == [
         "errors: 4 in 4 (0 replaced, 4 missing, 0 too many)", "errors: 3 in 4 (2 replaced, 0 missing, 1 too many)",
         "errors: 0 in 2 (0 replaced, 0 missing, 0 too many)"]
@@ -8213,6 +8214,7 @@ def test_the_report_adds_errors_and_divides_once():  # C75
         "     1  *** -> c", "     1  b -> d", "     1  cd -> ***"]
     assert report.report_lines(scores + scored(("b b", "d")))[4:] == [
         heading, "     2  b -> d", "     1  *** -> c", "     1  b -> ***", "     1  cd -> ***"]
+    assert report.report_lines(scored(("b", "d"), ("b", "")))[5:] == ["     1  b -> ***", "     1  b -> d"]
     assert len(report.report_lines(scores[1:2])) == 4
     assert len(report.report_lines(scored(("一二三四五六七八九十百", "")))) == 5 + 10     # of 11 errors the ten first
     assert report.error_figure([Counts(1, 2, 3, 4)] * 9) == (
@@ -9172,9 +9174,10 @@ def test_plots_are_written_for_utterances_with_and_without_tokens_and_hostile_na
 def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):  # C97
     """They are the weights that the encoder and the decoder's cross-attention give, of one utterance alone."""
     system, [feats] = tiny_system(encoder={"num_layers": 3}, decoder={"num_layers": 2}), ragged_feats([31])
-    calls = []
+    calls, aligned = [], []
     monkeypatch.setattr(report, "attention_svg", lambda *a, cross: calls.append((a, cross)) or "")
-    item = data.Utterance("k", feats, torch.tensor([]), "", None, 0.31)
+    monkeypatch.setattr(report, "alignment_svg", lambda *a: aligned.append(a[4:]) or "")
+    item = data.Utterance("k", feats, torch.tensor([]), "", ints(0, 10, 31), 0.31)
     with torch.no_grad():
         encoder = system.model.encoder(feats[None], torch.tensor([31]), need_weights=True)[2]
         found = system.model.greedy(feats[None], torch.tensor([31]))
@@ -9187,6 +9190,9 @@ def test_the_heads_of_any_layer_can_be_drawn(tmp_path, monkeypatch):  # C97
         (ours, first), (theirs, second) = calls
         assert (first, second) == (False, True) and ours[0].startswith(f"encoder, layer {i + 1} of 3, k")
         assert torch.equal(ours[1], encoder[i][0]) and torch.equal(theirs[1], cross[j][0][:, heard])
+        for seconds, span in (ours[3:], theirs[3:], aligned[-1][:2]):   # 16 encoder frames of 20 ms, the first at 0
+            assert (seconds, *span) == pytest.approx((0.31, -0.005, 0.315))
+        assert aligned[-1][2].tolist() == pytest.approx([0.0, 0.1, 0.31])
     monkeypatch.undo()
     options = ["--device=cpu", "--ckpt", saved(system, tmp_path / "x.pt"), "--plot", str(tmp_path), "--plot-layer=2",
                "--explain"]
