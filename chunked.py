@@ -92,7 +92,7 @@ def seen_by_decoder(chunk, rows: Rows, alpha: Tensor, last: Tensor, counts: Tens
     own = window.gather(1, torch.minimum(row, last[:, None]))  # (B,U) the window in which a token fires
     every = torch.arange(len(rows.window) // W, device=alpha.device)
     fires = ((own[:, :, None] == every) & padding_mask(counts, U)[:, :, None]).any(1)  # (B,C)
-    start = (fires.cumsum(1) - fires.long()) * W  # (B,C): how many rows earlier windows with a token have
+    start = fires.cumsum(1) * W  # (B,C): how many rows windows with a token have, up to this one
     number = (start.gather(1, window) + place)[:, None]  # (B,1,S) among all such rows
     own_start = start.gather(1, own)[:, :, None]  # (B,U,1)
     is_near = (number >= own_start - max(0, chunk.decoder_look_back) * chunk.new) & (number < own_start + W)
