@@ -6335,6 +6335,17 @@ def test_a_batch_of_whole_utterances_gives_what_each_gives_chunk_by_chunk(chunk,
         edges = boundaries(alpha[i, :L], n.item()) - system.chunk.ahead
         assert torch.equal(found.boundaries[i], edges.clamp(0, T))
 
+def test_a_stream_of_whole_chunks_has_its_last_tokens():  # C161
+    """Frames of 10 ms every 40 ms: no sample is left of a chunk."""
+    system = chunked_system()
+    system = system._replace(config=replace(system.config, data=replace(system.config.data, num_mels=70, lfr_m=1)))
+    samples, fresh = 0.1 * normal(3, 2560, dtype=torch.float32), streaming.start(system, system.chunk)
+    state, first = streaming.feed(system, fresh, samples)
+    assert state.frames == 8 and not len(state.samples)
+    _, last = streaming.feed(system, state, samples[:0], last=True)
+    whole = streaming.feed(system, fresh, samples, last=True)[1]
+    assert first.tokens + last.tokens == whole.tokens and last.tokens
+
 def test_padding_changes_no_loss_and_no_gradient_of_a_streaming_model():  # C5 C168
     check_padding(chunked_system((4, 2, 1, 1, 1)).model.double().train(), ragged(1, width=70))
 
