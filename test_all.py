@@ -3932,15 +3932,14 @@ def test_batch_waits_only_while_somebody_arrives_and_not_past_its_patience():  #
 
 def test_the_inference_thread_is_woken_by_the_first_job_a_full_batch_and_the_last_who_arrives():
     batcher, woken = batcher_without_model(max_batch_size=3), []
-    batcher.changed.notify = lambda: woken.append(len(batcher.waiting))
+    batcher.changed.notify = lambda: woken.append((len(batcher.waiting), batcher.arriving))
     with batcher.preparing(), batcher.preparing():
         for _ in range(3):
             batcher.submit([job(10, 0.0)])
-    assert woken == [1, 3, 3]
     batcher.waiting = []
     with batcher.preparing():
         pass        # nothing came of it
-    assert woken == [1, 3, 3]
+    assert woken == [(1, 2), (3, 2), (3, 0)]
 
 def test_whatever_goes_wrong_around_a_batch_the_inference_thread_lives():
     batcher = batcher_without_model()
@@ -5842,6 +5841,10 @@ def test_cues_end_before_seven_seconds_or_84_characters():  # C71
         assert len(report.cues(with_words(pair))) == count
     for word in ("yes", "y" * 84):                                  # long in seconds only: whole, its end comes earlier
         assert report.split_word(report.Word(word, 9.0, 30.0, 1.0), []) == [report.Word(word, 9.0, 16.0, 1.0)]
+    for spaced in (True, False):        # before the first of its pieces
+        pieces = report.split_word(report.Word("x" * 86, 0.0, 8.6, 1.0, spaced), [])
+        assert [piece.spaced for piece in pieces] == [spaced] + [False] * 85
+    assert [report.belong_together("\u0e19", mark) for mark in "\u0e33\u0eb3\u0e01"] == [True, True, False]
 
 @pytest.mark.parametrize("text, spelled, pieces", [
     ("กขคง。", [("กข@@", 2, 7), ("คง", 7, 12)], ["กข 2 7", "คง。 7 12"]),     # with the mark that punctuation put there
@@ -11576,6 +11579,10 @@ def test_sockets_speak_at_real_time_pace_and_are_timed():  # C212
     with serving(settings.Models(system, None)) as server:
         port, wav = server.server_address[1], str(kit("wavs/libri_dev.wav"))
         line = bench_stream.socket_figure(system, port, [wav], 2, 1.5)
+    sent, speech = [], bytes(range(250)) * 5
+    said = bench_stream.speak(SimpleNamespace(write=sent.append), speech, -9.0, 16000)      # which is over
+    assert [samples for samples, _ in bench_stream.asyncio.run(said)] == [320, 625]         # of 2 bytes, in 20 ms each
+    assert b"".join(frame[8:] for frame in sent[:2]) == speech and sent[2].endswith(b'{"is_speaking": false}')
     assert [bench_stream.to_frame(2, bytes(n))[:4] for n in (125, 126)] == [b"\x82\xfd\0\0", b"\x82\xfe\0\x7e"]
     found = re.match(r"2 sockets at real-time pace for 1.5 s: latency p50 (\d+) ms, p99 (\d+) ms .* "
                      r"of (\d+) messages", line)
