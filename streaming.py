@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention import at_least_float32, full_precision
+from attention import at_least_float32
 from audio import frame_sec
 from config import ChunkConfig
 from live import first_sample, frame_samples, frontend_part, samples_until
@@ -222,8 +222,8 @@ def encode(system, due: Sequence[Due]) -> tuple[Tensor, Tensor, list[State]]:
     alphas = []
     states = []
     for i, (state, feats, _) in enumerate(due):
-        with full_precision(hidden, training=False):  # each alone: the last bits of a product with a vector depend on B
-            alphas.append(system.model.predictor(hidden[i:i + 1], lens))
+        # each alone: the last bits of a product with a vector depend on B
+        alphas.append(system.model.predictor(hidden[i:i + 1], lens))
         seen = state.past
         if chunk.encoder_look_back != 0:
             seen = torch.cat([seen, own[:, :, i:i + 1, :, :rows - chunk.ahead]], 4)
@@ -260,9 +260,8 @@ def decode(system, fired: Sequence[Fired]) -> tuple[list[State], list[Tensor]]:
     past = None
     if states[0].rows is not None:
         past = stack([state.rows for state in states], 1, rows)
-    with full_precision(embeds, training=False):
-        source = torch.cat([stack([state.source for state in states], 2, rows), decoder.keys_values(hidden)], 4)
-        logits, past = decoder.step(embeds, past, source)
+    source = torch.cat([stack([state.source for state in states], 2, rows), decoder.keys_values(hidden)], 4)
+    logits, past = decoder.step(embeds, past, source)
     kept = max(0, chunk.decoder_look_back) * chunk.new
     kept_source = source[..., source.shape[4] - min(kept, source.shape[4]):, :]
     after = [state._replace(rows=past[:, i:i + 1], source=kept_source[:, :, i:i + 1]) for i, state in enumerate(states)]
