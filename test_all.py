@@ -3698,9 +3698,8 @@ def test_a_pipe_gives_what_the_file_holds(size, extra):  # C161
     bare = io.BufferedReader(Trickle(content[-10000:] + b"x", 1))  # an odd byte at the end
     assert torch.equal(torch.cat(list(live.pipe_samples(bare, live.pipe_header(bare, 8000)))), heard)
     more = io.BufferedReader(Trickle(wav_bytes(samples, 8000) + b"LIST" + bytes(500), 0))      # ends with its data
-    header = live.pipe_header(more)
     odd = SimpleNamespace(read1=lambda count: more.read(min(count, 1111)))      # 9 times leave half a sample
-    assert torch.equal(torch.cat(list(live.pipe_samples(odd, header))), heard)
+    assert torch.equal(torch.cat(list(live.pipe_samples(odd, live.pipe_header(more)))), heard)
     assert live.pipe_header(io.BytesIO(wav(pcm_of(samples), channels=2))).num_samples == 2500
 
 def test_a_pipe_that_is_no_wav_is_one_error():
@@ -7293,10 +7292,9 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     assert head.split() == ["run", "best", "epoch", *compare.FIGURES, "seconds", "what", "differs"]
     for row, run, rate in zip(rows, (first, second), ("0.001", "0.005"), strict=True):
         best = train.best_row(history_of(run))
-        assert row.split()[:4] == [run.name, str(best["epoch"]), "of", "3" if run == first else "2"]
+        assert row.split()[:4] == [run.name, *("2 of 3".split() if run == first else [str(best["epoch"]), "of", "2"])]
         assert row.split()[4:8] == [f"{best[name]:.4f}" for name in compare.FIGURES]
         assert row.split()[8:] == [f"{history_of(run)[-1]['seconds']:.0f}", f"training.learning_rate={rate}"]
-    assert rows[0].split()[1] == "2"
     root = ElementTree.parse(curves.removeprefix("curves: ")).getroot()
     lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
     assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
@@ -10898,6 +10896,9 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
     due = streams.samples_due(models, first[0])
     (stream, _), = streams.hear_chunks(models, [first[0]._replace(pending=data[:due + 5])], [False])
     assert torch.equal(stream.pending, data[due:due + 5])
+    ends = [Step(data[:0], state, 0.0, 0.0, list, is_last=True) for state in first]
+    heard = streams.hear_steps(models, [*ends, Step(data, first[2], 0.0, 0.0, list)])       # in the last a segment ends
+    assert [len(events) for _, events in heard] == [1, 1, 0, 0, 1, 0, 1]
     (_, heard), = streams.hear_chunks(models, [first[0]._replace(pending=data)], [True])
     (_, later), = streams.hear_chunks(models, [first[5]._replace(pending=data, begun=8000)], [True])    # a second pass
     assert heard.tokens and later.tokens == decode.shifted(heard.tokens, 0.5)      # samples at the model's rate
@@ -11264,7 +11265,6 @@ def test_a_load_is_shown_with_its_shares_of_real_time_and_of_the_products(monkey
     assert rows == [10, 4, 10] and gflop == pytest.approx(2e-9 * 15 * 24)
     shrink_benchmark(monkeypatch)
     system = bench.large_system(rules.load(""))
-    assert len(system.tokenizer) == 8404 and system.stats.unique(dim=1).tolist() == [[0.0], [0.25]]
     systems = {("float32", "mapped"): system, ("float32", "laid out"): system}
     ms = {"front end": 8.0, "text": 12.0, "products mapped": 40.0, "products laid out": 50.0,
           ("float32", "mapped"): 80.0, ("float32", "laid out"): 160.0}
