@@ -132,7 +132,7 @@ class SeacoParaformer(HotwordParaformer):
         D = options.encoder.hidden_dim
         both_ways = options.hotwords.both_ways
         self.no_bias = options.hotwords.no_bias
-        if not 0 <= self.no_bias < vocab_size:
+        if self.no_bias >= vocab_size:
             raise ValueError(f"model.hotwords.no_bias: wanted a token below {vocab_size}, got {self.no_bias}")
         self.hotword_encoder = nn.LSTM(D, D, 2, batch_first=True, bidirectional=both_ways)
         self.hotword_projection = nn.Linear(2 * D, D) if both_ways else None
