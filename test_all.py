@@ -1182,6 +1182,7 @@ def test_a_pause_is_below_a_quarter_of_the_way_to_the_loudest_level_and_levels_s
         assert find_cut(level, 45, 200) == cut
     assert find_cut(np.full(300, -70.0), 45, 200) == 45 + 156 // 2  # of one level: it is all a pause
     assert find_cut(-np.arange(300.0), 45, 150) == 150  # it falls: as long as may be
+    assert find_cut(np.repeat([0.0, -10.0], [5, 15]), 2, 5) == 5  # and no longer for a pause that begins there
     level = np.full(300, 100.0)
     level[60:90] = level[120:130] = 0.0  # of short pauses the longer one
     assert find_cut(level, 45, 200) == 75
@@ -1251,6 +1252,9 @@ def test_segments_hold_every_sample_once_within_their_bounds_whatever_the_pieces
         pieces = list(cut_at_pauses([samples[:n + 1]], rate_hz, max_sec / 4, max_sec))
         assert len(pieces) == 2 and max(len(piece.samples) for piece in pieces) <= n
     assert list(cut_at_pauses([], 8000, 1.0, 2.0)) == []
+    read = []
+    assert next(cut_at_pauses((read.append(i) or samples[:8000] for i in range(20)), 8000, 1.0, 2.0))
+    assert len(read) == 3       # the seconds that it looks ahead
 
 # ---- audio: features ----
 
@@ -4899,6 +4903,7 @@ def test_symbols_are_of_the_kinds_that_funasr_tells_apart():
     ("tokens.json", b"\xff", "tokens.json: wanted a list of symbols, got 'utf-8' codec.*"),
     ("tokens.json", b'["<blank>", "<s>", "</s>"]', "tokens.json: wanted a list of four symbols or more, got .*"),
     ("tokens.json", b'["<blank>", "<s>", "</s>", 4]', "tokens.json: wanted a list of four symbols or more, got .*"),
+    ("tokens.json", b'"abcd"', "tokens.json: wanted a list of four symbols or more, got .*"),
     ("seg_dict", b"\xff", "seg_dict: wanted a dictionary, got 'utf-8' codec.*"),
     ("seg_dict", None, "seg_dict: wanted a dictionary, got No such file or directory$")])
 def test_a_broken_file_of_a_published_vocabulary_is_named(tmp_path, name, content, error):
@@ -5714,6 +5719,7 @@ def test_long_texts_without_stops_are_cut_at_exact_lengths(monkeypatch, text, sp
     assert read == lengths and [len(group[0]) for group in found] == groups
     cut = {"c10 x289": 3, "c10 x324": 3, "c10 x190": 2}.get(text)   # the comma becomes sentence_end_id, or stays
     assert cut is None or found[0][1][10] == cut
+    assert text != "x2000" or not any(found[0][1])                  # nothing is put where there is no comma
     assert (punctuation.SPLIT_SIZE, punctuation.LONGEST, punctuation.MOST) == (20, 200, 1000)
     assert punctuation.Options() == punctuation.Options(128, 256, (), 3)      # FunASR's
     assert punctuation.is_ascii("\x7f") and not punctuation.is_ascii("\x80")
@@ -6190,6 +6196,7 @@ def test_a_long_stream_takes_constant_memory_and_linear_time(minutes, new):  # C
 
 def test_the_text_so_far_is_that_of_one_pass_over_all_tokens():  # C160
     """Random symbols of the kit's vocabulary and of units of our own, in random portions"""
+    assert write_sentence(spell_words(["ab", "", "cd"])) == "ab cd"
     rng = random.Random(0)
     pieces = kit_system("streaming").tokenizer
     ours = [Tokenizer.build(["one two three", "four"], unit) for unit in ("word", "char")]
@@ -10782,7 +10789,7 @@ def test_what_is_refused_is_said_and_the_socket_goes_on():  # C204
     ({"wav_name": "a" * 1000}, {"wav_name": "a" * 1001}), ({"wav_format": "a" * 1000}, {"wav_format": "a" * 1001}),
     ({"chunk_size": [4, 91, 5]}, {"chunk_size": [4, 92, 5]}), ({"chunk_size": "0,99,1"}, {"chunk_size": "0,99,2"}),
     ({"chunk_size": [0, 1, 1]}, {"chunk_size": [0, 1, 0]}), ({"chunk_size": [1, 1, 1]}, {"chunk_size": [-1, 1, 1]}),
-    ({"encoder_chunk_look_back": 10}, {"encoder_chunk_look_back": 11}),
+    ({}, {"chunk_size": 5}), ({"encoder_chunk_look_back": 10}, {"encoder_chunk_look_back": 11}),
     ({"decoder_chunk_look_back": 10}, {"decoder_chunk_look_back": 11}), ({"hotwords": ""}, {"hotwords": "a"})])
 def test_each_setting_has_its_limit(taken, refused):  # C204
     """Hz; characters; frames of a window, and of the chunks that are looked back at."""
@@ -10856,6 +10863,9 @@ def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():  
     hotwords = settings.Models(models.streaming, kit_system("contextual"))
     for given in ('{"我们": 20, "ab": 30}', "我们,ab", ["我们", "ab"]):
         assert settings.read_settings(defaults, {"hotwords": given}, hotwords)[0].hotwords == ("我们", "ab")
+    assert settings.read_settings(defaults, {"hotwords": ""}, hotwords)[0].hotwords is None
+    parts = hotwords._replace(streaming=None), hotwords._replace(whole=None)
+    assert [models.modes() for models in parts] == [("offline",), ("online",)]
     with serving(models, max_queue=0) as server, Talker(server) as client:      # a stream's segments find room
         client.send(pcm_of(kit_speech(1.0)))            # before any text: the defaults hold
         client.send({"mode": "online", "audio_fs": 8000, "wav_name": "now"})
