@@ -5842,8 +5842,6 @@ def test_cues_end_before_seven_seconds_or_84_characters():  # C71
         assert len(report.cues(with_words(pair))) == count
     for word in ("yes", "y" * 84):                                  # long in seconds only: whole, its end comes earlier
         assert report.split_word(report.Word(word, 9.0, 30.0, 1.0), []) == [report.Word(word, 9.0, 16.0, 1.0)]
-    pieces = report.split_word(report.Word("x" * 86, 0.0, 8.6, 1.0, spaced=False), [])
-    assert not any(piece.spaced for piece in pieces)
     assert [report.belong_together("\u0e19", mark) for mark in "\u0e33\u0eb3\u0e01"] == [True, True, False]
 
 @pytest.mark.parametrize("text, spelled, pieces", [
@@ -7306,7 +7304,6 @@ def test_runs_are_compared_by_what_differs_in_them_and_by_their_best_epochs(tmp_
     lines = [e for e in root.iter() if e.tag.endswith("path") and "L" in e.get("d")]
     assert len(lines) == 2 * 4  # loss in training and on dev, WER, rate
     assert len([line for line in lines if line.get("stroke-dasharray")]) == 2
-    assert max(float(x) for line in lines for x in re.findall("[ML]([0-9.]+)", line.get("d"))) == 550.0
     error = refusal(capsys, "--compare", runs / "README.md", script=train)
     assert error == f"train.py: wanted folders of runs with an epoch done, got {runs / 'README.md'}\n"
     (first / "metrics.json").write_text("[")
@@ -10873,7 +10870,7 @@ def test_settings_may_come_in_any_message_and_count_from_the_next_utterance():  
         assert {m["mode"] for m in messages} <= {"2pass-online", "2pass-offline"} and messages[-1]["wav_name"] == "now"
         assert {m["mode"] for m in client.say({}, pcm_of(kit_speech(1.0)))} == {"online"}
 
-def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
+def test_streams_that_are_heard_together_are_what_they_are_alone(monkeypatch):  # C205
     """Of all modes and several rates and chunks, due at different times; exactly, on one thread."""
     models = socket_models("whole")
     data = kit_speech()
@@ -10911,6 +10908,10 @@ def test_streams_that_are_heard_together_are_what_they_are_alone():  # C205
     assert [len(events) for _, events in heard] == [1, 1, 0, 0, 1, 0, 1]
     (_, heard), = streams.hear_chunks(models, [first[0]._replace(pending=data)], [True])
     (_, later), = streams.hear_chunks(models, [first[5]._replace(pending=data, begun=8000)], [True])    # a second pass
+    with monkeypatch.context() as planted:      # of all, one word is certain before the end
+        planted.setattr(streams, "certain_text", lambda tokenizer, state, text: "certain")
+        new = [streams.hear_chunks(models, [first[0]._replace(pending=data)], [end])[0][1].new for end in (True, False)]
+    assert new == [heard.text, "certain"]
     assert heard.tokens and later.tokens == decode.shifted(heard.tokens, 0.5)      # samples at the model's rate
     for together, alone in zip(run(True), run(False), strict=True):
         assert len(together) == len(alone) > 0
