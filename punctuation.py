@@ -275,12 +275,11 @@ def load_punctuation(folder: str) -> Punctuation:
     classes = {"CTTransformer": ("SANMEncoder", PunctuationModel),
                "CTTransformerStreaming": ("SANMVadEncoder", RealtimeModel)}
     encoder, kind = classes.get(values.get("model"), ("", None))
-    if kind is None or values.get("encoder") != encoder:
+    if values.get("encoder") != encoder:
         raise ValueError(f"{place}: wanted model {' or '.join(classes)} with encoder SANMEncoder or SANMVadEncoder, "
                          f"got {values.get('model')} with {values.get('encoder')}")
     options = read_section(values, "model", IGNORED, Options(), place)
-    shape = from_dict(translate({**values, "encoder": "SANMEncoder"}, "encoder", place) | {"subsampling": 1},
-                      place, EncoderConfig())
+    shape = from_dict(translate({**values, "encoder": "SANMEncoder"}, "encoder", place), place, EncoderConfig())
     if not options.embed_unit == options.att_unit == shape.hidden_dim:
         raise ValueError(f"{place}: wanted embed_unit, att_unit and output_size alike, got {options.embed_unit}, "
                          f"{options.att_unit} and {shape.hidden_dim}")
