@@ -931,7 +931,8 @@ def test_rf64_has_the_size_of_its_samples_in_a_chunk_of_its_own():
 
 @pytest.mark.parametrize("size, head, found", [
     (64000, b"RIFF", "4.000"), (14400, b"RIFF", None), (0, b"RIFF", None), (2**32 - 1, b"RIFF", None),
-    (0x7ffff000, b"RIFF", None), (2**31, b"RIFF", None), (2**32 - 1, b"RF64", "536870.912")])
+    (0x7fffefff, b"RIFF", "134217.472"), (0x7ffff000, b"RIFF", None), (2**31, b"RIFF", None),
+    (2**32 - 1, b"RF64", "536870.912")])
 def test_a_recording_that_breaks_off_is_read_with_a_warning_and_a_stream_without(tmp_path, size, head, found):  # C12
     """0.8 s are there; a tenth of a second less than the header promises is no loss: some writers count the header."""
     long = b"ds64" + struct.pack("<IQQQI", 28, 2**34, 2**33, 4, 0) if head == b"RF64" else b""
@@ -5722,6 +5723,7 @@ def test_long_texts_without_stops_are_cut_at_exact_lengths(monkeypatch, text, sp
     assert text != "x2000" or not any(found[0][1])                  # nothing is put where there is no comma
     assert (punctuation.SPLIT_SIZE, punctuation.LONGEST, punctuation.MOST) == (20, 200, 1000)
     assert punctuation.Options() == punctuation.Options(128, 256, (), 3)      # FunASR's
+    refused("a: punc_list: wanted ", config.from_dict, {"punc_list": "_,"}, "a", punctuation.Options())
     assert punctuation.is_ascii("\x7f") and not punctuation.is_ascii("\x80")
 
 @pytest.mark.parametrize("content, got", [
