@@ -67,9 +67,9 @@ def file_names(keys: Sequence[str]) -> list[str]:
 
 
 def write_file(path: Path, content: str) -> None:
-    """Write a file whole, or what it is a link to, and make the folders that it needs."""
+    """Write a file whole, and make the folders that it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(os.path.realpath(path), content)
+    write_atomic(path, content)
 
 
 # ---- the plan ----
@@ -246,7 +246,8 @@ def merge_parts(output: Output, keep: bool) -> None:
     stay, to go on from."""
     lines = sorted((outcome.index, part, start) for part, start, outcome, _ in read_parts(output))
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(open(stack.enter_context(replacing(os.path.realpath(output.merged))), "wb"))
+        temporary = stack.enter_context(replacing(output.merged))
+        target = stack.enter_context(open(temporary, "wb"))
         files = {part: stack.enter_context(open(part, "rb")) for part in parts_of(output.merged)}
         for _, part, start in lines:
             files[part].seek(start)

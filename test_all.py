@@ -8691,10 +8691,6 @@ def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, c
         if form != "ctm":  # which is one file for all
             error = refusal(capsys, "--ckpt", ckpt, *files, "--output", other, "--format", form)
             assert error.startswith("decode.py: --output: wanted a folder") and not other.exists()
-    for name in ("talk.txt", "results.ctm"):
-        (tmp_path / name).symlink_to(f"far_{name}")
-        assert decoded(capsys, "--ckpt", ckpt, files[0], "--output", tmp_path / name)[0] == 0
-        assert (tmp_path / name).is_symlink() and (tmp_path / f"far_{name}").read_text()
     arguments = ["--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt"]
     assert "wanted a folder or a file that ends in .txt" in refusal(capsys, *arguments)
     (tmp_path / "x.srt").mkdir()
