@@ -245,7 +245,7 @@ def read_recording(head: Head, body: bytes, options: argparse.Namespace) -> Reco
     name = ""
     if media_type(head) == "multipart/form-data":
         name, body, texts = parse_form(body, head.headers["content-type"])
-    fields: dict[str, Any] = {name: values[-1] for name, values in texts.items()}
+    fields: dict[str, Any] = {field: values[-1] for field, values in texts.items()}
     if len(texts.get("hotwords", ())) > 1:
         fields["hotwords"] = texts["hotwords"]
     if head.path == "/transcribe":

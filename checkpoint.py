@@ -137,7 +137,9 @@ def check_state(state: dict, place: str) -> None:
         for name, x in state[part].items():
             require(is_dense(x), part, f"a dense tensor under {name!r:.60}", x)
     if "trained" in state:
-        require(isinstance(state.get("progress"), dict), "progress", "what to resume from", state.get("progress"))
+        progress = state.get("progress")
+        require(isinstance(progress, dict) and "epoch" in progress and "batch" in progress,
+                "progress", "what to resume from", progress)
         require(isinstance(state.get("history"), (list, tuple)), "history", "a row an epoch", state.get("history"))
 
 
@@ -221,7 +223,8 @@ def last_checkpoint(folder: Path, overrides: Sequence[str] = ()) -> tuple[Path, 
     config = changed_config(config, folder, overrides, state["progress"]["batch"] > 0, path)
     done = state["progress"]["epoch"]
     if config.training.num_epochs < done:
-        raise ValueError(f"training.num_epochs: wanted {done}, which are done, or more, got {config.training.num_epochs}")
+        raise ValueError(f"training.num_epochs: wanted {done}, which are done, or more, got "
+                         f"{config.training.num_epochs}")
     return path, {**state, "config": asdict(config)}, config
 
 
@@ -273,6 +276,9 @@ def load_state(state: dict, where: str, run: configs.Config | None = None, adopt
     precision = "float32"
     if any(x.dtype == torch.int8 for x in state["model"].values()):
         precision = "int8"
+        if any(name.endswith(".sums") for name in state["model"]):
+            raise ValueError(f"{where}: wanted int8 weights as this version writes them, got an older one's: export "
+                             "the model again")
         lay_out(model, Int8Weights)
     load_weights(model, state["model"], where, adopt=adopt)
     return System(config, tokenizer, state["stats"].clone(), model, precision)
@@ -401,11 +407,13 @@ def adopted(config: configs.Config, overrides: Sequence[str] = ()) -> configs.Co
         return config
     if is_published(place):
         other = read_published_config(published_files(place)["config"])
+        unit = config.data.unit     # FunASR's configs name none
     else:
         other = configs.from_dict(read_checkpoint(place, mapped=True)["config"], f"{place}: config")
-    front = {name: getattr(other.data, name) for name in ("unit", "sample_rate", "num_mels", "lfr_m", "lfr_n")}
+        unit = other.data.unit
+    front = {name: getattr(other.data, name) for name in ("sample_rate", "num_mels", "lfr_m", "lfr_n")}
     mwer = {name: getattr(config.model, name) for name in ("mwer_weight", "mwer_samples")}  # a loss, and no weights
-    theirs = replace(config, model=replace(other.model, **mwer), data=replace(config.data, **front))
+    theirs = replace(config, model=replace(other.model, **mwer), data=replace(config.data, unit=unit, **front))
     changed = configs.overridden(theirs, overrides)
     for path, got in configs.differing(theirs, changed).items():
         if path.startswith("data."):
@@ -435,7 +443,8 @@ def start_from(config: configs.Config) -> System:
 
 def check_new(place: Path) -> None:
     """Raises ValueError if an export to this file or folder would replace a file, or mix a folder's model with it."""
-    for file in (place, *(place / name for name in ("config.yaml", "model.pt", "checkpoint.pt"))):
+    names = ("checkpoint.pt", "configuration.json", "config.yaml", "model.pt", "tokens.json", "seg_dict", "am.mvn")
+    for file in (place, *(place / name for name in names)):
         if file.is_file():
             raise ValueError(f"--export: wanted a path where no model is, got {place}, where {file} is")
 

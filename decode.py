@@ -517,7 +517,8 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     streams = [name for name in arguments.inputs if arguments.stream or is_stream(name)]
     if processes > 1 and streams:
         raise ValueError(f"{streams[0]}: {processes} processes cannot share standard input or a pipe")
-    writes_int8 = arguments.export and arguments.dtype == "int8"  # from the file: no system holds all in float32
+    exports = arguments.export and not (arguments.resume and Path(arguments.export).exists())  # else it is done
+    writes_int8 = exports and arguments.dtype == "int8"  # from the file: no system holds all in float32
     if writes_int8 and rank == 0:
         say(f"decode.py: wrote {export_int8(arguments.ckpt, arguments.export)}")
     if writes_int8 and not arguments.inputs:
@@ -526,7 +527,7 @@ def load_and_run(arguments: argparse.Namespace) -> int:
     system = with_chunk(arguments, system)
     if arguments.inputs and system.config.data.kind == "toy":
         say(f"warning: {arguments.ckpt} was trained on toy features, which are no speech: its texts mean nothing")
-    if arguments.export and not writes_int8 and rank == 0:
+    if exports and not writes_int8 and rank == 0:
         say(f"decode.py: wrote {export(system, arguments.export)}")
     if arguments.export and not arguments.inputs:
         return 0

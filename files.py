@@ -26,7 +26,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):
-            error.filename = os.fspath(path)
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -207,7 +207,7 @@ class Written(NamedTuple):
 
     text: str               # with its mark
     spaced: bool            # a space stands before it
-    is_last: bool           # a sentence ends behind it
+    ends_sentence: bool     # it is the last word of one
 
 
 def punctuate_words(punctuation: Punctuation, words: Sequence[str]) -> list[Written]:

@@ -384,7 +384,8 @@ def bootstrap_interval(counts: Sequence[Counts]) -> tuple[float, float]:
 
 def error_figure(counts: Sequence[Counts]) -> str:
     total = sum(counts, Counts())
-    text = f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, {total.sub} sub ]"
+    text = (f"{100 * total.rate:.2f} [ {total.errors} / {total.ref}, {total.ins} ins, {total.del_} del, "
+            f"{total.sub} sub ]")
     if len(counts) == 1:    # drawn again and again it would vary by nothing
         return text
     low, high = bootstrap_interval(counts)

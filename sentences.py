@@ -15,7 +15,7 @@ def with_sentences(punctuation: Punctuation | None, result: Result, last: str = 
         apart = word.spaced and not (is_ideograph(last[-1:]) or is_ideograph(word.text[:1]))    # accents are no ASCII
         words.append(word._replace(text=new.text, spaced=apart or i > 0 and new.spaced))
         last = word.text
-        if new.is_last or i == len(written) - 1:
+        if new.ends_sentence or i == len(written) - 1:
             sentences.append(Sentence(join_words(words), words[0].start, word.end, words))
             words = []
     return result._replace(sentences=tuple(sentences))

@@ -5689,7 +5689,7 @@ def test_punctuated_texts_are_funasrs(monkeypatch):  # C175
     assert count > 600 and max(max(case["lengths"], default=0) for case in given["texts"]) > 200
     lengths.clear()
     silent = kit_punctuation("punc")._replace(marks=("_",) * 6)
-    ends = [word.is_last for word in punctuation.punctuate_words(silent, ["好！", "hi!", "a,", "我"])]
+    ends = [word.ends_sentence for word in punctuation.punctuate_words(silent, ["好！", "hi!", "a,", "我"])]
     assert ends == [True, True, False, True]
     assert punctuation.punctuate(silent, "我" * 1500, 100)[0] == "我" * 1500 + "。" and 1000 < max(lengths) <= 1100
     inputs, texts = (ast.literal_eval(str(given["list"][key])) for key in ("input", "texts"))
@@ -5772,7 +5772,7 @@ def test_words_are_written_as_the_text_is():  # C176
         assert text == case["text"]
         ends = [model.marks[mark] in "。？" for mark in case["punc_array"]]
         if "<unk>" not in case["text"]:
-            assert [word.is_last for word in written][:-1] == ends[:-1]
+            assert [word.ends_sentence for word in written][:-1] == ends[:-1]
     assert punctuation.punctuate_words(model, []) == []
     assert len(punctuation.punctuate_words(model, ["été", "hello", "我"])) == 3
 
@@ -6774,6 +6774,10 @@ def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, 
     del weights["decoder.output.rows"]
     weights["decoder.blocks.0.feed_forward.up.weight"] = weights["decoder.blocks.0.feed_forward.up.weight"].float()
     torch.save(state, place)
+    older = tmp_path / "older.pt"
+    torch.save({**state, "model": {**weights, "decoder.output.sums": torch.ones(1)}}, older)
+    with pytest.raises(ValueError, match="older.pt: wanted int8 weights as this version writes .*export the model again"):
+        checkpoint.load_system(older, "cpu", "int8")
     with pytest.raises(ValueError, match="missing decoder.output.rows; decoder.blocks.0.feed_forward.up.weight "
                                          "torch.float32, wanted torch.int8$"):
         checkpoint.load_system(place, "cpu", "int8")
@@ -7581,6 +7585,11 @@ def test_a_run_that_goes_on_within_an_epoch_keeps_its_batches_and_counts_its_tim
     totals = {**dict.fromkeys(names, 0.0), "seconds": 1000.0}
     progress = {"epoch": 0, "batch": 3, "step": 3, "bad_steps": 0, "totals": totals}
     latest_with(lambda state: state.update(progress=progress, history=[]))(finished)
+    for gone in ("epoch", "batch"):
+        state = {**read_checkpoint(finished / "checkpoints/latest.pt"), "progress": {**progress}}
+        del state["progress"][gone]
+        with pytest.raises(ValueError, match="x.pt: progress: wanted what to resume from, got "):
+            checkpoint.check_state(state, "x.pt")
     error = refusal(capsys, "--resume", finished, "--training.batch_size=2", script=train)
     assert "training.batch_size: cannot change within an epoch" in error
     for batch in (1, 0):
@@ -8529,7 +8538,9 @@ def test_ended_decoding_goes_on(ckpt, tmp_path, capsys, monkeypatch, name, numbe
         assert part.name in refusal(capsys, *arguments(name)) and json.loads(part.read_text().splitlines()[0])["text"]
         part.write_text(part.read_text() + '{"key": "same", "te')  # a line that broke off
     calls = batches_seen(monkeypatch)
-    assert decode.main(arguments(name, "--resume", "--report", str(tmp_path / "resumed"))) == 0
+    (tmp_path / "model.pt").touch()     # exported by the run that was ended
+    more = ["--resume", "--report", str(tmp_path / "resumed"), "--export", str(tmp_path / "model.pt")]
+    assert decode.main(arguments(name, *more)) == 0
     assert len(calls) == 3 and "going on: 2 of 5 are done" in capsys.readouterr().err
     assert decode.main(arguments(f"whole_{name}", "--report", str(tmp_path / "report"))) == 0
     if name == "out":
@@ -9537,7 +9548,8 @@ def test_a_model_of_ours_in_the_sanm_layout_becomes_a_directory_and_others_a_che
     assert torch.equal(again.model.embedding.weight, other.model.embedding.weight)
 
 def test_an_export_replaces_no_model_and_none_that_fails_leaves_a_part(tmp_path, monkeypatch):  # C50
-    for name in ("config.yaml", "model.pt", "checkpoint.pt", "a.pt"):
+    for name in ("checkpoint.pt", "configuration.json", "config.yaml", "model.pt", "tokens.json", "seg_dict", "am.mvn",
+                 "a.pt"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("of another")
