@@ -1217,6 +1217,8 @@ def test_the_limits_of_a_segment_are_exact_in_samples_and_levels():
     for least, most, samples, count in ((0.5, 2.01, 16080, 50), (0.07, 1.0, 8000, 7), (0.505, 2.0, 16000, 51)):
         pauses = Pauses(8000, least, most)
         assert (pauses.whole(), pauses.least()) == (samples, count)
+        held = torch.zeros(pauses.ahead())      # a segment is certain as soon as they are there
+        assert [len(pauses.ends(held[:n], 0, False)[0]) for n in (len(held) - 1, len(held))] == [0, 1]
     for least, most, taken in ((0.0, 1.0, False), (0.5, 1.0, True), (0.51, 1.0, False)):
         words = f"wanted segments of 0 < min_sec <= max_sec / 2 seconds, got {least} and {most}"
         with contextlib.nullcontext() if taken else pytest.raises(ValueError, match=words):
@@ -11356,11 +11358,8 @@ def test_ours_is_measured_beside_the_peers_that_are_installed(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     monkeypatch.setattr(bench_peers, "CASES", ((2, 2, 1),))
     monkeypatch.setattr(bench_peers, "TURNS", 2)
-    turns, busy, clock = itertools.count(), itertools.count(0, 2), itertools.count(0, 0.25)
-    monkeypatch.setattr(bench_peers, "busy_sec", lambda: next(busy))
-    monkeypatch.setattr(bench_peers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(bench_peers, "is_disturbed",
-                        lambda busy, own, wall: (busy, wall) != (2, 0.25) or next(turns) % 3 == 0)
+    turns = itertools.count()
+    monkeypatch.setattr(bench_peers, "is_disturbed", lambda busy, own, wall: next(turns) % 3 == 0)
     folder = kit_copy("sanm", tmp_path / "model")
     bench_peers.measure_peers(str(folder), 1, [("float32", "mapped")], sys.executable)
     out = capfd.readouterr().out
