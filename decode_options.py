@@ -109,6 +109,10 @@ def check_together(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("--pcm needs --stream - and a rate of 1000 Hz or more")
     if arguments.stream and not arguments.inputs:
         parser.error("--stream needs a recording or -")
+    for name in ("report", "plot"):     # written when all is recognised, which may be hours later
+        place = Path(getattr(arguments, name) or ".")
+        if place.exists() and not place.is_dir():
+            parser.error(f"--{name}: wanted a folder, got the file {place}")
     usual = parser.parse_args([])
     try:
         if arguments.stream:

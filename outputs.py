@@ -104,10 +104,10 @@ def plan_output(path: str, form: str | None, keys: Sequence[str], rank: int) -> 
     place = Path(path)
     suffix = place.suffix[1:]
     form = form or (suffix if suffix in FORMS else "json")
-    if suffix in FORMS and suffix != form and not place.is_dir():
+    is_file = place.suffix == f".{form}" and not place.is_dir()
+    if not (is_file or suffix == "jsonl" or place.is_dir()) and (suffix in FORMS or place.exists()):
         raise ValueError(f"--output: wanted a folder or a file that ends in .{form}, got {path}")
     output = Output(form, numbered(keys), rank=rank)
-    is_file = place.suffix == f".{form}" and not place.is_dir()
     if place.suffix == ".jsonl" or form == "ctm" and is_file:
         return output._replace(merged=place)
     if form == "ctm":

@@ -8674,6 +8674,11 @@ def test_one_input_may_have_one_file_and_several_have_a_folder(ckpt, tmp_path, c
             assert error.startswith("decode.py: --output: wanted a folder") and not other.exists()
     arguments = ["--ckpt", ckpt, files[0], "--output", tmp_path / "x.srt", "--format", "txt"]
     assert "wanted a folder or a file that ends in .txt" in refusal(capsys, *arguments)
+    assert "wanted a folder or a file that ends in .json, got " in refusal(capsys, *arguments[:3], "--output", files[0])
+    for option in ("--report", "--plot"):       # which would be found out when all is recognised
+        with pytest.raises(SystemExit):
+            decode.parse_arguments([option, files[0]])
+        assert capsys.readouterr().err.endswith(f": {option}: wanted a folder, got the file {files[0]}\n")
     (tmp_path / "x.srt").mkdir()
     assert decoded(capsys, *arguments)[0] == 0 and os.listdir(tmp_path / "x.srt") == ["0.txt"]
 
