@@ -6746,7 +6746,7 @@ def test_int8_weights_run_in_int8_only_and_load_strictly(tmp_path, monkeypatch, 
     torch.save(state, place)
     older = tmp_path / "older.pt"
     torch.save({**state, "model": {**weights, "decoder.output.sums": torch.ones(1)}}, older)
-    with pytest.raises(ValueError, match="older.pt: wanted int8 weights as this version writes .*export the model again"):
+    with pytest.raises(ValueError, match="older.pt: wanted int8 weights as this version .*export the model again"):
         checkpoint.load_system(older, "cpu", "int8")
     with pytest.raises(ValueError, match="missing decoder.output.rows; decoder.blocks.0.feed_forward.up.weight "
                                          "torch.float32, wanted torch.int8$"):
@@ -7529,12 +7529,13 @@ def latest_with(change):
     """A planter of a run whose last checkpoint is changed."""
     return lambda run: spoilt(change)(run / "checkpoints/latest.pt")
 
-def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path):  # C183
+def test_a_finished_run_that_is_extended_equals_one_that_was_as_long_from_the_start(tmp_path, capsys):  # C183
     options = ["--training.schedule=constant", "--training.average_decay=0.8"]
     whole = trained(tmp_path / "whole", *options, "--training.num_epochs=3")
     parts = trained(tmp_path / "parts", *options, "--training.num_epochs=1")
     for more in (["--training.num_epochs=2", "--data.num_workers=1"], ["--training.num_epochs=3"], []):
         assert train.main(["--resume", str(parts), *more]) == 0  # at last it is finished and stays so
+        assert ("\ngoing on in epoch " in capsys.readouterr().out) == bool(more)
     ours, theirs = (read_checkpoint(run / "checkpoints/latest.pt") for run in (parts, whole))
     assert all(torch.equal(ours["trained"][name], value) for name, value in theirs["trained"].items())
     assert without_times(ours["history"]) == without_times(theirs["history"])

@@ -483,7 +483,9 @@ def resume(folder: Path, overrides: Sequence[str], stop: threading.Event) -> tup
     if overrides:
         write_atomic(folder / "config.yaml", configs.dump(config))
         say(run, f"going on with {' '.join(overrides)}")
-    print(f"{headline(run)}\ngoing on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
+    print(headline(run), flush=True)
+    if not stop_reason(progress.history, config.training):
+        print(f"going on in epoch {progress.epoch + 1} after step {progress.step}", flush=True)
     return run, progress
 
 
