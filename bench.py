@@ -474,20 +474,27 @@ def make_bodies(mean: np.ndarray) -> dict[str, list[bytes]]:
 ROUNDS = 5  # of all requests, of which figures are medians
 
 
+def time_requests(port: int, bodies: dict[str, list[bytes]], full_batch: Callable[[], object]) -> tuple[dict, dict]:
+    """By kind of bodies and number of clients, in turns with "full batch": milliseconds, as `time_turns`, and what
+    `ask_all` says of each request that is timed."""
+    calls = {"full batch": full_batch}
+    replies = {}
+    for kind, clients in itertools.product(bodies, (1, 16)):
+        replies[kind, clients] = []
+        calls[kind, clients] = partial(ask_at_once, port, bodies[kind], clients, replies[kind, clients])
+    ms = time_turns(ROUNDS, calls)
+    for (kind, _), found in replies.items():
+        del found[:len(bodies[kind])]  # of the turn that warms up
+    return ms, replies
+
+
 def serving_figures(options: argparse.Namespace) -> Iterator[str]:
     """The figures that a server of this checkpoint reaches, client and server on this machine, as training_figures."""
     system = load_warm(options).whole
     bodies = make_bodies(system.stats[0].cpu().numpy())
     largest = [torch.randn(260, system.stats.shape[1]) for _ in range(options.max_batch_size)]
-    calls = {"full batch": partial(recognise_batch, system, largest)}
-    replies = {}  # by kind of bodies and number of clients
     with running(options) as (port, ready_sec):
-        for kind, clients in itertools.product(bodies, (1, 16)):
-            replies[kind, clients] = []
-            calls[kind, clients] = partial(ask_at_once, port, bodies[kind], clients, replies[kind, clients])
-        ms = time_turns(ROUNDS, calls)
-        for (kind, _), found in replies.items():
-            del found[:len(bodies[kind])]  # of the turn that warms up
+        ms, replies = time_requests(port, bodies, partial(recognise_batch, system, largest))
         with ThreadPoolExecutor(1) as pool:
             health = pool.submit(ask_all, port, "/health", [None] * 200, 0.02)
             while not health.done():
