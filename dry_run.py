@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 # ---- what cannot work ----
 
-LEAST_STEPS, LEAST_DEV = 800, 10  # of a run from new weights, in which WER falls from 450 steps on; utterances
+LEAST_STEPS, LEAST_DEV = 600, 10  # of a run from new weights, in which WER falls from 450 steps on; utterances
 LEAST_STEPS_ON = 100  # of a run that goes on from a model's weights
 LOOKED_AT = 500  # training utterances, spread over all; of 20 the file is opened
 
